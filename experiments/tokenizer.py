@@ -1,0 +1,68 @@
+"""Train a byte-level BPE tokenizer on a source and save it for `data.tokenizer=bpe:<file>`.
+
+python experiments/tokenizer.py --source=shakespeare --vocab_size=4096 --output=my.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+
+from mhc_jax import data
+from mhc_jax.data.sources import Split
+from mhc_jax.errors import InputError, require
+
+
+def limited(documents: Iterable[data.Document], megabytes: float) -> Iterator[str]:
+    """Yield texts until `megabytes` (10^6 UTF-8 bytes) are reached; the last one is whole."""
+    size = 0
+    for document in documents:
+        yield document.text
+        size += len(document.text.encode())
+        if size >= megabytes * 1e6:
+            return
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train on the training split, measure on the validation split."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", default="shakespeare", help="as data.source")
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--megabytes", type=float, default=50, help="text to train on, at most")
+    parser.add_argument("--validation_fraction", type=float, default=0.05)
+    parser.add_argument("--cache_dir", default="")
+    flags = parser.parse_args(arguments)
+    require(flags.megabytes > 0, f"--megabytes is {flags.megabytes}; it must be above 0.")
+    require(
+        0 < flags.validation_fraction < 1,
+        f"--validation_fraction is {flags.validation_fraction}; it must lie between 0 and 1.",
+    )
+    cache = data.cache_folder(flags.cache_dir)
+
+    def texts(split: Split) -> Iterator[str]:
+        documents = data.documents(
+            flags.source, split, cache=cache, fraction=flags.validation_fraction
+        )
+        return limited(documents, flags.megabytes)
+
+    tokenizer = data.train_bpe(texts("train"), flags.vocab_size, flags.output)
+    size = tokens = 0
+    for text in texts("validation"):
+        size += len(text.encode())
+        tokens += len(tokenizer.encode(text))
+    measured = f"{size / tokens:.3f} bytes per token on {size} bytes of validation text"
+    print(
+        f"{flags.output}: {tokenizer.vocab_size} entries, {measured if tokens else 'not measured'}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

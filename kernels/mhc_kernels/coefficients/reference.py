@@ -1,0 +1,93 @@
+"""Token-wise coefficients of mHC (Eq. 7 and 8).  The semantics of the op."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mhc_kernels.sinkhorn.reference import sinkhorn
+
+PARTS = ("pre", "post", "res")
+
+
+class Coefficients(NamedTuple):
+    """Float32 coefficients of one sub-layer, small axes first and tokens last.
+
+    None stands for the disabled component: pre 1/n, post 1, res the identity.
+    """
+
+    pre: Float[Array, "n *tokens"] | None
+    """H_pre: what the branch reads is sum_i pre_i x_i."""
+    post: Float[Array, "n *tokens"] | None
+    """H_post: stream i receives post_i y."""
+    res: Float[Array, "n n *tokens"] | None
+    """H_res: stream i receives sum_j res_ij x_j."""
+
+
+def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice]:
+    """Columns of phi (and entries of bias) for each part: [pre n | post n | res n*n, row-major]."""
+    sizes = {"pre": num_streams, "post": num_streams, "res": num_streams**2}
+    out, start = {}, 0
+    for part in parts:
+        out[part] = slice(start, start + sizes[part])
+        start += sizes[part]
+    return out
+
+
+def projection(
+    x: Float[Array, "*tokens nC"], phi: Float[Array, "nC k"], eps_norm: float
+) -> Float[Array, "k *tokens"]:
+    """z = (v phi) rsqrt(mean(v^2) + eps_norm): the unweighted RMSNorm over all n C, folded after the product (mHC Eq. 14-16)."""
+    v = x.astype(jnp.float32)
+    mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
+    z = jnp.einsum("...c,ck->k...", v, phi, precision="highest")
+    return z * jax.lax.rsqrt(mean_square + eps_norm)
+
+
+def coefficients(
+    x: Float[Array, "*tokens nC"],
+    phi: Float[Array, "nC k"],
+    alpha: Float[Array, " parts"],
+    bias: Float[Array, " k"],
+    *,
+    num_streams: int,
+    parts: tuple[str, ...] = PARTS,
+    num_iters: int = 20,
+    eps_norm: float = 1e-20,
+    eps: float = 0.0,
+) -> Coefficients:
+    r"""H_pre, H_post and H_res of one sub-layer from its incoming streams.
+
+        z = RMSNorm(vec(x)) phi
+        pre  = sigmoid(alpha_pre z_pre + b_pre) + eps
+        post = 2 sigmoid(alpha_post z_post + b_post)
+        res  = SK(alpha_res mat(z_res) + b_res)
+
+    Args:
+      x: flat streams, stream-major, any float dtype; computed in float32.
+      phi: projection, columns [pre | post | res row-major] for the parts present.
+      alpha: one gate a part, in the order of `parts`.
+      bias: static term, laid out as the columns of phi.
+      num_streams: n.
+      parts: which of pre, post, res exist; the others come back as None.
+      num_iters: t_max of Sinkhorn.
+      eps_norm: of the RMSNorm; 1e-20 in the paper, 1e-6 in DeepSeek-V4.
+      eps: 0 in the paper; 1e-6 in DeepSeek-V4, added to pre and inside Sinkhorn, not to post.
+
+    Traffic per token: reads n C, writes n^2 + 2 n (mHC Table 2).
+    """
+    n = num_streams
+    z = projection(x, phi, eps_norm)
+    where = columns(n, parts)
+    tokens = (None,) * (z.ndim - 1)
+    logits = {
+        part: alpha[k] * z[where[part]] + bias[where[part]][(slice(None), *tokens)] for k, part in enumerate(parts)
+    }
+    return Coefficients(
+        pre=jax.nn.sigmoid(logits["pre"]) + eps if "pre" in parts else None,
+        post=2 * jax.nn.sigmoid(logits["post"]) if "post" in parts else None,
+        res=sinkhorn(logits["res"].reshape(n, n, *z.shape[1:]), num_iters, eps) if "res" in parts else None,
+    )

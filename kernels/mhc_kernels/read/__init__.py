@@ -1,0 +1,1 @@
+"""Read of a sub-layer: h = H_pre x."""

@@ -1,0 +1,54 @@
+"""h = H_pre x on flat streams, with a hand-written VJP.  The semantics of the op."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def split(x: Float[Array, "*tokens nC"], num_streams: int) -> list[Float[Array, "*tokens C"]]:
+    """Streams of a flat stream-major array: stream i is columns i C to (i + 1) C."""
+    C = x.shape[-1] // num_streams
+    return [x[..., i * C : (i + 1) * C] for i in range(num_streams)]
+
+
+def read(
+    x: Float[Array, "*tokens nC"], pre: Float[Array, "n *tokens"] | None, num_streams: int
+) -> Float[Array, "*tokens C"]:
+    """What the branch reads: h = sum_i pre_i x_i, accumulated in float32, returned in the dtype of x.
+
+    Args:
+      x: flat streams, any float dtype.
+      pre: float32 H_pre, tokens last; None: 1/n for every stream (the disabled component).
+      num_streams: n.
+
+    Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre").
+    """
+    if pre is None:
+        if num_streams == 1:
+            return x
+        mean = functools.reduce(jnp.add, (xi.astype(jnp.float32) for xi in split(x, num_streams)))
+        return (mean / num_streams).astype(x.dtype)
+    return _read(x, pre)
+
+
+@jax.custom_vjp
+def _read(x, pre):
+    streams = split(x, pre.shape[0])
+    h = functools.reduce(jnp.add, (p[..., None] * xi.astype(jnp.float32) for p, xi in zip(pre, streams, strict=True)))
+    return h.astype(x.dtype)
+
+
+def _read_bwd(saved, g):
+    x, pre = saved
+    g32 = g.astype(jnp.float32)
+    dx = jnp.stack([(p[..., None] * g32).astype(x.dtype) for p in pre], -2).reshape(x.shape)
+    streams = x.reshape(*g.shape[:-1], pre.shape[0], g.shape[-1]).astype(jnp.float32)
+    dpre = jnp.einsum("...ic,...c->...i", streams, g32, precision="highest")
+    return dx, jnp.moveaxis(dpre, -1, 0)
+
+
+_read.defvjp(lambda x, pre: (_read(x, pre), (x, pre)), _read_bwd)

@@ -1,0 +1,1 @@
+"""Boundary between two sub-layers: write of the first, coefficients and read of the second."""

@@ -1,0 +1,268 @@
+"""Settings of a run: frozen dataclasses, checked when they are built.
+
+`ml_collections.ConfigDict` lives at the edge only (`experiments/` and config files).  `to_mapping` gives a config file its
+defaults, `from_mapping` turns the edited tree back into an `ExperimentConfig` once, refusing unknown keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mhc_jax import connections
+from mhc_jax.connections.base import ConnectionConfig
+from mhc_jax.errors import InputError, one_of, require
+
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULES = ("constant", "cosine", "step", "wsd")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder.  Letters as in the README: C width, L = 2 num_layers sub-layers, n streams."""
+
+    vocab_size: int = 0
+    """0: the tokenizer's."""
+    width: int = 128
+    num_layers: int = 8
+    """Blocks; each has two sub-layers, attention and feed-forward."""
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    """Key/value heads (GQA); equal to num_heads for multi-head attention, 1 for multi-query."""
+    mlp_width: int = 384
+    """Hidden width of SwiGLU."""
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-20
+    """Of every RMSNorm, as in mHC Table 5; larger values break step-0 equality at small embeddings."""
+    embedding_init_std: float = 0.02
+    tied_embeddings: bool = False
+    compute_dtype: str = "float32"
+    """Of branches; parameters are float32, norms, softmax and coefficients compute in float32."""
+    stream_dtype: str = "float32"
+    """Of the residual stream(s) between sub-layers."""
+    remat: bool = False
+    """Recompute each block in the backward pass."""
+    unroll: int = 1
+    """Blocks per step of the scan over depth; num_layers gives a graph without a loop."""
+    connection: ConnectionConfig = field(default_factory=lambda: connections.default_config("mhc"))
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name} is {value}; it must be at least 1.")
+        require(
+            self.width % self.num_heads == 0,
+            f"model.num_heads is {self.num_heads}, which does not divide model.width {self.width}; "
+            f"choose heads among the divisors of the width.",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"model.width / model.num_heads is {self.head_dim}; rotary embeddings need an even head width.",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads {self.num_heads}.",
+        )
+        require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; use 0 for the tokenizer's size.")
+        require(
+            self.embedding_init_std > 0, f"model.embedding_init_std is {self.embedding_init_std}; it must be above 0."
+        )
+        one_of("model.compute_dtype", self.compute_dtype, DTYPES)
+        one_of("model.stream_dtype", self.stream_dtype, DTYPES)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def num_sublayers(self) -> int:
+        """L of the papers: attention and feed-forward count as two."""
+        return 2 * self.num_layers
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer and the shape of a batch."""
+
+    source: str = "shakespeare"
+    """`shakespeare` (embedded), `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files."""
+    validation_source: str = ""
+    """Held-out text in the same notation; empty: documents of `source` set apart by the hash of their id."""
+    validation_fraction: float = 0.05
+    """Share of documents set apart when `validation_source` is empty and the source has no validation split."""
+    tokenizer: str = "byte"
+    """`byte` or `bpe:<tokenizer.json>`."""
+    sequence_length: int = 256
+    """T."""
+    batch_size: int = 8
+    """B: sequences an optimizer step, over all accumulation steps."""
+    seed: int = 0
+    """Of the window order."""
+    cache_dir: str = ""
+    """Pre-tokenized arrays; empty: $MHC_JAX_CACHE, else ~/.cache/mhc_jax."""
+
+    def __post_init__(self) -> None:
+        require(self.sequence_length >= 2, f"data.sequence_length is {self.sequence_length}; it must be at least 2.")
+        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
+        )
+        require(bool(self.source), "data.source is empty; use 'shakespeare', 'tfds:<name>' or a path.")
+        require(
+            self.tokenizer == "byte" or self.tokenizer.startswith("bpe:"),
+            f"data.tokenizer is {self.tokenizer!r}; it must be 'byte' or 'bpe:<tokenizer.json>'.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule (mHC Table 5 defaults where they do not depend on size)."""
+
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    """`constant`, `cosine` (to final_fraction), `step` (x0.316 at 80 %, x0.1 at 90 %), `wsd` (linear decay over the last 20 %)."""
+    warmup_steps: int = 20
+    final_fraction: float = 0.1
+    """Learning rate at the end of `cosine` and `wsd`, as a share of the peak."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-20
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    accumulation_steps: int = 1
+    connection_lr_multiplier: float = 1.0
+    """Learning rate of the connections' own parameters, relative to the rest."""
+    decay_static: bool = False
+    """Weight decay on the static parts of connections too; the papers do not."""
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative.")
+        require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1].")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1).")
+        require(self.grad_clip >= 0, f"optimizer.grad_clip is {self.grad_clip}; use 0 to switch clipping off.")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
+        require(
+            self.accumulation_steps >= 1,
+            f"optimizer.accumulation_steps is {self.accumulation_steps}; it must be at least 1.",
+        )
+        require(
+            self.connection_lr_multiplier >= 0,
+            f"optimizer.connection_lr_multiplier is {self.connection_lr_multiplier}; it must not be negative.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how often, where."""
+
+    steps: int = 200
+    seed: int = 0
+    """Of parameters; branches get the same values whatever the connection."""
+    log_every: int = 10
+    validate_every: int = 50
+    """0: only at the end."""
+    validation_batches: int = 8
+    checkpoint_every: int = 100
+    """0: only at the end."""
+    keep_checkpoints: int = 2
+    diagnostics_every: int = 50
+    """0: off; the ordinary train step is the same program either way."""
+    diagnostics_tokens: int = 64
+    """Tokens sampled from one sequence for per-token gains."""
+    spike_window: int = 50
+    """Steps of the rolling median that a loss spike is measured against."""
+    spike_threshold: float = 0.5
+    """Nats above the rolling median that count as a spike."""
+    divergence_loss: float = 0.0
+    """Stop when the loss exceeds this many nats; 0: only NaN and infinity stop a run."""
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "keep_checkpoints", "validation_batches", "diagnostics_tokens", "spike_window"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name} is {value}; it must be at least 1.")
+        for name in ("validate_every", "checkpoint_every", "diagnostics_every", "divergence_loss"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name} is {value}; it must not be negative.")
+        require(self.spike_threshold > 0, f"train.spike_threshold is {self.spike_threshold}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.data.batch_size % self.optimizer.accumulation_steps == 0,
+            f"data.batch_size is {self.data.batch_size}, which optimizer.accumulation_steps "
+            f"{self.optimizer.accumulation_steps} does not divide.",
+        )
+        require(
+            self.optimizer.warmup_steps <= self.train.steps,
+            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
+        )
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Nested dict of plain values, every leaf present; tuples become lists as JSON has them."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            out = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {"kind": value.kind, **out} if isinstance(value, ConnectionConfig) else out
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
+    """Build an `ExperimentConfig` from the nested mapping of a config file or a run folder's config.json.
+
+    Raises:
+      InputError: an unknown key (with the nearest known one), a value of the wrong type, or a value a dataclass refuses.
+    """
+    return _build(ExperimentConfig, mapping, "config")
+
+
+def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
+    if cls is ConnectionConfig:
+        mapping = dict(mapping)
+        cls = connections.config_class(mapping.pop("kind", "mhc"))
+    types = typing.get_type_hints(cls)
+    fields = {f.name: types[f.name] for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in mapping.items():
+        one_of(f"A key of {path}", key, fields)
+        values[key] = _convert(fields[key], value, f"{path}.{key}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, Mapping), f"{path} is {value!r}; it must be a mapping of settings.")
+        return _build(typing.cast(type, kind), value, path)
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        require(isinstance(items, (list, tuple)), f"{path} is {value!r}; it must be a list.")
+        return tuple(items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{path} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}.")
+    return value

@@ -1,0 +1,171 @@
+"""The connection contract.
+
+A connection replaces `x + F(x)`.  The decoder knows it only through this class:
+
+    expand(x[B,T,C]) -> streams                  collapse(streams, c) -> x[B,T,C]
+    coefficients(streams) -> c                   read(streams, c) -> h[B,T,C]
+    write(streams, c, y) -> streams              write_read(streams, c, y) -> (streams, c_next, h)
+
+`streams` is any pytree of arrays (the HC family: one flat `[B, T, n*C]` array, stream i in columns i C to (i + 1) C) and `c` any
+pytree.  One module instance belongs to one sub-layer l and owns that sub-layer's parameters; a further instance with
+`sublayer=None` owns the parameters of `expand` and `collapse`.
+
+The decoder runs a chain of boundaries: instance l+1 writes the output of sub-layer l with the coefficients that sub-layer l
+made, then computes its own and reads, so that one kernel can do all three in a single pass.  `start` gives the state before the
+first boundary: a pending write that changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from mhc_kernels import Coefficients, projection, read, split, write
+
+from mhc_jax.errors import one_of, require
+
+EXITS = ("sum", "mean", "head")
+
+
+@dataclass(frozen=True)
+class ConnectionConfig:
+    """Settings every kind has; each kind adds its own in a subclass."""
+
+    kind: ClassVar[str]
+
+    num_streams: int = 4
+    """n."""
+    exit: str = "sum"
+    """`sum` (HC), `mean`, or `head` (DeepSeek-V4: learned sigmoid weights)."""
+    disable: tuple[str, ...] = ()
+    """Components switched off, among pre (1/n), post (1) and res (identity): the component ablation of mHC Table 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_streams >= 1, f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream."
+        )
+        one_of("connection.exit", self.exit, EXITS)
+        for part in self.disable:
+            one_of("An entry of connection.disable", part, ("pre", "post", "res"))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Components that are learned."""
+        return tuple(p for p in ("pre", "post", "res") if p not in self.disable)
+
+
+class Connection(nn.Module):
+    """Base class: n flat streams read, mixed and written with token-wise coefficients.  A kind overrides what differs."""
+
+    config: Any
+    """The kind's config dataclass."""
+    width: int
+    """C."""
+    sublayer: int | Array | None = None
+    """l, counted from 0, attention and feed-forward separately; may be traced.  None: the instance of expand and collapse."""
+
+    config_class: ClassVar[type[ConnectionConfig]]
+    static_params: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that are not multiplied with the streams; they take no weight decay unless asked."""
+
+    def setup(self) -> None:
+        """Declare the parameters of the ends or of one sub-layer."""
+        if self.sublayer is None:
+            self.setup_ends()
+        else:
+            self.setup_sublayer()
+
+    def setup_ends(self) -> None:
+        """Parameters of `expand` and `collapse`: those of the exit `head`, if chosen."""
+        if self.config.exit == "head":
+            n, C = self.config.num_streams, self.width
+            self.head_phi = self.param("head_phi", nn.initializers.zeros, (n * C, n))
+            self.head_bias = self.param("head_bias", nn.initializers.zeros, (n,))
+            self.head_alpha = self.param("head_alpha", nn.initializers.constant(0.01), (1,))
+
+    def setup_sublayer(self) -> None:
+        """Parameters of one sub-layer's coefficients."""
+
+    def expand(self, x: Float[Array, "B T C"]) -> Any:
+        """Enter: every stream starts as a copy of the embedding."""
+        return jnp.tile(x, self.config.num_streams)
+
+    def collapse(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
+        """Leave: sum, mean or learned sigmoid weights of the streams, in float32 and back to the dtype of the streams.
+
+        Args:
+          streams: after the last write.
+          c: coefficients of the last sub-layer.
+        """
+        n = self.config.num_streams
+        if n == 1 and self.config.exit != "head":
+            return streams
+        if self.config.exit == "head":
+            weights = head_weights(streams, self.head_phi, self.head_alpha, self.head_bias, **self.head_options())
+            return read(streams, weights, n)
+        total = sum(s.astype(jnp.float32) for s in split(streams, n))
+        return (total / n if self.config.exit == "mean" else total).astype(streams.dtype)
+
+    def head_options(self) -> dict[str, float]:
+        """Epsilons of the exit head."""
+        return {"eps_norm": 1e-20, "eps": 0.0}
+
+    def start(self, x: Float[Array, "B T C"]) -> tuple[Any, Any]:
+        """State before the first boundary: (streams, c) such that writing y = 0 leaves the streams as they are."""
+        streams = self.expand(x)
+        dense = self.dense(Coefficients(None, None, None), x)
+        parts = self.config.parts
+        return streams, Coefficients(**{p: getattr(dense, p) if p in parts else None for p in Coefficients._fields})
+
+    def coefficients(self, streams: Any) -> Any:
+        """Coefficients of this sub-layer from the streams that enter it."""
+        raise NotImplementedError
+
+    def read(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
+        """h = H_pre x."""
+        return read(streams, c.pre, self.config.num_streams)
+
+    def write(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> Any:
+        """x' = H_res x + H_post^T y."""
+        return write(streams, y, c.post, c.res, self.config.num_streams)
+
+    def write_read(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> tuple[Any, Any, Float[Array, "B T C"]]:
+        """The boundary: write with the previous sub-layer's `c` and output, then this sub-layer's coefficients and read."""
+        streams = self.write(streams, c, y)
+        c = self.coefficients(streams)
+        return streams, c, self.read(streams, c)
+
+    def dense(self, c: Any, like: Float[Array, "B T nC"]) -> Coefficients:
+        """Coefficients with disabled components written out, for diagnostics."""
+        n, tokens = self.config.num_streams, like.shape[:-1]
+        ones = jnp.ones((n, *tokens), jnp.float32)
+        identity = jnp.broadcast_to(jnp.eye(n)[(..., *(None,) * len(tokens))], (n, n, *tokens))
+        return Coefficients(
+            pre=ones / n if c.pre is None else c.pre,
+            post=ones if c.post is None else c.post,
+            res=identity if c.res is None else c.res,
+        )
+
+
+def head_weights(
+    x: Float[Array, "*tokens nC"],
+    phi: Float[Array, "nC n"],
+    alpha: Float[Array, " 1"],
+    bias: Float[Array, " n"],
+    eps_norm: float,
+    eps: float,
+) -> Float[Array, "n *tokens"]:
+    """Exit `head` of DeepSeek-V4: sigmoid(alpha RMSNorm(vec x) phi + b) + eps, one weight a stream, float32."""
+    z = projection(x, phi, eps_norm)
+    return jax.nn.sigmoid(alpha[0] * z + bias[(slice(None), *(None,) * (z.ndim - 1))]) + eps
+
+
+def home_stream(sublayer: int | Array, num_streams: int) -> Array:
+    """e_{l mod n}: float32 one-hot [n] of the stream that sub-layer l calls home."""
+    return (jnp.arange(num_streams) == sublayer % num_streams).astype(jnp.float32)
+
+

@@ -1,0 +1,44 @@
+"""The residual connection: x' = x + F(x).  One stream, no coefficients, no parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Array, Float
+from mhc_kernels import Coefficients
+
+from mhc_jax.connections.base import Connection, ConnectionConfig
+from mhc_jax.errors import require
+
+
+@dataclass(frozen=True)
+class ResidualConfig(ConnectionConfig):
+    """n = 1, everything disabled: pre 1, post 1, res 1."""
+
+    kind: ClassVar[str] = "residual"
+
+    num_streams: int = 1
+    disable: tuple[str, ...] = ("pre", "post", "res")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.num_streams == 1,
+            f"connection.num_streams is {self.num_streams}; `residual` has one stream: use `hc` or `mhc` for more.",
+        )
+        require(self.exit != "head", "connection.exit is 'head'; `residual` has one stream and nothing to weigh: use 'sum'.")
+        require(
+            set(self.disable) == {"pre", "post", "res"},
+            f"connection.disable is {self.disable}; `residual` learns no component, leave it at its default.",
+        )
+
+
+class Residual(Connection):
+    """x' = x + F(x)."""
+
+    config_class = ResidualConfig
+
+    def coefficients(self, streams: Float[Array, "B T C"]) -> Coefficients:
+        """None of them."""
+        return Coefficients(None, None, None)

@@ -1,0 +1,80 @@
+"""What a program costs, counted from its jaxpr and from the compiler: parameters, FLOPs, memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from mhc_jax.optim import CONNECTION, path_of
+
+# One operation per output element; comparisons, selects, copies and reshapes are free.
+_ELEMENTWISE = frozenset(
+    "add sub mul div neg exp log log1p tanh logistic sqrt rsqrt max min integer_pow pow sin cos add_any cumsum square".split()
+)
+_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min argmax".split())
+
+
+def parameter_counts(params: Any) -> tuple[int, int]:
+    """(all parameters, those that belong to connections)."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    total = sum(math.prod(leaf.shape) for _, leaf in leaves)
+    own = sum(math.prod(leaf.shape) for path, leaf in leaves if re.search(CONNECTION, path_of(path)))
+    return total, own
+
+
+def flops(function: Callable[..., Any], *args: Any) -> float:
+    """Floating-point operations of one call, from its jaxpr: 2 m n k for a product, 1 an element for arithmetic; loops times length.
+
+    Args:
+      function: traceable.
+      *args: arrays or `jax.ShapeDtypeStruct`.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            contracted, _ = params["dimension_numbers"][0]
+            k = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+            total += 2.0 * k * math.prod(eqn.outvars[0].aval.shape)
+        elif name in _ELEMENTWISE:
+            total += math.prod(eqn.outvars[0].aval.shape)
+        elif name in _REDUCTIONS:
+            total += math.prod(eqn.invars[0].aval.shape)
+        else:
+            times = params.get("length", 1) if name == "scan" else 1
+            inner = [p for p in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(p)]
+            if name == "cond":
+                total += max(_count(_open(p)) for p in inner)
+            else:
+                total += times * sum(_count(_open(p)) for p in inner)
+    return total
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _open(value: Any) -> core.Jaxpr:
+    return value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+
+
+def compiled_memory(compiled: Any) -> int | None:
+    """Bytes a compiled step needs at its peak: arguments, outputs that do not reuse them, and temporaries."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return int(
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )

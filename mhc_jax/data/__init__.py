@@ -1,0 +1,27 @@
+"""Text, tokenizers and batches.  Only this package imports tensorflow_datasets or grain."""
+
+from mhc_jax.data.cache import cache_folder
+from mhc_jax.data.files import Document
+from mhc_jax.data.pipeline import Batch, Data, load_data
+from mhc_jax.data.sources import documents
+from mhc_jax.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+__all__ = [
+    "BPETokenizer",
+    "Batch",
+    "ByteTokenizer",
+    "Data",
+    "Document",
+    "Tokenizer",
+    "cache_folder",
+    "documents",
+    "load_data",
+    "load_tokenizer",
+    "train_bpe",
+]

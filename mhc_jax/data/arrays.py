@@ -1,0 +1,148 @@
+"""Pre-tokenized text: a memory-mapped array of ids for each source, split and tokenizer.
+
+Every document is followed by the end-of-document token.  Next to `<key>.npy` stands `<key>.json`
+with counts and a checksum; the key is a hash of everything the ids depend on, so nothing is ever
+invalidated by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from absl import logging
+
+from mhc_jax.data import sources
+from mhc_jax.data.files import Document
+from mhc_jax.data.tokenizers import Tokenizer, dtype
+from mhc_jax.errors import InputError
+
+FORMAT = 1
+"""Part of the key; raised when the same text would give other ids or another layout."""
+CHUNK = 1 << 22
+"""Characters handed to the tokenizer at once, bytes checked at once."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Size of a pre-tokenized split; bytes are UTF-8, tokens include one end per document."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TokenArray:
+    """Ids [counts.tokens], uint16 or uint32, memory mapped and read-only."""
+
+    tokens: np.ndarray
+    counts: Counts
+
+
+def token_array(
+    source: str, split: sources.Split, tokenizer: Tokenizer, *, cache: Path, fraction: float = 0.05
+) -> TokenArray:
+    """Return the ids of one split, from the cache if it holds them whole, else made anew.
+
+    Reading checks the CRC-32 of the file (about 2 GB/s).  Several processes may call
+    this at once: each writes under a name of its own and renames, and all write the same bytes.
+
+    Args:
+      source, split, fraction: as in `sources.documents`.
+      tokenizer: as from `tokenizers.load_tokenizer`.
+      cache: folder from `cache.cache_folder`.
+
+    Raises:
+      InputError: a source that cannot be read, or a cache that cannot be written.
+    """
+    parts = [FORMAT, sources.identity(source), split, fraction, tokenizer.fingerprint]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    folder = cache / "tokens"
+    if (ready := _load(folder / key)) is not None:
+        return ready
+    logging.info("Tokenizing %s (%s) into %s", source, split, folder / key)
+    documents = sources.documents(source, split, cache=cache, fraction=fraction)
+    try:
+        folder.mkdir(exist_ok=True)
+        _store(folder / key, documents, tokenizer)
+    except OSError as error:
+        raise InputError(
+            f"Tokenized text cannot be written to {folder}: {error.strerror or error}."
+        ) from error
+    made = _load(folder / key)
+    if made is None:
+        raise InputError(f"{folder / key}.npy was damaged while it was written; check the disk.")
+    return made
+
+
+def _load(stem: Path) -> TokenArray | None:
+    path = stem.with_suffix(".npy")
+    try:
+        meta = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+        counts = Counts(meta["documents"], meta["tokens"], meta["bytes"])
+        if _crc32(path) != meta["crc32"]:
+            return None
+        return TokenArray(np.load(path, mmap_mode="r"), counts)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=f".{stem.name}.") as folder:
+        array, meta = Path(folder) / "array", Path(folder) / "meta"
+        with array.open("wb") as file:
+            counts = _write(file, documents, tokenizer)
+        record = {**asdict(counts), "crc32": _crc32(array)}
+        meta.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(array, stem.with_suffix(".npy"))
+        os.replace(meta, stem.with_suffix(".json"))
+
+
+def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) -> Counts:
+    kind = dtype(tokenizer)
+    end = np.array([tokenizer.end_of_document], kind)
+    number, tokens, size = 0, 0, 0
+    _write_header(file, kind, tokens)
+    for texts in _chunks(documents):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            file.write(ids.tobytes() + end.tobytes())
+            number, tokens, size = number + 1, tokens + len(ids) + 1, size + len(text.encode())
+    file.seek(0)
+    _write_header(file, kind, tokens)
+    return Counts(number, tokens, size)
+
+
+def _write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
+    """Write the .npy header; NumPy pads it for 21 digits, so a rewrite does not move the data."""
+    header = {"descr": kind.str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[str]]:
+    texts: list[str] = []
+    size = 0
+    for document in documents:
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= CHUNK:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

@@ -1,0 +1,202 @@
+r"""Documents in local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet.
+
+JSON lines are split at `\n` alone: other Unicode line separators may occur inside a text.
+Compressed files are read through pyarrow, which, unlike the `zstandard` package, refuses a file
+that ends in the middle of a frame.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhc_jax.errors import InputError, require
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+ALLOWED = "a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
+BLOCK = 8192
+"""Characters after which a block of a lone .txt file ends at the next blank line."""
+
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
+_LINE_END = re.compile(r"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text that is shuffled and split as one."""
+
+    id: str
+    text: str
+
+
+def expand(source: str) -> list[Path]:
+    """Return the files a path or glob names, sorted (`**`: folders at any depth; `~`: home).
+
+    Raises:
+      InputError: no such file, no match, a folder, or a suffix outside `SUFFIXES`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise InputError(f"{source!r} is a folder; give a glob such as '{path}/*.jsonl'.")
+    if path.exists():
+        files = [path]
+    elif glob.has_magic(source):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in files if file.is_file()]
+        require(bool(files), f"The glob {source!r} matches no file; give {ALLOWED}.")
+    else:
+        raise InputError(
+            f"There is no file {source!r}; give 'shakespeare', 'tfds:<name>', or {ALLOWED}."
+        )
+    for file in files:
+        require(
+            file.name.endswith(SUFFIXES),
+            f"{file} is not a kind of text file that is read here; give {ALLOWED}.",
+        )
+    return files
+
+
+def read_files(files: Sequence[Path]) -> Iterator[Document]:
+    """Yield the documents of `files` in order; those without a visible character are skipped.
+
+    Each .txt file is a document, but a lone one is cut into blocks (`text_blocks`), so that some
+    can be held out. JSON lines and parquet rows hold the text under `text` and, if they like, a
+    string under `id`.
+
+    Raises:
+      InputError: a file that is empty, damaged or unreadable, with the place of the first fault.
+    """
+    for file in files:
+        found = False
+        try:
+            for document in _read(file, alone=len(files) == 1):
+                if document.text.strip():
+                    found = True
+                    yield document
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+        require(found, f"{file} is empty: it holds no text; remove it or give another file.")
+
+
+def text_blocks(text: str) -> Iterator[str]:
+    """Cut `text` at the first blank line after `BLOCK` characters, or line end after twice that.
+
+    The blocks joined give `text` again.
+    """
+    start = 0
+    while start < len(text):
+        end = len(text)
+        blank = _BLANK_LINE.search(text, start + BLOCK, start + 2 * BLOCK)
+        if cut := blank or _LINE_END.search(text, start + 2 * BLOCK):
+            end = cut.end()
+        yield text[start:end]
+        start = end
+
+
+def _read(file: Path, alone: bool) -> Iterator[Document]:
+    if file.suffix == ".parquet":
+        return _read_parquet(file)
+    return _read_text(file, alone) if file.suffix == ".txt" else _read_jsonl(file)
+
+
+def _read_text(file: Path, alone: bool) -> Iterator[Document]:
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(file, line, error.start) from error
+    if not alone:
+        yield Document(file.as_posix(), text)
+        return
+    for index, block in enumerate(text_blocks(text)):
+        yield Document(f"{file.as_posix()}:{index}", block)
+
+
+def _read_jsonl(file: Path) -> Iterator[Document]:
+    import pyarrow as pa  # 0.1 s
+
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
+    offset = 0
+    with (
+        pa.input_stream(str(file), compression=compression) as raw,
+        io.BufferedReader(raw, 1 << 20) as stream,
+    ):
+        for number, line in enumerate(stream, 1):
+            document = _parse(file, number, offset, line)
+            offset += len(line)
+            if document is not None:
+                yield document
+
+
+def _parse(file: Path, number: int, offset: int, line: bytes) -> Document | None:
+    try:
+        decoded = line.decode("utf-8").removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, number, offset + error.start) from error
+    if not decoded:
+        return None
+    try:
+        record = json.loads(decoded)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{file}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
+            f'each line must be an object such as {{"text": "..."}}.'
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{file}, line {number}: a JSON {type(record).__name__}; "
+            f'each line must be an object such as {{"text": "..."}}.'
+        )
+    return _document(file, f"line {number}", record, number)
+
+
+def _document(file: Path, place: str, record: dict[str, Any], number: int) -> Document:
+    text = record.get("text")
+    if not isinstance(text, str):
+        held = f"'text' is a {type(text).__name__}" if "text" in record else "there is no 'text'"
+        raise InputError(f"{file}, {place}: {held}; every record needs a string under 'text'.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{file}, {place}: character {error.start} of 'text' is half of a surrogate pair, "
+            f"which is not valid Unicode; repair or remove it."
+        ) from error
+    name = record.get("id")
+    return Document(name if isinstance(name, str) else f"{file.as_posix()}:{number}", text)
+
+
+def _read_parquet(file: Path) -> Iterator[Document]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            require(
+                "text" in names,
+                f"{file} has no column 'text' (its columns: {', '.join(map(repr, names))}); "
+                f"rename the column that holds the text.",
+            )
+            columns = [name for name in ("id", "text") if name in names]
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _document(file, f"row {number}", record, number)
+    except pa.ArrowException as error:
+        raise InputError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _not_utf8(file: Path, line: int, offset: int) -> InputError:
+    return InputError(
+        f"{file}, line {line}: byte {offset} is not UTF-8; convert the file to UTF-8 first "
+        f"(for example with iconv)."
+    )

@@ -1,0 +1,185 @@
+"""From the name of a source to its documents.
+
+    shakespeare              the embedded corpus
+    tfds:<name>[/<config>]   a named TensorFlow Datasets set that is already prepared on this
+    machine <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files
+
+tensorflow_datasets is imported only when a source needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mhc_jax.data import files
+from mhc_jax.data.files import Document
+from mhc_jax.errors import InputError, require
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+Split = Literal["train", "validation"]
+SHAKESPEARE = "shakespeare"
+TFDS = "tfds:"
+
+
+def documents(
+    source: str, split: Split, *, cache: Path, fraction: float = 0.05
+) -> Iterator[Document]:
+    """Yield the documents of one split of `source`, always in the same order.
+
+    Held out is the `validation` split of a named set, else its `test` split; a source without
+    either gives up about `fraction` of its documents (`set_apart`).  With `fraction=0` nothing is
+    given up: both splits of such a source are all of it.
+
+    Args:
+      source: see the module's docstring.
+      split: `train` or `validation`.
+      cache: folder for prepared data (`cache.cache_folder`).
+      fraction: share of documents in `validation`, in [0, 1).
+
+    Raises:
+      InputError: the source does not exist, is not prepared, or cannot be read.
+    """
+    if source == SHAKESPEARE:
+        from mhc_jax.data import shakespeare
+
+        return (Document(name, text) for name, text in shakespeare.read(split, cache))
+    if source.startswith(TFDS):
+        return _named_documents(source, split, fraction)
+    found = files.read_files(files.expand(source))
+    return set_apart(found, split, fraction) if fraction else found
+
+
+def identity(source: str) -> list[Any]:
+    """Return what the documents of `source` depend on, as JSON values for a cache key.
+
+    A local file counts by path, size and modification time, the embedded corpus by its hash, a
+    named set by its folder and the contents of its dataset_info.json.
+    """
+    if source == SHAKESPEARE:
+        from mhc_jax.data import shakespeare
+
+        return [SHAKESPEARE, shakespeare.identity()]
+    if source.startswith(TFDS):
+        folder = Path(_named_builder(source).data_path)
+        info = (folder / "dataset_info.json").read_bytes()
+        return [str(folder), hashlib.sha256(info).hexdigest()]
+    stats = [(str(file.resolve()), file.stat()) for file in files.expand(source)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def check_disjoint(source: str, validation_source: str) -> None:
+    """Raise `InputError` if a local file is in both sources."""
+    if any(name == SHAKESPEARE or name.startswith(TFDS) for name in (source, validation_source)):
+        return
+    train = {file.resolve() for file in files.expand(source)}
+    shared = sorted(file for file in files.expand(validation_source) if file.resolve() in train)
+    require(
+        not shared,
+        f"{shared[0] if shared else ''} is in data.source and in data.validation_source; name "
+        f"different files, or leave data.validation_source empty to set documents of data.source "
+        f"apart.",
+    )
+
+
+def position(text: str) -> float:
+    """Return the place of a text in [0, 1): the first 64 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def set_apart(found: Iterable[Document], split: Split, fraction: float) -> Iterator[Document]:
+    """Yield the share of documents that belongs to `split`, by the hash of the text.
+
+    `validation` gets the documents whose `position` is below `fraction`; if there is none, those of
+    the smallest position.  Equal texts fall on the same side, whatever their ids; neither order nor
+    file format matters.  In `train` the documents of the smallest position move to the end while it
+    is not yet known where they belong.
+    """
+    spare: list[Document] = []
+    least, certain = 1.0, False
+    for document in found:
+        place = position(document.text)
+        if place < fraction:
+            certain = True
+            if split == "validation":
+                yield document
+        elif not certain and place <= least:
+            if place < least and split == "train":
+                yield from spare
+            spare = [*spare, document] if place == least else [document]
+            least = place
+        elif split == "train":
+            yield document
+    if certain == (split == "train"):
+        yield from spare
+
+
+def _named_documents(source: str, split: Split, fraction: float) -> Iterator[Document]:
+    builder = _named_builder(source)
+    key = _text_feature(source, builder)
+    own = next((name for name in ("validation", "test") if name in builder.info.splits), None)
+    require(
+        "train" in builder.info.splits,
+        f"{source!r} has no split 'train' (its splits: {', '.join(builder.info.splits)}); choose "
+        f"another set.",
+    )
+    part = own if own and split == "validation" else "train"
+    found = _records(builder, part, key)
+    return set_apart(found, split, fraction) if own is None and fraction else found
+
+
+def _records(builder: tfds.core.DatasetBuilder, part: str, key: str) -> Iterator[Document]:
+    data = builder.as_data_source(split=part)  # pyright: ignore[reportCallIssue]
+    for index in range(len(data)):
+        text = data[index][key]
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", errors="replace")
+        if text.strip():
+            yield Document(f"{part}:{index}", text)
+
+
+def _named_builder(source: str) -> tfds.core.DatasetBuilder:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants
+
+    name = source.removeprefix(TFDS)
+    unprepared = (
+        f"{source!r} is not prepared in {constants.DATA_DIR}, and nothing is downloaded "
+        f"unasked; where there is a network and TensorFlow (pip install 'mhc-jax[tf]') run `tfds "
+        f"build {name} --file_format=array_record` ($TFDS_DATA_DIR moves the folder), or give "
+        f"{files.ALLOWED}."
+    )
+    try:
+        builder = tfds.builder(name)
+    except (ValueError, ImportError) as error:
+        raise InputError(unprepared) from error
+    require((builder.data_path / "dataset_info.json").exists(), unprepared)
+    readable = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.PARQUET)
+    kind = builder.info.file_format
+    require(
+        kind in readable,
+        f"{source!r} is prepared as {kind.value if kind else 'unknown files'}, which has no "
+        f"random access; prepare it again with "
+        f"`tfds build {name} --file_format=array_record --overwrite`.",
+    )
+    return builder
+
+
+def _text_feature(source: str, builder: tfds.core.DatasetBuilder) -> str:
+    import tensorflow_datasets as tfds
+
+    declared = builder.info.features
+    features = dict(declared.items()) if isinstance(declared, tfds.features.FeaturesDict) else {}
+    texts = [name for name, kind in features.items() if isinstance(kind, tfds.features.Text)]
+    if "text" in texts:
+        return "text"
+    require(
+        len(texts) == 1,
+        f"{source!r} has {len(texts)} text features among {', '.join(map(repr, features))}; one "
+        f"is needed, or one called 'text'.",
+    )
+    return texts[0]

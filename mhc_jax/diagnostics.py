@@ -1,0 +1,140 @@
+"""Gains, marginals, entropy and stream similarity: pure functions over returned coefficients (mHC section 3.1, Figures 3 and 7).
+
+Conventions.  H_res is applied untransposed, x_out = H x_in, so the operator between sub-layers a and b is P = H_b ... H_a.
+
+    forward gain  = max_i |sum_j P_ij|   (largest absolute row sum: what a signal shared by all streams grows by on the way up)
+    backward gain = max_j |sum_i P_ij|   (largest absolute column sum: the same for gradients on the way down)
+
+as in mHC Figures 3 and 7.  The operator norms max_i sum_j |P_ij| and max_j sum_i |P_ij| bound every signal; they are equal to the
+gains for doubly stochastic matrices and larger for HC's signed ones, and are reported beside them (`*_norm`).  Gains are per
+token, then averaged; the product of token-averaged matrices (the paper's heat maps) is reported too (`composite_mean_*`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from mhc_kernels import split
+
+if TYPE_CHECKING:
+    from mhc_jax.connections import Connection
+
+
+def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T C"], count: int) -> dict[str, Array]:
+    """Raw material of one sub-layer at `count` evenly spaced tokens of the batch.
+
+    Returns float32: pre [S, n], post [S, n], res [S, n, n], stream_cosine [] (mean over pairs and tokens), stream_rms [n],
+    branch_rms [].
+    """
+    dense = link.dense(c, y)
+    tokens = y.shape[0] * y.shape[1]
+    picked = jnp.linspace(0, tokens - 1, min(count, tokens)).astype(jnp.int32)
+
+    def pick(a: Array, small: int) -> Array:
+        flat = a.reshape(*a.shape[:small], tokens)[..., picked]
+        return jnp.moveaxis(flat, -1, 0)
+
+    sampled = [s.reshape(tokens, -1)[picked].astype(jnp.float32) for s in split(streams, dense.pre.shape[0])]
+    return {
+        "pre": pick(dense.pre, 1),
+        "post": pick(dense.post, 1),
+        "res": pick(dense.res, 2),
+        "stream_cosine": stream_cosine(jnp.stack(sampled, 1)),
+        "stream_rms": jnp.stack([jnp.sqrt(jnp.mean(s**2)) for s in sampled]),
+        "branch_rms": jnp.sqrt(jnp.mean(y.astype(jnp.float32) ** 2)),
+    }
+
+
+def stream_cosine(x: Float[Array, "S n C"]) -> Float[Array, ""]:
+    """Cosine similarity, mean over pairs of different streams and over tokens; 1 for n = 1."""
+    n = x.shape[1]
+    if n == 1:
+        return jnp.ones(())
+    unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+    cosines = jnp.einsum("sic,sjc->sij", unit, unit, precision="highest")
+    return (jnp.sum(cosines, (1, 2)) - n).mean() / (n * (n - 1))
+
+
+def forward_gain(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+    """max_i |sum_j P_ij|."""
+    return jnp.max(jnp.abs(jnp.sum(P, -1)), -1)
+
+
+def backward_gain(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+    """max_j |sum_i P_ij|."""
+    return jnp.max(jnp.abs(jnp.sum(P, -2)), -1)
+
+
+def forward_norm(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+    """max_i sum_j |P_ij|, the infinity norm."""
+    return forward_gain(jnp.abs(P))
+
+
+def backward_norm(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+    """max_j sum_i |P_ij|, the 1-norm."""
+    return backward_gain(jnp.abs(P))
+
+
+def composites(H: Float[Array, "L *batch n n"]) -> tuple[Float[Array, "L *batch n n"], Float[Array, "L *batch n n"]]:
+    """(products H_l ... H_1 for every l, products H_L ... H_l for every l): the two profiles of mHC Figure 3."""
+    identity = jnp.broadcast_to(jnp.eye(H.shape[-1]), H.shape[1:])
+
+    def upward(P, h):
+        P = jnp.matmul(h, P, precision="highest")
+        return P, P
+
+    def downward(P, h):
+        P = jnp.matmul(P, h, precision="highest")
+        return P, P
+
+    return jax.lax.scan(upward, identity, H)[1], jax.lax.scan(downward, identity, H, reverse=True)[1]
+
+
+def row_entropy(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+    """Mean entropy of the rows of |P|, normalised to sum 1, over ln n: 0 for a permutation, 1 for the uniform matrix; 0 for n = 1."""
+    n = P.shape[-1]
+    if n == 1:
+        return jnp.zeros(P.shape[:-2])
+    p = jnp.abs(P) / jnp.maximum(jnp.sum(jnp.abs(P), -1, keepdims=True), 1e-30)
+    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), -1).mean(-1) / jnp.log(n)
+
+
+def summarize(collected: dict[str, Array]) -> dict[str, Array]:
+    """The record of one diagnostics step from `Decoder`'s collected arrays (L sub-layers, S tokens).
+
+    Returns arrays over depth, [L] unless said: single_forward, single_backward, composite_forward, composite_backward (means
+    over tokens), composite_forward_max, composite_backward_max (over tokens), composite_forward_norm, composite_backward_norm
+    (operator norms, means over tokens), composite_mean_forward, composite_mean_backward
+    (product of token means), row_error, column_error (max |sum - 1|), entropy, uniform_distance (Frobenius, composite up to l),
+    h_res [L, n, n], h_pre, h_post [L, n] (token means), stream_cosine, stream_rms [L, n], branch_rms.
+    """
+    H = collected["res"]
+    n = H.shape[-1]
+    up, down = composites(H)
+    mean = H.mean(1)
+    mean_up, mean_down = composites(mean)
+    return {
+        "single_forward": forward_gain(H).mean(1),
+        "single_backward": backward_gain(H).mean(1),
+        "composite_forward": forward_gain(up).mean(1),
+        "composite_backward": backward_gain(down).mean(1),
+        "composite_forward_max": forward_gain(up).max(1),
+        "composite_backward_max": backward_gain(down).max(1),
+        "composite_forward_norm": forward_norm(up).mean(1),
+        "composite_backward_norm": backward_norm(down).mean(1),
+        "composite_mean_forward": forward_gain(mean_up),
+        "composite_mean_backward": backward_gain(mean_down),
+        "row_error": jnp.abs(H.sum(-1) - 1).max((1, 2)),
+        "column_error": jnp.abs(H.sum(-2) - 1).max((1, 2)),
+        "entropy": row_entropy(H).mean(1),
+        "uniform_distance": jnp.linalg.norm(up - 1 / n, axis=(-2, -1)).mean(1),
+        "h_res": mean,
+        "h_pre": collected["pre"].mean(1),
+        "h_post": collected["post"].mean(1),
+        "stream_cosine": collected["stream_cosine"],
+        "stream_rms": collected["stream_rms"],
+        "branch_rms": collected["branch_rms"],
+    }

@@ -1,0 +1,29 @@
+"""The one exception for mistakes a person can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A wrong setting, file or folder, told in one sentence: what was given, what is allowed, what to do.
+
+    The scripts of `experiments/` print the sentence alone, without a traceback, and exit with status 2.
+    """
+
+
+def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
+    """Raise `InputError` unless `given` is among `allowed`; the message names the nearest match."""
+    allowed = list(allowed)
+    if given in allowed:
+        return
+    near = difflib.get_close_matches(str(given), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"{name} is {given!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise `InputError(sentence)` unless `condition` holds."""
+    if not condition:
+        raise InputError(sentence)

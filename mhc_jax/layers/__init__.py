@@ -1,0 +1,1 @@
+"""Branches and their parts; none of them knows what a connection is."""

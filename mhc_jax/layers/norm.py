@@ -1,0 +1,27 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: float) -> Float[Array, "*tokens C"]:
+    """x rsqrt(mean(x^2) + eps) weight; computed in float32, returned in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    v = x.astype(jnp.float32)
+    mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
+    return v * jax.lax.rsqrt(mean_square + eps)[..., None] * weight
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight that starts at 1."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
+        """Float32 result."""
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        return rms_norm(x, weight, self.eps)

@@ -1,0 +1,16 @@
+"""Rotary position embeddings (Su et al., arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rope(x: Float[Array, "B T H D"], theta: float) -> Float[Array, "B T H D"]:
+    """Rotate pairs (d, d + D/2) of each head by position times theta^(-2d/D); float32 inside, dtype of x outside."""
+    T, D = x.shape[1], x.shape[-1]
+    frequencies = theta ** (-jnp.arange(0, D, 2, dtype=jnp.float32) / D)
+    angles = jnp.arange(T, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

@@ -1,0 +1,369 @@
+"""The training loop: dispatch step N, then read the metrics of step N-1.
+
+A run folder holds config.json, env.json, metrics.jsonl, checkpoints/ and, when the run has ended, summary.json.  Starting the same
+configuration on the same folder goes on from the newest checkpoint; the losses that follow are bitwise those of a run that was
+never stopped (on CPU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mhc_jax import cost
+from mhc_jax.checkpoint import Checkpoints, differences
+from mhc_jax.config import ExperimentConfig, to_mapping
+from mhc_jax.connections import connection_module
+from mhc_jax.data import Data, load_data
+from mhc_jax.environment import environment
+from mhc_jax.errors import InputError
+from mhc_jax.metrics import MetricsWriter, SpikeDetector, plain
+from mhc_jax.optim import describe
+from mhc_jax.progress import RunProgress
+from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
+
+EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def open_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Create the run folder, or recognise one that this very configuration began.
+
+    Returns:
+      The summary if the run has already ended, else None.
+
+    Raises:
+      InputError: the folder cannot be written, holds something else, or a run of another configuration.
+    """
+    saved = folder / "config.json"
+    if saved.exists():
+        try:
+            changed = differences(json.loads(saved.read_text()), config)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{saved} is not readable JSON; use another run folder.") from error
+        if changed:
+            raise InputError(
+                f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
+                f"choose another folder, or the same configuration to go on with it."
+            )
+        summary = folder / "summary.json"
+        if summary.exists():
+            ended = json.loads(summary.read_text())
+            return ended if ended["status"] != "interrupted" else None
+        return None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot create {folder}: {error.strerror}; choose a folder you may write to.") from error
+    write_json(saved, config)
+    return None
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        self.signal = number
+        for each, previous in self._previous.items():
+            signal.signal(each, previous)
+
+    def __exit__(self, *_) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+
+def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
+    """The configuration with the tokenizer's vocabulary size written in.
+
+    Raises:
+      InputError: model.vocab_size is set and too small.
+    """
+    size = data.tokenizer.vocab_size
+    if config.model.vocab_size and config.model.vocab_size < size:
+        raise InputError(f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {size} tokens; use 0 or more.")
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or size)
+    )
+
+
+def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Data | None = None) -> dict[str, Any]:
+    """Train one model into a run folder, or go on with it.
+
+    Args:
+      config: what to train.
+      folder: the run folder.
+      label: shown with the progress.
+      data: loaded already, to share between the runs of a comparison.
+
+    Returns:
+      The summary that summary.json holds.
+
+    Raises:
+      InputError: anything a person can mend, before any compile where possible.
+    """
+    mapping = to_mapping(config)
+    ended = open_run_folder(folder, mapping)
+    if ended:
+        print(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.", flush=True)
+        return ended
+    data = load_data(config.data) if data is None else data
+    config = resolve_vocabulary(config, data)
+    checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
+    try:
+        return _Run(config, mapping, folder, label, data, checkpoints).run()
+    finally:
+        checkpoints.close()
+
+
+class _Run:
+    """State of one call of `train`."""
+
+    def __init__(self, config, mapping, folder, label, data, checkpoints):
+        self.config, self.mapping, self.folder, self.data = config, mapping, folder, data
+        self.label, self.checkpoints = label, checkpoints
+        self.clock = dict.fromkeys(("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s"), 0.0)
+        self.batches = data.train_iterator()
+        self.validation = data.validation_batches(config.train.validation_batches)
+        # One held-out sequence, the same at every diagnostics step and in every run of a comparison.
+        self.diagnostic_tokens = self.validation[0]["inputs"][:1]
+        self.step_times: list[float] = []
+        self.losses: list[float] = []
+        self.validation_loss: float | None = None
+        self.last_diagnostics: dict[str, Any] = {}
+        self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0}
+
+    def run(self) -> dict[str, Any]:
+        config, cfg, T = self.config, self.config.train, self.config.data.sequence_length
+        abstract = jax.eval_shape(lambda: init_state(self.config))
+        restored = self.checkpoints.restore_newest(abstract, to_mapping(self.config))
+        if restored:
+            self.state, loop, remarks = restored
+            self.batches.set_state(loop["data"])
+            self.clock, self.losses, self.gains = loop["clock"], loop["losses"], loop["gains"]
+            self.step_times, self.validation_loss = loop["step_times"], loop["validation_loss"]
+            self.last_diagnostics = loop["last_diagnostics"]
+        else:
+            loop, remarks = {"spikes": None}, []
+            self.state = jax.jit(lambda: init_state(self.config))()
+        self.done = int(self.state.step)
+        self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
+        self.example = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
+        self.tokens_per_step = config.data.batch_size * T
+        self.flops_per_token = cost.flops(make_train_step(config), abstract, self.example) / self.tokens_per_step
+        write_json(self.folder / "env.json", {**environment(), "data": self.data.summary()})
+        self.writer = MetricsWriter(self.folder, self.done, cfg.tensorboard, cfg.wandb, self.mapping)
+        try:
+            with RunProgress(self.label, cfg.steps, self.done) as self.progress, StopRequest() as stop:
+                for remark in remarks:
+                    self.progress.say(remark)
+                    self.writer.write("event", self.done, {"event": "checkpoint_skipped", "detail": remark})
+                if restored:
+                    self.progress.say(f"going on from the checkpoint of step {self.done}")
+                    self.writer.write("event", self.done, {"event": "resumed"})
+                status = self._steps(stop)
+        finally:
+            self.writer.close()
+            self.batches.close()
+        return self._summary(status)
+
+    def _compile(self, name: str, function, *args, **options):
+        self.progress.say(f"compiling the {name} step")
+        began = time.perf_counter()
+        compiled = jax.jit(function, **options).lower(*args).compile()
+        self.clock["compile_s"] += time.perf_counter() - began
+        return compiled
+
+    def _steps(self, stop: StopRequest) -> str:
+        cfg = self.config.train
+        step_fn = self._compile("train", make_train_step(self.config), self.state, self.example, donate_argnums=0)
+        self.compiled_bytes = cost.compiled_memory(step_fn)
+        eval_fn = self._compile("validation", make_eval_step(self.config), self.state.params, self.validation[0])
+        self._evaluate = lambda: [float(eval_fn(self.state.params, b)) for b in self.validation]
+        self._diagnose = None
+        if cfg.diagnostics_every:
+            args = (self.state.params, self.diagnostic_tokens)
+            self._diagnose = self._compile("diagnostics", make_diagnostics_step(self.config), *args)
+        if self.done == 0:
+            self.progress.say(describe(self.state.params, self.config.optimizer, connection_module(self.config.model.connection)))
+            self._diagnostics(0, None)
+
+        pending: tuple[int, dict] | None = None
+        self._mark = time.perf_counter()
+        while True:
+            more = self.done < cfg.steps and stop.signal is None
+            if more:
+                self.state, metrics = step_fn(self.state, next(self.batches))
+                self.done += 1
+                dispatched = (self.done, metrics)
+            if pending and not self._read(*pending):
+                return self._diverged(pending[0])
+            pending = dispatched if more else None
+            if not more:
+                break
+            if self._is_pause(self.done):
+                if not self._read(*pending):
+                    return self._diverged(pending[0])
+                metrics, pending = pending[1], None
+                self._pause(metrics)
+        if self.done < cfg.steps:
+            self.writer.write("event", self.done, {"event": "interrupted", "signal": int(stop.signal or 0)})
+            self._save("interrupted")
+            self.progress.say(f"stopped by signal {stop.signal} after step {self.done}; saved. Run the same command to go on.")
+            return "interrupted"
+        return "finished"
+
+    def _is_pause(self, step: int) -> bool:
+        cfg = self.config.train
+        everies = (cfg.validate_every, cfg.checkpoint_every, cfg.diagnostics_every)
+        return step == cfg.steps or any(every and step % every == 0 for every in everies)
+
+    def _pause(self, metrics: dict) -> None:
+        """Validation, diagnostics and checkpoint, once the metrics of the step are known to be finite."""
+        cfg, step = self.config.train, self.done
+        last = step == cfg.steps
+        if last or (cfg.validate_every and step % cfg.validate_every == 0):
+            began = time.perf_counter()
+            self.validation_loss = float(np.mean(self._evaluate()))
+            bits = self.validation_loss / math.log(2) / self.data.bytes_per_token
+            self.writer.write("validation", step, {"loss": self.validation_loss, "bits_per_byte": bits})
+            self.clock["validation_s"] += time.perf_counter() - began
+        if self._diagnose and (last or step % cfg.diagnostics_every == 0):
+            self._diagnostics(step, metrics)
+        if last or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
+            self._save("last" if last else "periodic")
+        self._mark = time.perf_counter()
+
+    def _diagnostics(self, step: int, metrics: dict | None) -> None:
+        if self._diagnose is None:
+            return
+        began = time.perf_counter()
+        record = plain(self._diagnose(self.state.params, self.diagnostic_tokens))
+        if metrics is not None:
+            record["grad_norm_per_layer"] = plain(metrics["grad_norm_per_layer"])
+        self.writer.write("diagnostics", step, record)
+        for side in ("forward", "backward"):
+            profile = [g for g in record[f"composite_{side}"] if g is not None]
+            key = f"max_composite_{side}"
+            self.gains[key] = max([self.gains[key], *profile])
+        self.last_diagnostics = {"step": step, "stream_cosine": float(np.mean(record["stream_cosine"]))}
+        self.clock["diagnostics_s"] += time.perf_counter() - began
+
+    def _read(self, step: int, metrics: dict) -> bool:
+        """Wait for a step's metrics and record them; False when the run has diverged."""
+        cfg = self.config.train
+        loss, norm, rate = (float(metrics[k]) for k in ("loss", "grad_norm", "learning_rate"))
+        now = time.perf_counter()
+        elapsed, self._mark = now - self._mark, now
+        self.clock["train_s"] += elapsed
+        self.step_times.append(elapsed)
+        tokens = self.tokens_per_step
+        bad = not math.isfinite(loss) or not math.isfinite(norm) or (cfg.divergence_loss and loss > cfg.divergence_loss)
+        if bad or step % cfg.log_every == 0 or step == cfg.steps:
+            clip = self.config.optimizer.grad_clip
+            self.losses = [*self.losses, loss][-10:]
+            self.writer.write(
+                "train",
+                step,
+                {
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "clipped": int(bool(clip) and norm > clip),
+                    "learning_rate": rate,
+                    "tokens": step * tokens,
+                    "step_time_s": elapsed,
+                    "tokens_per_s": tokens / elapsed,
+                },
+            )
+        if bad:
+            return False
+        if self.spikes.update(step, loss):
+            self.writer.write("event", step, {"event": "spike", "loss": loss, "median": self.spikes.median})
+        self.progress.update(step, loss, tokens / elapsed)
+        return True
+
+    def _diverged(self, step: int) -> str:
+        self.done = int(self.state.step)
+        self.first_nonfinite = step
+        self.writer.write("event", step, {"event": "diverged", "last_good_step": self.done})
+        self._save("diverged")
+        self.progress.say(f"diverged at step {step}; the state of step {self.done}, whose values are finite, is saved.")
+        return "diverged"
+
+    def _save(self, reason: str) -> None:
+        began = time.perf_counter()
+        loop = {
+            "data": self.batches.get_state(),
+            "spikes": self.spikes.state(),
+            "clock": self.clock,
+            "losses": self.losses,
+            "gains": self.gains,
+            "step_times": self.step_times[-200:],
+            "validation_loss": self.validation_loss,
+            "last_diagnostics": self.last_diagnostics,
+        }
+        self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config))
+        if reason != "periodic":
+            self.checkpoints.wait()
+        self.clock["checkpoint_s"] += time.perf_counter() - began
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        total, own = cost.parameter_counts(self.state.params)
+        stats = jax.devices()[0].memory_stats() or {}
+        finite = [x for x in self.losses if math.isfinite(x)]
+        bits = None if self.validation_loss is None else self.validation_loss / math.log(2) / self.data.bytes_per_token
+        summary = {
+            "status": status,
+            "steps": self.done,
+            "parameters": total,
+            "connection_parameters": own,
+            "flops_per_token": self.flops_per_token,
+            # The first steps after a start warm caches up.
+            "step_time_s": statistics.median(self.step_times[2:] or self.step_times or [math.nan]),
+            "peak_memory_bytes": stats.get("peak_bytes_in_use", self.compiled_bytes),
+            "train_loss": float(np.mean(finite)) if finite else None,
+            "validation_loss": self.validation_loss,
+            "bits_per_byte": bits,
+            **self.gains,
+            "final_stream_cosine": self.last_diagnostics.get("stream_cosine"),
+            "spikes": len(self.spikes.steps),
+            "spike_steps": self.spikes.steps,
+            "first_nonfinite_step": getattr(self, "first_nonfinite", None),
+            "wall_clock_s": sum(self.clock.values()),
+            **self.clock,
+        }
+        write_json(self.folder / "summary.json", summary)
+        return plain(summary)

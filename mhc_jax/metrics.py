@@ -1,0 +1,133 @@
+"""The record of a run: JSON lines, a loss-spike detector, and optional TensorBoard and wandb writers.
+
+`metrics.jsonl` holds one object a line with `kind` and `step` (updates done, counted from 1):
+
+    train        loss [nats/token], grad_norm (before clipping), clipped, learning_rate, tokens, step_time_s, tokens_per_s
+    validation   loss, bits_per_byte
+    diagnostics  `diagnostics.summarize` as lists, grad_norm_per_layer
+    event        event = spike | resumed | saved | diverged | interrupted | checkpoint_skipped, and details
+
+NaN and infinity are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhc_jax.errors import InputError
+
+
+def plain(value: Any) -> Any:
+    """Numbers and arrays as JSON has them; NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+class SpikeDetector:
+    """A step is a spike when its loss exceeds the median of the last `window` non-spike losses by `threshold` nats.
+
+    It starts to judge once `window` / 2 losses are seen; a run of spikes in consecutive steps counts once.
+    """
+
+    def __init__(self, window: int, threshold: float, state: dict[str, Any] | None = None):
+        self.window, self.threshold = window, threshold
+        state = state or {"recent": [], "steps": [], "last": -1}
+        self.recent = deque(state["recent"], maxlen=window)
+        self.steps: list[int] = list(state["steps"])
+        self.last: int = state["last"]
+
+    @property
+    def median(self) -> float:
+        """Of the losses in the window, in nats."""
+        return statistics.median(self.recent)
+
+    def update(self, step: int, loss: float) -> bool:
+        """True when a new spike begins at this step."""
+        if len(self.recent) >= max(self.window // 2, 2) and loss > self.median + self.threshold:
+            begins = step != self.last + 1
+            self.last = step
+            if begins:
+                self.steps.append(step)
+            return begins
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable, for checkpoints."""
+        return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` (and TensorBoard, wandb); every line is on disk when `write` returns."""
+
+    def __init__(self, folder: Path, keep_until: int, tensorboard: bool = False, wandb: bool = False, config: Any = None):
+        """Continue the file of a resumed run: lines of steps after `keep_until` are dropped, as is a half-written last line."""
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if record["step"] <= keep_until:
+                    kept.append(line + "\n")
+        replacement = self.path.with_suffix(".tmp")
+        self._guard(lambda: replacement.write_text("".join(kept)))
+        replacement.replace(self.path)
+        self._file = self.path.open("a")
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise InputError("train.tensorboard is on, but tensorboardX is missing: pip install 'mhc-jax[tensorboard]'.") from error
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
+        if wandb:
+            try:
+                import wandb as wandb_module
+            except ImportError as error:
+                raise InputError("train.wandb is on, but wandb is missing: pip install 'mhc-jax[wandb]'.") from error
+            self._wandb = wandb_module.init(dir=str(folder), name=folder.name, config=config, resume="allow", id=folder.name)
+
+    def _guard(self, action):
+        try:
+            return action()
+        except OSError as error:
+            raise InputError(
+                f"Cannot write {self.path}: {error.strerror}. What is on disk stays; make room and run the same command again."
+            ) from error
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one record."""
+        record = {"kind": kind, "step": step, **plain(values)}
+        self._guard(lambda: (self._file.write(json.dumps(record) + "\n"), self._file.flush()))
+        scalars = {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, float | int) and k != "step"}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flush and close every writer."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()

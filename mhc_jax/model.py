@@ -1,0 +1,113 @@
+"""The one decoder: embed -> expand -> L x (boundary, branch) -> collapse -> logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Connection, connection_module
+from mhc_jax.diagnostics import sample_sublayer
+from mhc_jax.layers.attention import Attention
+from mhc_jax.layers.mlp import SwiGLU
+from mhc_jax.layers.norm import RMSNorm
+
+
+def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> Connection:
+    """Connection instance of sub-layer l, or of the ends (`sublayer=None`)."""
+    return connection_module(config.connection)(config.connection, config.width, sublayer, name=name)
+
+
+def branches(config: ModelConfig) -> dict[str, nn.Module]:
+    """Sub-layers of one block by name, in order.  Each is F(h) -> (y, aux) and holds its own pre-norm."""
+    dtype = jnp.dtype(config.compute_dtype)
+    # The sum over L sub-layers keeps the variance of one at depth L (GPT-2's rule).
+    output_scale = 1 / math.sqrt(config.num_sublayers)
+    return {
+        "attention": Attention(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.rope_theta,
+            config.norm_eps,
+            output_scale,
+            dtype,
+            name="attention",
+        ),
+        "mlp": SwiGLU(config.mlp_width, config.norm_eps, output_scale, dtype, name="mlp"),
+    }
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a boundary.  The carry holds the write that is still pending."""
+
+    config: ModelConfig
+    sample: int
+
+    @nn.compact
+    def __call__(self, carry: tuple[Any, Any, Array], layer: Int[Array, ""]) -> tuple[tuple[Any, Any, Array], dict[str, Any]]:
+        """(streams, c, y), layer index -> the same after this block, diagnostics of its sub-layers ({} when off)."""
+        streams, c, y = carry
+        collected = []
+        named = branches(self.config)
+        for k, (name, branch) in enumerate(named.items()):
+            link = connection(self.config, len(named) * layer + k, f"{name}_connection")
+            streams, c, h = link.write_read(streams, c, y)
+            y, aux = branch(h)
+            if self.sample:
+                collected.append({**sample_sublayer(link, streams, c, y, self.sample), **aux})
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected) if collected else {}
+        return (streams, c, y), stacked
+
+
+class Decoder(nn.Module):
+    """Causal language model; the connection is the only part that differs between the runs of a comparison."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], sample: int = 0
+    ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+        """Float32 logits of the next token, and diagnostics.
+
+        Args:
+          tokens: ids in [0, vocab_size).
+          sample: tokens to collect diagnostics from; 0: none, and the program is the same as if diagnostics did not exist.
+
+        Returns:
+          logits, and a dict of arrays with sub-layers first ([2 num_layers, ...]; see `diagnostics.sample_sublayer`).
+        """
+        cfg = self.config
+        embedding = self.param("embedding", nn.initializers.normal(cfg.embedding_init_std), (cfg.vocab_size, cfg.width))
+        x = jnp.take(embedding, tokens, axis=0).astype(cfg.stream_dtype)
+        ends = connection(cfg, None, "ends")
+        streams, c = ends.start(x)
+        carry = (streams, c, jnp.zeros(x.shape, cfg.compute_dtype))
+
+        block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.num_layers,
+            unroll=cfg.unroll,
+        )(cfg, sample, name="layers")
+        (streams, c, y), collected = layers(carry, jnp.arange(cfg.num_layers))
+
+        x = ends.collapse(ends.write(streams, c, y), c)
+        x = RMSNorm(cfg.norm_eps, name="final_norm")(x).astype(cfg.compute_dtype)
+        if cfg.tied_embeddings:
+            unembedding = embedding.T
+        else:
+            unembedding = self.param("unembedding", nn.initializers.normal(0.02), (cfg.width, cfg.vocab_size))
+        logits = jnp.einsum(
+            "btc,cv->btv", x, unembedding.astype(cfg.compute_dtype), preferred_element_type=jnp.float32
+        )
+        # [blocks, sub-layers of a block, ...] -> [L, ...]
+        return logits, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), collected)

@@ -1,0 +1,121 @@
+"""One optimizer step, one validation step and one diagnostics step, as pure functions of (state, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mhc_jax import diagnostics
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.connections import connection_module
+from mhc_jax.model import Decoder
+from mhc_jax.optim import optimizer, schedule
+
+Batch = dict[str, Int[Array, "B T"]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds."""
+
+    step: Int[Array, ""]
+    """Optimizer updates done."""
+    params: Any
+    opt_state: Any
+
+
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, ""]:
+    """Mean negative log likelihood in nats per token, float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def init_state(config: ExperimentConfig) -> TrainState:
+    """Parameters from train.seed.  Branches get the same values under every connection: keys follow parameter paths."""
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    params = Decoder(config.model).init(jax.random.key(config.train.seed), tokens)["params"]
+    tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[Array, Any]]:
+    """(params, batch) -> (loss, gradient), averaged over optimizer.accumulation_steps slices of the batch."""
+    model = Decoder(config.model)
+
+    def loss_of(params, batch):
+        logits, _ = model.apply({"params": params}, batch["inputs"])
+        return cross_entropy(logits, batch["targets"])
+
+    value_and_grad = jax.value_and_grad(loss_of)
+    A = config.optimizer.accumulation_steps
+    if A == 1:
+        return value_and_grad
+
+    def accumulated(params, batch):
+        slices = jax.tree.map(lambda a: a.reshape(A, a.shape[0] // A, *a.shape[1:]), batch)
+
+        def add(total, one):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, slices)
+        return jax.tree.map(lambda a: a / A, total)
+
+    return accumulated
+
+
+def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """(state, batch) -> (state, metrics): loss, grad_norm (before clipping), grad_norm_per_layer [L/2], learning_rate.
+
+    A step whose loss or gradient is not finite changes nothing, so that the state left behind stays usable.
+    """
+    tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
+    rate = schedule(config.optimizer, config.train.steps)
+    grad_of = gradients(config)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = grad_of(state.params, batch)
+        grad_norm = optax.tree.norm(grads)
+        per_layer = sum(jnp.sum(g**2, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads["layers"]))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "grad_norm_per_layer": jnp.sqrt(per_layer),
+            "learning_rate": rate(state.step - 1),
+        }
+        return state, metrics
+
+    return step
+
+
+def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
+    """(params, batch) -> mean loss in nats per token."""
+    model = Decoder(config.model)
+
+    def step(params, batch):
+        logits, _ = model.apply({"params": params}, batch["inputs"])
+        return cross_entropy(logits, batch["targets"])
+
+    return step
+
+
+def make_diagnostics_step(config: ExperimentConfig) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
+    """(params, tokens) -> `diagnostics.summarize`, from a forward pass of its own: the train step never pays for it."""
+    model = Decoder(config.model)
+
+    def step(params, tokens):
+        _, collected = model.apply({"params": params}, tokens, config.train.diagnostics_tokens)
+        return diagnostics.summarize(collected)
+
+    return step

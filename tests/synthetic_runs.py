@@ -1,0 +1,172 @@
+"""Run folders with made-up but plausible numbers, for tests of records, plots and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEPS = 200
+SUBLAYERS = 16
+LOSS_OFFSET = {"residual": 0.0, "hc": -0.06, "mhc": -0.03}
+"""Nats that the final losses lie from residual's."""
+
+
+def write_run(
+    root: Path,
+    name: str,
+    kind: str,
+    *,
+    seed: int = 0,
+    diverged_at: int | None = None,
+    equal_streams: bool = False,
+    spikes: tuple[int, ...] = (),
+    drop: tuple[str, ...] = (),
+    n: int = 4,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Write a run folder and return it; `drop`: keys to leave out of every line.
+
+    `settings` are added to the model section of the config.
+    """
+    folder = root / name
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng([seed, sum(map(ord, kind))])
+    config = {
+        "model": {"width": 64, "num_layers": SUBLAYERS // 2, "connection": {"kind": kind}},
+        "data": {"source": "shakespeare", "seed": seed},
+        "optimizer": {"learning_rate": 3e-3, "grad_clip": 1.0},
+        "train": {"steps": STEPS, "seed": seed},
+    }
+    if kind != "residual":
+        config["model"]["connection"] |= {"num_streams": n}
+    config["model"] |= settings or {}
+    lines: list[dict[str, Any]] = []
+    noise = np.random.default_rng(seed).normal(0, 0.05, STEPS)
+    for step in range(2, (diverged_at or STEPS) + 1, 2):
+        done = step / STEPS
+        loss = 1.6 + 3.9 * np.exp(-6 * done) + LOSS_OFFSET[kind] * done + noise[step - 1]
+        loss += 1.2 * (step in spikes)
+        norm = np.exp(rng.normal(0, 0.2)) * (0.6 + 2 * np.exp(-8 * done)) * (1 + 9 * (kind == "hc"))
+        lost = step == diverged_at
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": None if lost else loss,
+                "grad_norm": None if lost else norm,
+                "clipped": int(norm > 1),
+                "learning_rate": 3e-3 * (1 - done),
+                "tokens": step * 2048,
+                "step_time_s": 0.1,
+                "tokens_per_s": 20480.0,
+            }
+        )
+        if step in spikes:
+            lines.append({"kind": "event", "step": step, "event": "spike", "loss": loss})
+        if step % 50 == 0:
+            lines.append(
+                {
+                    "kind": "validation",
+                    "step": step,
+                    "loss": 1.7 + 3.9 * np.exp(-6 * done) + LOSS_OFFSET[kind] * done,
+                    "bits_per_byte": (1.7 + LOSS_OFFSET[kind]) / np.log(2),
+                }
+            )
+            lines.append(
+                _diagnostics(kind, step, 1 if kind == "residual" else n, equal_streams, rng)
+            )
+    if diverged_at:
+        lines.append({"kind": "event", "step": diverged_at, "event": "diverged"})
+    parameters = {"residual": 400_000, "hc": 403_000, "mhc": 410_000}[kind]
+    final = None if diverged_at else 1.7 + 3.9 * np.exp(-6) + LOSS_OFFSET[kind]
+    summary = {
+        "status": "diverged" if diverged_at else "finished",
+        "steps": diverged_at or STEPS,
+        "parameters": parameters,
+        "connection_parameters": parameters - 400_000,
+        "flops_per_token": 2.4e6 + parameters,
+        "step_time_s": {"residual": 0.1, "hc": 0.15, "mhc": 0.18}[kind],
+        "peak_memory_bytes": None if kind == "hc" else 512 * 2**20,
+        "train_loss": final,
+        "validation_loss": final,
+        "bits_per_byte": None if final is None else final / np.log(2),
+        "max_composite_forward": {"residual": 1.0, "hc": 38.25, "mhc": 1.0}[kind],
+        "max_composite_backward": {"residual": 1.0, "hc": 52.0, "mhc": 1.04}[kind],
+        "final_stream_cosine": None if kind == "residual" else (1.0 if equal_streams else 0.83),
+        "spikes": len(spikes),
+        "spike_steps": list(spikes),
+        "first_nonfinite_step": diverged_at,
+        "wall_clock_s": 25.0,
+    }
+    env = {
+        "date": "2026-01-02 03:04",
+        "command": f"python experiments/compare.py --seed {seed}",
+        "commit": "0123abc",
+        "dirty": False,
+        "device": "cpu",
+        "versions": {"jax": "0.10.2"},
+    }
+    kept = [{k: v for k, v in line.items() if k not in drop} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    for file, value in (("config", config), ("env", env), ("summary", summary)):
+        (folder / f"{file}.json").write_text(json.dumps(value))
+    return folder
+
+
+def _diagnostics(
+    kind: str, step: int, n: int, equal: bool, rng: np.random.Generator
+) -> dict[str, Any]:
+    S = SUBLAYERS
+    matrices = np.stack([np.eye(n)] * S)
+    if kind == "hc":
+        matrices = matrices + rng.normal(0, 0.1 * step / STEPS, (S, n, n))
+        matrices = matrices + 0.18 * step / STEPS * np.eye(n)
+    elif kind == "mhc":
+        matrices = np.exp(np.eye(n) * 4 + rng.normal(0, 0.8 * step / STEPS, (S, n, n)))
+        for _ in range(20):
+            matrices /= matrices.sum(1, keepdims=True)
+            matrices /= matrices.sum(2, keepdims=True)
+    forward, backward = [], []
+    product = np.eye(n)
+    for matrix in matrices:
+        product = matrix @ product
+        forward.append(product)
+    product = np.eye(n)
+    for matrix in matrices[::-1]:
+        product = product @ matrix
+        backward.insert(0, product)
+    absolute = np.abs(matrices)
+    rows = [np.abs(p).sum(1).max() for p in forward]
+    columns = [np.abs(p).sum(0).max() for p in backward]
+    home = np.arange(S) % n
+    pre = np.full((S, n), 0.05)
+    pre[np.arange(S), home] = 0.95
+    share = absolute / absolute.sum(2, keepdims=True)
+    entropy = -(share * np.log(share + 1e-30)).sum(2).mean(1)
+    depth = np.linspace(0, 1, S)
+    return {
+        "kind": "diagnostics",
+        "step": step,
+        "single_forward": absolute.sum(2).max(1).tolist(),
+        "single_backward": absolute.sum(1).max(1).tolist(),
+        "composite_forward": rows,
+        "composite_backward": columns,
+        "composite_forward_max": (np.asarray(rows) ** 1.2).tolist(),
+        "composite_backward_max": (np.asarray(columns) ** 1.2).tolist(),
+        "composite_mean_forward": rows,
+        "composite_mean_backward": columns,
+        "row_error": np.abs(matrices.sum(2) - 1).max(1).tolist(),
+        "column_error": np.abs(matrices.sum(1) - 1).max(1).tolist(),
+        "entropy": (entropy / np.log(n) if n > 1 else np.zeros(S)).tolist(),
+        "uniform_distance": [float(np.linalg.norm(p - 1 / n)) for p in forward],
+        "h_res": matrices.tolist(),
+        "h_pre": (np.ones((S, 1)) if n == 1 else pre).tolist(),
+        "h_post": (1 + 0.1 * rng.normal(size=(S, n))).tolist(),
+        "stream_cosine": (np.ones(S) if equal or n == 1 else 1 - 0.3 * depth).tolist(),
+        "stream_rms": (1 + 5 * depth[:, None] * rng.uniform(0.7, 1.3, (S, n))).tolist(),
+        "branch_rms": (0.5 + depth).tolist(),
+        "grad_norm_per_layer": (0.1 * np.exp(rng.normal(0, 0.2, S // 2))).tolist(),
+    }
