@@ -26,9 +26,7 @@ def limited(documents: Iterable[data.Document], megabytes: float) -> Iterator[st
 
 def main(arguments: list[str] | None = None) -> None:
     """Train on the training split, measure on the validation split."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="shakespeare", help="as data.source")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--output", required=True, help="JSON file to write")
@@ -44,9 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     cache = data.cache_folder(flags.cache_dir)
 
     def texts(split: Split) -> Iterator[str]:
-        documents = data.documents(
-            flags.source, split, cache=cache, fraction=flags.validation_fraction
-        )
+        documents = data.documents(flags.source, split, cache=cache, fraction=flags.validation_fraction)
         return limited(documents, flags.megabytes)
 
     tokenizer = data.train_bpe(texts("train"), flags.vocab_size, flags.output)
@@ -54,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     for text in texts("validation"):
         size += len(text.encode())
         tokens += len(tokenizer.encode(text))
-    measured = f"{size / tokens:.3f} bytes per token on {size} bytes of validation text"
     print(
-        f"{flags.output}: {tokenizer.vocab_size} entries, {measured if tokens else 'not measured'}"
+        f"{flags.output}: {tokenizer.vocab_size} entries, {size / tokens:.3f} bytes per token "
+        f"on {size} bytes of validation text"
     )
 
 

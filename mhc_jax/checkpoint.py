@@ -1,9 +1,8 @@
-"""Checkpoints: train state, data position, loop state and configuration, in one Orbax step folder that is whole or absent."""
+"""Checkpoints: train state, data position, loop state and configuration in one Orbax folder a step, whole or absent."""
 
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,9 @@ import orbax.checkpoint as ocp
 
 from mhc_jax.errors import InputError
 from mhc_jax.train_step import TrainState
+
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+"""What Orbax raises when the disk refuses: TensorStore's errors arrive as ValueError."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -31,16 +33,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 class Checkpoints:
     """The checkpoints of one run, `folder/checkpoints/<step>/`.
 
-    Saving is asynchronous: `save` returns once the arrays are copied to the host.  A step folder gets its final name only when it
-    is complete, so a kill leaves at most a temporary folder, which the next start removes.
+    Saving is asynchronous: `save` returns once the arrays are copied to the host.  A step folder gets its final name
+    only when it is complete, so a kill leaves at most a temporary folder, which the next start removes.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = (folder / "checkpoints").resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=keep, create=False, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
+        self._failed = False
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop", "config"))
         except OSError as error:
             raise InputError(f"Cannot use {self.folder} for checkpoints: {error.strerror or error}.") from error
@@ -73,7 +77,7 @@ class Checkpoints:
                     config=ocp.args.JsonSave(config),
                 ),
             )
-        except Exception as error:
+        except WRITE_ERRORS as error:
             raise self._failure(error) from error
 
     def wait(self) -> None:
@@ -84,17 +88,18 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
+        except WRITE_ERRORS as error:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> InputError:
         full = "no space left" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
-        reason = "the disk is full" if full else str(error).strip().splitlines()[0][:200]
+        reason = "the disk is full" if full else _reason(error)
+        self._failed = True
         steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
-        newest = f"step {max(steps)} is whole and will be used" if steps else "there is no earlier one"
+        kept = f"the checkpoint of step {max(steps)} is whole" if steps else "there is no earlier one"
         return InputError(
-            f"Could not save a checkpoint in {self.folder}: {reason}. Of the earlier checkpoints, {newest} when the run is started "
-            f"again; make room first."
+            f"Could not save a checkpoint in {self.folder}: {reason}; {kept}. {'Make room' if full else 'Mend that'} "
+            f"and run the same command again to go on."
         )
 
     def restore_newest(
@@ -110,9 +115,10 @@ class Checkpoints:
           (state, loop, remarks): the remarks name the broken checkpoints that were passed over and set aside.
 
         Raises:
-          InputError: the newest readable checkpoint belongs to another architecture, or none can be read though some exist.
+          InputError: the newest readable checkpoint belongs to another architecture, or none can be read though some
+            exist.
         """
-        remarks = []
+        broken: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
@@ -125,40 +131,80 @@ class Checkpoints:
                 out = self._manager.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore())
                 )
-                return out["state"], out["loop"], remarks
+                return out["state"], out["loop"], self._set_aside(broken)
             except InputError:
                 raise
             except Exception as error:
-                aside = self._set_aside(step)
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-                remarks.append(f"Checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one.")
-        if remarks:
-            raise InputError(f"No checkpoint in {self.folder} can be read: {' '.join(remarks)} Start in another run folder.")
+                broken[step] = _reason(error)
+        if broken:
+            listed = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
+            raise InputError(
+                f"No checkpoint in {self.folder} can be read ({listed}); restore one from a copy, or start in another "
+                f"run folder."
+            )
         return None
 
-    def _set_aside(self, step: int) -> Path:
-        aside = self.folder.parent / f"broken-checkpoint-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.move(self.folder / str(step), aside)
+    def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
+        """Move broken checkpoints out of the way of the steps that will be saved again; one remark each."""
+        remarks = []
+        for step, reason in broken.items():
+            aside = self.folder.parent / f"broken-checkpoint-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                shutil.move(self.folder / str(step), aside)
+            except OSError as error:
+                raise InputError(
+                    f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
+                ) from error
+            remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
         self._manager.reload()
-        return aside
+        return remarks
 
     def close(self) -> None:
-        """Wait for pending saves and release threads."""
-        self._manager.close()
+        """Wait for pending saves and release threads.
+
+        Raises:
+          InputError: a save failed, and neither `save` nor `wait` has said so.
+        """
+        try:
+            self._manager.close()
+        except WRITE_ERRORS as error:
+            if not self._failed:
+                raise self._failure(error) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def load_params(folder: Path) -> tuple[dict[str, Any], Any]:
     """(configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
 
+    The configuration is the one the checkpoint holds: model.vocab_size has the tokenizer's size where the run left it
+    at 0.
+
     Raises:
-      InputError: the folder holds no checkpoint.
+      InputError: the folder holds no checkpoint, or the newest cannot be read.
     """
     root = (folder / "checkpoints").resolve()
     steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
     if not steps:
-        raise InputError(f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/).")
-    config = json.loads((folder / "config.json").read_text())
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(root / str(steps[-1]) / "state")
-    return config, jax.tree.map(jax.numpy.asarray, state["params"])
+        raise InputError(
+            f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
+        )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    try:
+        with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
+            # The state was saved on the run's devices; it is wanted on one of ours.
+            saved = manager.item_metadata(steps[-1])["state"]
+            target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), saved)
+            wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target), config=ocp.args.JsonRestore())
+            out = manager.restore(steps[-1], args=wanted)
+    except Exception as error:
+        newest = root / str(steps[-1])
+        raise InputError(
+            f"The checkpoint {newest} cannot be read ({_reason(error)}); remove it to use an earlier one."
+        ) from error
+    return out["config"], out["state"]["params"]

@@ -38,6 +38,8 @@ class ModelConfig:
     norm_eps: float = 1e-20
     """Of every RMSNorm, as in mHC Table 5; larger values break step-0 equality at small embeddings."""
     embedding_init_std: float = 0.02
+    depth_scaled_init: bool = True
+    """Start output projections at 1/sqrt(L) of the others, so that the sum over depth has the variance of one branch (GPT-2)."""
     tied_embeddings: bool = False
     compute_dtype: str = "float32"
     """Of branches; parameters are float32, norms, softmax and coefficients compute in float32."""
@@ -91,7 +93,7 @@ class DataConfig:
     source: str = "shakespeare"
     """`shakespeare` (embedded), `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files."""
     validation_source: str = ""
-    """Held-out text in the same notation; empty: documents of `source` set apart by the hash of their id."""
+    """Held-out text in the same notation; empty: documents of `source` set apart by the hash of their text."""
     validation_fraction: float = 0.05
     """Share of documents set apart when `validation_source` is empty and the source has no validation split."""
     tokenizer: str = "byte"

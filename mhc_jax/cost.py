@@ -14,9 +14,12 @@ from mhc_jax.optim import CONNECTION, path_of
 
 # One operation per output element; comparisons, selects, copies and reshapes are free.
 _ELEMENTWISE = frozenset(
-    "add sub mul div neg exp log log1p tanh logistic sqrt rsqrt max min integer_pow pow sin cos add_any cumsum square".split()
+    (
+        *("add", "sub", "mul", "div", "neg", "max", "min", "add_any", "cumsum", "square", "integer_pow", "pow"),
+        *("exp", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "sin", "cos"),
+    )
 )
-_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min argmax".split())
+_REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "argmax"))
 
 
 def parameter_counts(params: Any) -> tuple[int, int]:
@@ -28,7 +31,10 @@ def parameter_counts(params: Any) -> tuple[int, int]:
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """Floating-point operations of one call, from its jaxpr: 2 m n k for a product, 1 an element for arithmetic; loops times length.
+    """Floating-point operations of one call: 2 m n k for a product, 1 an element for arithmetic; from its jaxpr.
+
+    The body of a scan counts once a turn, that of a Pallas kernel once a program of its grid; of a cond the dearer
+    branch; of a while loop, whose turns are not known, one turn.
 
     Args:
       function: traceable.
@@ -50,7 +56,11 @@ def _count(jaxpr: core.Jaxpr) -> float:
         elif name in _REDUCTIONS:
             total += math.prod(eqn.invars[0].aval.shape)
         else:
-            times = params.get("length", 1) if name == "scan" else 1
+            times = 1
+            if name == "scan":
+                times = params["length"]
+            elif name == "pallas_call":
+                times = math.prod(params["grid_mapping"].grid)
             inner = [p for p in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(p)]
             if name == "cond":
                 total += max(_count(_open(p)) for p in inner)

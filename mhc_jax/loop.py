@@ -1,16 +1,14 @@
 """The training loop: dispatch step N, then read the metrics of step N-1.
 
-A run folder holds config.json, env.json, metrics.jsonl, checkpoints/ and, when the run has ended, summary.json.  Starting the same
-configuration on the same folder goes on from the newest checkpoint; the losses that follow are bitwise those of a run that was
-never stopped (on CPU).
+A run folder holds config.json, env.json (of the first start), metrics.jsonl, checkpoints/ and, when the run has ended,
+summary.json.  Starting the same configuration on the same folder goes on from the newest checkpoint; the losses that
+follow are bitwise those of a run that was never stopped (on CPU).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import signal
 import statistics
 import time
@@ -21,67 +19,19 @@ import jax
 import numpy as np
 
 from mhc_jax import cost
-from mhc_jax.checkpoint import Checkpoints, differences
+from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import ExperimentConfig, to_mapping
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
-from mhc_jax.metrics import MetricsWriter, SpikeDetector, plain
+from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
 from mhc_jax.optim import describe
 from mhc_jax.progress import RunProgress
+from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically.
-
-    Raises:
-      InputError: the folder cannot be written.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
-
-
-def open_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Create the run folder, or recognise one that this very configuration began.
-
-    Returns:
-      The summary if the run has already ended, else None.
-
-    Raises:
-      InputError: the folder cannot be written, holds something else, or a run of another configuration.
-    """
-    saved = folder / "config.json"
-    if saved.exists():
-        try:
-            changed = differences(json.loads(saved.read_text()), config)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{saved} is not readable JSON; use another run folder.") from error
-        if changed:
-            raise InputError(
-                f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
-                f"choose another folder, or the same configuration to go on with it."
-            )
-        summary = folder / "summary.json"
-        if summary.exists():
-            ended = json.loads(summary.read_text())
-            return ended if ended["status"] != "interrupted" else None
-        return None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Cannot create {folder}: {error.strerror}; choose a folder you may write to.") from error
-    write_json(saved, config)
-    return None
 
 
 class StopRequest:
@@ -114,7 +64,9 @@ def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig
     """
     size = data.tokenizer.vocab_size
     if config.model.vocab_size and config.model.vocab_size < size:
-        raise InputError(f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {size} tokens; use 0 or more.")
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {size} tokens; use 0 or more."
+        )
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or size)
     )
@@ -136,12 +88,14 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
       InputError: anything a person can mend, before any compile where possible.
     """
     mapping = to_mapping(config)
-    ended = open_run_folder(folder, mapping)
+    ended = check_run_folder(folder, mapping)
     if ended:
         print(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.", flush=True)
         return ended
+    check_writers(config.train.tensorboard, config.train.wandb)
     data = load_data(config.data) if data is None else data
     config = resolve_vocabulary(config, data)
+    create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:
         return _Run(config, mapping, folder, label, data, checkpoints).run()
@@ -165,10 +119,18 @@ class _Run:
         self.validation_loss: float | None = None
         self.last_diagnostics: dict[str, Any] = {}
         self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0}
+        self.diverged_at: int | None = None
+        self.first_nonfinite: int | None = None
+        self.compiled_bytes: int | None = None
 
     def run(self) -> dict[str, Any]:
         config, cfg, T = self.config, self.config.train, self.config.data.sequence_length
-        abstract = jax.eval_shape(lambda: init_state(self.config))
+        # Where the state goes is said here: a checkpoint names the devices of the machine that wrote it.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here),
+            jax.eval_shape(lambda: init_state(self.config)),
+        )
         restored = self.checkpoints.restore_newest(abstract, to_mapping(self.config))
         if restored:
             self.state, loop, remarks = restored
@@ -176,6 +138,8 @@ class _Run:
             self.clock, self.losses, self.gains = loop["clock"], loop["losses"], loop["gains"]
             self.step_times, self.validation_loss = loop["step_times"], loop["validation_loss"]
             self.last_diagnostics = loop["last_diagnostics"]
+            self.diverged_at, self.first_nonfinite = loop["diverged_at"], loop["first_nonfinite"]
+            self.compiled_bytes = loop["compiled_bytes"]
         else:
             loop, remarks = {"spikes": None}, []
             self.state = jax.jit(lambda: init_state(self.config))()
@@ -184,17 +148,24 @@ class _Run:
         self.example = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
         self.tokens_per_step = config.data.batch_size * T
         self.flops_per_token = cost.flops(make_train_step(config), abstract, self.example) / self.tokens_per_step
-        write_json(self.folder / "env.json", {**environment(), "data": self.data.summary()})
-        self.writer = MetricsWriter(self.folder, self.done, cfg.tensorboard, cfg.wandb, self.mapping)
+        env = environment()
+        if not (self.folder / "env.json").exists():
+            write_json(self.folder / "env.json", {**env, "data": self.data.summary()})
+        self.writer = MetricsWriter(
+            self.folder, self.done if restored else -1, cfg.tensorboard, cfg.wandb, self.mapping
+        )
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of an interruption; the run goes on
         try:
             with RunProgress(self.label, cfg.steps, self.done) as self.progress, StopRequest() as stop:
                 for remark in remarks:
-                    self.progress.say(remark)
+                    self.progress.say(f"{remark}.")
                     self.writer.write("event", self.done, {"event": "checkpoint_skipped", "detail": remark})
                 if restored:
                     self.progress.say(f"going on from the checkpoint of step {self.done}")
-                    self.writer.write("event", self.done, {"event": "resumed"})
-                status = self._steps(stop)
+                    self.writer.write(
+                        "event", self.done, {"event": "resumed", "commit": env["commit"], "device": env["device"]}
+                    )
+                status = self._steps(stop, anew=not restored)
         finally:
             self.writer.close()
             self.batches.close()
@@ -207,8 +178,10 @@ class _Run:
         self.clock["compile_s"] += time.perf_counter() - began
         return compiled
 
-    def _steps(self, stop: StopRequest) -> str:
+    def _steps(self, stop: StopRequest, anew: bool) -> str:
         cfg = self.config.train
+        if self.diverged_at is not None or self.done == cfg.steps:  # killed between the last checkpoint and the summary
+            return "finished" if self.diverged_at is None else "diverged"
         step_fn = self._compile("train", make_train_step(self.config), self.state, self.example, donate_argnums=0)
         self.compiled_bytes = cost.compiled_memory(step_fn)
         eval_fn = self._compile("validation", make_eval_step(self.config), self.state.params, self.validation[0])
@@ -217,8 +190,10 @@ class _Run:
         if cfg.diagnostics_every:
             args = (self.state.params, self.diagnostic_tokens)
             self._diagnose = self._compile("diagnostics", make_diagnostics_step(self.config), *args)
-        if self.done == 0:
-            self.progress.say(describe(self.state.params, self.config.optimizer, connection_module(self.config.model.connection)))
+        if anew:
+            self.progress.say(
+                describe(self.state.params, self.config.optimizer, connection_module(self.config.model.connection))
+            )
             self._diagnostics(0, None)
 
         pending: tuple[int, dict] | None = None
@@ -242,7 +217,9 @@ class _Run:
         if self.done < cfg.steps:
             self.writer.write("event", self.done, {"event": "interrupted", "signal": int(stop.signal or 0)})
             self._save("interrupted")
-            self.progress.say(f"stopped by signal {stop.signal} after step {self.done}; saved. Run the same command to go on.")
+            self.progress.say(
+                f"stopped by signal {stop.signal} after step {self.done}; saved. Run the same command to go on."
+            )
             return "interrupted"
         return "finished"
 
@@ -309,6 +286,7 @@ class _Run:
                 },
             )
         if bad:
+            self.first_nonfinite = None if math.isfinite(loss) and math.isfinite(norm) else step
             return False
         if self.spikes.update(step, loss):
             self.writer.write("event", step, {"event": "spike", "loss": loss, "median": self.spikes.median})
@@ -317,8 +295,8 @@ class _Run:
 
     def _diverged(self, step: int) -> str:
         self.done = int(self.state.step)
-        self.first_nonfinite = step
-        self.writer.write("event", step, {"event": "diverged", "last_good_step": self.done})
+        self.diverged_at = step
+        self.writer.write("event", step, {"event": "diverged", "updates_saved": self.done})
         self._save("diverged")
         self.progress.say(f"diverged at step {step}; the state of step {self.done}, whose values are finite, is saved.")
         return "diverged"
@@ -334,6 +312,9 @@ class _Run:
             "step_times": self.step_times[-200:],
             "validation_loss": self.validation_loss,
             "last_diagnostics": self.last_diagnostics,
+            "diverged_at": self.diverged_at,
+            "first_nonfinite": self.first_nonfinite,
+            "compiled_bytes": self.compiled_bytes,
         }
         self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config))
         if reason != "periodic":
@@ -361,7 +342,7 @@ class _Run:
             "final_stream_cosine": self.last_diagnostics.get("stream_cosine"),
             "spikes": len(self.spikes.steps),
             "spike_steps": self.spikes.steps,
-            "first_nonfinite_step": getattr(self, "first_nonfinite", None),
+            "first_nonfinite_step": self.first_nonfinite,
             "wall_clock_s": sum(self.clock.values()),
             **self.clock,
         }

@@ -2,7 +2,8 @@
 
 `metrics.jsonl` holds one object a line with `kind` and `step` (updates done, counted from 1):
 
-    train        loss [nats/token], grad_norm (before clipping), clipped, learning_rate, tokens, step_time_s, tokens_per_s
+    train        loss [nats/token], grad_norm (before clipping), clipped, learning_rate, tokens, step_time_s,
+                 tokens_per_s
     validation   loss, bits_per_byte
     diagnostics  `diagnostics.summarize` as lists, grad_norm_per_layer
     event        event = spike | resumed | saved | diverged | interrupted | checkpoint_skipped, and details
@@ -12,16 +13,19 @@ NaN and infinity are written as null.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import math
 import statistics
+import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mhc_jax.errors import InputError
+from mhc_jax.errors import InputError, require
 
 
 def plain(value: Any) -> Any:
@@ -57,7 +61,7 @@ class SpikeDetector:
 
     def update(self, step: int, loss: float) -> bool:
         """True when a new spike begins at this step."""
-        if len(self.recent) >= max(self.window // 2, 2) and loss > self.median + self.threshold:
+        if len(self.recent) >= max(self.window // 2, 1) and loss > self.median + self.threshold:
             begins = step != self.last + 1
             self.last = step
             if begins:
@@ -72,11 +76,25 @@ class SpikeDetector:
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
-class MetricsWriter:
-    """Appends to `metrics.jsonl` (and TensorBoard, wandb); every line is on disk when `write` returns."""
+def check_writers(tensorboard: bool, wandb: bool) -> None:
+    """Raise `InputError` if a writer that is switched on is not installed."""
+    for name, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
+        require(
+            not wanted or importlib.util.find_spec(package) is not None,
+            f"train.{name} is on, but {package} is missing: pip install 'mhc-jax[{name}]', or switch it off.",
+        )
 
-    def __init__(self, folder: Path, keep_until: int, tensorboard: bool = False, wandb: bool = False, config: Any = None):
-        """Continue the file of a resumed run: lines of steps after `keep_until` are dropped, as is a half-written last line."""
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` (and TensorBoard, wandb); a line that `write` has written outlives a kill."""
+
+    def __init__(
+        self, folder: Path, keep_until: int, tensorboard: bool = False, wandb: bool = False, config: Any = None
+    ):
+        """Continue the file of a resumed run: lines of steps after `keep_until` are dropped, as are half-written ones.
+
+        A run that starts anew gives -1.
+        """
         self.path = folder / "metrics.jsonl"
         kept = []
         if self.path.exists():
@@ -93,24 +111,27 @@ class MetricsWriter:
         self._file = self.path.open("a")
         self._tensorboard = self._wandb = None
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise InputError("train.tensorboard is on, but tensorboardX is missing: pip install 'mhc-jax[tensorboard]'.") from error
+            from tensorboardX import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
         if wandb:
-            try:
-                import wandb as wandb_module
-            except ImportError as error:
-                raise InputError("train.wandb is on, but wandb is missing: pip install 'mhc-jax[wandb]'.") from error
-            self._wandb = wandb_module.init(dir=str(folder), name=folder.name, config=config, resume="allow", id=folder.name)
+            import wandb as wandb_module
+
+            # Runs of other comparisons may have folders of the same name; the id is this folder's own.
+            id_file = folder / "wandb_id"
+            if not id_file.exists():
+                self._guard(lambda: id_file.write_text(uuid.uuid4().hex))
+            self._wandb = wandb_module.init(
+                dir=str(folder), name=folder.name, config=config, resume="allow", id=id_file.read_text()
+            )
 
     def _guard(self, action):
         try:
             return action()
         except OSError as error:
             raise InputError(
-                f"Cannot write {self.path}: {error.strerror}. What is on disk stays; make room and run the same command again."
+                f"Cannot write {self.path}: {error.strerror}. What is on disk stays; make room and run the same "
+                f"command again."
             ) from error
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -126,7 +147,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close every writer."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what `write` could not flush, it has reported
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

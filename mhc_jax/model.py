@@ -26,8 +26,7 @@ def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> 
 def branches(config: ModelConfig) -> dict[str, nn.Module]:
     """Sub-layers of one block by name, in order.  Each is F(h) -> (y, aux) and holds its own pre-norm."""
     dtype = jnp.dtype(config.compute_dtype)
-    # The sum over L sub-layers keeps the variance of one at depth L (GPT-2's rule).
-    output_scale = 1 / math.sqrt(config.num_sublayers)
+    output_scale = 1 / math.sqrt(config.num_sublayers) if config.depth_scaled_init else 1.0
     return {
         "attention": Attention(
             config.num_heads,

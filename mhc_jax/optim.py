@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mhc_jax.config import OptimizerConfig
@@ -18,19 +19,22 @@ NO_DECAY = r"(^|/)\w*norm/weight$"
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of optimizer step 0 ... steps - 1: linear warm-up to the peak, then the named decay.
+    """Learning rate of optimizer step 0 ... steps - 1: linear warm-up to the peak, then the decay.
 
-    `step` is mHC Table 5: x0.316 at 80 % and x0.1 at 90 % of training.  `wsd` (Hu et al., arXiv 2404.06395) stays at the peak and
-    decays linearly over the last 20 %.
+    `step` is mHC Table 5: x0.316 at 80 % and x0.1 at 90 % of training.  `wsd` (Hu et al., arXiv 2404.06395) stays at the
+    peak and decays linearly over the last 20 %.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     after = max(steps - warmup, 1)
+
+    def steps_down(step):
+        tenths = 10 * (step + warmup)
+        return peak * jnp.where(tenths >= 9 * steps, 0.1, jnp.where(tenths >= 8 * steps, 0.316, 1.0))
+
     decays = {
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction),
-        "step": lambda: optax.piecewise_constant_schedule(
-            peak, {max(int(0.8 * steps) - warmup, 1): 0.316, max(int(0.9 * steps) - warmup, 2): 0.1 / 0.316}
-        ),
+        "step": lambda: steps_down,
         "wsd": lambda: optax.linear_schedule(
             peak,
             peak * config.final_fraction,
@@ -64,7 +68,7 @@ def no_decay_pattern(config: OptimizerConfig, connection: type[Connection]) -> s
 
 
 def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection]) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW with decay on everything but `no_decay_pattern`, learning-rate multiplier for connections."""
+    """Clip by global norm, AdamW, decay on all but `no_decay_pattern`, learning-rate multiplier for connections."""
     no_decay = no_decay_pattern(config, connection)
     transforms = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),

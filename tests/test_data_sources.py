@@ -21,10 +21,7 @@ from mhc_jax.data.files import BLOCK, Document, expand, read_files, text_blocks
 from mhc_jax.errors import InputError
 
 CORPUS_SHA256 = "762792c9a7cf8aa2d20b09519e8b4c4f9a315f1f98b36352ab84be7c63c27eba"
-RECORDS = [
-    {"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂.\n" * (i + 1)}
-    for i in range(40)
-]
+RECORDS = [{"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂.\n" * (i + 1)} for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +103,7 @@ def test_markdown_becomes_plain_text():
         "*Exit.*\n\n_Burthen _\\[within_\n"
     )
     expected = (
-        "Play\n\nACT I\n\n[Enter A, with\nothers]\n\nA:\n--Ho! [Aside] &c.\nFie!\n\n"
-        "[Exit.]\n\n[Burthen within]\n"
+        "Play\n\nACT I\n\n[Enter A, with\nothers]\n\nA:\n--Ho! [Aside] &c.\nFie!\n\n[Exit.]\n\n[Burthen within]\n"
     )
     assert make.plain_text(markdown) == expected
 
@@ -137,9 +133,7 @@ def test_text_files_are_documents(tmp_path):
     for record in RECORDS:
         (tmp_path / f"{record['id']}.txt").write_bytes(record["text"].encode())
     found = list(read_files(expand(f"{tmp_path}/*.txt")))
-    assert [Path(document.id).name for document in found] == sorted(
-        f"{record['id']}.txt" for record in RECORDS
-    )
+    assert [Path(document.id).name for document in found] == sorted(f"{record['id']}.txt" for record in RECORDS)
     assert {document.text for document in found} == {record["text"] for record in RECORDS}
 
 
@@ -166,14 +160,11 @@ def test_blocks_without_blank_lines_end_at_line_ends():
 
 def test_split_depends_on_the_text_alone(tmp_path, cache):
     first = write(tmp_path / "a.jsonl", RECORDS)
-    shuffled = [
-        {"text": record["text"]} for record in random.Random(0).sample(RECORDS, len(RECORDS))
-    ]
+    shuffled = [{"text": record["text"]} for record in random.Random(0).sample(RECORDS, len(RECORDS))]
     second = write(tmp_path / "b.parquet", shuffled)
     for fraction in (0.01, 0.3):
         train, validation = (
-            Counter(texts(first, split, cache, fraction=fraction))
-            for split in ("train", "validation")
+            Counter(texts(first, split, cache, fraction=fraction)) for split in ("train", "validation")
         )
         assert validation
         assert not train & validation
@@ -370,9 +361,7 @@ def test_named_set_without_one_text_feature_or_random_access(tmp_path, cache):
     prepared(tmp_path, "mnist", {"train": 20})
     prepared(tmp_path, "lm1b", {"train": 20})
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
-        assert "'tfds:mnist' has 0 text features among 'image', 'label'" in said(
-            "tfds:mnist", cache
-        )
+        assert "'tfds:mnist' has 0 text features among 'image', 'label'" in said("tfds:mnist", cache)
         info = next(tmp_path.glob("lm1b/*/dataset_info.json"))
         info.write_text(info.read_text().replace("array_record", "tfrecord"))
         sentence = said("tfds:lm1b", cache)

@@ -113,9 +113,7 @@ def test_tokenizer_script(tmp_path):
         return subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
 
     output = tmp_path / "my.json"
-    made = run(
-        f"--source={corpus}", "--vocab_size=290", f"--output={output}", f"--cache_dir={cache}"
-    )
+    made = run(f"--source={corpus}", "--vocab_size=290", f"--output={output}", f"--cache_dir={cache}")
     assert made.returncode == 0, made.stderr
     assert f"{output}: 290 entries, " in made.stdout
     assert "bytes per token on" in made.stdout

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from mhc_jax.connections.base import Connection, ConnectionConfig
 from mhc_jax.connections.hc import HyperConnection
 from mhc_jax.connections.mhc import ManifoldHyperConnection
 from mhc_jax.connections.residual import Residual
-from mhc_jax.errors import one_of
+from mhc_jax.errors import InputError, one_of, require
 
 KINDS: dict[str, type[Connection]] = {
     "residual": Residual,
@@ -32,9 +33,42 @@ def default_config(kind: str, **settings: Any) -> ConnectionConfig:
     return config_class(kind)(**settings)
 
 
+def parse(spec: str) -> ConnectionConfig:
+    """Config from `kind` or `kind:key=value:key=value`, as config files and command lines spell it.
+
+    >>> parse("mhc:init=home:num_streams=2").num_streams
+    2
+
+    Raises:
+      InputError: an unknown kind or setting, or a value of the wrong type.
+    """
+    kind, *settings = spec.split(":")
+    cls = config_class(kind)
+    defaults = {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        require(bool(equals), f"{setting!r} in the connection {spec!r} is not of the form key=value.")
+        one_of(f"A setting of connection {kind!r}", key, defaults)
+        values[key] = _read_value(text, type(defaults[key]), f"connection {spec!r}: {key}")
+    return cls(**values)
+
+
+def _read_value(text: str, kind: type, name: str) -> Any:
+    readers = {
+        bool: {"True": True, "true": True, "False": False, "false": False}.__getitem__,
+        tuple: lambda t: tuple(t.split("+")),
+    }
+    try:
+        return readers.get(kind, kind)(text)
+    except (ValueError, KeyError):
+        form = "entries joined with +" if kind is tuple else f"a {kind.__name__}"
+        raise InputError(f"{name} is {text!r}; it must be {form}.") from None
+
+
 def connection_module(config: ConnectionConfig) -> type[Connection]:
     """Module class of a config's kind."""
     return KINDS[config.kind]
 
 
-__all__ = ["KINDS", "Connection", "ConnectionConfig", "config_class", "connection_module", "default_config"]
+__all__ = ["KINDS", "Connection", "ConnectionConfig", "config_class", "connection_module", "default_config", "parse"]

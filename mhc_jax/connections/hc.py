@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,7 +53,7 @@ def hc_coefficients(
     x: Float[Array, "*tokens nC"],
     static: Coefficients,
     W: Float[Array, "C k"] | None,
-    gates: dict[str, Float[Array, ""]],
+    gates: Mapping[str, Float[Array, ""] | None],
     *,
     num_streams: int,
     tanh: bool,
@@ -86,7 +87,8 @@ def hc_coefficients(
     if W is not None:
         v = x.reshape(*tokens, n, -1).astype(jnp.float32)
         mean_square = jnp.einsum("...nc,...nc->n...", v, v, precision="highest") / v.shape[-1]
-        D = jnp.einsum("...nc,ck->kn...", v, W, precision="highest") * jax.lax.rsqrt(mean_square + eps_norm)
+        scale = jax.lax.rsqrt(mean_square + eps_norm)[None]
+        D = jnp.einsum("...nc,ck->kn...", v, W, precision="highest") * scale
         D = jnp.tanh(D) if tanh else D
         for name, where in dynamic_columns(n, tuple(present)).items():
             dynamic = D[where] if name == "res" else D[where.start]

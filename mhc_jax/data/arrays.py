@@ -75,9 +75,7 @@ def token_array(
         folder.mkdir(exist_ok=True)
         _store(folder / key, documents, tokenizer)
     except OSError as error:
-        raise InputError(
-            f"Tokenized text cannot be written to {folder}: {error.strerror or error}."
-        ) from error
+        raise InputError(f"Tokenized text cannot be written to {folder}: {error.strerror or error}.") from error
     made = _load(folder / key)
     if made is None:
         raise InputError(f"{folder / key}.npy was damaged while it was written; check the disk.")

@@ -51,9 +51,7 @@ def expand(source: str) -> list[Path]:
         files = [file for file in files if file.is_file()]
         require(bool(files), f"The glob {source!r} matches no file; give {ALLOWED}.")
     else:
-        raise InputError(
-            f"There is no file {source!r}; give 'shakespeare', 'tfds:<name>', or {ALLOWED}."
-        )
+        raise InputError(f"There is no file {source!r}; give 'shakespeare', 'tfds:<name>', or {ALLOWED}.")
     for file in files:
         require(
             file.name.endswith(SUFFIXES),
@@ -197,6 +195,5 @@ def _read_parquet(file: Path) -> Iterator[Document]:
 
 def _not_utf8(file: Path, line: int, offset: int) -> InputError:
     return InputError(
-        f"{file}, line {line}: byte {offset} is not UTF-8; convert the file to UTF-8 first "
-        f"(for example with iconv)."
+        f"{file}, line {line}: byte {offset} is not UTF-8; convert the file to UTF-8 first (for example with iconv)."
     )

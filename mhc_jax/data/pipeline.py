@@ -109,9 +109,7 @@ class Data:
         cut = _cutter(self.validation_tokens, length)
         if windows < size:
             return [cut(np.arange(size) % windows)]
-        return [
-            cut(np.arange(i * size, (i + 1) * size)) for i in range(min(count, windows // size))
-        ]
+        return [cut(np.arange(i * size, (i + 1) * size)) for i in range(min(count, windows // size))]
 
 
 def load_data(config: DataConfig) -> Data:

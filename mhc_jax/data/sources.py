@@ -26,9 +26,7 @@ SHAKESPEARE = "shakespeare"
 TFDS = "tfds:"
 
 
-def documents(
-    source: str, split: Split, *, cache: Path, fraction: float = 0.05
-) -> Iterator[Document]:
+def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05) -> Iterator[Document]:
     """Yield the documents of one split of `source`, always in the same order.
 
     Held out is the `validation` split of a named set, else its `test` split; a source without
@@ -124,8 +122,7 @@ def _named_documents(source: str, split: Split, fraction: float) -> Iterator[Doc
     own = next((name for name in ("validation", "test") if name in builder.info.splits), None)
     require(
         "train" in builder.info.splits,
-        f"{source!r} has no split 'train' (its splits: {', '.join(builder.info.splits)}); choose "
-        f"another set.",
+        f"{source!r} has no split 'train' (its splits: {', '.join(builder.info.splits)}); choose another set.",
     )
     part = own if own and split == "validation" else "train"
     found = _records(builder, part, key)

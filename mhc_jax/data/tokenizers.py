@@ -74,9 +74,7 @@ class ByteTokenizer:
     vocab_size = 264
     end_of_document = 256
     token_bytes = (np.arange(264) < 256).astype(np.int32)
-    fingerprint = hashlib.sha256(
-        b"mhc_jax byte tokenizer: 256 bytes, end 256, size 264"
-    ).hexdigest()
+    fingerprint = hashlib.sha256(b"mhc_jax byte tokenizer: 256 bytes, end 256, size 264").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Return the UTF-8 bytes of `text` as uint16 [N]."""
@@ -113,9 +111,7 @@ class BPETokenizer:
         try:
             backend = Backend.from_buffer(content)
         except Exception as error:  # the library raises bare Exception and ValueError
-            raise InputError(
-                f"{str(path)!r} is not a file of the tokenizers library: {error}."
-            ) from error
+            raise InputError(f"{str(path)!r} is not a file of the tokenizers library: {error}.") from error
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" written in a text is text
@@ -205,8 +201,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPET
     made = backend.get_vocab_size()
     require(
         made == vocab_size,
-        f"vocab_size is {vocab_size}, but the text gives only {made} entries; ask for at most "
-        f"that or give more text.",
+        f"vocab_size is {vocab_size}, but the text gives only {made} entries; ask for at most that or give more text.",
     )
     output = Path(output).expanduser()
     try:

@@ -12,7 +12,7 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
     """x rsqrt(mean(x^2) + eps) weight; computed in float32, returned in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
     v = x.astype(jnp.float32)
     mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
-    return v * jax.lax.rsqrt(mean_square + eps)[..., None] * weight
+    return v * jax.lax.rsqrt(mean_square + eps)[..., None] * weight[(None,) * (x.ndim - 1)]
 
 
 class RMSNorm(nn.Module):

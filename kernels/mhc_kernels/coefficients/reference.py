@@ -44,7 +44,7 @@ def projection(
     v = x.astype(jnp.float32)
     mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
     z = jnp.einsum("...c,ck->k...", v, phi, precision="highest")
-    return z * jax.lax.rsqrt(mean_square + eps_norm)
+    return z * jax.lax.rsqrt(mean_square + eps_norm)[None]
 
 
 def coefficients(

@@ -1,0 +1,42 @@
+# `make demo` trains residual, HC and mHC side by side and writes runs/demo/report.html; `make test` runs the tests.
+# Both create a virtual environment and install into it by themselves; a second call reuses it.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# The default Python lives in .venv, any other in .venv-<version>.
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+CONSTRAINTS := $(wildcard .ci/constraints-$(VERSION).txt)
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint format constraints clean
+demo: $(VENV)/.installed
+	$(RUN) experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(RUN)
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+constraints: $(VENV)/.installed
+	(echo "# Known-good versions for Python $(VERSION).  Made by: make constraints PYTHON=$(PYTHON)"; \
+	 $(VENV)/bin/pip freeze --exclude-editable) > .ci/constraints-$(VERSION).txt
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "mhc_jax needs Python 3.11 to 3.13, this is " + sys.version'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv* runs build *.egg-info

@@ -1,0 +1,42 @@
+"""The comparison of `make demo`: a 16-block decoder on the plays of Shakespeare, byte by byte.
+
+    python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
+    python experiments/train.py --config=experiments/configs/demo.py:mhc --workdir=runs/mhc
+
+`arg` is a connection, with settings if wanted: `residual`, `hc:dynamic=False`, `mhc:init=paper:num_streams=8`.
+
+The learning rate, 1e-2, is high on purpose: the gain of unconstrained mixing grows with lr x steps x depth, and this is where a
+run of minutes shows what a run of weeks shows at 27B.
+"""
+
+from ml_collections import ConfigDict
+
+from mhc_jax.config import ExperimentConfig, to_mapping
+from mhc_jax.connections import parse
+
+
+def get_config(arg: str = "mhc") -> ConfigDict:
+    """Every leaf is present with its default; what follows is what the demo changes."""
+    config = ConfigDict(to_mapping(ExperimentConfig()))
+    config.model.connection = to_mapping(parse(arg))
+
+    config.model.num_layers = 16
+    config.model.width = 64
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.mlp_width = 192
+    config.model.depth_scaled_init = False
+
+    config.data.sequence_length = 64
+    config.data.batch_size = 8
+
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 20
+
+    config.train.steps = 200
+    config.train.log_every = 1
+    config.train.validate_every = 50
+    config.train.validation_batches = 16
+    config.train.checkpoint_every = 100
+    config.train.diagnostics_every = 50
+    return config

@@ -1,0 +1,120 @@
+"""What the scripts of `experiments/` share: config-file flags, and mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mhc_jax.config import ExperimentConfig, from_mapping
+from mhc_jax.errors import InputError, require
+
+DEFAULT_CONFIG = "experiments/configs/demo.py"
+
+
+def define_config() -> Callable[[], ExperimentConfig]:
+    """Declare `--config=FILE[:arg]` and its overrides `--config.model.width=128`.
+
+    Returns:
+      A function that, once flags are parsed, converts the ConfigDict into the frozen configuration.  It raises
+      `InputError` for an unknown key or a refused value.
+    """
+    # No default here: absl would load it, and trip over overrides, before errors can be caught.
+    holder = config_flags.DEFINE_config_file("config", None, f"Config file, with :arg (default {DEFAULT_CONFIG}).")
+
+    def read() -> ExperimentConfig:
+        value = holder.value
+        require(
+            isinstance(value, ConfigDict),
+            f"get_config of the config file returned a {type(value).__name__}; it must return a ConfigDict.",
+        )
+        return from_mapping(value.to_dict())
+
+    return read
+
+
+def main(function: Callable[[], int | None]) -> None:
+    """Run a script: absl parses its flags; an `InputError` is printed alone and ends the process with status 2."""
+
+    def guarded(argv: Sequence[str]) -> int:
+        try:
+            if len(argv) > 1:
+                raise InputError(f"Unexpected argument {argv[1]!r}; settings are given as --name=value (see --help).")
+            return function() or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    sys.unraisablehook = _report_unraisable
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parse flags as absl does; errors of config files are told like any other mistake."""
+    argv = list(argv)
+    file = ""
+    if "config" in flags.FLAGS:
+        given = [after for flag, after in zip(argv, [*argv[1:], ""], strict=True) if flag in ("--config", "-config")]
+        given += [a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)]
+        if not given:
+            given = [DEFAULT_CONFIG]
+            argv.insert(1, f"--config={DEFAULT_CONFIG}")
+        file = given[-1].split(":")[0]
+        if not Path(file).is_file():
+            _exit(f"The config file {file!r} does not exist; give --config=FILE.py or --config=FILE.py:arg.")
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:
+        _exit(_sentence(error, file))
+    if flags.FLAGS["verbosity"].using_default_value:
+        # Orbax logs a page a checkpoint at INFO, and at ERROR the traceback of every error that it also raises.
+        flags.FLAGS.verbosity = logging.FATAL
+    return rest
+
+
+def _sentence(error: Exception, file: str) -> str:
+    """What went wrong in the flags or in the config file, in one line."""
+    root: BaseException = error
+    while below := root.__cause__ or root.__context__:
+        root = below
+    if isinstance(root, InputError):
+        return str(root)
+    if isinstance(root, SyntaxError):
+        return f"The config file {file!r} is not Python: {root.msg} (line {root.lineno})."
+    text = " ".join(str(error).split())
+    within = [f.lineno for f in traceback.extract_tb(root.__traceback__) if file and Path(f.filename) == Path(file)]
+    if within:
+        reason = " ".join(str(root).split())
+        return f"The config file {file!r} fails at line {within[-1]}: {type(root).__name__}: {reason}"
+    if isinstance(root, KeyError) and re.fullmatch(r"'\w+'", str(root)):
+        key = root.args[0]
+        near = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"Did you mean {near[1]!r}?" if near else f"{file} shows its keys."
+        return f"The configuration has no key {key!r}. {hint}"
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
+        return f"--{missing[1]} is missing; give --{missing[1]}=... ({flags.FLAGS[missing[1]].help})"
+    if illegal := re.match(r"flag --([\w.]+)=(.*?): ", text):
+        kind = flags.FLAGS[illegal[1]].flag_type()
+        if kind in ("int", "float", "bool"):
+            return f"--{illegal[1]} is {illegal[2]!r}; it must be of type {kind}."
+    return f"{text} (see --help)"
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    # When a save fails (disk full), TensorStore still calls back into the event loop of that save, dozens of times.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _exit(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

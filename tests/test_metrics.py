@@ -1,0 +1,138 @@
+"""The record: spikes counted once, no line lost or doubled when a run goes on, a full disk told in a sentence."""
+
+import json
+import math
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc_jax.errors import InputError
+from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
+
+
+def fed(losses, window=4, threshold=0.5, state=None, start=1):
+    detector = SpikeDetector(window, threshold, state)
+    told = [step for step, loss in enumerate(losses, start) if detector.update(step, loss)]
+    return detector, told
+
+
+def test_a_spike_is_told_once_however_long_it_lasts():
+    detector, told = fed([3.0, 3.0, 4.0, 4.5, 3.6, 3.0, 3.0, 9.0, 3.0, 9.0])
+    assert told == detector.steps == [3, 8, 10]
+    assert list(detector.recent) == [3.0, 3.0, 3.0, 3.0]
+
+
+def test_the_threshold_is_above_the_median_and_exclusive():
+    assert fed([3.0, 3.0, 3.5])[1] == []
+    assert fed([3.0, 3.0, 3.5001])[1] == [3]
+    assert fed([1.0, 1.0, 9.0, 9.0, 9.0, 1.4, 1.6])[1] == [3, 7], "spikes do not raise the median"
+
+
+def test_it_judges_after_half_a_window():
+    assert fed([3.0, 9.0, 3.0], window=6)[1] == []
+    assert fed([3.0, 9.0], window=1)[1] == [2]
+
+
+def test_nan_is_neither_a_spike_nor_remembered():
+    detector, told = fed([3.0, 3.0, math.nan, 3.0, math.inf])
+    assert told == [5]
+    assert list(detector.recent) == [3.0, 3.0, 3.0]
+
+
+def test_state_through_json_goes_on_exactly():
+    losses = [3.0, 3.1, 9.0, 9.0, 3.0, 8.0, 3.2, 3.1, 7.0]
+    for cut in range(len(losses)):
+        half, told = fed(losses[:cut])
+        rest, more = fed(losses[cut:], state=json.loads(json.dumps(half.state())), start=cut + 1)
+        assert told + more == rest.steps == fed(losses)[1]
+        assert rest.state() == fed(losses)[0].state()
+
+
+def test_plain_values():
+    value = {
+        "nan": math.nan,
+        "inf": np.float32(np.inf),
+        "scalar": jnp.float32(0.1),
+        "array": np.array([[1.0, math.nan]]),
+        "tuple": (1, "a", None, True),
+    }
+    assert plain(value) == {
+        "nan": None,
+        "inf": None,
+        "scalar": pytest.approx(0.1, rel=1e-7),
+        "array": [[1.0, None]],
+        "tuple": [1, "a", None, True],
+    }
+    assert np.float32(plain(jnp.float32(0.1))) == np.float32(0.1), "9 digits are enough for a float32"
+    json.dumps(plain(value), allow_nan=False)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_steps(folder, keep_until, steps):
+    writer = MetricsWriter(folder, keep_until)
+    for step in steps:
+        writer.write("train", step, {"loss": float(step)})
+    writer.close()
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+    write_steps(tmp_path, -1, [0, 1, 2, 3, 4])
+    write_steps(tmp_path, 2, [3, 4, 5])
+    assert [r["step"] for r in records(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    write_steps(tmp_path, -1, [0])
+    assert [r["step"] for r in records(tmp_path)] == [0], "a run that starts anew keeps nothing"
+
+
+@pytest.mark.parametrize("half", ['{"kind": "train", "st', '{"kind": "train", "step": 1, "loss": 1.0}', "\0\0\0"])
+def test_a_half_written_last_line_is_dropped_and_a_whole_one_kept(half, tmp_path):
+    write_steps(tmp_path, -1, [0])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + half)
+    write_steps(tmp_path, 5, [6])
+    assert [r["step"] for r in records(tmp_path)] == ([0, 1, 6] if half.endswith("}") else [0, 6])
+
+
+def test_every_line_can_be_read_as_soon_as_it_is_written(tmp_path):
+    writer = MetricsWriter(tmp_path, -1)
+    writer.write("train", 1, {"loss": math.nan})
+    assert records(tmp_path) == [{"kind": "train", "step": 1, "loss": None}]
+    writer.close()
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    writer = MetricsWriter(tmp_path, -1)
+    writer._file.close()
+    with open("/dev/full", "w") as writer._file:  # every write fails with "No space left on device"
+        with pytest.raises(InputError, match=r"Cannot write .*metrics.jsonl: No space left on device.*make room"):
+            writer.write("train", 1, {"loss": 1.0})
+        writer.close()
+
+
+def test_a_missing_writer_is_named(monkeypatch):
+    check_writers(False, False)
+    check_writers(True, False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"train.wandb is on, but wandb is missing: pip install 'mhc-jax\[wandb\]'"):
+        check_writers(False, True)
+
+
+def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
+    """Against a stand-in: which id is given, and what is logged."""
+    begun, logged = [], []
+    run = types.SimpleNamespace(log=lambda scalars, step: logged.append((scalars, step)), finish=lambda: None)
+    stand_in = types.SimpleNamespace(init=lambda **given: begun.append(given["id"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for folder in ("a/mhc", "a/mhc", "b/mhc"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        writer = MetricsWriter(tmp_path / folder, -1, wandb=True)
+        writer.write("train", 1, {"loss": 2.0, "list": [1.0]})
+        writer.close()
+    assert begun[0] == begun[1] != begun[2]
+    assert logged[0] == ({"train/loss": 2.0}, 1)

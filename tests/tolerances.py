@@ -1,0 +1,22 @@
+"""Every tolerance of the tests.  Loosening one needs a reason in the commit."""
+
+import numpy as np
+
+FP32_RELATIVE = 2e-6
+"""float32 against the float64 oracles, relative to the largest entry of the result."""
+GOLDEN = 1e-5
+"""Golden values of other implementations, which themselves compute in float32."""
+STEP_ZERO = 1e-5
+"""Largest |logit difference| to Pre-Norm at initialisation, float32."""
+
+
+def assert_close(actual, expected, relative=FP32_RELATIVE, what="", terms=0.0):
+    """max |actual - expected| <= relative * scale, and the shapes are equal.
+
+    scale = max |expected|, or the largest of the `terms` that cancel in it, where those are larger.
+    """
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    scale = max(np.abs(expected).max(initial=0.0), np.abs(terms).max(), 1e-30)
+    error = np.abs(actual - expected).max(initial=0.0) / scale
+    assert error <= relative, f"{what}: relative error {error:.2e} > {relative:.0e}"
