@@ -1,0 +1,1 @@
+"""One decoder, many connections: residual, Hyper-Connections, Manifold-Constrained Hyper-Connections."""

@@ -61,9 +61,7 @@ def rows(records: Sequence[RunRecord]) -> list[dict[str, Cell]]:
             {
                 "run": Cell(label, label),
                 "connection": Cell(record.kind, record.kind),
-                "parameters": Cell(
-                    _si(parameters) + _added(parameters, base_parameters, baseline), parameters
-                ),
+                "parameters": Cell(_si(parameters) + _added(parameters, base_parameters, baseline), parameters),
                 "FLOPs per token": _cell(record.result("flops_per_token"), _si),
                 "step time (ms)": Cell(
                     _number(None if step_time is None else 1e3 * step_time, "{:.4g}")
@@ -91,9 +89,7 @@ def findings(records: Sequence[RunRecord]) -> list[str]:
     out = _losses(named)
     for record, label in named:
         if record.diverged_at is not None:
-            out.append(
-                f"{label} diverged at step {record.diverged_at}: it has no final loss to compare."
-            )
+            out.append(f"{label} diverged at step {record.diverged_at}: it has no final loss to compare.")
         elif record.status != "finished":
             out.append(f"{label} did not finish ({record.status}): its numbers are not final.")
     out += _gaps(named)
@@ -211,7 +207,7 @@ def _split_seeds(record: RunRecord) -> tuple[str, list[Any]]:
     return json.dumps(settings, sort_keys=True), seeds
 
 
-def _si(value: float | None) -> str:
+def _si(value: float | int | None) -> str:
     """1234567 to 1.235M."""
     if value is None:
         return "–"
@@ -230,13 +226,13 @@ def _cell(value: Any, form: Callable[[Any], str] | str) -> Cell:
     return Cell(text, value)
 
 
-def _added(value: float | None, base: float | None, baseline: RunRecord | None) -> str:
+def _added(value: float | int | None, base: float | int | None, baseline: RunRecord | None) -> str:
     if baseline is None or value is None or not base:
         return ""
     return f" ({100 * (value / base - 1):+.2f}{NBSP}%)"
 
 
-def _ratio(value: float | None, base: float | None, baseline: RunRecord | None) -> str:
+def _ratio(value: float | int | None, base: float | int | None, baseline: RunRecord | None) -> str:
     return "" if baseline is None or value is None or not base else f" (×{value / base:.2f})"
 
 

@@ -72,6 +72,8 @@ class ModelConfig:
         require(
             self.embedding_init_std > 0, f"model.embedding_init_std is {self.embedding_init_std}; it must be above 0."
         )
+        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be above 0.")
+        require(self.norm_eps >= 0, f"model.norm_eps is {self.norm_eps}; it must not be negative.")
         one_of("model.compute_dtype", self.compute_dtype, DTYPES)
         one_of("model.stream_dtype", self.stream_dtype, DTYPES)
 
@@ -109,6 +111,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.sequence_length >= 2, f"data.sequence_length is {self.sequence_length}; it must be at least 2.")
+        require(self.seed >= 0, f"data.seed is {self.seed}; it must not be negative.")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
         require(
             0 < self.validation_fraction < 1,
@@ -145,13 +148,19 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.")
+        require(
+            0 < self.learning_rate < float("inf"),
+            f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.",
+        )
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative.")
-        require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1].")
+        require(
+            0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]."
+        )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1).")
         require(self.grad_clip >= 0, f"optimizer.grad_clip is {self.grad_clip}; use 0 to switch clipping off.")
+        require(self.eps >= 0, f"optimizer.eps is {self.eps}; it must not be negative.")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
         require(
             self.accumulation_steps >= 1,
@@ -191,10 +200,17 @@ class TrainConfig:
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "keep_checkpoints", "validation_batches", "diagnostics_tokens", "spike_window"):
+        for name in (
+            "steps",
+            "log_every",
+            "keep_checkpoints",
+            "validation_batches",
+            "diagnostics_tokens",
+            "spike_window",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"train.{name} is {value}; it must be at least 1.")
-        for name in ("validate_every", "checkpoint_every", "diagnostics_every", "divergence_loss"):
+        for name in ("seed", "validate_every", "checkpoint_every", "diagnostics_every", "divergence_loss"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} is {value}; it must not be negative.")
         require(self.spike_threshold > 0, f"train.spike_threshold is {self.spike_threshold}; it must be above 0.")

@@ -49,12 +49,12 @@ def _count(jaxpr: core.Jaxpr) -> float:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
             contracted, _ = params["dimension_numbers"][0]
-            k = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-            total += 2.0 * k * math.prod(eqn.outvars[0].aval.shape)
+            k = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
+            total += 2.0 * k * math.prod(_shape(eqn.outvars[0]))
         elif name in _ELEMENTWISE:
-            total += math.prod(eqn.outvars[0].aval.shape)
+            total += math.prod(_shape(eqn.outvars[0]))
         elif name in _REDUCTIONS:
-            total += math.prod(eqn.invars[0].aval.shape)
+            total += math.prod(_shape(eqn.invars[0]))
         else:
             times = 1
             if name == "scan":
@@ -67,6 +67,10 @@ def _count(jaxpr: core.Jaxpr) -> float:
             else:
                 total += times * sum(_count(_open(p)) for p in inner)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _is_jaxpr(value: Any) -> bool:

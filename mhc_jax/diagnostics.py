@@ -29,7 +29,7 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
     Returns float32: pre [S, n], post [S, n], res [S, n, n], stream_cosine [] (mean over pairs and tokens), stream_rms [n],
     branch_rms [].
     """
-    dense = link.dense(c, y)
+    pre, post, res = link.dense(c, y)
     tokens = y.shape[0] * y.shape[1]
     picked = jnp.linspace(0, tokens - 1, min(count, tokens)).astype(jnp.int32)
 
@@ -37,11 +37,11 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
         flat = a.reshape(*a.shape[:small], tokens)[..., picked]
         return jnp.moveaxis(flat, -1, 0)
 
-    sampled = [s.reshape(tokens, -1)[picked].astype(jnp.float32) for s in split(streams, dense.pre.shape[0])]
+    sampled = [s.reshape(tokens, -1)[picked].astype(jnp.float32) for s in split(streams, pre.shape[0])]
     return {
-        "pre": pick(dense.pre, 1),
-        "post": pick(dense.post, 1),
-        "res": pick(dense.res, 2),
+        "pre": pick(pre, 1),
+        "post": pick(post, 1),
+        "res": pick(res, 2),
         "stream_cosine": stream_cosine(jnp.stack(sampled, 1)),
         "stream_rms": jnp.stack([jnp.sqrt(jnp.mean(s**2)) for s in sampled]),
         "branch_rms": jnp.sqrt(jnp.mean(y.astype(jnp.float32) ** 2)),
@@ -94,7 +94,7 @@ def composites(H: Float[Array, "L *batch n n"]) -> tuple[Float[Array, "L *batch 
 
 
 def row_entropy(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
-    """Mean entropy of the rows of |P|, normalised to sum 1, over ln n: 0 for a permutation, 1 for the uniform matrix; 0 for n = 1."""
+    """Mean entropy of the rows of |P|, normalised to sum 1, over ln n: 0 for a permutation or n = 1, 1 if uniform."""
     n = P.shape[-1]
     if n == 1:
         return jnp.zeros(P.shape[:-2])

@@ -93,6 +93,9 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
         print(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.", flush=True)
         return ended
     check_writers(config.train.tensorboard, config.train.wandb)
+    # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
+    if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
+        raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
     data = load_data(config.data) if data is None else data
     config = resolve_vocabulary(config, data)
     create_run_folder(folder, mapping)

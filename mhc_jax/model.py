@@ -49,7 +49,9 @@ class Block(nn.Module):
     sample: int
 
     @nn.compact
-    def __call__(self, carry: tuple[Any, Any, Array], layer: Int[Array, ""]) -> tuple[tuple[Any, Any, Array], dict[str, Any]]:
+    def __call__(
+        self, carry: tuple[Any, Any, Array], layer: Int[Array, ""]
+    ) -> tuple[tuple[Any, Any, Array], dict[str, Any]]:
         """(streams, c, y), layer index -> the same after this block, diagnostics of its sub-layers ({} when off)."""
         streams, c, y = carry
         collected = []
@@ -70,9 +72,7 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, tokens: Int[Array, "B T"], sample: int = 0
-    ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    def __call__(self, tokens: Int[Array, "B T"], sample: int = 0) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
         """Float32 logits of the next token, and diagnostics.
 
         Args:
@@ -105,8 +105,6 @@ class Decoder(nn.Module):
             unembedding = embedding.T
         else:
             unembedding = self.param("unembedding", nn.initializers.normal(0.02), (cfg.width, cfg.vocab_size))
-        logits = jnp.einsum(
-            "btc,cv->btv", x, unembedding.astype(cfg.compute_dtype), preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("btc,cv->btv", x, unembedding.astype(cfg.compute_dtype), preferred_element_type=jnp.float32)
         # [blocks, sub-layers of a block, ...] -> [L, ...]
         return logits, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), collected)

@@ -21,8 +21,8 @@ NO_DECAY = r"(^|/)\w*norm/weight$"
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of optimizer step 0 ... steps - 1: linear warm-up to the peak, then the decay.
 
-    `step` is mHC Table 5: x0.316 at 80 % and x0.1 at 90 % of training.  `wsd` (Hu et al., arXiv 2404.06395) stays at the
-    peak and decays linearly over the last 20 %.
+    `step` is mHC Table 5: x0.316 at 80 % and x0.1 at 90 % of training.  `wsd` (Hu et al., arXiv 2404.06395) stays at
+    the peak and decays linearly over the last 20 %.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     after = max(steps - warmup, 1)

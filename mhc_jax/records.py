@@ -43,7 +43,7 @@ class RunRecord:
     """None while the run goes on, or when it was killed."""
     train: Mapping[str, Float[np.ndarray, " K"]]
     """Columns `step`, `loss` (nats/token), ...; NaN where a line lacks the key."""
-    validation: Mapping[str, Float[np.ndarray, " K"]]
+    validation: Mapping[str, Float[np.ndarray, " V"]]
     diagnostics: Sequence[Mapping[str, Any]]
     """One mapping a line: `step` (int) and arrays [S, ...]."""
     events: Sequence[Mapping[str, Any]]
@@ -100,15 +100,13 @@ def read_run(folder: str | Path) -> RunRecord:
     for file in ("config.json", "metrics.jsonl"):
         require(
             (folder / file).is_file(),
-            f"{str(folder)!r} is not a run folder: it has no {file}; "
-            "give a folder that a training run wrote.",
+            f"{str(folder)!r} is not a run folder: it has no {file}; give a folder that a training run wrote.",
         )
     config = _read_mapping(folder / "config.json")
     kind = flatten(config).get("model.connection.kind")
     require(
         isinstance(kind, str),
-        f"{str(folder / 'config.json')!r} has no model.connection.kind; "
-        "it is not the config of a run.",
+        f"{str(folder / 'config.json')!r} has no model.connection.kind; it is not the config of a run.",
     )
     lines = _read_lines(folder / "metrics.jsonl")
     env, summary = folder / "env.json", folder / "summary.json"
@@ -125,9 +123,7 @@ def read_run(folder: str | Path) -> RunRecord:
     )
 
 
-def series(
-    record: RunRecord, kind: str, key: str
-) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, "K ..."]]:
+def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, "K ..."]]:
     """Steps and values of one measurement, in order of steps; both empty when no line has the key.
 
     Args:
@@ -246,8 +242,7 @@ def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
             if number == raw[-1][0]:
                 break
             raise InputError(
-                f"Line {number} of {str(path)!r} is not a JSON object with kind and step "
-                f"({error}); remove that line."
+                f"Line {number} of {str(path)!r} is not a JSON object with kind and step ({error}); remove that line."
             ) from error
         if kind == "event":
             if line.get("event") == "resumed":
@@ -262,7 +257,5 @@ def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " K"]]:
     """Columns of the numeric keys; null and missing are NaN."""
-    keys = sorted(
-        {k for line in lines for k, v in line.items() if isinstance(v, int | float)} | {"step"}
-    )
+    keys = sorted({k for line in lines for k, v in line.items() if isinstance(v, int | float)} | {"step"})
     return {key: np.asarray([line.get(key) for line in lines], float) for key in keys}

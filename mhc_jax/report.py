@@ -32,9 +32,7 @@ def comparison_table(records: Sequence[RunRecord]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(
-    records: Sequence[RunRecord], folder: str | Path, title: str, notes: Sequence[str] = ()
-) -> Path:
+def write_report(records: Sequence[RunRecord], folder: str | Path, title: str, notes: Sequence[str] = ()) -> Path:
     """Write `folder`/report.html and `folder`/figures/<name>.png.
 
     The page needs no network and no other file: figures are inline SVG, styles and the script
@@ -93,9 +91,7 @@ def _list(items: Sequence[str]) -> str:
 def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     """A table of text, first row the headings."""
     cells = "".join(f"<th>{_text(h)}</th>" for h in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{_text(value)}</td>" for value in row) + "</tr>" for row in body
-    )
+    lines = "".join("<tr>" + "".join(f"<td>{_text(value)}</td>" for value in row) + "</tr>" for row in body)
     table = f'<table class="text"><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
 
@@ -106,8 +102,7 @@ def _sortable(table: Sequence[dict[str, Cell]]) -> str:
     body = ""
     for row in table:
         cells = [
-            f'<td data-value="{_text("" if cell.value is None else cell.value)}">'
-            f"{_text(cell.text)}</td>"
+            f'<td data-value="{_text("" if cell.value is None else cell.value)}">{_text(cell.text)}</td>'
             for cell in row.values()
         ]
         body += "<tr>" + "".join(cells) + "</tr>"
@@ -177,9 +172,7 @@ def _settings(records: Sequence[RunRecord]) -> str:
         f"<details><summary>{len(shared)} shared settings</summary>"
         f"{_table(['setting', 'value'], list(shared.items()))}</details>"
     )
-    env = [
-        (n, k, v) for n, r in zip(names, records, strict=True) for k, v in flatten(r.env).items()
-    ]
+    env = [(n, k, v) for n, r in zip(names, records, strict=True) for k, v in flatten(r.env).items()]
     table = _table(["run", "key", "value"], env)
     return out + f"<details><summary>Environment of each run</summary>{table}</details>"
 
@@ -191,10 +184,7 @@ def _events(records: Sequence[RunRecord]) -> str:
         for event in record.events:
             if event.get("event") not in ROUTINE_EVENTS:
                 details = {k: v for k, v in event.items() if k not in ("kind", "step", "event")}
-                text = ", ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                    for k, v in details.items()
-                )
+                text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in details.items())
                 body.append([name, event["step"], event.get("event", ""), text])
     if not body:
         return "<p>No spikes, no resumptions, no divergence.</p>"

@@ -24,15 +24,13 @@ Batch = dict[str, Int[Array, "B T"]]
 class TrainState:
     """What a checkpoint holds."""
 
-    step: Int[Array, ""]
-    """Optimizer updates done."""
+    step: Any
+    """Optimizer updates done, int32 [] (an array, or its shape and dtype)."""
     params: Any
     opt_state: Any
 
 
-def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
-) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
     """Mean negative log likelihood in nats per token, float32."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
@@ -116,6 +114,6 @@ def make_diagnostics_step(config: ExperimentConfig) -> Callable[[Any, Int[Array,
 
     def step(params, tokens):
         _, collected = model.apply({"params": params}, tokens, config.train.diagnostics_tokens)
-        return diagnostics.summarize(collected)
+        return diagnostics.summarize(dict(collected))
 
     return step

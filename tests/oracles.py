@@ -74,9 +74,7 @@ def mhc_coefficients(x, phi, alpha, bias, t_max=20, eps_norm=1e-20):
     z = (v @ phi) / rms(v, eps_norm)
     pre = np.array([sigmoid(alpha[0] * z[i] + bias[i]) for i in range(n)])
     post = np.array([2 * sigmoid(alpha[1] * z[n + i] + bias[n + i]) for i in range(n)])
-    logits = np.array(
-        [[alpha[2] * z[2 * n + i * n + j] + bias[2 * n + i * n + j] for j in range(n)] for i in range(n)]
-    )
+    logits = np.array([[alpha[2] * z[2 * n + i * n + j] + bias[2 * n + i * n + j] for j in range(n)] for i in range(n)])
     return pre, post, sinkhorn_log(logits, t_max)
 
 
@@ -110,9 +108,7 @@ def hc_coefficients(x, A_m, B, A_r, W_m, W_b, W_r, s_a, s_b, tanh=True, eps_norm
     normed = [row / rms(row, eps_norm) for row in x]
     pre = np.array([A_m[i] + s_a * squash(float(normed[i] @ W_m)) for i in range(n)])
     post = np.array([B[i] + s_b * squash(float(normed[i] @ W_b)) for i in range(n)])
-    res = np.array(
-        [[A_r[i, j] + s_a * squash(float(normed[j] @ W_r[:, i])) for j in range(n)] for i in range(n)]
-    )
+    res = np.array([[A_r[i, j] + s_a * squash(float(normed[j] @ W_r[:, i])) for j in range(n)] for i in range(n)])
     return pre, post, res
 
 

@@ -75,9 +75,7 @@ def write_run(
                     "bits_per_byte": (1.7 + LOSS_OFFSET[kind]) / np.log(2),
                 }
             )
-            lines.append(
-                _diagnostics(kind, step, 1 if kind == "residual" else n, equal_streams, rng)
-            )
+            lines.append(_diagnostics(kind, step, 1 if kind == "residual" else n, equal_streams, rng))
     if diverged_at:
         lines.append({"kind": "event", "step": diverged_at, "event": "diverged"})
     parameters = {"residual": 400_000, "hc": 403_000, "mhc": 410_000}[kind]
@@ -116,9 +114,7 @@ def write_run(
     return folder
 
 
-def _diagnostics(
-    kind: str, step: int, n: int, equal: bool, rng: np.random.Generator
-) -> dict[str, Any]:
+def _diagnostics(kind: str, step: int, n: int, equal: bool, rng: np.random.Generator) -> dict[str, Any]:
     S = SUBLAYERS
     matrices = np.stack([np.eye(n)] * S)
     if kind == "hc":

@@ -206,6 +206,12 @@ def test_load_params_and_the_configuration_with_the_vocabulary(text, finished, t
         load_params(folder)
 
 
+def test_load_params_puts_them_on_the_first_device_here(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, jax.device_put(toy(1), jax.devices()[3]), {}, CONFIG)
+    assert load_params(tmp_path)[1]["w"].devices() == {jax.devices()[0]}
+
+
 def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_with_more_room(text, finished, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

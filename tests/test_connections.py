@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from mhc_kernels import Coefficients
-from tolerances import FP32_RELATIVE, STEP_ZERO, assert_close
+from tolerances import STEP_ZERO, assert_close
 
 from mhc_jax import connections
 from mhc_jax.config import ModelConfig
@@ -138,7 +138,9 @@ def test_dense_fills_in_disabled_components(spec):
             if name == "read":
                 expected = oracles.read(token, flat[0][..., t])
             else:
-                expected = oracles.write(token, np.asarray(y.reshape(-1, C)[t]), flat[1][..., t], flat[2][..., t]).ravel()
+                expected = oracles.write(
+                    token, np.asarray(y.reshape(-1, C)[t]), flat[1][..., t], flat[2][..., t]
+                ).ravel()
             assert_close(computed.reshape(B * T, -1)[t], expected, what=name)
 
 
@@ -162,7 +164,9 @@ def test_hc_coefficients_against_the_oracle(n, tanh):
 
 
 @pytest.mark.parametrize("spec", connections.KINDS)
-@pytest.mark.parametrize("change", [{"unroll": 3, "remat": True}, {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "change", [{"unroll": 3, "remat": True}, {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}]
+)
 def test_decoder_under_unroll_remat_and_bfloat16(spec, change):
     config = dataclasses.replace(MODEL, connection=connections.parse(spec))
     params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS))
@@ -279,5 +283,3 @@ def test_step_zero_gradient_of_h_res_logits_is_alive_once_streams_differ():
 def test_refused_settings(spec, words):
     with pytest.raises(InputError, match=words.replace("(", "\\(")):
         connections.parse(spec)
-
-

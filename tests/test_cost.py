@@ -35,7 +35,7 @@ def test_a_scan_counts_its_length():
 
 def test_a_cond_counts_the_dearer_branch():
     def either(p, x, w):
-        return jax.lax.cond(p, lambda: x @ w, lambda: x)
+        return jax.lax.cond(p, lambda: x @ w, lambda: x + x)
 
     assert flops(either, jax.ShapeDtypeStruct((), bool), array(3, 5), array(5, 5)) == 2 * 3 * 5 * 5
 

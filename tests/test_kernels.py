@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from mhc_kernels import columns, coefficients, read, sinkhorn, write, write_read
+from mhc_kernels import coefficients, columns, read, sinkhorn, write, write_read
 from tolerances import FP32_RELATIVE, assert_close
 
 STREAMS = (1, 2, 3, 4, 5, 8)

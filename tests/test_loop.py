@@ -42,7 +42,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def residual(text):
-    return tiny(text, "residual")
+    return tiny(text, "residual", train={"diagnostics_every": 8})
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def test_a_finished_run_is_recorded_and_not_repeated(residual, alone, capsys):
     assert "finished at step 8 already; nothing to do" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["residual", "mhc:num_streams=2"])
+@pytest.mark.parametrize("kind", ["residual", "mhc:num_streams=2:t_max=2"])
 def test_stop_and_go_on_is_bitwise_one_run(kind, text, alone, tmp_path, monkeypatch):
-    config = tiny(text, kind, train={} if kind == "residual" else {"diagnostics_every": 4})
+    config = tiny(text, kind, train={"diagnostics_every": 8 if kind == "residual" else 0})
     if kind != "residual":
         alone = tmp_path / "alone"
         train(config, alone)
@@ -237,7 +237,7 @@ def test_divergence_loss(residual, tmp_path):
 
 @pytest.mark.slow
 def test_float16_that_overflows_diverges(text, tmp_path):
-    half = {"stream_dtype": "float16", "compute_dtype": "float16"}
+    half = {"stream_dtype": "float16"}
     config = tiny(text, "hc:num_streams=2", model=half, optimizer={"learning_rate": 1e4}, train={"steps": 40})
     summary = train(config, tmp_path / "run")
     assert summary["status"] == "diverged"
@@ -291,7 +291,7 @@ def tensorboard_scalars(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_script(number, residual, tmp_path):
-    config = with_train(residual, steps=2000, checkpoint_every=0, validate_every=0)
+    config = with_train(residual, steps=800, checkpoint_every=0, validate_every=0)
     command = [*flags_of(config), f"--workdir={tmp_path / 'run'}"]
     process = script("train", *command)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -367,6 +367,15 @@ def test_a_vocabulary_too_small_is_refused(text, tmp_path):
     with pytest.raises(InputError, match=r"model.vocab_size is 5, but the tokenizer has \d+ tokens"):
         train(tiny(text, "residual", model={"vocab_size": 5}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_float16_branches_on_a_cpu_are_refused_and_bfloat16_runs(text, tmp_path):
+    with pytest.raises(InputError, match=r"model.compute_dtype is 'float16', which does not run on a CPU"):
+        train(tiny(text, "residual", model={"compute_dtype": "float16"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    half = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
+    config = tiny(text, "residual", model=half, optimizer={"warmup_steps": 0}, train={"steps": 1})
+    assert train(config, tmp_path / "run")["status"] == "finished"
 
 
 @pytest.mark.slow

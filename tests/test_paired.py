@@ -17,9 +17,7 @@ from mhc_jax.train_step import init_state
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
-    return tiny(
-        text, "residual", train={"steps": 3, "validate_every": 0, "checkpoint_every": 0, "diagnostics_every": 3}
-    )
+    return tiny(text, "residual", train={"steps": 3, "validate_every": 0, "checkpoint_every": 0})
 
 
 def test_plan_changes_the_connection_and_the_seeds_alone(base):

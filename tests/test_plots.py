@@ -159,9 +159,7 @@ def test_heat_maps_show_the_matrices_their_sums_and_their_product(runs):
     row = figure.axes[6:12]
     for axis, l in zip(row, (0, 4, 8, 11, 15), strict=False):
         assert axis.get_title() == f"l = {l + 1}"
-        np.testing.assert_array_equal(
-            np.ravel(axis.collections[0].get_array()), matrices[l].ravel()
-        )
+        np.testing.assert_array_equal(np.ravel(axis.collections[0].get_array()), matrices[l].ravel())
     product = np.eye(4)
     for matrix in matrices:
         product = matrix @ product

@@ -31,11 +31,7 @@ def page(runs, tmp_path_factory):
 
 
 def seeds(root, kinds=("residual", "mhc"), count=3):
-    return [
-        read_run(write_run(root, f"{kind}-{seed}", kind, seed=seed))
-        for seed in range(count)
-        for kind in kinds
-    ]
+    return [read_run(write_run(root, f"{kind}-{seed}", kind, seed=seed)) for seed in range(count) for kind in kinds]
 
 
 def test_rows_hold_the_numbers_of_the_summaries(runs):

@@ -5,7 +5,7 @@
 
 `arg` is a connection, with settings if wanted: `residual`, `hc:dynamic=False`, `mhc:init=paper:num_streams=8`.
 
-The learning rate, 1e-2, is high on purpose: the gain of unconstrained mixing grows with lr x steps x depth, and this is where a
+The learning rate, 7e-3, is high on purpose: the gain of unconstrained mixing grows with lr x steps x depth, and this is where a
 run of minutes shows what a run of weeks shows at 27B.
 """
 
@@ -30,7 +30,7 @@ def get_config(arg: str = "mhc") -> ConfigDict:
     config.data.sequence_length = 64
     config.data.batch_size = 8
 
-    config.optimizer.learning_rate = 1e-2
+    config.optimizer.learning_rate = 7e-3
     config.optimizer.warmup_steps = 20
 
     config.train.steps = 200

@@ -17,6 +17,7 @@ first boundary: a pending write that changes nothing.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,7 +47,8 @@ class ConnectionConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.num_streams >= 1, f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream."
+            self.num_streams >= 1,
+            f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream.",
         )
         one_of("connection.exit", self.exit, EXITS)
         for part in self.disable:
@@ -107,7 +109,7 @@ class Connection(nn.Module):
         if self.config.exit == "head":
             weights = head_weights(streams, self.head_phi, self.head_alpha, self.head_bias, **self.head_options())
             return read(streams, weights, n)
-        total = sum(s.astype(jnp.float32) for s in split(streams, n))
+        total = functools.reduce(jnp.add, (s.astype(jnp.float32) for s in split(streams, n)))
         return (total / n if self.config.exit == "mean" else total).astype(streams.dtype)
 
     def head_options(self) -> dict[str, float]:
@@ -118,8 +120,10 @@ class Connection(nn.Module):
         """State before the first boundary: (streams, c) such that writing y = 0 leaves the streams as they are."""
         streams = self.expand(x)
         dense = self.dense(Coefficients(None, None, None), x)
-        parts = self.config.parts
-        return streams, Coefficients(**{p: getattr(dense, p) if p in parts else None for p in Coefficients._fields})
+        learned = self.config.parts
+        return streams, Coefficients(
+            *(a if part in learned else None for part, a in zip(Coefficients._fields, dense, strict=True))
+        )
 
     def coefficients(self, streams: Any) -> Any:
         """Coefficients of this sub-layer from the streams that enter it."""
@@ -139,15 +143,15 @@ class Connection(nn.Module):
         c = self.coefficients(streams)
         return streams, c, self.read(streams, c)
 
-    def dense(self, c: Any, like: Float[Array, "B T nC"]) -> Coefficients:
-        """Coefficients with disabled components written out, for diagnostics."""
+    def dense(self, c: Any, like: Float[Array, "B T nC"]) -> tuple[Array, Array, Array]:
+        """(pre [n, B, T], post [n, B, T], res [n, n, B, T]) with disabled components written out, for diagnostics."""
         n, tokens = self.config.num_streams, like.shape[:-1]
         ones = jnp.ones((n, *tokens), jnp.float32)
         identity = jnp.broadcast_to(jnp.eye(n)[(..., *(None,) * len(tokens))], (n, n, *tokens))
-        return Coefficients(
-            pre=ones / n if c.pre is None else c.pre,
-            post=ones if c.post is None else c.post,
-            res=identity if c.res is None else c.res,
+        return (
+            ones / n if c.pre is None else c.pre,
+            ones if c.post is None else c.post,
+            identity if c.res is None else c.res,
         )
 
 
@@ -164,8 +168,6 @@ def head_weights(
     return jax.nn.sigmoid(alpha[0] * z + bias[(slice(None), *(None,) * (z.ndim - 1))]) + eps
 
 
-def home_stream(sublayer: int | Array, num_streams: int) -> Array:
+def home_stream(sublayer: int | Array | None, num_streams: int) -> Array:
     """e_{l mod n}: float32 one-hot [n] of the stream that sub-layer l calls home."""
-    return (jnp.arange(num_streams) == sublayer % num_streams).astype(jnp.float32)
-
-
+    return (jnp.arange(num_streams) == jnp.asarray(sublayer) % num_streams).astype(jnp.float32)

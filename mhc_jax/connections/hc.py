@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import Coefficients
+from mhc_kernels import Coefficients, projection
 
 from mhc_jax.connections.base import Connection, ConnectionConfig, home_stream
 from mhc_jax.errors import require
@@ -53,7 +52,7 @@ def hc_coefficients(
     x: Float[Array, "*tokens nC"],
     static: Coefficients,
     W: Float[Array, "C k"] | None,
-    gates: Mapping[str, Float[Array, ""] | None],
+    gates: Mapping[str, Float[Array, ""]],
     *,
     num_streams: int,
     tanh: bool,
@@ -85,10 +84,7 @@ def hc_coefficients(
         for name, value in present.items()
     }
     if W is not None:
-        v = x.reshape(*tokens, n, -1).astype(jnp.float32)
-        mean_square = jnp.einsum("...nc,...nc->n...", v, v, precision="highest") / v.shape[-1]
-        scale = jax.lax.rsqrt(mean_square + eps_norm)[None]
-        D = jnp.einsum("...nc,ck->kn...", v, W, precision="highest") * scale
+        D = jnp.moveaxis(projection(x.reshape(*tokens, n, -1), W, eps_norm), -1, 1)  # [k, n, *tokens]
         D = jnp.tanh(D) if tanh else D
         for name, where in dynamic_columns(n, tuple(present)).items():
             dynamic = D[where] if name == "res" else D[where.start]
@@ -123,7 +119,7 @@ class HyperConnection(Connection):
             self.W = self.param("W", nn.initializers.zeros, (self.width, k))
             s_a = self.param("s_a", gate, ()) if {"pre", "res"} & set(parts) else None
             s_b = self.param("s_b", gate, ()) if "post" in parts else None
-            self.gates = {"pre": s_a, "post": s_b, "res": s_a}
+            self.gates = {part: s_b if part == "post" else s_a for part in parts}
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
         """See `hc_coefficients`."""

@@ -59,7 +59,7 @@ class ManifoldHyperConnectionConfig(ConnectionConfig):
         )
 
 
-def bias_init(preset: str, sublayer: int | Array, num_streams: int) -> dict[str, Array]:
+def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> dict[str, Array]:
     """Static logits {pre [n], post [n], res [n, n]} of a preset; home stream = l mod n.
 
     | preset | b_pre | b_post | b_res | step 0 |

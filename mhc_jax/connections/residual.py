@@ -27,7 +27,9 @@ class ResidualConfig(ConnectionConfig):
             self.num_streams == 1,
             f"connection.num_streams is {self.num_streams}; `residual` has one stream: use `hc` or `mhc` for more.",
         )
-        require(self.exit != "head", "connection.exit is 'head'; `residual` has one stream and nothing to weigh: use 'sum'.")
+        require(
+            self.exit != "head", "connection.exit is 'head'; `residual` has one stream and nothing to weigh: use 'sum'."
+        )
         require(
             set(self.disable) == {"pre", "post", "res"},
             f"connection.disable is {self.disable}; `residual` learns no component, leave it at its default.",

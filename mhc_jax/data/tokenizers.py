@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ END = "<|endoftext|>"
 PROBE = " A\n\n\tnaïve—façade  🙂 <|endoftext|> 123\r\n"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the code asks of a tokenizer."""
 

@@ -44,5 +44,3 @@ class Attention(nn.Module):
         v = dense("W_v", K * D, init, x).reshape(B, T, K, D)
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return dense("W_o", C, out_init, mixed.reshape(B, T, H * D)), {}
-
-

@@ -56,9 +56,7 @@ def gain_depth(records: Sequence[RunRecord]) -> Figure:
         axis.set_title(title, loc="left")
         by_depth(axis, records, key, upper)
         axis.axhline(1, color=GRID, linewidth=1)
-        axis.set_ylabel(
-            "gain (max. abs. row sum)" if "forward" in key else "gain (max. abs. col. sum)"
-        )
+        axis.set_ylabel("gain (max. abs. row sum)" if "forward" in key else "gain (max. abs. col. sum)")
     for row in (axes[:2], axes[2:]):
         log_axis(*row, around=1.0)
     return finish(figure, records, "no diagnostics with gains")

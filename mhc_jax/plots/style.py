@@ -164,9 +164,7 @@ def plain_text(label: str) -> str:
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
-def panels(
-    rows: int, columns: int, height: float = 2.9, share_y: bool = False
-) -> tuple[Figure, list[Axes]]:
+def panels(rows: int, columns: int, height: float = 2.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
     """A grid of panels; sizes in inches, 6.4 wide for one column, 4.2 a column for more.
 
     `share_y`: the panels of a row have one y axis, so that they can be compared.
@@ -208,9 +206,7 @@ def mark_divergence(axis: Axes, record: RunRecord, style: dict[str, Any]) -> Non
     if record.diverged_at is not None:
         axis.axvline(record.diverged_at, color=style["color"], linestyle=":", linewidth=1)
         top = axis.get_xaxis_transform()
-        axis.plot(
-            [record.diverged_at], [0.04], "x", color=style["color"], ms=8, mew=2, transform=top
-        )
+        axis.plot([record.diverged_at], [0.04], "x", color=style["color"], ms=8, mew=2, transform=top)
 
 
 def mark_spikes(axis: Axes, records: Sequence[RunRecord]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -37,14 +38,38 @@ def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice
     return out
 
 
-def projection(
-    x: Float[Array, "*tokens nC"], phi: Float[Array, "nC k"], eps_norm: float
-) -> Float[Array, "k *tokens"]:
-    """z = (v phi) rsqrt(mean(v^2) + eps_norm): the unweighted RMSNorm over all n C, folded after the product (mHC Eq. 14-16)."""
-    v = x.astype(jnp.float32)
-    mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
-    z = jnp.einsum("...c,ck->k...", v, phi, precision="highest")
-    return z * jax.lax.rsqrt(mean_square + eps_norm)[None]
+def projection(x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm: float) -> Float[Array, "k *tokens"]:
+    """z = (v phi) rsqrt(mean(v^2) + eps_norm): an unweighted RMSNorm folded after the product (mHC Eq. 14-16), float32.
+
+    For mHC the last axis is all n C channels of a token, for HC the C channels of one stream.
+    """
+    return _projection(x, phi, eps_norm)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _projection(x: Array, phi: Array, eps_norm: float) -> Array:
+    return _projection_fwd(x, phi, eps_norm)[0]
+
+
+def _projection_fwd(x, phi, eps_norm):
+    v = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.einsum("tc,tc->t", v, v, precision="highest") / v.shape[-1] + eps_norm)
+    z = jnp.matmul(v, phi, precision="highest") * inverse[:, None]
+    return z.T.reshape(-1, *x.shape[:-1]), (x, phi, inverse, z)
+
+
+def _projection_bwd(_, saved, g):
+    """z = r v phi with r = (mean(v^2) + eps)^-1/2, so dv = r g phi^T - (g . z) r^2 v / C."""
+    x, phi, inverse, z = saved
+    v = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    g = g.reshape(g.shape[0], -1).T
+    scaled = g * inverse[:, None]
+    shrink = jnp.einsum("tk,tk->t", g, z, precision="highest") * inverse**2 / v.shape[-1]
+    dv = jnp.matmul(scaled, phi.T, precision="highest") - shrink[:, None] * v
+    return dv.reshape(x.shape).astype(x.dtype), jnp.matmul(v.T, scaled, precision="highest")
+
+
+_projection.defvjp(_projection_fwd, _projection_bwd)
 
 
 def coefficients(

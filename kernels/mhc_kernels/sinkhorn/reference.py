@@ -20,9 +20,7 @@ from jaxtyping import Array, Float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def sinkhorn(
-    logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0
-) -> Float[Array, "n n *tokens"]:
+def sinkhorn(logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0) -> Float[Array, "n n *tokens"]:
     r"""H_res = SK(logits): doubly stochastic in the limit, after `num_iters` = t_max column/row pairs in fact.
 
     Row sums are 1 to rounding (rows come last); column sums are approximate.  Measured over random 4x4 logits of standard
