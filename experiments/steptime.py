@@ -37,7 +37,7 @@ def main() -> None:
         began = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
         compile_s = time.perf_counter() - began
-        fusions = compiled.as_text().count(" fusion(")
+        fusions = str(compiled.as_text()).count(" fusion(")
         rows[name] = [compile_s, fusions, flops, (cost.compiled_memory(compiled) or 0) / 2**20]
         runs[name] = [compiled, state, []]
     for k in range(ROUNDS.value + 1):

@@ -178,7 +178,8 @@ class _Run:
         self.progress.say(f"compiling the {name} step")
         began = time.perf_counter()
         compiled = jax.jit(function, **options).lower(*args).compile()
-        self.clock["compile_s"] += time.perf_counter() - began
+        # What diagnostics cost is charged to them alone, their compile included.
+        self.clock["diagnostics_s" if name == "diagnostics" else "compile_s"] += time.perf_counter() - began
         return compiled
 
     def _steps(self, stop: StopRequest, anew: bool) -> str:
@@ -201,22 +202,19 @@ class _Run:
 
         pending: tuple[int, dict] | None = None
         self._mark = time.perf_counter()
-        while True:
-            more = self.done < cfg.steps and stop.signal is None
-            if more:
-                self.state, metrics = step_fn(self.state, next(self.batches))
-                self.done += 1
-                dispatched = (self.done, metrics)
+        while self.done < cfg.steps and stop.signal is None:
+            self.state, metrics = step_fn(self.state, next(self.batches))
+            self.done += 1
             if pending and not self._read(*pending):
                 return self._diverged(pending[0])
-            pending = dispatched if more else None
-            if not more:
-                break
+            pending = (self.done, metrics)
             if self._is_pause(self.done):
-                if not self._read(*pending):
-                    return self._diverged(pending[0])
-                metrics, pending = pending[1], None
+                if not self._read(self.done, metrics):
+                    return self._diverged(self.done)
+                pending = None
                 self._pause(metrics)
+        if pending and not self._read(*pending):
+            return self._diverged(pending[0])
         if self.done < cfg.steps:
             self.writer.write("event", self.done, {"event": "interrupted", "signal": int(stop.signal or 0)})
             self._save("interrupted")

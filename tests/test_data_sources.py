@@ -191,8 +191,8 @@ def test_equal_texts_are_never_on_both_sides():
 def test_fraction_zero_sets_nothing_apart(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", RECORDS)
     everything = [record["text"] for record in RECORDS]
-    assert texts(path, "train", cache, fraction=0) == everything
-    assert texts(path, "validation", cache, fraction=0) == everything
+    assert texts(path, "train", cache, fraction=0.0) == everything
+    assert texts(path, "validation", cache, fraction=0.0) == everything
 
 
 def test_documents_without_text_are_skipped(tmp_path):
@@ -377,7 +377,7 @@ def test_english_mix(cache):
     path = folder / "english-mix.validation.jsonl.zst"
     if not path.exists():
         pytest.skip(f"no {path.name}; set MHC_JAX_CORPORA to the folder that holds it")
-    found = list(sources.documents(str(path), "validation", cache=cache, fraction=0))
+    found = list(sources.documents(str(path), "validation", cache=cache, fraction=0.0))
     assert len(found) == 436
     assert sum(len(document.text.encode()) for document in found) == 1_989_877
     apart = texts(path, "validation", cache)

@@ -117,9 +117,9 @@ class HyperConnection(Connection):
             gate = nn.initializers.constant(cfg.gate_init)
             k = dynamic_columns(n, parts)[parts[-1]].stop
             self.W = self.param("W", nn.initializers.zeros, (self.width, k))
-            s_a = self.param("s_a", gate, ()) if {"pre", "res"} & set(parts) else None
-            s_b = self.param("s_b", gate, ()) if "post" in parts else None
-            self.gates = {part: s_b if part == "post" else s_a for part in parts}
+            names = {"s_b" if part == "post" else "s_a" for part in parts}
+            s = {name: self.param(name, gate, ()) for name in sorted(names)}
+            self.gates = {part: s["s_b" if part == "post" else "s_a"] for part in parts}
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
         """See `hc_coefficients`."""

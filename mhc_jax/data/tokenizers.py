@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         """Return `encode` of each text."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Return the text; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
         ...
 
@@ -85,9 +85,9 @@ class ByteTokenizer:
         """Return `encode` of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Return the text; ids from 256 on vanish, bytes that are not UTF-8 become U+FFFD."""
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
 class BPETokenizer:
@@ -153,7 +153,7 @@ class BPETokenizer:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(item.ids, dtype(self)) for item in encoded]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Return the text; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
