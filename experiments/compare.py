@@ -1,7 +1,7 @@
 """Train the same decoder with several connections, side by side, and write one report.
 
     python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
-    python experiments/compare.py --connections=residual,mhc:init=paper,mhc:init=home --seeds=3 --workdir=runs/presets
+    python experiments/compare.py --connections=mhc:init=paper,mhc:init=home --seeds=3 --workdir=runs/presets
 
 The runs are paired: they share data order, tokenizer, branch initialisation and schedule; only the connection differs.
 Runs that are done are not repeated, so an interrupted comparison goes on with the same command.

@@ -132,7 +132,7 @@ def test_residual_adds_no_op_over_hand_written_pre_norm():
 
 def experiment(kind="mhc", **train):
     return ExperimentConfig(
-        model=dataclasses.replace(MODEL, connection=connections.default_config(kind)),
+        model=dataclasses.replace(MODEL, connection=connections.parse(kind)),
         data=DataConfig(sequence_length=12, batch_size=2),
         optimizer=OptimizerConfig(warmup_steps=0),
         train=TrainConfig(**train),
@@ -150,7 +150,7 @@ def test_train_step_is_the_same_program_with_diagnostics_on_or_off():
 
 
 def test_diagnostics_sees_the_same_model():
-    config = experiment()
+    config = experiment("mhc:init=paper")
     state = jax.jit(lambda: init_state(config))()
     record = jax.jit(make_diagnostics_step(config))(state.params, TOKENS[:1])
     L, n = 6, 4

@@ -24,7 +24,7 @@ def get_config(arg: str = "mhc") -> ConfigDict:
     config.model.width = 64
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
-    config.model.mlp_width = 192
+    config.model.mlp_width = 256
     config.model.depth_scaled_init = False
 
     config.data.sequence_length = 64

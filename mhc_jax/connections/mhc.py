@@ -26,8 +26,8 @@ class ManifoldHyperConnectionConfig(ConnectionConfig):
     kind: ClassVar[str] = "mhc"
 
     exit: str = "mean"
-    init: str = "paper"
-    """Static biases; see `bias_init`."""
+    init: str = "home"
+    """Static biases; see `bias_init`.  `home` over `paper` by measurement: see its docstring."""
     t_max: int = 20
     """Sinkhorn-Knopp iterations."""
     eps_convention: str = "paper"
@@ -71,7 +71,9 @@ def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> di
     | `home` | +3 home, -3 else | +3 home, -3 else (post 1.9 / 0.1) | +3 diagonal, -3 off | not Pre-Norm |
 
     All but `home` write every stream alike, and streams that start as copies then stay nearly equal, which leaves H_res little
-    to do; `home` breaks that symmetry by writing mostly to the home stream.
+    to do; `home` breaks that symmetry by writing mostly to the home stream.  Measured on the demo, three paired seeds: mean stream
+    cosine at the end 0.58 with `home`, 0.99 with `paper`; validation loss lower by 0.044, 0.055 and 0.070 nats with `home`
+    (experiments/LOG.md).
     """
     n = num_streams
     home = 2 * home_stream(sublayer, n) - 1
