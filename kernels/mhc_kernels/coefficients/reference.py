@@ -43,7 +43,9 @@ def projection(x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm:
 
     For mHC the last axis is all n C channels of a token, for HC the C channels of one stream.
     """
-    return _projection(x, phi, eps_norm)
+    # Under shard_map phi is one value for all shards and x is not: the cast makes its gradient the sum over shards.
+    varying = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(phi).manual_axis_type.varying)
+    return _projection(x, jax.lax.pcast(phi, varying, to="varying") if varying else phi, eps_norm)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
