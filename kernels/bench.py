@@ -30,11 +30,16 @@ def textbook(logits, t_max: int = 20):
 
 
 def alternating(functions: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each function over `repeats` rounds; every round runs all of them, in turning order."""
+    """Median seconds of each function over `repeats` rounds; every round runs all of them, in turning order.
+
+    Each timed call follows an untimed one of the same function: the first call after another function's pays for the
+    caches and pages which that one left behind (here up to 4 ms, whoever comes second).
+    """
     times = {name: [] for name in functions}
     for k in range(repeats):
         names = list(functions) if k % 2 else list(functions)[::-1]
         for name in names:
+            jax.block_until_ready(functions[name]())
             began = time.perf_counter()
             jax.block_until_ready(functions[name]())
             times[name].append(time.perf_counter() - began)

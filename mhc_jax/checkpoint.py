@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ class Checkpoints:
         full = "no space left" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else _reason(error)
         self._failed = True
+        # Orbax leaves its other writes unstarted, and Python says so of each while it shuts down.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
         kept = f"the checkpoint of step {max(steps)} is whole" if steps else "there is no earlier one"
         return InputError(

@@ -8,6 +8,9 @@ Conventions.  H_res is applied untransposed, x_out = H x_in, so the operator bet
 as in mHC Figures 3 and 7.  The operator norms max_i sum_j |P_ij| and max_j sum_i |P_ij| bound every signal; they are equal to the
 gains for doubly stochastic matrices and larger for HC's signed ones, and are reported beside them (`*_norm`).  Gains are per
 token, then averaged; the product of token-averaged matrices (the paper's heat maps) is reported too (`composite_mean_*`).
+
+`sample_sublayer` is part of the compiled model; everything else is NumPy in float64 on the few values that come back (32
+sub-layers, 64 tokens, n = 4: 128 KiB), which costs milliseconds where compiling it cost half a second a run.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from mhc_kernels import split
 
@@ -58,83 +62,83 @@ def stream_cosine(x: Float[Array, "S n C"]) -> Float[Array, ""]:
     return (jnp.sum(cosines, (1, 2)) - n).mean() / (n * (n - 1))
 
 
-def forward_gain(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+Matrices = Float[np.ndarray, "*batch n n"]
+PerMatrix = Float[np.ndarray, "*batch"]
+
+
+def forward_gain(P: Matrices) -> PerMatrix:
     """max_i |sum_j P_ij|."""
-    return jnp.max(jnp.abs(jnp.sum(P, -1)), -1)
+    return np.abs(P.sum(-1)).max(-1)
 
 
-def backward_gain(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+def backward_gain(P: Matrices) -> PerMatrix:
     """max_j |sum_i P_ij|."""
-    return jnp.max(jnp.abs(jnp.sum(P, -2)), -1)
+    return np.abs(P.sum(-2)).max(-1)
 
 
-def forward_norm(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+def forward_norm(P: Matrices) -> PerMatrix:
     """max_i sum_j |P_ij|, the infinity norm."""
-    return forward_gain(jnp.abs(P))
+    return forward_gain(np.abs(P))
 
 
-def backward_norm(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+def backward_norm(P: Matrices) -> PerMatrix:
     """max_j sum_i |P_ij|, the 1-norm."""
-    return backward_gain(jnp.abs(P))
+    return backward_gain(np.abs(P))
 
 
-def composites(H: Float[Array, "L *batch n n"]) -> tuple[Float[Array, "L *batch n n"], Float[Array, "L *batch n n"]]:
+def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.ndarray]:
     """(products H_l ... H_1 for every l, products H_L ... H_l for every l): the two profiles of mHC Figure 3."""
-    identity = jnp.broadcast_to(jnp.eye(H.shape[-1]), H.shape[1:])
-
-    def upward(P, h):
-        P = jnp.matmul(h, P, precision="highest")
-        return P, P
-
-    def downward(P, h):
-        P = jnp.matmul(P, h, precision="highest")
-        return P, P
-
-    return jax.lax.scan(upward, identity, H)[1], jax.lax.scan(downward, identity, H, reverse=True)[1]
+    up, down = np.array(H), np.array(H)
+    for k in range(1, len(H)):
+        up[k] = H[k] @ up[k - 1]
+        down[-1 - k] = down[-k] @ H[-1 - k]
+    return up, down
 
 
-def row_entropy(P: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
+def row_entropy(P: Matrices) -> PerMatrix:
     """Mean entropy of the rows of |P|, normalised to sum 1, over ln n: 0 for a permutation or n = 1, 1 if uniform."""
     n = P.shape[-1]
     if n == 1:
-        return jnp.zeros(P.shape[:-2])
-    p = jnp.abs(P) / jnp.maximum(jnp.sum(jnp.abs(P), -1, keepdims=True), 1e-30)
-    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), -1).mean(-1) / jnp.log(n)
+        return np.zeros(P.shape[:-2])
+    p = np.abs(P) / np.maximum(np.abs(P).sum(-1, keepdims=True), 1e-30)
+    return -(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean(-1) / np.log(n)
 
 
-def summarize(collected: dict[str, Array]) -> dict[str, Array]:
-    """The record of one diagnostics step from `Decoder`'s collected arrays (L sub-layers, S tokens).
+def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The record of one diagnostics step from what `Decoder` collected (L sub-layers, S tokens; arrays of any kind).
 
-    Returns arrays over depth, [L] unless said: single_forward, single_backward, composite_forward, composite_backward (means
-    over tokens), composite_forward_max, composite_backward_max (over tokens), composite_forward_norm, composite_backward_norm
-    (operator norms, means over tokens), composite_mean_forward, composite_mean_backward
-    (product of token means), row_error, column_error (max |sum - 1|), entropy, uniform_distance (Frobenius, composite up to l),
-    h_res [L, n, n], h_pre, h_post [L, n] (token means), stream_cosine, stream_rms [L, n], branch_rms.
+    Returns float64 arrays over depth, [L] unless said: single_forward, single_backward, composite_forward, composite_backward
+    (means over tokens), composite_forward_max, composite_backward_max (over tokens), composite_forward_norm,
+    composite_backward_norm (operator norms, means over tokens), composite_mean_forward, composite_mean_backward (product of
+    token means), row_error, column_error (max |sum - 1|), entropy, uniform_distance (Frobenius, composite up to l), h_res
+    [L, n, n], h_pre, h_post [L, n] (token means), stream_cosine, stream_rms [L, n], branch_rms.
     """
-    H = collected["res"]
+    values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
+    H = values["res"]
     n = H.shape[-1]
-    up, down = composites(H)
-    mean = H.mean(1)
-    mean_up, mean_down = composites(mean)
-    return {
-        "single_forward": forward_gain(H).mean(1),
-        "single_backward": backward_gain(H).mean(1),
-        "composite_forward": forward_gain(up).mean(1),
-        "composite_backward": backward_gain(down).mean(1),
-        "composite_forward_max": forward_gain(up).max(1),
-        "composite_backward_max": backward_gain(down).max(1),
-        "composite_forward_norm": forward_norm(up).mean(1),
-        "composite_backward_norm": backward_norm(down).mean(1),
-        "composite_mean_forward": forward_gain(mean_up),
-        "composite_mean_backward": backward_gain(mean_down),
-        "row_error": jnp.abs(H.sum(-1) - 1).max((1, 2)),
-        "column_error": jnp.abs(H.sum(-2) - 1).max((1, 2)),
-        "entropy": row_entropy(H).mean(1),
-        "uniform_distance": jnp.linalg.norm(up - 1 / n, axis=(-2, -1)).mean(1),
-        "h_res": mean,
-        "h_pre": collected["pre"].mean(1),
-        "h_post": collected["post"].mean(1),
-        "stream_cosine": collected["stream_cosine"],
-        "stream_rms": collected["stream_rms"],
-        "branch_rms": collected["branch_rms"],
-    }
+    with np.errstate(over="ignore", invalid="ignore"):  # gains of a run that blows up are inf, and said to be
+        up, down = composites(H)
+        mean = H.mean(1)
+        mean_up, mean_down = composites(mean)
+        return {
+            "single_forward": forward_gain(H).mean(1),
+            "single_backward": backward_gain(H).mean(1),
+            "composite_forward": forward_gain(up).mean(1),
+            "composite_backward": backward_gain(down).mean(1),
+            "composite_forward_max": forward_gain(up).max(1),
+            "composite_backward_max": backward_gain(down).max(1),
+            "composite_forward_norm": forward_norm(up).mean(1),
+            "composite_backward_norm": backward_norm(down).mean(1),
+            "composite_mean_forward": forward_gain(mean_up),
+            "composite_mean_backward": backward_gain(mean_down),
+            "row_error": np.abs(H.sum(-1) - 1).max((1, 2)),
+            "column_error": np.abs(H.sum(-2) - 1).max((1, 2)),
+            "entropy": row_entropy(H).mean(1),
+            "uniform_distance": np.linalg.norm(up - 1 / n, axis=(-2, -1)).mean(1),
+            "h_res": mean,
+            "h_pre": values["pre"].mean(1),
+            "h_post": values["post"].mean(1),
+            "stream_cosine": values["stream_cosine"],
+            "stream_rms": values["stream_rms"],
+            "branch_rms": values["branch_rms"],
+        }

@@ -23,6 +23,7 @@ from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import ExperimentConfig, to_mapping
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
+from mhc_jax.diagnostics import summarize
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
 from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
@@ -252,7 +253,7 @@ class _Run:
         if self._diagnose is None:
             return
         began = time.perf_counter()
-        record = plain(self._diagnose(self.state.params, self.diagnostic_tokens))
+        record = plain(summarize(self._diagnose(self.state.params, self.diagnostic_tokens)))
         if metrics is not None:
             record["grad_norm_per_layer"] = plain(metrics["grad_norm_per_layer"])
         self.writer.write("diagnostics", step, record)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mhc_jax import diagnostics
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.model import Decoder
@@ -109,11 +108,11 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
 
 
 def make_diagnostics_step(config: ExperimentConfig) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
-    """(params, tokens) -> `diagnostics.summarize`, from a forward pass of its own: the train step never pays for it."""
+    """(params, tokens) -> what `diagnostics.summarize` wants, from a forward pass of its own: the train step never pays."""
     model = Decoder(config.model)
 
     def step(params, tokens):
         _, collected = model.apply({"params": params}, tokens, config.train.diagnostics_tokens)
-        return diagnostics.summarize(dict(collected))
+        return dict(collected)
 
     return step

@@ -152,7 +152,7 @@ def test_train_step_is_the_same_program_with_diagnostics_on_or_off():
 def test_diagnostics_sees_the_same_model():
     config = experiment("mhc:init=paper")
     state = jax.jit(lambda: init_state(config))()
-    record = jax.jit(make_diagnostics_step(config))(state.params, TOKENS[:1])
+    record = summarize(jax.jit(make_diagnostics_step(config))(state.params, TOKENS[:1]))
     L, n = 6, 4
     assert record["h_res"].shape == (L, n, n)
     assert record["stream_rms"].shape == (L, n)
@@ -193,12 +193,12 @@ def test_thousand_sublayers(kind):
     state = jax.jit(lambda: init_state(config))()
     tokens = jax.random.randint(jax.random.key(0), (1, 17), 0, 64)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    diagnose = jax.jit(make_diagnostics_step(config))
+    diagnostics_step = jax.jit(make_diagnostics_step(config))
     step = jax.jit(make_train_step(config))
-    before = diagnose(state.params, batch["inputs"])
+    before = summarize(diagnostics_step(state.params, batch["inputs"]))
     for _ in range(20):
         state, metrics = step(state, batch)
-    after = diagnose(state.params, batch["inputs"])
+    after = summarize(diagnostics_step(state.params, batch["inputs"]))
     assert np.isfinite(metrics["loss"])
     start = np.asarray(before["stream_rms"])[0].mean()
     ratios = {
