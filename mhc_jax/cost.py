@@ -40,7 +40,12 @@ def flops(function: Callable[..., Any], *args: Any) -> float:
       function: traceable.
       *args: arrays or `jax.ShapeDtypeStruct`.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*args))
+
+
+def jaxpr_flops(closed: core.ClosedJaxpr) -> float:
+    """`flops` of a program that is traced already (`jax.jit(f).trace(...).jaxpr`)."""
+    return _count(closed.jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> float:

@@ -151,7 +151,10 @@ class _Run:
         self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
         self.example = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
         self.tokens_per_step = config.data.batch_size * T
-        self.flops_per_token = cost.flops(make_train_step(config), abstract, self.example) / self.tokens_per_step
+        began = time.perf_counter()
+        self.train_step = jax.jit(make_train_step(config), donate_argnums=0).trace(abstract, self.example)
+        self.clock["compile_s"] += time.perf_counter() - began
+        self.flops_per_token = cost.jaxpr_flops(self.train_step.jaxpr) / self.tokens_per_step
         env = environment()
         if not (self.folder / "env.json").exists():
             write_json(self.folder / "env.json", {**env, "data": self.data.summary()})
@@ -175,10 +178,10 @@ class _Run:
             self.batches.close()
         return self._summary(status)
 
-    def _compile(self, name: str, function, *args, compiler_options=None, **options):
+    def _compile(self, name: str, trace, compiler_options=None):
         self.progress.say(f"compiling the {name} step")
         began = time.perf_counter()
-        compiled = jax.jit(function, **options).lower(*args).compile(compiler_options)
+        compiled = trace().lower().compile(compiler_options)
         # What diagnostics cost is charged to them alone, their compile included.
         self.clock["diagnostics_s" if name == "diagnostics" else "compile_s"] += time.perf_counter() - began
         return compiled
@@ -187,17 +190,18 @@ class _Run:
         cfg = self.config.train
         if self.diverged_at is not None or self.done == cfg.steps:  # killed between the last checkpoint and the summary
             return "finished" if self.diverged_at is None else "diverged"
-        step_fn = self._compile("train", make_train_step(self.config), self.state, self.example, donate_argnums=0)
+        step_fn = self._compile("train", lambda: self.train_step)
         self.compiled_bytes = cost.compiled_memory(step_fn)
-        eval_fn = self._compile("validation", make_eval_step(self.config), self.state.params, self.validation[0])
+        evaluate = jax.jit(make_eval_step(self.config))
+        eval_fn = self._compile("validation", lambda: evaluate.trace(self.state.params, self.validation[0]))
         self._evaluate = lambda: [float(eval_fn(self.state.params, b)) for b in self.validation]
         self._diagnose = None
         if cfg.diagnostics_every:
             args = (self.state.params, self.diagnostic_tokens)
             # It runs a few times on one sequence: on CPUs half the time to compile beats a faster program.
             quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-            step = make_diagnostics_step(self.config)
-            self._diagnose = self._compile("diagnostics", step, *args, compiler_options=quick)
+            step = jax.jit(make_diagnostics_step(self.config))
+            self._diagnose = self._compile("diagnostics", lambda: step.trace(*args), quick)
         if anew:
             self.progress.say(
                 describe(self.state.params, self.config.optimizer, connection_module(self.config.model.connection))
