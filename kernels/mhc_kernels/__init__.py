@@ -4,11 +4,10 @@ Streams are flat, `[*tokens, n*C]`, stream-major: stream i is columns i C to (i 
 small axes first and the tokens last.  Depends on jax (and jaxtyping, for annotations) alone.
 """
 
-from mhc_kernels.coefficients.reference import PARTS, Coefficients, coefficients, columns, projection
-from mhc_kernels.read.reference import read, split
-from mhc_kernels.sinkhorn.reference import sinkhorn
-from mhc_kernels.write.reference import write
-from mhc_kernels.write_read.reference import write_read
+from mhc_kernels.api import coefficients, projection, read, sinkhorn, write, write_read
+from mhc_kernels.choice import settings
+from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, columns
+from mhc_kernels.ops.read.reference import split
 
 __all__ = [
     "PARTS",
@@ -17,6 +16,7 @@ __all__ = [
     "columns",
     "projection",
     "read",
+    "settings",
     "sinkhorn",
     "split",
     "write",

@@ -18,15 +18,7 @@ def split(x: Float[Array, "*tokens nC"], num_streams: int) -> list[Float[Array, 
 def read(
     x: Float[Array, "*tokens nC"], pre: Float[Array, "n *tokens"] | None, num_streams: int
 ) -> Float[Array, "*tokens C"]:
-    """What the branch reads: h = sum_i pre_i x_i, accumulated in float32, returned in the dtype of x.
-
-    Args:
-      x: flat streams, any float dtype.
-      pre: float32 H_pre, tokens last; None: 1/n for every stream (the disabled component).
-      num_streams: n.
-
-    Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre").
-    """
+    """See `mhc_kernels.read`, whose meaning this is."""
     if pre is None:
         if num_streams == 1:
             return x

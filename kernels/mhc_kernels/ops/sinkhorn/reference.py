@@ -22,22 +22,7 @@ from jaxtyping import Array, Float
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def sinkhorn(logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0) -> Float[Array, "n n *tokens"]:
-    r"""H_res = SK(logits): doubly stochastic in the limit, after `num_iters` = t_max column/row pairs in fact.
-
-    Row sums are 1 to rounding (rows come last); column sums are approximate.  Measured over random 4x4 logits of standard
-    deviation 1 / 2 / 4 / 8, the largest |column sum - 1| after 20 steps is about 1e-3 / 1e-2 / 4e-2 / 6e-2.
-
-    Args:
-      logits: entry [i, j] of each matrix; any float dtype, computed in float32.  NaN in a token's matrix gives NaN there.
-      num_iters: t_max >= 1.
-      eps: 0 for the paper; 1e-6 for DeepSeek-V4, which adds eps to the first column softmax and to every divisor.
-        (V4's `comb` is H_res^T: its rows are our columns.)
-
-    Returns:
-      float32 matrices of the same shape.
-
-    Source: mHC (arXiv 2512.24880) Eq. 9; the gradient is derived here and equals autodiff of the loop to rounding.
-    """
+    """See `mhc_kernels.sinkhorn`, whose meaning this is."""
     return _forward(logits.astype(jnp.float32), num_iters, eps)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_kernels.sinkhorn.reference import sinkhorn
+from mhc_kernels.ops.sinkhorn.reference import sinkhorn
 
 PARTS = ("pre", "post", "res")
 
@@ -39,10 +40,7 @@ def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice
 
 
 def projection(x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm: float) -> Float[Array, "k *tokens"]:
-    """z = (v phi) rsqrt(mean(v^2) + eps_norm): an unweighted RMSNorm folded after the product (mHC Eq. 14-16), float32.
-
-    For mHC the last axis is all n C channels of a token, for HC the C channels of one stream.
-    """
+    """See `mhc_kernels.projection`, whose meaning this is."""
     # Under shard_map phi is one value for all shards and x is not: the cast makes its gradient the sum over shards.
     varying = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(phi).manual_axis_type.varying)
     return _projection(x, jax.lax.pcast(phi, varying, to="varying") if varying else phi, eps_norm)
@@ -74,40 +72,22 @@ def _projection_bwd(_, saved, g):
 _projection.defvjp(_projection_fwd, _projection_bwd)
 
 
-def coefficients(
-    x: Float[Array, "*tokens nC"],
-    phi: Float[Array, "nC k"],
+def gates(
+    z: Float[Array, "k *tokens"],
     alpha: Float[Array, " parts"],
     bias: Float[Array, " k"],
     *,
     num_streams: int,
     parts: tuple[str, ...] = PARTS,
     num_iters: int = 20,
-    eps_norm: float = 1e-20,
     eps: float = 0.0,
+    sinkhorn: Callable[..., Any] = sinkhorn,
 ) -> Coefficients:
-    r"""H_pre, H_post and H_res of one sub-layer from its incoming streams.
+    """Coefficients from the projected statistics z; arguments as those of `coefficients`.
 
-        z = RMSNorm(vec(x)) phi
-        pre  = sigmoid(alpha_pre z_pre + b_pre) + eps
-        post = 2 sigmoid(alpha_post z_post + b_post)
-        res  = SK(alpha_res mat(z_res) + b_res)
-
-    Args:
-      x: flat streams, stream-major, any float dtype; computed in float32.
-      phi: projection, columns [pre | post | res row-major] for the parts present.
-      alpha: one gate a part, in the order of `parts`.
-      bias: static term, laid out as the columns of phi.
-      num_streams: n.
-      parts: which of pre, post, res exist; the others come back as None.
-      num_iters: t_max of Sinkhorn.
-      eps_norm: of the RMSNorm; 1e-20 in the paper, 1e-6 in DeepSeek-V4.
-      eps: 0 in the paper; 1e-6 in DeepSeek-V4, added to pre and inside Sinkhorn, not to post.
-
-    Traffic per token: reads n C, writes n^2 + 2 n (mHC Table 2).
+    Traffic per token: reads and writes n^2 + 2 n float32, whatever C.
     """
     n = num_streams
-    z = projection(x, phi, eps_norm)
     where = columns(n, parts)
     tokens = (None,) * (z.ndim - 1)
     logits = {
@@ -118,3 +98,17 @@ def coefficients(
         post=2 * jax.nn.sigmoid(logits["post"]) if "post" in parts else None,
         res=sinkhorn(logits["res"].reshape(n, n, *z.shape[1:]), num_iters, eps) if "res" in parts else None,
     )
+
+
+def coefficients(
+    x: Float[Array, "*tokens nC"],
+    phi: Float[Array, "nC k"],
+    alpha: Float[Array, " parts"],
+    bias: Float[Array, " k"],
+    *,
+    num_streams: int,
+    eps_norm: float = 1e-20,
+    **options: Any,
+) -> Coefficients:
+    """`projection`, then `gates`.  See `mhc_kernels.coefficients`."""
+    return gates(projection(x, phi, eps_norm), alpha, bias, num_streams=num_streams, **options)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_kernels.read.reference import split
+from mhc_kernels.ops.read.reference import split
 
 
 def write(
@@ -18,19 +18,7 @@ def write(
     res: Float[Array, "n n *tokens"] | None,
     num_streams: int,
 ) -> Float[Array, "*tokens nC"]:
-    """New streams: x'_i = sum_j res_ij x_j + post_i y, accumulated in float32, returned in the dtype of x.
-
-    H_res is applied untransposed: row i of `res` makes stream i (DeepSeek's `comb` is its transpose).
-
-    Args:
-      x: flat streams.
-      y: branch output; any float dtype.
-      post: float32 H_post, tokens last; None: 1 (the disabled component).
-      res: float32 H_res, tokens last; None: the identity.
-      num_streams: n.
-
-    Traffic per token: reads (n + 1) C + n^2 + n, writes n C (mHC section 4.3, fused post, res and merge).
-    """
+    """See `mhc_kernels.write`, whose meaning this is."""
     if post is None and res is None:
         if num_streams == 1:
             return x + y.astype(x.dtype)

@@ -1,0 +1,126 @@
+"""Which backend runs an operation, and for which device a program is traced."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "triton")
+_PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "triton": "gpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `settings` sets."""
+
+    implementation: str | None = None
+    platform: str | None = None
+    interpret: bool = False
+
+
+_NOTHING_SET = Settings()
+_settings = contextvars.ContextVar("mhc_kernels.settings", default=_NOTHING_SET)
+_warned: set[tuple[str, str]] = set()
+
+
+@contextlib.contextmanager
+def settings(
+    implementation: str | None = None, platform: str | None = None, interpret: bool | None = None
+) -> Iterator[None]:
+    """Choose for every operation traced inside; arguments left out keep what is set around.
+
+    It acts while a program is traced: a function that `jax.jit` has traced already stays as it is.
+
+    Args:
+      implementation: what `implementation=None` means; `xla` for the reference everywhere.
+      platform: `cpu`, `gpu` or `tpu`, the device the program is traced for where it is not the default backend (ahead-of-time
+        compilation).
+      interpret: run Pallas kernels in interpret mode, on whatever device is there.
+
+    Raises:
+      ValueError: unknown implementation or platform.
+    """
+    if implementation is not None:
+        _known(implementation)
+    if platform not in (None, "cpu", "gpu", "tpu"):
+        raise ValueError(f"platform is {platform!r}; it must be 'cpu', 'gpu' or 'tpu'.")
+    old = _settings.get()
+    token = _settings.set(
+        Settings(
+            old.implementation if implementation is None else implementation,
+            old.platform if platform is None else platform,
+            old.interpret if interpret is None else interpret,
+        )
+    )
+    try:
+        yield
+    finally:
+        _settings.reset(token)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: the device programs are traced for."""
+    return _settings.get().platform or {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
+
+
+def interpret() -> bool:
+    """Whether Pallas kernels are interpreted."""
+    return _settings.get().interpret
+
+
+def _known(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {name!r}; it must be None or one of {', '.join(IMPLEMENTATIONS)}.")
+
+
+def choose(op: str, requested: str | None, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
+    """The implementation that will run.
+
+    Args:
+      op: name of the operation, for messages.
+      requested: the caller's `implementation`.
+      obstacles: for each backend but `xla`, a function that says why it cannot run this call (None: it can).  A backend
+        that is not listed does not have this operation.
+
+    Returns:
+      A named implementation as it is; for None the backend of the platform, or `xla` with one warning that says why.
+
+    Raises:
+      ValueError: the named implementation cannot run here.
+    """
+    name = requested or _settings.get().implementation
+    if name is not None:
+        _known(name)
+        reason = _obstacle(name, obstacles)
+        if reason is None:
+            return name
+        able = [other for other in IMPLEMENTATIONS if _obstacle(other, obstacles) is None]
+        raise ValueError(f"{op}: implementation {name!r} cannot run this: {reason}. Here {', '.join(able)} can.")
+    reason = None
+    for candidate, needs in _PLATFORM_OF.items():
+        # A backend that needs a package beyond jax is used when it is named.
+        if needs != platform() or candidate == "triton" or candidate not in obstacles:
+            continue
+        reason = _obstacle(candidate, obstacles)
+        if reason is None:
+            return candidate
+        if (op, reason) not in _warned:
+            _warned.add((op, reason))
+            warnings.warn(f"mhc_kernels.{op} runs as plain XLA, not {candidate}: {reason}.", stacklevel=4)
+    return "xla"
+
+
+def _obstacle(name: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str | None:
+    if name == "xla":
+        return None
+    if name not in obstacles:
+        return "it does not have this operation"
+    needs = _PLATFORM_OF[name]
+    if needs != platform() and not interpret():
+        return f"it needs a {needs.upper()} and the program is traced for a {platform().upper()}"
+    return obstacles[name]()

@@ -1,0 +1,1 @@
+"""One folder an operation: reference.py is its meaning, the other files are backends of it."""

@@ -1,0 +1,117 @@
+"""Bad input to the operations of mhc_kernels, and which backend runs."""
+
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from mhc_kernels import coefficients, projection, read, settings, sinkhorn, write, write_read
+from mhc_kernels.choice import choose
+
+X = jnp.ones((3, 8))
+PHI, ALPHA, BIAS = jnp.ones((8, 8)), jnp.ones(3), jnp.ones(8)
+
+
+@pytest.fixture
+def unannotated():
+    """What a user meets, who does not check the annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sinkhorn(jnp.ones((2, 2, 3)), 0), r"num_iters is 0, .*float32\[2, 2, 3\]"),
+        (lambda: sinkhorn(jnp.ones((2, 2, 0))), "there are no matrices"),
+        (lambda: read(jnp.ones((3, 9)), jnp.ones((2, 3)), 2), r"n = 2 does not divide the last axis of x .*\[3, 9\]"),
+        (lambda: read(X, jnp.ones((2, 4)), 2), r"pre must be \[2, \*tokens of x\] .*pre float32\[2, 4\]"),
+        (lambda: read(jnp.ones((0, 8)), jnp.ones((2, 0)), 2), "there are no tokens"),
+        (lambda: read(X, jnp.ones((0, 3)), 0), "num_streams is 0"),
+        (lambda: write(X, jnp.ones((3, 8)), None, None, 2), "y must have the tokens of x and 1/n of its channels"),
+        (lambda: write(X, X[:, :4], jnp.ones((2, 2)), None, 2), r"post must be \[2, \*tokens of x\]"),
+        (lambda: write(X, X[:, :4], None, jnp.ones((2, 1, 3)), 2), r"res must be \[2, 2, \*tokens of x\]"),
+        (lambda: projection(X, jnp.ones((7, 2)), 1e-6), "phi must have a row a channel of x"),
+        (
+            lambda: coefficients(X, PHI, ALPHA, BIAS[:7], num_streams=2),
+            r"phi must be \[8, 8\], bias \[8\] and alpha \[3\] for parts pre, post, res .*bias float32\[7\]",
+        ),
+        (
+            lambda: coefficients(X, PHI, ALPHA, BIAS, num_streams=2, parts=("pre",)),
+            r"phi must be \[8, 2\], bias \[2\] and alpha \[1\]",
+        ),
+        (
+            lambda: sinkhorn(jnp.ones((2, 2, 3)), implementation="cuda"),
+            "implementation is 'cuda'; it must be None or one of",
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_shapes(call, message, unannotated):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_integer_streams_are_refused(unannotated):
+    with pytest.raises(ValueError, match=r"streams must have a float dtype \(got x int32\[3, 8\]\)"):
+        read(jnp.ones((3, 8), jnp.int32), jnp.ones((2, 3)), 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_logit_spoils_its_own_matrix_only(bad):
+    logits = np.zeros((3, 3, 5), np.float32)
+    logits[1, 2, 3] = bad
+    out = np.asarray(sinkhorn(jnp.asarray(logits)))
+    assert np.isnan(out[..., 3]).all()
+    np.testing.assert_allclose(out[..., [0, 1, 2, 4]], 1 / 3, rtol=1e-6)
+
+
+def test_minus_infinity_is_an_entry_that_stays_zero():
+    logits = np.zeros((2, 2, 2), np.float32)
+    logits[0, 1, 0] = -np.inf
+    out = np.asarray(sinkhorn(jnp.asarray(logits), 200))
+    np.testing.assert_allclose(out[..., 0], np.eye(2), atol=0.01)  # the limit is approached as 1 / t
+    np.testing.assert_allclose(out[..., 1], 0.5)
+
+
+def test_a_named_implementation_runs_or_raises():
+    obstacles = {"pallas_tpu": lambda: None, "pallas_gpu": lambda: "C must be a multiple of 16"}
+    with pytest.raises(ValueError, match=r"read: implementation 'pallas_tpu' cannot run this: it needs a TPU and the "):
+        choose("read", "pallas_tpu", obstacles)
+    with settings(platform="tpu"):
+        assert choose("read", "pallas_tpu", obstacles) == "pallas_tpu"
+        assert choose("read", None, obstacles) == "pallas_tpu"
+        assert choose("read", "xla", obstacles) == "xla"
+        with settings(implementation="xla"):
+            assert choose("read", None, obstacles) == "xla"
+        with pytest.raises(
+            ValueError, match=r"'triton' cannot run this: it does not have this operation. Here xla, pallas_tpu"
+        ):
+            choose("read", "triton", obstacles)
+    with settings(interpret=True):
+        assert choose("read", "pallas_tpu", obstacles) == "pallas_tpu"
+        with pytest.raises(ValueError, match="C must be a multiple of 16"):
+            choose("read", "pallas_gpu", obstacles)
+    assert choose("read", None, obstacles) == "xla"
+
+
+def test_falling_back_is_said_once():
+    obstacles = {"pallas_gpu": lambda: "C must be a multiple of 48"}
+    with settings(platform="gpu"):
+        with pytest.warns(
+            UserWarning, match=r"mhc_kernels.read runs as plain XLA, not pallas_gpu: C must be a multiple of 48"
+        ):
+            assert choose("read", None, obstacles) == "xla"
+        assert choose("read", None, obstacles) == "xla"  # a second warning would be an error here
+
+
+def test_settings_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="platform is 'mars'"), settings(platform="mars"):
+        pass
+    with pytest.raises(ValueError, match="implementation is 'mars'"), settings(implementation="mars"):
+        pass
+
+
+def test_write_read_refuses_mismatched_coefficients(unannotated):
+    c = coefficients(X, PHI, ALPHA, BIAS, num_streams=2)
+    with pytest.raises(ValueError, match="y must have the tokens of x"):
+        write_read(X, c, X, PHI, ALPHA, BIAS, num_streams=2)
