@@ -96,7 +96,8 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=cfg.num_layers,
             unroll=cfg.unroll,
-            check_constancy_invariants=False,  # nothing in a block is constant over layers: half the time to trace
+            # Half the time to trace; at initialisation it would change the random numbers, and with them every record.
+            check_constancy_invariants=self.is_initializing(),
         )(cfg, sample, name="layers")
         (streams, c, y), collected = layers(carry, jnp.arange(cfg.num_layers))
 
