@@ -60,17 +60,19 @@ def test_sinkhorn_iteration_count(t_max):
     assert_close(sinkhorn(jnp.asarray(logits), t_max), expected)
 
 
-@pytest.mark.parametrize(("n", "t_max"), [(2, 1), (3, 2), (4, 20)])
-def test_sinkhorn_v4_convention(n, t_max):
+# At eps = 0.05 the terms of its gradient that pass through eps are visible; at V4's 1e-6 they are rounding.
+@pytest.mark.parametrize(("n", "t_max", "eps"), [(2, 1, 1e-6), (3, 2, 1e-6), (4, 20, 1e-6), (4, 5, 0.05)])
+def test_sinkhorn_v4_convention(n, t_max, eps):
     r = rng(n, t_max)
     comb = (3 * r.normal(size=(n, n, 5))).astype(np.float32)
     G = r.normal(size=comb.shape).astype(np.float32)
-    out, grad = forward_and_gradient(jnp.swapaxes(jnp.asarray(comb), 0, 1), jnp.asarray(G), t_max, 1e-6)
-    expected = np.stack([oracles.sinkhorn_v4(comb[..., t], t_max).T for t in range(5)], -1)
+    out, grad = forward_and_gradient(jnp.swapaxes(jnp.asarray(comb), 0, 1), jnp.asarray(G), t_max, eps)
+    expected = np.stack([oracles.sinkhorn_v4(comb[..., t], t_max, eps).T for t in range(5)], -1)
     assert_close(out, expected, what="comb transposed")
     for t in range(2):
         (numeric,) = oracles.numerical_gradient(
-            lambda L, t=t: (G[..., t] * oracles.sinkhorn_v4(L.T, t_max).T).sum(), [comb[..., t].T.astype(np.float64)]
+            lambda L, t=t: (G[..., t] * oracles.sinkhorn_v4(L.T, t_max, eps).T).sum(),
+            [comb[..., t].T.astype(np.float64)],
         )
         assert_close(grad[..., t], numeric, what="gradient", terms=G[..., t] * expected[..., t])
 

@@ -62,11 +62,12 @@ def _projection_bwd(_, saved, g):
     """z = r v phi with r = (mean(v^2) + eps)^-1/2, so dv = r g phi^T - (g . z) r^2 v / C."""
     x, phi, inverse, z = saved
     v = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    g = g.reshape(g.shape[0], -1).T
-    scaled = g * inverse[:, None]
-    shrink = jnp.einsum("tk,tk->t", g, z, precision="highest") * inverse**2 / v.shape[-1]
-    dv = jnp.matmul(scaled, phi.T, precision="highest") - shrink[:, None] * v
-    return dv.reshape(x.shape).astype(x.dtype), jnp.matmul(v.T, scaled, precision="highest")
+    scaled = g.reshape(g.shape[0], -1) * inverse[None]
+    shrink = jnp.einsum("kt,tk->t", scaled, z, precision="highest") * inverse / v.shape[-1]
+    dv = jnp.matmul(scaled.T, phi.T, precision="highest") - shrink[:, None] * v
+    # [k, t] [t, C] takes a fifth of the time of [C, t] [t, k] on CPUs; without the barrier XLA turns it round.
+    dphi = jax.lax.optimization_barrier(jnp.matmul(scaled, v, precision="highest")).T
+    return dv.reshape(x.shape).astype(x.dtype), dphi
 
 
 _projection.defvjp(_projection_fwd, _projection_bwd)
