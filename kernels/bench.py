@@ -1,61 +1,52 @@
-"""Time the operations of mhc_kernels against their textbook forms, alternating in one run.
+"""Benchmark of mhc_kernels: every operation x forward, forward + backward x implementation x workload.
 
-    python kernels/bench.py [--repeats=15] [--json=FILE]
+    python kernels/bench.py [--specs=27b,27b-n2] [--ops=read,write] [--implementations=xla,pallas_gpu]
+                            [--rounds=10] [--json=FILE]
 
-Every row is checked for equality first.  Times are medians; the ratio is of medians of the same run.
+A row is timed after its results and gradients have been held against float64 on this device; `FAILED` has no time.  GB is
+the traffic that the operation cannot do without (every input read once, every output written once, forward and backward
+each), and `of copy` the speed at which that passes, as a share of the speed of x + 1 over a large array in the same run.
+Implementations alternate in one run; times are medians over rounds of batches of calls, on inputs that rotate over at
+least 256 MiB.  A call under about 5 us is bounded by its launch.
+
+`--implementations` takes xla, backends, and the peers torch.compile, liger, transformer_engine and tile_kernels, which
+run where they are installed (set XLA_PYTHON_CLIENT_PREALLOCATE=false to leave them memory).  Without `--specs` a CPU
+prints only the first table, Sinkhorn against its textbook form.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
-import time
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from mhc_kernels import sinkhorn
+from mhc_kernels.choice import IMPLEMENTATIONS
+from mhc_kernels.measure import Batch, alternating, copy_bandwidth, implementations, measure, table
+from mhc_kernels.ops.arg_specs import OPS, SPECS
+from mhc_kernels.ops.exact import textbook_sinkhorn
+from peers import PEERS, PRECISION
+
+DEFAULT_SPECS = ("3b", "27b", "27b-n2", "27b-n8", "27b-ragged", "v4-flash", "v4")
+PACKAGES = ("jax", "jaxlib", "torch", "triton", "liger-kernel", "transformer-engine", "tile-kernels")
 
 
-def textbook(logits, t_max: int = 20):
-    """mHC Eq. 9 as it is written, on [N, n, n]."""
-    M = jnp.exp(logits - logits.max((-1, -2), keepdims=True))
-
-    def step(M, _):
-        M = M / M.sum(-2, keepdims=True)
-        return M / M.sum(-1, keepdims=True), None
-
-    return lax.scan(step, M, None, length=t_max)[0]
-
-
-def alternating(functions: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each function over `repeats` rounds; every round runs all of them, in turning order.
-
-    Each timed call follows an untimed one of the same function: the first call after another function's pays for the
-    caches and pages which that one left behind (here up to 4 ms, whoever comes second).
-    """
-    times = {name: [] for name in functions}
-    for k in range(repeats):
-        names = list(functions) if k % 2 else list(functions)[::-1]
-        for name in names:
-            jax.block_until_ready(functions[name]())
-            began = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def sinkhorn_rows(n: int, tokens: int, repeats: int) -> list[dict]:
-    """Forward, and forward with gradient, of `tokens` n x n matrices."""
+def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Sinkhorn of `tokens` n x n matrices against mHC Eq. 9 as it is written, which has its matrices on the last axes."""
     logits = jax.random.normal(jax.random.key(0), (n, n, tokens))
     weights = jax.random.normal(jax.random.key(1), logits.shape)
     last, weights_last = jnp.moveaxis(logits, -1, 0), jnp.moveaxis(weights, -1, 0)
     programs = {
-        "forward": (lambda x, _: sinkhorn(x), lambda x, _: textbook(x)),
+        "forward": (lambda x, _: sinkhorn(x), lambda x, _: textbook_sinkhorn(x)),
         "forward + backward": (
             jax.value_and_grad(lambda x, w: (sinkhorn(x) * w).sum()),
-            jax.value_and_grad(lambda x, w: (textbook(x) * w).sum()),
+            jax.value_and_grad(lambda x, w: (textbook_sinkhorn(x) * w).sum()),
         ),
     }
     rows = []
@@ -65,12 +56,13 @@ def sinkhorn_rows(n: int, tokens: int, repeats: int) -> list[dict]:
         a, b = jax.tree.leaves(a)[-1], jnp.moveaxis(jax.tree.leaves(b)[-1], 0, -1)
         error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
         assert error < 1e-5, f"sinkhorn {name} differs from the textbook by {error:.1e}"
-        seconds = alternating(
-            {"ours": lambda f=ours: f(logits, weights), "textbook": lambda f=theirs: f(last, weights_last)}, repeats
-        )
+        batches = {
+            "ours": Batch(lambda k, f=ours: f(logits, weights)),
+            "textbook": Batch(lambda k, f=theirs: f(last, weights_last)),
+        }
+        seconds = {who: statistics.median(times) for who, times in alternating(batches, rounds).items()}
         rows.append(
             {
-                "op": "sinkhorn",
                 "pass": name,
                 "n": n,
                 "tokens": tokens,
@@ -83,26 +75,101 @@ def sinkhorn_rows(n: int, tokens: int, repeats: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--json", default="")
-    args = parser.parse_args()
-    rows = [row for n in (2, 4, 8) for row in sinkhorn_rows(n, args.tokens, args.repeats)]
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})\n")
-    print("| op | pass | n | tokens | ours (ms) | textbook (ms) | ratio |\n| --- | --- | --- | --- | --- | --- | --- |")
+def textbook_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| op | pass | n | tokens | ours (ms) | textbook (ms) | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for r in rows:
-        print(
-            f"| {r['op']} | {r['pass']} | {r['n']} | {r['tokens']} | {r['ours_ms']:.2f} | {r['textbook_ms']:.2f} | "
-            f"{r['ratio']:.1f} |"
-        )
+        times = f"{r['ours_ms']:.2f} | {r['textbook_ms']:.2f} | {r['ratio']:.1f}"
+        lines.append(f"| sinkhorn | {r['pass']} | {r['n']} | {r['tokens']} | {times} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout, with `-dirty` where tracked files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*IMPLEMENTATIONS, *PEERS]
+
+    def choices(flag: str, allowed: Any, default: str) -> None:
+        def read(text: str) -> list[str]:
+            chosen = [word for word in text.split(",") if word]
+            for word in chosen:
+                if word not in allowed:
+                    raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(allowed)}")
+            return chosen
+
+        parser.add_argument(flag, type=read, default=read(default), metavar="A,B", help=f"among {', '.join(allowed)}")
+
+    choices("--ops", OPS, ",".join(OPS))
+    choices("--specs", list(SPECS), "" if jax.default_backend() == "cpu" else ",".join(DEFAULT_SPECS))
+    choices("--implementations", names, ",".join(names))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=16384, help="of the textbook table; 0 leaves it out")
+    parser.add_argument("--json", default="", metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print Markdown tables; exit status 1 where a gate failed."""
+    args = parse(argv)
+    device = jax.devices()[0]
+    record: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "versions": versions()}
+    record |= {"commit": commit(), "rounds": args.rounds, "sinkhorn_textbook": [], "rows": []}
+    print(f"jax {jax.__version__} on {device.device_kind} ({device.platform}), {args.rounds} rounds")
+    if args.tokens:
+        record["sinkhorn_textbook"] = [r for n in (2, 4, 8) for r in textbook_rows(n, args.tokens, args.rounds)]
+        print(f"\n{textbook_table(record['sinkhorn_textbook'])}")
+    if args.specs:
+        record["copy_bytes_per_s"] = copy_bandwidth(args.rounds)
+        print(f"\ncopy: {record['copy_bytes_per_s'] / 1e9:.0f} GB/s, read and written\n")
+    head = True
+    for name in args.specs:
+        for op in args.ops:
+            contestants = [*implementations(op), *PEERS.values()]
+            chosen = [one for one in contestants if one.name in args.implementations]
+            rows = list(
+                measure(
+                    op,
+                    SPECS[name],
+                    chosen,
+                    args.rounds,
+                    record.get("copy_bytes_per_s", 1.0),
+                    dict.fromkeys(PEERS, PRECISION),
+                )
+            )
+            record["rows"] += rows
+            lines = table(rows).splitlines()
+            print("\n".join(lines if head else lines[2:]), flush=True)
+            head = False
+            if args.json:
+                Path(args.json).write_text(json.dumps(record, indent=1))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"jax": jax.__version__, "device": device.device_kind, "rows": rows}, file, indent=1)
+        Path(args.json).write_text(json.dumps(record, indent=1))
+    return 1 if any(row["status"] == "FAILED" for row in record["rows"]) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

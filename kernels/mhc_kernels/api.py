@@ -38,11 +38,11 @@ from mhc_kernels.ops.sinkhorn import reference as sinkhorn_reference
 from mhc_kernels.ops.write import reference as write_reference
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "sinkhorn": (),
-    "coefficients": (),
-    "read": (),
-    "write": (),
-    "write_read": (),
+    "sinkhorn": ("pallas_tpu", "pallas_gpu", "triton"),
+    "coefficients": ("pallas_tpu", "pallas_gpu"),
+    "read": ("pallas_tpu", "pallas_gpu"),
+    "write": ("pallas_tpu", "pallas_gpu"),
+    "write_read": ("pallas_tpu", "pallas_gpu"),
 }
 """Backends of each operation beside `xla`."""
 
@@ -77,6 +77,13 @@ def _check_streams(op: str, x: Array, num_streams: int) -> None:
         op, x.ndim >= 1 and x.shape[-1] % num_streams == 0, f"n = {num_streams} does not divide the last axis of x", x=x
     )
     _require(op, math.prod(x.shape) > 0, "there are no tokens", x=x)
+
+
+def _alike(*arrays: Array) -> tuple[Array, ...]:
+    """Under `shard_map` phi is one value for all shards and x is not: the cast makes the gradient of phi the sum over shards."""
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    missing = [tuple(frozenset().union(*varying) - v) for v in varying]
+    return tuple(jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True))
 
 
 def _flat(a: Array, small: int) -> Array:
@@ -154,7 +161,7 @@ def projection(
     chosen = _choose("coefficients", implementation, 1, x.shape[-1], (x.dtype,), None)
     if chosen == "xla":
         return coefficients_reference.projection(x, phi, eps_norm)
-    z = _projection(x.reshape(-1, x.shape[-1]), phi.astype(jnp.float32), eps_norm, chosen)
+    z = _projection(*_alike(x.reshape(-1, x.shape[-1]), phi.astype(jnp.float32)), eps_norm, chosen)
     return z.reshape(-1, *x.shape[:-1])
 
 
@@ -266,7 +273,7 @@ def read(
     chosen = _choose("read", implementation, num_streams, x.shape[-1] // num_streams, (x.dtype,), refuse)
     if chosen == "xla" or pre is None:
         return read_reference.read(x, pre, num_streams)
-    h = _read(x.reshape(-1, x.shape[-1]), _flat(pre, 1), chosen)
+    h = _read(*_alike(x.reshape(-1, x.shape[-1]), _flat(pre, 1)), chosen)
     return h.reshape(*x.shape[:-1], -1)
 
 
@@ -317,7 +324,7 @@ def write(
     if chosen == "xla":
         return write_reference.write(x, y, post, res, num_streams)
     assert post is not None and res is not None  # noqa: PT018
-    flat = _write(_tokens(x), _tokens(y).astype(x.dtype), _flat(post, 1), _flat(res, 2), chosen)
+    flat = _write(*_alike(_tokens(x), _tokens(y).astype(x.dtype), _flat(post, 1), _flat(res, 2)), chosen)
     return flat.reshape(x.shape)
 
 
@@ -401,7 +408,7 @@ def write_read(
         return x, c, read_reference.read(x, c.pre, num_streams)
     assert c.post is not None and c.res is not None  # noqa: PT018
     arrays = (_tokens(x), _tokens(y).astype(x.dtype), _flat(c.post, 1), _flat(c.res, 2), phi.astype(jnp.float32))
-    new, z, h = _write_read(*arrays, alpha, bias, eps_norm, eps, chosen)
+    new, z, h = _write_read(*_alike(*arrays, alpha, bias), eps_norm, eps, chosen)
     z = z.reshape(-1, *x.shape[:-1])
     sinkhorn_backend = chosen if chosen in BACKENDS["sinkhorn"] else "xla"
     c = gates(z, alpha, bias, sinkhorn=_with(sinkhorn_backend), **rest)

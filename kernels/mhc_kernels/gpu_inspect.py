@@ -1,0 +1,138 @@
+"""What the Triton compiler makes of the kernels of a program lowered for NVIDIA GPUs; no device is needed.
+
+    for kernel in resources(lower(f, *shapes)):
+        print(kernel.name, kernel.registers, kernel.spills)
+
+needs the `triton` package, whose compiler stands in for the one inside XLA: same front end, a version apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import mesh as mesh_lib
+from jax._src.interpreters import mlir as jax_mlir
+from jax._src.lib import triton as jax_triton_dialect
+from jax._src.lib.mlir import ir
+
+from mhc_kernels.choice import settings
+
+TARGET = "__gpu$xla.gpu.triton"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """One kernel as compiled for sm_90."""
+
+    name: str
+    registers: int
+    """A thread."""
+    spills: int
+    """Local-memory instructions (LDL, STL), and stack or local bytes."""
+    shared: int
+    """Bytes of shared memory a block."""
+    loads: dict[int, int]
+    """Global loads, by bits a thread: {128: 8, 32: 4}; asynchronous copies to shared memory count as loads."""
+    stores: dict[int, int]
+    warps: int
+    sass: str
+
+
+def lower(function: Callable[..., Any], *args: Any, devices: int = 1) -> jax.stages.Lowered:
+    """A function of arrays (or `jax.ShapeDtypeStruct`s) lowered for H100s on any host.
+
+    `jax.shard_map` without a mesh finds the axis "data" of that many devices.
+    """
+    device = mesh_lib.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=types, abstract_device=device)
+    # jax 0.10 takes compute capability 9.0 where there is no GPU; 0.11 asks the mesh.
+    with settings(platform="gpu"), jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def missing() -> str | None:
+    """Why `resources` cannot run here."""
+    return None if importlib.util.find_spec("triton") else "the triton package is not installed"
+
+
+def _kernels(op: Any, found: list[dict[str, Any]]) -> None:
+    """Collect the Triton custom calls of a StableHLO module."""
+    for region in op.regions:
+        for block in region:
+            for inner in block:
+                _kernels(inner.operation, found)
+    if op.name == "stablehlo.custom_call" and ir.StringAttr(op.attributes["call_target_name"]).value == TARGET:
+        config = ir.DictAttr(op.attributes["mhlo.backend_config"])
+        number = {k: ir.IntegerAttr(config[k]).value for k in ("num_warps", "num_stages")}
+        code = ir.StringAttr(config["ir"]).value_bytes
+        found.append({"name": ir.StringAttr(config["name"]).value, "ir": code, **number})
+
+
+def _text(bytecode: bytes) -> str:
+    context = jax_mlir.JaxIrContext()
+    context.append_dialect_registry(jax_mlir.upstream_dialects)
+    jax_triton_dialect.dialect.register_dialect(context)
+    context.load_all_available_dialects()
+    with context:
+        return str(ir.Module.parse(bytecode))
+
+
+def _widths(sass: str, opcodes: str) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for match in re.finditer(rf"\b(?:{opcodes})\b((?:\.\w+)*)", sass):
+        bits = next((int(b) for b in match[1].split(".") if b in ("64", "128", "256")), 32)
+        found[bits] = found.get(bits, 0) + 1
+    return found
+
+
+def resources(lowered: jax.stages.Lowered, capability: int = 90) -> list[Resources]:
+    """The kernels of a program, in its order, compiled for `capability` (90: H100, H200)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    found: list[dict[str, Any]] = []
+    module = lowered.compiler_ir()
+    assert module is not None
+    _kernels(module.operation, found)
+    out = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel in found:
+            file = Path(folder) / f"{kernel['name']}.ttir"
+            file.write_text(_text(kernel["ir"]))
+            options = {k: kernel[k] for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+            compiled = triton.compile(str(file), target=GPUTarget("cuda", capability, 32), options=options)
+            cubin = Path(folder) / f"{kernel['name']}.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            out.append(_read(kernel["name"], cubin, compiled.metadata.shared, kernel["num_warps"]))
+    return out
+
+
+def _read(name: str, cubin: Path, shared: int, warps: int) -> Resources:
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+
+    def dump(option: str) -> str:
+        return subprocess.run([tool, option, cubin], check=True, capture_output=True, text=True).stdout
+
+    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage"))}
+    sass = dump("-sass")
+    return Resources(
+        name=name,
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=shared,
+        loads=_widths(sass, "LDG|LDGSTS"),
+        stores=_widths(sass, "STG"),
+        warps=warps,
+        sass=sass,
+    )

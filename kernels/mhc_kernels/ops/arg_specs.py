@@ -1,0 +1,146 @@
+"""Named workloads of real models, and how each operation is called on one: for tests, benchmarks and tuning alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mhc_kernels import api
+from mhc_kernels.ops.coefficients.reference import Coefficients
+
+OPS = ("sinkhorn", "coefficients", "read", "write", "write_read")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArgSpec:
+    """One workload: N tokens of n streams of width C."""
+
+    name: str
+    tokens: int
+    num_streams: int
+    width: int
+    dtype: str = "bfloat16"
+    """Of the streams; coefficients are float32."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.tokens} x {self.num_streams} x {self.width}, {self.dtype})"
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        ArgSpec("tiny", 40, 4, 128, "float32"),
+        ArgSpec("tiny-bf16", 40, 4, 128),
+        ArgSpec("tiny-ragged", 37, 2, 128, "float32"),
+        # mHC Table 5, four sequences of 4096 tokens.
+        ArgSpec("3b", 16384, 4, 1280),
+        ArgSpec("9b", 16384, 4, 1920),
+        ArgSpec("27b", 16384, 4, 2560),
+        ArgSpec("27b-4k", 4096, 4, 2560),
+        ArgSpec("27b-64k", 65536, 4, 2560),
+        ArgSpec("27b-n2", 16384, 2, 2560),
+        ArgSpec("27b-n8", 16384, 8, 2560),
+        ArgSpec("27b-ragged", 16301, 4, 2560),
+        ArgSpec("27b-fp32", 8192, 4, 2560, "float32"),
+        # DeepSeek-V4 Flash and V4, also the shapes that TransformerEngine reports.
+        ArgSpec("v4-flash", 8192, 4, 4096),
+        ArgSpec("v4", 8192, 4, 7168),
+        ArgSpec("v4-32k", 32768, 4, 7168),
+    )
+}
+"""The `tiny` ones are for tests and for machines without an accelerator."""
+
+
+def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
+    """Arguments of one call, standard normal where nothing else is said.
+
+    sinkhorn (logits[n, n, N]); coefficients (x[N, nC], phi[nC, k], alpha[3], bias[k]); read (x, pre[n, N]);
+    write (x, y[N, C], post[n, N], res[n, n, N]); write_read (x, y, post, res, phi, alpha, bias).
+
+    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1; pre, post and res are what coefficients look
+    like: between 0 and 1, 0 and 2, and doubly stochastic.
+    """
+    n, N, C = spec.num_streams, spec.tokens, spec.width
+    k = n * n + 2 * n
+    keys = dict(zip(("x", "y", "pre", "post", "res", "phi", "bias"), jax.random.split(key, 7), strict=True))
+    made: dict[str, Callable[[], Array]] = {
+        "logits": lambda: jax.random.normal(keys["res"], (n, n, N)),
+        "x": lambda: jax.random.normal(keys["x"], (N, n * C), spec.dtype),
+        "y": lambda: jax.random.normal(keys["y"], (N, C), spec.dtype),
+        "pre": lambda: jax.random.uniform(keys["pre"], (n, N)),
+        "post": lambda: 2 * jax.random.uniform(keys["post"], (n, N)),
+        "res": lambda: api.sinkhorn(jax.random.normal(keys["res"], (n, n, N)), implementation="xla"),
+        "phi": lambda: jax.random.normal(keys["phi"], (n * C, k)) / math.sqrt(n * C),
+        "alpha": lambda: jnp.asarray([0.8, 0.9, 1.0]),
+        "bias": lambda: jax.random.normal(keys["bias"], (k,)),
+    }
+    return tuple(made[name]() for name in ARGUMENTS[op])
+
+
+ARGUMENTS = {
+    "sinkhorn": ("logits",),
+    "coefficients": ("x", "phi", "alpha", "bias"),
+    "read": ("x", "pre"),
+    "write": ("x", "y", "post", "res"),
+    "write_read": ("x", "y", "post", "res", "phi", "alpha", "bias"),
+}
+"""Names of the arguments of each operation here, in order."""
+
+OUTPUTS = {
+    "sinkhorn": ("res",),
+    "coefficients": ("pre", "post", "res"),
+    "read": ("h",),
+    "write": ("x'",),
+    "write_read": ("x'", "pre", "post", "res", "h"),
+}
+"""Names of its outputs."""
+
+
+def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[..., tuple[Array, ...]]:
+    """The operation as a function of `ARGUMENTS[op]` that returns a tuple, `OUTPUTS[op]`."""
+    n = spec.num_streams
+    named: dict[str, Any] = {"implementation": implementation}
+
+    def write_read(x, y, post, res, phi, alpha, bias):
+        new, c, h = api.write_read(x, Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n, **named)
+        return new, *c, h
+
+    calls: dict[str, Callable[..., tuple[Any, ...]]] = {
+        "sinkhorn": lambda logits: (api.sinkhorn(logits, **named),),
+        "coefficients": lambda *a: tuple(api.coefficients(*a, num_streams=n, **named)),
+        "read": lambda x, pre: (api.read(x, pre, n, **named),),
+        "write": lambda x, y, post, res: (api.write(x, y, post, res, n, **named),),
+        "write_read": write_read,
+    }
+    return calls[op]
+
+
+def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[..., tuple[Array, ...]]:
+    """(arguments, cotangents of the outputs) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
+
+    def forward_backward(given: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
+        out, pull = jax.vjp(f, *given)
+        return *out, *pull(cotangents)
+
+    return forward_backward if backward else lambda given, cotangents: f(*given)
+
+
+def floor_bytes(op: str, spec: ArgSpec, backward: bool) -> int:
+    """Bytes that must move: every input read once, every output written once, forward and backward each on its own.
+
+    The forward reads its arguments and writes its outputs.  The backward reads the arguments and the cotangents of the
+    outputs and writes the gradients of the arguments; a kernel that saves more than the arguments moves more.  Forward and
+    backward together: three times the arguments and twice the outputs.  For n streams of width C that is, in elements of
+    the streams a token, forward and both together: coefficients n C and 3 n C, read (n + 1) C and (3 n + 2) C, write
+    (2 n + 1) C and (5 n + 3) C, write_read (2 n + 2) C and (5 n + 5) C (mHC section 4.3); the coefficients add their own.
+    """
+    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
+    out = jax.eval_shape(function(op, spec, "xla"), *given)
+    read, written = (sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) for arrays in (given, out))
+    return 3 * read + 2 * written if backward else read + written

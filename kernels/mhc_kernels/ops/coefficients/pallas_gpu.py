@@ -1,0 +1,154 @@
+"""Statistics and projection of the coefficients as Pallas kernels for NVIDIA GPUs; the gates on top are XLA's.
+
+Tensor cores multiply bfloat16.  Streams in bfloat16 are exact there; phi and the gradient of z, in float32, go as three
+bfloat16 pieces that sum to them exactly (`gpu.pieces`), float32 streams too.  tf32 would keep 10 bits of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from mhc_kernels import gpu
+from mhc_kernels.gpu import Tile
+
+obstacle = gpu.obstacle
+
+TOKENS, CHANNELS = 64, 64
+PROGRAMS = 1024
+"""Programs of the backward pass, about: several for each of a large GPU's 132 multiprocessors."""
+
+
+def pad_columns(a: Float[Array, "rows k"]) -> Float[Array, "rows K"]:
+    """k columns up to a power of two, 16 at least, as tensor cores take them."""
+    return jnp.pad(a, ((0, 0), (0, max(gpu.power_of_two(a.shape[1]), 16) - a.shape[1])))
+
+
+def _warps(K: int) -> int:
+    """With n = 8, K = 128 columns, four warps would spill."""
+    return 4 if K <= 64 else 8
+
+
+def load_rows(refs: Sequence[Any], start: Any, rows: int, end: Any, ragged: bool) -> list[Array]:
+    """Rows `start` to `start + rows` of [., K] arrays; zeros from `end` on, where the last block is `ragged`."""
+    K = refs[0].shape[1]
+    block = Tile(start, rows, end, 0, K, K, ragged)
+    return [block.load(ref) for ref in refs]
+
+
+def store_rows(tile: Tile, ref: Any, z: Array) -> None:
+    """Write z [tokens, K] into [K, N]."""
+    inside = tile.inside()
+    mask = None if inside is None else jnp.broadcast_to(inside[None], z.T.shape)
+    plgpu.store(ref.at[:, pl.ds(tile.token, tile.tokens)], z.T, mask=mask)
+
+
+def forward(
+    x: Float[Array, "N W"], phi: Float[Array, "W k"], eps_norm: float
+) -> tuple[Float[Array, "k N"], Float[Array, " N"]]:
+    """z = (v phi) inverse and inverse = rsqrt(mean(v^2) + eps_norm), a program a block of tokens.
+
+    Traffic per token: reads W, writes k + 1 float32.  phi is read once a block, from L2: 6 W K / TOKENS bytes a token.
+    """
+    N, W = x.shape
+    k = phi.shape[1]
+    wide = gpu.channels(W, CHANNELS)
+    parts = gpu.pieces(pad_columns(phi))
+    K = parts[0].shape[1]
+
+    def kernel(x_ref, *refs):
+        *phi_refs, z_ref, inverse_ref = refs
+        tile = Tile(pl.program_id(0) * TOKENS, TOKENS, N, 0, wide, W)
+
+        def chunk(c, sums):
+            z, squares = sums
+            v = tile.at(c * wide).load(x_ref)
+            v32 = v.astype(jnp.float32)
+            p = load_rows(phi_refs, c * wide, wide, W, bool(W % wide))
+            return z + gpu.split_dot(gpu.pieces(v), p, (1, 0), terms=3), squares + (v32 * v32).sum(1)
+
+        zeros = jnp.zeros((TOKENS, K), jnp.float32), jnp.zeros((TOKENS,), jnp.float32)
+        z, squares = lax.fori_loop(0, pl.cdiv(W, wide), chunk, zeros)
+        inverse = lax.rsqrt(squares / W + eps_norm)
+        tile.store_column(inverse_ref, inverse)
+        store_rows(tile, z_ref, z * inverse[:, None])
+
+    out = [((K, N), jnp.float32), ((N,), jnp.float32)]
+    grid = (pl.cdiv(N, TOKENS),)
+    z, inverse = gpu.call(kernel, "mhc_coefficients_forward", grid, out, x, *parts, num_warps=_warps(K), num_stages=3)
+    return z[:k], inverse
+
+
+def token_splits(N: int, tokens: int, others: int) -> tuple[int, int]:
+    """(programs over tokens, blocks each walks over) where `others` programs share a block of tokens."""
+    blocks = pl.cdiv(N, tokens)
+    each = pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, others)))
+    return pl.cdiv(blocks, each), each
+
+
+def backward(
+    x: Float[Array, "N W"],
+    phi: Float[Array, "W k"],
+    z: Float[Array, "k N"],
+    inverse: Float[Array, " N"],
+    g: Float[Array, "k N"],
+) -> tuple[Float[Array, "N W"], Float[Array, "W k"]]:
+    """dv = (inverse g) phi^T - (g . z) inverse^2 v / W and dphi = v^T (inverse g).
+
+    A program has a block of channels, whose dphi it sums over its share of the tokens; the shares are summed in order.
+
+    Traffic per token: reads W, writes W; 2 k a few times, and 4 K bytes of dphi a channel and share.
+    """
+    scaled = g * inverse[None]
+    shrink = (g * z).sum(0) * inverse**2 / x.shape[1]
+    return _backward(x, phi, scaled, shrink)
+
+
+def dphi(x: Float[Array, "N W"], scaled: Float[Array, "k N"]) -> Float[Array, "W k"]:
+    """v^T scaled alone.  Traffic per token: reads W."""
+    return _backward(x, None, scaled, scaled[0])[1]
+
+
+def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tuple[Array, Array]:
+    N, W = x.shape
+    k = scaled.shape[0]
+    wide = gpu.channels(W, CHANNELS)
+    grads = gpu.pieces(pad_columns(scaled.T))
+    parts = [] if phi is None else gpu.pieces(pad_columns(phi))
+    K = grads[0].shape[1]
+    shares, each = token_splits(N, TOKENS, pl.cdiv(W, wide))
+    # A bfloat16 dx does not show what is left out of a product of two split numbers at order 2^-16.
+    terms = 2 if x.dtype == jnp.bfloat16 else 3
+
+    def kernel(x_ref, shrink_ref, *refs):
+        grad_refs, phi_refs, out_refs = refs[:3], refs[3 : 3 + len(parts)], refs[3 + len(parts) :]
+        channel, share = pl.program_id(0) * wide, pl.program_id(1)
+
+        def block(b, dphi):
+            tile = Tile(b * TOKENS, TOKENS, N, channel, wide, W)
+            v = tile.load(x_ref)
+            s = load_rows(grad_refs, b * TOKENS, TOKENS, N, bool(N % TOKENS))
+            if phi is not None:
+                p = load_rows(phi_refs, channel, wide, W, bool(W % wide))
+                dv = gpu.split_dot(s, p, (1, 1), terms)
+                tile.store(out_refs[0], dv - tile.column(shrink_ref)[:, None] * v.astype(jnp.float32))
+            return dphi + gpu.split_dot(gpu.pieces(v), s, (0, 0), terms=3)
+
+        last = jnp.minimum((share + 1) * each, pl.cdiv(N, TOKENS))
+        dphi = lax.fori_loop(share * each, last, block, jnp.zeros((wide, K), jnp.float32))
+        Tile(share * rounded + channel, wide, shares * rounded, 0, K, K, ragged=False).store(out_refs[-1], dphi)
+
+    grid = pl.cdiv(W, wide), shares
+    rounded = grid[0] * wide
+    dphi = (shares * rounded, K), jnp.float32
+    name = "mhc_coefficients_dphi" if phi is None else "mhc_coefficients_backward"
+    out = [dphi] if phi is None else [(x.shape, x.dtype), dphi]
+    args = x, shrink, *grads, *parts
+    *dx, dphi = gpu.call(kernel, name, grid, out, *args, num_warps=_warps(K), num_stages=2)
+    return dx[0] if dx else x, dphi.reshape(shares, rounded, K).sum(0)[:W, :k]

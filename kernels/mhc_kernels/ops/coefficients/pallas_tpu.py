@@ -1,0 +1,153 @@
+"""RMS statistics and projection in one pass over the streams (Mosaic).
+
+The MXU multiplies bfloat16.  Streams in bfloat16 are exact there; phi, in float32, goes as three bfloat16 pieces.  Streams in
+float32 are multiplied with precision HIGHEST.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from mhc_kernels import tpu
+
+_PIECES = {2: ((2, 0, 1, 0), (0, 0, 1)), 4: ((2, 0, 1, 0, 1, 0), (0, 0, 0, 1, 1, 2))}
+"""By the size of x: which pieces of the gradient g / RMS, and which of phi, whose products make dx; 0 is the leading one.
+
+The last pieces of the first pair with those of the second: to 2^-16 where dx is rounded to 2^-9, to 2^-24 in float32.  The first
+three of the first are the whole gradient, as dphi needs it.
+"""
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
+    """n C a multiple of 128, bfloat16 or float32."""
+    itemsize, channels = max(jnp.dtype(d).itemsize for d in dtypes), num_streams * width
+    return tpu.obstacle(1, channels, dtypes, 4 * channels * itemsize, resident(24, channels, itemsize))
+
+
+def resident(k: int, channels: int, itemsize: int) -> int:
+    """Bytes of phi's pieces and of its gradient in VMEM."""
+    return (2 * len(_PIECES[itemsize][1]) + 4) * tpu.up(k, 8) * channels
+
+
+def folded(phi: Array, dtype: Any) -> Array:
+    """phi [nC, k] as the forward wants it, k padded to 8: [3 k, nC] pieces for bfloat16, [k, nC] for float32."""
+    turned = tpu.pad(phi.T, tpu.up(phi.shape[1], 8), 0)
+    return turned if dtype == jnp.float32 else tpu.pieces(turned, (0, 1, 2), 0).astype(jnp.bfloat16)
+
+
+def forward(x: Array, phi: Array, eps_norm: float) -> tuple[Array, Array]:
+    """x [N, nC], phi [nC, k] -> z [k, N], inverse [N].  Traffic per token: nC."""
+    (channels, k), rows = phi.shape, tpu.up(phi.shape[1], 8)
+    out = tpu.call(
+        functools.partial(_forward, rows, eps_norm),
+        "mhc_coefficients",
+        numbers=[],
+        streams=[x],
+        whole=[folded(phi, x.dtype)],
+        out_numbers=rows + 1,
+        flops=2 * channels * (k + 1),
+        transcendentals=1,
+    )[0]
+    return out[:k], out[rows]
+
+
+def _forward(k, eps_norm, x, phi, out):
+    """Squares are summed beside the products, while the matrix unit is busy."""
+    width = chunk(x.shape[1], 1024)
+
+    def step(s, carry):
+        products, squares = carry
+        where = pl.ds(pl.multiple_of(s * width, width), width)
+        v = x[:, where]
+        products += project(phi[:, where], v)
+        for c in range(0, width, tpu.LANES):
+            lanes = v[:, c : c + tpu.LANES].astype(jnp.float32)
+            squares += lanes * lanes
+        return products, squares
+
+    zeros = jnp.zeros((phi.shape[0], x.shape[0]), jnp.float32), jnp.zeros((x.shape[0], tpu.LANES), jnp.float32)
+    products, squares = lax.fori_loop(0, x.shape[1] // width, step, zeros)
+    normalise(products, squares, out, k, x.shape[1], eps_norm)
+
+
+def project(phi, v):
+    """phi v^T [rows of phi, tokens], tokens on the lanes.  Rows of phi stream past tiles of v: 3 k a tile, fewer than tokens."""
+    return tpu.dot(phi, v, 1, 1)
+
+
+def normalise(products, squares, out, k, channels, eps_norm):
+    """Columns of `out`: [z k | inverse], from `project` and from squares [tokens, 128] still to be summed."""
+    inverse = lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / channels + eps_norm)
+    out[:, k : k + 1] = inverse
+    out[:, :k] = tpu.add(products[p : p + k] for p in range(0, products.shape[0], k)).T * inverse
+
+
+def chunk(channels: int, most: int) -> int:
+    """The largest multiple of 128 that divides the channels and is not above `most`."""
+    return max(w for w in range(tpu.LANES, max(most, tpu.LANES) + 1, tpu.LANES) if channels % w == 0)
+
+
+def backward(x: Array, phi: Array, z: Array, inverse: Array, g: Array) -> tuple[Array, Array]:
+    """x [N, nC], phi [nC, k], z and g [k, N], inverse [N] -> dx, dphi.  Traffic per token: 2 nC."""
+    channels, k = phi.shape
+    parts, shrink, rows_of_phi = gradient_operands(x, phi, z, inverse, g)
+    dx, dphi = tpu.call(
+        _backward,
+        "mhc_coefficients_backward",
+        numbers=[parts, shrink],
+        streams=[x],
+        whole=[rows_of_phi],
+        out_streams=[channels],
+        out_sum=(tpu.up(k, 8), channels),
+        flops=2 * channels * (2 * k + 1),
+    )
+    return dx, dphi[:k].T
+
+
+def _backward(numbers, x, phi, dx, dphi):
+    at = gradient_columns(dphi.shape[0], x.dtype)
+    shrink = numbers[:, at : at + 1]
+
+    def finish(where, dv):
+        dx[:, where] = (dv - shrink * x[:, where].astype(jnp.float32)).astype(dx.dtype)
+
+    gradients(numbers, x, phi, dphi, finish)
+
+
+def gradient_columns(k: int, dtype: Any) -> int:
+    """Columns that the pieces of the gradient take, k padded to 8."""
+    return k * len(_PIECES[jnp.dtype(dtype).itemsize][0])
+
+
+def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
+    """Of the small arrays: pieces of g / RMS [.., N], (g . z) / (RMS^2 nC) [1, N], pieces of phi [.., nC]."""
+    of_g, of_phi = _PIECES[x.dtype.itemsize]
+    k = tpu.up(g.shape[0], 8)
+    scaled = tpu.pad(g * inverse[None], k, 0)
+    shrink = (jnp.sum(scaled[: g.shape[0]] * z, 0) * inverse / x.shape[1])[None]
+    return tpu.pieces(scaled, of_g, 0), shrink, tpu.pieces(tpu.pad(phi.T, k, 0), of_phi, 0).astype(jnp.bfloat16)
+
+
+def gradients(numbers, x, phi, dphi, finish):
+    """Add to dphi [k, nC] and call finish(channels, dv) for every chunk of channels, dv = g phi^T / RMS in float32."""
+    k, last = dphi.shape[0], gradient_columns(dphi.shape[0], x.dtype)
+    left = numbers[:, last - phi.shape[0] : last].astype(jnp.bfloat16)
+    whole = numbers[:, : 3 * k].T
+    exact = x.dtype == jnp.bfloat16
+    whole = whole.astype(jnp.bfloat16) if exact else whole[:k] + whole[k : 2 * k] + whole[2 * k :]
+    width = chunk(x.shape[1], 2**16 // x.shape[0])
+
+    def step(s, carry):
+        where = pl.ds(pl.multiple_of(s * width, width), width)
+        parts = tpu.dot(whole, x[:, where], 1, 0)
+        dphi[:, where] += tpu.add(parts[p : p + k] for p in range(0, parts.shape[0], k))
+        finish(where, tpu.dot(left, phi[:, where], 1, 0))
+        return carry
+
+    lax.fori_loop(0, x.shape[1] // width, step, 0)

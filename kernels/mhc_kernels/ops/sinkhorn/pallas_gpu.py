@@ -1,0 +1,165 @@
+"""Sinkhorn-Knopp as Pallas kernels for NVIDIA GPUs: a warp has a block of tokens and all of their matrices in registers.
+
+The steps are those of `reference.py`, where the scaling-vector form is derived; a block is [n, n, tokens].  (With one value
+for each of the n^2 entries instead, Triton takes 5 times as long to compile the gradient at n = 4: its search for
+coalesced layouts grows with the square of the program.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from mhc_kernels import gpu
+
+Scalings = tuple[Array, Array]
+"""r and c, [n, tokens]."""
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
+    """Why the kernel cannot run a call: a warp holds its matrices in registers."""
+    del width, dtypes
+    return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
+
+
+def tokens(n: int) -> int:
+    """Tokens of a block: at most 16 values of a matrix-shaped array a thread."""
+    return {1: 32, 2: 32, 3: 16, 4: 16}.get(n, 8)
+
+
+def padded(a: Array, diagonal: float, off: float) -> Array:
+    """[n, n, N] with n up to a power of two: the new rows and columns are a matrix of their own beside the old."""
+    n, size = a.shape[0], gpu.power_of_two(a.shape[0])
+    if n == size:
+        return a
+    entries = jnp.where(jnp.eye(size, dtype=bool), diagonal, off)[..., None]
+    return jnp.broadcast_to(entries, (size, size, a.shape[-1])).at[:n, :n].set(a)
+
+
+def _columns(K: Array, r: Array) -> Array:
+    """K^T r."""
+    return (K * r[:, None, :]).sum(0)
+
+
+def _rows(K: Array, c: Array) -> Array:
+    """K c."""
+    return (K * c[None]).sum(1)
+
+
+def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]:
+    """K, r_0 and Q (the column softmax; K itself where eps = 0)."""
+    centred = logits - logits.max(0)[None]
+    if eps == 0:
+        b = centred.max(1)
+        K = jnp.exp(centred - b[:, None, :])
+        return K, jnp.exp(b), K
+    e = jnp.exp(centred)
+    Q = e / e.sum(0)[None]
+    index = [lax.broadcasted_iota(jnp.int32, Q.shape, axis) for axis in (0, 1)]
+    K = jnp.where((index[0] < n) & (index[1] < n), Q + eps, Q)
+    return K, 1 / (K.sum(1) + eps), Q
+
+
+def _rescale(s: Array, product: Array, eps: float) -> Array:
+    return 1 / product if eps == 0 else s / (s * product + eps)
+
+
+def _pair(K: Array, rc: Scalings, eps: float) -> Scalings:
+    """One step over the columns and one over the rows."""
+    r, c = rc
+    c = _rescale(c, _columns(K, r), eps)
+    return _rescale(r, _rows(K, c), eps), c
+
+
+def _call(kernel: Any, name: str, n: int, *args: Array) -> Array:
+    """Run `kernel(block, ...) -> block` on blocks of tokens of [n, n, N] arrays."""
+    size, N = args[0].shape[0], args[0].shape[-1]
+    block = tokens(n)
+
+    def whole(*refs):
+        start = pl.program_id(0) * block
+        at = slice(None), slice(None), pl.ds(start, block)
+        mask = start + lax.broadcasted_iota(jnp.int32, (size, size, block), 2) < N if N % block else None
+        blocks = [plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0.0) for ref in refs[:-1]]
+        plgpu.store(refs[-1].at[at], kernel(*blocks), mask=mask)
+
+    out = [(args[0].shape, jnp.float32)]
+    return gpu.call(whole, name, (pl.cdiv(N, block),), out, *args, num_warps=1)[0][:n, :n]
+
+
+def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[Array, "n n N"]:
+    """H_res = SK(logits).
+
+    Traffic per token: reads and writes n^2 float32.
+    """
+    n = logits.shape[0]
+    pairs = num_iters if eps == 0 else num_iters - 1
+
+    def mhc_sinkhorn_forward(logits):
+        K, r, _ = _first_step(logits, n, eps)
+        r, c = lax.fori_loop(0, pairs, lambda _, rc: _pair(K, rc, eps), (r, jnp.ones_like(r)))
+        return r[:, None, :] * K * c[None]
+
+    return _call(mhc_sinkhorn_forward, "mhc_sinkhorn_forward", n, padded(logits, 0.0, -jnp.inf))
+
+
+def backward(
+    logits: Float[Array, "n n N"], g: Float[Array, "n n N"], num_iters: int, eps: float
+) -> Float[Array, "n n N"]:
+    """Gradient of the truncated iteration, from the logits: nothing is kept from the forward pass.
+
+    The reverse walk needs the scalings r_t, c_t from the last to the first.  All of them, 2 n t_max values a token, would
+    spill; so it runs the iteration from its start up to every segment of `size` steps: t_max^2 / (2 size) steps more, of
+    2 n^2 multiply-adds in registers, which cost less than a trip to memory.
+
+    Traffic per token: reads 2 n^2, writes n^2 float32.
+    """
+    n = logits.shape[0]
+    pairs = num_iters if eps == 0 else num_iters - 1
+    size = 4 if n <= 4 else 2
+
+    def reverse(K: Array, rc: Scalings, steps: int, carry: Any) -> Any:
+        """Walk back over `steps` pairs that start from the scalings rc."""
+        R, C = [rc[0]], [rc[1]]
+        for _ in range(steps):
+            rc = _pair(K, rc, eps)
+            R.append(rc[0])
+            C.append(rc[1])
+        K_bar, r_bar, c_bar = carry
+        for t in range(steps, 0, -1):
+            u_bar = -r_bar * R[t] * R[t]
+            c_bar = c_bar + _columns(K, u_bar)
+            v_bar = -c_bar * C[t] * C[t]
+            K_bar = K_bar + (u_bar[:, None, :] * C[t][None] + R[t - 1][:, None, :] * v_bar[None])
+            ratio_r, ratio_c = R[t] / R[t - 1], C[t] / C[t - 1]
+            through_r = eps * r_bar * (ratio_r * ratio_r) if eps else jnp.zeros_like(r_bar)
+            through_c = eps * c_bar * (ratio_c * ratio_c) if eps else jnp.zeros_like(c_bar)
+            r_bar, c_bar = _rows(K, v_bar) + through_r, through_c
+        return K_bar, r_bar, c_bar
+
+    def mhc_sinkhorn_backward(logits, G):
+        K, r0, Q = _first_step(logits, n, eps)
+        start = r0, jnp.ones_like(r0)
+
+        def scalings(steps):
+            return lax.fori_loop(0, steps, lambda _, rc: _pair(K, rc, eps), start)
+
+        r, c = scalings(pairs)
+        carry = G * r[:, None, :] * c[None], _rows(G * K, c), _columns(G * K, r)
+        carry = lax.fori_loop(
+            0, pairs // size, lambda k, carry: reverse(K, scalings(pairs - (k + 1) * size), size, carry), carry
+        )
+        K_bar, r_bar, _ = reverse(K, start, pairs % size, carry)
+        if eps == 0:
+            return K_bar * K
+        S = (K_bar - (r_bar * r0 * r0)[:, None, :]) * Q
+        return S - S.sum(0)[None] * Q
+
+    args = padded(logits, 0.0, -jnp.inf), padded(g, 0.0, 0.0)
+    return _call(mhc_sinkhorn_backward, "mhc_sinkhorn_backward", n, *args)

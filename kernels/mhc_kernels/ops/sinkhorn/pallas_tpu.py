@@ -1,0 +1,117 @@
+"""Sinkhorn-Knopp with every matrix entry of 1,024 tokens or more in registers of its own (Mosaic).
+
+Tokens are seen as rows of 128, so that entry [i, j] of a block is an array [8, 128] or a few of them and the sums over i or j are
+additions of whole registers.  The steps are those of `reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mhc_kernels import choice, tpu
+from mhc_kernels.ops.sinkhorn.reference import _column_softmax, _columns, _first_step, _forward, _pairs, _rescale, _rows
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
+    """Any n up to 8; the logits are float32 by the time they arrive, and there is no width."""
+    return tpu.obstacle(num_streams, tpu.LANES, (jnp.float32,))
+
+
+def forward(logits: Array, num_iters: int, eps: float) -> Array:
+    """logits [n, n, N] -> res [n, n, N], float32.  Traffic per token: n^2 in, n^2 out."""
+    n = logits.shape[0]
+    kernel = functools.partial(_forward_kernel, num_iters, eps)
+    return _call(kernel, "mhc_sinkhorn", [logits], flops=2 * n * n * (2 * num_iters + 1), roots=n * (2 * num_iters + n))
+
+
+def _forward_kernel(num_iters, eps, logits, res):
+    res[...] = _forward(logits[...], num_iters, eps)
+
+
+def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
+    """logits, g [n, n, N] -> dlogits.  Traffic per token: 2 n^2 in, n^2 out; the scalings stay in VMEM."""
+    n = logits.shape[0]
+    kernel = functools.partial(_backward_kernel, num_iters, eps)
+    flops = 2 * n * n * (6 * num_iters + 6)
+    return _call(
+        kernel, "mhc_sinkhorn_backward", [logits, g], flops, n * (2 * num_iters + n), _pairs(num_iters, eps) + 1
+    )
+
+
+def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
+    """As `reference._sinkhorn_bwd`, with R and C in scratch and the gradient of K accumulated in the output."""
+    x, G = logits[...], g[...]
+    K, r = _first_step(x, eps)
+    R[0], C[0] = r, jnp.ones_like(r)
+    pairs = _pairs(num_iters, eps)
+
+    def forth(t, rc):
+        r, c = rc
+        c = _rescale(c, _columns(K, r), eps)
+        r = _rescale(r, _rows(K, c), eps)
+        R[t + 1], C[t + 1] = r, c
+        return r, c
+
+    r, c = lax.fori_loop(0, pairs, forth, (r, jnp.ones_like(r)))
+    dlogits[...] = G * r[:, None] * c[None]
+
+    def back(step, bars):
+        r_bar, c_bar = bars
+        t = pairs - step
+        r, c, r_before, c_before = R[t], C[t], R[t - 1], C[t - 1]
+        u_bar = -r_bar * r * r
+        c_bar = c_bar + _columns(K, u_bar)
+        v_bar = -c_bar * c * c
+        dlogits[...] += u_bar[:, None] * c[None] + r_before[:, None] * v_bar[None]
+        through_r = jnp.zeros_like(r) if eps == 0 else eps * r_bar * (r / r_before) * (r / r_before)
+        through_c = jnp.zeros_like(c) if eps == 0 else eps * c_bar * (c / c_before) * (c / c_before)
+        return _rows(K, v_bar) + through_r, through_c
+
+    r_bar, _ = lax.fori_loop(0, pairs, back, (_rows(G * K, c), _columns(G * K, r)))
+    if eps == 0:
+        dlogits[...] = dlogits[...] * K
+        return
+    Q = _column_softmax(x)
+    S = (dlogits[...] - (r_bar * R[0] * R[0])[:, None]) * Q
+    dlogits[...] = S - _columns(S, jnp.ones_like(r))[None] * Q
+
+
+def _call(kernel, name, arrays, flops, roots, history=0):
+    """Run over blocks [n, n, rows, 128]; `history` scalings of rows and of columns are kept in VMEM."""
+    n, N = arrays[0].shape[0], arrays[0].shape[2]
+    padded = tpu.up(N, 8 * tpu.LANES)
+    most = (
+        32 if n <= 4 else 8
+    )  # rows: independent chains hide the latency of the divisions, as long as K is in registers
+    rows = max(r for r in (8, 16, 32) if r <= most and padded % (r * tpu.LANES) == 0)
+    tiled = [tpu.pad(a, padded, 2).reshape(n, n, -1, tpu.LANES) for a in arrays]
+    spec = pl.BlockSpec((n, n, rows, tpu.LANES), lambda t: (0, 0, t, 0))
+    scaling = pltpu.VMEM((history, n, rows, tpu.LANES), jnp.float32)
+    mat = tpu.manual_axes(*arrays)
+    out = pl.pallas_call(
+        kernel,
+        grid=(padded // tpu.LANES // rows,),
+        in_specs=[spec] * len(arrays),
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(tiled[0].shape, jnp.float32, manual_axis_type=mat),
+        scratch_shapes=[scaling, scaling] if history else [],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=min(tpu.vmem_budget(), 32 * 2**20)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops * padded,
+            bytes_accessed=(len(arrays) + 1) * tiled[0].size * 4,
+            transcendentals=roots * padded,
+        ),
+        interpret=choice.interpret(),
+        name=name,
+    )(*tiled)
+    return out.reshape(n, n, -1)[..., :N]

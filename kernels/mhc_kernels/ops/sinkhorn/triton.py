@@ -1,0 +1,85 @@
+"""Sinkhorn-Knopp through jax-triton, which outlives Pallas' own Triton lowering; an extra, used where it is named.
+
+jax-triton 0.3.1 goes with jax 0.10 (Python 3.11); 0.4 needs jax 0.11 and does not lower on 0.12.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from mhc_kernels import choice, gpu
+from mhc_kernels.ops.sinkhorn.pallas_gpu import padded, tokens
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
+    """Why the kernel cannot run a call: a package is missing, it is interpreted, or n is too large."""
+    del width, dtypes
+    try:
+        importlib.import_module("jax_triton")
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"it needs jax-triton and triton, pip install 'mhc-jax[gpu]' ({str(error).splitlines()[0]})"
+    if choice.interpret():
+        return "jax-triton kernels cannot be interpreted"
+    return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
+
+
+def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
+    """Run a kernel on [n, n, N] arrays padded to a power of two; under `vmap` the new axis joins the tokens."""
+    import jax_triton
+
+    from mhc_kernels import triton_sinkhorn
+
+    @jax.custom_batching.custom_vmap
+    def run(*args: Array) -> Array:
+        size, _, N = args[0].shape
+        block = tokens(n)
+        return jax_triton.triton_call(
+            *args,
+            kernel=getattr(triton_sinkhorn, name),
+            out_shape=jax.ShapeDtypeStruct(args[0].shape, jnp.float32),
+            grid=(pl.cdiv(N, block),),
+            num_warps=1,
+            num_stages=1,
+            # Without a GPU the program is for one of compute capability 9.0.
+            compute_capability=None if jax.default_backend() == "gpu" else 90,
+            N=N,
+            n=size,
+            real=n,
+            TOKENS=block,
+            pairs=num_iters if eps == 0 else num_iters - 1,
+            eps=float(eps),
+        )
+
+    @run.def_vmap
+    def _(axis_size: int, in_batched: Sequence[bool], *args: Array) -> tuple[Array, bool]:
+        pairs = zip(args, in_batched, strict=True)
+        full = [a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in pairs]
+        out = run(*(jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1) for a in full))
+        return jnp.moveaxis(out.reshape(*out.shape[:2], axis_size, -1), 2, 0), True
+
+    out = run(*args)[:n, :n]
+    # The call does not say what varies between shards (`shard_map`).
+    axes = tuple(jax.typeof(args[0]).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying)
+    return lax.pcast(out, axes, to="varying") if axes else out
+
+
+def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[Array, "n n N"]:
+    """H_res = SK(logits).  Traffic per token: reads and writes n^2 float32."""
+    return _call("mhc_sinkhorn_forward", logits.shape[0], num_iters, eps, padded(logits, 0.0, -jnp.inf))
+
+
+def backward(
+    logits: Float[Array, "n n N"], g: Float[Array, "n n N"], num_iters: int, eps: float
+) -> Float[Array, "n n N"]:
+    """Gradient of the truncated iteration, from the logits.  Traffic per token: reads 2 n^2, writes n^2 float32."""
+    args = padded(logits, 0.0, -jnp.inf), padded(g, 0.0, 0.0)
+    return _call("mhc_sinkhorn_backward", logits.shape[0], num_iters, eps, *args)

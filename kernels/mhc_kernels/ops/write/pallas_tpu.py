@@ -1,0 +1,112 @@
+"""x' = H_res x + H_post^T y in one pass over a block of tokens (Mosaic)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from mhc_kernels import tpu
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
+    """Any n up to 8, C a multiple of 128, bfloat16 or float32."""
+    itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
+    return tpu.obstacle(num_streams, width, dtypes, 2 * (3 * num_streams + 2) * width * itemsize)
+
+
+def forward(x: Array, y: Array, post: Array, res: Array) -> Array:
+    """x [N, nC], y [N, C], post [n, N], res [n, n, N] -> x' [N, nC].  Traffic per token: (2n + 1) C."""
+    n, C = post.shape[0], y.shape[1]
+    return tpu.call(
+        functools.partial(_forward, n, C),
+        "mhc_write",
+        numbers=[post, res.reshape(n * n, -1)],
+        streams=[x, y],
+        out_streams=[n * C],
+        flops=2 * n * (n + 1) * C,
+    )[0]
+
+
+def _forward(n, C, numbers, x, y, new):
+    def rows_of(rows, R):
+        mix = mixer(n, C, numbers[rows, :], x, y, rows)
+
+        def channels(c, carry):
+            for i, value in enumerate(mix(c)):
+                tpu.put(new, rows, i * C, c, value)
+            return carry
+
+        tpu.for_channels(C, channels, 0)
+
+    tpu.for_rows(x, rows_of)
+
+
+def coefficient_columns(n, numbers, first=0):
+    """post and res from their columns, first post [n], then res [n * n]."""
+    post = [tpu.column(numbers, first + i) for i in range(n)]
+    return post, [[tpu.column(numbers, first + n + n * i + j) for j in range(n)] for i in range(n)]
+
+
+def mixer(n, C, numbers, x, y, rows):
+    """The function c -> 128 channels of every new stream; `numbers` holds post and res."""
+    post, res = coefficient_columns(n, numbers)
+
+    def mix(c):
+        streams = [tpu.piece(x, rows, j * C, c) for j in range(n)]
+        yc = tpu.piece(y, rows, 0, c)
+        return [tpu.add([post[i] * yc, *(r * s for r, s in zip(res[i], streams, strict=True))]) for i in range(n)]
+
+    return mix
+
+
+def backward(x: Array, y: Array, post: Array, res: Array, g: Array) -> tuple[Array, Array, Array, Array]:
+    """-> dx, dy, dpost, dres from g [N, nC].  Traffic per token: (2n + 1) C in, (n + 1) C out."""
+    n, C = post.shape[0], y.shape[1]
+    dx, dy, sums = tpu.call(
+        functools.partial(_backward, n, C),
+        "mhc_write_backward",
+        numbers=[post, res.reshape(n * n, -1)],
+        streams=[x, y, g],
+        out_streams=[n * C, C],
+        out_numbers=n + n * n,
+        flops=4 * n * (n + 1) * C,
+    )
+    return dx, dy, sums[:n], sums[n:].reshape(n, n, -1)
+
+
+def _backward(n, C, numbers, x, y, g, dx, dy, out):
+    def rows_of(rows, R):
+        def gradient(c):
+            return [tpu.piece(g, rows, i * C, c) for i in range(n)]
+
+        pull(n, C, coefficient_columns(n, numbers[rows, :]), x, y, dx, dy, out, rows, R, gradient)
+
+    tpu.for_rows(x, rows_of)
+
+
+def pull(n, C, coefficients, x, y, dx, dy, out, rows, R, gradient):
+    """Gradients of the write for some tokens; gradient(c) is that of 128 channels of every new stream.
+
+    `coefficients` are (post, res); `out` receives dpost and dres, one column each.
+    """
+    post, res = coefficients
+
+    def channels(c, sums):
+        G = gradient(c)
+        yc = tpu.piece(y, rows, 0, c)
+        tpu.put(dy, rows, 0, c, tpu.add(p * Gi for p, Gi in zip(post, G, strict=True)))
+        dpost = [s + Gi * yc for s, Gi in zip(sums[:n], G, strict=True)]
+        dres = list(sums[n:])
+        for j in range(n):
+            xj = tpu.piece(x, rows, j * C, c)
+            tpu.put(dx, rows, j * C, c, tpu.add(res[i][j] * G[i] for i in range(n)))
+            for i in range(n):
+                dres[n * i + j] = dres[n * i + j] + G[i] * xj
+        return [*dpost, *dres]
+
+    zeros = [jnp.zeros((R, tpu.LANES), jnp.float32)] * (n + n * n)
+    tpu.put_sums(out, rows, tpu.for_channels(C, channels, zeros))

@@ -1,0 +1,197 @@
+"""The boundary between two sub-layers as Pallas kernels for NVIDIA GPUs: write, statistics and projection, read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from mhc_kernels import choice, gpu
+from mhc_kernels.gpu import Tile
+from mhc_kernels.ops.coefficients import pallas_gpu as statistics
+from mhc_kernels.ops.read import pallas_gpu as read
+from mhc_kernels.ops.write.pallas_gpu import load_row, mix
+
+obstacle = gpu.obstacle
+read_products = read.products
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Tokens and channels of a block, and how the kernel runs: chosen so that nothing spills on sm_90."""
+
+    tokens: int
+    channels: int
+    warps: int
+
+
+def _forward_block(n: int) -> _Block:
+    """64 tokens, the height of a Hopper matrix instruction; up to n = 4 two programs fit a multiprocessor and overlap."""
+    return _Block(64, 32, 4) if n <= 4 else _Block(64, 16, 8)
+
+
+def _backward_block(n: int) -> _Block:
+    return _Block(16, 64, 4 if n <= 4 else 8)
+
+
+def forward(
+    x: Float[Array, "N nC"],
+    y: Float[Array, "N C"],
+    post: Float[Array, "n N"],
+    res: Float[Array, "n n N"],
+    phi: Float[Array, "nC k"],
+    alpha_pre: Float[Array, ""],
+    bias_pre: Float[Array, " n"],
+    eps_norm: float,
+    eps: float,
+) -> tuple[Float[Array, "N nC"], Float[Array, "k N"], Float[Array, " N"], Float[Array, "N C"]]:
+    """(x', z, inverse, h), a program a block of tokens: all of x' is written and projected, then comes pre, then h.
+
+    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part: the second
+    pass runs backwards, over the latest writes first.  So between (2 n + 2) C and (3 n + 2) C.  A block small enough for
+    L2 to hold x' of every program at once (1,500 tokens on an H100 at n C = 10,240) would read phi so often, from L2, that
+    this costs more: phi is 6 n K bytes a channel and block.
+    """
+    N, C = y.shape
+    n, k = bias_pre.shape[0], phi.shape[1]
+    block = _forward_block(n)
+    tokens, wide = block.tokens, gpu.channels(C, block.channels)
+    parts = gpu.pieces(statistics.pad_columns(phi))
+    K = parts[0].shape[1]
+    chunks = pl.cdiv(C, wide)
+
+    def kernel(x_ref, y_ref, post_ref, res_ref, gate_ref, *refs):
+        phi_refs, (new_ref, z_ref, inverse_ref, h_ref) = refs[:3], refs[3:]
+        tile = Tile(pl.program_id(0) * tokens, tokens, N, 0, wide, C)
+
+        def write_chunk(c, sums):
+            at = tile.at(c * wide)
+            xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
+
+            # A loop at run time: unrolled, the streams' addresses and operands together take more registers than there are.
+            def stream(i, sums):
+                z, squares = sums
+                p, H = load_row(tile, post_ref, res_ref, i)
+                v = mix(xs, y, p, H).astype(x.dtype)
+                at.store(new_ref, v, i)
+                v32 = v.astype(jnp.float32)
+                rows = statistics.load_rows(phi_refs, i * C + c * wide, wide, (i + 1) * C, bool(C % wide))
+                return z + gpu.split_dot(gpu.pieces(v), rows, (1, 0), terms=3), squares + (v32 * v32).sum(1)
+
+            return lax.fori_loop(0, n, stream, sums)
+
+        zeros = jnp.zeros((tokens, K), jnp.float32), jnp.zeros((tokens,), jnp.float32)
+        z, squares = lax.fori_loop(0, chunks, write_chunk, zeros)
+        inverse = lax.rsqrt(squares / (n * C) + eps_norm)
+        z = z * inverse[:, None]
+        tile.store_column(inverse_ref, inverse)
+        statistics.store_rows(tile, z_ref, z)
+
+        column = lax.broadcasted_iota(jnp.int32, (tokens, K), 1)
+        pre = []
+        for i in range(n):
+            zi = jnp.where(column == i, z, 0.0).sum(1)
+            pre.append(1 / (1 + jnp.exp(-(gate_ref[np.int32(n)] * zi + gate_ref[np.int32(i)]))) + eps)
+        if not choice.interpret():
+            plgpu.debug_barrier()  # x' is read by other threads than those that wrote it
+
+        def read_chunk(c, carry):
+            at = tile.at((chunks - 1 - c) * wide)
+            h = jnp.zeros((tokens, wide), jnp.float32)
+            for i in range(n):
+                h += pre[i][:, None] * at.load32(new_ref, i)
+            at.store(h_ref, h)
+            return carry
+
+        lax.fori_loop(0, chunks, read_chunk, 0)
+
+    gate = jnp.append(bias_pre, alpha_pre).astype(jnp.float32)
+    out = [(x.shape, x.dtype), ((K, N), jnp.float32), ((N,), jnp.float32), (y.shape, y.dtype)]
+    args = x, y, post, res, gate, *parts
+    grid = (pl.cdiv(N, tokens),)
+    new, z, inverse, h = gpu.call(
+        kernel, "mhc_write_read_forward", grid, out, *args, num_warps=block.warps, num_stages=2
+    )
+    return new, z[:k], inverse, h
+
+
+def backward(
+    x: Float[Array, "N nC"],
+    y: Float[Array, "N C"],
+    post: Float[Array, "n N"],
+    res: Float[Array, "n n N"],
+    new: Float[Array, "N nC"],
+    pre: Float[Array, "n N"],
+    phi: Float[Array, "nC k"],
+    z: Float[Array, "k N"],
+    inverse: Float[Array, " N"],
+    g_new: Float[Array, "N nC"],
+    g_h: Float[Array, "N C"],
+    g_z: Float[Array, "k N"],
+) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"], Float[Array, "nC k"]]:
+    """(dx, dy, dpost, dres, dphi) in one pass over the streams.
+
+        G_i = g_x'_i + pre_i g_h + inverse (g_z phi^T)_i - shrink x'_i          (what x'_i owes to all its uses)
+        dx_j = sum_i res_ij G_i,  dy = sum_i post_i G_i,  dpost_i = <G_i, y>,  dres_ij = <G_i, x_j>,  dphi = x'^T inverse g_z
+
+    with shrink = <g_z, z> inverse^2 / (n C).  A program has a block of channels of every stream and walks over its share of the
+    tokens, so that phi comes from the L1 cache; x' is made again from x and y, not read.  dpost and dres are written as one part a
+    block of channels and added in order.  dphi is the kernel of `coefficients`: beside all this its sums would spill.
+
+    Traffic per token: reads (2 n + 2) C, writes (n + 1) C, and 4 (n^2 + n) / 64 bytes a channel of parts, written and read; dphi
+    reads n C.  With `read_products` the whole gradient moves (5 n + 4) C.
+    """
+    N, C = y.shape
+    n = post.shape[0]
+    size = _backward_block(n)
+    tokens, wide = size.tokens, gpu.channels(C, size.channels)
+    scaled = g_z * inverse[None]
+    shrink = (g_z * z).sum(0) * inverse**2 / x.shape[1]
+    grads = gpu.pieces(statistics.pad_columns(scaled.T))
+    parts = gpu.pieces(statistics.pad_columns(phi))
+    terms = 2 if x.dtype == jnp.bfloat16 else 3
+    chunks = pl.cdiv(C, wide)
+    shares, each = statistics.token_splits(N, tokens, chunks)
+
+    def kernel(x_ref, y_ref, post_ref, res_ref, pre_ref, shrink_ref, g_new_ref, g_h_ref, *refs):
+        grad_refs, phi_refs, (dx_ref, dy_ref, sums_ref) = refs[:3], refs[3:6], refs[6:]
+        chunk, share = pl.program_id(0), pl.program_id(1)
+
+        def block(b, carry):
+            at = Tile(b * tokens, tokens, N, chunk * wide, wide, C)
+            xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
+            g_h, shrink = at.load32(g_h_ref), at.column(shrink_ref)[:, None]
+            s = statistics.load_rows(grad_refs, b * tokens, tokens, N, bool(N % tokens))
+
+            def stream(i, sums):
+                dy, dxs = sums
+                p, H = load_row(at, post_ref, res_ref, i)
+                v = mix(xs, y, p, H).astype(x.dtype)
+                rows = statistics.load_rows(phi_refs, i * C + chunk * wide, wide, (i + 1) * C, bool(C % wide))
+                G = at.load32(g_new_ref, i) + at.column(pre_ref, i)[:, None] * g_h
+                G += gpu.split_dot(s, rows, (1, 1), terms) - shrink * v.astype(jnp.float32)
+                at.store_column(sums_ref, (G * y).sum(1), chunk, i)
+                for j in range(n):
+                    at.store_column(sums_ref, (G * xs[j]).sum(1), chunk, n + i * n + j)
+                return dy + p * G, [dx + h * G for dx, h in zip(dxs, H, strict=True)]
+
+            dy, dxs = lax.fori_loop(0, n, stream, (jnp.zeros_like(y), [jnp.zeros_like(y)] * n))
+            at.store(dy_ref, dy)
+            for j in range(n):
+                at.store(dx_ref, dxs[j], j)
+            return carry
+
+        last = jnp.minimum((share + 1) * each, pl.cdiv(N, tokens))
+        lax.fori_loop(share * each, last, block, 0)
+
+    out = [(x.shape, x.dtype), (y.shape, y.dtype), ((chunks, n + n * n, N), jnp.float32)]
+    args = x, y, post, res, pre, shrink, g_new, g_h, *grads, *parts
+    grid = chunks, shares
+    dx, dy, sums = gpu.call(kernel, "mhc_write_read_backward", grid, out, *args, num_warps=size.warps, num_stages=2)
+    sums = sums.sum(0)
+    return dx, dy, sums[:n], sums[n:].reshape(n, n, N), statistics.dphi(new, scaled)

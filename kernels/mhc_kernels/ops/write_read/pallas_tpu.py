@@ -1,0 +1,178 @@
+"""Write, statistics, projection and the next read in one pass over the streams (Mosaic): the floor of traffic, (2n + 2) C."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from mhc_kernels import tpu
+from mhc_kernels.ops.coefficients.pallas_tpu import (
+    folded,
+    gradient_columns,
+    gradient_operands,
+    gradients,
+    normalise,
+    project,
+    resident,
+)
+from mhc_kernels.ops.read.pallas_tpu import products
+from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, pull
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
+    """Any n up to 8, C a multiple of 128, bfloat16 or float32, as long as VMEM holds 16 tokens of the backward."""
+    n, itemsize = num_streams, max(jnp.dtype(d).itemsize for d in dtypes)
+    per_token = 2 * (4 * n + 3) * width * itemsize + 4 * n * width
+    return tpu.obstacle(n, width, dtypes, per_token, resident(n * n + 2 * n, n * width, itemsize))
+
+
+def forward(
+    x: Array, y: Array, post: Array, res: Array, phi: Array, alpha: Array, bias: Array, eps_norm: float, eps: float
+) -> tuple[Array, Array, Array, Array]:
+    """x [N, nC], y [N, C], phi [nC, k], alpha [], bias [n] of pre -> x' [N, nC], z [k, N], inverse [N], h [N, C].
+
+    Traffic per token: reads (n + 1) C, writes (n + 1) C.
+    """
+    n, C, k = post.shape[0], y.shape[1], phi.shape[1]
+    rows = tpu.up(k, 8)
+    # Row 0 times z plus row 1, in the columns of `out`, is the logit of pre.
+    gate = tpu.pad(jnp.stack([jnp.broadcast_to(alpha, (n,)), bias]).astype(jnp.float32), 8, 0)
+    new, h, out = tpu.call(
+        functools.partial(_forward, n, C, rows, eps_norm, eps),
+        "mhc_write_read",
+        numbers=[post, res.reshape(n * n, -1)],
+        streams=[x, y],
+        whole=[folded(phi, x.dtype), tpu.pad(gate, tpu.LANES, 1)],
+        out_streams=[n * C, C],
+        out_numbers=rows + 1,
+        scratch=(n + n * n) * tpu.LANES,
+        flops=2 * n * C * (n + k + 3),
+        transcendentals=n + 1,
+    )
+    return new, out[:k], out[rows], h
+
+
+def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide):
+    """Mixing is bound by the vector units and the projection by the matrix units: in one loop they run side by side."""
+    tokens, lanes = x.shape[0], tpu.LANES
+    R = min(tokens, 64 // x.dtype.itemsize)
+
+    def spread(rows, _):
+        small = numbers[rows, :]
+        for q in range(n + n * n):
+            wide[rows, q * lanes : (q + 1) * lanes] = tpu.column(small, q)
+
+    def channels(c, carry):
+        products, squares = carry
+        mixed, sums = [], []
+        for r in range(0, tokens, R):
+            rows = slice(r, r + R)
+            streams = [tpu.piece(x, rows, j * C, c) for j in range(n)]
+            yc, total = tpu.piece(y, rows, 0, c), squares[rows]
+            post, *res = [
+                [wide[rows, (n * i + j) * lanes : (n * i + j + 1) * lanes] for j in range(n)] for i in range(n + 1)
+            ]
+            values = []
+            for i in range(n):
+                terms = [post[i] * yc, *(a * s for a, s in zip(res[i], streams, strict=True))]
+                values.append(tpu.add(terms).astype(new.dtype))
+                tpu.put(new, rows, i * C, c, values[i])
+                total += values[i].astype(jnp.float32) * values[i].astype(jnp.float32)
+            mixed.append(values)
+            sums.append(total)
+        for i, parts in enumerate(zip(*mixed, strict=True)):
+            where = pl.ds(i * C + c.base, c.width)
+            products += project(phi.at[:, where][:, c.at : c.at + lanes], jnp.concatenate(parts))
+        return products, jnp.concatenate(sums)
+
+    tpu.for_rows(x, spread)
+    zeros = jnp.zeros((phi.shape[0], tokens), jnp.float32), jnp.zeros((tokens, lanes), jnp.float32)
+    # About a thousand instruction bundles a pass, whatever n and the block.
+    unroll = max(1, 16 * lanes // (n * tokens))
+    products, squares = tpu.for_channels(C, channels, zeros, unroll)
+    normalise(products, squares, out, k, n * C, eps_norm)
+
+    def read(rows, R):
+        pre = jax.nn.sigmoid(gate[0:1, :n] * out[rows, :n] + gate[1:2, :n]) + eps
+        weights = [tpu.column(pre, i) for i in range(n)]
+
+        def channels(c, carry):
+            tpu.put(h, rows, 0, c, tpu.add(w * tpu.piece(new, rows, i * C, c) for i, w in enumerate(weights)))
+            return carry
+
+        tpu.for_channels(C, channels, 0)
+
+    tpu.for_rows(x, read)
+
+
+def read_products(new: Array, g_h: Array) -> Array:
+    """x' [N, nC], g_h [N, C] -> <x'_i, g_h> [n, N].  Traffic per token: (n + 1) C."""
+    return products(new, g_h, "mhc_write_read_products")
+
+
+def backward(
+    x: Array,
+    y: Array,
+    post: Array,
+    res: Array,
+    new: Array,
+    pre: Array,
+    phi: Array,
+    z: Array,
+    inverse: Array,
+    g_new: Array,
+    g_h: Array,
+    g_z: Array,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """-> dx, dy, dpost, dres, dphi.
+
+    The gradient of x' = g_x' + pre g_h + g_z phi^T / RMS - x' (g_z . z) / (RMS^2 nC) is made in VMEM and never leaves it.
+    Traffic per token: reads (3n + 2) C, writes (n + 1) C; with `read_products` (5n + 4) C.
+    """
+    n, C = post.shape[0], y.shape[1]
+    channels, k = phi.shape
+    parts, shrink, rows_of_phi = gradient_operands(new, phi, z, inverse, g_z)
+    dx, dy, sums, dphi = tpu.call(
+        functools.partial(_backward, n, C),
+        "mhc_write_read_backward",
+        numbers=[parts, shrink, pre, post, res.reshape(n * n, -1)],
+        streams=[x, y, new, g_new, g_h],
+        whole=[rows_of_phi],
+        out_streams=[channels, C],
+        out_numbers=n + n * n,
+        out_sum=(tpu.up(k, 8), channels),
+        scratch=channels,
+        flops=4 * channels * (n + k + 3),
+    )
+    return dx, dy, sums[:n], sums[n:].reshape(n, n, -1), dphi[:k].T
+
+
+def _backward(n, C, numbers, x, y, new, g_new, g_h, phi, dx, dy, out, dphi, dv):
+    def keep(where, value):
+        dv[:, where] = value
+
+    gradients(numbers, new, phi, dphi, keep)
+    at = gradient_columns(dphi.shape[0], new.dtype)
+
+    def rows_of(rows, R):
+        small = numbers[rows, :]
+        shrink = tpu.column(small, at)
+        pre = [tpu.column(small, at + 1 + i) for i in range(n)]
+
+        def gradient(c):
+            g = tpu.piece(g_h, rows, 0, c)
+            total = []
+            for i in range(n):
+                through_z = tpu.piece(dv, rows, i * C, c) - shrink * tpu.piece(new, rows, i * C, c)
+                total.append(tpu.piece(g_new, rows, i * C, c) + pre[i] * g + through_z)
+            return total
+
+        pull(n, C, coefficient_columns(n, small, at + 1 + n), x, y, dx, dy, out, rows, R, gradient)
+
+    tpu.for_rows(x, rows_of)

@@ -1,0 +1,309 @@
+"""What the Pallas TPU (Mosaic) kernels share: blocks of tokens, VMEM, and the two layouts of per-token numbers.
+
+Coefficients are `[k, N]` outside, tokens on the lanes, because an array `[N, k]` of a few numbers a token is padded to 128 lanes.
+A kernel needs them with tokens on the sublanes, like the streams: `call` transposes a block in VMEM on the way in and out, so that
+the padded form never reaches HBM.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mhc_kernels import choice
+
+LANES = 128
+MAX_STREAMS = 8
+SMALLEST_VMEM = 64 * 2**20
+"""Of v5p and TPU7x; v5e and v6e have 128 MiB.  Assumed where the chip is not known (ahead-of-time compilation)."""
+STEP_BYTES = 4 * 2**20
+"""HBM traffic of one grid step from which a larger block gains nothing: 1.5 us at 2.765 TB/s, against 0.35 us a step costs."""
+
+
+def obstacle(num_streams: int, width: int, dtypes: Sequence[Any], per_token: int = 0, resident: int = 0) -> str | None:
+    """Why no kernel runs this, or None; `per_token` and `resident` as in `block_tokens`."""
+    if not 1 <= num_streams <= MAX_STREAMS:
+        return f"it needs 1 to {MAX_STREAMS} streams, n is {num_streams}"
+    if width % LANES:
+        return f"C must be a multiple of {LANES}, it is {width}"
+    if not all(jnp.dtype(d) in (jnp.bfloat16, jnp.float32) for d in dtypes):
+        return f"streams must be bfloat16 or float32, not {', '.join(str(jnp.dtype(d)) for d in dtypes)}"
+    if block_tokens(LANES, 0, per_token, resident) is None:
+        least = (resident + 16 * per_token) / 2**20
+        return f"16 tokens need {least:.0f} MiB of VMEM, more than the {vmem_budget() / 2**20:.0f} MiB there are"
+    return None
+
+
+def vmem_budget() -> int:
+    """Bytes a kernel may use: 7/8 of a core's VMEM, the rest is the compiler's."""
+    on_tpu = jax.default_backend() == "tpu"
+    return (pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else SMALLEST_VMEM) * 7 // 8
+
+
+def block_tokens(tokens: int, traffic: int, per_token: int, resident: int) -> int | None:
+    """Tokens of a block: no more than `STEP_BYTES` asks for, and what VMEM holds.
+
+    Args:
+      tokens: N, a multiple of 128.
+      traffic: bytes a token moves between HBM and VMEM.
+      per_token: bytes of VMEM a token needs, both buffers of every block counted.
+      resident: bytes of VMEM whatever the block.
+
+    Returns:
+      512, 256 or 128, dividing N, or a fraction of 128; None if VMEM does not hold 16 tokens.
+    """
+    for block in (512, 256, 128, 64, 32, 16):
+        wasteful = block > LANES and (tokens % block or block * traffic > STEP_BYTES)
+        if not wasteful and block * per_token + resident <= vmem_budget():
+            return block
+    return None
+
+
+def up(size: int, multiple: int) -> int:
+    """Size rounded up."""
+    return -(-size // multiple) * multiple
+
+
+def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
+    """Float32 `a` as bfloat16 pieces (0: leading 8 bits, 1: next 8, 2: last 8), concatenated, whose products the MXU makes exactly.
+
+    `reduce_precision`, because XLA is free to drop a cast to bfloat16 and back.
+    """
+    parts, rest = [], a
+    for _ in range(3):
+        parts.append(lax.reduce_precision(rest, 8, 7))
+        rest = rest - parts[-1]
+    return jnp.concatenate([parts[k] for k in which], axis)
+
+
+def pad(a: Array, size: int, axis: int) -> Array:
+    """Zeros at the end of an axis."""
+    widths = [(0, size - s if k == axis else 0) for k, s in enumerate(a.shape)]
+    return a if size == a.shape[axis] else jnp.pad(a, widths)
+
+
+def manual_axes(*arrays: Array) -> Any:
+    """The type of results that differ between shards wherever one of the arrays does (`shard_map` with `check_vma`)."""
+    types = [jax.typeof(a).manual_axis_type for a in arrays]
+    return types[0].update(varying=frozenset().union(*(t.varying for t in types)))
+
+
+def call(
+    kernel: Callable[..., None],
+    name: str,
+    *,
+    numbers: Sequence[Array],
+    streams: Sequence[Array],
+    whole: Sequence[Array] = (),
+    out_streams: Sequence[int] = (),
+    out_numbers: int = 0,
+    out_sum: tuple[int, int] | None = None,
+    scratch: int = 0,
+    flops: int,
+    transcendentals: int = 0,
+) -> list[Array]:
+    """Run a kernel over blocks of tokens.
+
+    Args:
+      kernel: called as kernel(numbers, *streams, *whole, *out_streams, out_numbers, out_sum, scratch) with references; those
+        not asked for are left out.  It does one block: `numbers` [block, k] and `out_numbers` [block, out_numbers] have the
+        tokens first.  `out_sum` starts at zero and is added to.
+      name: of the custom call.
+      numbers: float32 [k, N]; the kernel sees all of them side by side, in this order.
+      streams: [N, width], one dtype.
+      whole: small arrays that stay in VMEM.
+      out_streams: widths of outputs [N, width] in the dtype of the streams.
+      out_numbers: rows of a float32 output [out_numbers, N].
+      out_sum: shape of a float32 output that is a sum over tokens, added up in a fixed order.
+      scratch: width of a float32 scratch [block, scratch].
+      flops: operations a token.
+      transcendentals: exponentials and roots a token.
+
+    Returns:
+      Outputs in that order.
+    """
+    N, dtype = streams[0].shape[0], streams[0].dtype
+    mat = manual_axes(*streams, *numbers, *whole)
+    k = up(sum(a.shape[0] for a in numbers), 8)
+    k_out = up(out_numbers, 8)
+    width = sum(a.shape[1] for a in streams) + sum(out_streams)
+    traffic = width * dtype.itemsize + 4 * (k + k_out)
+    per_token = 2 * traffic + 4 * (up(k, LANES) + up(k_out, LANES) + scratch)
+    resident = sum(up(a.shape[0], 16) * a.shape[1] * a.dtype.itemsize for a in whole)
+    resident += 4 * math.prod(out_sum) if out_sum else 0
+    padded = up(N, LANES)
+    block = block_tokens(padded, traffic, per_token, resident)
+    if block is None:
+        raise ValueError(f"{name}: VMEM does not hold 16 tokens of {width} numbers and {resident} bytes of parameters.")
+    lanes = max(block, LANES)  # tokens whose coefficients arrive together
+    steps = lanes // block
+    blocks = padded // lanes
+    cores = 2 if blocks % 2 == 0 else 1  # v5p has two cores; each sums for itself
+    grid = (cores, blocks // cores, steps)
+
+    def of_streams(w):
+        return pl.BlockSpec((block, w), lambda p, t, s: ((p * grid[1] + t) * steps + s, 0))
+
+    def of_numbers(rows):
+        return pl.BlockSpec((rows, lanes), lambda p, t, s: (0, p * grid[1] + t))
+
+    in_specs = [of_numbers(k)] if k else []
+    in_specs += [of_streams(a.shape[1]) for a in streams]
+    in_specs += [pl.BlockSpec(a.shape, lambda p, t, s: (0, 0), pipeline_mode=pl.Buffered(1)) for a in whole]
+    out_specs = [of_streams(w) for w in out_streams]
+    struct = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=mat)
+    out_shape = [struct((padded, w), dtype) for w in out_streams]
+    scratch_shapes = [pltpu.VMEM((lanes, k), jnp.float32)] if k else []
+    if k_out:
+        out_specs.append(of_numbers(k_out))
+        out_shape.append(struct((k_out, padded), jnp.float32))
+        scratch_shapes.append(pltpu.VMEM((lanes, k_out), jnp.float32))
+    if out_sum:
+        out_specs.append(pl.BlockSpec((1, *out_sum), lambda p, t, s: (p, 0, 0), pipeline_mode=pl.Buffered(1)))
+        out_shape.append(struct((cores, *out_sum), jnp.float32))
+    if scratch:
+        scratch_shapes.append(pltpu.VMEM((block, scratch), jnp.float32))
+
+    def body(*refs):
+        t, s = pl.program_id(1), pl.program_id(2)
+        here = pl.ds(pl.multiple_of(s * block, block), block)
+        ins, outs, own = (list(a) for a in _divide(refs, len(in_specs), len(out_specs)))
+        args = []
+        if k:
+            incoming, turned = ins.pop(0), own.pop(0)
+
+            @pl.when(s == 0)
+            def _():
+                turned[...] = incoming[...].T
+
+            args.append(turned.at[here])
+        args += [*ins, *outs[: len(out_streams)]]
+        rest = outs[len(out_streams) :]
+        if k_out:
+            args.append(own[0].at[here])
+        if out_sum:
+
+            @pl.when((t == 0) & (s == 0))
+            def _():
+                rest[-1][...] = jnp.zeros_like(rest[-1])
+
+            args.append(rest[-1].at[0])
+        kernel(*args, *own[bool(k_out) :])
+        if k_out:
+
+            @pl.when(s == steps - 1)
+            def _():
+                rest[0][...] = own[0][...].T
+
+    operands = [pad(pad(jnp.concatenate(numbers), k, 0), padded, 1)] if k else []
+    operands += [pad(a, padded, 0) for a in streams] + list(whole)
+    moved = sum(a.size * a.dtype.itemsize for a in operands)
+    moved += sum(math.prod(a.shape) * a.dtype.itemsize for a in out_shape)
+    outs = pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=scratch_shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=min(vmem_budget(), block * per_token + resident + 16 * 2**20),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops * padded, bytes_accessed=moved, transcendentals=transcendentals * padded
+        ),
+        interpret=choice.interpret(),
+        name=name,
+    )(*operands)
+    results = [a[:N] for a in outs[: len(out_streams)]]
+    if k_out:
+        results.append(outs[len(out_streams)][:out_numbers, :N])
+    if out_sum:
+        results.append(outs[-1].sum(0))
+    return results
+
+
+def _divide(refs, first, second):
+    return refs[:first], refs[first : first + second], refs[first + second :]
+
+
+def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
+    """body(rows, R) over the tokens of a stream block, R to a register: 16 of bfloat16, 8 of float32."""
+    R = 32 // ref.dtype.itemsize
+
+    def step(r, _):
+        body(pl.ds(pl.multiple_of(r * R, R), R), R)
+        return 0
+
+    lax.fori_loop(0, ref.shape[0] // R, step, 0)
+
+
+class Channels(NamedTuple):
+    """128 channels: those from `at` on of `width` that begin at the traced `base`.
+
+    Kept apart because scalar arithmetic is what limits the light kernels: the address of `base` is worked out once a pass of the
+    loop, `at` is part of the instruction.
+    """
+
+    base: Array
+    width: int
+    at: int
+
+
+def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most: int = 10) -> Any:
+    """Carry after body(channels, carry) over C channels, 128 at a time, up to `most` times in one pass of the loop."""
+    steps = C // LANES
+    unroll = max(u for u in range(1, most + 1) if steps % u == 0)
+    width = unroll * LANES
+
+    def step(s, carry):
+        base = pl.multiple_of(s * width, width)
+        for u in range(unroll):
+            carry = body(Channels(base, width, u * LANES), carry)
+        return carry
+
+    return lax.fori_loop(0, steps // unroll, step, carry)
+
+
+def piece(ref: Any, rows: Any, first: int, c: Channels) -> Array:
+    """Channels of some tokens, in float32; `first` is where their stream begins."""
+    return ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES].astype(jnp.float32)
+
+
+def put(ref: Any, rows: Any, first: int, c: Channels, value: Array) -> None:
+    """Write what `piece` reads, rounded to the reference's dtype."""
+    ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES] = value.astype(ref.dtype)
+
+
+def add(terms: Iterable[Array]) -> Array:
+    """The sum, without a 0 to begin with."""
+    return functools.reduce(jnp.add, terms)
+
+
+def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
+    """Product over axis `of_a` of a and `of_b` of b, added up in float32; bfloat16 is multiplied exactly, float32 with HIGHEST."""
+    if choice.interpret():  # XLA:CPU has no bfloat16 product of every shape with a float32 result
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    dimensions = (((of_a,), (of_b,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def column(numbers: Array, k: int) -> Array:
+    """Number k of each token, across a register's lanes."""
+    return jnp.broadcast_to(numbers[:, k : k + 1], (numbers.shape[0], LANES))
+
+
+def put_sums(out: Any, rows: Any, sums: Sequence[Array], first: int = 0) -> None:
+    """Sums over the lanes, one column each."""
+    for k, a in enumerate(sums):
+        out[rows, first + k : first + k + 1] = jnp.sum(a, axis=1, keepdims=True)

@@ -1,0 +1,296 @@
+"""Other projects' kernels behind the interface of `mhc_kernels.measure`; each is used where it is installed.
+
+Read from liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0.  All of them are PyTorch: tensors are laid
+out once, before the clock starts, in the layout which that project wants.  Rows last here means the last normalisation of
+Sinkhorn; they end with columns on the transposed matrix, which is the same numbers, so matrices are transposed on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mhc_kernels.measure import Batch, Sets
+from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec
+
+T_MAX = 20
+EPS_NORM = 1e-20
+PRECISION = 2e-2
+"""Error that a peer may have: tf32 or bfloat16 projections are their choice, another function is not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a project lays its tensors out."""
+
+    streams_last: bool = False
+    """[N, C, n] instead of [N, n, C]."""
+    mixing_transposed: bool = False
+    """H_res is applied as its transpose."""
+    sinkhorn_transposed: bool = False
+    """Sinkhorn ends with columns, so that it makes the transpose from the transposed logits."""
+    phi_transposed: bool = False
+    """[k, nC] instead of [nC, k]."""
+    phi_in_stream_dtype: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A contestant of `mhc_kernels.measure.Implementation`."""
+
+    name: str
+    package: str
+    layout: Layout
+    functions: Callable[[int], dict[str, Callable[..., tuple[Any, ...]]]]
+    """n -> operation -> function of its arguments in this layout, tokens first."""
+    limits: Callable[[str, ArgSpec], str | None] = lambda op, spec: None
+
+    def obstacle(self, op: str, spec: ArgSpec) -> str | None:
+        """`not installed`, or what the project does not support."""
+        import jax
+
+        if importlib.util.find_spec("torch") is None or importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        import torch
+
+        if (jax.default_backend() == "gpu") != torch.cuda.is_available():
+            return "torch and jax do not see the same device"
+        if self.package != "torch" and jax.default_backend() != "gpu":
+            return "it needs a GPU"
+        return self.limits(op, spec)
+
+    def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
+        """See `Implementation`."""
+        given, cotangents = self._tensors(op, spec, sets[0], backward)
+        function = self.functions(spec.num_streams)[op]
+        if not backward:
+            return [_back(self.layout, spec, *pair, True) for pair in zip(OUTPUTS[op], function(*given), strict=True)]
+        out, gradients = _run(function, given, cotangents)
+        named = [*zip(OUTPUTS[op], out, strict=True), *zip(ARGUMENTS[op], gradients, strict=True)]
+        made = (True,) * len(out) + (False,) * len(gradients)
+        return [_back(self.layout, spec, name, t, m) for (name, t), m in zip(named, made, strict=True)]
+
+    def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
+        """Calls one after the other, as PyTorch launches them."""
+        import torch
+
+        function = self.functions(spec.num_streams)[op]
+        tensors = [self._tensors(op, spec, one, backward) for one in sets]
+
+        def launch(k: int) -> Any:
+            done = None
+            for j in range(calls):
+                given, cotangents = tensors[(k * calls + j) % len(tensors)]
+                done = _run(function, given, cotangents) if backward else function(*given)
+            return done
+
+        return Batch(launch, lambda _: torch.cuda.synchronize() if torch.cuda.is_available() else None, calls)
+
+    def _tensors(self, op: str, spec: ArgSpec, one: Any, gradients: bool) -> tuple[list[Any], list[Any]]:
+        given = [_to(self.layout, spec, name, a, False) for name, a in zip(ARGUMENTS[op], one[0], strict=True)]
+        cotangents = [_to(self.layout, spec, name, a, True) for name, a in zip(OUTPUTS[op], one[1], strict=True)]
+        return [t.requires_grad_(gradients) for t in given], cotangents
+
+
+def _run(function: Callable[..., tuple[Any, ...]], given: list[Any], cotangents: list[Any]) -> tuple[Any, Any]:
+    import torch
+
+    out = function(*given)
+    return out, torch.autograd.grad(out, given, [c.to(o.dtype) for c, o in zip(cotangents, out, strict=True)])
+
+
+def _swapped_columns(n: int) -> np.ndarray:
+    """Columns of phi with the matrix part transposed."""
+    return np.concatenate([np.arange(2 * n), 2 * n + np.arange(n * n).reshape(n, n).T.ravel()])
+
+
+def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool) -> np.ndarray:
+    """Our array in a project's layout; `made`: a result of the operation, where `res` comes from Sinkhorn."""
+    n = spec.num_streams
+    if name in ("x", "x'"):
+        a = a.reshape(a.shape[0], n, -1)
+        return a.swapaxes(1, 2) if layout.streams_last else a
+    if name in ("pre", "post"):
+        return a.T
+    if name in ("res", "logits"):
+        turned = layout.sinkhorn_transposed if made or name == "logits" else layout.mixing_transposed
+        return np.moveaxis(a, -1, 0).swapaxes(1, 2) if turned else np.moveaxis(a, -1, 0)
+    if name in ("phi", "bias"):
+        a = a[..., _swapped_columns(n)] if layout.sinkhorn_transposed else a
+        if name == "phi":
+            a = a.reshape(n, -1, a.shape[-1]).swapaxes(0, 1).reshape(a.shape) if layout.streams_last else a
+            a = a.T if layout.phi_transposed else a
+    return a
+
+
+def take_back(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool) -> np.ndarray:
+    """The inverse of `lay_out`."""
+    n = spec.num_streams
+    if name in ("x", "x'"):
+        return (a.swapaxes(1, 2) if layout.streams_last else a).reshape(a.shape[0], -1)
+    if name in ("pre", "post"):
+        return a.T
+    if name in ("res", "logits"):
+        turned = layout.sinkhorn_transposed if made or name == "logits" else layout.mixing_transposed
+        return np.moveaxis(a.swapaxes(1, 2) if turned else a, 0, -1)
+    if name in ("phi", "bias"):
+        if name == "phi":
+            a = a.T if layout.phi_transposed else a
+            a = a.reshape(-1, n, a.shape[-1]).swapaxes(0, 1).reshape(a.shape) if layout.streams_last else a
+        return a[..., _swapped_columns(n)] if layout.sinkhorn_transposed else a
+    return a
+
+
+def _to(layout: Layout, spec: ArgSpec, name: str, array: Any, made: bool) -> Any:
+    """Tensor in a project's layout: streams (and phi, where it wants that) in their dtype, the rest float32."""
+    import torch
+
+    a = lay_out(layout, spec, name, np.asarray(array, np.float32), made)
+    streams = name in ("x", "x'", "y", "h") or (name == "phi" and layout.phi_in_stream_dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, spec.dtype) if streams else torch.float32
+    return torch.tensor(np.ascontiguousarray(a), device=device, dtype=dtype)
+
+
+def _back(layout: Layout, spec: ArgSpec, name: str, tensor: Any, made: bool) -> np.ndarray:
+    return take_back(layout, spec, name, tensor.detach().float().cpu().numpy(), made)
+
+
+def _composed(sinkhorn: Any, coefficients: Any, read: Any, write: Any) -> dict[str, Any]:
+    def write_read(x, y, post, res, phi, alpha, bias):
+        new = write(x, y, post, res)
+        pre, *rest = coefficients(new, phi, alpha, bias)
+        return new, pre, *rest, read(new, pre)
+
+    return {
+        "sinkhorn": lambda logits: (sinkhorn(logits),),
+        "coefficients": coefficients,
+        "read": lambda x, pre: (read(x, pre),),
+        "write": lambda x, y, post, res: (write(x, y, post, res),),
+        "write_read": write_read,
+    }
+
+
+def torch_compile(n: int) -> dict[str, Any]:
+    """The same mathematics in plain PyTorch under `torch.compile`."""
+    import torch
+
+    def sinkhorn(logits):
+        M = torch.exp(logits - logits.amax((-1, -2), keepdim=True))
+        for _ in range(T_MAX):
+            M = M / M.sum(-2, keepdim=True)
+            M = M / M.sum(-1, keepdim=True)
+        return M
+
+    def coefficients(x, phi, alpha, bias):
+        v = x.flatten(1).float()
+        z = v @ phi * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS_NORM)
+        pre, post, res = z.split([n, n, n * n], 1)
+        b_pre, b_post, b_res = bias.split([n, n, n * n])
+        logits = (alpha[2] * res + b_res).view(-1, n, n)
+        return torch.sigmoid(alpha[0] * pre + b_pre), 2 * torch.sigmoid(alpha[1] * post + b_post), sinkhorn(logits)
+
+    def read(x, pre):
+        return (pre[:, :, None] * x.float()).sum(1).to(x.dtype)
+
+    def write(x, y, post, res):
+        mixed = (res[:, :, :, None] * x.float()[:, None]).sum(2)
+        return (mixed + post[:, :, None] * y.float()[:, None]).to(x.dtype)
+
+    made = _composed(sinkhorn, coefficients, read, write)
+    return {op: torch.compile(function, dynamic=False) for op, function in made.items()}
+
+
+def liger(n: int) -> dict[str, Any]:
+    """Liger-Kernel: three operations; Sinkhorn only inside the coefficients."""
+    from liger_kernel.transformers import functional as liger_functional
+
+    def coefficients(x, phi, alpha, bias):
+        return liger_functional.liger_mhc_coeffs(
+            x, phi, bias, *alpha.unbind(), allow_fp32=True, tmax=T_MAX, rms_eps=EPS_NORM, pre_eps=0.0, sinkhorn_eps=0.0
+        )
+
+    read, write = liger_functional.liger_mhc_pre, liger_functional.liger_mhc_post_res
+    return _composed(None, coefficients, read, write)
+
+
+def transformer_engine(n: int) -> dict[str, Any]:
+    """TransformerEngine's Triton kernels; tensors carry (s, b) in front, here s = 1."""
+    from transformer_engine.pytorch.triton import mhc
+
+    def sinkhorn(logits):
+        return mhc.mhc_fused_sinkhorn(logits[None], n, iters=T_MAX)[0]
+
+    def coefficients(x, phi, alpha, bias):
+        H, mean_square = mhc.mhc_fused_projection(x.flatten(1), phi)
+        pre, post, res = mhc.mhc_fused_scale(H, alpha, bias[None], mean_square, n)
+        return pre, post, sinkhorn(res.reshape(-1, n, n))
+
+    def read(x, pre):
+        return mhc.mhc_fused_aggregate(x[None], pre[None].contiguous(), n)[0]
+
+    def write(x, y, post, res):
+        return mhc.mhc_fused_expand_combine(y[None], None, post[None], x[None], res[None], n)[0]
+
+    return _composed(sinkhorn, coefficients, read, write)
+
+
+def tile_kernels(n: int) -> dict[str, Any]:
+    """DeepSeek's TileKernels, one operation at a time, as its training path does it."""
+    from tile_kernels.modeling.mhc import ops
+
+    def sinkhorn(logits):
+        return ops.sinkhorn_normalize(logits, repeat=T_MAX, eps=0.0)
+
+    def coefficients(x, phi, alpha, bias):
+        # Without this flag the backward looks for a gradient that `mhc_post` has left on the storage of x.
+        mixes = ops.mhc_pre_norm_fn(x[None], phi, None, EPS_NORM, fuse_grad_acc=False)
+        pre, post, comb = ops.mhc_pre_split_mixes(mixes, alpha, bias, n, 2.0, 0.0)
+        return pre[0, :, :, 0], post[0, :, :, 0], sinkhorn(comb)[0]
+
+    def read(x, pre):
+        return ops.mhc_pre_apply_mix(x[None], pre[None, :, :, None].contiguous())[0]
+
+    def write(x, y, post, res):
+        return ops.mhc_post(y[None], x[None], post[None, :, :, None].contiguous(), res[None].contiguous())[0]
+
+    return _composed(sinkhorn, coefficients, read, write)
+
+
+def _sinkhorn_inside(op: str, spec: ArgSpec) -> str | None:
+    return "Sinkhorn is part of its coefficients" if op == "sinkhorn" else None
+
+
+def _four_streams(op: str, spec: ArgSpec) -> str | None:
+    return None if spec.num_streams == 4 else "only n = 4"
+
+
+def _four_bfloat16_streams(op: str, spec: ArgSpec) -> str | None:
+    return _four_streams(op, spec) or (None if spec.dtype == "bfloat16" else "only bfloat16 streams")
+
+
+TRANSPOSED = {"sinkhorn_transposed": True, "phi_transposed": True, "mixing_transposed": True}
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("torch.compile", "torch", Layout(), torch_compile),
+        Peer(
+            "liger",
+            "liger_kernel",
+            Layout(sinkhorn_transposed=True, phi_in_stream_dtype=True),
+            liger,
+            _sinkhorn_inside,
+        ),
+        Peer(
+            "transformer_engine",
+            "transformer_engine",
+            Layout(streams_last=True, **TRANSPOSED),
+            transformer_engine,
+            _four_streams,
+        ),
+        Peer("tile_kernels", "tile_kernels", Layout(**TRANSPOSED), tile_kernels, _four_bfloat16_streams),
+    )
+}

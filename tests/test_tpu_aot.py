@@ -1,0 +1,122 @@
+"""The Pallas TPU kernels compiled ahead of time for v5e, v5p and v6e, four devices each.  Needs libtpu, and no TPU.
+
+libtpu comes with `pip install jax[tpu]`; without it everything here is skipped.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import mhc_kernels
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from mhc_kernels import Coefficients, choice, coefficients, read, write, write_read
+
+pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+
+P = PartitionSpec
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOKENS = 8192
+KERNELS = {"write_read", "write_read_products", "coefficients", "write", "read", "sinkhorn"}
+KERNELS |= {f"{op}_backward" for op in ("write_read", "coefficients", "write", "read", "sinkhorn")}
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def mesh(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no metadata server says which TPU this is
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[request.param])
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", 1e9
+    )  # such programs are written there but cannot be read
+    with mhc_kernels.settings(platform="tpu"):
+        yield jax.sharding.Mesh(topology.devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+def compiled(f, mesh, arguments, out_specs):
+    """f under shard_map over tokens; arguments: (shape, dtype, spec)."""
+    shapes = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in arguments]
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=tuple(spec for _, _, spec in arguments), out_specs=out_specs)
+    return jax.jit(sharded).lower(*shapes).compile()
+
+
+def boundary(n, C):
+    """x, y, post, res, phi, alpha, bias: of all four devices."""
+    k, N = n * n + 2 * n, 4 * TOKENS
+    return [
+        ((N, n * C), jnp.bfloat16, P("data")),
+        ((N, C), jnp.bfloat16, P("data")),
+        ((n, N), jnp.float32, P(None, "data")),
+        ((n, n, N), jnp.float32, P(None, None, "data")),
+        ((n * C, k), jnp.float32, P()),
+        ((3,), jnp.float32, P()),
+        ((k,), jnp.float32, P()),
+    ]
+
+
+def kernels(program):
+    """Names of our kernels among the Mosaic calls of a program."""
+    calls = [line for line in program.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    return [re.search(r"mhc_(\w+)\)*/pallas_call", line)[1] for line in calls]
+
+
+def loss(x, y, post, res, phi, alpha, bias):
+    n = post.shape[0]
+    new, c, h = write_read(x, Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n)
+    c = coefficients(new, phi, alpha, bias, num_streams=n)
+    new = write(new, h, c.post, c.res, n)
+    return jax.lax.psum(jnp.sum(read(new, c.pre, n).astype(jnp.float32) ** 2), "data")
+
+
+@pytest.mark.parametrize(
+    ("n", "C"),
+    [
+        (4, 2560),
+        *(
+            pytest.param(n, C, marks=pytest.mark.slow)
+            for n, C in [(4, 1280), (4, 4096), (4, 7168), (2, 2560), (8, 2560)]
+        ),
+    ],
+)
+def test_every_kernel_compiles_forward_and_gradient(mesh, n, C):
+    arguments = boundary(n, C)
+    gradient = jax.grad(loss, argnums=tuple(range(7)))
+    program = compiled(gradient, mesh, arguments, tuple(spec for _, _, spec in arguments))
+    assert set(kernels(program)) == KERNELS
+    assert "all-reduce" in program.as_text(), "the gradient of phi is the sum over shards"
+
+
+def test_write_read_moves_the_streams_once(mesh):
+    n, C = 4, 2560
+
+    def f(x, y, post, res, *parameters):
+        return write_read(x, Coefficients(None, post, res), y, *parameters, num_streams=n)
+
+    out = (P("data"), Coefficients(P(None, "data"), P(None, "data"), P(None, None, "data")), P("data"))
+    program = compiled(f, mesh, boundary(n, C), out)
+    assert sorted(kernels(program)) == ["sinkhorn", "write_read"]
+    floor = (2 * n + 2) * C * TOKENS * 2
+    assert program.cost_analysis()["bytes accessed"] < 1.05 * floor
+
+
+def test_vmap_compiles(mesh):
+    """The batch is one more dimension of the grid."""
+
+    def f(x, pre):
+        return jax.vmap(lambda x, pre: read(x, pre, 4), in_axes=(0, 1))(x, pre)
+
+    arguments = [((4, 256, 4 * 128), jnp.bfloat16, P("data")), ((4, 4, 256), jnp.float32, P(None, "data"))]
+    assert kernels(compiled(f, mesh, arguments, P("data"))) == ["read"]
+
+
+def test_what_does_not_fit_runs_as_xla(mesh, monkeypatch):
+    monkeypatch.setattr(choice, "_warned", set())
+    arguments = [((64, 4 * 96), jnp.bfloat16, P("data")), ((4, 64), jnp.float32, P(None, "data"))]
+    with pytest.warns(
+        UserWarning, match="read runs as plain XLA, not pallas_tpu: C must be a multiple of 128, it is 96"
+    ):
+        program = compiled(lambda x, pre: read(x, pre, 4), mesh, arguments, P("data"))
+    assert kernels(program) == []
