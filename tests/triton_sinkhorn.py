@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
-from mhc_kernels import sinkhorn
+from mhc_kernels import sinkhorn, triton_sinkhorn
 from mhc_kernels.gpu_inspect import lower
-from mhc_kernels import triton_sinkhorn
 from tolerances import assert_close
 
 

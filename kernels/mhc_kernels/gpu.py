@@ -149,20 +149,20 @@ class Tile:
             rows = columns if rows is None else rows & columns
         return None if rows is None else jnp.broadcast_to(rows, (self.tokens, self.channels))
 
-    def load(self, ref: Any, stream: Any = 0, policy: str | None = None) -> Array:
+    def load(self, ref: Any, stream: Any = 0) -> Array:
         """[tokens, channels] of stream `stream`, in the dtype of the array; zeros outside."""
         index = pl.ds(self.token, self.tokens), pl.ds(stream * self.width + self.channel, self.channels)
         mask = self._mask()
-        return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0.0, eviction_policy=policy)
+        return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
 
-    def load32(self, ref: Any, stream: Any = 0, policy: str | None = None) -> Array:
+    def load32(self, ref: Any, stream: Any = 0) -> Array:
         """`load` as float32."""
-        return self.load(ref, stream, policy).astype(jnp.float32)
+        return self.load(ref, stream).astype(jnp.float32)
 
-    def store(self, ref: Any, value: Array, stream: Any = 0, policy: str | None = None) -> None:
+    def store(self, ref: Any, value: Array, stream: Any = 0) -> None:
         """Write a block, rounded to the dtype of the array."""
         index = pl.ds(self.token, self.tokens), pl.ds(stream * self.width + self.channel, self.channels)
-        plgpu.store(ref.at[index], value.astype(ref.dtype), mask=self._mask(), eviction_policy=policy)
+        plgpu.store(ref.at[index], value.astype(ref.dtype), mask=self._mask())
 
     def column(self, ref: Any, *index: Any) -> Array:
         """[tokens] float32 of a coefficient array with tokens last; zeros outside."""
@@ -179,7 +179,12 @@ class Tile:
         return ref.at[(*known, pl.ds(self.token, self.tokens))]
 
 
-def per_thread(n: int, dtype: Any) -> int:
-    """Elements of a stream that a thread holds of a block: one or two vectors."""
+def rows(width: int, n: int, dtype: Any, warps: int) -> tuple[int, int]:
+    """Tokens and channels of a block of which a thread holds one vector a stream, or two where n is small.
+
+    At most 256 channels, so that a warp holds whole rows and sums them by shuffles.
+    """
     vector = VECTOR_BYTES // jnp.dtype(dtype).itemsize
-    return 2 * vector if n <= 2 else vector
+    elements = warps * WARP * (2 * vector if n <= 2 else vector)
+    wide = channels(width, 256)
+    return max(elements // wide, 1), wide

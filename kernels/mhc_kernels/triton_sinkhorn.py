@@ -6,7 +6,6 @@ The steps are those of `reference.py` there and the blocks those of `pallas_gpu.
 
 from __future__ import annotations
 
-# pyright: reportAttributeAccessIssue=false
 import triton
 import triton.language as tl
 

@@ -17,13 +17,6 @@ obstacle = gpu.obstacle
 WARPS = 4
 
 
-def _block(C: int, n: int, dtype: Any) -> tuple[int, int]:
-    """Tokens and channels of a block.  At most 256 channels, so that a warp holds whole rows and sums them by shuffles."""
-    elements = WARPS * gpu.WARP * gpu.per_thread(n, dtype)
-    wide = gpu.channels(C, 256)
-    return max(elements // wide, 1), wide
-
-
 def forward(x: Float[Array, "N nC"], pre: Float[Array, "n N"]) -> Float[Array, "N C"]:
     """h in the dtype of x, accumulated in float32.
 
@@ -31,7 +24,7 @@ def forward(x: Float[Array, "N nC"], pre: Float[Array, "n N"]) -> Float[Array, "
     """
     n, N = pre.shape
     C = x.shape[1] // n
-    tokens, wide = _block(C, n, x.dtype)
+    tokens, wide = gpu.rows(C, n, x.dtype, WARPS)
 
     def kernel(x_ref, pre_ref, h_ref):
         tile = Tile(pl.program_id(0) * tokens, tokens, N, pl.program_id(1) * wide, wide, C)
@@ -62,7 +55,7 @@ def products(x: Float[Array, "N nC"], g: Float[Array, "N C"]) -> Float[Array, "n
 def _backward(x: Array, pre: Array | None, g: Array) -> Any:
     N, C = g.shape
     n = x.shape[1] // C
-    tokens, wide = _block(C, n, x.dtype)
+    tokens, wide = gpu.rows(C, n, x.dtype, WARPS)
 
     def kernel(x_ref, g_ref, *refs):
         pre_ref, dx_ref = refs[:2] if pre is not None else (None, None)

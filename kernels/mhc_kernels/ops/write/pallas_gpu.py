@@ -18,13 +18,6 @@ obstacle = gpu.obstacle
 WARPS = 4
 
 
-def _block(C: int, n: int, dtype: Any) -> tuple[int, int]:
-    """Tokens and channels of a block; rows of up to 256 channels, which a warp holds whole."""
-    elements = WARPS * gpu.WARP * gpu.per_thread(n, dtype)
-    wide = gpu.channels(C, 256)
-    return max(elements // wide, 1), wide
-
-
 def load_row(tile: Tile, post_ref: Any, res_ref: Any, i: Any) -> tuple[Array, list[Array]]:
     """post_i and the row res_i of a block, [tokens, 1] each."""
     n = post_ref.shape[0]
@@ -48,7 +41,7 @@ def forward(
     """
     N, C = y.shape
     n = post.shape[0]
-    tokens, wide = _block(C, n, x.dtype)
+    tokens, wide = gpu.rows(C, n, x.dtype, WARPS)
 
     def kernel(x_ref, y_ref, post_ref, res_ref, new_ref):
         tile = Tile(pl.program_id(0) * tokens, tokens, N, pl.program_id(1) * wide, wide, C)
@@ -73,7 +66,7 @@ def backward(
     """
     N, C = y.shape
     n = post.shape[0]
-    tokens, wide = _block(C, n, x.dtype)
+    tokens, wide = gpu.rows(C, n, x.dtype, WARPS)
     vector = gpu.VECTOR_BYTES // x.dtype.itemsize
     if n > 4 and vector > 4:
         # n^2 + n sums and n vectors of g: with 16-byte vectors a thread would spill.
