@@ -81,7 +81,9 @@ def forward(
 
     out = [((K, N), jnp.float32), ((N,), jnp.float32)]
     grid = (pl.cdiv(N, TOKENS),)
-    z, inverse = gpu.call(kernel, "mhc_coefficients_forward", grid, out, x, *parts, num_warps=_warps(K), num_stages=3)
+    z, inverse = gpu.call(
+        kernel, "mhc_coefficients_forward", grid, out, x, *parts, num_warps=_warps(K), num_stages=3 if K <= 64 else 2
+    )
     return z[:k], inverse
 
 
@@ -150,5 +152,5 @@ def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tupl
     name = "mhc_coefficients_dphi" if phi is None else "mhc_coefficients_backward"
     out = [dphi] if phi is None else [(x.shape, x.dtype), dphi]
     args = x, shrink, *grads, *parts
-    *dx, dphi = gpu.call(kernel, name, grid, out, *args, num_warps=_warps(K), num_stages=2)
+    *dx, dphi = gpu.call(kernel, name, grid, out, *args, num_warps=_warps(K), num_stages=2 if K <= 64 else 1)
     return dx[0] if dx else x, dphi.reshape(shares, rounded, K).sum(0)[:W, :k]

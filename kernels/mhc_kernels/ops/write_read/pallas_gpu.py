@@ -54,9 +54,9 @@ def forward(
     """(x', z, inverse, h), a program a block of tokens: all of x' is written and projected, then comes pre, then h.
 
     Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part: the second
-    pass runs backwards, over the latest writes first.  So between (2 n + 2) C and (3 n + 2) C.  A block small enough for
-    L2 to hold x' of every program at once (1,500 tokens on an H100 at n C = 10,240) would read phi so often, from L2, that
-    this costs more: phi is 6 n K bytes a channel and block.
+    pass runs backwards, over the latest writes first.  So between (2 n + 2) C and (3 n + 2) C.  By count, not by measurement,
+    smaller blocks would not help: for L2 to hold x' of all programs at once (some 1,500 tokens on an H100 at n C = 10,240)
+    they would be so small that reading phi from L2, 6 n K bytes a channel and block, outweighs what is saved.
     """
     N, C = y.shape
     n, k = bias_pre.shape[0], phi.shape[1]
