@@ -276,10 +276,18 @@ def test_kernels_are_what_runs():
         assert f"name=mhc_{name}\n" in program or f"mhc_{name} " in program, name
 
 
-def test_a_small_block_gives_the_same(monkeypatch, sample):
-    """Where VMEM holds 32 tokens only, four steps share one block of coefficients."""
-    args, expected = sample
-    monkeypatch.setattr(tpu, "block_tokens", lambda *_: 32)
+@pytest.mark.parametrize(
+    ("tokens", "block"),
+    [
+        pytest.param(24, 32, id="four steps share a block of coefficients"),
+        pytest.param(300, 128, id="three blocks one after the other"),
+        pytest.param(500, 64, id="two cores, two blocks of two steps each"),
+    ],
+)
+def test_blocks(tokens, block, monkeypatch):
+    args = inputs(2, tokens, jnp.float32)
+    expected = gradients(loss, args, implementation="xla")
+    monkeypatch.setattr(tpu, "block_tokens", lambda *_: block)
     for name, a, b in zip(ARGUMENTS, gradients(loss, args, **TPU), expected, strict=True):
         assert_close(a, b, 1e-5, name)
 
