@@ -1,27 +1,28 @@
-"""What the TPU compiler makes of residual, mHC as plain XLA and mHC with the Pallas kernels: no TPU needed, libtpu is.
+"""What the TPU compiler makes of residual, mHC as plain XLA and mHC with the Pallas kernels; it needs libtpu and no TPU.
 
     python experiments/tpu_estimate.py [--topology=v5p:2x2x1] [--layers=2] [--width=2560] [--heads=20] [--mlp_width=12288]
 
-Forward and gradient of the decoder on one chip, bfloat16 branches and streams.  Cycles are the compiler's own estimates, summed over
-the program, loops by their trip count; it has none for a Pallas kernel, which counts by the bytes of its cost estimate at the
-bandwidth and clock of v5p: as if it were limited by memory alone.
+Forward and gradient of the decoder on one chip, bfloat16 branches and streams.  Cycles are the compiler's own estimates, summed
+over the program, loops by their trip count.  It has none for a Pallas kernel: that counts by the bytes of its cost estimate at
+the bandwidth and clock of v5p, as if memory alone were its limit.
 """
 
 import os
 import re
 import time
+from typing import Any
 
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")  # before jax: no metadata server says which TPU this is
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from absl import app, flags  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from mhc_kernels import settings  # noqa: E402
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from mhc_kernels import settings
 
-from mhc_jax import connections  # noqa: E402
-from mhc_jax.config import ModelConfig  # noqa: E402
-from mhc_jax.model import Decoder  # noqa: E402
+from mhc_jax import connections
+from mhc_jax.config import ModelConfig
+from mhc_jax.model import Decoder
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "The first of its chips is compiled for.")
 LAYERS = flags.DEFINE_integer("layers", 2, "Blocks.")
@@ -60,12 +61,19 @@ def cycles(program: str) -> float:
     return of("ENTRY")
 
 
-def compiled(kind: str, implementation: str):
+def compiled(kind: str, implementation: str) -> tuple[Any, float]:
     """(program, seconds it took to compile)."""
-    sizes = {"width": WIDTH.value, "num_layers": LAYERS.value, "num_heads": HEADS.value, "num_kv_heads": HEADS.value}
-    dtypes = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
-    connection = connections.default_config(kind)
-    config = ModelConfig(vocab_size=VOCABULARY, mlp_width=MLP_WIDTH.value, connection=connection, **sizes, **dtypes)
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        width=WIDTH.value,
+        num_layers=LAYERS.value,
+        num_heads=HEADS.value,
+        num_kv_heads=HEADS.value,
+        mlp_width=MLP_WIDTH.value,
+        compute_dtype="bfloat16",
+        stream_dtype="bfloat16",
+        connection=connections.default_config(kind),
+    )
     model = Decoder(config)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value)
     chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -84,9 +92,8 @@ def compiled(kind: str, implementation: str):
 
 def main(_) -> None:
     """Print a Markdown table."""
-    print(
-        f"jax {jax.__version__}, {TOPOLOGY.value}, {LAYERS.value} layers, C = {WIDTH.value}, {BATCH.value} x {LENGTH.value} tokens\n"
-    )
+    stack = f"{LAYERS.value} layers, C = {WIDTH.value}, {BATCH.value} x {LENGTH.value} tokens"
+    print(f"jax {jax.__version__}, {TOPOLOGY.value}, {stack}\n")
     print(
         "| connection | cycles (M) | ratio | bytes accessed (GB) | temporary (GB) | fusions | kernels | compile (s) |"
     )
@@ -94,17 +101,15 @@ def main(_) -> None:
     baseline = None
     for name, (kind, implementation) in PROGRAMS.items():
         program, seconds = compiled(kind, implementation)
-        text = program.as_text()
-        estimate = cycles(text) / 1e6
+        text = str(program.as_text())
+        estimate = cycles(text)
         baseline = baseline or estimate
-        counts = f"{text.count(' fusion(')} | {text.count('tpu_custom_call')}"
-        moved, temporary = (
-            program.cost_analysis()["bytes accessed"] / 1e9,
-            program.memory_analysis().temp_size_in_bytes / 1e9,
-        )
+        gigabytes = program.cost_analysis()["bytes accessed"] / 1e9
+        temporary = program.memory_analysis().temp_size_in_bytes / 1e9
         print(
-            f"| {name} | {estimate:.1f} | {estimate / baseline:.3f} | {moved:.1f} | {temporary:.2f} | {counts} | {seconds:.0f} |"
+            f"| {name} | {estimate / 1e6:.1f} | {estimate / baseline:.3f} | {gigabytes:.1f} | {temporary:.2f} ", end=""
         )
+        print(f"| {text.count(' fusion(')} | {text.count('tpu_custom_call')} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
