@@ -1,95 +1,30 @@
-"""The public operations: checks, the choice of a backend, and the custom VJP that every kernel backend shares.
-
-A backend is a module `ops/<op>/<backend>.py` of plain functions on flat arrays (N tokens), without autodiff of its own:
-
-    sinkhorn      forward(logits[n, n, N], num_iters, eps) -> res[n, n, N]
-                  backward(logits, g, num_iters, eps) -> dlogits
-    coefficients  forward(x[N, nC], phi[nC, k], eps_norm) -> z[k, N], inverse[N]           (inverse = 1 / RMS)
-                  backward(x, phi, z, inverse, g[k, N]) -> dx, dphi
-    read          forward(x[N, nC], pre[n, N]) -> h[N, C]
-                  backward(x, pre, g[N, C]) -> dx, dpre
-    write         forward(x[N, nC], y[N, C], post[n, N], res[n, n, N]) -> x'[N, nC]
-                  backward(x, y, post, res, g[N, nC]) -> dx, dy, dpost, dres
-    write_read    forward(x, y, post, res, phi, alpha_pre[], bias_pre[n], eps_norm, eps) -> x', z, inverse, h
-                  read_products(x'[N, nC], g_h[N, C]) -> dpre[n, N] = <x'_i, g_h>
-                  backward(x, y, post, res, x', pre, phi, z, inverse, g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi
-
-and `obstacle(num_streams, width, dtypes) -> str | None`: why it cannot run such a call.  Coefficients are float32; x, y, h
-and their gradients share one dtype.  What is small (gates, and everything per token) is XLA's, around the kernels.
-"""
+"""The public operations: checks, and the choice of a backend (`backends.py` has their contract and the VJPs they share)."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_kernels.choice import choose, platform
+from mhc_kernels import backends
+from mhc_kernels.arguments import (
+    alike,
+    check_parameters,
+    check_streams,
+    check_write,
+    flatten,
+    flatten_streams,
+    require,
+)
+from mhc_kernels.choice import platform
 from mhc_kernels.ops.coefficients import reference as coefficients_reference
-from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, columns, gates
+from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, gates
 from mhc_kernels.ops.read import reference as read_reference
 from mhc_kernels.ops.sinkhorn import reference as sinkhorn_reference
 from mhc_kernels.ops.write import reference as write_reference
-
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "sinkhorn": ("pallas_tpu", "pallas_gpu", "triton"),
-    "coefficients": ("pallas_tpu", "pallas_gpu"),
-    "read": ("pallas_tpu", "pallas_gpu"),
-    "write": ("pallas_tpu", "pallas_gpu"),
-    "write_read": ("pallas_tpu", "pallas_gpu"),
-}
-"""Backends of each operation beside `xla`."""
-
-
-def _module(op: str, backend: str) -> Any:
-    return importlib.import_module(f"mhc_kernels.ops.{op}.{backend}")
-
-
-def _choose(op: str, implementation: str | None, num_streams: int, width: int, dtypes: Any, refuse: str | None) -> str:
-    """See `choose`; `refuse` is a reason that holds for every kernel."""
-
-    def obstacle(backend: str) -> str | None:
-        return refuse or _module(op, backend).obstacle(num_streams, width, dtypes)
-
-    return choose(op, implementation, {b: functools.partial(obstacle, b) for b in BACKENDS[op]})
-
-
-def _custom_vjp(*static: int) -> Callable[[Callable[..., Any]], Any]:
-    return lambda function: jax.custom_vjp(function, nondiff_argnums=static)
-
-
-def _require(op: str, condition: bool, problem: str, **arrays: Array | None) -> None:
-    if not condition:
-        shapes = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items() if a is not None)
-        raise ValueError(f"{op}: {problem} (got {shapes}).")
-
-
-def _check_streams(op: str, x: Array, num_streams: int) -> None:
-    _require(op, jnp.issubdtype(x.dtype, jnp.floating), "streams must have a float dtype", x=x)
-    _require(op, num_streams >= 1, f"num_streams is {num_streams}, it must be at least 1", x=x)
-    _require(
-        op, x.ndim >= 1 and x.shape[-1] % num_streams == 0, f"n = {num_streams} does not divide the last axis of x", x=x
-    )
-    _require(op, math.prod(x.shape) > 0, "there are no tokens", x=x)
-
-
-def _alike(*arrays: Array) -> tuple[Array, ...]:
-    """Under `shard_map` phi is one value for all shards and x is not: the cast makes the gradient of phi the sum over shards."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    missing = [tuple(frozenset().union(*varying) - v) for v in varying]
-    return tuple(jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True))
-
-
-def _flat(a: Array, small: int) -> Array:
-    """Tokens of a coefficient array in one axis."""
-    return a.reshape(*a.shape[:small], -1)
-
 
 # ----------------------------------------------------------------------------------------------------------- sinkhorn
 
@@ -121,30 +56,15 @@ def sinkhorn(
     Traffic per token: n^2 float32 each way; backward 2 n^2 in, n^2 out.
     """
     square = logits.ndim >= 2 and logits.shape[0] == logits.shape[1]
-    _require("sinkhorn", square, "the two leading axes must be one square matrix", logits=logits)
-    _require("sinkhorn", math.prod(logits.shape) > 0, "there are no matrices", logits=logits)
-    _require("sinkhorn", jnp.issubdtype(logits.dtype, jnp.floating), "logits must have a float dtype", logits=logits)
-    _require("sinkhorn", num_iters >= 1, f"num_iters is {num_iters}, it must be at least 1", logits=logits)
-    chosen = _choose("sinkhorn", implementation, logits.shape[0], 1, (logits.dtype,), None)
+    require("sinkhorn", square, "the two leading axes must be one square matrix", logits=logits)
+    require("sinkhorn", math.prod(logits.shape) > 0, "there are no matrices", logits=logits)
+    require("sinkhorn", jnp.issubdtype(logits.dtype, jnp.floating), "logits must have a float dtype", logits=logits)
+    require("sinkhorn", num_iters >= 1, f"num_iters is {num_iters}, it must be at least 1", logits=logits)
+    chosen = backends.pick("sinkhorn", implementation, logits.shape[0], 1, (logits.dtype,), None)
     if chosen == "xla":
         return sinkhorn_reference.sinkhorn(logits, num_iters, eps)
-    flat = _flat(logits, 2).astype(jnp.float32)
-    return _sinkhorn(flat, num_iters, eps, chosen).reshape(logits.shape)
-
-
-@_custom_vjp(1, 2, 3)
-def _sinkhorn(logits, num_iters, eps, backend):
-    return _module("sinkhorn", backend).forward(logits, num_iters, eps)
-
-
-def _sinkhorn_bwd(num_iters, eps, backend, logits, g):
-    return (_module("sinkhorn", backend).backward(logits, g, num_iters, eps),)
-
-
-_sinkhorn.defvjp(lambda logits, *static: (_sinkhorn(logits, *static), logits), _sinkhorn_bwd)
-
-
-# ------------------------------------------------------------------------------------------------------- coefficients
+    flat = flatten(logits, 2).astype(jnp.float32)
+    return backends.sinkhorn(flat, num_iters, eps, chosen).reshape(logits.shape)
 
 
 def projection(
@@ -157,28 +77,13 @@ def projection(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
     """
-    _check_streams("coefficients", x, 1)
-    _require("coefficients", phi.shape[0] == x.shape[-1], "phi must have a row a channel of x", x=x, phi=phi)
-    chosen = _choose("coefficients", implementation, 1, x.shape[-1], (x.dtype,), None)
+    check_streams("coefficients", x, 1)
+    require("coefficients", phi.shape[0] == x.shape[-1], "phi must have a row a channel of x", x=x, phi=phi)
+    chosen = backends.pick("coefficients", implementation, 1, x.shape[-1], (x.dtype,), None)
     if chosen == "xla":
         return coefficients_reference.projection(x, phi, eps_norm)
-    z = _projection(*_alike(x.reshape(-1, x.shape[-1]), phi.astype(jnp.float32)), eps_norm, chosen)
+    z = backends.projection(*alike(flatten_streams(x), phi.astype(jnp.float32)), eps_norm, chosen)
     return z.reshape(-1, *x.shape[:-1])
-
-
-@_custom_vjp(2, 3)
-def _projection(x, phi, eps_norm, backend):
-    return _module("coefficients", backend).forward(x, phi, eps_norm)[0]
-
-
-def _projection_fwd(x, phi, eps_norm, backend):
-    z, inverse = _module("coefficients", backend).forward(x, phi, eps_norm)
-    return z, (x, phi, z, inverse)
-
-
-_projection.defvjp(
-    _projection_fwd, lambda eps_norm, backend, saved, g: _module("coefficients", backend).backward(*saved, g)
-)
 
 
 def coefficients(
@@ -218,8 +123,8 @@ def coefficients(
 
     Traffic per token: reads n C, writes n^2 + 2 n (mHC Table 2).
     """
-    _check_streams("coefficients", x, num_streams)
-    _check_parameters("coefficients", x, phi, alpha, bias, num_streams, parts)
+    check_streams("coefficients", x, num_streams)
+    check_parameters("coefficients", x, phi, alpha, bias, num_streams, parts)
     z = projection(x, phi, eps_norm, implementation=implementation)
     return gates(
         z,
@@ -235,13 +140,6 @@ def coefficients(
 
 def _with(implementation: str | None) -> Any:
     return functools.partial(sinkhorn, implementation=implementation)
-
-
-def _check_parameters(op, x, phi, alpha, bias, num_streams, parts) -> None:
-    k = columns(num_streams, parts)[parts[-1]].stop
-    good = phi.shape == (x.shape[-1], k) and bias.shape == (k,) and alpha.shape == (len(parts),)
-    wanted = f"phi must be [{x.shape[-1]}, {k}], bias [{k}] and alpha [{len(parts)}] for parts {', '.join(parts)}"
-    _require(op, good, wanted, x=x, phi=phi, alpha=alpha, bias=bias)
 
 
 # --------------------------------------------------------------------------------------------------------------- read
@@ -267,28 +165,17 @@ def read(
 
     Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre"); backward (2 n + 1) C.
     """
-    _check_streams("read", x, num_streams)
+    check_streams("read", x, num_streams)
     good = pre is None or pre.shape == (num_streams, *x.shape[:-1])
-    _require("read", good, f"pre must be [{num_streams}, *tokens of x]", x=x, pre=pre)
+    require("read", good, f"pre must be [{num_streams}, *tokens of x]", x=x, pre=pre)
     refuse = "there is one stream and no pre" if pre is None and num_streams == 1 else None
-    chosen = _choose("read", implementation, num_streams, x.shape[-1] // num_streams, (x.dtype,), refuse)
+    chosen = backends.pick("read", implementation, num_streams, x.shape[-1] // num_streams, (x.dtype,), refuse)
     if chosen == "xla":
         return read_reference.read(x, pre, num_streams)
     if pre is None:
         pre = jnp.full((num_streams, *x.shape[:-1]), 1 / num_streams, jnp.float32)
-    h = _read(*_alike(x.reshape(-1, x.shape[-1]), _flat(pre, 1)), chosen)
+    h = backends.read(*alike(flatten_streams(x), flatten(pre, 1)), chosen)
     return h.reshape(*x.shape[:-1], -1)
-
-
-@_custom_vjp(2)
-def _read(x, pre, backend):
-    return _module("read", backend).forward(x, pre)
-
-
-_read.defvjp(
-    lambda x, pre, backend: (_read(x, pre, backend), (x, pre)),
-    lambda backend, saved, g: _module("read", backend).backward(*saved, g),
-)
 
 
 # -------------------------------------------------------------------------------------------------------------- write
@@ -321,41 +208,17 @@ def write(
     Traffic per token: reads (n + 1) C + n^2 + n, writes n C (mHC section 4.3, fused post, res and merge); backward reads
     (2 n + 1) C, writes (n + 1) C.
     """
-    _check_streams("write", x, num_streams)
-    refuse = _check_write("write", x, y, post, res, num_streams)
-    chosen = _choose("write", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
+    check_streams("write", x, num_streams)
+    refuse = check_write("write", x, y, post, res, num_streams)
+    chosen = backends.pick("write", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
     if chosen == "xla":
         return write_reference.write(x, y, post, res, num_streams)
     assert post is not None and res is not None  # noqa: PT018
-    flat = _write(*_alike(_tokens(x), _tokens(y).astype(x.dtype), _flat(post, 1), _flat(res, 2)), chosen)
-    return flat.reshape(x.shape)
-
-
-def _tokens(a: Array) -> Array:
-    return a.reshape(-1, a.shape[-1])
-
-
-def _check_write(op, x, y, post, res, num_streams) -> str | None:
-    """Check shapes; the reason why no kernel runs this, if there is one."""
-    n, tokens = num_streams, x.shape[:-1]
-    arrays = {"x": x, "y": y, "post": post, "res": res}
-    _require(
-        op, y.shape == (*tokens, x.shape[-1] // n), "y must have the tokens of x and 1/n of its channels", **arrays
+    flat = backends.write(
+        *alike(flatten_streams(x), flatten_streams(y).astype(x.dtype), flatten(post, 1), flatten(res, 2)),
+        chosen,
     )
-    _require(op, post is None or post.shape == (n, *tokens), f"post must be [{n}, *tokens of x]", **arrays)
-    _require(op, res is None or res.shape == (n, n, *tokens), f"res must be [{n}, {n}, *tokens of x]", **arrays)
-    return "post or res is None" if post is None or res is None else None
-
-
-@_custom_vjp(4)
-def _write(x, y, post, res, backend):
-    return _module("write", backend).forward(x, y, post, res)
-
-
-_write.defvjp(
-    lambda x, y, post, res, backend: (_write(x, y, post, res, backend), (x, y, post, res)),
-    lambda backend, saved, g: _module("write", backend).backward(*saved, g),
-)
+    return flat.reshape(x.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- write_read
@@ -398,12 +261,12 @@ def write_read(
     Traffic per token: (2 n + 2) C in one pass is the floor, plus n^2 + 2 n float32 a few times; composed of the single
     operations XLA moves at least (4 n + 3) C.
     """
-    _check_streams("write_read", x, num_streams)
-    _check_parameters("write_read", x, phi, alpha, bias, num_streams, parts)
-    refuse = _check_write("write_read", x, y, c.post, c.res, num_streams)
+    check_streams("write_read", x, num_streams)
+    check_parameters("write_read", x, phi, alpha, bias, num_streams, parts)
+    refuse = check_write("write_read", x, y, c.post, c.res, num_streams)
     if tuple(parts) != PARTS:
         refuse = "a component is disabled"
-    chosen = _choose("write_read", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
+    chosen = backends.pick("write_read", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
     rest = {"num_streams": num_streams, "parts": parts, "num_iters": num_iters, "eps": eps}
     if chosen == "xla" and (refuse or platform() == "cpu"):
         x = write_reference.write(x, y, c.post, c.res, num_streams)
@@ -414,41 +277,14 @@ def write_read(
     if chosen == "xla":
         chosen = "flat"
     else:
-        arrays = (_tokens(arrays[0]), _tokens(arrays[1]), _flat(c.post, 1), _flat(c.res, 2))
-    new, z, h = _write_read(*_alike(*arrays, phi.astype(jnp.float32), alpha, bias), eps_norm, eps, chosen)
+        arrays = (
+            flatten_streams(arrays[0]),
+            flatten_streams(arrays[1]),
+            flatten(c.post, 1),
+            flatten(c.res, 2),
+        )
+    new, z, h = backends.write_read(*alike(*arrays, phi.astype(jnp.float32), alpha, bias), eps_norm, eps, chosen)
     z = z.reshape(-1, *x.shape[:-1])
-    sinkhorn_backend = chosen if chosen in BACKENDS["sinkhorn"] else "xla"
+    sinkhorn_backend = chosen if chosen in backends.BACKENDS["sinkhorn"] else "xla"
     c = gates(z, alpha, bias, sinkhorn=_with(sinkhorn_backend), **rest)
     return new.reshape(x.shape), c, h.reshape(*x.shape[:-1], -1)
-
-
-def _pre(z, alpha, bias, n, eps):
-    return jax.nn.sigmoid(alpha[0] * z[:n] + bias[:n].reshape(n, *(1,) * (z.ndim - 1))) + eps
-
-
-@_custom_vjp(7, 8, 9)
-def _write_read(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
-    """(x', z, h); z carries the gradient of the coefficients, and h that of the read."""
-    return _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend)[0]
-
-
-def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
-    n = post.shape[0]
-    kernel = _module("write_read", backend)
-    new, z, inverse, h = kernel.forward(x, y, post, res, phi, alpha[0], bias[:n], eps_norm, eps)
-    return (new, z, h), (x, y, post, res, phi, alpha, bias, new, z, inverse)
-
-
-def _write_read_bwd(eps_norm, eps, backend, saved, g):
-    """Two phases over the streams: <x'_i, g_h>, which the gates need, then everything else in one pass."""
-    x, y, post, res, phi, alpha, bias, new, z, inverse = saved
-    g_new, g_z, g_h = g
-    n = post.shape[0]
-    kernel = _module("write_read", backend)
-    pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), z, alpha, bias)
-    dz, dalpha, dbias = pull(kernel.read_products(new, g_h))
-    dx, dy, dpost, dres, dphi = kernel.backward(x, y, post, res, new, pre, phi, z, inverse, g_new, g_h, g_z + dz)
-    return dx, dy, dpost, dres, dphi, dalpha, dbias
-
-
-_write_read.defvjp(_write_read_fwd, _write_read_bwd)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mhc_kernels import api
+from mhc_kernels import backends
 from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program
 from mhc_kernels.ops.exact import exact
 
@@ -105,7 +105,7 @@ class Ours:
 
 def implementations(op: str) -> list[Implementation]:
     """`xla` and every backend that the operation has, whether or not it runs here."""
-    return [Ours("xla"), *(Ours(name) for name in api.BACKENDS[op])]
+    return [Ours("xla"), *(Ours(name) for name in backends.BACKENDS[op])]
 
 
 def _shapes(op: str, spec: ArgSpec) -> tuple[Any, ...]:

@@ -1,0 +1,65 @@
+"""What every operation does to its arguments first: checks of shapes, tokens in one axis, types under `shard_map`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhc_kernels.ops.coefficients.reference import columns
+
+
+def require(op: str, condition: bool, problem: str, **arrays: Array | None) -> None:
+    """Raise ValueError with the shapes of `arrays`, unless `condition`."""
+    if not condition:
+        shapes = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items() if a is not None)
+        raise ValueError(f"{op}: {problem} (got {shapes}).")
+
+
+def check_streams(op: str, x: Array, num_streams: int) -> None:
+    """Flat streams of a float dtype, of n equal parts, with at least one token."""
+    require(op, jnp.issubdtype(x.dtype, jnp.floating), "streams must have a float dtype", x=x)
+    require(op, num_streams >= 1, f"num_streams is {num_streams}, it must be at least 1", x=x)
+    require(
+        op, x.ndim >= 1 and x.shape[-1] % num_streams == 0, f"n = {num_streams} does not divide the last axis of x", x=x
+    )
+    require(op, math.prod(x.shape) > 0, "there are no tokens", x=x)
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """Under `shard_map` phi is one value for all shards and x is not: the cast makes the gradient of phi the sum over shards."""
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    missing = [tuple(frozenset().union(*varying) - v) for v in varying]
+    return tuple(jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True))
+
+
+def flatten(a: Array, small: int) -> Array:
+    """Tokens of a coefficient array in one axis."""
+    return a.reshape(*a.shape[:small], -1)
+
+
+def flatten_streams(a: Array) -> Array:
+    """Tokens of streams in one axis."""
+    return a.reshape(-1, a.shape[-1])
+
+
+def check_parameters(
+    op: str, x: Array, phi: Array, alpha: Array, bias: Array, num_streams: int, parts: tuple[str, ...]
+) -> None:
+    """Shapes of phi, alpha and bias for the parts that are learned."""
+    k = columns(num_streams, parts)[parts[-1]].stop
+    good = phi.shape == (x.shape[-1], k) and bias.shape == (k,) and alpha.shape == (len(parts),)
+    wanted = f"phi must be [{x.shape[-1]}, {k}], bias [{k}] and alpha [{len(parts)}] for parts {', '.join(parts)}"
+    require(op, good, wanted, x=x, phi=phi, alpha=alpha, bias=bias)
+
+
+def check_write(op: str, x: Array, y: Array, post: Array | None, res: Array | None, num_streams: int) -> str | None:
+    """Check shapes; the reason why no kernel runs this, if there is one."""
+    n, tokens = num_streams, x.shape[:-1]
+    arrays = {"x": x, "y": y, "post": post, "res": res}
+    require(op, y.shape == (*tokens, x.shape[-1] // n), "y must have the tokens of x and 1/n of its channels", **arrays)
+    require(op, post is None or post.shape == (n, *tokens), f"post must be [{n}, *tokens of x]", **arrays)
+    require(op, res is None or res.shape == (n, n, *tokens), f"res must be [{n}, {n}, *tokens of x]", **arrays)
+    return "post or res is None" if post is None or res is None else None
