@@ -18,8 +18,9 @@ demo: $(VENV)/.installed
 notebooks: $(VENV)/.installed
 	$(RUN) notebooks/execute.py
 
+# In as many processes as there are processors: tests compile far more than they compute.
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow

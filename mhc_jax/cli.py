@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mhc_jax.config import ExperimentConfig, from_mapping
 from mhc_jax.errors import InputError, require
+from mhc_jax.host_memory import cpu_alone, keep_pages
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
 
@@ -67,6 +68,8 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
             return 130
 
     sys.unraisablehook = _report_unraisable
+    if cpu_alone():
+        keep_pages()
     app.run(guarded, flags_parser=_parse)
 
 

@@ -13,6 +13,7 @@ from absl import logging
 
 from mhc_jax.config import from_mapping
 from mhc_jax.errors import InputError
+from mhc_jax.host_memory import cpu_alone, keep_pages
 from mhc_jax.loop import EXIT_CODES, train
 from mhc_jax.results import write_results
 from mhc_jax.run_folder import read_json
@@ -50,6 +51,8 @@ def watch(parent: int) -> None:
 def main() -> int:
     """Run what the command line names."""
     workdir, name, parent = sys.argv[1:]
+    if cpu_alone():
+        keep_pages()
     threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
     logging.set_verbosity(logging.FATAL)  # as cli.main: Orbax logs a page a checkpoint
     try:

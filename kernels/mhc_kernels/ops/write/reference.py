@@ -67,13 +67,11 @@ def _write_bwd(saved, g):
         return flat.write_gradients(x, y, post, res, g)
     n = post.shape[0]
     g = once(g)  # a sum of three gradients: of the projection, the read and the next write
-    dx = once(_add(_outer(res[i], gi) for i, gi in enumerate(split(g, n)))).reshape(x.shape).astype(x.dtype)
-    # n matrix-vector products a token: half the time of one n x C by C x n product on CPUs.
-    columns = [
-        jnp.einsum("...ic,...c->i...", _as_streams(g, n), xj.astype(jnp.float32), precision="highest")
-        for xj in split(x, n)
-    ]
-    return dx, *_post_gradients(y, post, g), jnp.stack(columns, 1)
+    # Products a token: XLA:CPU has a library for these, and takes 3x as long for the same sums as a fusion of broadcasts.
+    streams = _as_streams(g, n)
+    dx = jnp.einsum("ij...,...ic->...jc", res, streams, precision="highest").reshape(x.shape).astype(x.dtype)
+    dres = jnp.einsum("...ic,...jc->ij...", streams, _as_streams(x, n), precision="highest")
+    return dx, *_post_gradients(y, post, g), dres
 
 
 def _post_gradients(y, post, g):
