@@ -126,13 +126,13 @@ def svg(figure: Figure) -> str:
 def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
     """Centred moving median over about a twentieth of the points; non-finite points stay NaN.
 
-    A median, because a mean turns a one-step spike into a plateau.  The window shrinks at both
-    ends, so that the first and last points stay in place.
+    A median, because a mean turns a one-step spike into a plateau.  At the start the window shrinks, because a loss falls
+    fast there; at the end it loses its later half alone, because one noisy step is no end of a curve.
     """
     half = len(values) // 40
     out = np.full(len(values), np.nan)
     for k in np.flatnonzero(np.isfinite(values)):
-        reach = min(half, k, len(values) - 1 - k)
+        reach = min(half, k)
         window = values[k - reach : k + reach + 1]
         out[k] = np.median(window[np.isfinite(window)])
     return out
