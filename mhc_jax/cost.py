@@ -14,7 +14,7 @@ from jax.extend import core
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import connection_module
-from mhc_jax.optim import CONNECTION, path_of
+from mhc_jax.paths import CONNECTION, path_of
 
 # One operation per output element; comparisons, selects, copies and reshapes are free.
 _ELEMENTWISE = frozenset(

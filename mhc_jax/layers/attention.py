@@ -14,6 +14,7 @@ from mhc_kernels import choice
 from mhc_jax.errors import require
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
+from mhc_jax.sharding import constrain
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
@@ -44,6 +45,14 @@ def attend(
         return _splash(q, k, v)
     named: Any = implementation
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=named)
+
+
+def split_heads(
+    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K E"]]:
+    """Under a mesh: heads over tensor, queries over sequence, keys and values whole along it (gathered)."""
+    q = constrain(q, "batch", "sequence", "heads", None)
+    return q, constrain(k, "batch", None, "heads", None), constrain(v, "batch", None, "heads", None)
 
 
 def _splash(q, k, v):
@@ -98,6 +107,7 @@ class Attention(nn.Module):
         q = rope(dense("W_q", H * D, init, x).reshape(B, T, H, D), self.rope_theta)
         k = rope(dense("W_k", K * D, init, x).reshape(B, T, K, D), self.rope_theta)
         v = dense("W_v", K * D, init, x).reshape(B, T, K, D)
+        q, k, v = split_heads(q, k, v)
         # Initialisation runs on a few tokens, on any device.
         mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
         return dense("W_o", C, out_init, mixed.reshape(B, T, H * D)), {}
