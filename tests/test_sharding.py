@@ -1,9 +1,7 @@
 """Over a mesh of simulated devices a step is the step of one device; what is communicated; checkpoints between meshes."""
 
-import collections
 import dataclasses
 import functools
-import re
 
 import jax
 import numpy as np
@@ -13,9 +11,8 @@ from tolerances import assert_close
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
-from mhc_jax.errors import InputError
 from mhc_jax.paths import path_of
-from mhc_jax.sharding import RULES, Rules, batch_sharding, constrain, logical_axes, make_mesh, state_shardings, using
+from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.train_step import gradients, init_state
 
 B, T, V = 8, 32, 56
