@@ -32,7 +32,7 @@ from mhc_jax.optim import describe
 from mhc_jax.progress import RunProgress
 from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
 from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
-from mhc_jax.train_step import Batch, init_state, make_diagnostics_step, make_eval_step, make_train_step
+from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
 
@@ -152,11 +152,11 @@ class _Run:
             self.state = jax.jit(lambda: init_state(self.config), out_shardings=own if self.mesh else None)()
         self.done = int(self.state.step)
         self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
-        self.example = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
+        self.example: dict[str, Any] = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
         self.tokens_per_step = config.data.batch_size * T
         began = time.perf_counter()
-        everywhere = {} if self.mesh is None else {"out_shardings": (own, NamedSharding(self.mesh, PartitionSpec()))}
-        step = jax.jit(make_train_step(config), donate_argnums=0, **everywhere)
+        results = (own, NamedSharding(self.mesh, PartitionSpec())) if self.mesh else None
+        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
         self.train_step = step.trace(abstract, self._placed(self.example))
         self.clock["compile_s"] += time.perf_counter() - began
         self.flops_per_token = cost.jaxpr_flops(self.train_step.jaxpr) / self.tokens_per_step
@@ -186,7 +186,7 @@ class _Run:
             self.batches.close()
         return self._summary(status)
 
-    def _placed(self, batch: Batch) -> Batch:
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch split over the mesh; as it is without one."""
         return jax.device_put(batch, batch_sharding(self.mesh)) if self.mesh else batch
 

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,22 @@ def constrain(x: Array, *logical: str | None) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, fit(mesh, RULES.spec(*logical), x.shape))
+
+
+def on_own_part(function: Callable[..., Array], logical: tuple[str | None, ...], *arrays: Array) -> Array:
+    """`function(*arrays)` under `jax.shard_map`, arrays and result split alike: for kernels, which GSPMD cannot look into.
+
+    Args:
+      function: needs no other part of the split axes than its own.
+      logical: axes of all arrays and of the result; what `fit` leaves out for the first array is not split.
+      *arrays: of the same number of axes.
+    """
+    mesh = current()
+    if mesh is None:
+        return function(*arrays)
+    spec = fit(mesh, RULES.spec(*logical), arrays[0].shape)
+    # JAX's flash attention does not say what varies between devices.
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def token_axes(shape: Sequence[int]) -> PartitionSpec:
