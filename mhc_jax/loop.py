@@ -152,7 +152,9 @@ class _Run:
             self.state = jax.jit(lambda: init_state(self.config), out_shardings=own if self.mesh else None)()
         self.done = int(self.state.step)
         self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
-        self.example: dict[str, Any] = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
+        self.example: dict[str, Any] = dict.fromkeys(
+            ("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32)
+        )
         self.tokens_per_step = config.data.batch_size * T
         began = time.perf_counter()
         results = (own, NamedSharding(self.mesh, PartitionSpec())) if self.mesh else None

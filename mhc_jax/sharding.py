@@ -101,7 +101,7 @@ class Rules:
         twice = sorted({axis for axis in used if used.count(axis) > 1})
         if twice:
             raise ValueError(f"{logical} would use the mesh axis {', '.join(twice)} more than once; change `Rules`.")
-        return PartitionSpec(*(group[0] if len(group) == 1 else group or None for group in axes))
+        return PartitionSpec(*(group or None for group in axes))
 
 
 RULES = Rules()
@@ -211,14 +211,17 @@ def current() -> AbstractMesh | None:
 
 
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
-    """`spec` without the mesh axes that do not divide their axis of `shape`: a vocabulary, the one sequence of diagnostics."""
+    """`spec` without mesh axes of one device, and without those that do not divide their axis of `shape`.
+
+    The latter are those of a vocabulary, and of the one sequence that diagnostics look at.
+    """
     sizes = dict(mesh.shape)
-
-    def divides(axes: Any, size: int) -> bool:
-        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-        return size % math.prod(sizes[name] for name in names) == 0
-
-    return PartitionSpec(*(axes if divides(axes, size) else None for axes, size in zip(spec, shape, strict=True)))
+    axes = []
+    for entry, size in zip(spec, shape, strict=True):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        names = tuple(name for name in names if sizes[name] > 1)
+        axes.append(names if names and size % math.prod(sizes[name] for name in names) == 0 else None)
+    return PartitionSpec(*axes)
 
 
 def constrain(x: Array, *logical: str | None) -> Array:

@@ -43,12 +43,21 @@ def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operatio
             def specs(leading: Any) -> Any:
                 return jax.tree.map(lambda axes: PartitionSpec(*(None,) * axes, *tokens), leading)
 
+            names = tuple(name for axes in tokens for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
+            # Pallas' interpreter does not know what varies between devices.
+            checked = not choice.interpret()
+
             def on_own_tokens(arrays: dict[str, Any]) -> Any:
+                if checked and names:  # one sum over the devices for each parameter, not one for each of its uses
+                    own = {name: jax.lax.pcast(a, names, to="varying") for name, a in arrays.items() if name in whole}
+                    arrays = {**arrays, **own}
                 with choice.settings(token_axes=PartitionSpec()):
                     return operation(**arrays, **static)
 
-            in_specs = {name: specs(arguments[name]) if name in arguments else PartitionSpec() for name in arrays}
-            return jax.shard_map(on_own_tokens, in_specs=(in_specs,), out_specs=specs(result))(arrays)
+            whole = arrays.keys() - arguments.keys()
+            in_specs = {name: PartitionSpec() if name in whole else specs(arguments[name]) for name in arrays}
+            split = jax.shard_map(on_own_tokens, in_specs=(in_specs,), out_specs=specs(result), check_vma=checked)
+            return split(arrays)
 
         return run  # type: ignore[return-value]
 
