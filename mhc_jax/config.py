@@ -16,6 +16,7 @@ from mhc_jax import connections
 from mhc_jax.connections.base import ConnectionConfig
 from mhc_jax.errors import InputError, one_of, require
 from mhc_jax.layers import attention
+from mhc_jax.sharding import MeshConfig, check_dimensions
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_KINDS = ("gqa", "mla")
@@ -304,6 +305,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -315,6 +317,7 @@ class ExperimentConfig:
             self.optimizer.warmup_steps <= self.train.steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
         )
+        check_dimensions(self)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -341,7 +344,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
 def completed(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with the settings of `wanted` that are younger than it, at their defaults, which change nothing."""
     defaults = to_mapping(ExperimentConfig())
-    out = {}
+    out = {section: defaults[section] for section in (wanted.keys() - saved.keys()) & defaults.keys()}
     for section, values in saved.items():
         younger = (wanted.get(section, {}).keys() - values.keys()) & defaults.get(section, {}).keys()
         out[section] = {**values, **{key: defaults[section][key] for key in younger}}

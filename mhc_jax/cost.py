@@ -14,7 +14,7 @@ from jax.extend import core
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import connection_module
-from mhc_jax.optim import CONNECTION, path_of
+from mhc_jax.paths import CONNECTION, path_of
 
 # One operation per output element; comparisons, selects, copies and reshapes are free.
 _ELEMENTWISE = frozenset(
@@ -37,8 +37,8 @@ def parameter_counts(params: Any) -> tuple[int, int]:
 def flops(function: Callable[..., Any], *args: Any) -> float:
     """Floating-point operations of one call: 2 m n k for a product, 1 an element for arithmetic; from its jaxpr.
 
-    The body of a scan counts once a turn, that of a Pallas kernel once a program of its grid; of a cond the dearer
-    branch; of a while loop, whose turns are not known, one turn.
+    The body of a scan counts once a turn, that of a Pallas kernel once a program of its grid, that of a shard_map once a part of
+    what it splits; of a cond the dearer branch; of a while loop, whose turns are not known, one turn.
 
     Args:
       function: traceable.
@@ -77,12 +77,21 @@ def _count(jaxpr: core.Jaxpr) -> float:
                 times = params["length"]
             elif name == "pallas_call":
                 times = math.prod(params["grid_mapping"].grid)
+            elif name == "shard_map":
+                times = _parts(params)
             inner = [p for p in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(p)]
             if name == "cond":
                 total += max(_count(_open(p)) for p in inner)
             else:
                 total += times * sum(_count(_open(p)) for p in inner)
     return total
+
+
+def _parts(shard_map: dict[str, Any]) -> int:
+    """Devices with work of their own: over the other axes of the mesh all do the same."""
+    specs = (*shard_map["in_specs"], *shard_map["out_specs"])
+    names = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
+    return math.prod(size for name, size in dict(shard_map["mesh"].shape).items() if name in names)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mhc_jax import cost
 from mhc_jax.checkpoint import Checkpoints
@@ -30,6 +31,7 @@ from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
 from mhc_jax.optim import describe
 from mhc_jax.progress import RunProgress
 from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
+from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
@@ -97,12 +99,14 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
+    mesh = make_mesh(config.mesh)
     data = load_data(config.data) if data is None else data
     config = resolve_vocabulary(config, data)
     create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:
-        return _Run(config, mapping, folder, label, data, checkpoints).run()
+        with using(mesh):
+            return _Run(config, mapping, folder, label, data, checkpoints, mesh).run()
     finally:
         checkpoints.close()
 
@@ -110,9 +114,9 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
 class _Run:
     """State of one call of `train`."""
 
-    def __init__(self, config, mapping, folder, label, data, checkpoints):
+    def __init__(self, config, mapping, folder, label, data, checkpoints, mesh):
         self.config, self.mapping, self.folder, self.data = config, mapping, folder, data
-        self.label, self.checkpoints = label, checkpoints
+        self.label, self.checkpoints, self.mesh = label, checkpoints, mesh
         self.clock = dict.fromkeys(("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s"), 0.0)
         self.batches = data.train_iterator()
         self.validation = data.validation_batches(config.train.validation_batches)
@@ -130,11 +134,10 @@ class _Run:
     def run(self) -> dict[str, Any]:
         config, cfg, T = self.config, self.config.train, self.config.data.sequence_length
         # Where the state goes is said here: a checkpoint names the devices of the machine that wrote it.
+        shapes = jax.eval_shape(lambda: init_state(self.config))
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here),
-            jax.eval_shape(lambda: init_state(self.config)),
-        )
+        own = state_shardings(self.mesh, shapes) if self.mesh else jax.tree.map(lambda _: here, shapes)
+        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, own)
         restored = self.checkpoints.restore_newest(abstract, to_mapping(self.config))
         if restored:
             self.state, loop, remarks = restored
@@ -146,18 +149,23 @@ class _Run:
             self.compiled_bytes = loop["compiled_bytes"]
         else:
             loop, remarks = {"spikes": None}, []
-            self.state = jax.jit(lambda: init_state(self.config))()
+            self.state = jax.jit(lambda: init_state(self.config), out_shardings=own if self.mesh else None)()
         self.done = int(self.state.step)
         self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
-        self.example = dict.fromkeys(("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32))
+        self.example: dict[str, Any] = dict.fromkeys(
+            ("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32)
+        )
         self.tokens_per_step = config.data.batch_size * T
         began = time.perf_counter()
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0).trace(abstract, self.example)
+        results = (own, NamedSharding(self.mesh, PartitionSpec())) if self.mesh else None
+        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
+        self.train_step = step.trace(abstract, self._placed(self.example))
         self.clock["compile_s"] += time.perf_counter() - began
         self.flops_per_token = cost.jaxpr_flops(self.train_step.jaxpr) / self.tokens_per_step
         env = environment()
+        self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
         if not (self.folder / "env.json").exists():
-            write_json(self.folder / "env.json", {**env, "data": self.data.summary()})
+            write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
         self.writer = MetricsWriter(
             self.folder, self.done if restored else -1, cfg.tensorboard, cfg.wandb, self.mapping
         )
@@ -170,13 +178,19 @@ class _Run:
                 if restored:
                     self.progress.say(f"going on from the checkpoint of step {self.done}")
                     self.writer.write(
-                        "event", self.done, {"event": "resumed", "commit": env["commit"], "device": env["device"]}
+                        "event",
+                        self.done,
+                        {"event": "resumed", "commit": env["commit"], "device": env["device"], **self.mesh_name},
                     )
                 status = self._steps(stop, anew=not restored)
         finally:
             self.writer.close()
             self.batches.close()
         return self._summary(status)
+
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch split over the mesh; as it is without one."""
+        return jax.device_put(batch, batch_sharding(self.mesh)) if self.mesh else batch
 
     def _compile(self, name: str, trace, compiler_options=None):
         self.progress.say(f"compiling the {name} step")
@@ -193,8 +207,10 @@ class _Run:
         step_fn = self._compile("train", lambda: self.train_step)
         self.compiled_bytes = cost.compiled_memory(step_fn)
         evaluate = jax.jit(make_eval_step(self.config))
-        eval_fn = self._compile("validation", lambda: evaluate.trace(self.state.params, self.validation[0]))
-        self._evaluate = lambda: [float(eval_fn(self.state.params, b)) for b in self.validation]
+        eval_fn = self._compile(
+            "validation", lambda: evaluate.trace(self.state.params, self._placed(self.validation[0]))
+        )
+        self._evaluate = lambda: [float(eval_fn(self.state.params, self._placed(b))) for b in self.validation]
         self._diagnose = None
         if cfg.diagnostics_every:
             args = (self.state.params, self.diagnostic_tokens)
@@ -211,7 +227,7 @@ class _Run:
         pending: tuple[int, dict] | None = None
         self._mark = time.perf_counter()
         while self.done < cfg.steps and stop.signal is None:
-            self.state, metrics = step_fn(self.state, next(self.batches))
+            self.state, metrics = step_fn(self.state, self._placed(next(self.batches)))
             self.done += 1
             if pending and not self._read(*pending):
                 return self._diverged(pending[0])
@@ -340,6 +356,7 @@ class _Run:
         summary = {
             "status": status,
             "steps": self.done,
+            **self.mesh_name,
             "parameters": total,
             "connection_parameters": own,
             "flops_per_token": self.flops_per_token,

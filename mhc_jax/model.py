@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from mhc_kernels import settings
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, connection_module
@@ -18,6 +19,7 @@ from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
 from mhc_jax.layers.moe import MoE
 from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.sharding import constrain, token_axes
 
 
 def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> Connection:
@@ -64,7 +66,8 @@ class Block(nn.Module):
         for k, (name, branch) in enumerate(named.items()):
             link = connection(self.config, len(named) * layer + k, f"{name}_connection")
             streams, c, h = link.write_read(streams, c, y)
-            y, aux = branch(h)
+            y, aux = branch(constrain(h, "batch", "sequence", None))
+            y = constrain(y, "batch", "sequence", None)
             router |= aux
             if self.sample:
                 collected.append(sample_sublayer(link, streams, c, y, self.sample))
@@ -92,9 +95,15 @@ class Decoder(nn.Module):
           experts also expert_load [M, E], router_entropy [M] and router_bias [M, E] of the M layers that have them, whatever
           `sample` is (see `layers.moe.MoE`).
         """
+        with settings(token_axes=token_axes(tokens.shape)):
+            return self._logits(tokens, sample)
+
+    def _logits(self, tokens, sample):
         cfg = self.config
         embedding = self.param("embedding", nn.initializers.normal(cfg.embedding_init_std), (cfg.vocab_size, cfg.width))
-        x = jnp.take(embedding, tokens, axis=0).astype(cfg.stream_dtype)
+        # Gathered over fsdp like any weight: a table split by channels would make tokens change devices after the lookup.
+        x = jnp.take(constrain(embedding, "vocabulary", None), tokens, axis=0)
+        x = constrain(x.astype(cfg.stream_dtype), "batch", "sequence", None)
         ends = connection(cfg, None, "ends")
         streams, c = ends.start(x)
         carry = (streams, c, jnp.zeros(x.shape, cfg.compute_dtype))
@@ -129,5 +138,6 @@ class Decoder(nn.Module):
         else:
             unembedding = self.param("unembedding", nn.initializers.normal(0.02), (cfg.width, cfg.vocab_size))
         logits = jnp.einsum("btc,cv->btv", x, unembedding.astype(cfg.compute_dtype), preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "sequence", "vocabulary")
         # [blocks, sub-layers of a block, ...] -> [L, ...]
         return logits, {**jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), collected), **router}

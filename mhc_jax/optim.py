@@ -11,9 +11,8 @@ import optax
 
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.connections import Connection
+from mhc_jax.paths import CONNECTION, path_of
 
-CONNECTION = r"(^|/)(\w+_connection|ends)/"
-"""Parameters that belong to a connection, by path."""
 NO_DECAY = r"(^|/)(\w*norm/weight|router_bias)$"
 """Parameters outside connections that take no weight decay; a router's bias is moved by the train step alone."""
 
@@ -48,11 +47,6 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     # The first step already moves: step 0 runs at peak / warmup, step warmup - 1 at the peak.
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, decay], [warmup])
-
-
-def path_of(key_path: tuple[Any, ...]) -> str:
-    """`layers/attention/W_q` from a jax key path."""
-    return "/".join(str(getattr(k, "key", k)) for k in key_path)
 
 
 def mask(params: Any, pattern: str) -> Any:

@@ -55,7 +55,8 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     """
     saved = folder / "config.json"
     if saved.exists():
-        changed = differences(completed(read_json(saved), config), config)
+        # The mesh may change: a run goes on on the devices there are.
+        changed = differences({**completed(read_json(saved), config), "mesh": None}, {**config, "mesh": None})
         if changed:
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "

@@ -17,6 +17,7 @@ from mhc_jax.connections import connection_module
 from mhc_jax.layers.moe import balanced_bias, router_health
 from mhc_jax.model import Decoder
 from mhc_jax.optim import optimizer, schedule
+from mhc_jax.sharding import constrain
 
 Batch = dict[str, Int[Array, "B T"]]
 
@@ -62,6 +63,7 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
 
     def accumulated(params, batch):
         slices = jax.tree.map(lambda a: a.reshape(A, a.shape[0] // A, *a.shape[1:]), batch)
+        slices = jax.tree.map(lambda a: constrain(a, None, "batch", "sequence"), slices)
 
         def add(total, one):
             return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None

@@ -25,10 +25,14 @@ from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, gates
 from mhc_kernels.ops.read import reference as read_reference
 from mhc_kernels.ops.sinkhorn import reference as sinkhorn_reference
 from mhc_kernels.ops.write import reference as write_reference
+from mhc_kernels.sharded import over_tokens
+
+_COEFFICIENTS = Coefficients._make((1, 1, 2))  # axes in front of the tokens
 
 # ----------------------------------------------------------------------------------------------------------- sinkhorn
 
 
+@over_tokens(2, logits=2)
 def sinkhorn(
     logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0, *, implementation: str | None = None
 ) -> Float[Array, "n n *tokens"]:
@@ -67,6 +71,7 @@ def sinkhorn(
     return backends.sinkhorn(flat, num_iters, eps, chosen).reshape(logits.shape)
 
 
+@over_tokens(1, x=0)
 def projection(
     x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm: float, *, implementation: str | None = None
 ) -> Float[Array, "k *tokens"]:
@@ -86,6 +91,7 @@ def projection(
     return z.reshape(-1, *x.shape[:-1])
 
 
+@over_tokens(_COEFFICIENTS, x=0)
 def coefficients(
     x: Float[Array, "*tokens nC"],
     phi: Float[Array, "nC k"],
@@ -145,6 +151,7 @@ def _with(implementation: str | None) -> Any:
 # --------------------------------------------------------------------------------------------------------------- read
 
 
+@over_tokens(0, x=0, pre=1)
 def read(
     x: Float[Array, "*tokens nC"],
     pre: Float[Array, "n *tokens"] | None,
@@ -181,6 +188,7 @@ def read(
 # -------------------------------------------------------------------------------------------------------------- write
 
 
+@over_tokens(0, x=0, y=0, post=1, res=2)
 def write(
     x: Float[Array, "*tokens nC"],
     y: Float[Array, "*tokens C"],
@@ -224,6 +232,7 @@ def write(
 # --------------------------------------------------------------------------------------------------------- write_read
 
 
+@over_tokens((0, _COEFFICIENTS, 0), x=0, c=_COEFFICIENTS, y=0)
 def write_read(
     x: Float[Array, "*tokens nC"],
     c: Coefficients,

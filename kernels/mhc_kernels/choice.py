@@ -9,8 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "triton")
+_UNSPLIT = PartitionSpec()
 _PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "triton": "gpu"}
 
 
@@ -21,6 +23,7 @@ class Settings:
     implementation: str | None = None
     platform: str | None = None
     interpret: bool = False
+    token_axes: PartitionSpec = _UNSPLIT
 
 
 _NOTHING_SET = Settings()
@@ -30,7 +33,10 @@ _warned: set[tuple[str, str]] = set()
 
 @contextlib.contextmanager
 def settings(
-    implementation: str | None = None, platform: str | None = None, interpret: bool | None = None
+    implementation: str | None = None,
+    platform: str | None = None,
+    interpret: bool | None = None,
+    token_axes: PartitionSpec | None = None,
 ) -> Iterator[None]:
     """Choose for every operation traced inside; arguments left out keep what is set around.
 
@@ -41,6 +47,8 @@ def settings(
       platform: `cpu`, `gpu` or `tpu`, the device the program is traced for where it is not the default backend (ahead-of-time
         compilation).
       interpret: run Pallas kernels in interpret mode, on whatever device is there.
+      token_axes: mesh axes of the leading token axes ([B, T]) of streams and coefficients; each operation then runs under
+        `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded`).  Empty: as they are.
 
     Raises:
       ValueError: unknown implementation or platform.
@@ -55,6 +63,7 @@ def settings(
             old.implementation if implementation is None else implementation,
             old.platform if platform is None else platform,
             old.interpret if interpret is None else interpret,
+            old.token_axes if token_axes is None else token_axes,
         )
     )
     try:
@@ -71,6 +80,11 @@ def platform() -> str:
 def interpret() -> bool:
     """Whether Pallas kernels are interpreted."""
     return _settings.get().interpret
+
+
+def token_axes() -> PartitionSpec:
+    """Mesh axes that tokens are split over."""
+    return _settings.get().token_axes
 
 
 def _known(name: str) -> None:

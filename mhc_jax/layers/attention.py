@@ -14,6 +14,7 @@ from mhc_kernels import choice
 from mhc_jax.errors import require
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
+from mhc_jax.sharding import constrain, on_own_part
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
@@ -27,7 +28,7 @@ def attend(
       q, k, v: after RoPE.  Values narrower than keys (E < D, as MLA has them) take `xla`; they are padded with zeros to D,
         because JAX's attention knows one width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
-        `splash` (JAX's flash attention for TPUs).
+        `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
 
     Raises:
       InputError: `splash` with T or D that is no multiple of 128, or off a TPU; E < D with another implementation than `xla`.
@@ -40,10 +41,21 @@ def attend(
         )
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, D - E)))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")[..., :E]
-    if implementation == "splash":
-        return _splash(q, k, v)
-    named: Any = implementation
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=named)
+    if implementation == "xla":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+    return on_own_part(_splash if implementation == "splash" else _cudnn, ("batch", None, "heads", None), q, k, v)
+
+
+def split_heads(
+    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K E"]]:
+    """Under a mesh: heads over tensor, queries over sequence, keys and values whole along it (gathered)."""
+    q = constrain(q, "batch", "sequence", "heads", None)
+    return q, constrain(k, "batch", None, "heads", None), constrain(v, "batch", None, "heads", None)
+
+
+def _cudnn(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def _splash(q, k, v):
@@ -98,6 +110,7 @@ class Attention(nn.Module):
         q = rope(dense("W_q", H * D, init, x).reshape(B, T, H, D), self.rope_theta)
         k = rope(dense("W_k", K * D, init, x).reshape(B, T, K, D), self.rope_theta)
         v = dense("W_v", K * D, init, x).reshape(B, T, K, D)
+        q, k, v = split_heads(q, k, v)
         # Initialisation runs on a few tokens, on any device.
         mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
         return dense("W_o", C, out_init, mixed.reshape(B, T, H * D)), {}

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_jax.layers.attention import attend
+from mhc_jax.layers.attention import attend, split_heads
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
 
@@ -60,6 +60,7 @@ class LatentAttention(nn.Module):
         k_R = jnp.broadcast_to(rope(k_R[:, :, None], self.rope_theta), (B, T, H, R))
         q = jnp.concatenate([q_C, rope(q_R, self.rope_theta)], -1)
         k = jnp.concatenate([k_C, k_R], -1)
+        q, k, v = split_heads(q, k, v)
         # Initialisation runs on a few tokens, on any device.
         mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
         return dense("W_o", C, out_init, mixed.reshape(B, T, H * D)), {}

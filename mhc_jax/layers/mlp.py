@@ -8,6 +8,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.sharding import constrain
 
 
 class SwiGLU(nn.Module):
@@ -31,4 +32,5 @@ class SwiGLU(nn.Module):
         W_gate = self.param("W_gate", init, (C, self.hidden)).astype(self.dtype)
         W_up = self.param("W_up", init, (C, self.hidden)).astype(self.dtype)
         W_down = self.param("W_down", out_init, (self.hidden, C)).astype(self.dtype)
-        return (nn.silu(x @ W_gate) * (x @ W_up)) @ W_down, {}
+        hidden = constrain(nn.silu(x @ W_gate) * (x @ W_up), "batch", "sequence", "hidden")
+        return hidden @ W_down, {}

@@ -1,0 +1,277 @@
+"""Meshes of devices, and the mesh axes that each logical axis of an array is split over.
+
+Arrays name their axes logically (`constrain(q, "batch", "sequence", "heads", None)`), `RULES` says which mesh axes those are, and
+XLA's partitioner (GSPMD) does the rest.  The mesh is the one of `jax.set_mesh`; without it everything here does nothing, and the
+program is the one of a single device.
+
+    data       copies of the model, each with a part of the batch
+    fsdp       as data, and parameters are split over it too: gathered layer by layer where they are used
+    tensor     heads, hidden channels of the feed-forward and the vocabulary (Megatron, arXiv 1909.08053)
+    expert     as data, and the experts of DeepSeekMoE are split over it
+    sequence   tokens of a sequence; keys and values are gathered
+
+Streams [B, T, nC] are split over batch and sequence and never over the stream axis; the parameters of connections are whole on
+every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from mhc_jax.errors import require
+from mhc_jax.paths import CONNECTION, path_of
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; all 1: one device, and no mesh."""
+
+    data: int = 1
+    """Copies of the model."""
+    fsdp: int = 1
+    """Devices that split the batch, and parameters and optimizer state."""
+    tensor: int = 1
+    """Devices that split heads, hidden channels and (where it divides) the vocabulary."""
+    expert: int = 1
+    """Devices that split the batch, and the experts."""
+    sequence: int = 1
+    """Devices that split each sequence; model.attention 'xla' only."""
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            value = getattr(self, axis)
+            require(value >= 1, f"mesh.{axis} is {value}; it must be at least 1.")
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def batch(self) -> int:
+        """Parts of the batch."""
+        return self.data * self.fsdp * self.expert
+
+    def __str__(self) -> str:
+        """`data 2, fsdp 4`."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
+
+
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Mesh axes of each logical axis."""
+
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    sequence: tuple[str, ...] = ("sequence",)
+    heads: tuple[str, ...] = ("tensor",)
+    """Heads, and the columns of all heads of a projection."""
+    hidden: tuple[str, ...] = ("tensor",)
+    """Hidden channels of the feed-forward."""
+    vocabulary: tuple[str, ...] = ("tensor",)
+    embed: tuple[str, ...] = ("fsdp",)
+    """C of a weight; of an activation it is not split (None)."""
+    expert: tuple[str, ...] = ("expert",)
+    layer: tuple[str, ...] = ()
+    """The leading axis of scanned parameters."""
+    connection: tuple[str, ...] = ()
+    """Every axis of a connection's parameters."""
+
+    def spec(self, *logical: str | None) -> PartitionSpec:
+        """The mesh axes of an array; None is an axis that is not split.
+
+        Raises:
+          ValueError: two axes of the array would be split over one axis of the mesh.
+        """
+        axes = [() if name is None else getattr(self, name) for name in logical]
+        used = [axis for group in axes for axis in group]
+        twice = sorted({axis for axis in used if used.count(axis) > 1})
+        if twice:
+            raise ValueError(f"{logical} would use the mesh axis {', '.join(twice)} more than once; change `Rules`.")
+        return PartitionSpec(*(group or None for group in axes))
+
+
+RULES = Rules()
+
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(^|/)embedding$", ("vocabulary", "embed")),
+    (r"(^|/)unembedding$", ("embed", "vocabulary")),
+    (r"norm/weight$", (None,)),
+    (r"attention/W_[qkv]$", ("embed", "heads")),
+    (r"attention/W_o$", ("heads", "embed")),
+    (r"attention/W_kv_down$", ("embed", None)),
+    (r"attention/W_kv_up$", (None, "heads")),
+    (r"mlp/W_(gate|up)$", ("embed", "hidden")),
+    (r"mlp/W_down$", ("hidden", "embed")),
+    (r"mlp/W_(gate|up)$", ("expert", "embed", "hidden")),
+    (r"mlp/W_down$", ("expert", "hidden", "embed")),
+    (r"mlp/W_shared_(gate|up)$", ("embed", "hidden")),
+    (r"mlp/W_shared_down$", ("hidden", "embed")),
+    (r"mlp/W_router$", ("embed", None)),
+    (r"mlp/router_bias$", (None,)),
+)
+"""Logical axes of the parameters by path and number of axes, without the layer axis of scanned blocks."""
+SCANNED = r"(^|/)(dense_)?layers/"
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of a parameter, or of a moment of it, by its path.
+
+    Raises:
+      ValueError: `PARAMETERS` does not know it.
+    """
+    if ndim == 0:  # counters, and the scalars of connections
+        return ()
+    if re.search(CONNECTION, path):
+        return ("connection",) * ndim
+    layer: tuple[str | None, ...] = ("layer",) if re.search(SCANNED, path) else ()
+    for pattern, axes in PARAMETERS:
+        if re.search(pattern, path) and len(layer + axes) == ndim:
+            return layer + axes
+    raise ValueError(f"The parameter {path} with {ndim} axes has no logical axes; add a line to sharding.PARAMETERS.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- mesh
+
+
+def check_dimensions(config: Any) -> None:
+    """Raise `InputError` where an axis of `config.mesh` does not divide what it splits.
+
+    The vocabulary is the exception: where tensor does not divide it, it is not split; model.vocab_size may be set to a multiple.
+
+    Args:
+      config: an `ExperimentConfig`, whose module imports this one.
+    """
+    mesh, model, data = config.mesh, config.model, config.data
+    micro = data.batch_size // config.optimizer.accumulation_steps
+    require(
+        micro % mesh.batch == 0,
+        f"data.batch_size / optimizer.accumulation_steps is {micro}, which mesh.data x mesh.fsdp x mesh.expert = {mesh.batch} "
+        f"does not divide; use a multiple.",
+    )
+    split = [("data.sequence_length", data.sequence_length, "sequence"), ("model.width", model.width, "fsdp")]
+    split += [("model.num_heads", model.num_heads, "tensor")]
+    if model.attention_kind == "gqa":
+        split += [("model.num_kv_heads", model.num_kv_heads, "tensor")]
+    if not model.num_experts or model.num_leading:
+        split += [("model.mlp_width", model.mlp_width, "tensor")]
+    if model.num_experts:
+        split += [
+            ("model.num_experts", model.num_experts, "expert"),
+            ("model.expert_width", model.expert_width, "tensor"),
+        ]
+    for name, size, axis in split:
+        parts = getattr(mesh, axis)
+        require(size % parts == 0, f"{name} is {size}, which mesh.{axis} {parts} does not divide; change one of them.")
+    require(
+        mesh.sequence == 1 or model.attention == "xla",
+        f"mesh.sequence is {mesh.sequence} and model.attention {model.attention!r}, which needs whole sequences; use 'xla'.",
+    )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh of the first `config.size` devices, all axes there; None where all are 1.
+
+    Raises:
+      InputError: there are fewer devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    require(
+        config.size <= len(devices),
+        f"The mesh ({config}) asks for {config.size} devices, and there are {len(devices)}; make it smaller.",
+    )
+    if config.size == 1:
+        return None
+    sizes = tuple(getattr(config, axis) for axis in AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: config.size])
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Trace, compile and run inside: arrays are split over this mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def current() -> AbstractMesh | None:
+    """The mesh that is traced for, or None: there is none, or the code runs on one device's part already (`jax.shard_map`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto} else None
+
+
+def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
+    """`spec` without mesh axes of one device, and without those that do not divide their axis of `shape`.
+
+    The latter are those of a vocabulary, and of the one sequence that diagnostics look at.
+    """
+    sizes = dict(mesh.shape)
+    axes = []
+    for entry, size in zip(spec, shape, strict=True):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        names = tuple(name for name in names if sizes[name] > 1)
+        axes.append(names if names and size % math.prod(sizes[name] for name in names) == 0 else None)
+    return PartitionSpec(*axes)
+
+
+def constrain(x: Array, *logical: str | None) -> Array:
+    """`x` split over the mesh as its logical axes say; `x` itself without a mesh."""
+    mesh = current()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, fit(mesh, RULES.spec(*logical), x.shape))
+
+
+def on_own_part(function: Callable[..., Array], logical: tuple[str | None, ...], *arrays: Array) -> Array:
+    """`function(*arrays)` under `jax.shard_map`, arrays and result split alike: for kernels, which GSPMD cannot look into.
+
+    Args:
+      function: needs no other part of the split axes than its own.
+      logical: axes of all arrays and of the result; what `fit` leaves out for the first array is not split.
+      *arrays: of the same number of axes.
+    """
+    mesh = current()
+    if mesh is None:
+        return function(*arrays)
+    spec = fit(mesh, RULES.spec(*logical), arrays[0].shape)
+    # JAX's flash attention does not say what varies between devices.
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
+def token_axes(shape: Sequence[int]) -> PartitionSpec:
+    """Mesh axes of tokens [B, T], for `mhc_kernels.settings`; empty without a mesh."""
+    mesh = current()
+    return PartitionSpec() if mesh is None else fit(mesh, RULES.spec("batch", "sequence"), shape)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of inputs and targets [B, T]."""
+    return NamedSharding(mesh, RULES.spec("batch", "sequence"))
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a train state, or of parameters: optimizer moments lie like their parameters, scalars are on every device.
+
+    Args:
+      mesh: of `make_mesh`.
+      state: arrays, or their shapes and dtypes (`jax.eval_shape`).
+
+    Raises:
+      ValueError: a parameter that `PARAMETERS` does not know.
+    """
+
+    def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        axes = logical_axes(path_of(key_path), len(leaf.shape))
+        return NamedSharding(mesh, fit(mesh, RULES.spec(*axes), leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
