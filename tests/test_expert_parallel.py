@@ -1,0 +1,177 @@
+"""DeepSeekMoE over simulated devices: equal to one device and to loops in float64, and what is sent is tokens to owners only."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_moe import moe_oracle
+from tolerances import assert_close
+
+from mhc_jax.layers.moe import mix_experts, route, routed_on_mesh, score_entropy
+
+E, K, C, F, B, T = 8, 3, 16, 12, 8, 4
+SCALE = 1.5
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
+TOKENS, WEIGHTS = PartitionSpec(("data", "fsdp", "expert"), "sequence", None), PartitionSpec("expert", "fsdp", "tensor")
+MESHES = {
+    "expert 2": {"expert": 2},
+    "expert 8": {"expert": 8},
+    "data 2, expert 4": {"data": 2, "expert": 4},
+    "fsdp 2, expert 2, sequence 2": {"fsdp": 2, "expert": 2, "sequence": 2},
+    "fsdp 2, tensor 2, expert 2": {"fsdp": 2, "tensor": 2, "expert": 2},
+    "data 4, tensor 2": {"data": 4, "tensor": 2},
+}
+BIASES = {
+    "as it comes": np.zeros(E, np.float32),
+    "all to three experts": np.array([9, 8, 7, 0, 0, 0, 0, 0], np.float32),
+}
+
+
+def mesh_of(**sizes):
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    devices = jax.devices()[: np.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def arguments():
+    """x with rows of mean square 1, W_router, W_gate, W_up, W_down."""
+    shapes = [(B, T, C), (C, E), (E, C, F), (E, C, F), (E, F, C)]
+    x, *weights = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(shapes))
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True)), *(w / np.sqrt(w.shape[-2]) for w in weights)
+
+
+def one_device(bias, keep, x, W_router, *W):
+    """Without a mesh; `keep` [N, k] zeroes the gates of copies that are dropped."""
+    flat = x.reshape(-1, C)
+    experts, gates, _ = route(flat, W_router, bias, K, SCALE)
+    y, load = mix_experts(flat, experts, gates * keep, *W)
+    return y.reshape(x.shape), {"expert_load": load}
+
+
+def on_mesh(mesh, bias, x, W_router, *W, buffer=0.0):
+    placed = {"mesh": mesh, "tokens": TOKENS, "weights": WEIGHTS, "buffer": buffer}
+    return routed_on_mesh(x, W_router, bias, *W, k=K, scale=SCALE, **placed)
+
+
+def with_gradients(f):
+    """(fixed, *args) -> ((loss, (y, told)), gradients of args), compiled once for all biases."""
+
+    def loss(fixed, args):
+        y, told = f(*fixed, *args)
+        return (y * jax.random.normal(jax.random.key(9), y.shape)).sum(), (y, told)
+
+    return jax.jit(jax.value_and_grad(loss, 1, has_aux=True))
+
+
+EXPECTED = with_gradients(one_device)
+
+
+def check(f, bias, args, keep):
+    """Values, loads and gradients of `f` are those of one device; returns what the router told."""
+    (_, (y, told)), grads = f((bias,), args)
+    (_, (expected, load)), expected_grads = EXPECTED((bias, keep), args)
+    assert_close(y, expected, 5e-6)
+    np.testing.assert_array_equal(told["expert_load"], load["expert_load"])
+    for name, a, b in zip(("x", "W_router", "W_gate", "W_up", "W_down"), grads, expected_grads, strict=True):
+        # Sums of the same products in another order.
+        assert_close(a, b, 5e-6, name)
+    return y, told
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_nothing(sizes):
+    """Values against the float64 loops and one device, gradients against one device."""
+    args = arguments()
+    f = with_gradients(functools.partial(on_mesh, mesh_of(**sizes)))
+    for bias in BIASES.values():
+        y, told = check(f, bias, args, np.ones((B * T, K), np.float32))
+        names = ("W_router", "W_gate", "W_up", "W_down")
+        p = dict(zip(names, args[1:], strict=True)) | {"router_bias": bias, "norm": {"weight": np.ones(C)}}
+        expected, load = moe_oracle(p, np.asarray(args[0]), K, SCALE)
+        assert_close(y, expected, 5e-6)
+        np.testing.assert_array_equal(told["expert_load"], load)
+        assert told["router_dropped"] == 0
+    assert list(load[:3]) == [B * T] * 3
+
+
+def kept(experts, buffer, sources, ep):
+    """[N, k]: the copies that an owner has room for, one slice (source, expert) after another.
+
+    `sources` [N]: which device of the axis of experts a token is on.
+    """
+    keep = np.zeros(experts.shape, np.float32)
+    room = int(np.ceil(buffer * experts.size / ep))
+    for owner in range(ep):
+        total = (experts // (E // ep) == owner).sum()
+        for source in range(ep):
+            for e in range(owner * E // ep, (owner + 1) * E // ep):
+                copies = [(n, j) for n, j in np.argwhere(experts == e) if sources[n] == source]
+                count = len(copies) if total <= room else int(len(copies) * room / total * (1 - 1e-6))
+                for place in copies[:count]:
+                    keep[place] = 1
+    return keep
+
+
+@pytest.mark.parametrize(("ep", "buffer"), [(2, 1.0), (4, 1.1), (8, 2.0)])
+def test_a_small_buffer_drops_an_equal_share_of_every_slice_and_says_so(ep, buffer):
+    args = arguments()
+    f = with_gradients(functools.partial(on_mesh, mesh_of(expert=ep), buffer=buffer))
+    dropped = []
+    for bias in BIASES.values():
+        experts, _, _ = route(args[0].reshape(-1, C), args[1], jnp.asarray(bias), K, SCALE)
+        keep = kept(np.asarray(experts), buffer, np.arange(B * T) * ep // (B * T), ep)
+        _, told = check(f, bias, args, keep)
+        np.testing.assert_allclose(told["router_dropped"], 1 - keep.mean(), atol=1e-6)
+        dropped.append(float(told["router_dropped"]))
+    assert dropped[0] < 0.2 < dropped[1]
+
+
+def test_the_routing_of_a_mesh_is_that_of_one_device():
+    """Entropy and loads are means and sums over all devices, sequence and data among them."""
+    args = arguments()
+    bias = jnp.linspace(-0.2, 0.2, E)
+    _, _, scores = route(args[0].reshape(-1, C), args[1], bias, K, SCALE)
+    _, told = jax.jit(functools.partial(on_mesh, mesh_of(data=2, expert=2, sequence=2)))(bias, *args)
+    _, load = one_device(bias, np.ones((B * T, K), np.float32), *args)
+    np.testing.assert_array_equal(told["expert_load"], load["expert_load"])
+    np.testing.assert_allclose(told["router_entropy"], score_entropy(scores), rtol=1e-6)
+
+
+def test_nan_stays_in_its_token():
+    args = arguments()
+    x = args[0].at[3, 2, 1].set(jnp.nan)
+    y, _ = jax.jit(functools.partial(on_mesh, mesh_of(expert=4)))(BIASES["as it comes"], x, *args[1:])
+    np.testing.assert_array_equal(np.argwhere(np.isnan(np.asarray(y)).any(-1)), [[3, 2]])
+
+
+def collectives(f, *args):
+    """(name, type and shape of the result) of every collective of the compiled program."""
+    program = f.lower(*args).compile().as_text()
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    return [(kind, shape) for shape, kind in re.findall(rf"= (\S+|\(.*?\)) ({kinds})(?:-start)?\(", program)]
+
+
+def test_tokens_go_to_owners_and_back_and_nowhere_else():
+    """One all-to-all each way, the same two again in the gradient; what is gathered are loads, and the weights split by fsdp."""
+    mesh = mesh_of(fsdp=2, expert=4)
+    down = PartitionSpec("expert", "tensor", "fsdp")
+    shardings = tuple(NamedSharding(mesh, spec) for spec in (TOKENS, PartitionSpec(), WEIGHTS, WEIGHTS, down))
+    args = [jax.device_put(a, sharding) for a, sharding in zip(arguments(), shardings, strict=True)]
+    bias = jnp.zeros(E)
+    forward = collectives(jax.jit(functools.partial(on_mesh, mesh)), bias, *args)
+
+    def loss(*args):
+        return (on_mesh(mesh, bias, *args)[0] ** 2).sum()
+
+    backward = collectives(jax.jit(jax.grad(loss, range(5)), out_shardings=shardings), *args)
+    for found, ways in ((forward, 2), (backward, 4)):
+        kinds = [kind for kind, _ in found]
+        assert kinds.count("all-to-all") == ways, found
+        assert "collective-permute" not in kinds, found
+        gathered = sorted(re.sub(r"\{.*", "", shape) for kind, shape in found if kind == "all-gather")
+        assert gathered == ["f32[2,12,16]", "f32[2,16,12]", "f32[2,16,12]", "s32[4,8]"], found
+    assert [kind for kind, _ in backward].count("reduce-scatter") == 3, backward
