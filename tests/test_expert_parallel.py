@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_moe import moe_oracle
+from test_sharding import assert_same_step, batch, name_of, random_params, tiny
 from tolerances import assert_close
 
 from mhc_jax.layers.moe import mix_experts, route, routed_on_mesh, score_entropy
+from mhc_jax.model import Decoder
+from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.train_step import init_state, make_train_step
 
 E, K, C, F, B, T = 8, 3, 16, 12, 8, 4
 SCALE = 1.5
@@ -175,3 +179,62 @@ def test_tokens_go_to_owners_and_back_and_nowhere_else():
         gathered = sorted(re.sub(r"\{.*", "", shape) for kind, shape in found if kind == "all-gather")
         assert gathered == ["f32[2,12,16]", "f32[2,16,12]", "f32[2,16,12]", "s32[4,8]"], found
     assert [kind for kind, _ in backward].count("reduce-scatter") == 3, backward
+
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_active_experts": 3,
+    "num_shared_experts": 1,
+    "expert_width": 16,
+    "num_dense_layers": 0,
+}
+LATENT = {"attention_kind": "mla", "kv_rank": 16, "rope_width": 4}
+
+
+@pytest.mark.parametrize("kind", ["residual", "mhc"])
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"data": 2, "tensor": 2, "expert": 2}], ids=name_of
+)
+def test_a_decoder_of_latent_attention_and_experts_is_that_of_one_device(kind, mesh):
+    assert_same_step(kind, mesh, **EXPERTS, **LATENT, remat=kind == "mhc")
+
+
+def train_step(mesh, expert_buffer=0.0):
+    """(biases of the routers after one step, metrics)."""
+    config = tiny("residual", mesh, **EXPERTS, expert_buffer=expert_buffer)
+    devices = make_mesh(config.mesh)
+    state = jax.jit(lambda: init_state(config))()
+    inputs = batch()
+    if devices is not None:
+        state = jax.device_put(state, state_shardings(devices, state))
+        inputs = jax.device_put(inputs, batch_sharding(devices))
+    with using(devices):
+        after, metrics = jax.jit(make_train_step(config))(state, inputs)
+    return np.asarray(after.params["layers"]["mlp"]["router_bias"]), jax.device_get(metrics)
+
+
+def test_biases_move_by_the_loads_of_all_devices_and_what_is_dropped_is_recorded():
+    bias, alone = train_step({})
+    moved, metrics = train_step({"data": 2, "expert": 4}, expert_buffer=1.0)
+    assert "router_dropped" not in alone
+    # Layer 0 routes the same tokens; layer 1 those that layer 0 dropped copies of.
+    np.testing.assert_array_equal(moved[0], bias[0])
+    assert np.any(bias[0])
+    for name in ("router_load_cv", "router_max_load", "router_entropy"):
+        np.testing.assert_allclose(metrics[name][0], alone[name][0], rtol=1e-5, err_msg=name)
+    assert metrics["router_dropped"].shape == (2,)
+    assert (metrics["router_dropped"] > 0).all()
+    assert (metrics["router_dropped"] < 0.5).all()
+
+
+def test_one_sequence_that_the_mesh_does_not_divide():
+    """As diagnostics have it: GSPMD places it."""
+    config = tiny("residual", {"data": 2, "expert": 4}, **EXPERTS)
+    params, tokens = random_params(config), batch()["inputs"][:1]
+    mesh = make_mesh(config.mesh)
+    with using(mesh):
+        own = jax.device_put(params, state_shardings(mesh, params))
+        logits, told = jax.jit(Decoder(config.model).apply)({"params": own}, tokens)
+    expected, alone = jax.jit(Decoder(config.model).apply)({"params": params}, tokens)
+    assert_close(logits, expected, 2e-5)
+    np.testing.assert_array_equal(told["expert_load"], alone["expert_load"])

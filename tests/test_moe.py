@@ -297,6 +297,10 @@ def test_a_run_resumes_bitwise_and_records_the_routers(tmp_path):
         ({"num_dense_layers": 3}, "model.num_dense_layers is 3; it must lie between 0 and model.num_layers - 1, 2"),
         ({"routed_scale": 0.0}, "model.routed_scale is 0.0"),
         ({"balancing_rate": -1.0}, "model.balancing_rate is -1.0"),
+        (
+            {"expert_buffer": 0.5},
+            "model.expert_buffer is 0.5; use 0 .* or a multiple of the even share that is at least 1",
+        ),
     ],
 )
 def test_experts_that_cannot_be_are_told(settings, sentence):

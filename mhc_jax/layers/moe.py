@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.layers.exchange import exchange, plan, worst_case
 from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.sharding import RULES, constrain, current, token_axes
 
 
 def route(
@@ -138,6 +139,28 @@ def mix_experts_of_owners(
     return weighted_sum(out, order, gates), load, groups.sum()
 
 
+def routed(
+    x: Float[Array, "B T C"],
+    W_router: Float[Array, "C E"],
+    bias: Float[Array, " E"],
+    W_gate: Float[Array, "E C F"],
+    W_up: Float[Array, "E C F"],
+    W_down: Float[Array, "E F C"],
+    k: int,
+    scale: float,
+) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
+    """`route` and `mix_experts`; arguments and results as those of `routed_on_mesh`."""
+    rows = x.reshape(-1, x.shape[-1])
+    experts, gates, scores = route(rows, W_router, bias, k, scale)
+    y, load = mix_experts(rows.astype(W_gate.dtype), experts, gates, W_gate, W_up, W_down)
+    told = {
+        "expert_load": load.astype(jnp.float32),
+        "router_entropy": score_entropy(scores),
+        "router_dropped": jnp.zeros(()),
+    }
+    return y.reshape(x.shape), told
+
+
 def routed_on_mesh(
     x: Float[Array, "B T C"],
     W_router: Float[Array, "C E"],
@@ -152,7 +175,7 @@ def routed_on_mesh(
     weights: PartitionSpec,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-    """`route` and `mix_experts` of tokens and experts that are sharded over a mesh; no token is gathered.
+    """`routed`, of tokens and experts that are sharded over a mesh; no token is gathered.
 
     Router weights and bias are whole on every device.  Where C of the weights is sharded they are gathered, and their
     gradients leave as a reduce-scatter.  Where F is, each device of that axis sends the same rows, and partial y are added up.
@@ -162,7 +185,7 @@ def routed_on_mesh(
       W_router, bias, k, scale: see `route`.
       W_gate: in the compute dtype, as W_up and W_down.
       mesh: any; axes of size 1 are as if they were not there, and without an axis of experts nothing is sent.
-      tokens: axes of [B, T, None].
+      tokens: axes of [B, T].
       weights: axes of [E, C, F], one or None each.
       buffer: see `mix_experts_of_owners`.
 
@@ -248,17 +271,19 @@ class MoE(nn.Module):
     norm_eps: float
     output_scale: float
     dtype: Any
+    buffer: float = 0.0
+    """Room of an owner of experts under a mesh; see `mix_experts_of_owners`."""
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
         """Branch output in the compute dtype, and what the router did.
 
         Auxiliary values, float32: expert_load [E] (tokens), router_entropy [] (mean over tokens of the entropy of their scores,
-        normalised to sum 1, over ln E), router_bias [E].
+        normalised to sum 1, over ln E), router_dropped [] (share of the copies of tokens that no expert saw), router_bias [E].
         """
-        B, T, C = h.shape
+        C = h.shape[-1]
         E, F, S = self.num_experts, self.hidden, self.num_shared * self.hidden
-        x = RMSNorm(self.norm_eps, name="norm")(h).reshape(B * T, C)
+        x = RMSNorm(self.norm_eps, name="norm")(h)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         out_init = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "normal")
         each = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
@@ -270,20 +295,21 @@ class MoE(nn.Module):
         W_up = self.param("W_up", each, (E, C, F)).astype(self.dtype)
         W_down = self.param("W_down", each_out, (E, F, C)).astype(self.dtype)
 
-        experts, gates, scores = route(x, W_router, bias, self.num_active, self.routed_scale)
-        x = x.astype(self.dtype)
-        y, load = mix_experts(x, experts, gates, W_gate, W_up, W_down)
+        weights = W_router, bias, W_gate, W_up, W_down, self.num_active, self.routed_scale
+        mesh, tokens = current(), token_axes(h.shape[:2])
+        # Tokens that the mesh does not divide: initialisation, and the one sequence of diagnostics.
+        if mesh is None or tokens[0] is None:
+            y, told = routed(x, *weights)
+        else:
+            y, told = routed_on_mesh(x, *weights, mesh, tokens, RULES.spec("expert", "embed", "hidden"), self.buffer)
         if S:
+            x = x.astype(self.dtype)
             W_shared_gate = self.param("W_shared_gate", init, (C, S)).astype(self.dtype)
             W_shared_up = self.param("W_shared_up", init, (C, S)).astype(self.dtype)
             W_shared_down = self.param("W_shared_down", out_init, (S, C)).astype(self.dtype)
-            y = y + (nn.silu(x @ W_shared_gate) * (x @ W_shared_up)) @ W_shared_down
-        aux = {
-            "expert_load": load.astype(jnp.float32),
-            "router_entropy": score_entropy(scores),
-            "router_bias": bias,
-        }
-        return y.reshape(B, T, C), jax.lax.stop_gradient(aux)
+            hidden = constrain(nn.silu(x @ W_shared_gate) * (x @ W_shared_up), "batch", "sequence", "hidden")
+            y = y + hidden @ W_shared_down
+        return y, jax.lax.stop_gradient({**told, "router_bias": bias})
 
 
 def score_entropy(scores: Float[Array, "N E"]) -> Float[Array, ""]:
