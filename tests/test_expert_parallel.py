@@ -227,6 +227,18 @@ def test_biases_move_by_the_loads_of_all_devices_and_what_is_dropped_is_recorded
     assert (metrics["router_dropped"] < 0.5).all()
 
 
+def test_without_an_axis_of_experts_each_device_sorts_its_own_tokens():
+    """GSPMD would gather all of them to sort them."""
+    config = tiny("residual", {"data": 4}, **EXPERTS)
+    mesh = make_mesh(config.mesh)
+    with using(mesh):
+        variables = {"params": jax.device_put(random_params(config), NamedSharding(mesh, PartitionSpec()))}
+        tokens = jax.device_put(batch()["inputs"], batch_sharding(mesh))
+        found = collectives(jax.jit(Decoder(config.model).apply), variables, tokens)
+    assert {kind for kind, _ in found} == {"all-reduce"}, found
+    assert not any(re.search(r",\d+,", shape) for _, shape in found), "only loads and entropies are added up"
+
+
 def test_one_sequence_that_the_mesh_does_not_divide():
     """As diagnostics have it: GSPMD places it."""
     config = tiny("residual", {"data": 2, "expert": 4}, **EXPERTS)
