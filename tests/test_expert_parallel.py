@@ -191,7 +191,7 @@ EXPERTS = {
 LATENT = {"attention_kind": "mla", "kv_rank": 16, "rope_width": 4}
 
 
-@pytest.mark.parametrize("kind", ["residual", "mhc"])
+@pytest.mark.parametrize("kind", [pytest.param("residual", marks=pytest.mark.slow), "mhc"])
 @pytest.mark.parametrize(
     "mesh", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"data": 2, "tensor": 2, "expert": 2}], ids=name_of
 )
