@@ -62,6 +62,9 @@ class ModelConfig:
     """What the gates of a token's routed experts sum to."""
     balancing_rate: float = 1e-3
     """gamma: what a router's bias moves a step towards even loads, without a loss term (DeepSeek-V3's 0.001); 0: not at all."""
+    expert_buffer: float = 0.0
+    """Under a mesh with an axis of experts: copies of tokens that a device has room for, in multiples of what it gets when loads
+    are even; more are dropped (metric router_dropped).  0: room for all that can come, and nothing is ever dropped."""
     rope_theta: float = 1e4
     norm_eps: float = 1e-20
     """Of every RMSNorm, as in mHC Table 5; larger values break step-0 equality at small embeddings."""
@@ -151,6 +154,11 @@ class ModelConfig:
         require(
             0 <= self.balancing_rate < float("inf"),
             f"model.balancing_rate is {self.balancing_rate}; it must not be negative.",
+        )
+        require(
+            self.expert_buffer == 0 or 1 <= self.expert_buffer < float("inf"),
+            f"model.expert_buffer is {self.expert_buffer}; use 0 for room for all that can come, or a multiple of the even share "
+            f"that is at least 1.",
         )
 
     @property

@@ -6,8 +6,9 @@
 | `layers.{i}.hc_ffn_` | the same | `layers/mlp_connection/` phi, bias, alpha | the same |
 | `hc_head_` | [n, nC], [n], [1] | `ends/` head_phi, head_bias, head_alpha | [nC, n], [n], [1] |
 
-N blocks, k = n^2 + 2n: [pre n | post n | comb n*n row-major], and comb = H_res transposed.  Values are moved, never computed
-with: both ways together are the identity, bit for bit.
+N blocks, k = n^2 + 2n: [pre n | post n | comb n*n row-major], and comb = H_res transposed.  In a decoder with experts the
+leading dense blocks lie under `dense_layers` instead of `layers`; V4's numbers i count through both.  Values are moved, never
+computed with: both ways together are the identity, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def comb_order(num_streams: int) -> np.ndarray:
     return np.concatenate([np.arange(2 * n), 2 * n + np.arange(n * n).reshape(n, n).T.ravel()])
 
 
-def from_deepseek_v4(weights: Mapping[str, Any], num_layers: int, num_streams: int, width: int) -> dict[str, Any]:
+def from_deepseek_v4(
+    weights: Mapping[str, Any], num_layers: int, num_streams: int, width: int, num_leading: int = 0
+) -> dict[str, Any]:
     """`{"layers": {"attention_connection": ..., "mlp_connection": ...}, "ends": ...}`: NumPy arrays in the dtypes given.
 
     Args:
@@ -37,6 +40,7 @@ def from_deepseek_v4(weights: Mapping[str, Any], num_layers: int, num_streams: i
       num_layers: N, blocks of one attention and one feed-forward sub-layer.
       num_streams: n.
       width: C.
+      num_leading: dense blocks in front of those with experts (`ModelConfig.num_leading`), which go under "dense_layers".
 
     Raises:
       InputError: a name is missing or an array has another shape.
@@ -56,7 +60,13 @@ def from_deepseek_v4(weights: Mapping[str, Any], num_layers: int, num_streams: i
         }
     shapes = {"hc_head_fn": (n, nC), "hc_head_base": (n,), "hc_head_scale": (1,)}
     ends = {ours: _take(weights, theirs, shapes[theirs]).T for theirs, ours in HEAD.items()}
-    return {"layers": layers, "ends": ends}
+    if not num_leading:
+        return {"layers": layers, "ends": ends}
+
+    def blocks(first: int, last: int) -> dict[str, dict[str, np.ndarray]]:
+        return {ours: {name: a[first:last] for name, a in own.items()} for ours, own in layers.items()}
+
+    return {"dense_layers": blocks(0, num_leading), "layers": blocks(num_leading, num_layers), "ends": ends}
 
 
 def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -70,20 +80,22 @@ def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "The parameters have no ends/head_phi; DeepSeek-V4 leaves by a head: train with `mhc:eps_convention=v4:exit=head`.",
     )
     nC, n = params["ends"]["head_phi"].shape
-    k, order, layers = n * n + 2 * n, comb_order(n), params.get("layers", {})
-    weights = {}
-    for theirs, ours in SUBLAYERS.items():
-        own = layers.get(ours, {})
-        N = len(own.get("phi", ()))
-        phi = _take(own, "phi", (N, nC, k), f"layers/{ours}/")[:, :, order].swapaxes(1, 2)
-        bias = _take(own, "bias", (N, k), f"layers/{ours}/")[:, order]
-        alpha = _take(own, "alpha", (N, 3), f"layers/{ours}/")
-        for i in range(N):
-            weights |= {
-                f"layers.{i}.{theirs}_fn": phi[i],
-                f"layers.{i}.{theirs}_base": bias[i],
-                f"layers.{i}.{theirs}_scale": alpha[i],
-            }
+    k, order = n * n + 2 * n, comb_order(n)
+    weights, first = {}, 0
+    for blocks in ("dense_layers", "layers") if "dense_layers" in params else ("layers",):
+        for theirs, ours in SUBLAYERS.items():
+            own, where = params.get(blocks, {}).get(ours, {}), f"{blocks}/{ours}/"
+            N = len(own.get("phi", ()))
+            phi = _take(own, "phi", (N, nC, k), where)[:, :, order].swapaxes(1, 2)
+            bias = _take(own, "bias", (N, k), where)[:, order]
+            alpha = _take(own, "alpha", (N, 3), where)
+            for i in range(N):
+                weights |= {
+                    f"layers.{first + i}.{theirs}_fn": phi[i],
+                    f"layers.{first + i}.{theirs}_base": bias[i],
+                    f"layers.{first + i}.{theirs}_scale": alpha[i],
+                }
+        first += N
     shapes = {"head_phi": (nC, n), "head_bias": (n,), "head_alpha": (1,)}
     return weights | {theirs: _take(params["ends"], ours, shapes[ours], "ends/").T for theirs, ours in HEAD.items()}
 

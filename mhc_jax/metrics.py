@@ -4,7 +4,7 @@
 
     train        loss [nats/token], grad_norm (before clipping), clipped, learning_rate, tokens, step_time_s,
                  tokens_per_s; with experts, means over layers of router_load_cv, router_max_load, router_entropy,
-                 router_bias_range (`layers.moe.router_health`)
+                 router_bias_range (`layers.moe.router_health`), and router_dropped where model.expert_buffer is set
     validation   loss, bits_per_byte
     diagnostics  `diagnostics.summarize` as lists, grad_norm_per_layer; with experts, the router_* numbers of each layer
     event        event = spike | resumed | saved | diverged | interrupted | checkpoint_skipped, and details

@@ -44,7 +44,8 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
     if dense:
         return {"attention": attention, "mlp": SwiGLU(config.mlp_width, eps, output_scale, dtype, name="mlp")}
     experts = (config.num_experts, config.num_active_experts, config.num_shared_experts, config.expert_width)
-    return {"attention": attention, "mlp": MoE(*experts, config.routed_scale, eps, output_scale, dtype, name="mlp")}
+    scales = (config.routed_scale, eps, output_scale)
+    return {"attention": attention, "mlp": MoE(*experts, *scales, dtype, config.expert_buffer, name="mlp")}
 
 
 class Block(nn.Module):
@@ -92,8 +93,8 @@ class Decoder(nn.Module):
 
         Returns:
           logits, and a dict of arrays with sub-layers first ([2 num_layers, ...]; see `diagnostics.sample_sublayer`).  With
-          experts also expert_load [M, E], router_entropy [M] and router_bias [M, E] of the M layers that have them, whatever
-          `sample` is (see `layers.moe.MoE`).
+          experts also expert_load [M, E], router_entropy [M], router_dropped [M] and router_bias [M, E] of the M layers that
+          have them, whatever `sample` is (see `layers.moe.MoE`).
         """
         with settings(token_axes=token_axes(tokens.shape)):
             return self._logits(tokens, sample)

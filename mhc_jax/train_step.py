@@ -86,9 +86,9 @@ def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: 
 def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(state, batch) -> (state, metrics): loss, grad_norm (before clipping), grad_norm_per_layer [L/2], learning_rate.
 
-    With experts the metrics include `layers.moe.router_health` of the M layers that have them, and the step moves their
-    routers' biases by the loads of the batch.  A step whose loss or gradient is not finite changes nothing, so that the state
-    left behind stays usable.
+    With experts the metrics include `layers.moe.router_health` of the M layers that have them, with an expert_buffer also
+    router_dropped, and the step moves their routers' biases by the loads of the batch.  A step whose loss or gradient is not
+    finite changes nothing, so that the state left behind stays usable.
     """
     tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
     rate = schedule(config.optimizer, config.train.steps)
@@ -108,6 +108,8 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
             moved = move_router_bias(new.params, state.params, load, config.model.balancing_rate)
             new = TrainState(new.step, moved, new.opt_state)
             health = router_health(load, router["router_entropy"], bias)
+            if config.model.expert_buffer:
+                health["router_dropped"] = router["router_dropped"]
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {

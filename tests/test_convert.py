@@ -67,6 +67,25 @@ def test_the_tree_is_the_decoders():
             jax.tree.map(np.testing.assert_array_equal, tree, params[part][name])
 
 
+def test_leading_dense_blocks_keep_their_place():
+    """With experts the first blocks lie apart, and the checkpoint counts through."""
+    experts = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_dense_layers": 1}
+    connection = connections.parse("mhc:eps_convention=v4:exit=head:num_streams=2")
+    config = dataclasses.replace(MODEL, connection=connection, **experts)
+    params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS))["params"]
+    weights = to_deepseek_v4(params)
+    assert {name.split(".")[1] for name in weights if name.startswith("layers.")} == set("012")
+    again = from_deepseek_v4(weights, config.num_layers, 2, config.width, config.num_leading)
+    assert set(again) == {"dense_layers", "layers", "ends"}
+    np.testing.assert_array_equal(
+        weights["layers.0.hc_ffn_scale"], params["dense_layers"]["mlp_connection"]["alpha"][0]
+    )
+    np.testing.assert_array_equal(weights["layers.2.hc_ffn_scale"], params["layers"]["mlp_connection"]["alpha"][1])
+    for blocks in ("dense_layers", "layers"):
+        for name, tree in again[blocks].items():
+            jax.tree.map(np.testing.assert_array_equal, tree, params[blocks][name])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -16,7 +16,7 @@ from tolerances import assert_close
 from mhc_jax import connections
 from mhc_jax.config import ModelConfig
 from mhc_jax.errors import InputError
-from mhc_jax.layers.moe import MoE, balanced_bias, mix_experts, route, router_health
+from mhc_jax.layers.moe import MoE, balanced_bias, mix_experts, route, router_health, score_entropy
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder
 from mhc_jax.train_step import init_state, make_train_step
@@ -182,13 +182,21 @@ def test_health_of_known_loads():
     np.testing.assert_allclose(health["router_bias_range"], [0, 3])
 
 
+def test_entropy_of_known_scores():
+    """A mean over tokens: 1 for one that prefers nothing, 1/2 for one between two of four experts, 0 for one with one."""
+    scores = jnp.array([[0.3, 0.3, 0.3, 0.3], [0.6, 0.6, 0, 0], [0.9, 0, 0, 0]])
+    np.testing.assert_allclose(score_entropy(scores), (1 + 0.5 + 0) / 3, rtol=1e-6)
+
+
 def test_bfloat16_stays_near_float32():
     layer, h, p = setup()
     low = layer.clone(dtype=jnp.bfloat16)
     y, aux = low.apply({"params": p}, h)
     assert y.dtype == jnp.bfloat16
     full, full_aux = layer.apply({"params": p}, h)
-    np.testing.assert_array_equal(aux["expert_load"], full_aux["expert_load"])  # the router is float32 in both
+    # The router is float32 in both.
+    np.testing.assert_array_equal(aux["expert_load"], full_aux["expert_load"])
+    np.testing.assert_array_equal(aux["router_entropy"], full_aux["router_entropy"])
     assert_close(y.astype(jnp.float32), full, 3e-2)  # bfloat16 rounds to 2^-8 = 4e-3, five times in a row
 
 
@@ -297,6 +305,10 @@ def test_a_run_resumes_bitwise_and_records_the_routers(tmp_path):
         ({"num_dense_layers": 3}, "model.num_dense_layers is 3; it must lie between 0 and model.num_layers - 1, 2"),
         ({"routed_scale": 0.0}, "model.routed_scale is 0.0"),
         ({"balancing_rate": -1.0}, "model.balancing_rate is -1.0"),
+        (
+            {"expert_buffer": 0.5},
+            "model.expert_buffer is 0.5; use 0 .* or a multiple of the even share that is at least 1",
+        ),
     ],
 )
 def test_experts_that_cannot_be_are_told(settings, sentence):

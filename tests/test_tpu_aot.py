@@ -13,6 +13,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from mhc_kernels import Coefficients, choice, coefficients, read, write, write_read
 
+from mhc_jax.layers.moe import routed_on_mesh
+
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
 
 P = PartitionSpec
@@ -121,3 +123,24 @@ def test_what_does_not_fit_runs_as_xla(mesh, monkeypatch):
     ):
         program = compiled(lambda x, pre: read(x, pre, 4), mesh, arguments, P("data"))
     assert kernels(program) == []
+
+
+def test_tokens_go_to_the_owners_of_their_experts_by_ragged_all_to_all(mesh):
+    """There and back, and the same again in the gradient; no token is gathered."""
+    E, C, F, k = 8, 256, 128, 2
+    owners = jax.sharding.Mesh(mesh.devices, ("expert",), axis_types=mesh.axis_types)
+    tokens, weights = P("expert", None), P("expert", None, None)
+
+    def loss(x, W_router, *W):
+        y, _ = routed_on_mesh(x, W_router, jnp.zeros(E), *W, k, 1.0, owners, tokens, weights)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    shapes = [((8, 128, C), tokens), ((C, E), P()), *[(s, weights) for s in ((E, C, F), (E, C, F), (E, F, C))]]
+    dtypes = [jnp.float32, jnp.float32, *[jnp.bfloat16] * 3]
+    arguments = [
+        jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(owners, spec))
+        for (s, spec), dtype in zip(shapes, dtypes, strict=True)
+    ]
+    program = jax.jit(jax.grad(loss, range(5))).lower(*arguments).compile().as_text()
+    kinds = re.findall(r" (ragged-all-to-all|all-to-all|all-gather)(?:-start)?\(", program)
+    assert kinds == ["ragged-all-to-all"] * 4

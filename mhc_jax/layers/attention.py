@@ -78,6 +78,14 @@ def _splash(q, k, v):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
+def project(
+    module: nn.Module, name: str, x: Float[Array, "B T _"], outputs: int, init: nn.initializers.Initializer
+) -> Float[Array, "B T {outputs}"]:
+    """x W, in the dtype of x; W [in, outputs] is the parameter `name` of the module, declared here."""
+    W = module.param(name, init, (x.shape[-1], outputs))
+    return x @ W.astype(x.dtype)
+
+
 class Attention(nn.Module):
     """A branch: RMSNorm, projections, RoPE, causal softmax attention, output projection.
 
@@ -103,14 +111,10 @@ class Attention(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         out_init = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "normal")
 
-        def dense(name, outputs, initializer, value):
-            weight = self.param(name, initializer, (value.shape[-1], outputs))
-            return value @ weight.astype(self.dtype)
-
-        q = rope(dense("W_q", H * D, init, x).reshape(B, T, H, D), self.rope_theta)
-        k = rope(dense("W_k", K * D, init, x).reshape(B, T, K, D), self.rope_theta)
-        v = dense("W_v", K * D, init, x).reshape(B, T, K, D)
+        q = rope(project(self, "W_q", x, H * D, init).reshape(B, T, H, D), self.rope_theta)
+        k = rope(project(self, "W_k", x, K * D, init).reshape(B, T, K, D), self.rope_theta)
+        v = project(self, "W_v", x, K * D, init).reshape(B, T, K, D)
         q, k, v = split_heads(q, k, v)
         # Initialisation runs on a few tokens, on any device.
         mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
-        return dense("W_o", C, out_init, mixed.reshape(B, T, H * D)), {}
+        return project(self, "W_o", mixed.reshape(B, T, H * D), C, out_init), {}

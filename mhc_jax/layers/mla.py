@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_jax.layers.attention import attend, split_heads
+from mhc_jax.layers.attention import attend, project, split_heads
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
 
@@ -49,18 +49,14 @@ class LatentAttention(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         out_init = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "normal")
 
-        def dense(name, outputs, initializer, value):
-            weight = self.param(name, initializer, (value.shape[-1], outputs))
-            return value @ weight.astype(self.dtype)
-
-        q_C, q_R = jnp.split(dense("W_q", H * (D + R), init, x).reshape(B, T, H, D + R), [D], axis=-1)
-        c, k_R = jnp.split(dense("W_kv_down", rank + R, init, x), [rank], axis=-1)
+        q_C, q_R = jnp.split(project(self, "W_q", x, H * (D + R), init).reshape(B, T, H, D + R), [D], axis=-1)
+        c, k_R = jnp.split(project(self, "W_kv_down", x, rank + R, init), [rank], axis=-1)
         c = RMSNorm(self.norm_eps, name="kv_norm")(c).astype(self.dtype)
-        k_C, v = jnp.split(dense("W_kv_up", H * 2 * D, init, c).reshape(B, T, H, 2 * D), [D], axis=-1)
+        k_C, v = jnp.split(project(self, "W_kv_up", c, H * 2 * D, init).reshape(B, T, H, 2 * D), [D], axis=-1)
         k_R = jnp.broadcast_to(rope(k_R[:, :, None], self.rope_theta), (B, T, H, R))
         q = jnp.concatenate([q_C, rope(q_R, self.rope_theta)], -1)
         k = jnp.concatenate([k_C, k_R], -1)
         q, k, v = split_heads(q, k, v)
         # Initialisation runs on a few tokens, on any device.
         mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
-        return dense("W_o", C, out_init, mixed.reshape(B, T, H * D)), {}
+        return project(self, "W_o", mixed.reshape(B, T, H * D), C, out_init), {}
