@@ -112,7 +112,6 @@ class Decoder(nn.Module):
 
         # Without a gradient there is nothing to keep, and what creates parameters is the same program whatever is kept.
         policy = "none" if sample or self.is_initializing() else cfg.remat
-        L_r = remat.block_length(cfg, streams)
         block = nn.remat(Block, prevent_cse=False) if policy == "full" else Block
 
         def run(carry, first, last, dense, name):
@@ -123,8 +122,8 @@ class Decoder(nn.Module):
                     carry, (_, aux) = part.apply({"params": params}, carry, layer)
                     return carry, aux
 
-                params, indices = self.variables["params"][name], jnp.arange(first, last)
-                carry, aux = remat.recomputed(sublayer, params, carry, indices, 2, L_r, cfg.unroll)
+                L_r, params = remat.block_length(cfg, streams), self.variables["params"][name]
+                carry, aux = remat.recomputed(sublayer, params, carry, jnp.arange(first, last), 2, L_r, cfg.unroll)
                 return carry, ({}, aux)
 
             layers = nn.scan(

@@ -8,7 +8,7 @@ run again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -58,14 +58,20 @@ def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array,
     return branch(params, h)
 
 
+def reached(jaxpr: core.Jaxpr, start: Iterable[Any]) -> set[Any]:
+    """`start`, some variables of a jaxpr, and all that is computed from them."""
+    found = set(start)
+    for eqn in jaxpr.eqns:
+        if any(isinstance(v, core.Var) and v in found for v in eqn.invars):
+            found.update(eqn.outvars)
+    return found
+
+
 def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -> list[bool]:
     """Which results of `function` are computed from h, h itself not among them."""
     jaxpr = jax.make_jaxpr(function)(h).jaxpr
-    reached = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
-        if any(isinstance(v, core.Var) and v in reached for v in eqn.invars):
-            reached.update(eqn.outvars)
-    return [isinstance(v, core.Var) and v in reached and v not in jaxpr.invars for v in jaxpr.outvars]
+    made = reached(jaxpr, jaxpr.invars) - set(jaxpr.invars)
+    return [isinstance(v, core.Var) and v in made for v in jaxpr.outvars]
 
 
 def recomputed(

@@ -17,6 +17,7 @@ from mhc_jax.connections import connection_module
 from mhc_jax.layers.moe import balanced_bias, router_health
 from mhc_jax.model import Decoder
 from mhc_jax.optim import optimizer, schedule
+from mhc_jax.remat_plan import resolve
 
 Batch = dict[str, Int[Array, "B T"]]
 
@@ -49,6 +50,7 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
 
     `router` is what the decoder tells of its routers, {} without experts.
     """
+    config, _ = resolve(config)
     model = Decoder(config.model)
 
     def loss_of(params, batch):
