@@ -119,8 +119,8 @@ class Decoder(nn.Module):
 
                 def sublayer(k, params, carry, layer):
                     part = Block(cfg, 0, dense, only=k, parent=None)
-                    carry, (_, aux) = part.apply({"params": params}, carry, layer)
-                    return carry, aux
+                    out: Any = part.apply({"params": params}, carry, layer)
+                    return out[0], out[1][1]
 
                 L_r, params = remat.block_length(cfg, streams), self.variables["params"][name]
                 carry, aux = remat.recomputed(sublayer, params, carry, jnp.arange(first, last), 2, L_r, cfg.unroll)

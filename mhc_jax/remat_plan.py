@@ -186,4 +186,5 @@ def _bytes(pull: Callable[[Any, Any], Any], params: Any, given: Any, own: bool) 
     start = jaxpr.invars[len(jax.tree.leaves(params)) :]
     made = reached(jaxpr, start) - (set() if own else set(start))
     held = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v in made}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in held)
+    avals: list[Any] = [v.aval for v in held]
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
