@@ -104,11 +104,9 @@ def test_what_depends_on_parameters_alone_is_not_kept():
 
     policy = jax.checkpoint_policies.save_only_these_names(remat.KEPT)
     kept = jax.checkpoint(whole, policy=policy)
-    pull = jax.eval_shape(lambda p, h: jax.vjp(kept, p, h)[1], params, h)
-    found = [(a.shape, str(a.dtype)) for a in jax.tree.leaves(pull)]
-    assert ((C, C), "bfloat16") not in found, "the cast of W"
-    assert found.count(((1, T, C), "float32")) == 1, "h is the input of the checkpoint, and kept once"
-    assert ((1, T, C), "bfloat16") in found, "what the products' gradients need"
+    pull = jax.eval_shape(lambda p, h: jax.tree.leaves(jax.vjp(kept, p, h)[1]), params, h)
+    # W as it came, and what was computed from h; neither the cast of W nor h, which no gradient here wants.
+    assert {(a.shape, str(a.dtype)) for a in pull} == {((C, C), "float32"), ((1, T, C), "bfloat16")}
 
 
 def temporary(L_r, L=60):
@@ -156,7 +154,7 @@ def check_eq_20(lengths):
 
 
 def test_memory_follows_equation_20():
-    lengths = [1, 2, 6, 12]
+    lengths = [1, 2, 6, 10]
     measured = check_eq_20(lengths)
     assert best_recompute(60, 4) == 6
     assert measured[2] < measured[[0, 1, 3]].min()
