@@ -20,6 +20,7 @@ from mhc_jax.sharding import MeshConfig, check_dimensions
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_KINDS = ("gqa", "mla")
+REMAT = ("none", "connection", "full", "auto")
 SCHEDULES = ("constant", "cosine", "step", "wsd")
 
 
@@ -76,8 +77,13 @@ class ModelConfig:
     """Of branches; parameters are float32, norms, softmax and coefficients compute in float32."""
     stream_dtype: str = "float32"
     """Of the residual stream(s) between sub-layers."""
-    remat: bool = False
-    """Recompute each block in the backward pass."""
+    remat: str = "none"
+    """What the backward pass computes again: `none`, `connection` (streams and coefficients from every L_r-th sub-layer, no
+    branch; mHC section 4.3.2), `full` (whole blocks), or `auto`: the first of these whose estimate fits remat_budget_gb."""
+    remat_block: int = 0
+    """`connection` and `auto` only: L_r, the sub-layers computed again at a time; 0: the one with the least memory (Eq. 20)."""
+    remat_budget_gb: float = 0.0
+    """`auto` only: memory of a device in GB (1e9 bytes); 0: no limit is known, and `auto` is `connection`."""
     unroll: int = 1
     """Blocks per step of the scan over depth; num_layers gives a graph without a loop."""
     connection: ConnectionConfig = field(default_factory=lambda: connections.default_config("mhc"))
@@ -114,6 +120,26 @@ class ModelConfig:
             self.attention != "cudnn" or self.compute_dtype != "float32",
             "model.attention is 'cudnn', which computes in bfloat16 or float16, and model.compute_dtype is 'float32'; "
             "change one of them.",
+        )
+        one_of("model.remat", self.remat, REMAT)
+        require(
+            0 <= self.remat_block <= self.num_sublayers,
+            f"model.remat_block is {self.remat_block}; it must lie between 1 and the {self.num_sublayers} sub-layers, or be 0 "
+            "for the one with the least memory.",
+        )
+        require(
+            0 <= self.remat_budget_gb < float("inf"),
+            f"model.remat_budget_gb is {self.remat_budget_gb}; it must not be negative.",
+        )
+        require(
+            self.remat_block == 0 or self.remat in ("connection", "auto"),
+            f"model.remat_block is {self.remat_block}, and model.remat {self.remat!r} has no use for it; set model.remat to "
+            "'connection' or 'auto'.",
+        )
+        require(
+            self.remat_budget_gb == 0 or self.remat == "auto",
+            f"model.remat_budget_gb is {self.remat_budget_gb}, and model.remat {self.remat!r} has no use for it; set "
+            "model.remat to 'auto'.",
         )
         one_of("model.attention_kind", self.attention_kind, ATTENTION_KINDS)
         if self.attention_kind == "mla":
@@ -350,10 +376,15 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def completed(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the settings of `wanted` that are younger than it, at their defaults, which change nothing."""
+    """A saved configuration with the settings of `wanted` that are younger than it, at their defaults, which change nothing.
+
+    model.remat was True (now `full`) or False (now `none`).
+    """
     defaults = to_mapping(ExperimentConfig())
     out = {section: defaults[section] for section in (wanted.keys() - saved.keys()) & defaults.keys()}
     for section, values in saved.items():
+        if section == "model" and isinstance(values.get("remat"), bool):
+            values = {**values, "remat": "full" if values["remat"] else "none"}
         younger = (wanted.get(section, {}).keys() - values.keys()) & defaults.get(section, {}).keys()
         out[section] = {**values, **{key: defaults[section][key] for key in younger}}
     return out

@@ -30,6 +30,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
 from mhc_jax.optim import describe
 from mhc_jax.progress import RunProgress
+from mhc_jax.remat_plan import resolve
 from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
 from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
@@ -102,6 +103,8 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     mesh = make_mesh(config.mesh)
     data = load_data(config.data) if data is None else data
     config = resolve_vocabulary(config, data)
+    if planned := resolve(config)[1]:
+        print(f"{label}: {planned}", flush=True)
     create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:

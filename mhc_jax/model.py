@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from mhc_kernels import settings
 
+from mhc_jax import remat
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, connection_module
 from mhc_jax.diagnostics import sample_sublayer
@@ -48,6 +49,12 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
     return {"attention": attention, "mlp": MoE(*experts, *scales, dtype, config.expert_buffer, name="mlp")}
 
 
+def _apart(branch: nn.Module) -> tuple[remat.Branch, Any]:
+    """(params, h) -> (y, aux), and the parameters."""
+    alone = branch.clone(parent=None, name=None)
+    return lambda params, h: alone.apply({"params": params}, h), branch.variables["params"]
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each behind a boundary.  The carry holds the write that is still pending."""
 
@@ -55,6 +62,8 @@ class Block(nn.Module):
     sample: int
     dense: bool
     """Without experts."""
+    only: int | None = None
+    """One of its sub-layers alone, whose branch runs once under `remat.recomputed`."""
 
     @nn.compact
     def __call__(
@@ -65,9 +74,12 @@ class Block(nn.Module):
         collected, router = [], {}
         named = branches(self.config, self.dense)
         for k, (name, branch) in enumerate(named.items()):
+            if self.only not in (None, k):
+                continue
             link = connection(self.config, len(named) * layer + k, f"{name}_connection")
             streams, c, h = link.write_read(streams, c, y)
-            y, aux = branch(constrain(h, "batch", "sequence", None))
+            h = constrain(h, "batch", "sequence", None)
+            y, aux = branch(h) if self.only is None else remat.keep_branch(*_apart(branch), h)
             y = constrain(y, "batch", "sequence", None)
             router |= aux
             if self.sample:
@@ -109,9 +121,22 @@ class Decoder(nn.Module):
         streams, c = ends.start(x)
         carry = (streams, c, jnp.zeros(x.shape, cfg.compute_dtype))
 
-        block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+        # Without a gradient there is nothing to keep, and what creates parameters is the same program whatever is kept.
+        policy = "none" if sample or self.is_initializing() else cfg.remat
+        block = nn.remat(Block, prevent_cse=False) if policy == "full" else Block
 
         def run(carry, first, last, dense, name):
+            if policy in ("connection", "auto"):
+
+                def sublayer(k, params, carry, layer):
+                    part = Block(cfg, 0, dense, only=k, parent=None)
+                    out: Any = part.apply({"params": params}, carry, layer)
+                    return out[0], out[1][1]
+
+                L_r, params = remat.block_length(cfg, streams), self.variables["params"][name]
+                carry, aux = remat.recomputed(sublayer, params, carry, jnp.arange(first, last), 2, L_r, cfg.unroll)
+                return carry, ({}, aux)
+
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.comparison import Cell
-from mhc_jax.config import to_mapping
+from mhc_jax.config import completed, to_mapping
 from mhc_jax.errors import require
 from mhc_jax.records import RunRecord, flatten, read_run
 from mhc_jax.results import result_rows, write_table
@@ -125,7 +125,7 @@ def command(record: RunRecord, sweep_file: Path) -> str:
     )
     # Through JSON, which makes lists of tuples, as in the run's config.json.
     plan = flatten(json.loads(json.dumps(to_mapping(ours[record.name]))))
-    done = flatten(record.config)
+    done = flatten(completed(record.config, to_mapping(ours[record.name])))
     changed = [f"--set={key}={value}" for key, value in done.items() if plan.get(key) != value]
     name = sweep_file.stem
     return " ".join([f"python experiments/sweep.py experiments/sweeps/{name}.py --workdir=runs/{name}", *changed])

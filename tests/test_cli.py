@@ -48,7 +48,10 @@ TRAIN = {
     "unknown key, nothing near": ([DEMO, "--config.model.qqq=3"], "The configuration has no key 'qqq'. "),
     "not an int": ([DEMO, "--config.train.steps=many"], "--config.train.steps is 'many'; it must be of type int."),
     "not a float": ([DEMO, "--config.optimizer.b1=x"], "--config.optimizer.b1 is 'x'; it must be of type float."),
-    "not a bool": ([DEMO, "--config.model.remat=5"], "--config.model.remat is '5'; it must be of type bool."),
+    "not a bool": (
+        [DEMO, "--config.model.tied_embeddings=5"],
+        "--config.model.tied_embeddings is '5'; it must be of type bool.",
+    ),
     "no value": ([DEMO, "--config.train.steps"], "Missing value for flag --config.train.steps"),
     "a section": ([DEMO, "--config.model=3"], "flag --config.model=3"),
     "below a value": ([DEMO, "--config.train.steps.x=3"], "train.steps.x"),

@@ -184,7 +184,12 @@ ALWAYS = ("residual", "hc", "mhc", "attnres_block")
     "spec", [k if k in ALWAYS else pytest.param(k, marks=pytest.mark.slow) for k in connections.KINDS]
 )
 @pytest.mark.parametrize(
-    "change", [{"unroll": 3, "remat": True}, {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}]
+    "change",
+    [
+        {"unroll": 3, "remat": "full"},
+        {"remat": "connection"},
+        {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"},
+    ],
 )
 def test_decoder_under_unroll_remat_and_bfloat16(spec, change):
     config = dataclasses.replace(MODEL, connection=connections.parse(spec))

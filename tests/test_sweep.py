@@ -313,9 +313,14 @@ def test_sweep_files_that_cannot_be_used(tmp_path):
 
 def test_overrides_are_read_as_python_spells_them(tmp_path):
     path = write_sweep(tmp_path)
-    given = ["train.steps=50", "optimizer.learning_rate=1e-4", "model.remat=True", "data.source=texts/*.jsonl.zst"]
+    given = [
+        "train.steps=50",
+        "optimizer.learning_rate=1e-4",
+        "model.tied_embeddings=True",
+        "data.source=texts/*.jsonl.zst",
+    ]
     config = load_sweep(path, given)[1][0].config
-    assert (config.train.steps, config.optimizer.learning_rate, config.model.remat) == (50, 1e-4, True)
+    assert (config.train.steps, config.optimizer.learning_rate, config.model.tied_embeddings) == (50, 1e-4, True)
     assert config.data.source == "texts/*.jsonl.zst"
     with pytest.raises(InputError, match="give key=value"):
         load_sweep(path, ["train.steps"])

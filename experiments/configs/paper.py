@@ -52,7 +52,7 @@ def get_config(arg: str = "3b:mhc") -> ConfigDict:
     config.model.mlp_width = 8 * expert_width
     config.model.compute_dtype = "bfloat16"
     config.model.stream_dtype = "bfloat16"
-    config.model.remat = True
+    config.model.remat = "full"
 
     config.data.sequence_length = 4096
     config.data.batch_size = sequences
