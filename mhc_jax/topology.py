@@ -2,8 +2,8 @@
 
 Peak FLOPs, memory and links are those of Google Cloud's pages of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e):
 bfloat16 FLOP/s, HBM capacity and bandwidth of a chip, and its interconnect's bits per second over its ports (4 in two dimensions,
-6 in three).  The clock, which they do not name, is the peak over 2 FLOPs x MXUs x MXU area: v4 8 of 128 x 128, v5e 4, v5p 8, v6e 4 of
-256 x 256.  Of a v4 libtpu makes two devices, each with half of everything.
+6 in three).  The clock, which they do not name, is the peak over 2 FLOPs x MXUs x MXU area: v4 8 of 128 x 128, v5e 4, v5p 8,
+v6e 4 of 256 x 256.  Of a v4 libtpu makes two devices, each with half of everything.
 """
 
 from __future__ import annotations
