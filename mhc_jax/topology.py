@@ -8,6 +8,7 @@ v6e 4 of 256 x 256.  Of a v4 libtpu makes two devices, each with half of everyth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -132,6 +133,8 @@ def get_slice(name: str) -> Slice:
     """
     chip, sides = parse(name)
     if chip is CPU:
+        with contextlib.suppress(RuntimeError):  # the devices are there already
+            jax.config.update("jax_num_cpu_devices", sides[0])
         found = jax.devices("cpu")
         require(
             len(found) >= sides[0],
