@@ -199,6 +199,7 @@ def test_the_largest_batch(base, slope, extra, expected):
     assert found["per_device"] == expected
     assert found["sequences"] == 16 * expected
     assert expected < 2 or expected in asked, "it is compiled"
+    assert len(asked) == 2 + bool(base + slope * 3 <= 100) + bool(expected == 11), "and nothing that need not be"
 
 
 FLAGS = [f"--config={ROOT}/experiments/configs/demo.py:mhc", "--config.data.batch_size=4"]

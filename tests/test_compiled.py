@@ -108,6 +108,32 @@ def test_collectives_of_a_recorded_program():
     }
 
 
+ASYNCHRONOUS = """\
+%step.1 (p.1: bf16[32,128]) -> bf16[128,128] {
+  %gather.1 = bf16[128,128]{1,0} all-gather(%p.1), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%step.2 (p.2: bf16[32,128]) -> bf16[128,128] {
+  %gather.2 = bf16[128,128]{1,0} all-gather(%p.2), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (p: bf16[32,128]) -> bf16[32,128] {
+  %start = bf16[128,128]{1,0} fusion(%p), kind=kCustom, calls=%step.1
+  %end = bf16[128,128]{1,0} fusion(%start), kind=kCustom, calls=%step.2
+  %scatter = bf16[16,128]{1,0} reduce-scatter(%end), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+  %alone = bf16[16,128]{1,0} all-reduce(%scatter), channel_id=6, replica_groups=[8,1]<=[8], to_apply=%add
+}
+"""
+
+
+def test_an_asynchronous_collective_counts_once_and_one_of_a_single_device_not():
+    found = compiled.collectives(Program(ASYNCHRONOUS), MESH)
+    assert [(c.kind, c.axes, c.count, c.bytes) for c in found] == [
+        ("all-gather", "fsdp", 1, 128 * 128 * 2),
+        ("reduce-scatter", "data+fsdp", 1, 8 * 16 * 128 * 2),
+    ]
+
+
 def test_bytes_are_of_slices_and_of_hbm():
     slice_, one = 64 * 128 * 2, 64 * 128 * 2
     a_turn = 2 * slice_ + 4  # the slice read and written, and the index
@@ -220,6 +246,13 @@ def test_collectives_of_a_real_program(sharded):
 def test_flops_of_a_real_program_count_every_layer(sharded):
     """Forward, the gradient of x and that of W, on an eighth of the batch each."""
     assert compiled.flops(Program(sharded.as_text()), lambda one: 0.0) == 5 * 3 * 2 * 2 * 64 * 64
+
+
+def test_memory_counts_a_donated_argument_once():
+    x = jnp.ones((256, 256))
+    sizes = compiled.memory(jax.jit(lambda a: a + 1, donate_argnums=0).lower(x).compile())
+    assert sizes["aliased"] == sizes["arguments"] == sizes["outputs"] == x.nbytes
+    assert sizes["total"] == x.nbytes + sizes["temporaries"]
 
 
 def test_memory_adds_up(sharded):
