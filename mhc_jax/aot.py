@@ -30,7 +30,7 @@ from mhc_kernels.choice import IMPLEMENTATIONS
 from mhc_jax import compiled, cost, sharding
 from mhc_jax.compiled import Collective, Instruction, Program
 from mhc_jax.config import ExperimentConfig, ModelConfig, to_mapping
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import InputError, one_of, require
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import MeshConfig
 from mhc_jax.topology import Chip, Slice
@@ -91,7 +91,13 @@ class Step:
 def lower(config: ExperimentConfig, where: Slice, implementation: str | None) -> Step:
     """Trace the train step of `config` for the devices of `where`, as `config.mesh` splits it."""
     require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
-    mesh = sharding.make_mesh(config.mesh, where.devices)
+    try:
+        mesh = sharding.make_mesh(config.mesh, where.devices)
+    except NotImplementedError as error:  # jax lays an axis along whole sides of the torus
+        sides = " x ".join(map(str, where.sides))
+        raise InputError(
+            f"The mesh ({config.mesh}) cannot be laid on {where.name}; every axis must be a product of whole sides of {sides}."
+        ) from error
     tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32)
     with mhc_kernels.settings(platform=where.platform, implementation=implementation), sharding.using(mesh):
         state = jax.eval_shape(lambda: init_state(config))
