@@ -28,7 +28,7 @@ test-slow: $(VENV)/.installed
 aot: $(AOT)/.installed
 
 test-aot: $(AOT)/.installed
-	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(RUN) -m pytest tests/test_tpu_aot.py tests/test_gpu_compile.py
+	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(RUN) -m pytest tests/test_tpu_aot.py tests/test_gpu_compile.py tests/test_topology.py tests/test_aot.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

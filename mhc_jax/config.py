@@ -46,7 +46,7 @@ class ModelConfig:
     """`mla` only: columns of each query, and of the key that all heads share, that carry the position."""
     attention: str = "xla"
     """`xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs; 16-bit compute_dtype only) or
-    `splash` (JAX's flash attention for TPUs; sequence length and head width multiples of 128)."""
+    `splash` (JAX's flash attention for TPUs; sequence length and head width multiples of 128, with `mla` rope_width of 64)."""
     mlp_width: int = 384
     """Hidden width of SwiGLU; with experts, that of the leading dense blocks."""
     num_experts: int = 0
@@ -155,9 +155,9 @@ class ModelConfig:
             f"model.rope_width is {self.rope_width}; rotary embeddings need an even width of at least 2.",
         )
         require(
-            self.attention == "xla",
-            f"model.attention is {self.attention!r}, which needs values as wide as keys; model.attention_kind 'mla' runs with "
-            f"'xla'.",
+            self.attention != "cudnn",
+            "model.attention is 'cudnn', which needs values as wide as keys; model.attention_kind 'mla' runs with 'xla' or "
+            "'splash'.",
         )
 
     def _check_experts(self) -> None:

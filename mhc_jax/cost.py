@@ -177,6 +177,11 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
     )
 
 
+def stream_elements(config: ModelConfig) -> int:
+    """Elements that a connection carries per token between sub-layers: nC, and what it keeps beside the streams."""
+    return _connection_cost(config)[2]
+
+
 def _connection_cost(config: ModelConfig) -> tuple[int, float, int]:
     """(parameters of all connections, FLOPs per token of all boundaries and their gradients, elements carried per token)."""
     tokens, module = 256, connection_module(config.connection)

@@ -160,3 +160,47 @@ def last_train_line(path: Path) -> dict[str, Any] | None:
             with contextlib.suppress(ValueError):
                 return json.loads(text)
     return None
+
+
+class WorkProgress:
+    """Pieces of work that take minutes and cannot say how far they are: what is being done and for how long, and what is done."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.name, self._began = label, "", time.monotonic()
+        self._console = Console(file=sys.stderr, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=total, text="")
+
+    def __enter__(self) -> WorkProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def started(self, name: str) -> None:
+        """A piece begins."""
+        self.name, self._began = name, time.monotonic()
+        self._bar.update(self._task, text=name)
+        if not self._console.is_terminal:
+            print(f"{self.label}: {name} ...", file=sys.stderr, flush=True)
+
+    def said(self, text: str) -> None:
+        """What came of the piece: a line that stays."""
+        line = f"{self.label}: {self.name}: {text} after {time.monotonic() - self._began:.0f} s"
+        if self._console.is_terminal:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        """One more of the total."""
+        self._bar.advance(self._task)

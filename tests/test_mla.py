@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import mhc_kernels
 import numpy as np
 import pytest
 from tolerances import assert_close
@@ -116,11 +117,34 @@ def test_bfloat16_stays_near_float32():
     assert_close(y.astype(jnp.float32), layer.apply({"params": p}, h)[0], 4e-2)
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "splash"])
-def test_narrow_values_are_refused_where_they_cannot_be(implementation):
-    q, v = jnp.ones((1, 4, 2, 6)), jnp.ones((1, 4, 2, 4))
-    with pytest.raises(InputError, match=f"attention '{implementation}' needs values as wide as keys, not 4 and 6"):
+@pytest.mark.parametrize(
+    ("T", "D", "E", "implementation", "sentence"),
+    [
+        (4, 6, 4, "cudnn", "attention 'cudnn' needs values as wide as keys, not 4 and 6"),
+        (4, 4, 6, "xla", "no wider than keys, not 6 and 4"),
+        (128, 192, 64, "splash", "multiples of 128 and keys that are multiples of 64, not 128, 64 and 192"),
+        (128, 160, 128, "splash", "not 128, 128 and 160"),
+    ],
+)
+def test_values_are_refused_where_they_cannot_be(T, D, E, implementation, sentence):
+    q, v = jnp.ones((1, T, 2, D)), jnp.ones((1, T, 2, E))
+    with mhc_kernels.settings(platform="tpu"), pytest.raises(InputError, match=sentence):
         attend(q, q, v, implementation)
+
+
+def test_splash_is_attention_with_narrow_values():
+    """JAX's splash kernel at MLA's widths (keys 128 + 64, values 128), interpreted, against plain softmax; and its gradients."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    widths = (192, 192, 128, 128)
+    q, k, v, weights = (jax.random.normal(key, (1, 128, 2, width)) for key, width in zip(keys, widths, strict=True))
+
+    def run(implementation):
+        return jax.value_and_grad(lambda *a: (attend(*a, implementation) * weights).sum(), (0, 1, 2))(q, k, v)
+
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        flash = run("splash")
+    for mine, expected in zip(jax.tree.leaves(flash), jax.tree.leaves(run("xla")), strict=True):
+        assert_close(mine, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +153,7 @@ def test_narrow_values_are_refused_where_they_cannot_be(implementation):
         ({"attention_kind": "mha"}, "model.attention_kind is 'mha'; it must be one of 'gqa', 'mla'"),
         ({"kv_rank": 0}, "model.kv_rank is 0"),
         ({"rope_width": 5}, "model.rope_width is 5; rotary embeddings need an even width"),
-        ({"attention": "splash"}, "model.attention is 'splash'.*'mla' runs with 'xla'"),
+        ({"attention": "cudnn", "compute_dtype": "bfloat16"}, "model.attention is 'cudnn'.*'xla' or 'splash'"),
     ],
 )
 def test_mla_that_cannot_be_is_told(settings, sentence):

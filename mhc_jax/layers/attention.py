@@ -25,18 +25,20 @@ def attend(
     """softmax(q k^T / sqrt(D)) v under a causal mask; query head h reads key/value head h K // H.
 
     Args:
-      q, k, v: after RoPE.  Values narrower than keys (E < D, as MLA has them) take `xla`; they are padded with zeros to D,
-        because JAX's attention knows one width.
+      q, k, v: after RoPE.  Values narrower than keys (E < D, as MLA has them) take `splash`, or `xla`, where they are padded with
+        zeros to D, because JAX's attention knows one width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
         `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
 
     Raises:
-      InputError: `splash` with T or D that is no multiple of 128, or off a TPU; E < D with another implementation than `xla`.
+      InputError: `splash` with T or E that is no multiple of 128, or D that is none of 64, or off a TPU; E < D with `cudnn`;
+        E > D.
     """
     D, E = q.shape[-1], v.shape[-1]
-    if E != D:
+    require(E <= D, f"attention needs values that are no wider than keys, not {E} and {D}.")
+    if E < D and implementation != "splash":
         require(
-            implementation == "xla" and E < D,
+            implementation == "xla",
             f"attention {implementation!r} needs values as wide as keys, not {E} and {D}; use 'xla'.",
         )
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, D - E)))
@@ -60,12 +62,13 @@ def _cudnn(q, k, v):
 
 def _splash(q, k, v):
     B, T, H, D = q.shape
-    K = k.shape[2]
+    K, E = v.shape[2:]
     where = "attention 'splash' runs on TPUs only and this program is traced for a " + choice.platform().upper()
     require(choice.platform() == "tpu" or choice.interpret(), f"{where}; use 'xla', or 'cudnn' on an NVIDIA GPU.")
     require(
-        T % 128 == 0 and D % 128 == 0,
-        f"attention 'splash' needs sequence lengths and head widths that are multiples of 128, not {T} and {D}; use 'xla'.",
+        T % 128 == 0 and E % 128 == 0 and D % 64 == 0,
+        f"attention 'splash' needs sequence lengths and values that are multiples of 128 and keys that are multiples of 64, "
+        f"not {T}, {E} and {D}; use 'xla'.",
     )
     block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
     sizes = splash_kernels.BlockSizes(
@@ -75,7 +78,7 @@ def _splash(q, k, v):
     kernel: Any = splash_kernels.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=choice.interpret())
     grouped = (q * D**-0.5).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     out = jax.vmap(jax.vmap(kernel))(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
 def project(
