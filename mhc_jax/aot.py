@@ -34,6 +34,7 @@ from mhc_jax.errors import InputError, one_of, require
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import MeshConfig
 from mhc_jax.topology import Chip, Slice
+from mhc_jax.traffic import best_recompute
 from mhc_jax.train_step import init_state, make_train_step
 
 
@@ -227,18 +228,24 @@ def shares(tree: Any) -> int:
 def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
     """Bytes on one device that shapes and shardings tell: what the step must hold, whatever the compiler does.
 
-    `streams` are those kept for the backward pass: of every block with model.remat, else of every sub-layer.
+    `streams` are those kept for the backward pass: of every sub-layer, of every block (`full`), or of every L_r-th sub-layer
+    (`connection`).
     """
     model, mesh, data = config.model, config.mesh, config.data
     micro = data.batch_size // config.optimizer.accumulation_steps
     tokens = micro * data.sequence_length // (mesh.batch * mesh.sequence)
     carried = cost.stream_elements(model) * jnp.dtype(model.stream_dtype).itemsize
+    L, kept = model.num_sublayers, {"none": model.num_sublayers, "full": model.num_layers}
+    if model.remat not in kept:
+        kept[model.remat] = math.ceil(
+            L / (model.remat_block or best_recompute(L, cost.stream_elements(model) // model.width))
+        )
     vocabulary = model.vocab_size // (mesh.tensor if model.vocab_size % mesh.tensor == 0 else 1)
     return {
         "parameters": shares(step.state.params),
         "optimizer state": shares(step.state.opt_state),
         "gradients": shares(step.state.params),
-        "streams": tokens * carried * (model.num_layers if model.remat else model.num_sublayers),
+        "streams": tokens * carried * kept[model.remat],
         "logits": tokens * vocabulary * 4,
     }
 

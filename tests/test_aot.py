@@ -98,7 +98,7 @@ def test_estimate_names_the_axes_of_collectives(row):
     assert any("data" in one["axes"] for one in row["collectives"] if one["kind"] == "all-reduce")
 
 
-@pytest.mark.parametrize(("remat", "kept"), [(False, 6), (True, 3)])
+@pytest.mark.parametrize(("remat", "kept"), [("none", 6), ("full", 3), ("connection", 3)])
 def test_streams_that_are_kept(remat, kept):
     """Four streams of bfloat16, on 2 of 16 sequences, in two accumulation steps."""
     model = dataclasses.replace(MODEL, connection=parse("mhc"), stream_dtype="bfloat16", remat=remat)
