@@ -129,7 +129,7 @@ class _Run:
         self.losses: list[float] = []
         self.validation_loss: float | None = None
         self.last_diagnostics: dict[str, Any] = {}
-        self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0}
+        self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0, "max_column_error": 0.0}
         self.diverged_at: int | None = None
         self.first_nonfinite: int | None = None
         self.compiled_bytes: int | None = None
@@ -145,7 +145,7 @@ class _Run:
         if restored:
             self.state, loop, remarks = restored
             self.batches.set_state(loop["data"])
-            self.clock, self.losses, self.gains = loop["clock"], loop["losses"], loop["gains"]
+            self.clock, self.losses, self.gains = loop["clock"], loop["losses"], self.gains | loop["gains"]
             self.step_times, self.validation_loss = loop["step_times"], loop["validation_loss"]
             self.last_diagnostics = loop["last_diagnostics"]
             self.diverged_at, self.first_nonfinite = loop["diverged_at"], loop["first_nonfinite"]
@@ -281,9 +281,8 @@ class _Run:
             record["grad_norm_per_layer"] = plain(metrics["grad_norm_per_layer"])
             record |= {name: plain(value) for name, value in metrics.items() if name.startswith("router_")}
         self.writer.write("diagnostics", step, record)
-        for side in ("forward", "backward"):
-            profile = [g for g in record[f"composite_{side}"] if g is not None]
-            key = f"max_composite_{side}"
+        for key in self.gains:
+            profile = [g for g in record[key.removeprefix("max_")] if g is not None]
             self.gains[key] = max([self.gains[key], *profile])
         self.last_diagnostics = {"step": step, "stream_cosine": float(np.mean(record["stream_cosine"]))}
         self.clock["diagnostics_s"] += time.perf_counter() - began

@@ -27,6 +27,7 @@ SUMMARY_KEYS = (
     "bits_per_byte",
     "max_composite_forward",
     "max_composite_backward",
+    "max_column_error",
     "final_stream_cosine",
     "spikes",
     "first_nonfinite_step",

@@ -24,7 +24,9 @@ MEASURES = (
     ("validation_loss", "validation loss (nats/token)", False),
     ("max_composite_forward", "largest gain, forward", True),
     ("max_composite_backward", "largest gain, backward", True),
+    ("max_column_error", "largest |column sum − 1| of H_res", False),
 )
+"""Result, name, whether it is drawn on a logarithmic axis around 1."""
 
 
 def _register(title: str, caption: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
@@ -204,10 +206,14 @@ def swept(settings: Sequence[Setting]) -> Figure:
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if _lines(settings, key)]
     if not keys:
         raise NothingToDraw("no number is swept with the other settings fixed")
-    figure, axes = panels(len(keys), len(MEASURES), height=2.7)
+    measures = [measure for measure in MEASURES if any(setting.results(measure[0]) for setting in settings)]
+    if not measures:
+        raise NothingToDraw("no run has ended")
+    count = len(measures)
+    figure, axes = panels(len(keys), count, height=2.7)
     for row, key in enumerate(keys):
         lines = _lines(settings, key)
-        for axis, (measure, name, log) in zip(axes[3 * row : 3 * row + 3], MEASURES, strict=True):
+        for axis, (measure, name, log) in zip(axes[count * row : count * (row + 1)], measures, strict=True):
             turn: dict[str, int] = {}
             for label, members in lines.items():
                 kind = members[0].kind
@@ -230,7 +236,7 @@ def swept(settings: Sequence[Setting]) -> Figure:
             if log:
                 log_axis(axis, around=1.0)
     handles, labels = axes[0].get_legend_handles_labels()
-    extra = [axis.get_legend_handles_labels() for axis in axes[3::3]]
+    extra = [axis.get_legend_handles_labels() for axis in axes[count::count]]
     named = dict(zip(labels, handles, strict=True)) | {l: h for hs, ls in extra for h, l in zip(hs, ls, strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(4, len(named)), frameon=False)
     return figure

@@ -1,0 +1,18 @@
+"""Residual, HC and mHC at 110M parameters on one GPU, two seeds each; it goes on where a time limit cut it.
+
+    python experiments/sweep.py experiments/sweeps/one_gpu.py --workdir=runs/one_gpu \\
+        --set=data.source=TEXT --set=data.tokenizer=bpe:bpe16k.json
+
+The tokenizer and the token cache are made beforehand, on any machine (`experiments/configs/one_gpu.py`).  Where a job may last
+minutes only, run it under `timeout --signal=INT`: the run in progress saves and stops, and the same command goes on.
+
+Losses: not measured.  Cost: 6 runs of some minutes on an H100.
+"""
+
+from mhc_jax.sweep import Sweep, over, product, seeds
+
+
+def get_sweep() -> Sweep:
+    """Connection x seed; seed first, so that a sweep that was cut off has pairs."""
+    points = product(seeds(2), over("connection", ["residual", "hc", "mhc"]))
+    return Sweep(base="../configs/one_gpu.py", points=points)
