@@ -3,7 +3,7 @@
     python experiments/sweep.py experiments/sweeps/learning_rate.py --workdir=runs/learning_rate
 
 Embeddings of standard deviation 1 and no clipping: with small embeddings and clipping nothing breaks at this size. Expect: HC's
-gain grows with the learning rate; at 1e-2 and above its gradient norm surges, while mHC bears the largest rates. Cost: 36 runs
+gain grows with the learning rate; at 1e-2 and above its gradient norm surges, while mHC bears the largest rates. Cost: 54 runs
 of 10 to 60 s on 2 cores.
 """
 
@@ -12,7 +12,7 @@ from mhc_jax.sweep import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Connection x learning rate x seed."""
-    rates = [3e-3, 1e-2, 2e-2, 4e-2]
+    rates = [3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16]
     return Sweep(
         base="../configs/prototype.py",
         points=product(over("connection", ["residual", "hc", "mhc"]), over("optimizer.learning_rate", rates), seeds(3)),
