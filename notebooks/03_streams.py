@@ -138,15 +138,15 @@ else:
 # keep them apart.
 
 # %%
-record = newest_record(RECORDS, "sinkhorn")
+record = newest_record(RECORDS, "presets")
 if record is None:
-    display(Markdown(how_to_make("sinkhorn")))
+    display(Markdown(how_to_make("presets")))
 else:
     presets = group(read_record(record))
     rows = {row["setting"].text: row for row in statistics_rows(presets)}
     table = []
     for setting in presets:
-        if setting.kind == "mhc" and setting.varying.get("model.connection.t_max") == 20:
+        if setting.kind == "mhc":
             cosine = setting.mean("final_stream_cosine")
             loss = rows[setting.label]["mean loss"]
             init = str(setting.varying["model.connection.init"])
@@ -154,5 +154,5 @@ else:
     display(Markdown(markdown_table(table)))
 
 # %% [markdown]
-# *Presets of mHC's static biases at t_max = 20 (sweep `sinkhorn`, three seeds): they differ in stream cosine more than
+# *Presets of mHC's static biases (sweep `presets`, three seeds): they differ in stream cosine more than
 # in loss (nats per token).*
