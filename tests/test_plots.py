@@ -97,7 +97,8 @@ def test_gap_is_run_minus_residual(runs):
     assert steps.tolist() == [50, 100, 150, 200]
     np.testing.assert_allclose(gap, -0.06 * steps / STEPS, rtol=1e-9)
     train = next(item for item in axis.lines if item.get_label() == "mhc")
-    np.testing.assert_allclose(train.get_ydata()[-1], -0.03, rtol=1e-9)
+    # The gap is a straight line; the last smoothed point is the median of the last five steps.
+    np.testing.assert_allclose(train.get_ydata()[-1], -0.03 * (STEPS - 2) / STEPS, rtol=1e-9)
     assert "loss − residual's loss" in axis.get_ylabel()
     assert not [item for item in axis.lines if item.get_label() == "residual"]
     assert axis.get_ylim()[0] < -0.06
