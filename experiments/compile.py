@@ -23,9 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax
 from absl import flags
 
 from mhc_jax import aot, cli
-from mhc_jax.config import to_mapping
 from mhc_jax.data.cache import cache_folder
 from mhc_jax.environment import environment
+from mhc_jax.mapping import to_mapping
 from mhc_jax.pod import estimates, table
 from mhc_jax.topology import get_slice
 

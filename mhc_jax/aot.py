@@ -29,8 +29,9 @@ from mhc_kernels.choice import IMPLEMENTATIONS
 
 from mhc_jax import compiled, cost, sharding
 from mhc_jax.compiled import Collective, Instruction, Program
-from mhc_jax.config import ExperimentConfig, ModelConfig, to_mapping
+from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.mapping import to_mapping
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import MeshConfig
 from mhc_jax.topology import Chip, Slice

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mhc_jax.config import completed
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import completed
 from mhc_jax.train_step import TrainState
 
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -62,7 +62,7 @@ class Checkpoints:
           step: updates done.
           state: train state.
           loop: JSON-serialisable: position of the data iterator, spike detector, clocks.
-          config: the run's configuration (`config.to_mapping`).
+          config: the run's configuration (`mapping.to_mapping`).
 
         Raises:
           InputError: this or the previous save could not be written (disk full, folder gone).

@@ -23,18 +23,8 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4}
 """Of types whose name does not end in their width."""
 _FREE = frozenset(
     (
-        *(
-            "parameter",
-            "constant",
-            "tuple",
-            "get-tuple-element",
-            "bitcast",
-            "while",
-            "conditional",
-            "call",
-            "after-all",
-        ),
-        *("partition-id", "replica-id", "iota", "async-update"),
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
+        *("after-all", "partition-id", "replica-id", "iota", "async-update"),
     )
 )
 """What moves nothing by itself."""

@@ -1,20 +1,15 @@
 """Settings of a run: frozen dataclasses, checked when they are built.
 
-`ml_collections.ConfigDict` lives at the edge only (`experiments/` and config files).  `to_mapping` gives a config file its
-defaults, `from_mapping` turns the edited tree back into an `ExperimentConfig` once, refusing unknown keys.
+`mapping.py` turns them into plain nested mappings and back.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from mhc_jax import connections
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.errors import one_of, require
 from mhc_jax.layers import attention
 from mhc_jax.sharding import MeshConfig, check_dimensions
 
@@ -352,67 +347,3 @@ class ExperimentConfig:
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
         )
         check_dimensions(self)
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Nested dict of plain values, every leaf present; tuples become lists as JSON has them."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            out = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return {"kind": value.kind, **out} if isinstance(value, ConnectionConfig) else out
-        return list(value) if isinstance(value, tuple) else value
-
-    return plain(config)
-
-
-def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
-    """Build an `ExperimentConfig` from the nested mapping of a config file or a run folder's config.json.
-
-    Raises:
-      InputError: an unknown key (with the nearest known one), a value of the wrong type, or a value a dataclass refuses.
-    """
-    return _build(ExperimentConfig, mapping, "config")
-
-
-def completed(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the settings of `wanted` that are younger than it, at their defaults, which change nothing.
-
-    model.remat was True (now `full`) or False (now `none`).
-    """
-    defaults = to_mapping(ExperimentConfig())
-    out = {section: defaults[section] for section in (wanted.keys() - saved.keys()) & defaults.keys()}
-    for section, values in saved.items():
-        if section == "model" and isinstance(values.get("remat"), bool):
-            values = {**values, "remat": "full" if values["remat"] else "none"}
-        younger = (wanted.get(section, {}).keys() - values.keys()) & defaults.get(section, {}).keys()
-        out[section] = {**values, **{key: defaults[section][key] for key in younger}}
-    return out
-
-
-def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
-    if cls is ConnectionConfig:
-        mapping = dict(mapping)
-        cls = connections.config_class(mapping.pop("kind", "mhc"))
-    types = typing.get_type_hints(cls)
-    fields = {f.name: types[f.name] for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in mapping.items():
-        one_of(f"A key of {path}", key, fields)
-        values[key] = _convert(fields[key], value, f"{path}.{key}")
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        require(isinstance(value, Mapping), f"{path} is {value!r}; it must be a mapping of settings.")
-        return _build(typing.cast(type, kind), value, path)
-    if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        require(isinstance(items, (list, tuple)), f"{path} is {value!r}; it must be a list.")
-        return tuple(items)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{path} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}.")
-    return value

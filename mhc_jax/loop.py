@@ -21,12 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mhc_jax import cost
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import ExperimentConfig, to_mapping
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
 from mhc_jax.diagnostics import summarize
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import to_mapping
 from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
 from mhc_jax.optim import describe
 from mhc_jax.progress import RunProgress

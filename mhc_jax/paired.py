@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mhc_jax import connections
-from mhc_jax.config import ExperimentConfig, to_mapping
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.data import load_data
 from mhc_jax.errors import require
 from mhc_jax.loop import EXIT_CODES, train
+from mhc_jax.mapping import to_mapping
 from mhc_jax.records import read_run
 from mhc_jax.report import comparison_table, write_report
 from mhc_jax.run_folder import check_run_folder

@@ -36,7 +36,7 @@ class RunRecord:
     name: str
     folder: Path
     config: Mapping[str, Any]
-    """Nested, as `config.to_mapping` wrote it."""
+    """Nested, as `mapping.to_mapping` wrote it."""
     env: Mapping[str, Any]
     """Free form: device, versions, commit; empty when the folder has none."""
     summary: Mapping[str, Any] | None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.checkpoint import differences
-from mhc_jax.config import completed
 from mhc_jax.errors import InputError, require
+from mhc_jax.mapping import completed
 from mhc_jax.metrics import plain
 
 

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax import connections
-from mhc_jax.config import ExperimentConfig, from_mapping, to_mapping
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError, require
+from mhc_jax.mapping import from_mapping, to_mapping
 from mhc_jax.records import flatten
 from mhc_jax.run_folder import read_json, write_json
 

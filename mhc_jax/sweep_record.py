@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.comparison import Cell
-from mhc_jax.config import completed, to_mapping
 from mhc_jax.errors import require
+from mhc_jax.mapping import completed, to_mapping
 from mhc_jax.records import RunRecord, flatten, read_run
 from mhc_jax.results import result_rows, write_table
 from mhc_jax.run_folder import read_json

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mhc_jax.config import to_mapping
 from mhc_jax.data import load_data
 from mhc_jax.errors import InputError, require
 from mhc_jax.loop import EXIT_CODES, StopRequest
+from mhc_jax.mapping import to_mapping
 from mhc_jax.progress import SweepProgress
 from mhc_jax.results import run_status, write_results
 from mhc_jax.run_folder import check_run_folder, write_json

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from absl import logging
 
-from mhc_jax.config import from_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.host_memory import cpu_alone, keep_pages
 from mhc_jax.loop import EXIT_CODES, train
+from mhc_jax.mapping import from_mapping
 from mhc_jax.results import write_results
 from mhc_jax.run_folder import read_json
 from mhc_jax.sweep import Busy, run_lock

@@ -29,10 +29,11 @@ from IPython.display import Markdown, display
 
 from mhc_jax import plots
 from mhc_jax.checkpoint import load_params
-from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig, from_mapping
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import summarize
 from mhc_jax.loop import train
+from mhc_jax.mapping import from_mapping
 from mhc_jax.paired import plan
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import last_diagnostics, read_run

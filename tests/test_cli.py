@@ -130,7 +130,7 @@ def test_settings_reach_the_run(tmp_path):
     cases = [[*flags_of(config), f"--workdir={tmp_path / 'run'}"]] * 2
     first, second = outcomes("train.py", cases, tmp_path / "out")
     assert (first[0], second[0]) == (0, 0), first[1]
-    from mhc_jax.config import to_mapping
+    from mhc_jax.mapping import to_mapping
 
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == to_mapping(config)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"

@@ -6,16 +6,9 @@ import json
 import pytest
 
 from mhc_jax import connections
-from mhc_jax.config import (
-    DataConfig,
-    ExperimentConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    from_mapping,
-    to_mapping,
-)
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import from_mapping, to_mapping
 
 REFUSED = [
     *((ModelConfig, name, 0) for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")),

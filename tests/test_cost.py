@@ -11,8 +11,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from mhc_jax import connections
-from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, from_mapping
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.cost import compiled_memory, flops, model_cost, parameter_counts
+from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder
 from mhc_jax.train_step import gradients, init_state
 

@@ -24,10 +24,10 @@ from tiny_runs import (
 
 from mhc_jax import loop
 from mhc_jax.checkpoint import load_params
-from mhc_jax.config import to_mapping
 from mhc_jax.data import Data, load_data
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
+from mhc_jax.mapping import to_mapping
 from mhc_jax.train_step import init_state, make_train_step
 
 

@@ -10,9 +10,10 @@ import pytest
 from tolerances import assert_close
 
 from mhc_jax import connections, cost, remat, remat_plan
-from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, completed, to_mapping
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import completed, to_mapping
 from mhc_jax.model import Decoder
 from mhc_jax.traffic import best_recompute, recompute_elements
 from mhc_jax.train_step import gradients, init_state

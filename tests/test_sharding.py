@@ -20,9 +20,10 @@ from tolerances import assert_close
 
 from mhc_jax import connections, cost, loop
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, to_mapping
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import attend
+from mhc_jax.mapping import to_mapping
 from mhc_jax.paths import path_of
 from mhc_jax.sharding import RULES, Rules, batch_sharding, constrain, logical_axes, make_mesh, state_shardings, using
 from mhc_jax.train_step import gradients, init_state

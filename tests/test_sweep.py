@@ -12,8 +12,8 @@ import pytest
 from tiny_runs import ROOT, assert_same_run, lines, run_script, script, tiny, write_text
 
 from mhc_jax import sweep_runner
-from mhc_jax.config import to_mapping
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import to_mapping
 from mhc_jax.results import write_results
 from mhc_jax.run_folder import read_json
 from mhc_jax.sweep import (

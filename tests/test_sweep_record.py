@@ -6,8 +6,9 @@ import pyarrow.parquet
 import pytest
 from synthetic_runs import write_run
 
-from mhc_jax.config import ExperimentConfig, to_mapping
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import to_mapping
 from mhc_jax.run_folder import write_json
 from mhc_jax.settings import group
 from mhc_jax.sweep import load_sweep, write_plan

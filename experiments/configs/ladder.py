@@ -13,10 +13,11 @@ Losses: not measured.
 
 from ml_collections import ConfigDict
 
-from mhc_jax.config import ExperimentConfig, from_mapping, to_mapping
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import parse
 from mhc_jax.cost import model_cost
 from mhc_jax.errors import one_of
+from mhc_jax.mapping import from_mapping, to_mapping
 
 # layers, heads, tokens of a sequence, sequences a step
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}

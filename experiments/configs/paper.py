@@ -14,9 +14,10 @@ Losses: not measured.  Cost: thousands of accelerators' days; no part of the cod
 
 from ml_collections import ConfigDict
 
-from mhc_jax.config import ExperimentConfig, to_mapping
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import parse
 from mhc_jax.errors import one_of
+from mhc_jax.mapping import to_mapping
 
 # layers, width, heads, routed experts, expert width, sequences a step, steps, learning rate
 SIZES = {
