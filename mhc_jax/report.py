@@ -17,6 +17,8 @@ from mhc_jax.records import RunRecord, config_differences, flatten, labels
 
 HEADER_KEYS = ("date", "command", "commit", "device")
 """Keys of env.json shown at the top; the others are in a fold below the settings."""
+MOST_VALUES = 3
+"""Lines of one of them."""
 COLUMNS = (
     "Losses are in nats/token. Gap: validation loss minus that of the residual run at the last step that both have; below zero "
     "is better. Gain: largest composite gain seen during the run. Headings sort."
@@ -136,7 +138,7 @@ def sortable_table(table: Sequence[Mapping[str, Cell]], links: Mapping[str, str]
 
 
 def header(records: Sequence[RunRecord]) -> str:
-    """Date, command, commit and device; one line a distinct value."""
+    """Date (first to last), command, commit and device; a line a distinct value, and of many the first."""
     items = [("runs", str(len(records)))]
     for key in HEADER_KEYS:
         found = [flatten(record.env).get(key) for record in records]
@@ -146,7 +148,12 @@ def header(records: Sequence[RunRecord]) -> str:
                 f"{commit} with uncommitted changes" if commit and changed else commit
                 for commit, changed in zip(found, dirty, strict=True)
             ]
-        items += [(key, value) for value in dict.fromkeys(str(v) for v in found if v is not None)]
+        values = list(dict.fromkeys(str(v) for v in found if v is not None))
+        if key == "date" and len(values) > 1:
+            values = [f"{min(values)} to {max(values)}"]
+        if len(values) > MOST_VALUES:
+            values = [f"{values[0]} and {len(values) - 1} more (environment of each run, below)"]
+        items += [(key, value) for value in values]
     terms = "".join(
         f"<dt>{escaped(key)}</dt><dd>{'<code>' if key == 'command' else ''}{escaped(value)}"
         f"{'</code>' if key == 'command' else ''}</dd>"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,7 @@ from mhc_jax import plots
 from mhc_jax.comparison import ONE_SEED, findings, rows, validation_gap
 from mhc_jax.errors import InputError
 from mhc_jax.records import read_run
-from mhc_jax.report import comparison_table, write_report
+from mhc_jax.report import comparison_table, header, write_report
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +212,15 @@ def test_a_report_that_fails_leaves_the_old_one(page, monkeypatch, runs):
     assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]
     with pytest.raises(InputError, match="at least one run"):
         write_report([], page.parent, "none")
+
+
+def test_the_header_of_many_runs_stays_short(runs):
+    many = [
+        dataclasses.replace(runs[0], env={**runs[0].env, "date": f"2026-01-{day:02}", "command": f"run {day}"})
+        for day in (3, 2, 5, 4)
+    ]
+    text = header(many)
+    assert "<dt>date</dt><dd>2026-01-02 to 2026-01-05</dd>" in text
+    assert text.count("<dt>command</dt>") == 1
+    assert "run 3 and 3 more" in text
+    assert header(many[:2]).count("<dt>command</dt>") == 2
