@@ -2,20 +2,20 @@
 
     python experiments/sweep.py experiments/sweeps/depth.py --workdir=runs/depth
 
-Expect: HC's composite gain grows with depth, mHC's stays at 1 forward and slightly above backward. One seed a depth: the gain
-is the result here, and the losses allow no claim. Cost: 18 runs from 10 s to several minutes on 2 cores.
+Expect: HC's composite gain grows with depth, mHC's stays at 1 forward and slightly above backward. Cost: 54 runs from 10 s to
+several minutes on 2 cores.
 """
 
 from mhc_jax.sweep import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Connection x blocks, one seed."""
+    """Connection x blocks."""
     # A block has two sub-layers.  80 steps: 256 sub-layers are to stay a matter of minutes.
     return Sweep(
         base="../configs/prototype.py",
         points=product(
-            over("connection", ["residual", "hc", "mhc"]), over("model.num_layers", [4, 8, 16, 32, 64, 128]), seeds(1)
+            over("connection", ["residual", "hc", "mhc"]), over("model.num_layers", [4, 8, 16, 32, 64, 128]), seeds(3)
         ),
         settings={"train.steps": 80, "train.validate_every": 80, "train.diagnostics_every": 40},
     )
