@@ -85,3 +85,11 @@ def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
         raise InputError(f"Cannot create {folder}: {error.strerror}; choose a folder you may write to.") from error
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", config)
+
+
+def check_shared(folder: Path) -> None:
+    """Raise `InputError` where this process does not see the config.json that the first process has written."""
+    require(
+        (folder / "config.json").exists(),
+        f"{folder} is not the folder that the first process writes to; give a run folder that all hosts share.",
+    )
