@@ -87,11 +87,15 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
-        except Exception:
+        except Exception as error:
             if not distributed.joined():
                 raise
-            traceback.print_exc()
-            status = 1
+            if distributed.is_loss(error):
+                print(f"error: {distributed.lost(error)}", file=sys.stderr)
+                status = distributed.LOST
+            else:
+                traceback.print_exc()
+                status = 1
         distributed.leave(status)
         return status
 

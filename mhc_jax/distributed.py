@@ -33,8 +33,8 @@ TEXT = 4096
 """Bytes a process can tell the others at once."""
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_STATUS = re.compile(
-    r"(UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|FAILED_PRECONDITION|NOT_FOUND): "
+_LOSS = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL|[Cc]oordination|[Cc]onnection|[Ss]ocket|[Bb]arrier"
 )
 _barriers = itertools.count()
 
@@ -88,8 +88,10 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
     if processes == 1:
         return
     found = launcher(environ)
+    device = None
     if not found and "OMPI_COMM_WORLD_SIZE" in environ and address:
-        found, processes, process = "Open MPI", _number("OMPI_COMM_WORLD_SIZE", 0), _number("OMPI_COMM_WORLD_RANK", -1)
+        processes, process = _number("OMPI_COMM_WORLD_SIZE", 0), _number("OMPI_COMM_WORLD_RANK", -1)
+        device = _number("OMPI_COMM_WORLD_LOCAL_RANK", 0)  # one each, as JAX does with version 4
     given = {"--coordinator_address": address != "", "--num_processes": processes > 0, "--process_id": process >= 0}
     if not found:
         if not any(given.values()):
@@ -108,7 +110,7 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
         process < 0 or processes == 0 or process < processes,
         f"--process_id is {process} of --num_processes {processes}; it must lie between 0 and {processes - 1}.",
     )
-    _join(address, processes, process, found, wait_s, silence_s)
+    _join(address, processes, process, device, found, wait_s, silence_s)
     if several() and first():
         by = f" (started by {found})" if found else ""
         print(f"{jax.process_count()} processes{by} with {jax.device_count()} devices", file=sys.stderr, flush=True)
@@ -120,7 +122,9 @@ def _number(name: str, default: int) -> int:
     return int(text) if text else default
 
 
-def _join(address: str, processes: int, process: int, found: str, wait_s: int, silence_s: int) -> None:
+def _join(
+    address: str, processes: int, process: int, device: int | None, found: str, wait_s: int, silence_s: int
+) -> None:
     # JAX aborts the process where it cannot reach all in time (a stack of C++); a timer of our own is there before it.
     come = threading.Event()
 
@@ -145,6 +149,8 @@ def _join(address: str, processes: int, process: int, found: str, wait_s: int, s
             address or None,
             processes or None,
             process if process >= 0 else None,
+            device,
+            cluster_detection_method=None if found else "deactivate",
             initialization_timeout=wait_s + 60,
             heartbeat_timeout_seconds=silence_s,
         )
@@ -242,27 +248,18 @@ class Agreement:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an exception of JAX or Orbax says that another process cannot be reached (or that the runtime failed)."""
-    if not several() or isinstance(error, InputError):
-        return False
-    text = str(error)
+    """Whether an exception of JAX or Orbax says that another process cannot be reached."""
     # Gloo's errors come as ValueError where a value is read, as JaxRuntimeError where a program is started.
-    return isinstance(error, RuntimeError | ValueError) and (_STATUS.match(text) is not None or "Gloo" in text)
+    if isinstance(error, InputError) or not isinstance(error, RuntimeError | ValueError):
+        return False
+    return several() and _LOSS.search(str(error)) is not None
 
 
-def lost(error: BaseException, done: int, folder: object, saved: int | None) -> ProcessLostError:
-    """What is said when a step could not be made with the others.
-
-    Args:
-      error: what JAX said.
-      done: steps started.
-      folder: the run folder.
-      saved: step of its newest checkpoint, None without one.
-    """
-    on = f"from the checkpoint of step {saved} in {folder}" if saved is not None else f"from the start in {folder}"
+def lost(error: BaseException, when: str = "", go_on: str = "") -> ProcessLostError:
+    """The sentence for `is_loss`: `when` it was noticed, and where the run can `go_on` from."""
     return ProcessLostError(
-        f"Another process of the run has gone or cannot be reached, noticed at step {done} ({_line(error)}). Start the same "
-        f"command again on every process to go on {on}; the number of processes may change with the mesh."
+        f"Another process of the run has gone or cannot be reached{when} ({_line(error)}). Start the same command again on every "
+        f"process{go_on}; with a mesh to match, on more or fewer."
     )
 
 

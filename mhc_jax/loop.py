@@ -32,7 +32,7 @@ from mhc_jax.metrics import MetricsWriter, NoWriter, SpikeDetector, check_writer
 from mhc_jax.optim import describe
 from mhc_jax.progress import NoProgress, RunProgress
 from mhc_jax.remat_plan import resolve
-from mhc_jax.run_folder import check_run_folder, check_shared, create_run_folder, write_json
+from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
 from mhc_jax.sharding import batch_sharding, everywhere, global_batch, make_mesh, own_rows, state_shardings, using
 from mhc_jax.stop import StopRequest
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
@@ -84,17 +84,13 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
     mesh = make_mesh(config.mesh)
-    given = data
-    data = distributed.together(lambda: given or load_data(config.data))
-    distributed.same(
-        json.dumps(data.summary()),
-        f"The processes read different texts from {config.data.source!r}; give all the same files.",
-    )
+    data = distributed.together(lambda: load_data(config.data)) if data is None else data
+    different = f"The processes read different texts from {config.data.source!r}; give all the same files."
+    distributed.same(json.dumps(data.summary()), different)
     config = resolve_vocabulary(config, data)
     if (planned := resolve(config)[1]) and distributed.first():
         print(f"{label}: {planned}", flush=True)
-    distributed.together(lambda: create_run_folder(folder, mapping) if distributed.first() else None)
-    distributed.together(lambda: check_shared(folder))
+    create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:
         with using(mesh):
@@ -121,7 +117,7 @@ class _Run:
         self.batches = data.train_iterator(rows=self.rows)
         self.validation = data.validation_batches(config.train.validation_batches, self.rows)
         # One held-out sequence, the same at every diagnostics step and in every run of a comparison.
-        self.diagnostic_tokens = data.validation_batches(1, np.arange(1))[0]["inputs"]
+        self.diagnostic_tokens: Any = data.validation_batches(1, np.arange(1))[0]["inputs"]
         self.done = 0
         self.step_times: list[float] = []
         self.losses: list[float] = []
@@ -137,7 +133,10 @@ class _Run:
             return self._run()
         except Exception as error:
             if distributed.is_loss(error):
-                raise distributed.lost(error, self.done, self.folder, self.checkpoints.newest()) from error
+                saved = self.checkpoints.newest()
+                place = "the start" if saved is None else f"the checkpoint of step {saved}"
+                when, go_on = f", noticed at step {self.done}", f" to go on from {place} in {self.folder}"
+                raise distributed.lost(error, when, go_on) from error
             raise
 
     def _run(self) -> dict[str, Any]:
@@ -227,13 +226,12 @@ class _Run:
         step_fn = self._compile("train", lambda: self.train_step)
         self.compiled_bytes = cost.compiled_memory(step_fn)
         evaluate = jax.jit(make_eval_step(self.config), out_shardings=self.replicated)
-        eval_fn = self._compile(
-            "validation", lambda: evaluate.trace(self.state.params, self._placed(self.validation[0]))
-        )
+        held_out = self._placed(self.validation[0])
+        eval_fn = self._compile("validation", lambda: evaluate.trace(self.state.params, held_out))
         self._evaluate = lambda: [float(eval_fn(self.state.params, self._placed(b))) for b in self.validation]
         self._diagnose = None
         if cfg.diagnostics_every:
-            if self.rows is not None:
+            if self.rows is not None and self.mesh is not None:
                 self.diagnostic_tokens = everywhere(self.mesh, self.diagnostic_tokens)
             args = (self.state.params, self.diagnostic_tokens)
             # It runs a few times on one sequence: on CPUs half the time to compile beats a faster program.

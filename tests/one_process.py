@@ -22,7 +22,7 @@ def reading(self, at, metrics):
     return read(self, at, metrics)
 
 
-loop._Run._read = reading
+setattr(loop._Run, "_read", reading)
 script = Path(__file__).parent.parent / "experiments" / "train.py"
 sys.argv = [str(script), *sys.argv[3:]]
 runpy.run_path(str(script), run_name="__main__")
