@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mhc_jax import distributed
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import completed
 from mhc_jax.train_step import TrainState
@@ -55,6 +56,11 @@ class Checkpoints:
         """Steps saved, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self) -> int | None:
+        """Newest step that is whole on disk, asked of nobody else."""
+        steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
+        return max(steps, default=None)
+
     def save(self, step: int, state: TrainState, loop: dict[str, Any], config: dict[str, Any]) -> None:
         """Start saving.
 
@@ -80,6 +86,8 @@ class Checkpoints:
                 ),
             )
         except WRITE_ERRORS as error:
+            if distributed.is_loss(error):
+                raise
             raise self._failure(error) from error
 
     def wait(self) -> None:
@@ -91,6 +99,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except WRITE_ERRORS as error:
+            if distributed.is_loss(error):
+                raise
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> InputError:
@@ -99,8 +109,8 @@ class Checkpoints:
         self._failed = True
         # Orbax leaves its other writes unstarted, and Python says so of each while it shuts down.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
-        kept = f"the checkpoint of step {max(steps)} is whole" if steps else "there is no earlier one"
+        newest = self.newest()
+        kept = "there is no earlier one" if newest is None else f"the checkpoint of step {newest} is whole"
         return InputError(
             f"Could not save a checkpoint in {self.folder}: {reason}; {kept}. {'Make room' if full else 'Mend that'} "
             f"and run the same command again to go on."
@@ -124,22 +134,18 @@ class Checkpoints:
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps()):
+            out, reason = None, ""
             try:
-                saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-                changed = differences(completed(saved, config)["model"], config["model"], "model.")
-                if changed:
-                    raise InputError(
-                        f"The checkpoint {self.folder / str(step)} was made by another model ({'; '.join(changed)}); "
-                        f"use its configuration or another run folder."
-                    )
-                out = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore())
-                )
-                return out["state"], out["loop"], self._set_aside(broken)
+                out = self._read(step, abstract, config)
             except InputError:
                 raise
             except Exception as error:
-                broken[step] = _reason(error)
+                reason = _reason(error)
+            # Of several processes one alone may miss its part.
+            reason = next(filter(None, distributed.gathered(reason)), "")
+            if out and not reason:
+                return *out, self._set_aside(broken)
+            broken[step] = reason
         if broken:
             listed = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
             raise InputError(
@@ -148,21 +154,39 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, abstract: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        changed = differences(completed(saved, config)["model"], config["model"], "model.")
+        if changed:
+            raise InputError(
+                f"The checkpoint {self.folder / str(step)} was made by another model ({'; '.join(changed)}); "
+                f"use its configuration or another run folder."
+            )
+        out = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore())
+        )
+        return out["state"], out["loop"]
+
     def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
         """Move broken checkpoints out of the way of the steps that will be saved again; one remark each."""
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            try:
-                shutil.move(self.folder / str(step), aside)
-            except OSError as error:
-                raise InputError(
-                    f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
-                ) from error
+            distributed.together(
+                lambda step=step, aside=aside: self._move(step, aside) if distributed.first() else None
+            )
             remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
         self._manager.reload()
         return remarks
+
+    def _move(self, step: int, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.move(self.folder / str(step), aside)
+        except OSError as error:
+            raise InputError(
+                f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
+            ) from error
 
     def close(self) -> None:
         """Wait for pending saves and release threads.

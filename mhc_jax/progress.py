@@ -76,6 +76,22 @@ class RunProgress:
         print(f"{self.label}: step {step}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
+class NoProgress:
+    """The progress of the processes that show nothing."""
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Nothing."""
+
+
 class SweepProgress:
     """One view of a sweep: a line for every running run and one for the whole; plain lines when not on a terminal."""
 
