@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mhc_jax.errors import InputError
 from mhc_jax.mapping import completed
 from mhc_jax.train_step import TrainState
 
+ITEMS = ("state", "loop", "config", "tokenizer")
+"""Of a checkpoint; those written before there was evaluation have no tokenizer."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """What Orbax raises when the disk refuses: TensorStore's errors arrive as ValueError."""
 
@@ -48,7 +51,7 @@ class Checkpoints:
         self._failed = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop", "config"))
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         except OSError as error:
             raise InputError(f"Cannot use {self.folder} for checkpoints: {error.strerror or error}.") from error
 
@@ -61,7 +64,14 @@ class Checkpoints:
         steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
         return max(steps, default=None)
 
-    def save(self, step: int, state: TrainState, loop: dict[str, Any], config: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict[str, Any],
+        config: dict[str, Any],
+        tokenizer: dict[str, str] | None = None,
+    ) -> None:
         """Start saving.
 
         Args:
@@ -69,6 +79,7 @@ class Checkpoints:
           state: train state.
           loop: JSON-serialisable: position of the data iterator, spike detector, clocks.
           config: the run's configuration (`mapping.to_mapping`).
+          tokenizer: `Tokenizer.saved`.
 
         Raises:
           InputError: this or the previous save could not be written (disk full, folder gone).
@@ -83,6 +94,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     loop=ocp.args.JsonSave(loop),
                     config=ocp.args.JsonSave(config),
+                    **({"tokenizer": ocp.args.JsonSave(tokenizer)} if tokenizer else {}),
                 ),
             )
         except WRITE_ERRORS as error:
@@ -205,36 +217,81 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def load_params(folder: Path) -> tuple[dict[str, Any], Any]:
+def check_tokenizer(saved: str | None, given: str, folder: Path) -> None:
+    """Raise `InputError` where the fingerprint of a tokenizer is not the one that a run was trained with.
+
+    Args:
+      saved: of the run; None where it is not known.
+      given: of the tokenizer at hand.
+      folder: of the run.
+    """
+    if saved not in (None, given):
+        raise InputError(
+            f"The tokenizer is not the one that {folder} was trained with (SHA-256 {given[:12]}, not {saved[:12]}): its ids mean "
+            "other text; leave the tokenizer out to use the checkpoint's own, or restore the file."
+        )
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint of a run folder.
+
+    Raises:
+      InputError: there is none.
+    """
+    root = folder / "checkpoints"
+    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit()] if root.is_dir() else []
+    if not steps:
+        raise InputError(
+            f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
+        )
+    return max(steps)
+
+
+def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> tuple[dict[str, Any], Any]:
     """(configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
 
     The configuration is the one the checkpoint holds: model.vocab_size has the tokenizer's size where the run left it
     at 0.
 
+    Args:
+      folder: of the run.
+      shardings: shapes and dtypes of the parameters -> where they go (`sharding.state_shardings`); the first device if not given.
+
     Raises:
       InputError: the folder holds no checkpoint, or the newest cannot be read.
     """
+    step = newest_step(folder)
     root = (folder / "checkpoints").resolve()
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-    if not steps:
-        raise InputError(
-            f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
-        )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    # `loop` is not wanted, but Orbax warns of an item that has no handler.
+    # Not all are wanted, but Orbax warns of an item that has no handler.
     handlers = {"state": ocp.StandardCheckpointHandler()}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("loop", "config")}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
     try:
         with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-            # The state was saved on the run's devices; it is wanted on one of ours.
-            saved = manager.item_metadata(steps[-1])["state"]
-            target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), saved)
+            # The state was saved on the run's devices; it is wanted on ours.
+            saved = manager.item_metadata(step)["state"]
+            own = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
+            target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, own)
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target), config=ocp.args.JsonRestore())
-            out = manager.restore(steps[-1], args=wanted)
+            out = manager.restore(step, args=wanted)
     except Exception as error:
-        newest = root / str(steps[-1])
         raise InputError(
-            f"The checkpoint {newest} cannot be read ({_reason(error)}); remove it to use an earlier one."
+            f"The checkpoint {root / str(step)} cannot be read ({_reason(error)}); remove it to use an earlier one."
         ) from error
     return out["config"], out["state"]["params"]
+
+
+def saved_tokenizer(folder: Path) -> dict[str, str] | None:
+    """What the newest checkpoint of a run folder holds of its tokenizer; None for those written before there was evaluation.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or its tokenizer cannot be read.
+    """
+    file = folder / "checkpoints" / str(newest_step(folder)) / "tokenizer" / "metadata"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise InputError(
+            f"{file} cannot be read ({_reason(error)}); remove that checkpoint to use an earlier one."
+        ) from error

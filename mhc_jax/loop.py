@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mhc_jax import cost, distributed
-from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.checkpoint import Checkpoints, check_tokenizer
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
@@ -149,6 +149,7 @@ class _Run:
         restored = self.checkpoints.restore_newest(abstract, to_mapping(self.config))
         if restored:
             self.state, loop, remarks = restored
+            check_tokenizer(loop.get("tokenizer"), self.data.tokenizer.fingerprint, self.folder)
             self.batches.set_state(loop["data"])
             self.clock, self.losses, self.gains = loop["clock"], loop["losses"], self.gains | loop["gains"]
             self.step_times, self.validation_loss = loop["step_times"], loop["validation_loss"]
@@ -362,8 +363,9 @@ class _Run:
             "diverged_at": self.diverged_at,
             "first_nonfinite": self.first_nonfinite,
             "compiled_bytes": self.compiled_bytes,
+            "tokenizer": self.data.tokenizer.fingerprint,
         }
-        self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config))
+        self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config), self.data.tokenizer.saved)
         if reason != "periodic":
             self.checkpoints.wait()
         self.clock["checkpoint_s"] += time.perf_counter() - began
