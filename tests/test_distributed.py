@@ -131,6 +131,17 @@ def test_mhc_over_two_processes_that_share_every_sequence(configuration, alone, 
     assert int(final_state(folder)["step"]) == 12
 
 
+@pytest.mark.slow
+def test_the_others_end_when_the_coordinator_is_killed(configuration, tmp_path):
+    """JAX may abort them before they can say anything."""
+    folder = tmp_path / "run"
+    ends = processes(2, configuration("residual"), folder, "--config.mesh.data=2", signals={0: (8, signal.SIGKILL)})
+    assert ends[0][0] == -signal.SIGKILL
+    assert ends[1][0] in (distributed.LOST, -signal.SIGABRT), ends[1][2]
+    assert "Another process of the run has gone" in ends[1][2] or "another task died" in ends[1][2]
+    assert checkpoints_of(folder)[:1] == [3]
+
+
 def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
     """Process 1 looks at another folder, as on a host that does not share it."""
     elsewhere = tmp_path / "elsewhere"
