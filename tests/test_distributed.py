@@ -68,7 +68,9 @@ def free_port() -> int:
 def processes(count, config, folder, *flags, signals=None, own=None):
     """(exit status, standard output, standard error) of each; `signals`: process -> (step, signal); `own`: flags of one."""
     env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    common = [*flags_of(config), f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}"]
+    spec = KINDS[config.model.connection.kind]  # `flags_of` gives the kind alone
+    common = [f"--config={ROOT}/experiments/configs/demo.py:{spec}", *flags_of(config)[1:]]
+    common += [f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}"]
     started = []
     for process in range(count):
         step, number = (signals or {}).get(process, (0, 0))
