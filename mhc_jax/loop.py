@@ -75,9 +75,8 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     ended = distributed.together(lambda: check_run_folder(folder, mapping))
     if ended:
         if distributed.first():
-            print(
-                f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.", flush=True
-            )
+            how = f"{ended['status']} at step {ended['steps']}"
+            print(f"{label}: {folder} has {how} already; nothing to do.", flush=True)
         return ended
     distributed.together(lambda: check_writers(config.train.tensorboard, config.train.wandb))
     # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.

@@ -68,7 +68,9 @@ def free_port() -> int:
 def processes(count, config, folder, *flags, signals=None, own=None):
     """(exit status, standard output, standard error) of each; `signals`: process -> (step, signal); `own`: flags of one."""
     env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    common = [*flags_of(config), f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}"]
+    spec = KINDS[config.model.connection.kind]  # `flags_of` gives the kind alone
+    common = [f"--config={ROOT}/experiments/configs/demo.py:{spec}", *flags_of(config)[1:]]
+    common += [f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}"]
     started = []
     for process in range(count):
         step, number = (signals or {}).get(process, (0, 0))
@@ -129,6 +131,17 @@ def test_mhc_over_two_processes_that_share_every_sequence(configuration, alone, 
     assert json.loads(ends[0][1])["status"] == "finished"
     assert_same_losses(losses_of(folder), alone("mhc"))
     assert int(final_state(folder)["step"]) == 12
+
+
+@pytest.mark.slow
+def test_the_others_end_when_the_coordinator_is_killed(configuration, tmp_path):
+    """JAX may abort them before they can say anything."""
+    folder = tmp_path / "run"
+    ends = processes(2, configuration("residual"), folder, "--config.mesh.data=2", signals={0: (8, signal.SIGKILL)})
+    assert ends[0][0] == -signal.SIGKILL
+    assert ends[1][0] in (distributed.LOST, -signal.SIGABRT), ends[1][2]
+    assert "Another process of the run has gone" in ends[1][2] or "another task died" in ends[1][2]
+    assert checkpoints_of(folder)[:1] == [3]
 
 
 def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
