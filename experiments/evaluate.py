@@ -18,6 +18,7 @@ from mhc_jax import cli
 from mhc_jax.errors import require
 from mhc_jax.evaluation.run import evaluate, gold_check
 from mhc_jax.evaluation.table import comparison, remarks
+from mhc_jax.evaluation.tasks import BENCHMARKS
 
 CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders; differences are to the first.")
 TASKS = flags.DEFINE_list("tasks", ["paper"], "paper, bbh, bbh_direct, drop, gsm8k, ..., or single tasks of them.")
@@ -39,6 +40,9 @@ def main() -> int:
         found = gold_check(TASKS.value, DATA_DIR.value, LIMIT.value)
         for name, own in found["benchmarks"].items():
             print(f"{name}: {own['metric']} {own['score']:.3f} of {own['items']} items, {own['tasks']} tasks")
+            for task in set(found["harness"]) & set(BENCHMARKS[name].tasks) if own["tasks"] == 1 else ():
+                values = {k: v for k, v in found["harness"][task].items() if isinstance(v, float) and "stderr" not in k}
+                print(f"  {task}: {', '.join(f'{key} {value:.3f}' for key, value in values.items())}")
         return 0
     require(bool(CHECKPOINT.value), "--checkpoint is missing; give a run folder, or several with commas between them.")
     results = [

@@ -104,7 +104,11 @@ class Generator:
         """What has been compiled."""
         model, valid = Decoder(config), vocab_size or config.vocab_size
 
-        def choose(logits: Array, position: Array, rows: Array, seed: Array, temperature: Array, top_p: Array, greedy):
+        def run(params: Any, tokens: Array, **kwargs: Any) -> Any:
+            return model.apply({"params": params}, tokens, **kwargs)
+
+        def choose(logits: Array, position: Array, rows: Array, settings: tuple[Array, Array, Array], greedy: bool):
+            seed, temperature, top_p = settings
             logits = jnp.where(jnp.arange(logits.shape[-1])[None] < valid, logits, -jnp.inf)
             if greedy:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -116,16 +120,16 @@ class Generator:
 
         @functools.partial(jax.jit, static_argnames=("slots", "greedy"))
         def prefill(params, tokens, lengths, rows, settings, *, slots, greedy):
-            out, aux = model.apply({"params": params}, tokens, cache=empty_cache(config, len(tokens)), only=lengths - 1)
+            out, aux = run(params, tokens, cache=empty_cache(config, len(tokens)), only=lengths - 1)
             cache = Cache(grown(aux["cache"], slots).kept, lengths)
-            return choose(out[:, 0], lengths, rows, *settings, greedy), cache
+            return choose(out[:, 0], lengths, rows, settings, greedy), cache
 
         @functools.partial(jax.jit, static_argnames=("greedy",), donate_argnums=1)
         def decode(params, cache, token, rows, settings, *, greedy):
             def step(carry, _):
                 cache, token = carry
-                out, aux = model.apply({"params": params}, token[:, None], cache=cache)
-                token = choose(out[:, 0], aux["cache"].position, rows, *settings, greedy)
+                out, aux = run(params, token[:, None], cache=cache)
+                token = choose(out[:, 0], aux["cache"].position, rows, settings, greedy)
                 return (aux["cache"], token), token
 
             (cache, token), made = jax.lax.scan(step, (cache, token), length=CHUNK)

@@ -156,9 +156,10 @@ class Decoder(nn.Module):
                 return carry, ({}, aux)
 
             past = () if cache is None else (cache.kept[name], cache.position)
+            axes: Any = (0, 0, nn.broadcast)[: 1 + len(past)]
             layers = nn.scan(
                 block,
-                in_axes=(0, 0, nn.broadcast)[: 1 + len(past)],
+                in_axes=axes,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=last - first,
