@@ -199,6 +199,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: config.size])
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The same mesh of no devices, all axes there: for shapes of parts."""
+    return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """Trace, compile and run inside: arrays are split over this mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -259,11 +264,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec("batch", "sequence"))
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """Shardings of a train state, or of parameters: optimizer moments lie like their parameters, scalars are on every device.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: of `make_mesh` or `abstract_mesh`.
       state: arrays, or their shapes and dtypes (`jax.eval_shape`).
 
     Raises:

@@ -15,6 +15,7 @@ from mhc_jax.connections import connection_module
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import completed, to_mapping
 from mhc_jax.model import Decoder
+from mhc_jax.sharding import MeshConfig
 from mhc_jax.traffic import best_recompute, recompute_elements
 from mhc_jax.train_step import gradients, init_state
 
@@ -213,6 +214,30 @@ def test_auto_takes_the_first_that_fits():
     assert "more than the" in remat_plan.plan(tight, 2048, 256).sentence
     unchanged = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     assert remat_plan.resolve(unchanged) == (unchanged, "")
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"expert": 2, "tensor": 2}, {"data": 4}], ids=str)
+def test_auto_plans_for_one_device_of_the_mesh(mesh):
+    """A part of the tokens and of what the mesh splits of parameters, gradients and moments."""
+    config = ExperimentConfig(
+        model=model("mhc", remat="auto", **EXPERTS),
+        data=DataConfig(sequence_length=64, batch_size=16),
+        mesh=MeshConfig(**mesh),
+    )
+    own = remat_plan.state_bytes(config.model, config.mesh)
+    whole = remat_plan.state_bytes(config.model, MeshConfig())
+    assert whole == 16 * cost.model_cost(config.model, 64).total
+    split = {"fsdp": whole / 4, "expert": whole / 4, "data": whole}[next(iter(mesh))]
+    assert split <= own < (split + whole) / 2 + 1, "norms and connections are whole"
+    tokens = 64 * 16 // config.mesh.batch
+    estimates = remat_plan.plan(config.model, tokens, 64, config.mesh).estimates
+    logits = 8 * 31 * tokens  # which tensor does not divide
+    kept = remat_plan.plan(config.model, 1, 64).estimates["none"] - whole - 8 * 31
+    assert estimates["none"] == own + logits + kept * tokens
+    limited = dataclasses.replace(config.model, remat_budget_gb=(estimates["none"] + 1) / 1e9)
+    alone = dataclasses.replace(config, model=limited, mesh=MeshConfig())
+    assert remat_plan.resolve(dataclasses.replace(config, model=limited))[0].model.remat == "none"
+    assert remat_plan.resolve(alone)[0].model.remat != "none"
 
 
 @pytest.mark.parametrize(
