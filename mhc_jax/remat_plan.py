@@ -117,7 +117,9 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
 def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
     """Parameters, gradients and moments of one device."""
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
-    parts = jax.tree.map(lambda a, place: place.shard_shape(a.shape), shapes, state_shardings(abstract_mesh(mesh), shapes))
+    parts = jax.tree.map(
+        lambda a, place: place.shard_shape(a.shape), shapes, state_shardings(abstract_mesh(mesh), shapes)
+    )
     return STATE_BYTES * sum(math.prod(part) for part in jax.tree.leaves(parts, is_leaf=lambda a: isinstance(a, tuple)))
 
 

@@ -302,8 +302,15 @@ def test_a_mesh_that_is_no_part_of_the_torus_is_told():
 
 
 TPU: dict[str, Any] = {
-    **{"vocab_size": 256, "width": 128, "num_layers": 2, "num_heads": 1, "num_kv_heads": 1, "head_width": 128},
-    **{"mlp_width": 256, "compute_dtype": "bfloat16", "stream_dtype": "bfloat16"},
+    "vocab_size": 256,
+    "width": 128,
+    "num_layers": 2,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "head_width": 128,
+    "mlp_width": 256,
+    "compute_dtype": "bfloat16",
+    "stream_dtype": "bfloat16",
 }
 
 

@@ -13,8 +13,7 @@ from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gr
 def arguments(sizes, M, C=256, F=128):
     keys = jax.random.split(jax.random.key(0), 3)
     x, W, g = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(keys, ((M, C), (len(sizes), C, F), (M, F)), strict=True)
+        jax.random.normal(key, shape) for key, shape in zip(keys, ((M, C), (len(sizes), C, F), (M, F)), strict=True)
     )
     return x, W, jnp.asarray(sizes, jnp.int32), g
 

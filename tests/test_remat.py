@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from mhc_jax import connections, cost, remat, remat_plan
+from mhc_jax import compiled, connections, cost, remat, remat_plan
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.errors import InputError
@@ -90,6 +90,26 @@ def test_no_product_of_a_branch_is_computed_twice(spec, settings, monkeypatch):
     boundary = 2 * TOKENS.size * n * config.width * (n**2 + 2 * n + 1) if spec == "mhc" else 0
     assert counts["connection"] - counts["none"] == config.num_sublayers * boundary
     assert counts["full"] > 1.1 * counts["connection"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [("residual", EXPERTS | {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}), ("mhc", {})],
+    ids=["moe, mla", "mhc"],
+)
+def test_the_compiler_multiplies_no_more_than_the_boundaries(spec, settings):
+    """By the products in the compiled program, loops by their turns: the branches' are those of `none`."""
+    config = model(spec, num_layers=2, **settings)
+    counts = {}
+    for policy in ("none", "connection"):
+        own = dataclasses.replace(config, remat=policy)
+        lowered = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1).lower(shapes(own), own)
+        counts[policy] = compiled.flops(compiled.Program(lowered.compile().as_text()), lambda kernel: 0.0)
+    # Of a boundary, the product of nC channels with phi; XLA makes the sum of squares no product.
+    n = config.connection.num_streams
+    boundary = 2 * TOKENS.size * n * config.width * (n**2 + 2 * n) if spec == "mhc" else 0
+    assert counts["connection"] - counts["none"] == config.num_sublayers * boundary
+    assert counts["none"] > 10 * boundary
 
 
 def test_what_depends_on_parameters_alone_is_not_kept():

@@ -34,7 +34,9 @@ def grouped_matmul(
       weights: one matrix a group, in the dtype of x.
       group_sizes: rows of each group, from the first row on; a group may be empty.
     """
-    return _kernels(x, weights, group_sizes) if choice.platform() == "tpu" else jax.lax.ragged_dot(x, weights, group_sizes)
+    return (
+        _kernels(x, weights, group_sizes) if choice.platform() == "tpu" else jax.lax.ragged_dot(x, weights, group_sizes)
+    )
 
 
 @jax.custom_vjp
