@@ -79,7 +79,7 @@ class Block(nn.Module):
             link = connection(self.config, len(named) * layer + k, f"{name}_connection")
             streams, c, h = link.write_read(streams, c, y)
             h = constrain(h, "batch", "sequence", None)
-            y, aux = branch(h) if self.only is None else remat.keep_branch(*_apart(branch), h)
+            y, aux = branch(remat.whole(h)) if self.only is None else remat.keep_branch(*_apart(branch), h)
             y = constrain(y, "batch", "sequence", None)
             router |= aux
             if self.sample:

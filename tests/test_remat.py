@@ -29,7 +29,7 @@ EXPERTS: dict[str, Any] = {
 }
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
 ROUNDING = 1e-6
-"""4e-7 of a leaf's largest entry was seen on a CPU, and hc alone was bitwise equal; which fusion rounds otherwise was not found."""
+"""6.3e-7 of a leaf's largest entry was seen of a compiled mhc on a CPU; operation by operation it is bitwise equal."""
 
 
 def model(spec, **settings):
@@ -63,8 +63,23 @@ def test_gradients_are_those_without_recompute(spec, settings, L_r):
     expected = run(params, config)
     actual = run(params, dataclasses.replace(config, remat="connection", remat_block=L_r))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
-        assert_close(b, a, ROUNDING, jax.tree_util.keystr(path))
+        assert_close(b, a, 0 if spec == "residual" else ROUNDING, jax.tree_util.keystr(path))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers", "L_r"), [("residual", 1, 1), ("mhc:t_max=2", 2, 3)], ids=["residual", "mhc"]
+)
+def test_operation_by_operation_gradients_are_bitwise_those_without_recompute(spec, layers, L_r):
+    """No compiler fuses across operations here: the same sums in the same order."""
+    config = model(spec, num_layers=layers)
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    kept = dataclasses.replace(config, remat="connection", remat_block=L_r)
+    with jax.disable_jit():
+        expected, actual = (jax.value_and_grad(loss, has_aux=True)(params, own) for own in (config, kept))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_array_equal(b, a, jax.tree_util.keystr(path))
 
 
 def products(config, monkeypatch):
@@ -247,8 +262,10 @@ def test_auto_plans_for_one_device_of_the_mesh(mesh):
     own = remat_plan.state_bytes(config.model, config.mesh)
     whole = remat_plan.state_bytes(config.model, MeshConfig())
     assert whole == 16 * cost.model_cost(config.model, 64).total
-    split = {"fsdp": whole / 4, "expert": whole / 4, "data": whole}[next(iter(mesh))]
-    assert split <= own < (split + whole) / 2 + 1, "norms and connections are whole"
+    if "data" in mesh:
+        assert own == whole
+    else:  # norms and connections are whole, and over tensor this vocabulary
+        assert whole / 4 < own < 0.7 * whole
     tokens = 64 * 16 // config.mesh.batch
     estimates = remat_plan.plan(config.model, tokens, 64, config.mesh).estimates
     logits = 8 * 31 * tokens  # which tensor does not divide
