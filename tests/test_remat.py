@@ -178,13 +178,13 @@ def temporary(L_r, L=60):
 
 
 def check_eq_20(lengths):
-    """Measured = constant + Eq. 20 within 15 %; the constant is the one with the smallest largest error."""
+    """Measured less a constant is Eq. 20 within 15 %; the constant is the one with the smallest largest error of the whole."""
     measured = np.array([temporary(L_r) for L_r in lengths])
     predicted = np.array([recompute_elements(L_r, 60, 4, 1) for L_r in lengths])
     errors = {c: np.abs((predicted + c) / measured - 1).max() for c in range(400)}
     constant = min(errors, key=errors.__getitem__)
     print(dict(zip(lengths, measured.round(1), strict=True)), "constant", constant, "error", errors[constant])
-    assert errors[constant] < 0.15
+    assert np.abs((measured - constant) / predicted - 1).max() < 0.15
     # What y and the branch keep does not depend on L_r: 2 C a sub-layer.
     assert 2 * 60 < constant < 5 * 60
     return measured
@@ -201,6 +201,10 @@ def test_memory_follows_equation_20():
 def test_memory_follows_equation_20_up_to_30():
     lengths = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 24, 30]
     measured = check_eq_20(lengths)
+    # Where L_r does not divide L the last sub-layers stand outside the scan, and what they keep is freed before it turns back: 7
+    # takes 4 % less than 6.
+    dividing = [k for k, L_r in enumerate(lengths) if 60 % L_r == 0]
+    assert lengths[dividing[measured[dividing].argmin()]] == best_recompute(60, 4) == 6
     assert measured[lengths.index(6)] <= 1.05 * measured.min()
 
 
