@@ -178,7 +178,7 @@ def layers_gradient(
 def kernel_cost(config: ExperimentConfig, one: Instruction) -> tuple[float, float] | None:
     """(FLOPs, bytes) of a Pallas kernel in the train step of one device; None: it says nothing, and is none of those known here.
 
-    JAX's splash attention: two products forward and five backward, over half of T x T.  `ragged_dot`: its rows times a matrix.
+    JAX's splash attention says nothing: two products forward and five backward, over half of T x T.
     """
     if known := compiled.kernel_estimate(one):
         return known
@@ -188,14 +188,6 @@ def kernel_cost(config: ExperimentConfig, one: Instruction) -> tuple[float, floa
         D, E = model.head_dim + (model.rope_width if model.attention_kind == "mla" else 0), model.head_dim
         widths = {"fwd": D + E, "dkv": 3 * D + 2 * E, "dq": 2 * D + E}[splash[1]]
         return sequences * T * T * model.num_heads / mesh.tensor * widths, 0.0
-    if one.name.startswith("ragged-dot-metadata"):
-        return 0.0, 0.0
-    if one.name.startswith("ragged-dot"):
-        given = one.line[one.line.index("operand_layout_constraints") :]
-        shapes = re.findall(r"\w+\[[\d,]+\]", given[: given.index("}}")])
-        _, *matrix = compiled.dimensions(shapes[-1])
-        moved = sum(sum(compiled.arrays(shape)) for shape in (*shapes, one.shape))
-        return 2.0 * compiled.dimensions(one.shape)[0] * math.prod(matrix), float(moved)
     return None
 
 

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from mhc_jax.config import ExperimentConfig, ModelConfig
-from mhc_jax.cost import model_cost
-from mhc_jax.model import Block, branches, connection
+from mhc_jax.model import Block, Decoder, branches, connection
 from mhc_jax.remat import block_length, reached
+from mhc_jax.sharding import MeshConfig, abstract_mesh, state_shardings
 
 STATE_BYTES = 16
 """A parameter, its gradient and AdamW's two moments, float32."""
+ONE = MeshConfig()
+"""One device."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,18 @@ def table(config: ModelConfig, sequence_length: int) -> list[Row]:
     return [Row(L_r, stored * math.ceil(L / L_r), transient * L_r) for L_r in range(1, L + 1)]
 
 
-def plan(config: ModelConfig, tokens: int, sequence_length: int, state_shards: int = 1) -> Plan:
+def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE) -> Plan:
     """Choose among none, connection (with model.remat_block or L_r*) and full, in this order, the first that fits.
 
     Args:
       config: model.remat_budget_gb is the limit; 0: none is known, and `connection` is chosen.
       tokens: of one device and one backward pass.
       sequence_length: T.
-      state_shards: devices that share parameters, gradients and moments.
+      mesh: splits parameters, gradients and moments, and logits.
 
     Returns:
-      the plan; `full` where nothing fits, and its sentence says so.  Estimates leave out what lives for a moment only.
+      the plan; `full` where nothing fits, and its sentence says so.  Estimates leave out what lives for a moment only, and take
+      what branches keep as whole, also where mesh.tensor splits heads and hidden channels.
     """
     sizes, rows = _sizes(config, sequence_length), table(config, sequence_length)
     L, L_r = config.num_sublayers, _length(config)
@@ -94,7 +97,8 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, state_shards: i
         "full": (boundary + sizes.y) * L // 2 + max(sizes.blocks),
     }
     # Float32 logits and their gradient.
-    fixed = STATE_BYTES * model_cost(config, sequence_length).total / state_shards + 8 * config.vocab_size * tokens
+    columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
+    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens)
     estimates = {name: fixed + size * tokens for name, size in kept.items()}
     limit = config.remat_budget_gb * 1e9
     fitting = [name for name, size in estimates.items() if size <= limit]
@@ -110,19 +114,26 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, state_shards: i
     return Plan(chosen, L_r, estimates, f"model.remat is {chosen!r}{detail}: {why} (estimates: {listed}).")
 
 
-def resolve(config: ExperimentConfig, devices: int = 1, state_shards: int = 1) -> tuple[ExperimentConfig, str]:
-    """The configuration with `auto` replaced by what is planned, and the sentence about it; '' where nothing was to choose.
+def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
+    """Parameters, gradients and moments of one device."""
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
+    parts = jax.tree.map(
+        lambda a, place: place.shard_shape(a.shape), shapes, state_shardings(abstract_mesh(mesh), shapes)
+    )
+    return STATE_BYTES * sum(math.prod(part) for part in jax.tree.leaves(parts, is_leaf=lambda a: isinstance(a, tuple)))
 
-    Args:
-      config: with its vocabulary.
-      devices: that share the tokens of a batch.
-      state_shards: as in `plan`.
+
+def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
+    """The configuration with `auto` replaced by what is planned for a device of its mesh, and the sentence about it.
+
+    The sentence is '' where nothing was to choose.  `config` has its vocabulary.
     """
-    model, data = config.model, config.data
+    model, data, mesh = config.model, config.data, config.mesh
     if model.remat != "auto":
         return config, ""
-    tokens = data.batch_size // config.optimizer.accumulation_steps * data.sequence_length // devices
-    found = plan(model, tokens, data.sequence_length, state_shards)
+    sequences = data.batch_size // config.optimizer.accumulation_steps
+    tokens = sequences * data.sequence_length // (mesh.batch * mesh.sequence)
+    found = plan(model, tokens, data.sequence_length, mesh)
     L_r = found.L_r if found.remat == "connection" else 0
     chosen = dataclasses.replace(model, remat=found.remat, remat_block=L_r, remat_budget_gb=0.0)
     return dataclasses.replace(config, model=chosen), found.sentence

@@ -205,6 +205,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: config.size])
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The same mesh of no devices, all axes there: for shapes of parts."""
+    return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """Trace, compile and run inside: arrays are split over this mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -285,11 +290,11 @@ def everywhere(mesh: Mesh, a: np.ndarray) -> Array:
     return jax.make_array_from_callback(a.shape, NamedSharding(mesh, PartitionSpec()), lambda _: a)
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """Shardings of a train state, or of parameters: optimizer moments lie like their parameters, scalars are on every device.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: of `make_mesh` or `abstract_mesh`.
       state: arrays, or their shapes and dtypes (`jax.eval_shape`).
 
     Raises:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import types
+from typing import Any
 
 import pytest
 from tiny_runs import ROOT, run_script, script
@@ -115,13 +116,6 @@ def kernel(line):
 
 
 def test_kernels_are_priced():
-    grouped = kernel(
-        'ragged-dot-none.6 = bf16[24576,896]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call", '
-        "operand_layout_constraints={s32[65]{0}, bf16[24576,1280]{1,0}, bf16[64,1280,896]{2,1,0}}, frontend_attributes={}"
-    )
-    flops, moved = aot.kernel_cost(CONFIG, grouped)
-    assert flops == 2 * 24576 * 1280 * 896
-    assert moved == 65 * 4 + 2 * (24576 * 1280 + 64 * 1280 * 896 + 24576 * 896)
     # 2 sequences a device, 2 heads: keys and values of 16; half of T x T.
     forward = kernel("splash_mqa_fwd_residuals.1 = bf16[2,16,16] custom-call()")
     assert aot.kernel_cost(CONFIG, forward) == (2 * 16 * 16 * 2 * 32, 0.0)
@@ -307,12 +301,23 @@ def test_a_mesh_that_is_no_part_of_the_torus_is_told():
         aot.lower(config, topology.get_slice("v6e:8x8"), None)
 
 
+TPU: dict[str, Any] = {
+    "vocab_size": 256,
+    "width": 128,
+    "num_layers": 2,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "head_width": 128,
+    "mlp_width": 256,
+    "compute_dtype": "bfloat16",
+    "stream_dtype": "bfloat16",
+}
+
+
 def test_a_step_for_tpus():
     """Two layers on four v6e: Pallas kernels of mHC and of attention, priced, and estimated cycles."""
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
-    sizes = {"vocab_size": 256, "width": 128, "num_heads": 1, "num_kv_heads": 1, "head_width": 128, "mlp_width": 256}
-    dtypes = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
-    model = dataclasses.replace(MODEL, num_layers=2, connection=parse("mhc"), **sizes, **dtypes)
+    model = dataclasses.replace(MODEL, connection=parse("mhc"), **TPU)
     data = DataConfig(sequence_length=128, batch_size=4)
     config = ExperimentConfig(model=model, data=data, mesh=MeshConfig(fsdp=4))
     row = aot.estimate(config, topology.get_slice("v6e:2x2"), None)
@@ -321,3 +326,16 @@ def test_a_step_for_tpus():
     assert row["kernels"]["mhc_write_read"] >= 4
     assert not any("no estimate" in name for name in row["kernels"])
     assert {one["axes"] for one in row["collectives"]} == {"fsdp"}
+
+
+def test_experts_for_tpus_multiply_each_row_once():
+    """Of 16 experts a token sees 2: the FLOPs of a step are those of the active parameters, not of all."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    experts = {"num_experts": 16, "num_active_experts": 2, "num_shared_experts": 0, "expert_width": 128}
+    model = dataclasses.replace(MODEL, **TPU, **experts, num_dense_layers=0, expert_buffer=1.0)
+    data = DataConfig(sequence_length=256, batch_size=4)
+    config = ExperimentConfig(model=model, data=data, mesh=MeshConfig(fsdp=2, expert=2))
+    row = aot.estimate(config, topology.get_slice("v6e:2x2"), "xla")
+    kernels = {name: times for name, times in row["kernels"].items() if "gmm" in name}
+    assert kernels == {"gmm": 2 * 6, "tgmm": 2 * 3}, "three products forward, six backward, a layer"
+    assert row["flops over model_cost"] == pytest.approx(1, rel=0.2)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from mhc_jax import connections, cost, remat, remat_plan
+from mhc_jax import compiled, connections, cost, remat, remat_plan
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import completed, to_mapping
 from mhc_jax.model import Decoder
+from mhc_jax.sharding import MeshConfig
 from mhc_jax.traffic import best_recompute, recompute_elements
 from mhc_jax.train_step import gradients, init_state
 
@@ -28,7 +29,7 @@ EXPERTS: dict[str, Any] = {
 }
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
 ROUNDING = 1e-6
-"""4e-7 of a leaf's largest entry was seen on a CPU, and hc alone was bitwise equal; which fusion rounds otherwise was not found."""
+"""6.3e-7 of a leaf's largest entry was seen of a compiled mhc on a CPU; without XLA's fusion it is bitwise equal."""
 
 
 def model(spec, **settings):
@@ -62,8 +63,23 @@ def test_gradients_are_those_without_recompute(spec, settings, L_r):
     expected = run(params, config)
     actual = run(params, dataclasses.replace(config, remat="connection", remat_block=L_r))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
-        assert_close(b, a, ROUNDING, jax.tree_util.keystr(path))
+        assert_close(b, a, 0 if spec == "residual" else ROUNDING, jax.tree_util.keystr(path))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers", "L_r"), [("residual", 1, 1), ("mhc:t_max=2", 2, 3)], ids=["residual", "mhc"]
+)
+def test_operation_by_operation_gradients_are_bitwise_those_without_recompute(spec, layers, L_r):
+    """No compiler fuses across operations here: the same sums in the same order."""
+    config = model(spec, num_layers=layers)
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    kept = dataclasses.replace(config, remat="connection", remat_block=L_r)
+    with jax.disable_jit():
+        expected, actual = (jax.value_and_grad(loss, has_aux=True)(params, own) for own in (config, kept))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_array_equal(b, a, jax.tree_util.keystr(path))
 
 
 def products(config, monkeypatch):
@@ -89,6 +105,26 @@ def test_no_product_of_a_branch_is_computed_twice(spec, settings, monkeypatch):
     boundary = 2 * TOKENS.size * n * config.width * (n**2 + 2 * n + 1) if spec == "mhc" else 0
     assert counts["connection"] - counts["none"] == config.num_sublayers * boundary
     assert counts["full"] > 1.1 * counts["connection"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [("residual", EXPERTS | {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}), ("mhc", {})],
+    ids=["moe, mla", "mhc"],
+)
+def test_the_compiler_multiplies_no_more_than_the_boundaries(spec, settings):
+    """By the products in the compiled program, loops by their turns: the branches' are those of `none`."""
+    config = model(spec, num_layers=2, **settings)
+    counts = {}
+    for policy in ("none", "connection"):
+        own = dataclasses.replace(config, remat=policy)
+        lowered = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1).lower(shapes(own), own)
+        counts[policy] = compiled.flops(compiled.Program(lowered.compile().as_text()), lambda kernel: 0.0)
+    # Of a boundary, the product of nC channels with phi; XLA makes the sum of squares no product.
+    n = config.connection.num_streams
+    boundary = 2 * TOKENS.size * n * config.width * (n**2 + 2 * n) if spec == "mhc" else 0
+    assert counts["connection"] - counts["none"] == config.num_sublayers * boundary
+    assert counts["none"] > 10 * boundary
 
 
 def test_what_depends_on_parameters_alone_is_not_kept():
@@ -142,13 +178,13 @@ def temporary(L_r, L=60):
 
 
 def check_eq_20(lengths):
-    """Measured = constant + Eq. 20 within 15 %; the constant is the one with the smallest largest error."""
+    """Measured less a constant is Eq. 20 within 15 %; the constant is the one with the smallest largest error of the whole."""
     measured = np.array([temporary(L_r) for L_r in lengths])
     predicted = np.array([recompute_elements(L_r, 60, 4, 1) for L_r in lengths])
     errors = {c: np.abs((predicted + c) / measured - 1).max() for c in range(400)}
     constant = min(errors, key=errors.__getitem__)
     print(dict(zip(lengths, measured.round(1), strict=True)), "constant", constant, "error", errors[constant])
-    assert errors[constant] < 0.15
+    assert np.abs((measured - constant) / predicted - 1).max() < 0.15
     # What y and the branch keep does not depend on L_r: 2 C a sub-layer.
     assert 2 * 60 < constant < 5 * 60
     return measured
@@ -165,6 +201,10 @@ def test_memory_follows_equation_20():
 def test_memory_follows_equation_20_up_to_30():
     lengths = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 24, 30]
     measured = check_eq_20(lengths)
+    # Where L_r does not divide L the last sub-layers stand outside the scan, and what they keep is freed before it turns back: 7
+    # takes 4 % less than 6.
+    dividing = [k for k, L_r in enumerate(lengths) if 60 % L_r == 0]
+    assert lengths[dividing[measured[dividing].argmin()]] == best_recompute(60, 4) == 6
     assert measured[lengths.index(6)] <= 1.05 * measured.min()
 
 
@@ -213,6 +253,32 @@ def test_auto_takes_the_first_that_fits():
     assert "more than the" in remat_plan.plan(tight, 2048, 256).sentence
     unchanged = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     assert remat_plan.resolve(unchanged) == (unchanged, "")
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"expert": 2, "tensor": 2}, {"data": 4}], ids=str)
+def test_auto_plans_for_one_device_of_the_mesh(mesh):
+    """A part of the tokens and of what the mesh splits of parameters, gradients and moments."""
+    config = ExperimentConfig(
+        model=model("mhc", remat="auto", **EXPERTS),
+        data=DataConfig(sequence_length=64, batch_size=16),
+        mesh=MeshConfig(**mesh),
+    )
+    own = remat_plan.state_bytes(config.model, config.mesh)
+    whole = remat_plan.state_bytes(config.model, MeshConfig())
+    assert whole == 16 * cost.model_cost(config.model, 64).total
+    if "data" in mesh:
+        assert own == whole
+    else:  # norms and connections are whole, and over tensor this vocabulary
+        assert whole / 4 < own < 0.7 * whole
+    tokens = 64 * 16 // config.mesh.batch
+    estimates = remat_plan.plan(config.model, tokens, 64, config.mesh).estimates
+    logits = 8 * 31 * tokens  # which tensor does not divide
+    kept = remat_plan.plan(config.model, 1, 64).estimates["none"] - whole - 8 * 31
+    assert estimates["none"] == own + logits + kept * tokens
+    limited = dataclasses.replace(config.model, remat_budget_gb=(estimates["none"] + 1) / 1e9)
+    alone = dataclasses.replace(config, model=limited, mesh=MeshConfig())
+    assert remat_plan.resolve(dataclasses.replace(config, model=limited))[0].model.remat == "none"
+    assert remat_plan.resolve(alone)[0].model.remat != "none"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Router and balancing are those of DeepSeek-V3 (arXiv 2412.19437, Eq. 12-16; Wang
     y = shared(x) + sum over chosen of g_e expert_e(x),   after each step  b_e += gamma sign(mean load - load_e)
 
 The bias b chooses but does not weigh: no gradient reaches it.  No token is dropped and no expert has a capacity: tokens are
-sorted by expert and multiplied in groups of the sizes that occur (`jax.lax.ragged_dot`).  Without V3's groups of devices and
+sorted by expert and multiplied in groups of the sizes that occur (`layers.grouped`).  Without V3's groups of devices and
 its sequence-wise auxiliary loss, which are about machines and single sequences.
 
 Under a mesh (`routed_on_mesh`) each device routes its own tokens and sends copies of them to the owners of the experts:
@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.layers.exchange import exchange, plan, worst_case
+from mhc_jax.layers.grouped import grouped_matmul
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.sharding import RULES, constrain, current, token_axes
 
@@ -92,8 +93,8 @@ def grouped_swiglu(
     groups: Int[Array, " E"],
 ) -> Float[Array, "M C"]:
     """SwiGLU of consecutive groups of rows, each by its own expert."""
-    hidden = nn.silu(jax.lax.ragged_dot(rows, W_gate, groups)) * jax.lax.ragged_dot(rows, W_up, groups)
-    return jax.lax.ragged_dot(hidden, W_down, groups)
+    hidden = nn.silu(grouped_matmul(rows, W_gate, groups)) * grouped_matmul(rows, W_up, groups)
+    return grouped_matmul(hidden, W_down, groups)
 
 
 def weighted_sum(rows: Float[Array, "M C"], order: Int[Array, " M"], gates: Float[Array, "N k"]) -> Float[Array, "N C"]:

@@ -1,0 +1,78 @@
+"""Grouped matrix products: the TPU kernels, interpreted, against `ragged_dot` and against loops."""
+
+import jax
+import jax.numpy as jnp
+import mhc_kernels
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gradient
+
+
+def arguments(sizes, M, C=256, F=128):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, W, g = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, ((M, C), (len(sizes), C, F), (M, F)), strict=True)
+    )
+    return x, W, jnp.asarray(sizes, jnp.int32), g
+
+
+def both(x, W, sizes, g):
+    """(rows, dx, dW) of the groups."""
+    inside = (jnp.arange(len(x)) < sizes.sum())[:, None]
+    y, pull = jax.vjp(lambda x, W: grouped_matmul(x, W, sizes), x, W)
+    dx, dW = pull(jnp.where(inside, g, 0))
+    return jnp.where(inside, y, 0), jnp.where(inside, dx, 0), dW
+
+
+GROUPS = {
+    "ragged": ([100, 1, 155], 256),
+    "empty ones": ([0, 0, 130, 0, 126, 0], 256),
+    "all to one": ([0, 384, 0], 384),
+    "rows beyond the groups": ([70, 0, 90], 256),
+    "rows that fill no tile": ([40, 33, 2], 75),
+    "none": ([0, 0], 128),
+}
+
+
+@pytest.mark.parametrize(("sizes", "M"), GROUPS.values(), ids=GROUPS)
+def test_kernels_are_ragged_dot(sizes, M):
+    args = arguments(sizes, M)
+    expected = jax.jit(both)(*args)
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        actual = jax.jit(lambda *a: both(*a))(*args)
+    for name, a, b in zip(("y", "dx", "dW"), expected, actual, strict=True):
+        assert_close(b, a, 1e-5, name)
+
+
+def test_a_gradient_of_the_weights_sees_its_group_alone():
+    """NaN in rows of other groups, and in rows of none, stays out of dW."""
+    x, W, sizes, g = arguments([60, 68], 256)
+    x = x.at[:60].set(jnp.nan).at[128:].set(jnp.nan)
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        _, pull = jax.vjp(lambda W: grouped_matmul(x, W, sizes), W)
+        (dW,) = pull(g)
+    assert np.isnan(dW[0]).all()
+    expected = np.asarray(x[60:128], np.float64).T @ np.asarray(g[60:128], np.float64)
+    assert_close(dW[1], expected, 1e-5, "dW")
+
+
+@pytest.mark.parametrize(("k", "n"), [(1280, 896), (896, 1280), (2560, 1536), (1536, 2560), (64, 48), (7168, 2048)])
+def test_tiles_fill_vmem_and_no_more(k, n):
+    rows, depth, columns = tiling(98304, k, n)
+    assert rows == 512
+    assert 4 * (rows * depth + depth * columns + rows * columns) + 4 * rows * columns <= 12 * 2**20
+    assert k % depth == 0
+    assert n % columns == 0
+    assert depth == k or k > 2560
+    _, down, across = tiling_of_gradient(98304, k, n)
+    assert 4 * 512 * (down + across) + 4 * down * across + 4 * down * across <= 14 * 2**20
+
+
+def test_the_largest_tile():
+    assert largest(98304, 512) == 512
+    assert largest(384, 512) == 384
+    assert largest(1280, 1024) == 640
+    assert largest(48, 512) == 48
+    assert largest(1000, 512) == 512, "the last tile is cut"
