@@ -165,7 +165,11 @@ class _Run:
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
         self.train_step = step.trace(abstract, self._placed(self.example))
         self.clock["compile_s"] += time.perf_counter() - began
-        self.flops_per_token = cost.jaxpr_flops(self.train_step.jaxpr) / self.tokens_per_step
+        counted = self.train_step
+        if config.mesh.stage > 1:  # whose program has in every tick what any stage may do
+            alone = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1))
+            counted = jax.jit(make_train_step(alone)).trace(abstract, self._placed(self.example))
+        self.flops_per_token = cost.jaxpr_flops(counted.jaxpr) / self.tokens_per_step
         env = environment()
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
         if not (self.folder / "env.json").exists():

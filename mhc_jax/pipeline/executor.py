@@ -126,6 +126,8 @@ def _ticks(
     with settings(token_axes=token_axes(slices["inputs"].shape[1:])):
         stage = Stage(model, schedule.stages, outer, jax.tree.map(lambda a: a[0], slices["inputs"]), layers)
         boundary, aux = stage.boundary, stage.aux
+        forwards = [stage.forwards[k] for k in program.forwards]
+        backwards = [stage.backwards[k] for k in program.backwards]
         zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
 
         def buffer(slots: int, like: Tree) -> Tree:
@@ -158,11 +160,11 @@ def _ticks(
                 return own, _read(slices, now[f"{half}_microbatch"]), now[f"{half}_stage"]
 
             result, held, loss, aux, sums = jax.lax.switch(
-                now["forward"], stage.forwards, *pick("forward"), x, held, state["outer"]
+                now["forward"], forwards, *pick("forward"), x, held, state["outer"]
             )
             g_x, (sums, layer_sums) = jax.lax.switch(
                 now["backward"],
-                stage.backwards,
+                backwards,
                 *pick("backward"),
                 now["backward_chunk"],
                 kept,

@@ -41,6 +41,10 @@ class Program:
     """
 
     columns: Mapping[str, np.ndarray]
+    forwards: tuple[int, ...]
+    """Operations of the forward halves that occur: `IDLE`, `FIRST`, `MIDDLE`, `LAST`; the column holds positions in here."""
+    backwards: tuple[int, ...]
+    """Those of the backward halves: `IDLE`, `BACKWARDS`, and 3 more on the first stage."""
     channels: tuple[Channel, ...]
     inputs: int
     """Slots for boundary tensors that wait for their forward."""
@@ -112,8 +116,11 @@ def compile_table(schedule: Schedule) -> Program:
             )
             slots = inputs if one.kind == "F" else gradients
             columns[f"arrives_{k}"][one.target, one.sent + schedule.latency - 1] = slots[one.microbatch, one.stage]
+    forwards, backwards = (tuple(np.unique(columns[half]).tolist()) for half in ("forward", "backward"))
+    for half, used in (("forward", forwards), ("backward", backwards)):
+        columns[half] = np.searchsorted(used, columns[half]).astype(np.int32)
     sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations))
-    return Program(columns, channels, *sizes)
+    return Program(columns, forwards, backwards, channels, *sizes)
 
 
 def _last_uses(schedule: Schedule) -> dict[tuple[int, int], int]:
