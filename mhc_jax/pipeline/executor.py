@@ -57,8 +57,8 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
     P, M, S = schedule.devices, schedule.microbatches, schedule.stages
     per, lead = model.num_layers // S, model.num_leading
     stage_of = schedule.stage_of
-    # A device without a stage in some chunk would hold any: there is none, in the schedules here.
-    places = np.array([[stage_of[Place(d, c)] for c in range(schedule.chunks)] for d in range(P)]).T
+    # Of each chunk, by device; one without a stage in a chunk holds the first, and has no gradient of it.
+    places = np.array([[stage_of.get(Place(d, c), 0) for d in range(P)] for c in range(schedule.chunks)])
 
     def staged(layers: Tree) -> Tree:
         """[blocks, ...] -> [P, chunks, blocks of a stage, ...]; zeros where dense blocks lead."""
@@ -76,8 +76,10 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
         def one(a: Array) -> Array:
             whole = jnp.zeros((S, *a.shape[2:]), a.dtype)
             for c, place in enumerate(places):
-                # Sorted, they are consecutive: what moves is slices, in order or turned round.
-                whole = whole.at[min(place) : max(place) + 1].add(_taken(a[:, c], np.argsort(place)))
+                own, low = a[:, c], min(place)
+                straight = _consecutive(place)
+                at, own = (slice(low, low + P), own[:: place[1] - place[0]]) if straight else (place, own)
+                whole = whole.at[at].add(own)
             return whole.reshape(S * per, *a.shape[3:])[lead:]
 
         return jax.tree.map(one, parts)
@@ -108,10 +110,17 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
     return run
 
 
-def _taken(a: Array, order: np.ndarray) -> Array:
-    """a[order] of consecutive numbers, up or down, as slices: a gather would bring all parts to every device."""
-    part = a[min(order) : max(order) + 1]
-    return part if order[0] < order[-1] else part[::-1]
+def _consecutive(place: np.ndarray) -> bool:
+    """Stages one after another, up or down: they move as slices, where a gather would bring all to every device."""
+    return set(np.diff(place).tolist()) in ({1}, {-1})
+
+
+def _taken(a: Array, place: np.ndarray) -> Array:
+    """a[place]."""
+    if not _consecutive(place):
+        return a[place]
+    low = min(place)
+    return a[low : low + len(place)][:: place[1] - place[0]]
 
 
 # -- one device
