@@ -99,14 +99,7 @@ def assert_same_step(config):
         assert_close(router[name], value, 1e-6, name)
 
 
-QUICK_CASES = [
-    ("gpipe", "hc", 2, 3),
-    ("1f1b", MHC, 4, 6),
-    ("interleaved", "residual", 2, 4),
-    ("zb1p", MHC, 2, 3),
-    ("dualpipe", "residual", 4, 8),
-    ("dualpipev", MHC, 2, 4),
-]
+QUICK_CASES = [("1f1b", MHC, 2, 2), ("zb1p", "residual", 2, 3), ("dualpipe", "residual", 2, 4)]
 ALL_CASES = [
     (schedule, kind, stages, least * times)
     for schedule in SCHEDULES
@@ -128,10 +121,12 @@ def test_no_pipeline_changes_anything(schedule, kind, stages, microbatches):
     assert_same_step(tiny(kind, schedule, stages, microbatches))
 
 
+@pytest.mark.slow
 def test_messages_may_travel_while_the_next_tick_computes():
     assert_same_step(tiny("residual", "dualpipe", 2, 4, overlap=True))
 
 
+@pytest.mark.slow
 def test_a_table_written_by_hand():
     """The first stage on the second device; the second microbatch begins when the first is over."""
     config = tiny("residual", "gpipe", 2, 2)
@@ -151,6 +146,7 @@ def test_a_table_written_by_hand():
 COMBINED = {"dualpipe": ("dualpipe", 4), "zb1p": ("zb1p", 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "microbatches"), COMBINED.values(), ids=COMBINED)
 def test_stages_copies_and_owners_of_experts(schedule, microbatches):
     """A dense block leads the first stage, and its stage has fewer blocks with experts."""
@@ -201,6 +197,7 @@ def curve(config, steps):
     return losses, norms, np.asarray(state.params["layers"]["mlp"]["router_bias"])
 
 
+@pytest.mark.slow
 def test_50_steps_give_the_curve_without_a_pipeline():
     """With clipping and balancing; the norm of the first step is clipped."""
     config = tiny("residual", "1f1b", 2, 2, {"data": 2}, sequences=2, **EXPERTS | {"num_dense_layers": 0})
@@ -222,6 +219,7 @@ def temporary(schedule, microbatches):
     return step.memory_analysis().temp_size_in_bytes, program
 
 
+@pytest.mark.slow
 def test_the_activations_of_1f1b_do_not_grow_with_microbatches_and_those_of_gpipe_do():
     """What a slot holds is measured between two tables of gpipe; 1f1b has the slots its bound says, whatever the microbatches."""
     boundary = 64 * T * 2 * 16 * 4  # x and y of 64 sequences
@@ -243,6 +241,7 @@ def test_a_program_has_the_slots_of_the_bound(name):
             assert compile_table(schedule).activations == max(schedule.bound)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_and_without_stages(tmp_path):
     """A checkpoint has the blocks in one piece."""
     settings = {"model": {"num_layers": 2}, "optimizer": {"accumulation_steps": 2}}
