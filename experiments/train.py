@@ -3,7 +3,9 @@
     python experiments/train.py --config=experiments/configs/demo.py:mhc --config.train.steps=400 --workdir=runs/mhc-400
 
 The same command on the same --workdir goes on from the newest checkpoint.  Exit status: 0 finished, 2 a mistake in the
-settings, 3 diverged, 130 stopped by Ctrl-C or SIGTERM (saved).
+settings, 3 diverged, 4 another process of the run has gone, 130 stopped by Ctrl-C or SIGTERM (saved).
+Several processes: one call of the command for each, with --coordinator_address, --num_processes and --process_id, or under
+Slurm, Open MPI, Kubernetes or on the hosts of a TPU slice, which tell them (README, On GPUs and TPU pods).
 """
 
 import json
@@ -11,18 +13,21 @@ from pathlib import Path
 
 from absl import flags
 
-from mhc_jax import cli
+from mhc_jax import cli, distributed
 from mhc_jax.loop import EXIT_CODES, train
 
 CONFIG = cli.define_config()
+PROCESSES = cli.define_processes()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: config, metrics and checkpoints.", required=True)
 
 
 def main() -> int:
     """Train, and print the summary."""
-    folder = Path(WORKDIR.value)
-    summary = train(CONFIG(), folder, label=folder.name)
-    print(json.dumps(summary, indent=1))
+    folder, config = Path(WORKDIR.value), CONFIG()
+    PROCESSES()
+    summary = train(config, folder, label=folder.name)
+    if distributed.first():
+        print(json.dumps(summary, indent=1))
     return EXIT_CODES[summary["status"]]
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from mhc_jax import distributed
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import completed
 from mhc_jax.train_step import TrainState
 
+ITEMS = ("state", "loop", "config", "tokenizer")
+"""Of a checkpoint; those written before there was evaluation have no tokenizer."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """What Orbax raises when the disk refuses: TensorStore's errors arrive as ValueError."""
 
@@ -47,7 +51,7 @@ class Checkpoints:
         self._failed = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop", "config"))
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         except OSError as error:
             raise InputError(f"Cannot use {self.folder} for checkpoints: {error.strerror or error}.") from error
 
@@ -55,7 +59,19 @@ class Checkpoints:
         """Steps saved, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, loop: dict[str, Any], config: dict[str, Any]) -> None:
+    def newest(self) -> int | None:
+        """Newest step that is whole on disk, asked of nobody else."""
+        steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
+        return max(steps, default=None)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict[str, Any],
+        config: dict[str, Any],
+        tokenizer: dict[str, str] | None = None,
+    ) -> None:
         """Start saving.
 
         Args:
@@ -63,6 +79,7 @@ class Checkpoints:
           state: train state.
           loop: JSON-serialisable: position of the data iterator, spike detector, clocks.
           config: the run's configuration (`mapping.to_mapping`).
+          tokenizer: `Tokenizer.saved`.
 
         Raises:
           InputError: this or the previous save could not be written (disk full, folder gone).
@@ -77,9 +94,12 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     loop=ocp.args.JsonSave(loop),
                     config=ocp.args.JsonSave(config),
+                    **({"tokenizer": ocp.args.JsonSave(tokenizer)} if tokenizer else {}),
                 ),
             )
         except WRITE_ERRORS as error:
+            if distributed.is_loss(error):
+                raise
             raise self._failure(error) from error
 
     def wait(self) -> None:
@@ -91,6 +111,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except WRITE_ERRORS as error:
+            if distributed.is_loss(error):
+                raise
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> InputError:
@@ -99,8 +121,8 @@ class Checkpoints:
         self._failed = True
         # Orbax leaves its other writes unstarted, and Python says so of each while it shuts down.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
-        kept = f"the checkpoint of step {max(steps)} is whole" if steps else "there is no earlier one"
+        newest = self.newest()
+        kept = "there is no earlier one" if newest is None else f"the checkpoint of step {newest} is whole"
         return InputError(
             f"Could not save a checkpoint in {self.folder}: {reason}; {kept}. {'Make room' if full else 'Mend that'} "
             f"and run the same command again to go on."
@@ -124,22 +146,18 @@ class Checkpoints:
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps()):
+            out, reason = None, ""
             try:
-                saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-                changed = differences(completed(saved, config)["model"], config["model"], "model.")
-                if changed:
-                    raise InputError(
-                        f"The checkpoint {self.folder / str(step)} was made by another model ({'; '.join(changed)}); "
-                        f"use its configuration or another run folder."
-                    )
-                out = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore())
-                )
-                return out["state"], out["loop"], self._set_aside(broken)
+                out = self._read(step, abstract, config)
             except InputError:
                 raise
             except Exception as error:
-                broken[step] = _reason(error)
+                reason = _reason(error)
+            # Of several processes one alone may miss its part.
+            reason = next(filter(None, distributed.gathered(reason)), "")
+            if out and not reason:
+                return *out, self._set_aside(broken)
+            broken[step] = reason
         if broken:
             listed = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
             raise InputError(
@@ -148,21 +166,39 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, abstract: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        changed = differences(completed(saved, config)["model"], config["model"], "model.")
+        if changed:
+            raise InputError(
+                f"The checkpoint {self.folder / str(step)} was made by another model ({'; '.join(changed)}); "
+                f"use its configuration or another run folder."
+            )
+        out = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore())
+        )
+        return out["state"], out["loop"]
+
     def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
         """Move broken checkpoints out of the way of the steps that will be saved again; one remark each."""
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            try:
-                shutil.move(self.folder / str(step), aside)
-            except OSError as error:
-                raise InputError(
-                    f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
-                ) from error
+            distributed.together(
+                lambda step=step, aside=aside: self._move(step, aside) if distributed.first() else None
+            )
             remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
         self._manager.reload()
         return remarks
+
+    def _move(self, step: int, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.move(self.folder / str(step), aside)
+        except OSError as error:
+            raise InputError(
+                f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
+            ) from error
 
     def close(self) -> None:
         """Wait for pending saves and release threads.
@@ -181,36 +217,81 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def load_params(folder: Path) -> tuple[dict[str, Any], Any]:
+def check_tokenizer(saved: str | None, given: str, folder: Path) -> None:
+    """Raise `InputError` where the fingerprint of a tokenizer is not the one that a run was trained with.
+
+    Args:
+      saved: of the run; None where it is not known.
+      given: of the tokenizer at hand.
+      folder: of the run.
+    """
+    if saved not in (None, given):
+        raise InputError(
+            f"The tokenizer is not the one that {folder} was trained with (SHA-256 {given[:12]}, not {saved[:12]}): its ids mean "
+            "other text; leave the tokenizer out to use the checkpoint's own, or restore the file."
+        )
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint of a run folder.
+
+    Raises:
+      InputError: there is none.
+    """
+    root = folder / "checkpoints"
+    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit()] if root.is_dir() else []
+    if not steps:
+        raise InputError(
+            f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
+        )
+    return max(steps)
+
+
+def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> tuple[dict[str, Any], Any]:
     """(configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
 
     The configuration is the one the checkpoint holds: model.vocab_size has the tokenizer's size where the run left it
     at 0.
 
+    Args:
+      folder: of the run.
+      shardings: shapes and dtypes of the parameters -> where they go (`sharding.state_shardings`); the first device if not given.
+
     Raises:
       InputError: the folder holds no checkpoint, or the newest cannot be read.
     """
+    step = newest_step(folder)
     root = (folder / "checkpoints").resolve()
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-    if not steps:
-        raise InputError(
-            f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
-        )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    # `loop` is not wanted, but Orbax warns of an item that has no handler.
+    # Not all are wanted, but Orbax warns of an item that has no handler.
     handlers = {"state": ocp.StandardCheckpointHandler()}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("loop", "config")}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
     try:
         with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-            # The state was saved on the run's devices; it is wanted on one of ours.
-            saved = manager.item_metadata(steps[-1])["state"]
-            target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), saved)
+            # The state was saved on the run's devices; it is wanted on ours.
+            saved = manager.item_metadata(step)["state"]
+            own = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
+            target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, own)
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target), config=ocp.args.JsonRestore())
-            out = manager.restore(steps[-1], args=wanted)
+            out = manager.restore(step, args=wanted)
     except Exception as error:
-        newest = root / str(steps[-1])
         raise InputError(
-            f"The checkpoint {newest} cannot be read ({_reason(error)}); remove it to use an earlier one."
+            f"The checkpoint {root / str(step)} cannot be read ({_reason(error)}); remove it to use an earlier one."
         ) from error
     return out["config"], out["state"]["params"]
+
+
+def saved_tokenizer(folder: Path) -> dict[str, str] | None:
+    """What the newest checkpoint of a run folder holds of its tokenizer; None for those written before there was evaluation.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or its tokenizer cannot be read.
+    """
+    file = folder / "checkpoints" / str(newest_step(folder)) / "tokenizer" / "metadata"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise InputError(
+            f"{file} cannot be read ({_reason(error)}); remove that checkpoint to use an earlier one."
+        ) from error

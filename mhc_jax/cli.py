@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mhc_jax import distributed
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError, require
 from mhc_jax.host_memory import cpu_alone, keep_pages
@@ -41,6 +42,20 @@ def define_config() -> Callable[[], ExperimentConfig]:
     return read
 
 
+def define_processes() -> Callable[[], None]:
+    """Declare the flags by which several processes of one run find each other.
+
+    Returns:
+      A function that, once flags are parsed, joins them (`distributed.start`).
+    """
+    address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, of several on their own.")
+    count = flags.DEFINE_integer("num_processes", 0, "How many there are; 1: this one alone.", lower_bound=0)
+    index = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.", lower_bound=-1)
+    wait = flags.DEFINE_integer("start_timeout", 300, "Seconds until all processes must have come.", lower_bound=1)
+    silence = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process is dead.", lower_bound=1)
+    return lambda: distributed.start(address.value, count.value, index.value, wait.value, silence.value)
+
+
 def main(function: Callable[..., int | None], positional: Sequence[str] = ()) -> None:
     """Run a script: absl parses its flags; an `InputError` is printed alone and ends the process with status 2.
 
@@ -60,13 +75,29 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
             if len(given) < len(positional):
                 missing = positional[len(given)]
                 raise InputError(f"{missing} is missing; the command is {Path(argv[0]).name} {' '.join(positional)}.")
-            return function(*given) or 0
+            status = function(*given) or 0
+            distributed.shut()
+            return status
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+            status = 2
+        except distributed.ProcessLostError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = distributed.LOST
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
+            status = 130
+        except Exception as error:
+            if not distributed.joined():
+                raise
+            if distributed.is_loss(error):
+                print(f"error: {distributed.lost(error)}", file=sys.stderr)
+                status = distributed.LOST
+            else:
+                traceback.print_exc()
+                status = 1
+        distributed.leave(status)
+        return status
 
     sys.unraisablehook = _report_unraisable
     if cpu_alone():

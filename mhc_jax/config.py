@@ -210,7 +210,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of documents set apart when `validation_source` is empty and the source has no validation split."""
     tokenizer: str = "byte"
-    """`byte` or `bpe:<tokenizer.json>`."""
+    """`byte`, `gpt2`, `gpt2:<folder of encoder.json and vocab.bpe>` or `bpe:<tokenizer.json>`."""
     sequence_length: int = 256
     """T."""
     batch_size: int = 8
@@ -230,8 +230,8 @@ class DataConfig:
         )
         require(bool(self.source), "data.source is empty; use 'shakespeare', 'tfds:<name>' or a path.")
         require(
-            self.tokenizer == "byte" or self.tokenizer.startswith("bpe:"),
-            f"data.tokenizer is {self.tokenizer!r}; it must be 'byte' or 'bpe:<tokenizer.json>'.",
+            self.tokenizer in ("byte", "gpt2") or self.tokenizer.startswith(("bpe:", "gpt2:")),
+            f"data.tokenizer is {self.tokenizer!r}; it must be 'byte', 'gpt2' or 'bpe:<tokenizer.json>'.",
         )
 
 

@@ -8,8 +8,8 @@ follow are bitwise those of a run that was never stopped (on CPU).
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import signal
 import statistics
 import time
 from pathlib import Path
@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mhc_jax import cost
-from mhc_jax.checkpoint import Checkpoints
+from mhc_jax import cost, distributed
+from mhc_jax.checkpoint import Checkpoints, check_tokenizer
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
@@ -28,37 +28,16 @@ from mhc_jax.diagnostics import summarize
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
-from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
+from mhc_jax.metrics import MetricsWriter, NoWriter, SpikeDetector, check_writers, plain
 from mhc_jax.optim import describe
-from mhc_jax.progress import RunProgress
+from mhc_jax.progress import NoProgress, RunProgress
 from mhc_jax.remat_plan import resolve
 from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
-from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
-from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
+from mhc_jax.sharding import batch_sharding, everywhere, global_batch, make_mesh, own_rows, state_shardings, using
+from mhc_jax.stop import StopRequest
+from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step, make_unstaged_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        self.signal = number
-        for each, previous in self._previous.items():
-            signal.signal(each, previous)
-
-    def __exit__(self, *_) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
 
 
 def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
@@ -93,26 +72,35 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
       InputError: anything a person can mend, before any compile where possible.
     """
     mapping = to_mapping(config)
-    ended = check_run_folder(folder, mapping)
+    ended = distributed.together(lambda: check_run_folder(folder, mapping))
     if ended:
-        print(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.", flush=True)
+        if distributed.first():
+            print(
+                f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.", flush=True
+            )
         return ended
-    check_writers(config.train.tensorboard, config.train.wandb)
+    distributed.together(lambda: check_writers(config.train.tensorboard, config.train.wandb))
     # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
     mesh = make_mesh(config.mesh)
-    data = load_data(config.data) if data is None else data
+    data = distributed.together(lambda: load_data(config.data)) if data is None else data
+    different = f"The processes read different texts from {config.data.source!r}; give all the same files."
+    distributed.same(json.dumps(data.summary()), different)
     config = resolve_vocabulary(config, data)
-    if planned := resolve(config)[1]:
+    if (planned := resolve(config)[1]) and distributed.first():
         print(f"{label}: {planned}", flush=True)
     create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:
         with using(mesh):
-            return _Run(config, mapping, folder, label, data, checkpoints, mesh).run()
-    finally:
-        checkpoints.close()
+            summary = _Run(config, mapping, folder, label, data, checkpoints, mesh).run()
+    except BaseException:
+        if not distributed.several():  # to close is to wait for all
+            checkpoints.close()
+        raise
+    checkpoints.close()
+    return summary
 
 
 class _Run:
@@ -122,10 +110,15 @@ class _Run:
         self.config, self.mapping, self.folder, self.data = config, mapping, folder, data
         self.label, self.checkpoints, self.mesh = label, checkpoints, mesh
         self.clock = dict.fromkeys(("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s"), 0.0)
-        self.batches = data.train_iterator()
-        self.validation = data.validation_batches(config.train.validation_batches)
+        self.shape = (config.data.batch_size, config.data.sequence_length)
+        self.rows = own_rows(mesh, self.shape) if distributed.several() else None
+        self.replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
+        self.agreement = distributed.Agreement(mesh)
+        self.batches = data.train_iterator(rows=self.rows)
+        self.validation = data.validation_batches(config.train.validation_batches, self.rows)
         # One held-out sequence, the same at every diagnostics step and in every run of a comparison.
-        self.diagnostic_tokens = self.validation[0]["inputs"][:1]
+        self.diagnostic_tokens: Any = data.validation_batches(1, np.arange(1))[0]["inputs"]
+        self.done = 0
         self.step_times: list[float] = []
         self.losses: list[float] = []
         self.validation_loss: float | None = None
@@ -136,7 +129,18 @@ class _Run:
         self.compiled_bytes: int | None = None
 
     def run(self) -> dict[str, Any]:
-        config, cfg, T = self.config, self.config.train, self.config.data.sequence_length
+        try:
+            return self._run()
+        except Exception as error:
+            if distributed.is_loss(error):
+                saved = self.checkpoints.newest()
+                place = "the start" if saved is None else f"the checkpoint of step {saved}"
+                when, go_on = f", noticed at step {self.done}", f" to go on from {place} in {self.folder}"
+                raise distributed.lost(error, when, go_on) from error
+            raise
+
+    def _run(self) -> dict[str, Any]:
+        config, cfg = self.config, self.config.train
         # Where the state goes is said here: a checkpoint names the devices of the machine that wrote it.
         shapes = jax.eval_shape(lambda: init_state(self.config))
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -145,6 +149,7 @@ class _Run:
         restored = self.checkpoints.restore_newest(abstract, to_mapping(self.config))
         if restored:
             self.state, loop, remarks = restored
+            check_tokenizer(loop.get("tokenizer"), self.data.tokenizer.fingerprint, self.folder)
             self.batches.set_state(loop["data"])
             self.clock, self.losses, self.gains = loop["clock"], loop["losses"], self.gains | loop["gains"]
             self.step_times, self.validation_loss = loop["step_times"], loop["validation_loss"]
@@ -153,33 +158,38 @@ class _Run:
             self.compiled_bytes = loop["compiled_bytes"]
         else:
             loop, remarks = {"spikes": None}, []
-            self.state = jax.jit(lambda: init_state(self.config), out_shardings=own if self.mesh else None)()
+            init = jax.jit(lambda: init_state(self.config), out_shardings=own if self.mesh else None).lower().compile()
+            distributed.barrier()
+            self.state = init()
         self.done = int(self.state.step)
         self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
-        self.example: dict[str, Any] = dict.fromkeys(
-            ("inputs", "targets"), np.zeros((config.data.batch_size, T), np.int32)
-        )
-        self.tokens_per_step = config.data.batch_size * T
+        placed = batch_sharding(self.mesh) if self.mesh else None
+        example = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct(self.shape, np.int32, sharding=placed))
+        self.tokens_per_step = math.prod(self.shape)
         began = time.perf_counter()
-        results = (own, NamedSharding(self.mesh, PartitionSpec())) if self.mesh else None
+        results = (own, self.replicated) if self.mesh else None
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
-        self.train_step = step.trace(abstract, self._placed(self.example))
+        self.train_step = step.trace(abstract, example)
         self.clock["compile_s"] += time.perf_counter() - began
-        counted = self.train_step
-        if config.mesh.stage > 1:  # whose program has in every tick what any stage may do
-            alone = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1))
-            counted = jax.jit(make_train_step(alone)).trace(abstract, self._placed(self.example))
-        self.flops_per_token = cost.jaxpr_flops(counted.jaxpr) / self.tokens_per_step
+        plain = (
+            self.train_step if config.mesh.stage == 1 else jax.jit(make_unstaged_step(config)).trace(abstract, example)
+        )
+        self.flops_per_token = cost.jaxpr_flops(plain.jaxpr) / self.tokens_per_step
         env = environment()
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
-        if not (self.folder / "env.json").exists():
-            write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
-        self.writer = MetricsWriter(
-            self.folder, self.done if restored else -1, cfg.tensorboard, cfg.wandb, self.mapping
-        )
-        (self.folder / "summary.json").unlink(missing_ok=True)  # of an interruption; the run goes on
+        if distributed.several():
+            self.mesh_name |= {"processes": jax.process_count()}
+        if distributed.first():
+            if not (self.folder / "env.json").exists():
+                write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
+            keep = self.done if restored else -1
+            self.writer = MetricsWriter(self.folder, keep, cfg.tensorboard, cfg.wandb, self.mapping)
+            progress = RunProgress(self.label, cfg.steps, self.done)
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of an interruption; the run goes on
+        else:
+            self.writer, progress = NoWriter(), NoProgress()
         try:
-            with RunProgress(self.label, cfg.steps, self.done) as self.progress, StopRequest() as stop:
+            with progress as self.progress, StopRequest() as stop:
                 for remark in remarks:
                     self.progress.say(f"{remark}.")
                     self.writer.write("event", self.done, {"event": "checkpoint_skipped", "detail": remark})
@@ -197,13 +207,18 @@ class _Run:
         return self._summary(status)
 
     def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch split over the mesh; as it is without one."""
-        return jax.device_put(batch, batch_sharding(self.mesh)) if self.mesh else batch
+        """The batch split over the mesh, of whose rows each process has read its own; as it is without a mesh."""
+        if self.mesh is None:
+            return batch
+        if self.rows is None:
+            return jax.device_put(batch, batch_sharding(self.mesh))
+        return {name: global_batch(self.mesh, self.shape, self.rows, own) for name, own in batch.items()}
 
     def _compile(self, name: str, trace, compiler_options=None):
         self.progress.say(f"compiling the {name} step")
         began = time.perf_counter()
         compiled = trace().lower().compile(compiler_options)
+        distributed.barrier()
         # What diagnostics cost is charged to them alone, their compile included.
         self.clock["diagnostics_s" if name == "diagnostics" else "compile_s"] += time.perf_counter() - began
         return compiled
@@ -214,17 +229,18 @@ class _Run:
             return "finished" if self.diverged_at is None else "diverged"
         step_fn = self._compile("train", lambda: self.train_step)
         self.compiled_bytes = cost.compiled_memory(step_fn)
-        evaluate = jax.jit(make_eval_step(self.config))
-        eval_fn = self._compile(
-            "validation", lambda: evaluate.trace(self.state.params, self._placed(self.validation[0]))
-        )
+        evaluate = jax.jit(make_eval_step(self.config), out_shardings=self.replicated)
+        held_out = self._placed(self.validation[0])
+        eval_fn = self._compile("validation", lambda: evaluate.trace(self.state.params, held_out))
         self._evaluate = lambda: [float(eval_fn(self.state.params, self._placed(b))) for b in self.validation]
         self._diagnose = None
         if cfg.diagnostics_every:
+            if self.rows is not None and self.mesh is not None:
+                self.diagnostic_tokens = everywhere(self.mesh, self.diagnostic_tokens)
             args = (self.state.params, self.diagnostic_tokens)
             # It runs a few times on one sequence: on CPUs half the time to compile beats a faster program.
             quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-            step = jax.jit(make_diagnostics_step(self.config))
+            step = jax.jit(make_diagnostics_step(self.config), out_shardings=self.replicated)
             self._diagnose = self._compile("diagnostics", lambda: step.trace(*args), quick)
         if anew:
             self.progress.say(
@@ -233,8 +249,9 @@ class _Run:
             self._diagnostics(0, None)
 
         pending: tuple[int, dict] | None = None
+        number = 0
         self._mark = time.perf_counter()
-        while self.done < cfg.steps and stop.signal is None:
+        while self.done < cfg.steps and not (number := self.agreement.ask(int(stop.signal or 0))):
             self.state, metrics = step_fn(self.state, self._placed(next(self.batches)))
             self.done += 1
             if pending and not self._read(*pending):
@@ -248,10 +265,10 @@ class _Run:
         if pending and not self._read(*pending):
             return self._diverged(pending[0])
         if self.done < cfg.steps:
-            self.writer.write("event", self.done, {"event": "interrupted", "signal": int(stop.signal or 0)})
+            self.writer.write("event", self.done, {"event": "interrupted", "signal": number})
             self._save("interrupted")
             self.progress.say(
-                f"stopped by signal {stop.signal} after step {self.done}; saved. Run the same command to go on."
+                f"stopped by signal {number} after step {self.done}; saved. Run the same command to go on."
             )
             return "interrupted"
         return "finished"
@@ -349,15 +366,16 @@ class _Run:
             "diverged_at": self.diverged_at,
             "first_nonfinite": self.first_nonfinite,
             "compiled_bytes": self.compiled_bytes,
+            "tokenizer": self.data.tokenizer.fingerprint,
         }
-        self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config))
+        self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config), self.data.tokenizer.saved)
         if reason != "periodic":
             self.checkpoints.wait()
         self.clock["checkpoint_s"] += time.perf_counter() - began
 
     def _summary(self, status: str) -> dict[str, Any]:
         total, own = cost.parameter_counts(self.state.params)
-        stats = jax.devices()[0].memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         finite = [x for x in self.losses if math.isfinite(x)]
         bits = None if self.validation_loss is None else self.validation_loss / math.log(2) / self.data.bytes_per_token
         summary = {
@@ -381,5 +399,6 @@ class _Run:
             "wall_clock_s": sum(self.clock.values()),
             **self.clock,
         }
-        write_json(self.folder / "summary.json", summary)
+        if distributed.first():
+            write_json(self.folder / "summary.json", summary)
         return plain(summary)

@@ -154,3 +154,13 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class NoWriter:
+    """The writer of the processes that write nothing."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 from mhc_kernels import settings
 
 from mhc_jax import remat
+from mhc_jax.cache import Cache, written
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, connection_module
 from mhc_jax.diagnostics import sample_sublayer
-from mhc_jax.layers.attention import Attention
+from mhc_jax.layers.attention import Attention, Past
 from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
 from mhc_jax.layers.moe import MoE
@@ -70,9 +71,19 @@ class Block(nn.Module):
     """One of its sub-layers alone, whose branch runs once under `remat.recomputed`."""
 
     @nn.compact
-    def __call__(self, carry: Carry, layer: Int[Array, ""]) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
-        """(streams, c, y), layer index -> the same after this block, (diagnostics of its sub-layers ({} when off), aux)."""
+    def __call__(
+        self,
+        carry: Carry,
+        layer: Int[Array, ""],
+        kept: dict[str, Array] | None = None,
+        position: Int[Array, " B"] | None = None,
+    ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
+        """(streams, c, y), layer index -> the same after this block, (diagnostics of its sub-layers ({} when off), aux).
+
+        With what attention kept of earlier tokens, aux has what it keeps of these (see `mhc_jax.cache`).
+        """
         streams, c, y = carry
+        past = () if kept is None or position is None else (Past(kept, position),)
         collected, router = [], {}
         named = branches(self.config, self.dense)
         for k, (name, branch) in enumerate(named.items()):
@@ -81,7 +92,8 @@ class Block(nn.Module):
             link = connection(self.config, len(named) * layer + k, f"{name}_connection")
             streams, c, h = link.write_read(streams, c, y)
             h = constrain(h, "batch", "sequence", None)
-            y, aux = branch(h) if self.only is None else remat.keep_branch(*_apart(branch), h)
+            inputs = (h, *past) if name == "attention" else (h,)
+            y, aux = branch(*inputs) if self.only is None else remat.keep_branch(*_apart(branch), h)
             y = constrain(y, "batch", "sequence", None)
             router |= aux
             if self.sample:
@@ -99,10 +111,13 @@ def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection,
     return streams, c, jnp.zeros(x.shape, config.compute_dtype)
 
 
-def leave(config: ModelConfig, ends: Connection, final_norm: RMSNorm, carry: Carry) -> Float[Array, "B T C"]:
-    """What the output embedding gets of the last block's carry."""
+def leave(
+    config: ModelConfig, ends: Connection, final_norm: RMSNorm, carry: Carry, only: Int[Array, " B"] | None = None
+) -> Float[Array, "B t C"]:
+    """What the output embedding gets of the last block's carry: of all tokens, or of one of each sequence."""
     streams, c, y = carry
     x = ends.collapse(ends.write(streams, c, y), c)
+    x = x if only is None else jnp.take_along_axis(x, only[:, None, None], axis=1)
     return final_norm(x).astype(config.compute_dtype)
 
 
@@ -123,7 +138,13 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], sample: int = 0) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        sample: int = 0,
+        cache: Cache | None = None,
+        only: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B _ V"], dict[str, Any]]:
         """Float32 logits of the next token, and diagnostics.
 
         Logits are NaN where a stream is: nothing replaces what is not finite on the way, and the train step keeps its state then.
@@ -131,23 +152,25 @@ class Decoder(nn.Module):
         Args:
           tokens: ids in [0, vocab_size).
           sample: tokens to collect diagnostics from; 0: none, and the program is the same as if diagnostics did not exist.
+          cache: of earlier tokens, which these follow.
+          only: of each row, the token whose logits are wanted, counted from 0 among `tokens`; logits are [B, 1, V] then.
 
         Returns:
           logits, and a dict of arrays with sub-layers first ([2 num_layers, ...]; see `diagnostics.sample_sublayer`).  With
           experts also expert_load [M, E], router_entropy [M], router_dropped [M] and router_bias [M, E] of the M layers that
-          have them, whatever `sample` is (see `layers.moe.MoE`).
+          have them, whatever `sample` is (see `layers.moe.MoE`).  With a cache, `cache` is the one after these tokens.
         """
         with settings(token_axes=token_axes(tokens.shape)):
-            return self._logits(tokens, sample)
+            return self._logits(tokens, sample, cache, only)
 
-    def _logits(self, tokens, sample):
+    def _logits(self, tokens, sample, cache, only):
         cfg = self.config
         embedding = self.param("embedding", nn.initializers.normal(cfg.embedding_init_std), (cfg.vocab_size, cfg.width))
         ends = connection(cfg, None, "ends")
         carry = enter(cfg, embedding, ends, tokens)
 
         # Without a gradient there is nothing to keep, and what creates parameters is the same program whatever is kept.
-        policy = "none" if sample or self.is_initializing() else cfg.remat
+        policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat
         block = nn.remat(Block, prevent_cse=False) if policy == "full" else Block
 
         def run(carry, first, last, dense, name):
@@ -162,8 +185,10 @@ class Decoder(nn.Module):
                 carry, aux = remat.recomputed(sublayer, params, carry, jnp.arange(first, last), 2, L_r, cfg.unroll)
                 return carry, ({}, aux)
 
+            past = () if cache is None else (cache.kept[name], cache.position)
             layers = nn.scan(
                 block,
+                in_axes=(0, 0, nn.broadcast)[: 1 + len(past)],
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=last - first,
@@ -171,20 +196,28 @@ class Decoder(nn.Module):
                 # Half the time to trace; at initialisation it would change the random numbers, and with them every record.
                 check_constancy_invariants=self.is_initializing(),
             )(cfg, sample, dense, name=name)
-            return layers(carry, jnp.arange(first, last))
+            return layers(carry, jnp.arange(first, last), *past)
 
         leading = None
+        kept = {}
         if cfg.num_leading:
-            carry, (leading, _) = run(carry, 0, cfg.num_leading, True, "dense_layers")
+            carry, (leading, aux) = run(carry, 0, cfg.num_leading, True, "dense_layers")
+            kept["dense_layers"] = aux
         carry, (collected, router) = run(carry, cfg.num_leading, cfg.num_layers, not cfg.num_experts, "layers")
         if leading is not None:
             collected = jax.tree.map(lambda *parts: jnp.concatenate(parts), leading, collected)
 
-        x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry)
+        after = {}
+        if cache is not None:
+            keys = cache.kept["layers"].keys()
+            kept["layers"] = {key: router.pop(key) for key in keys}
+            after = {"cache": written(cache, kept, tokens.shape[1])}
+
+        x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry, only)
         if cfg.tied_embeddings:
             unembedding = embedding.T
         else:
             unembedding = self.param("unembedding", nn.initializers.normal(0.02), (cfg.width, cfg.vocab_size))
         logits = logits_of(x, unembedding)
         # [blocks, sub-layers of a block, ...] -> [L, ...]
-        return logits, {**jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), collected), **router}
+        return logits, {**jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), collected), **router, **after}

@@ -7,7 +7,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,22 @@ class RunProgress:
         self._last_line = now
         left = (now - self._began) / max(step - self._start, 1) * (self.total - step)
         print(f"{self.label}: step {step}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+class NoProgress:
+    """The progress of the processes that show nothing."""
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Nothing."""
 
 
 class SweepProgress:
@@ -204,3 +220,47 @@ class WorkProgress:
     def done(self) -> None:
         """One more of the total."""
         self._bar.advance(self._task)
+
+
+class ItemProgress:
+    """Many alike pieces of work: how many are done and how long the others will take."""
+
+    def __init__(self, label: str, noun: str, total: int, every_s: float = 10.0):
+        """Plain lines come at most every `every_s` seconds."""
+        self.label, self.noun, self.total, self.every_s, self.count = label, noun, total, every_s, 0
+        self._began = self._last = time.monotonic()
+        self._console = Console(file=sys.stderr, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(f"{label}: {noun}", total=total)
+
+    def __enter__(self) -> ItemProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int, now_and_then: Callable[[], None] | None = None) -> None:
+        """`count` more are done; `now_and_then` is called when a line is due."""
+        self.count += count
+        self._bar.advance(self._task, count)
+        now = time.monotonic()
+        if now - self._last < self.every_s and self.count < self.total:
+            return
+        self._last = now
+        if now_and_then:
+            now_and_then()
+        if not self._console.is_terminal:
+            left = (now - self._began) / self.count * (self.total - self.count)
+            print(
+                f"{self.label}: {self.noun} {self.count}/{self.total}  {left:.0f} s left", file=sys.stderr, flush=True
+            )

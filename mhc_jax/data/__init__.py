@@ -8,6 +8,8 @@ from mhc_jax.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     Tokenizer,
+    from_saved,
+    gpt2_tokenizer,
     load_tokenizer,
     train_bpe,
 )
@@ -21,6 +23,8 @@ __all__ = [
     "Tokenizer",
     "cache_folder",
     "documents",
+    "from_saved",
+    "gpt2_tokenizer",
     "load_data",
     "load_tokenizer",
     "train_bpe",

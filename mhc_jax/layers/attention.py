@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from mhc_kernels import choice
 
 from mhc_jax.errors import require
@@ -81,6 +81,43 @@ def _splash(q, k, v):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
+class Past(NamedTuple):
+    """What attention keeps of earlier tokens, for one layer or (axes in front) for several; see `mhc_jax.cache`."""
+
+    kept: dict[str, Array]
+    """Arrays [B, S, ...]: k and v (GQA), or the latent c and k_R (MLA).  S = 0: nothing yet."""
+    position: Int[Array, " B"]
+    """Tokens of each row so far; slots from there on are empty or stale, and are not looked at."""
+
+
+def attend_past(
+    q: Float[Array, "B T H D"],
+    past: tuple[Float[Array, "B S K D"], Float[Array, "B S K E"]],
+    new: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
+    position: Int[Array, " B"],
+    scale: float,
+) -> Float[Array, "B T H E"]:
+    """softmax(scale q k^T) v of T new tokens over the first `position` slots of the past and, causally, over themselves.
+
+    Scores and softmax in float32.  The past is read and not copied: the scores of both parts are joined, not the keys.
+    """
+    B, T, H, D = q.shape
+    S, K = past[0].shape[1:3]
+    q = q.reshape(B, T, K, H // K, D)
+    seen = jnp.broadcast_to(jnp.arange(S)[None, None, :] < position[:, None, None], (B, T, S))
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool))[None], (B, T, T))
+
+    def scores(k: Array, mask: Array) -> Array:
+        s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+        return jnp.where(mask[:, None, None], s, -jnp.inf)
+
+    joined = jnp.concatenate([scores(past[0], seen), scores(new[0], causal)], -1)
+    weights = jax.nn.softmax(joined, axis=-1).astype(q.dtype)
+    parts = [(weights[..., :S], past[1]), (weights[..., S:], new[1])]
+    out = [jnp.einsum("bkgts,bske->btkge", w, v, preferred_element_type=jnp.float32) for w, v in parts]
+    return (out[0] + out[1]).reshape(B, T, H, -1).astype(q.dtype)
+
+
 def project(
     module: nn.Module, name: str, x: Float[Array, "B T _"], outputs: int, init: nn.initializers.Initializer
 ) -> Float[Array, "B T {outputs}"]:
@@ -106,18 +143,25 @@ class Attention(nn.Module):
     """See `attend`."""
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """Branch output in the compute dtype, and no auxiliary values."""
+    def __call__(
+        self, h: Float[Array, "B T C"], past: Past | None = None
+    ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
+        """Branch output in the compute dtype, and no auxiliary values; with a past what is to be kept of these tokens."""
         B, T, C = h.shape
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         out_init = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "normal")
 
-        q = rope(project(self, "W_q", x, H * D, init).reshape(B, T, H, D), self.rope_theta)
-        k = rope(project(self, "W_k", x, K * D, init).reshape(B, T, K, D), self.rope_theta)
+        first = None if past is None else past.position
+        q = rope(project(self, "W_q", x, H * D, init).reshape(B, T, H, D), self.rope_theta, first)
+        k = rope(project(self, "W_k", x, K * D, init).reshape(B, T, K, D), self.rope_theta, first)
         v = project(self, "W_v", x, K * D, init).reshape(B, T, K, D)
         q, k, v = split_heads(q, k, v)
-        # Initialisation runs on a few tokens, on any device.
-        mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
-        return project(self, "W_o", mixed.reshape(B, T, H * D), C, out_init), {}
+        if past is None or past.kept["k"].shape[1] == 0:
+            # Initialisation runs on a few tokens, on any device.
+            mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
+        else:
+            mixed = attend_past(q, (past.kept["k"], past.kept["v"]), (k, v), past.position, D**-0.5)
+        kept = {} if past is None else {"k": k, "v": v}
+        return project(self, "W_o", mixed.reshape(B, T, H * D), C, out_init), kept

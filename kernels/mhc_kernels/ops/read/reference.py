@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from mhc_kernels import choice
 from mhc_kernels.ops import flat
+from mhc_kernels.ops.once import once
 
 
 def split(x: Float[Array, "*tokens nC"], num_streams: int) -> list[Float[Array, "*tokens C"]]:
@@ -40,7 +41,7 @@ def _read_bwd(saved, g):
     x, pre = saved
     if choice.platform() != "cpu":
         return flat.read_gradients(x, pre, g)
-    g32 = g.astype(jnp.float32)
+    g32 = once(g.astype(jnp.float32))  # or the gradient of the branch's norm is computed again for every stream
     dx = (jnp.moveaxis(pre, 0, -1)[..., None] * g32[..., None, :]).reshape(x.shape).astype(x.dtype)
     streams = x.reshape(*g.shape[:-1], pre.shape[0], g.shape[-1]).astype(jnp.float32)
     dpre = jnp.einsum("...ic,...c->...i", streams, g32, precision="highest")

@@ -1,0 +1,62 @@
+"""Talk to a run: text from the newest checkpoint of a run folder.
+
+    python experiments/generate.py --checkpoint=runs/demo/mhc --prompt='KING HENRY:' --max_new=200 --temperature=0.8 --top_p=0.95
+
+Without --prompt it reads prompts from standard input, one a line, until the end of the file; the text appears as it is made.
+"""
+
+import sys
+import time
+
+from absl import flags
+
+from mhc_jax import cli
+from mhc_jax.errors import require
+from mhc_jax.generation import Generator, Sampling
+from mhc_jax.trained import load_trained
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder.", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
+MAX_NEW = flags.DEFINE_integer("max_new", 200, "Tokens to make, at most.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
+TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw among the most likely tokens that have this probability together.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+CONTEXT = flags.DEFINE_integer(
+    "context", 0, "Tokens of prompt and answer, at most (0: the sequence length of training)."
+)
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "As data.tokenizer (default: the one in the checkpoint).")
+
+
+def main() -> int:
+    """Generate, and say how fast."""
+    require(MAX_NEW.value >= 1, f"--max_new is {MAX_NEW.value}; it must be at least 1.")
+    require(CONTEXT.value >= 0, f"--context is {CONTEXT.value}; it must not be negative.")
+    sampling = Sampling(TEMPERATURE.value, TOP_P.value, SEED.value)
+    model = load_trained(CHECKPOINT.value, TOKENIZER.value)
+    tokenizer, context = model.tokenizer, CONTEXT.value or model.config.data.sequence_length
+    generator = Generator(model.config.model, model.params, context, tokenizer.vocab_size, model.mesh)
+    prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
+    for prompt in prompts:
+        shown = ""
+
+        def show(_row: int, made: list[int]) -> bool:
+            nonlocal shown
+            over = tokenizer.end_of_document in made
+            text = tokenizer.decode(made[: made.index(tokenizer.end_of_document)] if over else made)
+            # The last character may still lack bytes.
+            whole = text if over else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            print(whole[len(shown) :], end="", flush=True)
+            shown = whole
+            return over
+
+        ids = tokenizer.encode(prompt.rstrip("\n"))
+        began = time.perf_counter()
+        print(prompt.rstrip("\n"), end="", flush=True)
+        [made] = generator.generate([ids], MAX_NEW.value, sampling, show)
+        seconds = time.perf_counter() - began
+        print(f"\n[{len(made)} tokens in {seconds:.1f} s, compilation included]", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,70 @@
+"""What a decoder keeps of the tokens it has seen, so that the next one costs one token's work.
+
+Attention alone keeps anything: keys and values (GQA), or the latent and the rotary key (MLA).  Connections keep nothing: every kind
+makes its coefficients of a token from the streams of that same token, over depth and not over time.  Streams start at the embedding
+and end at the logits of each step; n of them cost n times a token's activations and no cache (`attnres_block` attends over depth).
+
+Rows may have different lengths: row b writes its next token into slot position[b], and looks at no slot beyond.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from mhc_jax.config import ModelConfig
+
+
+@flax.struct.dataclass
+class Cache:
+    """Kept arrays [N, B, S, ...] of the N layers of each scan (`layers`, `dense_layers`), in the compute dtype."""
+
+    kept: dict[str, dict[str, Array]]
+    position: Int[Array, " B"]
+    """Tokens of each row so far."""
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return jax.tree.leaves(self.kept)[0].shape[2]
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
+    """Room for `slots` tokens of each of `batch` rows; with none, the cache after a call holds that call's tokens and no more."""
+    if config.attention_kind == "mla":
+        shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}
+    else:
+        heads = (config.num_kv_heads, config.head_dim)
+        shapes = {"k": heads, "v": heads}
+    depths = {"dense_layers": config.num_leading, "layers": config.num_layers - config.num_leading}
+    kept = {
+        name: {key: jnp.zeros((N, batch, slots, *shape), config.compute_dtype) for key, shape in shapes.items()}
+        for name, N in depths.items()
+        if N
+    }
+    return Cache(kept, jnp.zeros(batch, jnp.int32))
+
+
+def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> Cache:
+    """The cache with what `num_tokens` new tokens of each row leave, from its position on.
+
+    The caller sees to it that they fit: position + num_tokens <= S.
+    """
+
+    def put(old: Array, fresh: Array, position: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), position, 1)  # [N, S, ...] of one row
+
+    rows = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
+    kept = new if cache.slots == 0 else jax.tree.map(lambda a, b: rows(a, b, cache.position), cache.kept, new)
+    return Cache(kept, cache.position + num_tokens)
+
+
+def grown(cache: Cache, slots: int) -> Cache:
+    """The same with room for `slots` tokens a row."""
+
+    def pad(a: Array) -> Array:
+        return jnp.pad(a, [(0, slots - a.shape[2]) if axis == 2 else (0, 0) for axis in range(a.ndim)])
+
+    return Cache(jax.tree.map(pad, cache.kept), cache.position)

@@ -1,0 +1,230 @@
+"""Evaluate checkpoints on benchmarks, and keep results, samples and configuration beside each checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhc_jax.environment import environment
+from mhc_jax.errors import InputError, require
+from mhc_jax.evaluation.scoring import LN2
+from mhc_jax.evaluation.store import Responses
+from mhc_jax.evaluation.tasks import BENCHMARKS, choose, gold_answer, harness_tasks
+from mhc_jax.mapping import to_mapping
+from mhc_jax.run_folder import write_json
+from mhc_jax.trained import Trained, load_trained
+
+
+def import_harness(local: bool) -> Any:
+    """lm_eval, quiet and, with local files, kept from looking for a network.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    if local:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise InputError(f"lm-evaluation-harness is not installed ({error}); pip install 'mhc-jax[eval]'.") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval
+
+
+def evaluate(
+    checkpoint: str | Path,
+    tasks: Sequence[str] = ("paper",),
+    data_dir: str | Path | None = None,
+    limit: int = 0,
+    context: int = 0,
+    batch_size: int = 0,
+    max_gen_toks: int = 0,
+    tokenizer: str = "",
+) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint.  What it has responded before is not computed again.
+
+    Args:
+      checkpoint: run folder.
+      tasks: see `tasks.choose`.
+      data_dir: local files; None: the hub.
+      limit: items of each task; 0: all.
+      context: tokens of prompt and answer; 0: the sequence length of training.
+      batch_size: rows; 0: as many as fit.
+      max_gen_toks: tokens of an answer at most; 0: what the task says.
+      tokenizer: as data.tokenizer; empty: the checkpoint's.
+
+    Returns:
+      What results.json holds, and `samples`.
+
+    Raises:
+      InputError: anything a person can mend, before any compile where possible.
+    """
+    for name, value in (
+        ("limit", limit),
+        ("context", context),
+        ("batch_size", batch_size),
+        ("max_gen_toks", max_gen_toks),
+    ):
+        require(value >= 0, f"--{name} is {value}; it must not be negative.")
+    chosen = choose(tasks)
+    specs = harness_tasks(chosen, _folder(data_dir))
+    model = load_trained(checkpoint, tokenizer)
+    lm_eval = import_harness(data_dir is not None)
+    from mhc_jax.evaluation.harness import DecoderLM
+
+    folder = model.folder / "evaluation" / f"step{model.step}"
+    identity = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
+    identity["context"] = context or model.config.data.sequence_length
+    store = Responses(folder / "responses.jsonl", identity)
+    began = time.perf_counter()
+    try:
+        lm = DecoderLM(model, store, context, batch_size, max_gen_toks)
+        found = lm_eval.simple_evaluate(model=lm, tasks=specs, limit=limit or None, bootstrap_iters=0, log_samples=True)
+        samples = collect(chosen, found["samples"])
+        add_gold_bits(lm, samples, found["samples"])
+    finally:
+        store.close()
+    settings = {"tasks": list(tasks), "data_dir": None if data_dir is None else str(data_dir), "limit": limit}
+    settings |= {"context": lm.max_length, "max_gen_toks": max_gen_toks, "batch_size": batch_size}
+    results = {
+        "checkpoint": model.folder.name,
+        "connection": model.config.model.connection.kind,
+        "step": model.step,
+        "settings": settings,
+        "benchmarks": summarise(samples, data_dir is not None),
+        "harness": found["results"],
+        "wall_clock_s": time.perf_counter() - began,
+        "compilations": lm.compilations,
+        "environment": environment(),
+        "model": to_mapping(model.config),
+    }
+    stem = "-".join(tasks)[:80] + (f"-limit{limit}" if limit else "")
+    write_json(folder / f"{stem}.json", results)
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (folder / f"{stem}.samples.jsonl").write_text(lines)
+    return {**results, "samples": samples, "folder": str(folder)}
+
+
+def gold_check(tasks: Sequence[str], data_dir: str | Path | None, limit: int = 0) -> dict[str, Any]:
+    """`benchmarks` of a model that answers with the gold text: what the plumbing allows at most."""
+    chosen = choose(tasks)
+    specs = harness_tasks(chosen, _folder(data_dir))
+    lm_eval = import_harness(data_dir is not None)
+    from lm_eval.tasks import TaskManager
+
+    from mhc_jax.evaluation.harness import GoldLM
+
+    manager = TaskManager()
+    loaded = manager.load(specs)["tasks"]
+    owner = {task: name for name, tasks in chosen.items() for task in tasks}
+    lm = GoldLM(lambda task, doc: gold_answer(owner[task], loaded[task], doc))
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=specs, limit=limit or None, bootstrap_iters=0, log_samples=True, task_manager=manager
+    )
+    samples = collect(chosen, found["samples"])
+    extra = {f"{task}": values for task, values in found["results"].items()}
+    return {"benchmarks": summarise(samples, data_dir is not None), "harness": extra}
+
+
+def _folder(data_dir: str | Path | None) -> Path | None:
+    if data_dir is None:
+        return None
+    require(
+        Path(data_dir).is_dir(),
+        f"--data-dir is {str(data_dir)!r}, and there is no such folder; give one, or leave it out.",
+    )
+    return Path(data_dir).resolve()
+
+
+def collect(
+    chosen: Mapping[str, Sequence[str]], logged: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """One mapping an item: benchmark, task, doc_id, score (of the benchmark's metric and filter), response and target."""
+    out = []
+    for name, tasks in chosen.items():
+        benchmark = BENCHMARKS[name]
+        for task in tasks:
+            for sample in logged.get(task, ()):
+                if sample["filter"] == benchmark.filter:
+                    out.append(
+                        {
+                            "benchmark": name,
+                            "task": task,
+                            "doc_id": sample["doc_id"],
+                            "score": float(sample[benchmark.metric]),
+                            "response": sample["filtered_resps"],
+                            "target": sample["target"],
+                            "prompt_hash": sample["prompt_hash"],
+                            "truncated": False,
+                            "gold_bits": None,
+                            "gold_bytes": None,
+                        }
+                    )
+    return out
+
+
+def add_gold_bits(
+    lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Add truncated, gold_bits (-log2 p of the gold answer after the prompt) and gold_bytes to each sample.
+
+    Of multiple choice the gold choice has been scored already; of the others the target text is scored here.
+    """
+    from lm_eval.api.instance import Instance
+
+    by_item = {(task, entry["doc_id"]): entry for task, entries in logged.items() for entry in entries}
+    asked: list[tuple[dict[str, Any], Any]] = []
+    for sample in samples:
+        entry = by_item[sample["task"], sample["doc_id"]]
+        arguments = entry["arguments"]
+        prompt, second = arguments[0][0], arguments[0][1]
+        if isinstance(second, str):
+            gold = int(entry["target"])
+            keys = [lm.store.key("loglikelihood", list(pair)) for pair in arguments]
+            sample["gold_bits"] = -lm.store.known[keys[gold]]["response"][0] / LN2
+            sample["gold_bytes"] = len(arguments[gold][1].encode())
+            sample["truncated"] = any(lm.store.known[key]["truncated"] > 0 for key in keys)
+        else:
+            target = entry["target"][0] if isinstance(entry["target"], list) else str(entry["target"])
+            delimiter = "" if prompt[-1:].isspace() else " "
+            asked.append((sample, Instance("loglikelihood", {}, (prompt, delimiter + target), 0)))
+            key = lm.store.key("generate", [*arguments[0], lm.limit])
+            sample["truncated"] = lm.store.known[key]["truncated"] > 0
+    answers = lm.loglikelihood([request for _, request in asked], disable_tqdm=True)
+    for (sample, request), (nats, _) in zip(asked, answers, strict=True):
+        sample["gold_bits"], sample["gold_bytes"] = -nats / LN2, len(request.args[1].encode())
+
+
+def summarise(samples: Sequence[Mapping[str, Any]], local: bool) -> dict[str, dict[str, Any]]:
+    """Benchmark to score (mean over items), its standard error, items, prompts cut, and bits per byte of the gold answers."""
+    out = {}
+    for name in dict.fromkeys(sample["benchmark"] for sample in samples):
+        own, benchmark = [s for s in samples if s["benchmark"] == name], BENCHMARKS[name]
+        scores = np.asarray([s["score"] for s in own])
+        scored = [s for s in own if s["gold_bits"] is not None]
+        size = sum(s["gold_bytes"] for s in scored)
+        out[name] = {
+            "metric": benchmark.metric,
+            "score": float(scores.mean()),
+            "stderr": float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None,
+            "items": len(own),
+            "tasks": len({s["task"] for s in own}),
+            "shots": benchmark.local_shots if local else benchmark.shots,
+            "paper_shots": benchmark.shots,
+            "truncated": sum(s["truncated"] for s in own),
+            "gold_bits_per_byte": sum(s["gold_bits"] for s in scored) / size if size else None,
+        }
+    return out
+
+
+__all__ = ["Trained", "evaluate", "gold_check"]

@@ -1,0 +1,147 @@
+"""Log-likelihoods of token sequences, in batches of a few shapes.
+
+A sequence is padded on the right to a power of two: in a causal model what comes later changes nothing, so a score does not depend
+on the bucket or on its neighbours.  One program is compiled a bucket, for as many rows as fit the memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mhc_jax import cost
+from mhc_jax.config import ModelConfig
+from mhc_jax.generation import bucket
+from mhc_jax.model import Decoder
+from mhc_jax.sharding import batch_sharding, using
+
+LN2 = math.log(2)
+TOKENS = {"cpu": 8192}
+"""Tokens of a batch at most, by platform: more does not make it faster."""
+MORE_TOKENS = 65536
+FEW_ROWS = 8
+"""Rows of the smallest batch, where they fit: a last batch of each size would be a program of its own."""
+
+
+class Scored(NamedTuple):
+    """Ids, of which the last `scored` are predicted from those before them."""
+
+    ids: Sequence[int]
+    scored: int
+
+
+class Score(NamedTuple):
+    """Of one sequence."""
+
+    bits: float
+    """-log2 of the probability of the scored tokens: a sum, in float64, of float32 terms."""
+    greedy: bool
+    """Whether each of them was the most likely one."""
+
+
+def memory_budget() -> int:
+    """Bytes that a program may use: four fifths of what is free on an accelerator, a quarter of what is free on a host."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def make_score_step(config: ModelConfig) -> Any:
+    """(params, inputs [B, T], targets [B, T]) -> (-log2 p of each target, float32; whether it was the most likely token)."""
+    model = Decoder(config)
+
+    def step(params, inputs, targets):
+        logits, _ = model.apply({"params": params}, inputs)
+        own = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        top = logits.max(-1)
+        # log2 of the sum, so that a uniform model over 256 bytes has 8 bits a byte, and not 8 up to ln 2 in float32.
+        bits = jnp.log2(jnp.exp(logits - top[..., None]).sum(-1)) + (top - own) / LN2
+        return bits, own >= top
+
+    return step
+
+
+class Scorer:
+    """Scores with one set of parameters."""
+
+    def __init__(self, config: ModelConfig, params: Any, mesh: Mesh | None = None, batch_size: int = 0):
+        """`batch_size`: rows of a batch; 0: as many as the compiler's estimate says fit."""
+        self.params, self.mesh, self.batch_size = params, mesh, batch_size
+        self._step = jax.jit(make_score_step(config))
+        self.programs: dict[tuple[int, int], Any] = {}
+        """(rows, tokens) to the compiled program."""
+        self.compilations = 0
+        self._most: dict[int, int] = {}
+
+    def scores(self, sequences: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
+        """(index, score) of each sequence, in whatever order is quick; the longest come first.
+
+        The same sequence is computed once.
+        """
+        same: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for index, sequence in enumerate(sequences):
+            same.setdefault((tuple(sequence.ids), sequence.scored), []).append(index)
+        buckets: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+        for key in same:
+            buckets.setdefault(bucket(len(key[0]) - 1), []).append(key)
+        for T in sorted(buckets, reverse=True):
+            left = buckets[T]
+            while left:
+                scored = self._batch(left, T)
+                for key, score in zip(left, scored, strict=False):
+                    yield from ((index, score) for index in same[key])
+                left = left[len(scored) :]
+
+    def _batch(self, left: list[tuple[tuple[int, ...], int]], T: int) -> list[Score]:
+        """Scores of the next rows of a bucket: as many as a program takes, and fewer where the memory does not do after all."""
+        while True:
+            B = self._program(T, len(left))
+            inputs, targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+            for i, (ids, _) in enumerate(left[:B]):
+                inputs[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
+            if self.mesh:
+                inputs, targets = jax.device_put((inputs, targets), batch_sharding(self.mesh))
+            try:
+                with using(self.mesh):
+                    bits, greedy = map(np.asarray, self.programs[B, T](self.params, inputs, targets))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or self._least == B:
+                    raise
+                self._most[T] = B // 2
+                continue
+            ends = [(len(ids) - 1, scored) for ids, scored in left[:B]]
+            return [
+                Score(float(bits[i, n - k : n].astype(np.float64).sum()), bool(greedy[i, n - k : n].all()))
+                for i, (n, k) in enumerate(ends)
+            ]
+
+    @property
+    def _least(self) -> int:
+        """Rows of a batch at least: one for each part of the mesh that splits it."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in ("data", "fsdp", "expert"))
+
+    def _program(self, T: int, wanted: int) -> int:
+        """Rows of a program for T tokens a row, compiled now if there is none that takes as many as are wanted, or as fit."""
+        most = TOKENS.get(jax.devices()[0].platform, MORE_TOKENS) // T
+        while True:
+            B = max(self._least, min(self._most.setdefault(T, self.batch_size or most), bucket(wanted, FEW_ROWS)))
+            known = [rows for rows, length in self.programs if length == T and B <= rows <= max(B, self._most[T])]
+            if known:
+                return min(known)
+            split = batch_sharding(self.mesh) if self.mesh else None
+            shape = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=split)
+            with using(self.mesh):
+                program = self._step.lower(self.params, shape, shape).compile()
+            self.compilations += 1
+            if self.batch_size or self._least == B or (cost.compiled_memory(program) or 0) <= memory_budget():
+                self.programs[B, T] = program
+                return B
+            self._most[T] = B // 2
