@@ -34,7 +34,7 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Slice: v5p:4x4x4, v5e:16x16, v6e:8x8, v4:4x4x4 or cpu:8.", required=True
 )
 MESH = flags.DEFINE_string(
-    "mesh", "", "axis=size,...: data, fsdp, tensor, expert, sequence; empty: fsdp over all devices."
+    "mesh", "", "axis=size,...: stage, data, fsdp, tensor, expert, sequence; empty: fsdp over all devices."
 )
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "Kinds, with settings as kind:key=value.")
 IMPLEMENTATION = flags.DEFINE_string("implementation", "", "Of the connections; empty: pallas_tpu, xla on a CPU.")

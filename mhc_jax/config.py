@@ -11,6 +11,7 @@ from mhc_jax import connections
 from mhc_jax.connections.base import ConnectionConfig
 from mhc_jax.errors import one_of, require
 from mhc_jax.layers import attention
+from mhc_jax.pipeline.schedules import SCHEDULES as PIPELINES
 from mhc_jax.sharding import MeshConfig, check_dimensions
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -283,6 +284,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How the stages of mesh.stage work together; without them nothing."""
+
+    schedule: str = "1f1b"
+    """`gpipe`, `1f1b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev` (`mhc_jax/pipeline/schedules.py`)."""
+    chunks: int = 0
+    """`interleaved` only: stages a device holds; 0: the schedule's own number."""
+    overlap: bool = False
+    """Boundary tensors travel while the next tick computes, instead of between two ticks; a schedule then takes more ticks."""
+
+    def __post_init__(self) -> None:
+        one_of("pipeline.schedule", self.schedule, PIPELINES)
+        require(self.chunks >= 0, f"pipeline.chunks is {self.chunks}; use 0 for the schedule's own number.")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The loop: how long, how often, where."""
 
@@ -335,6 +352,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
         require(

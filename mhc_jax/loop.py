@@ -35,7 +35,7 @@ from mhc_jax.remat_plan import resolve
 from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
 from mhc_jax.sharding import batch_sharding, everywhere, global_batch, make_mesh, own_rows, state_shardings, using
 from mhc_jax.stop import StopRequest
-from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step
+from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step, make_unstaged_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
 
@@ -170,7 +170,10 @@ class _Run:
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
         self.train_step = step.trace(abstract, example)
         self.clock["compile_s"] += time.perf_counter() - began
-        self.flops_per_token = cost.jaxpr_flops(self.train_step.jaxpr) / self.tokens_per_step
+        plain = (
+            self.train_step if config.mesh.stage == 1 else jax.jit(make_unstaged_step(config)).trace(abstract, example)
+        )
+        self.flops_per_token = cost.jaxpr_flops(plain.jaxpr) / self.tokens_per_step
         env = environment()
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
         if distributed.several():

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 from mhc_kernels import settings
 
@@ -22,6 +23,9 @@ from mhc_jax.layers.mlp import SwiGLU
 from mhc_jax.layers.moe import MoE
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.sharding import constrain, token_axes
+
+Carry = tuple[Any, Any, Array]
+"""(streams, c, y) between two blocks: the write of y with c is still pending."""
 
 
 def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> Connection:
@@ -69,11 +73,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Any, Any, Array],
+        carry: Carry,
         layer: Int[Array, ""],
         kept: dict[str, Array] | None = None,
         position: Int[Array, " B"] | None = None,
-    ) -> tuple[tuple[Any, Any, Array], tuple[dict[str, Any], dict[str, Any]]]:
+    ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
         """(streams, c, y), layer index -> the same after this block, (diagnostics of its sub-layers ({} when off), aux).
 
         With what attention kept of earlier tokens, aux has what it keeps of these (see `mhc_jax.cache`).
@@ -96,6 +100,36 @@ class Block(nn.Module):
                 collected.append(sample_sublayer(link, streams, c, y, self.sample))
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected) if collected else {}
         return (streams, c, y), (stacked, router)
+
+
+def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection, tokens: Int[Array, "B T"]) -> Carry:
+    """What the first block gets: tokens looked up and expanded, and a pending write that changes nothing."""
+    # Gathered over fsdp like any weight: a table split by channels would make tokens change devices after the lookup.
+    x = jnp.take(constrain(embedding, "vocabulary", None), tokens, axis=0)
+    x = constrain(x.astype(config.stream_dtype), "batch", "sequence", None)
+    streams, c = ends.start(x)
+    return streams, c, jnp.zeros(x.shape, config.compute_dtype)
+
+
+def leave(
+    config: ModelConfig, ends: Connection, final_norm: RMSNorm, carry: Carry, only: Int[Array, " B"] | None = None
+) -> Float[Array, "B t C"]:
+    """What the output embedding gets of the last block's carry: of all tokens, or of one of each sequence."""
+    streams, c, y = carry
+    x = ends.collapse(ends.write(streams, c, y), c)
+    x = x if only is None else jnp.take_along_axis(x, only[:, None, None], axis=1)
+    return final_norm(x).astype(config.compute_dtype)
+
+
+def logits_of(x: Float[Array, "B T C"], unembedding: Float[Array, "C V"]) -> Float[Array, "B T V"]:
+    """Float32."""
+    logits = jnp.einsum("btc,cv->btv", x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "sequence", "vocabulary")
+
+
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Mean negative log likelihood in nats per token, float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 class Decoder(nn.Module):
@@ -132,12 +166,8 @@ class Decoder(nn.Module):
     def _logits(self, tokens, sample, cache, only):
         cfg = self.config
         embedding = self.param("embedding", nn.initializers.normal(cfg.embedding_init_std), (cfg.vocab_size, cfg.width))
-        # Gathered over fsdp like any weight: a table split by channels would make tokens change devices after the lookup.
-        x = jnp.take(constrain(embedding, "vocabulary", None), tokens, axis=0)
-        x = constrain(x.astype(cfg.stream_dtype), "batch", "sequence", None)
         ends = connection(cfg, None, "ends")
-        streams, c = ends.start(x)
-        carry = (streams, c, jnp.zeros(x.shape, cfg.compute_dtype))
+        carry = enter(cfg, embedding, ends, tokens)
 
         # Without a gradient there is nothing to keep, and what creates parameters is the same program whatever is kept.
         policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat
@@ -151,7 +181,7 @@ class Decoder(nn.Module):
                     out: Any = part.apply({"params": params}, carry, layer)
                     return out[0], out[1][1]
 
-                L_r, params = remat.block_length(cfg, streams), self.variables["params"][name]
+                L_r, params = remat.block_length(cfg, carry[0]), self.variables["params"][name]
                 carry, aux = remat.recomputed(sublayer, params, carry, jnp.arange(first, last), 2, L_r, cfg.unroll)
                 return carry, ({}, aux)
 
@@ -174,9 +204,7 @@ class Decoder(nn.Module):
         if cfg.num_leading:
             carry, (leading, aux) = run(carry, 0, cfg.num_leading, True, "dense_layers")
             kept["dense_layers"] = aux
-        (streams, c, y), (collected, router) = run(
-            carry, cfg.num_leading, cfg.num_layers, not cfg.num_experts, "layers"
-        )
+        carry, (collected, router) = run(carry, cfg.num_leading, cfg.num_layers, not cfg.num_experts, "layers")
         if leading is not None:
             collected = jax.tree.map(lambda *parts: jnp.concatenate(parts), leading, collected)
 
@@ -186,14 +214,11 @@ class Decoder(nn.Module):
             kept["layers"] = {key: router.pop(key) for key in keys}
             after = {"cache": written(cache, kept, tokens.shape[1])}
 
-        x = ends.collapse(ends.write(streams, c, y), c)
-        x = x if only is None else jnp.take_along_axis(x, only[:, None, None], axis=1)
-        x = RMSNorm(cfg.norm_eps, name="final_norm")(x).astype(cfg.compute_dtype)
+        x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry, only)
         if cfg.tied_embeddings:
             unembedding = embedding.T
         else:
             unembedding = self.param("unembedding", nn.initializers.normal(0.02), (cfg.width, cfg.vocab_size))
-        logits = jnp.einsum("btc,cv->btv", x, unembedding.astype(cfg.compute_dtype), preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", "sequence", "vocabulary")
+        logits = logits_of(x, unembedding)
         # [blocks, sub-layers of a block, ...] -> [L, ...]
         return logits, {**jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), collected), **router, **after}

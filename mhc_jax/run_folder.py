@@ -56,8 +56,9 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     """
     saved = folder / "config.json"
     if saved.exists():
-        # The mesh may change: a run goes on on the devices there are.
-        changed = differences({**completed(read_json(saved), config), "mesh": None}, {**config, "mesh": None})
+        # The mesh and what its stages do may change: a run goes on on the devices there are.
+        free = {"mesh": None, "pipeline": None}
+        changed = differences({**completed(read_json(saved), config), **free}, {**config, **free})
         if changed:
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "

@@ -4,6 +4,7 @@ Arrays name their axes logically (`constrain(q, "batch", "sequence", "heads", No
 XLA's partitioner (GSPMD) does the rest.  The mesh is the one of `jax.set_mesh`; without it everything here does nothing, and the
 program is the one of a single device.
 
+    stage      blocks: each device computes those of its stages (`mhc_jax/pipeline`)
     data       copies of the model, each with a part of the batch
     fsdp       as data, and parameters are split over it too: gathered layer by layer where they are used
     tensor     heads, hidden channels of the feed-forward and the vocabulary (Megatron, arXiv 1909.08053)
@@ -31,12 +32,15 @@ from jaxtyping import Array
 
 from mhc_jax.errors import require
 from mhc_jax.paths import CONNECTION, path_of
+from mhc_jax.pipeline.schedules import make, stage_count
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh; all 1: one device, and no mesh."""
 
+    stage: int = 1
+    """Devices that share the blocks as a pipeline; optimizer.accumulation_steps are its microbatches."""
     data: int = 1
     """Copies of the model."""
     fsdp: int = 1
@@ -86,8 +90,8 @@ class Rules:
     embed: tuple[str, ...] = ("fsdp",)
     """C of a weight; of an activation it is not split (None)."""
     expert: tuple[str, ...] = ("expert",)
-    layer: tuple[str, ...] = ()
-    """The leading axis of scanned parameters."""
+    layer: tuple[str, ...] = ("stage",)
+    """The leading axis of scanned parameters; whole where its blocks do not divide."""
     connection: tuple[str, ...] = ()
     """Every axis of a connection's parameters."""
 
@@ -163,6 +167,8 @@ def check_dimensions(config: Any) -> None:
         f"data.batch_size / optimizer.accumulation_steps is {micro}, which mesh.data x mesh.fsdp x mesh.expert = {mesh.batch} "
         f"does not divide; use a multiple.",
     )
+    if mesh.stage > 1:
+        _check_stages(config)
     split = [("data.sequence_length", data.sequence_length, "sequence"), ("model.width", model.width, "fsdp")]
     split += [("model.num_heads", model.num_heads, "tensor")]
     if model.attention_kind == "gqa":
@@ -180,6 +186,21 @@ def check_dimensions(config: Any) -> None:
     require(
         mesh.sequence == 1 or model.attention == "xla",
         f"mesh.sequence is {mesh.sequence} and model.attention {model.attention!r}, which needs whole sequences; use 'xla'.",
+    )
+
+
+def _check_stages(config: Any) -> None:
+    mesh, model, pipeline = config.mesh, config.model, config.pipeline
+    make(pipeline.schedule, mesh.stage, config.optimizer.accumulation_steps, pipeline.chunks)
+    stages = stage_count(pipeline.schedule, mesh.stage, pipeline.chunks)
+    require(
+        model.num_layers % stages == 0,
+        f"model.num_layers is {model.num_layers}, which does not divide into the {stages} stages of {pipeline.schedule!r} with "
+        f"mesh.stage {mesh.stage}; use a multiple of {stages}.",
+    )
+    require(
+        model.num_leading <= model.num_layers // stages,
+        f"model.num_dense_layers is {model.num_leading}, more than the {model.num_layers // stages} blocks of the first stage.",
     )
 
 
@@ -216,9 +237,13 @@ def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def current() -> AbstractMesh | None:
-    """The mesh that is traced for, or None: there is none, or the code runs on one device's part already (`jax.shard_map`)."""
+    """The mesh that is traced for, or None: there is none, or the code runs on one device's part already (`jax.shard_map`).
+
+    Within a stage of a pipeline the other axes are still there to split over.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto} else None
+    types = {kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if name != "stage"}
+    return mesh if {*AXES} - {"stage"} <= {*mesh.axis_names} and types == {AxisType.Auto} else None
 
 
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
@@ -230,7 +255,7 @@ def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) ->
     axes = []
     for entry, size in zip(spec, shape, strict=True):
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-        names = tuple(name for name in names if sizes[name] > 1)
+        names = tuple(name for name in names if sizes.get(name, 1) > 1)
         axes.append(names if names and size % math.prod(sizes[name] for name in names) == 0 else None)
     return PartitionSpec(*axes)
 

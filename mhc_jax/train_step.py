@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,10 @@ from jaxtyping import Array, Float, Int
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.layers.moe import balanced_bias, router_health
-from mhc_jax.model import Decoder
+from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
+from mhc_jax.pipeline.executor import pipelined
+from mhc_jax.pipeline.schedules import make
 from mhc_jax.remat_plan import resolve
 from mhc_jax.sharding import constrain
 
@@ -33,11 +36,6 @@ class TrainState:
     opt_state: Any
 
 
-def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean negative log likelihood in nats per token, float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
 def init_state(config: ExperimentConfig) -> TrainState:
     """Parameters from train.seed.  Branches get the same values under every connection: keys follow parameter paths."""
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
@@ -49,9 +47,16 @@ def init_state(config: ExperimentConfig) -> TrainState:
 def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Array, dict[str, Array]], Any]]:
     """(params, batch) -> ((loss, router), gradient), averaged over optimizer.accumulation_steps slices of the batch.
 
+    With mesh.stage they are the microbatches of a pipeline.
+
     `router` is what the decoder tells of its routers, {} without experts.
     """
     config, _ = resolve(config)
+    A = config.optimizer.accumulation_steps
+    if config.mesh.stage > 1:
+        pipeline = config.pipeline
+        schedule = make(pipeline.schedule, config.mesh.stage, A, pipeline.chunks, 2 if pipeline.overlap else 1)
+        return pipelined(config, schedule)
     model = Decoder(config.model)
 
     def loss_of(params, batch):
@@ -59,7 +64,6 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
         return cross_entropy(logits, batch["targets"]), router
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    A = config.optimizer.accumulation_steps
     if A == 1:
         return value_and_grad
 
@@ -124,6 +128,11 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
         return state, metrics
 
     return step
+
+
+def make_unstaged_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """`make_train_step` without a pipeline, to count its operations: a pipeline has in each tick what any stage may do."""
+    return make_train_step(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1)))
 
 
 def _square_sums(grads: Any) -> Array:

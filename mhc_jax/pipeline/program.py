@@ -1,0 +1,149 @@
+"""A valid table as columns of numbers that one SPMD program can follow: what to do in each tick, and where everything lies.
+
+A tick has a forward half and a backward half, of which at most a pair F&B uses both.  Buffers are read when a tick begins and
+written when it ends.  A device gives slots to what lives at the same time; a buffer is as long as the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mhc_jax.pipeline.schedules import Place, Schedule, wiring
+from mhc_jax.pipeline.validate import messages, operations, when
+
+IDLE = 0
+FIRST, MIDDLE, LAST = 1, 2, 3
+"""Forward: of the stage with the input embedding, of one between, of the one with the loss."""
+BACKWARDS = {"B": 1, "I": 2, "W": 3}
+"""Backward; 3 more on the first stage."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Messages that one permutation of the devices carries."""
+
+    kind: str
+    """`F` or `B`."""
+    pairs: tuple[tuple[int, int], ...]
+    """(source, target)."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Columns are int32 [devices, ticks]; a slot of -1 is nowhere.
+
+    forward, backward: which operation; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
+    what comes in; keep, kept: slot of the activations; to_self, to_own_gradients: slot for a result that stays on the device;
+    from_loss: slot for the gradient that the last stage starts with; arrives_<k>: slot for what comes on channel k.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    forwards: tuple[int, ...]
+    """Operations of the forward halves that occur: `IDLE`, `FIRST`, `MIDDLE`, `LAST`; the column holds positions in here."""
+    backwards: tuple[int, ...]
+    """Those of the backward halves: `IDLE`, `BACKWARDS`, and 3 more on the first stage."""
+    channels: tuple[Channel, ...]
+    inputs: int
+    """Slots for boundary tensors that wait for their forward."""
+    gradients: int
+    """Slots for gradients of boundary tensors, from their arrival to their last use."""
+    activations: int
+    """Slots for what a stage keeps of a microbatch."""
+
+
+def compile_table(schedule: Schedule) -> Program:
+    """Columns of a table that `validate` has passed."""
+    P, ticks, last = schedule.devices, len(schedule.table), schedule.stages - 1
+    names = ("forward_microbatch", "forward_chunk", "forward_stage", "backward_microbatch", "backward_chunk")
+    zero = ("forward", "backward", *names, "backward_stage", "forward_read", "backward_read", "keep", "kept")
+    columns = {name: np.zeros((P, ticks), np.int32) for name in zero}
+    columns |= {name: np.full((P, ticks), -1, np.int32) for name in ("to_self", "from_loss", "to_own_gradients")}
+    wires = [wiring(route) for route in schedule.routes]
+    done, ends = when(schedule), _last_uses(schedule)
+
+    sent = messages(schedule)
+    pairs: dict[tuple[str, int], set[tuple[int, int]]] = {}
+    for one in sent:
+        if one.source != one.target:
+            pairs.setdefault((one.kind, (one.target - one.source) % P), set()).add((one.source, one.target))
+    channels = tuple(Channel(kind, tuple(sorted(found))) for (kind, _), found in sorted(pairs.items()))
+    columns |= {f"arrives_{k}": np.full((P, ticks), -1, np.int32) for k in range(len(channels))}
+
+    # (device, written, last used, what): written when a tick ends, read when one begins.
+    waiting: dict[str, list[tuple[int, int, int, tuple[int, int]]]] = {"F": [], "B": []}
+    for one in sent:
+        written = one.sent + (schedule.latency - 1 if one.source != one.target else 0)
+        until = one.used if one.kind == "F" else ends[one.microbatch, one.stage]
+        waiting[one.kind].append((one.target, written, until, (one.microbatch, one.stage)))
+    kept = []
+    for m, route in enumerate(schedule.route_of):
+        for stage, place in enumerate(schedule.routes[route]):
+            forward = done["F", m, stage]
+            kept.append((place.device, forward, ends[m, stage], (m, stage)))
+            if stage == last:
+                waiting["B"].append((place.device, forward, ends[m, stage], (m, stage)))
+    inputs, gradients = (_slots(waiting[kind], P, shared=True) for kind in "FB")
+    activations = _slots(kept, P, shared=False)
+
+    for tick, device, op in operations(schedule):
+        half = "forward" if op.kind == "F" else "backward"
+        stage, m = wires[schedule.route_of[op.microbatch]][op.kind, Place(device, op.chunk)].stage, op.microbatch
+        for name, value in (("microbatch", m), ("chunk", op.chunk), ("stage", stage)):
+            columns[f"{half}_{name}"][device, tick] = value
+        if op.kind == "F":
+            columns["forward"][device, tick] = FIRST if stage == 0 else LAST if stage == last else MIDDLE
+            columns["forward_read"][device, tick] = inputs.get((m, stage), 0)
+            columns["keep"][device, tick] = activations[m, stage]
+            if stage == last:
+                columns["from_loss"][device, tick] = gradients[m, stage]
+            elif op.sends == device:
+                columns["to_self"][device, tick] = inputs[m, stage + 1]
+        else:
+            columns["backward"][device, tick] = BACKWARDS[op.kind] + 3 * (stage == 0)
+            columns["backward_read"][device, tick] = gradients[m, stage]
+            columns["kept"][device, tick] = activations[m, stage]
+            if op.sends == device:
+                columns["to_own_gradients"][device, tick] = gradients[m, stage - 1]
+    for one in sent:
+        if one.source != one.target:
+            k = next(
+                k
+                for k, channel in enumerate(channels)
+                if channel.kind == one.kind and (one.source, one.target) in channel.pairs
+            )
+            slots = inputs if one.kind == "F" else gradients
+            columns[f"arrives_{k}"][one.target, one.sent + schedule.latency - 1] = slots[one.microbatch, one.stage]
+    forwards, backwards = (tuple(np.unique(columns[half]).tolist()) for half in ("forward", "backward"))
+    for half, used in (("forward", forwards), ("backward", backwards)):
+        columns[half] = np.searchsorted(used, columns[half]).astype(np.int32)
+    sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations))
+    return Program(columns, forwards, backwards, channels, *sizes)
+
+
+def _last_uses(schedule: Schedule) -> dict[tuple[int, int], int]:
+    """Of every (microbatch, stage) the tick of the last of its gradients."""
+    stage_of = schedule.stage_of
+    return {
+        (op.microbatch, stage_of[Place(device, op.chunk)]): tick
+        for tick, device, op in operations(schedule)
+        if op.kind in ("B", "W")
+    }
+
+
+def _slots(
+    alive: Sequence[tuple[int, int, int, tuple[int, int]]], devices: int, shared: bool
+) -> dict[tuple[int, int], int]:
+    """A slot for each (device, written, last used, what); `shared`: one that is read in a tick can be written at its end."""
+    out: dict[tuple[int, int], int] = {}
+    free_from: list[list[int]] = [[] for _ in range(devices)]
+    for device, written, until, what in sorted(alive, key=lambda one: one[1]):
+        slots = free_from[device]
+        k = next((k for k, tick in enumerate(slots) if tick <= written), len(slots))
+        if k == len(slots):
+            slots.append(0)
+        slots[k] = until + (not shared)
+        out[what] = k
+    return out

@@ -1,0 +1,116 @@
+"""The rows that `experiments/pipeline.py` prints: schedules with costs by hand, of a model, or of a device report."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mhc_jax.config import ExperimentConfig, ModelConfig
+from mhc_jax.errors import require
+from mhc_jax.pipeline import costs
+from mhc_jax.pipeline.schedules import make
+from mhc_jax.pipeline.simulate import Costs, Timeline, by_hand, simulate
+from mhc_jax.pipeline.validate import peak_activations, validate
+from mhc_jax.pod import with_connection
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule with one set of costs."""
+
+    label: str
+    """Connection and whether it recomputes; empty by hand."""
+    run: Timeline
+    over: float | None = None
+    """Makespan over the first connection's, less 1."""
+
+    @property
+    def title(self) -> str:
+        """For the picture."""
+        schedule = self.run.schedule
+        numbers = f"{schedule.devices} devices, {schedule.stages} stages, {schedule.microbatches} microbatches"
+        return f"{schedule.name}{', ' if self.label else ''}{self.label}: {numbers}, bubble {100 * self.run.bubble_fraction:.1f} %"
+
+
+def of_hand(names: Sequence[str], P: int, M: int, F: float, B: float, W: float, pair: float, send: float) -> list[Row]:
+    """A stage of the model takes the same time under every schedule."""
+    return _rows(names, P, M, {"": lambda stages: by_hand(stages, F, B, W, pair, send)})
+
+
+def of_model(
+    names: Sequence[str],
+    P: int,
+    M: int,
+    config: ExperimentConfig,
+    connections: Sequence[str],
+    rates: costs.Rates,
+    pair: float,
+) -> list[Row]:
+    """One sequence a microbatch and device; kinds with streams once more with recompute."""
+    require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+    T = config.data.sequence_length
+    each: dict[str, Callable[[int], Costs]] = {}
+    for kind in connections:
+        model = with_connection(config, kind).model
+
+        def cost(stages: int, model: ModelConfig = model, recompute: bool = False) -> Costs:
+            return costs.from_model(model, T, stages, rates, recompute=recompute, pair=pair)
+
+        each[kind] = cost
+        if model.connection.num_streams > 1:
+            each[f"{kind}, recompute"] = functools.partial(cost, recompute=True)
+    return _rows(names, P, M, each)
+
+
+def of_report(
+    names: Sequence[str],
+    P: int,
+    M: int,
+    report: Mapping[str, Any],
+    workload: str,
+    connections: Sequence[str],
+    blocks: int,
+) -> list[Row]:
+    """Measured layers; messages take no time."""
+    return _rows(
+        names,
+        P,
+        M,
+        {one: lambda stages, one=one: costs.from_report(report, workload, one, stages, blocks) for one in connections},
+    )
+
+
+def _rows(names: Sequence[str], P: int, M: int, each: Mapping[str, Callable[[int], Costs]]) -> list[Row]:
+    rows = []
+    schedules = [make(name, P, M) for name in names]  # mistakes before the first simulation
+    for schedule in schedules:
+        validate(schedule)
+        base = None
+        for label, cost in each.items():
+            run = simulate(schedule, cost(schedule.stages))
+            rows.append(Row(label, run, None if base is None else run.makespan / base - 1))
+            base = base or run.makespan
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Times in the unit of the costs; activations in stages of one microbatch, and what they hold where the costs say it."""
+    out = [
+        "| schedule | connection | devices x stages | step | bubble (longest wait) | bubble (%) | messages exposed | "
+        "activations | GB | over the first |",
+        "| --- " * 10 + "|",
+    ]
+    for row in rows:
+        run, schedule = row.run, row.run.schedule
+        sized = max(run.activations) > 1e3
+        cells = [schedule.name, row.label, f"{schedule.devices} x {schedule.stages}", f"{run.makespan:.4g}"]
+        cells += [f"{max(run.bubble):.4g}", f"{100 * run.bubble_fraction:.1f}", f"{run.exposed:.3g}"]
+        cells += [f"{max(most for most, _ in peak_activations(schedule))}"]
+        cells += [
+            f"{max(run.activations) / 1e9:.2f}" if sized else "",
+            "" if row.over is None else f"{100 * row.over:+.2f} %",
+        ]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)

@@ -1,0 +1,307 @@
+"""Schedules of pipelines: proofs of generated tables, refusals of broken ones, published bubbles, costs, the picture."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.errors import InputError
+from mhc_jax.mapping import from_mapping
+from mhc_jax.pipeline import costs, tables
+from mhc_jax.pipeline.schedules import SCHEDULES, Op, Place, Schedule, make, stage_count
+from mhc_jax.pipeline.simulate import by_hand, published, simulate
+from mhc_jax.pipeline.validate import messages, operations, peak_activations, validate
+from mhc_jax.plots.pipeline import timeline
+from mhc_jax.plots.style import save, svg
+
+
+def random_arguments(name, r):
+    """(stages, microbatches, chunks, latency) that the schedule accepts."""
+    P, chunks = int(r.integers(2, 6)), 0
+    M = int(r.integers(1 if name == "gpipe" else P, 2 * P + 3))
+    if name == "interleaved":
+        M, chunks = P * int(r.integers(1, 3)), int(r.integers(2, 4))
+    if name.startswith("dualpipe"):
+        P = P + P % 2 if name == "dualpipe" else P
+        M = 2 * P + 2 * int(r.integers(0, 3))
+    return P, M, chunks, int(r.integers(1, 3))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_200_tables_of_each_generator_are_valid(name):
+    r = np.random.default_rng(0)
+    for _ in range(200):
+        P, M, chunks, latency = random_arguments(name, r)
+        schedule = make(name, P, M, chunks, latency)
+        validate(schedule)
+        assert (schedule.devices, schedule.microbatches) == (P, M)
+        assert schedule.stages == stage_count(name, P, chunks)
+        # Independent of the validator: forwards and gradients of all stages and microbatches.
+        done = [op.kind for _, _, op in operations(schedule)]
+        assert done.count("F") == done.count("B") + done.count("I") == M * schedule.stages
+        assert done.count("I") == done.count("W")
+
+
+def replaced(schedule, tick, device, cell) -> Schedule:
+    row = schedule.table[tick]
+    row = (*row[:device], tuple(cell), *row[device + 1 :])
+    return dataclasses.replace(schedule, table=(*schedule.table[:tick], row, *schedule.table[tick + 1 :]))
+
+
+def corrupted(schedule, r):
+    """(what was done, the schedule with one thing wrong)."""
+    all_of_them = list(operations(schedule))
+    tick, device, op = all_of_them[r.integers(len(all_of_them))]
+    others = [one for one in schedule.table[tick][device] if one != op]
+    how = r.choice(["dropped", "twice", "microbatch", "kind", "receives", "sends", "chunk", "early", "late", "room"])
+    if how == "dropped":
+        return how, replaced(schedule, tick, device, others)
+    if how == "twice":
+        again = int(r.integers(tick + 1, len(schedule.table) + 1))
+        longer = dataclasses.replace(schedule, table=(*schedule.table, ((),) * schedule.devices))
+        return how, replaced(longer, again, device, [op])
+    if how == "late":  # behind all that needs it
+        if op.kind in "BW" and op.sends is None:
+            return corrupted(schedule, r)
+        longer = dataclasses.replace(schedule, table=(*schedule.table, ((),) * schedule.devices))
+        return how, replaced(replaced(longer, tick, device, others), len(schedule.table), device, [op])
+    if how == "early":  # before all there is
+        if op.kind == "F" and op.receives is None:
+            return corrupted(schedule, r)
+        longer = dataclasses.replace(schedule, table=(((),) * schedule.devices, *schedule.table))
+        return how, replaced(replaced(longer, tick + 1, device, others), 0, device, [op])
+    if how == "room":
+        tight = list(schedule.bound)
+        tight[device] = peak_activations(schedule)[device][0] - 1
+        return how, dataclasses.replace(schedule, bound=tuple(tight))
+    wrong = {
+        "microbatch": (op.microbatch + 1) % (schedule.microbatches + 1),
+        "kind": {"F": "B", "B": "W", "I": "F", "W": "I"}[op.kind],
+        "receives": schedule.devices if op.receives is None else (op.receives + 1) % (schedule.devices + 1),
+        "sends": schedule.devices if op.sends is None else None,
+        "chunk": op.chunk + 1,
+    }
+    cell = [op._replace(**{how: wrong[how]}) if one == op else one for one in schedule.table[tick][device]]
+    return how, replaced(schedule, tick, device, cell)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_200_corrupted_tables_are_refused(name):
+    r = np.random.default_rng(1)
+    ways = set()
+    for _ in range(200):
+        P, M, chunks, latency = random_arguments(name, r)
+        how, schedule = corrupted(make(name, P, M, chunks, latency), r)
+        ways.add(how)
+        with pytest.raises(InputError):
+            validate(schedule)
+    assert len(ways) == 10
+
+
+def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
+    route = (Place(0, 0), Place(1, 0))
+    rows = (
+        ((Op("F", 0, 0, None, 1),), (Op("F", 0, 0, 0, None),)),
+        ((), (Op("B", 0, 0, None, 0),)),
+        ((Op("B", 0, 0, 1, None),), ()),
+    )
+    schedule = Schedule("mine", 2, 1, (route,), (0,), (1, 1), rows)
+    sentence = (
+        "tick 0, device 1: F of microbatch 0, chunk 0, stage 1, needs F of stage 0, which device 0 does in tick 0; "
+        "it is there from tick 1 on."
+    )
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        validate(schedule)
+    late = dataclasses.replace(schedule, table=((rows[0][0], ()), ((), rows[0][1]), *rows[1:]))
+    validate(late)
+    with pytest.raises(InputError, match="from tick 2 on"):
+        validate(dataclasses.replace(late, latency=2))
+
+
+@pytest.mark.parametrize("PP", [4, 8, 16])
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+def test_bubbles_and_activations_are_the_published_ones(name, PP):
+    """PP counts stages: dualpipev runs on half as many devices.  The dual ones' bubble is smaller where F = I = W does not hold."""
+    general = [(1.0, 2.2, 0.9, 1.0), (1.0, 2.0, 0.5, 1.0), (1.0, 2.4, 0.8, 0.9)]
+    for M in (2 * PP, 4 * PP):
+        schedule = make(name, PP // 2 if name == "dualpipev" else PP, M)
+        assert schedule.stages == PP
+        for F, B, W, pair in [(1.0, 2.0, 1.0, 1.0), (1.0, 2.0, 1.0, 0.8), (3.0, 6.0, 3.0, 0.9), *general]:
+            run = simulate(schedule, by_hand(PP, F, B, W, pair))
+            bubble, activations, copies = published(name, PP, F, B, W, pair)
+            if name.startswith("dual") and (F, B, W, pair) in general:
+                assert max(run.bubble) <= bubble
+            else:
+                assert max(run.bubble) == pytest.approx(bubble, abs=1e-9)
+            assert max(run.activations) == activations
+            assert max(most for most, _ in peak_activations(schedule)) == activations
+            # Stages that a device holds over those it would hold if no stage were anywhere twice.
+            assert schedule.chunks * schedule.devices == copies * PP / (1 if name != "dualpipev" else 2)
+
+
+def test_gpipe_has_the_bubble_of_1f1b_and_all_activations():
+    run = simulate(make("gpipe", 4, 12), by_hand(4, 1.0, 2.5, 1.0))
+    np.testing.assert_allclose(run.bubble, 3 * 3.5)
+    assert run.activations == (12,) * 4
+
+
+def test_interleaved_divides_the_bubble_by_its_chunks():
+    """Narayanan et al., section 2.2: (P - 1)(F + B) / v, where a chunk takes 1 / v of a stage."""
+    for v in (2, 4):
+        run = simulate(make("interleaved", 4, 16, v), by_hand(4 * v, 1 / v, 2 / v, 1 / v))
+        assert max(run.bubble) == pytest.approx(3 * 3 / v)
+
+
+def test_messages_show_where_nothing_runs_beside_them():
+    """1f1b waits for a message at every device of warm-up and drain; a schedule that is free of messages hides all."""
+    quick, slow = (simulate(make("1f1b", 4, 8), by_hand(4, send=send)) for send in (0.0, 0.25))
+    assert quick.exposed == 0
+    assert slow.exposed == pytest.approx(slow.makespan - quick.makespan)
+    assert slow.exposed >= 2 * 3 * 0.25
+    assert simulate(make("gpipe", 4, 8), by_hand(4, send=0.25)).exposed == pytest.approx(2 * 3 * 0.25)
+
+
+def test_messages_of_a_table():
+    """Two for each boundary and microbatch; those of dualpipev's turn stay on their device."""
+    for name in SCHEDULES:
+        schedule = make(name, 4, 8)
+        found = messages(schedule)
+        assert len(found) == 2 * 8 * (schedule.stages - 1)
+        assert all(one.used > one.sent for one in found)
+        assert sum(one.source == one.target for one in found) == (16 if name == "dualpipev" else 0)
+
+
+REFUSED = {
+    "1f1b 4 3": ("1f1b", 4, 3, "3 microbatches are too few for '1f1b' with 4 stages; use at least 4."),
+    "zb1p 4 3": ("zb1p", 4, 3, "use at least 4"),
+    "interleaved 4 6": (
+        "interleaved",
+        4,
+        6,
+        "6 microbatches are no multiple of 4 stages, which 'interleaved' needs; use 8.",
+    ),
+    "dualpipe 3 8": ("dualpipe", 3, 8, "'dualpipe' has 3 stages; it needs an even number"),
+    "dualpipe 4 9": ("dualpipe", 4, 9, "'dualpipe' has 9 microbatches; it needs an even number"),
+    "dualpipe 4 6": ("dualpipe", 4, 6, "6 microbatches are too few for 'dualpipe' with 4 stages; use at least 8."),
+    "dualpipev 4 6": ("dualpipev", 4, 6, "too few"),
+    "gpipe 1 4": ("gpipe", 1, 4, "a pipeline needs at least 2"),
+    "1f2b": ("1f2b", 4, 4, "Did you mean '1f1b'?"),
+}
+
+
+@pytest.mark.parametrize(("name", "P", "M", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(name, P, M, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        make(name, P, M)
+
+
+def paper(kind="mhc"):
+    from experiments.configs.paper import get_config
+
+    return from_mapping(get_config(f"27b:{kind}").to_dict())
+
+
+def test_costs_of_a_model_add_up():
+    """Over all stages: a third of the FLOPs of `cost.model_cost` in F, the connection's bytes, nC a message."""
+    config, rates = paper(), costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
+    model, T = config.model, 4096
+    for stages in (8, 16):
+        found = costs.from_model(model, T, stages, rates)
+        again = costs.from_model(model, T, stages, rates, recompute=True)
+        plain = costs.from_model(paper("residual").model, T, stages, rates)
+        C, blocks = model.width, model.num_layers
+        more = 2 * blocks * (10 - 4) * C * 2 * T / 2e12
+        assert sum(found.F) - sum(plain.F) == pytest.approx(more)
+        assert sum(found.B) - sum(plain.B) == pytest.approx(2.5 * more)
+        assert sum(again.B) - sum(found.B) == pytest.approx(2 * blocks * 10 * C * 2 * T / 2e12)
+        assert found.W == plain.W == again.W
+        assert found.send == 4 * plain.send == 4 * C * 2 * T / 1e11
+        assert sum(again.activations) < sum(found.activations) / 2
+    assert sum(plain.W) == pytest.approx(sum(plain.F) - 2 * blocks * 4 * C * 2 * T / 2e12)
+
+
+def test_blocks_go_where_there_is_least_work():
+    assert costs.blocks_of_stages(8, 4) == [2, 2, 2, 2]
+    assert costs.blocks_of_stages(8, 4, head=2.5) == [3, 3, 2, 0]
+    assert sum(costs.blocks_of_stages(30, 16, head=2.6)) == 30
+    with pytest.raises(InputError, match="3 blocks do not divide into 4 stages"):
+        costs.blocks_of_stages(3, 4)
+
+
+def test_costs_of_a_report():
+    step = {
+        "shape": {"width": 64, "num_layers": 2, "sequence_length": 32, "dtype": "bfloat16"},
+        "batch_size": 2,
+        "steps": [
+            {"name": "residual", "status": "ok", "ms": 120.0},
+            {"name": "mhc xla", "status": "ok", "ms": 134.0},
+            {"name": "mhc triton", "status": "needs a GPU"},
+        ],
+    }
+    report = {"parts": {"step/27b": step}}
+    found = costs.from_report(report, "27b", "mhc xla", stages=4, blocks=8, link=1e6)
+    # 2 of 2 blocks, 1 of 2 sequences: half of 134 ms, whose 7 more are 2 and 5.
+    np.testing.assert_allclose(found.F, 0.022)
+    np.testing.assert_allclose(found.B, 0.045)
+    np.testing.assert_allclose(found.W, 0.020)
+    assert found.send == pytest.approx(4 * 64 * 32 * 2 / 1e6)
+    with pytest.raises(InputError, match="'mhc triton'; it must be one of 'residual', 'mhc xla'"):
+        costs.from_report(report, "27b", "mhc triton", 4, 8)
+    with pytest.raises(InputError, match="no train steps of '3b'; it has 27b"):
+        costs.from_report(report, "3b", "residual", 4, 8)
+    rows = tables.of_report(["1f1b", "zb1p"], 4, 8, report, "27b", ["residual", "mhc xla"], 8)
+    # Equal stages: a schedule of B whole is longer by what a microbatch is.
+    assert rows[1].over == pytest.approx(134 / 120 - 1)
+
+
+def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
+    rates = costs.chip_rates("v5p")
+    rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc"], rates, 1.0)
+    labels = ["residual", "mhc", "mhc, recompute"]
+    assert [row.label for row in rows] == 2 * labels
+    for plain, mhc, again in (rows[:3], rows[3:]):
+        assert plain.over is None
+        assert 0 < mhc.over < again.over < 0.2
+        assert max(again.run.activations) < max(mhc.run.activations)
+    lines = tables.markdown(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert f"{100 * rows[1].over:+.2f} %" in lines[3]
+    with pytest.raises(InputError, match="vocab_size"):
+        tables.of_model(["1f1b"], 4, 8, ExperimentConfig(), ["residual"], rates, 1.0)
+
+
+def test_the_picture_shows_every_operation(tmp_path):
+    runs = [simulate(make(name, 8, 20), by_hand(8)) for name in ("1f1b", "dualpipe")]
+    figure = timeline(runs, ["one", "two"])
+    for axis, run in zip(figure.axes, runs, strict=True):
+        assert len(axis.texts) == len(list(operations(run.schedule)))
+        assert axis.get_ylim()[0] > 7
+    # Of the narrowest cell, an F of one unit: three times the width of its number, 6 points high.
+    figure.draw_without_rendering()
+    unit = figure.axes[0].transData.transform([[0, 0], [1, 0]])
+    assert (unit[1, 0] - unit[0, 0]) / figure.dpi * 72 > 10
+    save(figure, tmp_path / "timeline.png", vector=True)
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    assert (tmp_path / "timeline.svg").read_text().startswith("<?xml")
+    assert svg(figure).startswith("<svg")
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, "experiments/pipeline.py", "--stages=4", "--microbatches=8"]
+    done = subprocess.run(
+        [*command, f"--picture={tmp_path}/a.png", "--schedules=1f1b,zb1p"], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[2].startswith("| 1f1b |  | 4 x 4 | 33 | 9 | 27.3 |")
+    assert (tmp_path / "a.png").exists()
+    assert (tmp_path / "a.svg").exists()
+    refused = subprocess.run([*command, "--schedules=dualpipe", "--stages=3"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "even number" in refused.stderr + refused.stdout
+    assert "Traceback" not in refused.stderr
+    assert json.dumps(refused.stdout) == '""'
