@@ -179,6 +179,12 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if first():
+        print(text, flush=True)
+
+
 def barrier() -> None:
     """Wait for all processes: before collectives, whose connections are made within 30 s (Gloo) or not at all."""
     if several():

@@ -74,9 +74,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     mapping = to_mapping(config)
     ended = distributed.together(lambda: check_run_folder(folder, mapping))
     if ended:
-        if distributed.first():
-            how = f"{ended['status']} at step {ended['steps']}"
-            print(f"{label}: {folder} has {how} already; nothing to do.", flush=True)
+        distributed.say(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.")
         return ended
     distributed.together(lambda: check_writers(config.train.tensorboard, config.train.wandb))
     # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
@@ -87,8 +85,8 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     different = f"The processes read different texts from {config.data.source!r}; give all the same files."
     distributed.same(json.dumps(data.summary()), different)
     config = resolve_vocabulary(config, data)
-    if (planned := resolve(config)[1]) and distributed.first():
-        print(f"{label}: {planned}", flush=True)
+    if planned := resolve(config)[1]:
+        distributed.say(f"{label}: {planned}")
     create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:
@@ -124,8 +122,7 @@ class _Run:
         self.last_diagnostics: dict[str, Any] = {}
         self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0, "max_column_error": 0.0}
         self.diverged_at: int | None = None
-        self.first_nonfinite: int | None = None
-        self.compiled_bytes: int | None = None
+        self.first_nonfinite = self.compiled_bytes = self.diverged_at
 
     def run(self) -> dict[str, Any]:
         try:
