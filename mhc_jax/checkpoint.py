@@ -59,10 +59,10 @@ class Checkpoints:
         """Steps saved, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def newest(self) -> int | None:
-        """Newest step that is whole on disk, asked of nobody else."""
+    def newest(self) -> str:
+        """The newest checkpoint that is whole on disk, in words; empty if there is none.  Asks no other process."""
         steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
-        return max(steps, default=None)
+        return f"the checkpoint of step {max(steps)}" if steps else ""
 
     def save(
         self,
@@ -122,7 +122,7 @@ class Checkpoints:
         # Orbax leaves its other writes unstarted, and Python says so of each while it shuts down.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         newest = self.newest()
-        kept = "there is no earlier one" if newest is None else f"the checkpoint of step {newest} is whole"
+        kept = f"{newest} is whole" if newest else "there is no earlier one"
         return InputError(
             f"Could not save a checkpoint in {self.folder}: {reason}; {kept}. {'Make room' if full else 'Mend that'} "
             f"and run the same command again to go on."

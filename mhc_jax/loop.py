@@ -122,17 +122,16 @@ class _Run:
         self.last_diagnostics: dict[str, Any] = {}
         self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0, "max_column_error": 0.0}
         self.diverged_at: int | None = None
-        self.first_nonfinite = self.compiled_bytes = self.diverged_at
+        self.first_nonfinite: int | None = None
+        self.compiled_bytes: int | None = None
 
     def run(self) -> dict[str, Any]:
         try:
             return self._run()
         except Exception as error:
             if distributed.is_loss(error):
-                saved = self.checkpoints.newest()
-                place = "the start" if saved is None else f"the checkpoint of step {saved}"
-                when, go_on = f", noticed at step {self.done}", f" to go on from {place} in {self.folder}"
-                raise distributed.lost(error, when, go_on) from error
+                go_on = f" to go on from {self.checkpoints.newest() or 'the start'} in {self.folder}"
+                raise distributed.lost(error, f", noticed at step {self.done}", go_on) from error
             raise
 
     def _run(self) -> dict[str, Any]:
