@@ -84,9 +84,9 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
                     str(own["items"]),
                     str(own["truncated"]),
                     f"{100 * own['score']:.1f}{error}",
-                    _interval(d.get("score"), d.get("score_interval"), 100, "{:+.1f}"),
+                    _interval(d.get("score"), d.get("score_interval"), 100.0, "{:+.1f}"),
                     "" if bits is None else f"{bits:.3f}",
-                    _interval(d.get("bits"), d.get("bits_interval"), 1, "{:+.3f}"),
+                    _interval(d.get("bits"), d.get("bits_interval"), 1.0, "{:+.3f}"),
                 ]
             )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
