@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, checked shape annotations, strict rank promotion, a compile cache shared by runs of the tests."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -16,5 +17,14 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook(["mhc_jax", "mhc_kernels"], "beartype.beartype")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def usual_sigint():
+    """SIGINT as in a terminal; a shell's background job starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

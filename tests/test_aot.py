@@ -274,7 +274,7 @@ def test_mistakes_in_the_command_are_told(tmp_path, monkeypatch):
     assert list(tmp_path.glob("compiled/*")) == []
 
 
-def test_ctrl_c_is_answered_while_it_compiles(tmp_path, monkeypatch):
+def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
     process = script("compile", *FLAGS, "--topology=cpu:2", "--connections=mhc", stdin=None)
     for line in process.stderr:

@@ -128,14 +128,6 @@ def test_stop_before_the_first_step(residual, alone, tmp_path, monkeypatch):
     assert_same_run(alone, tmp_path / "run")
 
 
-@pytest.fixture
-def usual_sigint():
-    """SIGINT as in a terminal; a shell's background job starts with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_second_signal_acts_as_usual(usual_sigint):
     with loop.StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
