@@ -92,7 +92,7 @@ class Block(nn.Module):
             link = connection(self.config, len(named) * layer + k, f"{name}_connection")
             streams, c, h = link.write_read(streams, c, y)
             h = constrain(h, "batch", "sequence", None)
-            inputs = (remat.whole(h), *past) if name == "attention" else (remat.whole(h),)
+            inputs = (h, *past) if name == "attention" else (h,)
             y, aux = branch(*inputs) if self.only is None else remat.keep_branch(*_apart(branch), h)
             y = constrain(y, "batch", "sequence", None)
             router |= aux

@@ -58,18 +58,6 @@ def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array,
     return branch(params, h)
 
 
-@jax.custom_vjp
-def whole(h: jax.Array) -> jax.Array:
-    """h; what its uses send back is added up before it joins what the streams send back, as under `keep_branch`.
-
-    Where h is the stream itself (`residual`), float32 sums would else be made in another order with and without recompute.
-    """
-    return h
-
-
-whole.defvjp(lambda h: (h, None), lambda _, g: (g,))
-
-
 def reached(jaxpr: core.Jaxpr, start: Iterable[Any]) -> set[Any]:
     """`start`, some variables of a jaxpr, and all that is computed from them."""
     found = set(start)
