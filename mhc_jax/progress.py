@@ -16,11 +16,19 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+TEXT = "{task.fields[text]}"
+
+
+def _bars(console: Console, *columns: str | ProgressColumn) -> Progress:
+    """Name, bar and count, then `columns`; nothing where the console is no terminal."""
+    first = "[bold]{task.description}", BarColumn(), MofNCompleteColumn()
+    return Progress(*first, *columns, console=console, disable=not console.is_terminal)
 
 
 class RunProgress:
@@ -34,16 +42,7 @@ class RunProgress:
         self._last_line = 0.0
         self._began, self._start = time.monotonic(), start
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            self._bar = _bars(self._console, TEXT, TimeElapsedColumn(), "left", TimeRemainingColumn())
             self._task = self._bar.add_task(label, total=total, completed=start, text="")
 
     def __enter__(self) -> RunProgress:
@@ -102,14 +101,7 @@ class SweepProgress:
         self._before, self._ended, self._began = done, 0, time.monotonic()
         self._starts: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
-        self._bars = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bars = _bars(self._console, TEXT)
         self._all = self._bars.add_task("all runs", total=total, completed=done, text="")
 
     def __enter__(self) -> SweepProgress:
@@ -184,15 +176,7 @@ class WorkProgress:
     def __init__(self, label: str, total: int):
         self.label, self.name, self._began = label, "", time.monotonic()
         self._console = Console(file=sys.stderr, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = _bars(self._console, TEXT, TimeElapsedColumn())
         self._task = self._bar.add_task(label, total=total, text="")
 
     def __enter__(self) -> WorkProgress:
@@ -230,16 +214,7 @@ class ItemProgress:
         self.label, self.noun, self.total, self.every_s, self.count = label, noun, total, every_s, 0
         self._began = self._last = time.monotonic()
         self._console = Console(file=sys.stderr, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = _bars(self._console, TimeElapsedColumn(), "left", TimeRemainingColumn())
         self._task = self._bar.add_task(f"{label}: {noun}", total=total)
 
     def __enter__(self) -> ItemProgress:

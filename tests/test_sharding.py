@@ -85,9 +85,8 @@ def compiled_gradients(config):
         return jax.jit(gradients(config)).lower(*examples).compile(QUICK), None
     with using(mesh):
         own, tokens = state_shardings(mesh, examples[0]), batch_sharding(mesh)
-        step = jax.jit(
-            gradients(config), in_shardings=(own, tokens), out_shardings=(NamedSharding(mesh, PartitionSpec()), own)
-        )
+        results = NamedSharding(mesh, PartitionSpec()), own
+        step = jax.jit(gradients(config), in_shardings=(own, tokens), out_shardings=results)
         return step.lower(*examples).compile(QUICK), (own, tokens)
 
 
