@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import mhc_kernels
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from tolerances import assert_close
 
+from mhc_jax.layers import grouped
 from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gradient
 
 
@@ -44,6 +46,38 @@ def test_kernels_are_ragged_dot(sizes, M):
         actual = jax.jit(lambda *a: both(*a))(*args)
     for name, a, b in zip(("y", "dx", "dW"), expected, actual, strict=True):
         assert_close(b, a, 1e-5, name)
+
+
+def test_devices_that_share_weights_add_up_their_gradients(monkeypatch):
+    """Rows differ along `data`, the weights do not.  Within `shard_map` the kernels cannot be interpreted: stand-ins multiply."""
+
+    def product(a, b, sizes, dtype, tiling, transpose_rhs=False, interpret=False):
+        return jax.lax.ragged_dot(a, b.swapaxes(1, 2) if transpose_rhs else b, sizes).astype(dtype)
+
+    def of_weights(a, b, sizes, dtype, tiling, interpret=False):
+        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(b)), side="right")
+        return jnp.einsum("cm,me,mf->ecf", a, jax.nn.one_hot(group, len(sizes)), b).astype(dtype)
+
+    monkeypatch.setattr(grouped, "gmm", product)
+    monkeypatch.setattr(grouped, "tgmm", of_weights)
+    x, W, sizes, g = arguments([100, 28], 128)
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradients(x, W, sizes, g):
+        def local(x, W, sizes, g):
+            return jax.lax.psum((grouped_matmul(x, W, sizes) * g).sum(), "data")
+
+        product = jax.shard_map(local, mesh=mesh, in_specs=(rows, whole, whole, rows), out_specs=whole)
+        return jax.grad(lambda x, W: product(x, W, sizes, g), (0, 1))(x, W)
+
+    twice = jnp.concatenate([x, -x]), W, sizes, jnp.concatenate([g, 2 * g])
+    expected = jax.jit(gradients)(*twice)
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        actual = jax.jit(lambda *a: gradients(*a))(*twice)
+    for name, a, b in zip(("dx", "dW"), expected, actual, strict=True):
+        assert_close(b, a, 1e-5, name)
+    assert_close(actual[1], -both(x, W, sizes, g)[2], 1e-5, "1 - 2 of that of one device")
 
 
 def test_a_gradient_of_the_weights_sees_its_group_alone():

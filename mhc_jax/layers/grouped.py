@@ -34,9 +34,22 @@ def grouped_matmul(
       weights: one matrix a group, in the dtype of x.
       group_sizes: rows of each group, from the first row on; a group may be empty.
     """
-    return (
-        _kernels(x, weights, group_sizes) if choice.platform() == "tpu" else jax.lax.ragged_dot(x, weights, group_sizes)
-    )
+    if choice.platform() != "tpu":
+        return jax.lax.ragged_dot(x, weights, group_sizes)
+    # What is one for several devices gets the sum of their gradients.
+    both = _varying(x, weights)
+    return _kernels(*(_spread(a, both) for a in (x, weights)), group_sizes)
+
+
+def _varying(*arrays: Array) -> frozenset[str]:
+    """Axes of `jax.shard_map` along which any of them differs."""
+    return frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+
+
+def _spread(a: Array, axes: frozenset[str]) -> Array:
+    """`a`, said to differ along `axes`."""
+    missing = tuple(sorted(axes - _varying(a)))
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
 
 
 @jax.custom_vjp
@@ -77,12 +90,12 @@ def _apart(product: Callable[..., Array], a: Array, b: Array, group_sizes: Array
     by_rows = b.ndim == 2
     a = jnp.pad(a, ((0, -M % 128), (0, 0)))
     b = jnp.pad(b, ((0, -M % 128), (0, 0))) if by_rows else b
-    varying = frozenset[str]().union(*(jax.typeof(array).manual_axis_type.varying for array in (a, b, group_sizes)))
+    varying = _varying(a, b, group_sizes)
     if varying:
         whole = PartitionSpec()
         product = jax.shard_map(product, in_specs=(whole,) * 3, out_specs=whole, check_vma=False)
     out = product(a, b, group_sizes)
-    out = jax.lax.pcast(out, tuple(varying), to="varying") if varying else out
+    out = _spread(out, varying)
     return out if by_rows else out[:M]
 
 
