@@ -8,8 +8,9 @@ stage is, and a backward, `switch` over B, I and W, then boundary tensors up and
     gradients    gradients of boundary tensors, from arrival to the last use
     activations  what the gradients of a stage need of a microbatch: residuals of its VJP, but for what weights alone make,
                  which is made again where it is used
+    deferrals    what I made and W needs
 
-B is the whole VJP of a stage; I its part to the stage's input, W that to its weights, which goes through the stage once more.
+B is the whole VJP of a stage; I what its part to the stage's input needs, W the rest (`split`).
 Embedding and output embedding are computed on their stages alone; the gradient of the loss is taken in the last stage's forward,
 so that logits live in no buffer.  A boundary tensor is the carry between two blocks: streams, coefficients and the y still to be
 written, (n + 1)C and n^2 + 2n elements a token.
@@ -21,7 +22,7 @@ step, for DualPipe in two copies, which are equal because both are made of the o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.program import Program, compile_table
 from mhc_jax.pipeline.schedules import Place, Schedule
+from mhc_jax.pipeline.split import split
 from mhc_jax.remat import reached, recomputed
 from mhc_jax.sharding import constrain, current, token_axes
 from mhc_jax.traffic import best_recompute
@@ -133,7 +135,8 @@ def _ticks(
     layers = jax.tree.map(lambda a: a[0], layers)
     columns = {name: column[0] for name, column in columns.items()}
     with settings(token_axes=token_axes(slices["inputs"].shape[1:])):
-        stage = Stage(model, schedule.stages, outer, jax.tree.map(lambda a: a[0], slices["inputs"]), layers)
+        tokens = jax.tree.map(lambda a: a[0], slices["inputs"])
+        stage = Stage(model, schedule.stages, outer, tokens, layers, halves=program.deferrals > 0)
         boundary, aux = stage.boundary, stage.aux
         forwards = [stage.forwards[k] for k in program.forwards]
         backwards = [stage.backwards[k] for k in program.backwards]
@@ -146,6 +149,7 @@ def _ticks(
             "inputs": buffer(program.inputs, boundary),
             "gradients": buffer(program.gradients, boundary),
             "activations": buffer(program.activations, stage.pool),
+            "deferrals": buffer(program.deferrals, stage.deferred),
             "outer": zeros(outer),
             "layers": zeros(layers),
             "loss": jnp.zeros(()),
@@ -171,13 +175,15 @@ def _ticks(
             result, held, loss, aux, sums = jax.lax.switch(
                 now["forward"], forwards, *pick("forward"), x, held, state["outer"]
             )
-            g_x, (sums, layer_sums) = jax.lax.switch(
+            put_off = _read(state["deferrals"], now["deferred"]) if program.deferrals else []
+            g_x, put_off, (sums, layer_sums) = jax.lax.switch(
                 now["backward"],
                 backwards,
                 *pick("backward"),
                 now["backward_chunk"],
                 kept,
                 g,
+                put_off,
                 (sums, state["layers"]),
             )
             outbox = {"F": result, "B": g_x}
@@ -193,6 +199,7 @@ def _ticks(
             total = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], aux)
             activations = _write(state["activations"], now["keep"], held)
             new = {"inputs": inputs, "gradients": gradients, "activations": activations, "outer": sums}
+            new["deferrals"] = _write(state["deferrals"], now["defer"], put_off) if program.deferrals else []
             new |= {"layers": layer_sums, "loss": state["loss"] + loss, "aux": total}
             return {**new, "outbox": outbox} if late else new, None
 
@@ -220,7 +227,7 @@ def _write(buffer: Tree, slot: Array, value: Tree) -> Tree:
 class Stage:
     """What a device does in one tick, as branches for `jax.lax.switch`, and the shapes of its buffers."""
 
-    def __init__(self, model: ModelConfig, stages: int, outer: Tree, tokens: Array, layers: Tree):
+    def __init__(self, model: ModelConfig, stages: int, outer: Tree, tokens: Array, layers: Tree, halves: bool = False):
         self.model, self.outer = model, outer
         self.per = model.num_layers // stages
         own = jax.tree.map(lambda a: a[0], layers)
@@ -229,20 +236,14 @@ class Stage:
         self.aux = jax.eval_shape(lambda: self.blocks(False, own, {}, self._zeros(), at)[1])
         """Of a stage's blocks, [blocks of a stage, ...]."""
         self.kept = {first: self._kept(first, own, at) for first in (True, False)}
-        # The first stage may have other blocks: each array of the pool serves both.
-        self.pool: list[Any] = []
-        self.lies: dict[bool, list[int]] = {}
-        for first, (shapes, _) in self.kept.items():
-            free = list(range(len(self.pool)))
-            self.lies[first] = []
-            for a in shapes:
-                found = next((k for k in free if (self.pool[k].shape, self.pool[k].dtype) == (a.shape, a.dtype)), None)
-                if found is None:
-                    found = len(self.pool)
-                    self.pool.append(jax.ShapeDtypeStruct(a.shape, a.dtype))
-                else:
-                    free.remove(found)
-                self.lies[first].append(found)
+        self.pool, self.lies = pooled({first: shapes for first, (shapes, _) in self.kept.items()})
+        self.halves = {}
+        if halves:
+            free = own, at
+            for first in (True, False):
+                given = [self.pool[k] for k in self.lies[first]], self.boundary
+                self.halves[first] = split(functools.partial(self.pulled, first), free, given)
+        self.deferred, self.puts = pooled({first: one.between for first, one in self.halves.items()})
         self.forwards = [self.idle_forward, *(functools.partial(self.forward, f, l) for f, l in _POSITIONS)]
         backwards = [functools.partial(self.backward, first, kind) for first in (False, True) for kind in "BIW"]
         self.backwards = [self.idle_backward, *backwards]
@@ -365,27 +366,61 @@ class Stage:
         chunk: Array,
         kept: Sequence[Array],
         g: Tree,
+        put_off: Sequence[Array],
         sums: tuple[Tree, Tree],
     ):
-        """(gradient of the stage's input, sums of gradients outside the blocks and of them)."""
-        # Of this forward only what comes from the weights alone is used.
-        _, pull, _ = self.vjp(first, layers, self._zeros(), stage)
-        leaves, tree = jax.tree.flatten(pull)
-        which = self.kept[first][1]
-        own = [leaf if k is None else kept[self.lies[first][k]] for leaf, k in zip(leaves, which, strict=True)]
-        g_layers, g_dense, g_x = jax.tree.unflatten(tree, own)(g)
+        """(gradient of the stage's input, what waits for W, sums of gradients outside the blocks and of them)."""
+        free, given = (layers, stage), ([kept[k] for k in self.lies[first]], g)
         outer, inner = sums
+        if kind == "B":
+            g_x, (g_layers, g_dense) = self.pulled(first, free, given)
+        elif kind == "I":
+            g_x, between = self.halves[first].now(free, given)
+            put_off = list(put_off)
+            for leaf, k in zip(between, self.puts[first], strict=True):
+                put_off[k] = leaf
+        else:
+            g_x = self._zeros()
+            g_layers, g_dense = self.halves[first].later(free, given, [put_off[k] for k in self.puts[first]])
         if kind != "W" and first:
             _, back = jax.vjp(lambda p: self.enter(p, batch["inputs"]), self.head())
             outer = _added(outer, back(g_x)[0])
         if kind != "I":
             inner = jax.tree.map(lambda a, b: a.at[chunk].add(b), inner, g_layers)
             outer = _added(outer, {"dense_layers": g_dense} if g_dense else {})
-        return self._zeros() if kind == "W" else g_x, (outer, inner)
+        return g_x, put_off, (outer, inner)
 
-    def idle_backward(self, layers, batch, stage, chunk, kept, g, sums):
+    def pulled(self, first: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
+        """(gradient of the input, those of (the stage's blocks, dense blocks)), of (weights, stage) and (what is kept, gradient)."""
+        (layers, stage), (kept, g) = free, given
+        # Of this forward only what comes from the weights alone is used.
+        _, pull, _ = self.vjp(first, layers, self._zeros(), stage)
+        leaves, tree = jax.tree.flatten(pull)
+        own = [leaf if k is None else kept[k] for leaf, k in zip(leaves, self.kept[first][1], strict=True)]
+        g_layers, g_dense, g_x = jax.tree.unflatten(tree, own)(g)
+        return g_x, (g_layers, g_dense)
+
+    def idle_backward(self, layers, batch, stage, chunk, kept, g, put_off, sums):
         """Nothing."""
-        return g, sums
+        return g, put_off, sums
+
+
+def pooled(each: Mapping[bool, Sequence[Any]]) -> tuple[list[Any], dict[bool, list[int]]]:
+    """(arrays that serve every list of shapes, for each list where its own lie): the first stage may have other blocks."""
+    pool: list[Any] = []
+    lies: dict[bool, list[int]] = {}
+    for key, shapes in each.items():
+        free = list(range(len(pool)))
+        lies[key] = []
+        for a in shapes:
+            found = next((k for k in free if (pool[k].shape, pool[k].dtype) == (a.shape, a.dtype)), None)
+            if found is None:
+                found = len(pool)
+                pool.append(jax.ShapeDtypeStruct(a.shape, a.dtype))
+            else:
+                free.remove(found)
+            lies[key].append(found)
+    return pool, lies
 
 
 _POSITIONS = ((True, False), (False, False), (False, True))

@@ -36,7 +36,7 @@ class Program:
     """Columns are int32 [devices, ticks]; a slot of -1 is nowhere.
 
     forward, backward: which operation; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
-    what comes in; keep, kept: slot of the activations; to_self, to_own_gradients: slot for a result that stays on the device;
+    what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self, to_own_gradients: slot for a result that stays on the device;
     from_loss: slot for the gradient that the last stage starts with; arrives_<k>: slot for what comes on channel k.
     """
 
@@ -52,15 +52,29 @@ class Program:
     """Slots for gradients of boundary tensors, from their arrival to their last use."""
     activations: int
     """Slots for what a stage keeps of a microbatch."""
+    deferrals: int
+    """Slots for what I of a microbatch leaves for its W."""
 
 
 def compile_table(schedule: Schedule) -> Program:
     """Columns of a table that `validate` has passed."""
     P, ticks, last = schedule.devices, len(schedule.table), schedule.stages - 1
     names = ("forward_microbatch", "forward_chunk", "forward_stage", "backward_microbatch", "backward_chunk")
-    zero = ("forward", "backward", *names, "backward_stage", "forward_read", "backward_read", "keep", "kept")
+    zero = (
+        "forward",
+        "backward",
+        *names,
+        "backward_stage",
+        "forward_read",
+        "backward_read",
+        "keep",
+        "kept",
+        "deferred",
+    )
     columns = {name: np.zeros((P, ticks), np.int32) for name in zero}
-    columns |= {name: np.full((P, ticks), -1, np.int32) for name in ("to_self", "from_loss", "to_own_gradients")}
+    columns |= {
+        name: np.full((P, ticks), -1, np.int32) for name in ("to_self", "from_loss", "to_own_gradients", "defer")
+    }
     wires = [wiring(route) for route in schedule.routes]
     done, ends = when(schedule), _last_uses(schedule)
 
@@ -78,15 +92,17 @@ def compile_table(schedule: Schedule) -> Program:
         written = one.sent + (schedule.latency - 1 if one.source != one.target else 0)
         until = one.used if one.kind == "F" else ends[one.microbatch, one.stage]
         waiting[one.kind].append((one.target, written, until, (one.microbatch, one.stage)))
-    kept = []
+    kept, put_off = [], []
     for m, route in enumerate(schedule.route_of):
         for stage, place in enumerate(schedule.routes[route]):
             forward = done["F", m, stage]
             kept.append((place.device, forward, ends[m, stage], (m, stage)))
+            if done["B", m, stage] < ends[m, stage]:
+                put_off.append((place.device, done["B", m, stage], ends[m, stage], (m, stage)))
             if stage == last:
                 waiting["B"].append((place.device, forward, ends[m, stage], (m, stage)))
     inputs, gradients = (_slots(waiting[kind], P, shared=True) for kind in "FB")
-    activations = _slots(kept, P, shared=False)
+    activations, deferrals = _slots(kept, P, shared=False), _slots(put_off, P, shared=True)
 
     for tick, device, op in operations(schedule):
         half = "forward" if op.kind == "F" else "backward"
@@ -105,6 +121,8 @@ def compile_table(schedule: Schedule) -> Program:
             columns["backward"][device, tick] = BACKWARDS[op.kind] + 3 * (stage == 0)
             columns["backward_read"][device, tick] = gradients[m, stage]
             columns["kept"][device, tick] = activations[m, stage]
+            if op.kind in ("I", "W"):
+                columns["defer" if op.kind == "I" else "deferred"][device, tick] = deferrals[m, stage]
             if op.sends == device:
                 columns["to_own_gradients"][device, tick] = gradients[m, stage - 1]
     for one in sent:
@@ -119,7 +137,7 @@ def compile_table(schedule: Schedule) -> Program:
     forwards, backwards = (tuple(np.unique(columns[half]).tolist()) for half in ("forward", "backward"))
     for half, used in (("forward", forwards), ("backward", backwards)):
         columns[half] = np.searchsorted(used, columns[half]).astype(np.int32)
-    sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations))
+    sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations, deferrals))
     return Program(columns, forwards, backwards, channels, *sizes)
 
 

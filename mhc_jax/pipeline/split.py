@@ -1,0 +1,165 @@
+"""One computation cut in two: what is wanted now, and the rest later (zero bubble pipelines, Qi et al., arXiv 2401.10241).
+
+The backward pass of a stage makes the gradient of its input, which the stage before waits for (I), and those of its weights, which
+nobody waits for (W).  Every operation that the first needs is done by it, all others by the second; what those take from the first is
+kept in between: gradients of the results of matrix products, as a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jaxtyping import Array
+
+from mhc_jax.remat import reached
+
+Tree = Any
+
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
+"""Operations that are a call of others, and the parameter that holds those."""
+CHEAP = frozenset({"convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "neg"})
+"""Done again rather than kept in between, where that keeps less."""
+
+
+class Split(NamedTuple):
+    """The two halves."""
+
+    now: Callable[[Tree, Tree], tuple[Tree, list[Array]]]
+    """(free, given) -> (now, what is kept in between)."""
+    later: Callable[[Tree, Tree, Sequence[Array]], Tree]
+    """(free, given, what was kept) -> later."""
+    between: list[jax.ShapeDtypeStruct]
+
+
+def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given: Tree) -> Split:
+    """Halves of function(free, given) = (now, later).
+
+    What depends on `free` alone (casts of weights, masks) is done by each half that needs it; calls and recomputation are opened,
+    loops are not: one that `now` needs is done by it whole.
+
+    Args:
+      function: of arrays.
+      free: arrays, or shapes, that either half has at no cost.
+      given: likewise; either half has it, and it is what keeps operations from being done twice.
+    """
+    closed, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(free, given)
+    flat = jax.make_jaxpr(lambda *a: _opened(closed.jaxpr, closed.consts, a))(*jax.tree.leaves((free, given)))
+    jaxpr = flat.jaxpr
+    count = len(jax.tree.leaves(shapes[0]))
+    wanted, rest = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    inputs = set(jaxpr.invars) | set(jaxpr.constvars)
+    made = reached(jaxpr, jaxpr.invars[len(jax.tree.leaves(free)) :])
+
+    first = _needed(jaxpr.eqns, wanted, inputs)
+    done = {v for eqn in first for v in eqn.outvars if v in made}
+    origin = {v: eqn for eqn in first for v in eqn.outvars}
+    kept = _cheapest(_taken(_needed(jaxpr.eqns, rest, inputs | done), rest, done), origin, made, inputs)
+    second = _needed(jaxpr.eqns, rest, inputs | set(kept))
+
+    def environment(free: Tree, given: Tree) -> dict[Any, Any]:
+        leaves = jax.tree.leaves((free, given))
+        return dict(zip([*jaxpr.invars, *jaxpr.constvars], [*leaves, *flat.consts], strict=True))
+
+    def now(free: Tree, given: Tree) -> tuple[Tree, list[Array]]:
+        values = _run(jaxpr, first, environment(free, given))
+        found = [_value(values, v) for v in wanted]
+        return jax.tree.unflatten(jax.tree.structure(shapes[0]), found), [values[v] for v in kept]
+
+    def later(free: Tree, given: Tree, between: Sequence[Array]) -> Tree:
+        values = environment(free, given) | dict(zip(kept, between, strict=True))
+        values = _run(jaxpr, second, values)
+        return jax.tree.unflatten(jax.tree.structure(shapes[1]), [_value(values, v) for v in rest])
+
+    return Split(now, later, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in kept])
+
+
+def _needed(eqns: Sequence[Any], wanted: Iterable[Any], known: set[Any]) -> list[Any]:
+    """The operations that `wanted` needs beside `known`, in order."""
+    needed = {v for v in wanted if isinstance(v, core.Var)} - known
+    found = []
+    for eqn in reversed(eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            needed.difference_update(eqn.outvars)
+            needed.update(v for v in eqn.invars if isinstance(v, core.Var) and v not in known)
+    return found[::-1]
+
+
+def _taken(eqns: Sequence[Any], wanted: Iterable[Any], done: set[Any]) -> list[Any]:
+    """Of `done`, what some operations and results use, each once."""
+    used = [v for eqn in eqns for v in eqn.invars] + list(wanted)
+    return list(dict.fromkeys(v for v in used if isinstance(v, core.Var) and v in done))
+
+
+def _cheapest(kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any]) -> list[Any]:
+    """The same, with the source of a cast or of a broadcast for its result where that is smaller, or kept anyway."""
+    changed = True
+    while changed:
+        changed = False
+        for v in kept:
+            eqn = origin[v]
+            sources = [u for u in eqn.invars if isinstance(u, core.Var) and u in made and u not in inputs]
+            extra = [u for u in sources if u not in kept]
+            if eqn.primitive.name in CHEAP and (not extra or sum(map(_bytes, extra)) < _bytes(v)):
+                kept = [u for u in kept if u is not v] + extra
+                changed = True
+                break
+    return kept
+
+
+def _bytes(v: Any) -> int:
+    return v.aval.size * v.aval.dtype.itemsize
+
+
+# -- jaxprs
+
+
+def _value(values: dict[Any, Any], v: Any) -> Any:
+    return values[v] if isinstance(v, core.Var) else v.val
+
+
+def _run(jaxpr: core.Jaxpr, eqns: Sequence[Any], values: dict[Any, Any]) -> dict[Any, Any]:
+    """All values after some operations of a jaxpr."""
+    for eqn in eqns:
+        used = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
+        alone = jaxpr.replace(constvars=(), invars=used, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+        alone = core.ClosedJaxpr(alone.replace(debug_info=jaxpr.debug_info.with_unknown_names()), ())
+        values.update(zip(eqn.outvars, core.jaxpr_as_fun(alone)(*(values[v] for v in used)), strict=True))
+    return values
+
+
+def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """The results of a jaxpr, of whose calls and unrolled loops only what they call is left."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        own = [_value(values, v) for v in eqn.invars]
+        if name in CALLS:
+            inner = params[CALLS[name]]
+            out = _opened(*((inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())), own)
+        elif name == "scan" and params["unroll"] >= params["length"] > 0:
+            out = _unrolled(params, own)
+        else:
+            values = _run(jaxpr, [eqn], values)
+            continue
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [_value(values, v) for v in jaxpr.outvars]
+
+
+def _unrolled(params: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
+    """The results of a scan, turn by turn."""
+    consts, carry = params["num_consts"], params["num_carry"]
+    fixed, state, each = arguments[:consts], list(arguments[consts:][:carry]), arguments[consts + carry :]
+    told: list[list[Any]] = []
+    for turn in range(params["length"])[:: -1 if params["reverse"] else 1]:
+        now = [a[turn] for a in each]
+        out = _opened(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*fixed, *state, *now])
+        state = out[:carry]
+        told.append(out[carry:])
+    if params["reverse"]:
+        told.reverse()
+    return state + [jnp.stack(one) for one in zip(*told, strict=True)]
