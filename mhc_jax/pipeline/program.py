@@ -36,8 +36,9 @@ class Program:
     """Columns are int32 [devices, ticks]; a slot of -1 is nowhere.
 
     forward, backward: which operation; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
-    what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self, to_own_gradients: slot for a result that stays on the device;
-    from_loss: slot for the gradient that the last stage starts with; arrives_<k>: slot for what comes on channel k.
+    what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self, to_own_gradients:
+    slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with; arrives_<k>: slot
+    for what comes on channel k.
     """
 
     columns: Mapping[str, np.ndarray]

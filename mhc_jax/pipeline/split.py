@@ -1,8 +1,8 @@
 """One computation cut in two: what is wanted now, and the rest later (zero bubble pipelines, Qi et al., arXiv 2401.10241).
 
-The backward pass of a stage makes the gradient of its input, which the stage before waits for (I), and those of its weights, which
-nobody waits for (W).  Every operation that the first needs is done by it, all others by the second; what those take from the first is
-kept in between: gradients of the results of matrix products, as a rule.
+The backward pass of a stage makes the gradient of its input, which the stage before waits for (I), and those of its weights,
+which nobody waits for (W).  Every operation that the first needs is done by it, all others by the second; what those take from the
+first is kept in between: gradients of the results of matrix products, as a rule.
 """
 
 from __future__ import annotations
