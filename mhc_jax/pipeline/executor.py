@@ -1,8 +1,8 @@
 """One SPMD program that runs any valid table: the loss and the gradients of the decoder, its blocks split over the `stage` axis.
 
 `jax.shard_map` over `stage` alone; the other axes of the mesh stay XLA's, and each stage's program is split over them as the
-decoder's is.  Each device scans over the ticks of its columns (`program.compile_table`): a forward, `jax.lax.switch` over where its
-stage is, and a backward, `switch` over B, I and W, then boundary tensors up and down (`ppermute`).
+decoder's is.  Each device scans over the ticks of its columns (`program.compile_table`): one operation, by `jax.lax.switch`, then
+boundary tensors up and down (`ppermute`).  With `pipeline.overlap` those of a tick travel while the next one computes.
 
     inputs       boundary tensors that wait for their forward
     gradients    gradients of boundary tensors, from arrival to the last use
@@ -32,7 +32,7 @@ from mhc_kernels import settings
 
 from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import require
-from mhc_jax.pipeline.program import Program, compile_table
+from mhc_jax.pipeline.program import Operation, Program, compile_table
 from mhc_jax.pipeline.schedules import Place, Schedule
 from mhc_jax.pipeline.stage import Stage
 from mhc_jax.sharding import constrain, current, token_axes
@@ -48,7 +48,8 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
       config: whose mesh, that of the trace, has an axis `stage` of schedule.devices.
       schedule: valid, of optimizer.accumulation_steps microbatches.
     """
-    model, program = config.model, compile_table(schedule)
+    model = config.model
+    program = compile_table(schedule, leading=model.num_leading > 0)
     P, M, S = schedule.devices, schedule.microbatches, schedule.stages
     per, lead = model.num_layers // S, model.num_leading
     stage_of = schedule.stage_of
@@ -131,8 +132,6 @@ def _ticks(
         tokens = jax.tree.map(lambda a: a[0], slices["inputs"])
         stage = Stage(model, schedule.stages, outer, tokens, layers, halves=program.deferrals > 0)
         boundary, aux = stage.boundary.like, stage.aux
-        forwards = [stage.forwards[k] for k in program.forwards]
-        backwards = [stage.backwards[k] for k in program.backwards]
         zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
 
         def buffer(slots: int, like: Tree) -> Tree:
@@ -155,45 +154,50 @@ def _ticks(
         def arrived(outbox: Tree) -> list[Tree]:
             return [jax.lax.ppermute(outbox[channel.kind], AXIS, channel.pairs) for channel in program.channels]
 
-        def tick(state: Tree, now: Tree) -> tuple[Tree, None]:
-            arrivals = arrived(state["outbox"]) if late else None
-            x = _read(state["inputs"], now["forward_read"])
-            held = _read(state["activations"], now["keep"])
-            g, kept = _read(state["gradients"], now["backward_read"]), _read(state["activations"], now["kept"])
+        def operate(op: Operation, state: Tree, now: Tree) -> Tree:
+            """What a device makes in a tick; zeros are nowhere written."""
+            made = {"F": zeros(boundary), "B": zeros(boundary), "held": zeros(stage.pool), "aux": zeros(aux)}
+            made |= {"put_off": zeros(stage.deferred), "loss": jnp.zeros(())}
+            sums = state["outer"], state["layers"]
 
             def pick(half: str) -> tuple[Tree, Tree, Array]:
                 own = _read(layers, now[f"{half}_chunk"])
                 return own, _read(slices, now[f"{half}_microbatch"]), now[f"{half}_stage"]
 
-            result, held, loss, aux, sums = jax.lax.switch(
-                now["forward"], forwards, *pick("forward"), x, held, state["outer"]
-            )
-            put_off = _read(state["deferrals"], now["deferred"]) if program.deferrals else []
-            g_x, put_off, (sums, layer_sums) = jax.lax.switch(
-                now["backward"],
-                backwards,
-                *pick("backward"),
-                now["backward_chunk"],
-                kept,
-                g,
-                put_off,
-                (sums, state["layers"]),
-            )
-            outbox = {"F": result, "B": g_x}
+            if op.forward:
+                x = _read(state["inputs"], now["forward_read"])
+                told, outer_sums = stage.forward(op.forward_leads, *pick("forward"), x, sums[0])
+                made, sums = made | told, (outer_sums, sums[1])
+            if op.backward:
+                g, kept = _read(state["gradients"], now["backward_read"]), _read(state["activations"], now["kept"])
+                put_off = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
+                own, tokens, at = pick("backward")
+                told, sums = stage.backward(
+                    op.backward_leads, op.backward, own, tokens, at, now["backward_chunk"], kept, g, put_off, sums
+                )
+                made |= told
+            return made | {"outer": sums[0], "layers": sums[1]}
+
+        branches = [functools.partial(operate, op) for op in program.operations]
+
+        def tick(state: Tree, now: Tree) -> tuple[Tree, None]:
+            arrivals = arrived(state["outbox"]) if late else None
+            made = jax.lax.switch(now["operation"], branches, state, now)
+            outbox = {kind: made[kind] for kind in "FB"}
             arrivals = arrived(outbox) if arrivals is None else arrivals
-            inputs = _write(state["inputs"], now["to_self"], result)
-            gradients = _write(state["gradients"], now["from_loss"], result)
-            gradients = _write(gradients, now["to_own_gradients"], g_x)
+            inputs = _write(state["inputs"], now["to_self"], made["F"])
+            gradients = _write(state["gradients"], now["from_loss"], made["F"])
+            gradients = _write(gradients, now["to_own_gradients"], made["B"])
             for k, (channel, message) in enumerate(zip(program.channels, arrivals, strict=True)):
                 if channel.kind == "F":
                     inputs = _write(inputs, now[f"arrives_{k}"], message)
                 else:
                     gradients = _write(gradients, now[f"arrives_{k}"], message)
-            total = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], aux)
-            activations = _write(state["activations"], now["keep"], held)
-            new = {"inputs": inputs, "gradients": gradients, "activations": activations, "outer": sums}
-            new["deferrals"] = _write(state["deferrals"], now["defer"], put_off) if program.deferrals else []
-            new |= {"layers": layer_sums, "loss": state["loss"] + loss, "aux": total}
+            total = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
+            activations = _write(state["activations"], now["keep"], made["held"])
+            new = {"inputs": inputs, "gradients": gradients, "activations": activations, "aux": total}
+            new["deferrals"] = _write(state["deferrals"], now["defer"], made["put_off"])
+            new |= {"outer": made["outer"], "layers": made["layers"], "loss": state["loss"] + made["loss"]}
             return {**new, "outbox": outbox} if late else new, None
 
         state, _ = jax.lax.scan(tick, state, columns)

@@ -1,24 +1,29 @@
 """A valid table as columns of numbers that one SPMD program can follow: what to do in each tick, and where everything lies.
 
-A tick has a forward half and a backward half, of which at most a pair F&B uses both.  Buffers are read when a tick begins and
-written when it ends.  A device gives slots to what lives at the same time; a buffer is as long as the longest.
+In a tick a device does a forward, a backward, or a pair F&B.  Buffers are read when it begins and written when it ends.  A device
+gives slots to what lives at the same time; a buffer is as long as the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mhc_jax.pipeline.schedules import Place, Schedule, wiring
 from mhc_jax.pipeline.validate import messages, operations, when
 
-IDLE = 0
-FIRST, MIDDLE, LAST = 1, 2, 3
-"""Forward: of the stage with the input embedding, of one between, of the one with the loss."""
-BACKWARDS = {"B": 1, "I": 2, "W": 3}
-"""Backward; 3 more on the first stage."""
+
+class Operation(NamedTuple):
+    """What a device does in a tick: kinds of `schedules.KINDS`, empty for nothing."""
+
+    forward: str = ""
+    backward: str = ""
+    forward_leads: bool = False
+    backward_leads: bool = False
+    """Whether it is of a stage with other blocks, the first."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,15 @@ class Channel:
 class Program:
     """Columns are int32 [devices, ticks]; a slot of -1 is nowhere.
 
-    forward, backward: which operation; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
+    operation: position in `operations`; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
     what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self, to_own_gradients:
     slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with; arrives_<k>: slot
     for what comes on channel k.
     """
 
     columns: Mapping[str, np.ndarray]
-    forwards: tuple[int, ...]
-    """Operations of the forward halves that occur: `IDLE`, `FIRST`, `MIDDLE`, `LAST`; the column holds positions in here."""
-    backwards: tuple[int, ...]
-    """Those of the backward halves: `IDLE`, `BACKWARDS`, and 3 more on the first stage."""
+    operations: tuple[Operation, ...]
+    """Those that occur."""
     channels: tuple[Channel, ...]
     inputs: int
     """Slots for boundary tensors that wait for their forward."""
@@ -57,24 +60,27 @@ class Program:
     """Slots for what I of a microbatch leaves for its W."""
 
 
-def compile_table(schedule: Schedule) -> Program:
-    """Columns of a table that `validate` has passed."""
+def compile_table(schedule: Schedule, leading: bool = False) -> Program:
+    """Columns of a table that `validate` has passed.
+
+    Args:
+      schedule: the table.
+      leading: whether the first stage has other blocks than the others.
+    """
     P, ticks, last = schedule.devices, len(schedule.table), schedule.stages - 1
     names = ("forward_microbatch", "forward_chunk", "forward_stage", "backward_microbatch", "backward_chunk")
     zero = (
-        "forward",
-        "backward",
         *names,
         "backward_stage",
         "forward_read",
         "backward_read",
-        "keep",
         "kept",
         "deferred",
     )
     columns = {name: np.zeros((P, ticks), np.int32) for name in zero}
     columns |= {
-        name: np.full((P, ticks), -1, np.int32) for name in ("to_self", "from_loss", "to_own_gradients", "defer")
+        name: np.full((P, ticks), -1, np.int32)
+        for name in ("to_self", "from_loss", "to_own_gradients", "keep", "defer")
     }
     wires = [wiring(route) for route in schedule.routes]
     done, ends = when(schedule), _last_uses(schedule)
@@ -105,13 +111,15 @@ def compile_table(schedule: Schedule) -> Program:
     inputs, gradients = (_slots(waiting[kind], P, shared=True) for kind in "FB")
     activations, deferrals = _slots(kept, P, shared=False), _slots(put_off, P, shared=True)
 
+    does: dict[tuple[int, int], Operation] = {}
     for tick, device, op in operations(schedule):
         half = "forward" if op.kind == "F" else "backward"
         stage, m = wires[schedule.route_of[op.microbatch]][op.kind, Place(device, op.chunk)].stage, op.microbatch
         for name, value in (("microbatch", m), ("chunk", op.chunk), ("stage", stage)):
             columns[f"{half}_{name}"][device, tick] = value
+        now: dict[str, Any] = {half: op.kind, f"{half}_leads": leading and stage == 0}
+        does[device, tick] = does.get((device, tick), Operation())._replace(**now)
         if op.kind == "F":
-            columns["forward"][device, tick] = FIRST if stage == 0 else LAST if stage == last else MIDDLE
             columns["forward_read"][device, tick] = inputs.get((m, stage), 0)
             columns["keep"][device, tick] = activations[m, stage]
             if stage == last:
@@ -119,7 +127,6 @@ def compile_table(schedule: Schedule) -> Program:
             elif op.sends == device:
                 columns["to_self"][device, tick] = inputs[m, stage + 1]
         else:
-            columns["backward"][device, tick] = BACKWARDS[op.kind] + 3 * (stage == 0)
             columns["backward_read"][device, tick] = gradients[m, stage]
             columns["kept"][device, tick] = activations[m, stage]
             if op.kind in ("I", "W"):
@@ -135,11 +142,12 @@ def compile_table(schedule: Schedule) -> Program:
             )
             slots = inputs if one.kind == "F" else gradients
             columns[f"arrives_{k}"][one.target, one.sent + schedule.latency - 1] = slots[one.microbatch, one.stage]
-    forwards, backwards = (tuple(np.unique(columns[half]).tolist()) for half in ("forward", "backward"))
-    for half, used in (("forward", forwards), ("backward", backwards)):
-        columns[half] = np.searchsorted(used, columns[half]).astype(np.int32)
+    each = tuple(sorted({Operation(), *does.values()}))
+    columns["operation"] = np.array(
+        [[each.index(does.get((d, tick), Operation())) for tick in range(ticks)] for d in range(P)], np.int32
+    )
     sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations, deferrals))
-    return Program(columns, forwards, backwards, channels, *sizes)
+    return Program(columns, each, channels, *sizes)
 
 
 def _last_uses(schedule: Schedule) -> dict[tuple[int, int], int]:

@@ -30,25 +30,21 @@ class Stage:
     """What a device does in one tick, as branches for `jax.lax.switch`, and the shapes of its buffers."""
 
     def __init__(self, model: ModelConfig, stages: int, outer: Tree, tokens: Array, layers: Tree, halves: bool = False):
-        self.model, self.outer = model, outer
+        self.model, self.outer, self.stages = model, outer, stages
         self.per = model.num_layers // stages
         own = jax.tree.map(lambda a: a[0], layers)
         at = jnp.zeros((), jnp.int32)
         self.boundary = Boundary(lambda tokens: self.enter(self.head(), tokens), tokens)
         self.aux = jax.eval_shape(lambda: self.blocks(False, own, {}, self.boundary.zeros(), at)[1])
         """Of a stage's blocks, [blocks of a stage, ...]."""
-        self.kept = {first: self._kept(first, own, at) for first in (True, False)}
-        self.pool, self.lies = pooled({first: shapes for first, (shapes, _) in self.kept.items()})
+        variants = (False, True) if model.num_leading else (False,)
+        self.kept = {leads: self._kept(leads, own, at) for leads in variants}
+        self.pool, self.lies = pooled({leads: shapes for leads, (shapes, _) in self.kept.items()})
         self.halves = {}
-        if halves:
-            free = own, at
-            for first in (True, False):
-                given = [self.pool[k] for k in self.lies[first]], self.boundary.tree
-                self.halves[first] = split(functools.partial(self.pulled, first), free, given)
-        self.deferred, self.puts = pooled({first: one.between for first, one in self.halves.items()})
-        self.forwards = [self.idle_forward, *(functools.partial(self.forward, f, l) for f, l in POSITIONS)]
-        backwards = [functools.partial(self.backward, first, kind) for first in (False, True) for kind in "BIW"]
-        self.backwards = [self.idle_backward, *backwards]
+        for leads in variants if halves else ():
+            given = [self.pool[k] for k in self.lies[leads]], self.boundary.tree
+            self.halves[leads] = split(functools.partial(self.pulled, leads), (own, at), given)
+        self.deferred, self.puts = pooled({leads: one.between for leads, one in self.halves.items()})
 
     # -- the model
 
@@ -61,9 +57,9 @@ class Stage:
         unembedding = "embedding" if self.model.tied_embeddings else "unembedding"
         return {name: self.outer[name] for name in (unembedding, "final_norm", "ends") if name in self.outer}
 
-    def dense(self, first: bool) -> Tree:
+    def dense(self, leads: bool) -> Tree:
         """The dense blocks in front of those with experts."""
-        return self.outer["dense_layers"] if first and self.model.num_leading else {}
+        return self.outer["dense_layers"] if leads and self.model.num_leading else {}
 
     def enter(self, params: Tree, tokens: Array) -> Tree:
         """The carry of the first block."""
@@ -78,9 +74,9 @@ class Stage:
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)
 
-    def blocks(self, first: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array) -> tuple[Tree, Tree]:
+    def blocks(self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array) -> tuple[Tree, Tree]:
         """(carry behind the stage's blocks, aux [blocks, ...]; zeros of a dense one)."""
-        lead = self.model.num_leading if first else 0
+        lead = self.model.num_leading if leads else 0
         if lead:
             carry, _ = self._run(True, dense, carry, jnp.arange(lead))
             layers = jax.tree.map(lambda a: a[lead:], layers)
@@ -115,16 +111,16 @@ class Stage:
 
     # -- its gradient in parts
 
-    def vjp(self, first: bool, layers: Tree, carry: Tree, stage: Array) -> tuple[Tree, Any, Tree]:
+    def vjp(self, leads: bool, layers: Tree, carry: Tree, stage: Array) -> tuple[Tree, Any, Tree]:
         """(carry, pull-back to (layers, dense, carry), aux)."""
-        function = functools.partial(self.blocks, first)
-        return jax.vjp(lambda l, d, c: function(l, d, c, stage), layers, self.dense(first), carry, has_aux=True)
+        function = functools.partial(self.blocks, leads)
+        return jax.vjp(lambda l, d, c: function(l, d, c, stage), layers, self.dense(leads), carry, has_aux=True)
 
-    def _kept(self, first: bool, layers: Tree, stage: Array) -> tuple[list[Any], list[int | None]]:
+    def _kept(self, leads: bool, layers: Tree, stage: Array) -> tuple[list[Any], list[int | None]]:
         """(shapes of what the pull-back holds that comes from the carry, for each of its leaves which of them; None: none)."""
 
         def leaves(carry: Tree) -> list[Array]:
-            return jax.tree.leaves(self.vjp(first, layers, carry, stage)[1])
+            return jax.tree.leaves(self.vjp(leads, layers, carry, stage)[1])
 
         jaxpr = jax.make_jaxpr(leaves)(self.boundary.zeros()).jaxpr
         made, index, which = reached(jaxpr, jaxpr.invars), {}, []
@@ -135,73 +131,75 @@ class Stage:
         return avals, which
 
     def forward(
-        self, first: bool, last: bool, layers: Tree, batch: Tree, stage: Array, x: Tree, held: Tree, sums: Tree
-    ):
-        """(boundary tensor to send, or on the last stage its gradient; activations; loss; aux; gradients outside the blocks)."""
-        x = self.enter(self.head(), batch["inputs"]) if first else self.boundary.unpack(x)
-        x, pull, aux = self.vjp(first, layers, x, stage)
-        held = list(held)
-        for leaf, k in zip(jax.tree.leaves(pull), self.kept[first][1], strict=True):
+        self, leads: bool, layers: Tree, batch: Tree, stage: Array, x: Array, sums: Tree
+    ) -> tuple[dict[str, Tree], Tree]:
+        """(F: boundary tensor to send, or on the last stage its gradient; held: activations; loss; aux), and `sums` of gradients
+        outside the blocks."""
+        head = self.head()
+        x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.boundary.unpack(x))
+        x, pull, aux = self.vjp(leads, layers, x, stage)
+        held = [jnp.zeros(a.shape, a.dtype) for a in self.pool]
+        for leaf, k in zip(jax.tree.leaves(pull), self.kept[leads][1], strict=True):
             if k is not None:
-                held[self.lies[first][k]] = leaf
-        loss = jnp.zeros(())
-        if last:
-            loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(), x)
-            g, x = back(jnp.ones(()))
-            sums = _added(sums, g)
-        return self.boundary.pack(x), held, loss, aux, sums
+                held[self.lies[leads][k]] = leaf
 
-    def idle_forward(self, layers: Tree, batch: Tree, stage: Array, x: Tree, held: Tree, sums: Tree):
-        """Nothing."""
-        return x, held, jnp.zeros(()), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux), sums
+        def end() -> tuple[Array, Tree, Tree]:
+            loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(), x)
+            g, g_x = back(jnp.ones(()))
+            return loss, g_x, _added(sums, g)
+
+        loss, x, sums = jax.lax.cond(stage == self.stages - 1, end, lambda: (jnp.zeros(()), x, sums))
+        return {"F": self.boundary.pack(x), "held": held, "loss": loss, "aux": aux}, sums
 
     def backward(
         self,
-        first: bool,
+        leads: bool,
         kind: str,
         layers: Tree,
         batch: Tree,
         stage: Array,
         chunk: Array,
         kept: Sequence[Array],
-        g: Tree,
+        g: Array,
         put_off: Sequence[Array],
         sums: tuple[Tree, Tree],
-    ):
-        """(gradient of the stage's input, what waits for W, sums of gradients outside the blocks and of them)."""
-        free, given = (layers, stage), ([kept[k] for k in self.lies[first]], self.boundary.unpack(g))
+    ) -> tuple[dict[str, Tree], tuple[Tree, Tree]]:
+        """(B: gradient of the stage's input; put_off: what waits for W), and sums of gradients outside the blocks and of them."""
+        free, given = (layers, stage), ([kept[k] for k in self.lies[leads]], self.boundary.unpack(g))
         outer, inner = sums
+        made: dict[str, Tree] = {}
         if kind == "B":
-            g_x, (g_layers, g_dense) = self.pulled(first, free, given)
+            g_x, (g_layers, g_dense) = self.pulled(leads, free, given)
         elif kind == "I":
-            g_x, between = self.halves[first].now(free, given)
-            put_off = list(put_off)
-            for leaf, k in zip(between, self.puts[first], strict=True):
-                put_off[k] = leaf
+            g_x, between = self.halves[leads].now(free, given)
+            made["put_off"] = [jnp.zeros(a.shape, a.dtype) for a in self.deferred]
+            for leaf, k in zip(between, self.puts[leads], strict=True):
+                made["put_off"][k] = leaf
         else:
-            g_x = self.boundary.zeros()
-            g_layers, g_dense = self.halves[first].later(free, given, [put_off[k] for k in self.puts[first]])
-        if kind != "W" and first:
-            _, back = jax.vjp(lambda p: self.enter(p, batch["inputs"]), self.head())
-            outer = _added(outer, back(g_x)[0])
+            g_layers, g_dense = self.halves[leads].later(free, given, [put_off[k] for k in self.puts[leads]])
+        if kind != "W":
+            made["B"] = self.boundary.pack(g_x)
+            head = self.head()
+
+            def begin() -> Tree:
+                _, back = jax.vjp(lambda p: self.enter(p, batch["inputs"]), head)
+                return _added(outer, back(g_x)[0])
+
+            outer = jax.lax.cond(stage == 0, begin, lambda: outer)
         if kind != "I":
             inner = jax.tree.map(lambda a, b: a.at[chunk].add(b), inner, g_layers)
             outer = _added(outer, {"dense_layers": g_dense} if g_dense else {})
-        return self.boundary.pack(g_x), put_off, (outer, inner)
+        return made, (outer, inner)
 
-    def pulled(self, first: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
+    def pulled(self, leads: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
         """(gradient of the input, those of (own blocks, dense blocks)), of (weights, stage) and (what is kept, gradient)."""
         (layers, stage), (kept, g) = free, given
         # Of this forward only what comes from the weights alone is used.
-        _, pull, _ = self.vjp(first, layers, self.boundary.zeros(), stage)
+        _, pull, _ = self.vjp(leads, layers, self.boundary.zeros(), stage)
         leaves, tree = jax.tree.flatten(pull)
-        own = [leaf if k is None else kept[k] for leaf, k in zip(leaves, self.kept[first][1], strict=True)]
+        own = [leaf if k is None else kept[k] for leaf, k in zip(leaves, self.kept[leads][1], strict=True)]
         g_layers, g_dense, g_x = jax.tree.unflatten(tree, own)(g)
         return g_x, (g_layers, g_dense)
-
-    def idle_backward(self, layers, batch, stage, chunk, kept, g, put_off, sums):
-        """Nothing."""
-        return g, put_off, sums
 
 
 def pooled(each: Mapping[bool, Sequence[Any]]) -> tuple[list[Any], dict[bool, list[int]]]:
@@ -220,10 +218,6 @@ def pooled(each: Mapping[bool, Sequence[Any]]) -> tuple[list[Any], dict[bool, li
                 free.remove(found)
             lies[key].append(found)
     return pool, lies
-
-
-POSITIONS = ((True, False), (False, False), (False, True))
-"""(first, last) of `program.FIRST`, `MIDDLE` and `LAST`."""
 
 
 def _added(sums: Tree, part: Tree) -> Tree:
