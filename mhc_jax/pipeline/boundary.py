@@ -1,23 +1,22 @@
-"""What lies between two stages as one array: one message instead of one for streams, coefficients and y each.
+"""What lies between two stages as one array a dtype: one message for streams and y, one for all coefficients.
 
 A TPU keeps few messages in flight, and small ones cost their latency.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 Tree = Any
 
 
 class Boundary:
-    """Packs a tree of arrays with token axes [B, T], wherever each has them, into one [B, T, width]."""
+    """Packs a tree of arrays with token axes [B, T], wherever each has them, into one [B, T, width] a dtype."""
 
     def __init__(self, enter: Callable[[Int[Array, "B T"]], Tree], tokens: Int[Array, "B T"]):
         """Args: the function that makes such a tree of tokens, and tokens of the right shape."""
@@ -29,34 +28,28 @@ class Boundary:
         self.leaves = list(leaves)
         self.axes = [_differing(a.shape, b.shape) for a, b in zip(leaves, grown, strict=True)]
         """Of each leaf, where B and T are."""
-        dtypes = {leaf.dtype for leaf in leaves}
-        smallest = min(dtype.itemsize for dtype in dtypes)
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(f"uint{8 * smallest}")
-        self.widths = [
-            leaf.size // tokens.size * leaf.dtype.itemsize // jnp.dtype(self.dtype).itemsize for leaf in leaves
-        ]
-        self.like = jax.ShapeDtypeStruct((*tokens.shape, sum(self.widths)), self.dtype)
+        self.widths = [leaf.size // tokens.size for leaf in leaves]
+        self.like = jax.eval_shape(lambda: self.pack(self.zeros()))
+        """Shapes of what `pack` makes."""
 
-    def pack(self, tree: Tree) -> Shaped[Array, "B T width"]:
-        """One array; the bits are those of the leaves."""
-        parts = []
+    def pack(self, tree: Tree) -> dict[str, Shaped[Array, "B T width"]]:
+        """An array for each dtype, by its name."""
+        parts: dict[str, list[Array]] = {}
         for a, axes in zip(jax.tree.leaves(tree), self.axes, strict=True):
             a = jnp.moveaxis(a, axes, (0, 1))
-            a = a if a.dtype == self.dtype else jax.lax.bitcast_convert_type(a, self.dtype)
-            parts.append(a.reshape(*a.shape[:2], -1))
-        return jnp.concatenate(parts, axis=2)
+            parts.setdefault(a.dtype.name, []).append(a.reshape(*a.shape[:2], -1))
+        return {name: jnp.concatenate(each, axis=2) for name, each in parts.items()}
 
-    def unpack(self, packed: Shaped[Array, "B T width"]) -> Tree:
+    def unpack(self, packed: Mapping[str, Shaped[Array, "B T width"]]) -> Tree:
         """The tree again."""
+        at = dict.fromkeys(packed, 0)
         out = []
-        for a, axes, like in zip(
-            jnp.split(packed, np.cumsum(self.widths)[:-1], axis=2), self.axes, self.leaves, strict=True
-        ):
+        for like, width, axes in zip(self.leaves, self.widths, self.axes, strict=True):
+            name = like.dtype.name
+            a = jax.lax.slice_in_dim(packed[name], at[name], at[name] + width, axis=2)
+            at[name] += width
             rest = tuple(size for k, size in enumerate(like.shape) if k not in axes)
-            ratio = like.dtype.itemsize // a.dtype.itemsize
-            a = a.reshape(*a.shape[:2], *rest, *((ratio,) if ratio > 1 else ()))
-            a = a if a.dtype == like.dtype else jax.lax.bitcast_convert_type(a, like.dtype)
-            out.append(jnp.moveaxis(a, (0, 1), axes))
+            out.append(jnp.moveaxis(a.reshape(*a.shape[:2], *rest), (0, 1), axes))
         return jax.tree.unflatten(self.structure, out)
 
     def zeros(self) -> Tree:

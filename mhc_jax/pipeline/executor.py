@@ -156,8 +156,8 @@ def _ticks(
 
         def operate(op: Operation, state: Tree, now: Tree) -> Tree:
             """What a device makes in a tick; zeros are nowhere written."""
-            made = {"F": zeros(boundary), "B": zeros(boundary), "held": zeros(stage.pool), "aux": zeros(aux)}
-            made |= {"put_off": zeros(stage.deferred), "loss": jnp.zeros(())}
+            made = {"F": zeros(boundary), "B": zeros(boundary), "aux": zeros(aux), "loss": jnp.zeros(())}
+            made |= {"activations": state["activations"], "deferrals": state["deferrals"]}
             sums = state["outer"], state["layers"]
 
             def pick(half: str) -> tuple[Tree, Tree, Array]:
@@ -167,6 +167,7 @@ def _ticks(
             if op.forward:
                 x = _read(state["inputs"], now["forward_read"])
                 told, outer_sums = stage.forward(op.forward_leads, *pick("forward"), x, sums[0])
+                told["activations"] = _write(made["activations"], now["keep"], told.pop("held"))
                 made, sums = made | told, (outer_sums, sums[1])
             if op.backward:
                 g, kept = _read(state["gradients"], now["backward_read"]), _read(state["activations"], now["kept"])
@@ -175,6 +176,8 @@ def _ticks(
                 told, sums = stage.backward(
                     op.backward_leads, op.backward, own, tokens, at, now["backward_chunk"], kept, g, put_off, sums
                 )
+                if op.backward == "I":
+                    told["deferrals"] = _write(made["deferrals"], now["defer"], told.pop("put_off"))
                 made |= told
             return made | {"outer": sums[0], "layers": sums[1]}
 
@@ -194,9 +197,8 @@ def _ticks(
                 else:
                     gradients = _write(gradients, now[f"arrives_{k}"], message)
             total = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
-            activations = _write(state["activations"], now["keep"], made["held"])
-            new = {"inputs": inputs, "gradients": gradients, "activations": activations, "aux": total}
-            new["deferrals"] = _write(state["deferrals"], now["defer"], made["put_off"])
+            new = {"inputs": inputs, "gradients": gradients, "aux": total}
+            new |= {name: made[name] for name in ("activations", "deferrals")}
             new |= {"outer": made["outer"], "layers": made["layers"], "loss": state["loss"] + made["loss"]}
             return {**new, "outbox": outbox} if late else new, None
 

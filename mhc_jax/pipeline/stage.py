@@ -131,7 +131,7 @@ class Stage:
         return avals, which
 
     def forward(
-        self, leads: bool, layers: Tree, batch: Tree, stage: Array, x: Array, sums: Tree
+        self, leads: bool, layers: Tree, batch: Tree, stage: Array, x: Tree, sums: Tree
     ) -> tuple[dict[str, Tree], Tree]:
         """(F: boundary tensor to send, or on the last stage its gradient; held: activations; loss; aux), and `sums` of gradients
         outside the blocks."""
@@ -160,7 +160,7 @@ class Stage:
         stage: Array,
         chunk: Array,
         kept: Sequence[Array],
-        g: Array,
+        g: Tree,
         put_off: Sequence[Array],
         sums: tuple[Tree, Tree],
     ) -> tuple[dict[str, Tree], tuple[Tree, Tree]]:
