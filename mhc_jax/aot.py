@@ -33,6 +33,8 @@ from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import InputError, one_of, require
 from mhc_jax.mapping import to_mapping
 from mhc_jax.model import Decoder
+from mhc_jax.pipeline import estimates
+from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.sharding import MeshConfig
 from mhc_jax.topology import Chip, Slice
 from mhc_jax.traffic import best_recompute
@@ -222,7 +224,7 @@ def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
     """Bytes on one device that shapes and shardings tell: what the step must hold, whatever the compiler does.
 
     `streams` are those kept for the backward pass: of every sub-layer, of every block (`full`), or of every L_r-th sub-layer
-    (`connection`).
+    (`connection`); of a pipeline, of as many microbatches and stages as its schedule keeps.
     """
     model, mesh, data = config.model, config.mesh, config.data
     micro = data.batch_size // config.optimizer.accumulation_steps
@@ -233,12 +235,14 @@ def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
         kept[model.remat] = math.ceil(
             L / (model.remat_block or best_recompute(L, cost.stream_elements(model) // model.width))
         )
+    schedule = schedule_of(config)
+    share = 1.0 if schedule is None else max(schedule.bound) / schedule.stages
     vocabulary = model.vocab_size // (mesh.tensor if model.vocab_size % mesh.tensor == 0 else 1)
     return {
         "parameters": shares(step.state.params),
         "optimizer state": shares(step.state.opt_state),
         "gradients": shares(step.state.params),
-        "streams": tokens * carried * kept[model.remat],
+        "streams": int(tokens * carried * kept[model.remat] * share),
         "logits": tokens * vocabulary * 4,
     }
 
@@ -268,29 +272,57 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
     def priced(k: int) -> Callable[[Instruction], float]:
         return lambda one: (kernel_cost(config, one) or (0.0, 0.0))[k]
 
+    def links(part: Program) -> list[tuple[Collective, float]]:
+        """Collectives and their seconds; messages of a pipeline hide behind operations, or devices wait for them."""
+        found = compiled.collectives(part, dict(step.mesh.shape)) if step.mesh is not None else []
+        own = [one for one in found if (one.kind, one.axes) != ("collective-permute", "stage")]
+        return [(one, one.count * collective_seconds(one, where, step.mesh)) for one in own]
+
+    def seconds(part: Program) -> float:
+        """Of its computations."""
+        if where.platform == "tpu":
+            cycles = compiled.cycles(part, lambda one: kernel_cycles(where.chip, kernel_cost(config, one)))
+        else:
+            flops, moved = compiled.flops(part, priced(0)), compiled.bytes_accessed(part)
+            cycles = max(where.chip.flops_cycles(flops), where.chip.bytes_cycles(moved))
+        return cycles / where.chip.clock
+
+    wait = 0.0
+    if (schedule := schedule_of(config)) is not None:
+        stages = estimates.Step(text, schedule, config.model.num_leading > 0)
+
+        def whole(part: Program) -> float:
+            return seconds(part) + sum(time for _, time in links(part))
+
+        blocks = config.model.num_layers // schedule.stages
+        row["pipeline"] = estimates.described(stages, whole, where.chip.link, blocks)
+        text, wait = stages.weighted(), row["pipeline"]["bubble"]
     row |= {"flops": compiled.flops(text, priced(0)), "bytes": compiled.bytes_accessed(text)}
-    kernels: dict[str, int] = {}
+    kernels: dict[str, float] = {}
     for one, _, times in text.walk():
         if compiled.KERNEL in one.line:
             name = re.sub(r"\.\d+$", "", one.name) + ("" if kernel_cost(config, one) else " (no estimate)")
             kernels[name] = kernels.get(name, 0) + times
     row["kernels"] = kernels
-    cycles = compiled.cycles(text, lambda one: kernel_cycles(where.chip, kernel_cost(config, one)))
-    roofline = max(where.chip.flops_cycles(row["flops"]), where.chip.bytes_cycles(row["bytes"]))
-    row["cycles"] = cycles if where.platform == "tpu" else roofline
-    rows = []
-    for one in compiled.collectives(text, dict(step.mesh.shape)) if step.mesh is not None else []:
-        seconds = one.count * collective_seconds(one, where, step.mesh)
-        sizes = {"group": len(one.group), "count": one.count, "bytes": one.bytes, "seconds": seconds}
-        rows.append({"kind": one.kind, "axes": one.axes, **sizes})
-    row["collectives"] = rows
-
-    compute, links = row["cycles"] / where.chip.clock, sum(one["seconds"] for one in rows)
+    compute = seconds(text)
+    row["cycles"] = compute * where.chip.clock
+    row["collectives"] = [
+        {
+            "kind": one.kind,
+            "axes": one.axes,
+            "group": len(one.group),
+            "count": one.count,
+            "bytes": one.bytes,
+            "seconds": time,
+        }
+        for one, time in links(text)
+    ]
+    shown = sum(one["seconds"] for one in row["collectives"])
     model = cost.model_cost(config.model, T).training_flops * row["tokens"]
-    row["seconds"] = {"compute": compute, "collectives": links, "step": compute + links}
+    row["seconds"] = {"compute": compute, "collectives": shown, "waiting": wait, "step": compute + shown + wait}
     peak = where.chip.flops * devices
-    row["mfu"] = model / peak / (compute + links)
-    row["mfu, collectives hidden"] = model / peak / max(compute, links)
+    row["mfu"] = model / peak / (compute + shown + wait)
+    row["mfu, collectives hidden"] = model / peak / (max(compute, shown) + wait)
     row["flops over model_cost"] = row["flops"] * devices / model
     return row
 

@@ -7,15 +7,17 @@ and none for collectives.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from mhc_jax.device_groups import axes_of, groups
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -45,12 +47,20 @@ class Instruction:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.line)
         return found[1] if found else ""
 
+    def branches(self) -> list[str]:
+        """Computations that a conditional chooses from, by index; of one that asks a truth value, that of false first."""
+        if listed := re.search(r"branch_computations=\{([^}]*)\}", self.line):
+            return re.findall(r"%?([\w.\-]+)", listed[1])
+        return [name for name in map(self.called, ("false_computation", "true_computation")) if name]
+
 
 class Program:
     """The text of a compiled program (`compiled.as_text()`), taken apart."""
 
     def __init__(self, text: str):
         self.text = text
+        self.shares: Mapping[str, Sequence[float]] = {}
+        """How often each branch of a conditional runs, by its name; of others every branch counts once."""
         self.bodies: dict[str, dict[str, Instruction]] = {}
         self.entry = current = ""
         for line in text.splitlines():
@@ -61,19 +71,26 @@ class Program:
             elif current and (one := _instruction(line)):
                 self.bodies[current][one.name] = one
 
-    def walk(self, fused: bool = False) -> Iterator[tuple[Instruction, str, int]]:
+    def part(self, entry: str = "", shares: Mapping[str, Sequence[float]] | None = None) -> Program:
+        """The same, from another computation on, or with branches that run as often as `shares` says."""
+        other = copy.copy(self)
+        other.entry = entry or self.entry
+        other.shares = self.shares if shares is None else shares
+        return other
+
+    def walk(self, fused: bool = False) -> Iterator[tuple[Instruction, str, float]]:
         """(instruction, its computation, times it runs), loops by their turns; with `fused`, into fusions too."""
         yield from self._walk(self.entry, 1, fused)
 
-    def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, str, int]]:
+    def _walk(self, name: str, times: float, fused: bool) -> Iterator[tuple[Instruction, str, float]]:
         for one in self.bodies[name].values():
             yield one, name, times
             if one.opcode == "while":
                 yield from self._walk(one.called("body"), times * self.turns(one), fused)
             elif one.opcode == "conditional":
-                branches = re.findall(r"%([\w.\-]+)", re.search(r"branch_computations=\{([^}]*)\}", one.line + "{}")[1])  # pyright: ignore
-                for branch in branches or filter(None, map(one.called, ("true_computation", "false_computation"))):
-                    yield from self._walk(branch, times, fused)
+                branches = one.branches()
+                for branch, share in zip(branches, self.shares.get(one.name, [1] * len(branches)), strict=True):
+                    yield from self._walk(branch, times * share, fused)
             elif one.opcode == "call" or (fused and one.opcode in ("fusion", "async-start")):
                 yield from self._walk(one.called("to_apply") or one.called("calls"), times, fused)
 
@@ -292,17 +309,18 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
       program: of all devices of the mesh.
       mesh: sizes of its axes, in order.
     """
-    counts: dict[Collective, int] = {}
-    seen: set[tuple[str, str]] = set()
+    counts: dict[Collective, float] = {}
+    seen: set[tuple[str, ...]] = set()
+    fusions = {one.called("calls") for body in program.bodies.values() for one in body.values()}
     for one, computation, times in program.walk(fused=True):
         kind = one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        # An asynchronous collective stands in the fusions of its start, its steps and its end, on one channel.
+        # An asynchronous collective may stand in the fusions of its start, its steps and its end, on one channel.
         channel = re.search(r"channel_id=(\d+)", one.line)
-        if channel and (kind, channel[1]) in seen:
-            continue
-        if channel:
+        if channel and computation in fusions:
+            if (kind, channel[1]) in seen:
+                continue
             seen.add((kind, channel[1]))
         found = groups(one.line, math.prod(mesh.values()))
         if max(map(len, found)) < 2:
@@ -315,63 +333,8 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             kind = "reduce-scatter"
         entry = Collective(kind, axes_of(found, mesh, kind == "collective-permute"), found[0], 0, size)
         counts[entry] = counts.get(entry, 0) + times
-    rows = [dataclasses.replace(entry, count=count) for entry, count in counts.items()]
+    rows = [dataclasses.replace(entry, count=round(count)) for entry, count in counts.items()]
     return sorted(rows, key=lambda row: -row.count * row.bytes)
-
-
-def groups(line: str, devices: int) -> list[tuple[int, ...]]:
-    """Device groups of a collective, in any of HLO's notations.
-
-    `{{0,1},{2,3}}`, empty for all; `[4,2]<=[8]T(1,0)` (iota, reshaped, transposed, reshaped); and by axes of a mesh,
-    `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`, where `'a':(2)2` is the part of axis a of size 2 behind one of size 2.
-    """
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
-        return _listed(pairs[1])
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return _listed(listed[1])
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
-        return [tuple(map(int, row)) for row in _iota(iota[2]).reshape([int(d) for d in iota[1].split(",")])]
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        ids = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes.values()))
-        parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _AXES.findall(mesh[3])}
-        shape, inside = [], []
-        for name, size in sizes.items():
-            before, own = parts.get(name, (size, 1))
-            inside.append(len(shape) + 1)
-            shape += [before, own, size // before // own]
-        grouped = np.moveaxis(ids.reshape(shape), inside, range(-len(inside), 0))
-        return [tuple(map(int, row)) for row in grouped.reshape(-1, math.prod(own for _, own in parts.values()))]
-    return [tuple(range(devices))]
-
-
-_AXES = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-
-
-def _listed(text: str) -> list[tuple[int, ...]]:
-    return [tuple(int(d) for d in row.split(",") if d) for row in re.findall(r"\{([\d, ]*)\}", text)]
-
-
-def _iota(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: numbers from 0 on in that shape, transposed."""
-    shape, turned = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore
-    ids = np.arange(math.prod(sizes := [int(d) for d in shape.split(",")])).reshape(sizes)
-    return ids.transpose([int(d) for d in turned.split(",")]) if turned else ids
-
-
-def axes_of(found: list[tuple[int, ...]], mesh: Mapping[str, int], pairs: bool = False) -> str:
-    """The mesh axes that the groups run over: fewest first; with `pairs`, those within which every pair lies."""
-    ids = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
-    wanted = {frozenset(group) for group in found}
-    names = [name for name, size in mesh.items() if size > 1]
-    for number in range(1, len(names) + 1):
-        for chosen in itertools.combinations(names, number):
-            inside = [list(mesh).index(name) for name in chosen]
-            rows = np.moveaxis(ids, inside, range(-number, 0)).reshape(-1, math.prod(mesh[name] for name in chosen))
-            partition = {frozenset(map(int, row)) for row in rows}
-            if partition == wanted or (pairs and all(any(pair <= row for row in partition) for pair in wanted)):
-                return "+".join(chosen)
-    return "other"
 
 
 # -- memory

@@ -94,8 +94,8 @@ def table(rows: Sequence[dict[str, Any]], where: Slice) -> str:
     """Markdown: memory and time of a step, then its collectives.  Overheads are over the first row that fits."""
     out = [
         "| connection | parameters | optimizer | gradients | streams | logits | HBM (GiB) | fits | TFLOP | GB moved | compute (ms) "
-        "| collectives (ms) | step (ms) | over the first | MFU |",
-        "| --- " * 15 + "|",
+        "| collectives (ms) | waiting (ms) | step (ms) | over the first | MFU |",
+        "| --- " * 16 + "|",
     ]
     base = next((row["seconds"]["step"] for row in rows if "seconds" in row), None)
     for row in rows:
@@ -105,11 +105,11 @@ def table(rows: Sequence[dict[str, Any]], where: Slice) -> str:
             f"| {row['connection']} | {shapes} | {needs} of {row['hbm'] / 2**30:.2f} | {'yes' if row['fits'] else 'no'}"
         )
         if "seconds" not in row:
-            out.append(f"{head} | | | | | | | |")
+            out.append(f"{head} | | | | | | | | |")
             continue
         seconds = row["seconds"]
         work = f"{row['flops'] / 1e12:.2f} | {row['bytes'] / 1e9:.1f}"
-        times = " | ".join(f"{1e3 * seconds[key]:.1f}" for key in ("compute", "collectives", "step"))
+        times = " | ".join(f"{1e3 * seconds[key]:.1f}" for key in ("compute", "collectives", "waiting", "step"))
         over = f"{100 * (seconds['step'] / base - 1):+.1f} %"
         mfu = f"{100 * row['mfu']:.1f} to {100 * row['mfu, collectives hidden']:.1f} %"
         out.append(f"{head} | {work} | {times} | {over} | {mfu} |")
@@ -129,9 +129,27 @@ def table(rows: Sequence[dict[str, Any]], where: Slice) -> str:
             note = f"{found['sequences']} sequences a step ({found['per_device']} a device and accumulation step)"
             needs = "?" if found["needs"] is None else f"{found['needs'] / 2**30:.2f}"
             out += ["", f"{row['connection']}: at most {note}, {needs} GiB."]
+    out += pipelines(rows)
     without = sorted({name for row in rows for name in row.get("kernels", {}) if name.endswith("(no estimate)")})
     if without:
         out += ["", f"Kernels that count as no time: {', '.join(without)}."]
     if where.platform == "cpu":
         out += ["", "Times are of no machine: a CPU stands for TPUs."]
     return "\n".join(out)
+
+
+def pipelines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a table of the operations of stages, of rows that have them; the dearest stage's."""
+    if not any("pipeline" in row for row in rows):
+        return []
+    times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting"
+    sent = "messages a tick | asynchronous | beside the operation"
+    out = ["", f"| connection | schedule | stages | {times} | {sent} |", "| --- " * 12 + "|"]
+    for row in rows:
+        if found := row.get("pipeline"):
+            times = [f"{1e3 * max(found['seconds'][kind]):.2f}" for kind in "FBW"]
+            times += [f"{found['seconds']['F&B over F + B']:.2f}", f"{1e3 * found['seconds']['message']:.2f}"]
+            sent = [str(found["messages"][name]) for name in ("a tick", "asynchronous", "beside the operation")]
+            cells = [row["connection"], found["schedule"], str(found["stages"]), *times]
+            out.append("| " + " | ".join([*cells, f"{100 * found['bubble_fraction']:.1f} %", *sent]) + " |")
+    return out

@@ -18,8 +18,7 @@ from mhc_jax.connections import connection_module
 from mhc_jax.layers.moe import balanced_bias, router_health
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
-from mhc_jax.pipeline.executor import pipelined
-from mhc_jax.pipeline.schedules import make
+from mhc_jax.pipeline.executor import pipelined, schedule_of
 from mhc_jax.remat_plan import resolve
 from mhc_jax.sharding import constrain
 
@@ -53,10 +52,8 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
     """
     config, _ = resolve(config)
     A = config.optimizer.accumulation_steps
-    if config.mesh.stage > 1:
-        pipeline = config.pipeline
-        schedule = make(pipeline.schedule, config.mesh.stage, A, pipeline.chunks, 2 if pipeline.overlap else 1)
-        return pipelined(config, schedule)
+    if (table := schedule_of(config)) is not None:
+        return pipelined(config, table)
     model = Decoder(config.model)
 
     def loss_of(params, batch):

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from mhc_jax import compiled
 from mhc_jax.compiled import Program
+from mhc_jax.device_groups import axes_of, groups
 
 RECORDED = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -160,15 +161,15 @@ def test_bytes_are_of_slices_and_of_hbm():
     ],
 )
 def test_groups_in_every_notation(line, expected):
-    assert compiled.groups(line, 8) == expected
+    assert groups(line, 8) == expected
 
 
 def test_axes_are_found_from_groups():
     mesh = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
-    assert compiled.axes_of([(0, 4), (1, 5), (2, 6), (3, 7)], mesh) == "data"
-    assert compiled.axes_of([(0, 2, 4, 6), (1, 3, 5, 7)], mesh) == "data+fsdp"
-    assert compiled.axes_of([(0, 5), (1, 4), (2, 6), (3, 7)], mesh) == "other"
-    assert compiled.axes_of([(0, 1), (1, 0), (2, 3)], mesh, pairs=True) == "tensor"
+    assert axes_of([(0, 4), (1, 5), (2, 6), (3, 7)], mesh) == "data"
+    assert axes_of([(0, 2, 4, 6), (1, 3, 5, 7)], mesh) == "data+fsdp"
+    assert axes_of([(0, 5), (1, 4), (2, 6), (3, 7)], mesh) == "other"
+    assert axes_of([(0, 1), (1, 0), (2, 3)], mesh, pairs=True) == "tensor"
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,21 @@ from mhc_kernels import settings
 from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import require
 from mhc_jax.pipeline.program import Operation, Program, compile_table
-from mhc_jax.pipeline.schedules import Place, Schedule
+from mhc_jax.pipeline.schedules import Place, Schedule, make
 from mhc_jax.pipeline.stage import Stage
 from mhc_jax.sharding import constrain, current, token_axes
 
 AXIS = "stage"
 Tree = Any
+
+
+def schedule_of(config: ExperimentConfig) -> Schedule | None:
+    """That of `config.pipeline`, of optimizer.accumulation_steps microbatches; None without stages."""
+    own = config.pipeline
+    if config.mesh.stage == 1:
+        return None
+    steps = config.optimizer.accumulation_steps
+    return make(own.schedule, config.mesh.stage, steps, own.chunks, 2 if own.overlap else 1)
 
 
 def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, Tree], tuple[tuple[Array, Tree], Tree]]:

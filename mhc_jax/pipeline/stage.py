@@ -25,6 +25,9 @@ from mhc_jax.traffic import best_recompute
 
 Tree = Any
 
+FIRST, LAST = "first_stage", "last_stage"
+"""Scopes, in the names of compiled operations, of what these stages alone do."""
+
 
 class Stage:
     """What a device does in one tick, as branches for `jax.lax.switch`, and the shapes of its buffers."""
@@ -136,7 +139,8 @@ class Stage:
         """(F: boundary tensor to send, or on the last stage its gradient; held: activations; loss; aux), and `sums` of gradients
         outside the blocks."""
         head = self.head()
-        x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.boundary.unpack(x))
+        with jax.named_scope(FIRST):
+            x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.boundary.unpack(x))
         x, pull, aux = self.vjp(leads, layers, x, stage)
         held = [jnp.zeros(a.shape, a.dtype) for a in self.pool]
         for leaf, k in zip(jax.tree.leaves(pull), self.kept[leads][1], strict=True):
@@ -148,7 +152,8 @@ class Stage:
             g, g_x = back(jnp.ones(()))
             return loss, g_x, _added(sums, g)
 
-        loss, x, sums = jax.lax.cond(stage == self.stages - 1, end, lambda: (jnp.zeros(()), x, sums))
+        with jax.named_scope(LAST):
+            loss, x, sums = jax.lax.cond(stage == self.stages - 1, end, lambda: (jnp.zeros(()), x, sums))
         return {"F": self.boundary.pack(x), "held": held, "loss": loss, "aux": aux}, sums
 
     def backward(
@@ -185,7 +190,8 @@ class Stage:
                 _, back = jax.vjp(lambda p: self.enter(p, batch["inputs"]), head)
                 return _added(outer, back(g_x)[0])
 
-            outer = jax.lax.cond(stage == 0, begin, lambda: outer)
+            with jax.named_scope(FIRST):
+                outer = jax.lax.cond(stage == 0, begin, lambda: outer)
         if kind != "I":
             inner = jax.tree.map(lambda a, b: a.at[chunk].add(b), inner, g_layers)
             outer = _added(outer, {"dense_layers": g_dense} if g_dense else {})
