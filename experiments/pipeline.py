@@ -2,10 +2,12 @@
 
     python experiments/pipeline.py --microbatches=20 --schedules=1f1b,zb1p,dualpipe --picture=timeline.png
     python experiments/pipeline.py --chip=v5p --config=experiments/configs/paper.py:27b:mhc --stages=8 --microbatches=32
+    python experiments/pipeline.py --compiled=27b.json --blocks=30 --stages=8
     python experiments/pipeline.py --report=REPORT/report.json --workload=27b --connections=residual,"mhc triton" --blocks=32
 
-Without --chip or --report a stage takes --F, --B (both gradients) and --W, and --send a message.  With --chip, seconds from
-`mhc_jax/pipeline/costs.py` for --config: bytes and FLOPs at shares of the chip's peaks, which are assumptions.  `--stages` are
+Without --chip, --compiled or --report a stage takes --F, --B (both gradients) and --W, and --send a message.  With --chip, seconds
+from `mhc_jax/pipeline/costs.py` for --config: bytes and FLOPs at shares of the chip's peaks, which are assumptions.  With
+--compiled, those that the compiler estimates, in files of `experiments/compile.py --mesh=stage=4 --json=FILE`.  `--stages` are
 devices; dualpipev and interleaved cut the model into twice as many.  Nothing is trained.  Exit status: 0, or 2 for a mistake in
 the settings.
 """
@@ -37,7 +39,8 @@ CHIP = flags.DEFINE_string("chip", "", "One of topology.CHIPS: costs of --config
 SHARES = [flags.DEFINE_float(f"{name}_share", v, "Of the peak.") for name, v in (("flops", 0.5), ("bandwidth", 0.7))]
 REPORT = flags.DEFINE_string("report", "", "report.json of experiments/device_report.py.")
 WORKLOAD = flags.DEFINE_string("workload", "27b", "With --report: whose train steps.")
-BLOCKS = flags.DEFINE_integer("blocks", 32, "With --report: of the model.")
+BLOCKS = flags.DEFINE_integer("blocks", 32, "With --compiled or --report: of the model.")
+COMPILED = flags.DEFINE_list("compiled", [], "JSON files of experiments/compile.py; the first row is the baseline.")
 PICTURE = flags.DEFINE_string("picture", "", "File to draw to; .png and .svg are written.")
 
 
@@ -47,6 +50,9 @@ def main() -> int:
     if REPORT.value:
         report = read_json(Path(REPORT.value))
         rows = tables.of_report(*where, report, WORKLOAD.value, CONNECTIONS.value, BLOCKS.value)
+    elif COMPILED.value:
+        compiled = [row for path in COMPILED.value for row in read_json(Path(path))["rows"]]
+        rows = tables.of_compiled(*where, compiled, BLOCKS.value)
     elif CHIP.value:
         rates = chip_rates(CHIP.value, *(flag.value for flag in SHARES))
         rows = tables.of_model(*where, CONFIG(), CONNECTIONS.value, rates, PAIR.value)

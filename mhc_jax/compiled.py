@@ -78,11 +78,11 @@ class Program:
         other.shares = self.shares if shares is None else shares
         return other
 
-    def walk(self, fused: bool = False) -> Iterator[tuple[Instruction, str, float]]:
+    def walk(self, fused: bool = False) -> Iterator[tuple[Instruction, str, int | float]]:
         """(instruction, its computation, times it runs), loops by their turns; with `fused`, into fusions too."""
         yield from self._walk(self.entry, 1, fused)
 
-    def _walk(self, name: str, times: float, fused: bool) -> Iterator[tuple[Instruction, str, float]]:
+    def _walk(self, name: str, times: int | float, fused: bool) -> Iterator[tuple[Instruction, str, int | float]]:
         for one in self.bodies[name].values():
             yield one, name, times
             if one.opcode == "while":

@@ -148,7 +148,7 @@ def pipelines(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         if found := row.get("pipeline"):
             times = [f"{1e3 * max(found['seconds'][kind]):.2f}" for kind in "FBW"]
-            times += [f"{found['seconds']['F&B over F + B']:.2f}", f"{1e3 * found['seconds']['message']:.2f}"]
+            times += [f"{found['pair']:.2f}", f"{1e3 * found['seconds']['message']:.2f}"]
             sent = [str(found["messages"][name]) for name in ("a tick", "asynchronous", "beside the operation")]
             cells = [row["connection"], found["schedule"], str(found["stages"]), *times]
             out.append("| " + " | ".join([*cells, f"{100 * found['bubble_fraction']:.1f} %", *sent]) + " |")

@@ -222,13 +222,13 @@ def test_the_table():
         {
             **row,
             "connection": "residual",
-            "seconds": {"compute": 0.01, "collectives": 0.01, "step": 0.02},
+            "seconds": {"compute": 0.01, "collectives": 0.01, "waiting": 0.0, "step": 0.02},
             "collectives": [],
         },
         {
             **row,
             "connection": "mhc",
-            "seconds": {"compute": 0.011, "collectives": 0.011, "step": 0.022},
+            "seconds": {"compute": 0.011, "collectives": 0.008, "waiting": 0.003, "step": 0.022},
             "collectives": [gather, {**gather, "bytes": 10**8}],
             "largest_batch": {"sequences": 12, "per_device": 3, "predicted": 1, "needs": 2**30},
         },
@@ -236,8 +236,11 @@ def test_the_table():
     ]
     text = pod.table(rows, topology.get_slice("cpu:8"))
     half = "0.50 | 0.50 | 0.50 | 0.50 | 0.50"
-    assert f"| mhc | {half} | 3.00 of 4.00 | yes | 5.00 | 6.0 | 11.0 | 11.0 | 22.0 | +10.0 % | 40.0 to 50.0 % |" in text
-    assert f"| hc | {half} | ? of 4.00 | no | | | | | | | |" in text
+    assert (
+        f"| mhc | {half} | 3.00 of 4.00 | yes | 5.00 | 6.0 | 11.0 | 8.0 | 3.0 | 22.0 | +10.0 % | 40.0 to 50.0 % |"
+        in text
+    )
+    assert f"| hc | {half} | ? of 4.00 | no | | | | | | | | |" in text
     assert "| mhc | all-gather | fsdp | 4 | 6 | 3.30 | 4.0 |" in text
     assert "mhc: at most 12 sequences a step (3 a device and accumulation step), 1.00 GiB." in text
     assert "Kernels that count as no time: other (no estimate)." in text

@@ -1,4 +1,5 @@
-"""Times of the stages of a model for the simulator: from its configuration and a chip's rates, or from a device report.
+"""Times of the stages of a model for the simulator: from its configuration and a chip's rates, from what a compiler estimates, or
+from a device report.
 
 From a configuration (`from_model`), for one microbatch on one device and a block of two sub-layers:
 
@@ -107,6 +108,36 @@ def from_model(
     elements = [2 * b * (n + 2 if n > 1 else 1) if not again else n + 2 * b for b in blocks]
     kept = tuple(float(e * C * width * N) for e in elements)
     return Costs(tuple(F), tuple(B), tuple(W), pair, n * C * width * N / rates.link, kept)
+
+
+def from_compiled(row: Mapping[str, Any], stages: int, blocks: int, leveled: bool = True) -> Costs:
+    """Seconds as the compiler estimates them, from a pipelined train step of `experiments/compile.py --json` with that block.
+
+    Of its stages one in the middle gives the cost of a block, the last less that the loss, which is all in F.
+
+    Args:
+      row: of one connection.
+      stages: of the model.
+      blocks: of the whole model.
+      leveled: the last stage gets fewer blocks for the loss, as in `from_model`; else all get as many.
+
+    Raises:
+      InputError: the row is of no pipeline, or has no stage in the middle.
+    """
+    require("pipeline" in row, "The row is of no pipeline; compile it with --mesh=stage=4.")
+    found = row["pipeline"]
+    require(
+        found["stages"] >= 3,
+        f"The compiled step has {found['stages']} stages, so none in the middle; compile 3 or more.",
+    )
+    times, count = found["seconds"], found["blocks"]
+    tick = times["tick"]
+    F, B, W = (max(0.0, times[kind][1] - again * tick) / count for kind, again in (("F", 1), ("B", 1), ("W", 1)))
+    first, last = (times["F"][k] - times["F"][1] for k in (0, -1))
+    given = blocks_of_stages(blocks, stages, last / (F + B) if leveled else 0.0)
+    all_F, all_B, all_W = ([b * each + tick for b in given] for each in (F, B, W))
+    all_F[0], all_F[-1] = all_F[0] + first, all_F[-1] + last
+    return Costs(tuple(all_F), tuple(all_B), tuple(all_W), found["pair"], times["message"])
 
 
 def from_report(

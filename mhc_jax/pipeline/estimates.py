@@ -61,7 +61,7 @@ class Step:
         column = self.table.columns["operation"]
         taken = [float((column == k).mean()) for k in range(len(self.table.operations))]
         S = self.schedule.stages
-        return self.text.part(shares={self._name(): taken, **self._ends((1 - 1 / S, 1 / S), (1 - 1 / S, 1 / S))})
+        return self.text.part(shares={self._name(): taken, **self._ends(1 / S, 1 / S)})
 
     def costs(self, cost: Callable[[Program], float], send: float) -> Costs:
         """Of every operation on every stage, in the unit of `cost`; a tick's own work counts with each.
@@ -70,9 +70,8 @@ class Step:
           cost: of one run of a program.
           send: of a message.
         """
-        S = self.schedule.stages
+        S, tick = self.schedule.stages, self.between(cost)
         column = dict(zip(self.table.operations, self.tick.branches() if self.tick else (), strict=True))
-        tick = cost(self.text.part(self.body, {self._name(): [0.0] * len(column)}))
 
         def of(stage: int, operation: Operation) -> float:
             """0 where it does not occur."""
@@ -82,8 +81,7 @@ class Step:
             )
             if operation not in column:
                 return 0.0
-            first, last = stage == 0, stage == S - 1
-            return tick + cost(self.text.part(column[operation], self._ends((not first, first), (not last, last))))
+            return tick + cost(self.text.part(column[operation], self._ends(float(stage == 0), float(stage == S - 1))))
 
         F, B, I, W = ([of(s, op) for s in range(S)] for op in (Operation("F"), *(Operation("", k) for k in "BIW")))
         F = [f or F[0] or max(F) for f in F]
@@ -92,6 +90,10 @@ class Step:
         ratios = [t / (f + b) for t, f, b in zip(together, F, B, strict=True) if t]
         W = [min(w, b) for w, b in zip(W, B, strict=True)]
         return Costs(tuple(F), tuple(B), tuple(W), sum(ratios) / len(ratios) if ratios else 1.0, send)
+
+    def between(self, cost: Callable[[Program], float]) -> float:
+        """Of a tick without its operation: messages put into buffers."""
+        return cost(self.text.part(self.body, {self._name(): [0.0] * len(self.table.operations)}))
 
     def messages(self) -> list[Message]:
         """Of one tick."""
@@ -111,16 +113,17 @@ class Step:
         assert self.tick is not None
         return self.tick.name
 
-    def _ends(self, first: tuple[float, float], last: tuple[float, float]) -> dict[str, tuple[float, float]]:
-        """Shares of the branches, no and yes, of what the first and the last stage do alone."""
-        shares = {}
+    def _ends(self, first: float, last: float) -> dict[str, tuple[float, float]]:
+        """Shares of the branches, no and yes, of what the first and the last stage do alone; of yes as given."""
+        shares: dict[str, tuple[float, float]] = {}
         for body in self.text.bodies.values():
             for one in body.values():
                 name = re.search(r'op_name="([^"]*)"', one.line)
                 if one.opcode == "conditional" and name:
                     scopes = name[1].split("/")
                     if FIRST in scopes or LAST in scopes:
-                        shares[one.name] = tuple(map(float, first if FIRST in scopes else last))
+                        yes = first if FIRST in scopes else last
+                        shares[one.name] = (1.0 - yes, yes)
         return shares
 
 
@@ -142,7 +145,8 @@ def described(step: Step, seconds: Callable[[Program], float], link: float, bloc
         "stages": step.schedule.stages,
         "blocks": blocks,
         "latency": step.schedule.latency,
-        "seconds": {"F": costs.F, "B": costs.B, "W": costs.W, "F&B over F + B": costs.pair, "message": send},
+        "seconds": {"F": costs.F, "B": costs.B, "W": costs.W, "message": send, "tick": step.between(seconds)},
+        "pair": costs.pair,
         "makespan": run.makespan,
         "bubble": max(run.bubble),
         "bubble_fraction": run.bubble_fraction,

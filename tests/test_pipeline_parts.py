@@ -1,0 +1,176 @@
+"""The parts of a pipelined step: a backward pass cut in two, and boundary tensors as one array."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc_jax import aot, connections
+from mhc_jax.compiled import Program, flops
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
+from mhc_jax.errors import InputError
+from mhc_jax.model import Decoder
+from mhc_jax.pipeline import tables
+from mhc_jax.pipeline.boundary import Boundary
+from mhc_jax.pipeline.costs import from_compiled
+from mhc_jax.pipeline.split import split
+from mhc_jax.pipeline.stage import Stage
+from mhc_jax.pod import pipelines
+from mhc_jax.topology import get_slice
+
+MODEL = ModelConfig(vocab_size=40, width=32, num_layers=4, num_heads=2, num_kv_heads=2, mlp_width=64)
+TOKENS = jnp.zeros((2, 16), jnp.int32)
+
+
+def model_of(kind, **changes):
+    return dataclasses.replace(MODEL, connection=connections.parse(kind), **changes)
+
+
+def stage_of(model):
+    """(a stage of two, weights of its blocks)."""
+    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
+    r = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: jnp.asarray(0.3 * r.normal(size=a.shape), a.dtype), params)
+    layers = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), params.pop("layers"))
+    stage = Stage(model, 2, params, TOKENS, layers, halves=True)
+    return stage, (jax.tree.map(lambda a: a[0], layers), jnp.int32(1))
+
+
+def multiplied(function, *arguments):
+    return flops(Program(jax.jit(function).lower(*arguments).compile().as_text()), lambda one: 0.0)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "connection"])
+@pytest.mark.parametrize("kind", ["residual", "mhc:t_max=2"])
+def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
+    """What they make is what the whole makes, and their products together are the products of the whole."""
+    stage, free = stage_of(model_of(kind, remat=remat))
+    r = np.random.default_rng(1)
+    random = functools.partial(jax.tree.map, lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype))
+    kept = jax.jit(
+        lambda layers, x, at: stage.forward(False, layers, {"inputs": TOKENS, "targets": TOKENS}, at, x, stage.outer)[
+            0
+        ]["held"]
+    )
+    held = kept(free[0], random(stage.boundary.like), jnp.int32(0))
+    given = held, random(stage.boundary.tree)
+    halves = stage.halves[False]
+    whole = jax.jit(lambda f, g: stage.pulled(False, f, g))(free, given)
+    now, between = jax.jit(halves.now)(free, given)
+    later = jax.jit(halves.later)(free, given, between)
+    for name, a, b in zip(("input", "weights"), (now, later), whole, strict=True):
+        # Some gradients cancel to nothing: one scale for all.
+        scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(b))
+        jax.tree.map(lambda x, y, s=scale, n=name: np.testing.assert_allclose(x, y, atol=1e-6 * s, err_msg=n), a, b)
+    all_of_it = multiplied(lambda f, g: stage.pulled(False, f, g), free, given)
+    first, second = multiplied(halves.now, free, given), multiplied(halves.later, free, given, between)
+    assert first + second == pytest.approx(all_of_it, rel=0.02)
+    assert second > 0.25 * all_of_it, "W is a good part of it"
+
+
+def test_what_lies_between_is_little():
+    """Operations on weights alone are done twice, casts are not kept, and of what is shared the smaller is."""
+
+    def function(W, x):
+        y = jnp.dot(x.astype(jnp.float32), W)  # wanted, and needed later
+        wide = jnp.broadcast_to(y[:, None], (4, 8, 3))
+        return (wide * 2).sum(), jax.jit(lambda a: a + jnp.sin(W).sum())(wide)
+
+    W, x = jnp.ones((4, 3)), jnp.ones((4, 4), jnp.bfloat16)
+    halves = split(lambda W, x: function(W, x), W, x)
+    assert [a.size for a in halves.between] == [12]
+    now, between = halves.now(W, x)
+    np.testing.assert_array_equal(halves.later(W, x, between), function(W, x)[1])
+    np.testing.assert_array_equal(now, function(W, x)[0])
+
+
+def test_unrolled_loops_are_opened_and_others_are_not():
+    def function(unroll, W, x):
+        def turn(x, w):
+            return x @ w, x.sum()
+
+        x, sums = jax.lax.scan(turn, x, W, reverse=True, unroll=unroll)
+        return x, sums * 2
+
+    W, x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4)), jnp.float32), jnp.ones((2, 4))
+    for unroll, between in ((3, [(2, 4)] * 2), (1, [(3,)])):
+        halves = split(functools.partial(function, unroll), W, x)
+        now, kept = halves.now(W, x)
+        assert sorted(a.shape for a in kept) == between
+        np.testing.assert_allclose(now, function(unroll, W, x)[0], rtol=1e-6)
+        np.testing.assert_allclose(halves.later(W, x, kept), function(unroll, W, x)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stream_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", connections.KINDS)
+def test_a_boundary_is_packed_bit_by_bit(kind, stream_dtype):
+    """B = T = n = 4, so that shapes alone do not tell the axes."""
+    model = model_of(kind, stream_dtype=stream_dtype, compute_dtype=stream_dtype)
+    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
+    stage = object.__new__(Stage)
+    stage.model = model
+    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+    boundary = Boundary(lambda tokens: stage.enter(params, tokens), jnp.zeros((4, 4), jnp.int32))
+    r = np.random.default_rng(0)
+    tree = jax.tree.map(lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype), boundary.tree)
+    packed = boundary.pack(tree)
+    assert set(packed) == {a.dtype.name for a in jax.tree.leaves(tree)}
+    assert all(a.shape[:2] == (4, 4) for a in packed.values())
+    back = boundary.unpack(packed)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    one = jax.tree.map(lambda a: a.at[1, 2].set(0), packed)
+    changed = [
+        np.argwhere(np.asarray(a) != np.asarray(b))
+        for a, b in zip(*map(jax.tree.leaves, (boundary.unpack(one), tree)), strict=True)
+    ]
+    for where, axes in zip(changed, boundary.axes, strict=True):
+        assert {tuple(row[list(axes)]) for row in where} == {(1, 2)}, "one token is one row"
+
+
+@pytest.fixture(scope="module")
+def row():
+    """A step of four stages, ZB1P, eight microbatches, two copies."""
+    config = ExperimentConfig(model=model_of("residual"), data=DataConfig(sequence_length=16, batch_size=32))
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=8)
+    config = dataclasses.replace(config, optimizer=optimizer, pipeline=PipelineConfig(schedule="zb1p", overlap=True))
+    config = dataclasses.replace(config, mesh=MeshConfig(stage=4, data=2))
+    return {**aot.estimate(config, get_slice("cpu:8"), None), "connection": "residual"}
+
+
+def test_operations_count_as_often_as_a_device_does_them(row):
+    assert row["flops over model_cost"] == pytest.approx(1, rel=0.1), "no branch twice, no pass twice"
+    messages = row["pipeline"]["messages"]
+    assert (messages["a tick"], messages["bytes"]) == (2, 2 * 2 * 16 * 2 * 32 * 4), (
+        "x and y of two sequences, up and down"
+    )
+    seconds = row["seconds"]
+    assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["collectives"] + seconds["waiting"])
+    assert seconds["waiting"] == row["pipeline"]["bubble"] > 0
+    assert all((one["kind"], one["axes"]) != ("collective-permute", "stage") for one in row["collectives"])
+
+
+def test_costs_of_a_compiled_step(row):
+    found = row["pipeline"]["seconds"]
+    assert found["F"][1] == found["F"][2] != found["F"][0] == pytest.approx(found["F"][1], rel=0.05), "looks tokens up"
+    assert found["F"][3] > 1.05 * found["F"][1], "the loss"
+    assert found["B"][1] == found["B"][2] > found["W"][1] > found["tick"] > 0
+    costs = from_compiled(row, stages=4, blocks=4, leveled=False)
+    np.testing.assert_allclose(costs.F, found["F"])
+    np.testing.assert_allclose(costs.B, [found["B"][1] - found["tick"] + found["tick"]] * 4)
+    more = from_compiled(row, stages=2, blocks=12, leveled=False)
+    assert more.F[0] - costs.F[0] == pytest.approx(5 * (costs.F[1] - found["tick"]))
+    leveled = from_compiled(row, stages=4, blocks=40)
+    assert leveled.W[-1] < leveled.W[0]
+    (run,) = tables.of_compiled(["zb1p"], 4, 8, [row], 4)
+    assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
+    with pytest.raises(InputError, match="compile it with --mesh=stage=4"):
+        from_compiled({"connection": "mhc"}, 4, 4)
+    with pytest.raises(InputError, match="2 stages, so none in the middle"):
+        from_compiled({"pipeline": {**row["pipeline"], "stages": 2}}, 4, 4)
+    assert "| residual | zb1p | 4 |" in "\n".join(pipelines([row]))
