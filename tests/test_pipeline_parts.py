@@ -165,8 +165,11 @@ def test_costs_of_a_compiled_step(row):
     np.testing.assert_allclose(costs.B, [found["B"][1] - found["tick"] + found["tick"]] * 4)
     more = from_compiled(row, stages=2, blocks=12, leveled=False)
     assert more.F[0] - costs.F[0] == pytest.approx(5 * (costs.F[1] - found["tick"]))
-    leveled = from_compiled(row, stages=4, blocks=40)
-    assert leveled.W[-1] < leveled.W[0]
+    heavy = {**found, "F": [*found["F"][:3], found["F"][1] + 3 * (found["F"][1] + found["B"][1] - 2 * found["tick"])]}
+    leveled = from_compiled({"pipeline": {**row["pipeline"], "seconds": heavy}}, stages=4, blocks=41)
+    assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"]), (
+        "a loss as dear as 3 blocks"
+    )
     (run,) = tables.of_compiled(["zb1p"], 4, 8, [row], 4)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
     with pytest.raises(InputError, match="compile it with --mesh=stage=4"):

@@ -160,8 +160,14 @@ def _ticks(
         if late:
             state["outbox"] = {"F": zeros(boundary), "B": zeros(boundary)}
 
-        def arrived(outbox: Tree) -> list[Tree]:
-            return [jax.lax.ppermute(outbox[channel.kind], AXIS, channel.pairs) for channel in program.channels]
+        def arrived(outbox: Tree) -> list[dict[str, Tree]]:
+            """By channel and kind."""
+            out = []
+            for channel in program.channels:
+                together = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
+                got = jax.lax.ppermute(together, AXIS, channel.pairs)
+                out.append({kind: jax.tree.map(lambda a, i=i: a[i], got) for i, kind in enumerate(channel.kinds)})
+            return out
 
         def operate(op: Operation, state: Tree, now: Tree) -> Tree:
             """What a device makes in a tick; zeros are nowhere written."""
@@ -195,16 +201,19 @@ def _ticks(
         def tick(state: Tree, now: Tree) -> tuple[Tree, None]:
             arrivals = arrived(state["outbox"]) if late else None
             made = jax.lax.switch(now["operation"], branches, state, now)
+            if late:
+                # What comes next must not hide them, or XLA lets them begin behind the operation.
+                made, arrivals = jax.lax.optimization_barrier((made, arrivals))
             outbox = {kind: made[kind] for kind in "FB"}
             arrivals = arrived(outbox) if arrivals is None else arrivals
             inputs = _write(state["inputs"], now["to_self"], made["F"])
             gradients = _write(state["gradients"], now["from_loss"], made["F"])
             gradients = _write(gradients, now["to_own_gradients"], made["B"])
-            for k, (channel, message) in enumerate(zip(program.channels, arrivals, strict=True)):
-                if channel.kind == "F":
-                    inputs = _write(inputs, now[f"arrives_{k}"], message)
-                else:
-                    gradients = _write(gradients, now[f"arrives_{k}"], message)
+            for k, messages in enumerate(arrivals):
+                if "F" in messages:
+                    inputs = _write(inputs, now[f"arrives_{k}_F"], messages["F"])
+                if "B" in messages:
+                    gradients = _write(gradients, now[f"arrives_{k}_B"], messages["B"])
             total = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
             new = {"inputs": inputs, "gradients": gradients, "aux": total}
             new |= {name: made[name] for name in ("activations", "deferrals")}

@@ -28,10 +28,10 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Channel:
-    """Messages that one permutation of the devices carries."""
+    """What all devices send one way, together: a TPU keeps few messages in flight."""
 
-    kind: str
-    """`F` or `B`."""
+    kinds: tuple[str, ...]
+    """Of the messages: `F`, `B`."""
     pairs: tuple[tuple[int, int], ...]
     """(source, target)."""
 
@@ -42,8 +42,9 @@ class Program:
 
     operation: position in `operations`; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
     what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self, to_own_gradients:
-    slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with; arrives_<k>: slot
-    for what comes on channel k.
+    slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with;
+    arrives_<k>_<kind>:
+    slot for what comes on channel k.
     """
 
     columns: Mapping[str, np.ndarray]
@@ -86,12 +87,19 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
     done, ends = when(schedule), _last_uses(schedule)
 
     sent = messages(schedule)
-    pairs: dict[tuple[str, int], set[tuple[int, int]]] = {}
+    ways: dict[int, set[tuple[str, int, int]]] = {}
     for one in sent:
         if one.source != one.target:
-            pairs.setdefault((one.kind, (one.target - one.source) % P), set()).add((one.source, one.target))
-    channels = tuple(Channel(kind, tuple(sorted(found))) for (kind, _), found in sorted(pairs.items()))
-    columns |= {f"arrives_{k}": np.full((P, ticks), -1, np.int32) for k in range(len(channels))}
+            ways.setdefault(_way(one.source, one.target, P), set()).add((one.kind, one.source, one.target))
+    channels = tuple(
+        Channel(
+            tuple(kind for kind in "FB" if any(one[0] == kind for one in found)),
+            tuple(sorted({(source, target) for _, source, target in found})),
+        )
+        for _, found in sorted(ways.items())
+    )
+    for k, channel in enumerate(channels):
+        columns |= {f"arrives_{k}_{kind}": np.full((P, ticks), -1, np.int32) for kind in channel.kinds}
 
     # (device, written, last used, what): written when a tick ends, read when one begins.
     waiting: dict[str, list[tuple[int, int, int, tuple[int, int]]]] = {"F": [], "B": []}
@@ -135,19 +143,22 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
                 columns["to_own_gradients"][device, tick] = gradients[m, stage - 1]
     for one in sent:
         if one.source != one.target:
-            k = next(
-                k
-                for k, channel in enumerate(channels)
-                if channel.kind == one.kind and (one.source, one.target) in channel.pairs
-            )
+            k = sorted(ways).index(_way(one.source, one.target, P))
             slots = inputs if one.kind == "F" else gradients
-            columns[f"arrives_{k}"][one.target, one.sent + schedule.latency - 1] = slots[one.microbatch, one.stage]
+            tick = one.sent + schedule.latency - 1
+            columns[f"arrives_{k}_{one.kind}"][one.target, tick] = slots[one.microbatch, one.stage]
     each = tuple(sorted({Operation(), *does.values()}))
     columns["operation"] = np.array(
         [[each.index(does.get((d, tick), Operation())) for tick in range(ticks)] for d in range(P)], np.int32
     )
     sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations, deferrals))
     return Program(columns, each, channels, *sizes)
+
+
+def _way(source: int, target: int, devices: int) -> int:
+    """1 up, -1 down, round the ring too; of two devices each way is another."""
+    step = target - source
+    return step if abs(step) == 1 else -step // (devices - 1) if abs(step) == devices - 1 else step
 
 
 def _last_uses(schedule: Schedule) -> dict[tuple[int, int], int]:
