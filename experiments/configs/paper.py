@@ -9,7 +9,7 @@ most 129,280 tokens.
 Expected from `mhc_jax.cost.model_cost` (tests/test_cost.py), with `residual`: 2.970 / 9.172 / 27.033 B parameters, of which
 0.609 / 1.654 / 4.124 B active; the table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  What the table leaves open, and
 this reading of it settles: embeddings untied, queries without a low rank, the dense first layer 8 experts wide.
-Losses: not measured.  Cost: thousands of accelerators' days; no part of the code shards a model over devices.
+Losses: not measured.  Cost: thousands of accelerators' days; `experiments/compile.py` says what a step takes on a slice of TPUs.
 """
 
 from ml_collections import ConfigDict

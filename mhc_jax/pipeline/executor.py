@@ -185,7 +185,8 @@ def _ticks(
                 told["activations"] = _write(made["activations"], now["keep"], told.pop("held"))
                 made, sums = made | told, (outer_sums, sums[1])
             if op.backward:
-                g, kept = _read(state["gradients"], now["backward_read"]), _read(state["activations"], now["kept"])
+                # Of the buffer as a forward beside it leaves it: that it was another before would be a copy of it.
+                g, kept = _read(state["gradients"], now["backward_read"]), _read(made["activations"], now["kept"])
                 put_off = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
                 own, tokens, at = pick("backward")
                 told, sums = stage.backward(
