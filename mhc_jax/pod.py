@@ -143,13 +143,13 @@ def pipelines(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not any("pipeline" in row for row in rows):
         return []
     times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting"
-    sent = "messages a tick | asynchronous | beside the operation"
+    sent = "messages a tick | asynchronous | hidden"
     out = ["", f"| connection | schedule | stages | {times} | {sent} |", "| --- " * 12 + "|"]
     for row in rows:
         if found := row.get("pipeline"):
             times = [f"{1e3 * max(found['seconds'][kind]):.2f}" for kind in "FBW"]
             times += [f"{found['pair']:.2f}", f"{1e3 * found['seconds']['message']:.2f}"]
-            sent = [str(found["messages"][name]) for name in ("a tick", "asynchronous", "beside the operation")]
+            sent = [str(found["messages"][name]) for name in ("a tick", "asynchronous", "hidden")]
             cells = [row["connection"], found["schedule"], str(found["stages"]), *times]
             out.append("| " + " | ".join([*cells, f"{100 * found['bubble_fraction']:.1f} %", *sent]) + " |")
     return out

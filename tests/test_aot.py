@@ -13,7 +13,7 @@ from tiny_runs import ROOT, run_script, script
 
 from mhc_jax import aot, cost, pod, topology
 from mhc_jax.compiled import Collective, Instruction
-from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from mhc_jax.connections import parse
 from mhc_jax.errors import InputError
 from mhc_jax.sharding import MeshConfig
@@ -342,3 +342,18 @@ def test_experts_for_tpus_multiply_each_row_once():
     kernels = {name: times for name, times in row["kernels"].items() if "gmm" in name}
     assert kernels == {"gmm": 2 * 6, "tgmm": 2 * 3}, "three products forward, six backward, a layer"
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
+def test_messages_of_a_pipeline_travel_while_v5p_computes(schedule):
+    """One up and one down a tick, under way while the operation computes."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    model = dataclasses.replace(MODEL, **TPU | {"num_layers": 4})
+    config = ExperimentConfig(model=model, data=DataConfig(sequence_length=128, batch_size=8))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=8))
+    pipeline = PipelineConfig(schedule=schedule, overlap=True)
+    config = dataclasses.replace(config, mesh=MeshConfig(stage=4), pipeline=pipeline)
+    row = aot.estimate(config, topology.get_slice("v5p:2x2x1"), "xla")
+    assert row["flops over model_cost"] == pytest.approx(1, rel=0.1)
+    found = row["pipeline"]["messages"]
+    assert (found["a tick"], found["asynchronous"], found["hidden"]) == (2, 2, 2)

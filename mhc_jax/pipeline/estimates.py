@@ -8,11 +8,11 @@ other is simulated with the costs of the branches.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mhc_jax.compiled import Program, arrays
+from mhc_jax.compiled import Instruction, Program, arrays
 from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.pipeline.schedules import Schedule
 from mhc_jax.pipeline.simulate import Costs, simulate
@@ -26,8 +26,8 @@ class Message:
     bytes: int
     asynchronous: bool
     """Whether it has a start and an end."""
-    beside: bool
-    """Whether the tick's operation stands between the two."""
+    hidden: bool
+    """Whether the tick's operation stands between the two, or other work that takes as long as the message."""
 
 
 class Step:
@@ -95,19 +95,30 @@ class Step:
         """Of a tick without its operation: messages put into buffers."""
         return cost(self.text.part(self.body, {self._name(): [0.0] * len(self.table.operations)}))
 
-    def messages(self) -> list[Message]:
-        """Of one tick."""
+    def messages(self, cost: Callable[[Program], float], link: float) -> list[Message]:
+        """Of one tick.
+
+        Args:
+          cost: seconds of one run of a program.
+          link: bytes per second from one stage to the next.
+        """
         order = list(self.text.bodies[self.body].values())
         at = {one.name: k for k, one in enumerate(order)}
-        operation = at[self._name()]
         found = []
         for one in order:
             if one.opcode == "collective-permute":
                 found.append(Message(sum(arrays(one.shape)), False, False))
             if one.opcode == "collective-permute-done":
                 (start,) = one.operands
-                found.append(Message(max(arrays(order[at[start]].shape)), True, at[start] < operation < at[one.name]))
+                size, between = max(arrays(order[at[start]].shape)), order[at[start] + 1 : at[one.name]]
+                hidden = self.tick in between or cost(self._only(between)) >= size / link
+                found.append(Message(size, True, hidden))
         return found
+
+    def _only(self, instructions: Sequence[Instruction]) -> Program:
+        part = self.text.part("between", {})
+        part.bodies = {**self.text.bodies, "between": {one.name: one for one in instructions}}
+        return part
 
     def _name(self) -> str:
         assert self.tick is not None
@@ -136,7 +147,7 @@ def described(step: Step, seconds: Callable[[Program], float], link: float, bloc
       link: bytes per second from one stage to the next.
       blocks: of a stage.
     """
-    messages = step.messages()
+    messages = step.messages(seconds, link)
     send = max((one.bytes for one in messages), default=0) / link
     costs = step.costs(seconds, send)
     run = simulate(step.schedule, costs)
@@ -153,7 +164,7 @@ def described(step: Step, seconds: Callable[[Program], float], link: float, bloc
         "messages": {
             "a tick": len(messages),
             "asynchronous": sum(one.asynchronous for one in messages),
-            "beside the operation": sum(one.beside for one in messages),
+            "hidden": sum(one.hidden for one in messages),
             "bytes": sum(one.bytes for one in messages),
         },
     }

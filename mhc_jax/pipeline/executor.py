@@ -179,21 +179,24 @@ def _ticks(
                 own = _read(layers, now[f"{half}_chunk"])
                 return own, _read(slices, now[f"{half}_microbatch"]), now[f"{half}_stage"]
 
+            kept = _read(state["activations"], now["kept"]) if op.backward else []
+            if op.forward and op.backward:
+                # Read before the forward writes; without an order XLA copies the whole buffer.
+                kept, made["activations"] = jax.lax.optimization_barrier((kept, made["activations"]))
             if op.forward:
                 x = _read(state["inputs"], now["forward_read"])
                 told, outer_sums = stage.forward(op.forward_leads, *pick("forward"), x, sums[0])
-                told["activations"] = _write(made["activations"], now["keep"], told.pop("held"))
+                told["activations"] = _put(made["activations"], now["keep"], told.pop("held"))
                 made, sums = made | told, (outer_sums, sums[1])
             if op.backward:
-                # Of the buffer as a forward beside it leaves it: that it was another before would be a copy of it.
-                g, kept = _read(state["gradients"], now["backward_read"]), _read(made["activations"], now["kept"])
+                g = _read(state["gradients"], now["backward_read"])
                 put_off = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
                 own, tokens, at = pick("backward")
                 told, sums = stage.backward(
                     op.backward_leads, op.backward, own, tokens, at, now["backward_chunk"], kept, g, put_off, sums
                 )
                 if op.backward == "I":
-                    told["deferrals"] = _write(made["deferrals"], now["defer"], told.pop("put_off"))
+                    told["deferrals"] = _put(made["deferrals"], now["defer"], told.pop("put_off"))
                 made |= told
             return made | {"outer": sums[0], "layers": sums[1]}
 
@@ -229,6 +232,11 @@ def _ticks(
 
 def _read(buffer: Tree, slot: Array) -> Tree:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), buffer)
+
+
+def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
+    """`value` in a slot."""
+    return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
 def _write(buffer: Tree, slot: Array, value: Tree) -> Tree:
