@@ -8,8 +8,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from tolerances import assert_close
 
+from mhc_jax.config import MeshConfig
 from mhc_jax.layers import grouped
 from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gradient
+from mhc_jax.sharding import make_mesh, using
 
 
 def arguments(sizes, M, C=256, F=128):
@@ -78,6 +80,27 @@ def test_devices_that_share_weights_add_up_their_gradients(monkeypatch):
     for name, a, b in zip(("dx", "dW"), expected, actual, strict=True):
         assert_close(b, a, 1e-5, name)
     assert_close(actual[1], -both(x, W, sizes, g)[2], 1e-5, "1 - 2 of that of one device")
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"stage": 2}, {"data": 2}], ids=str)
+def test_kernels_lower_where_a_mesh_does_not_divide_the_rows(sizes):
+    """XLA's partitioner refuses them; one sequence of diagnostics, or a pipeline whose devices share no batch."""
+    x, W, groups, _ = arguments([60, 40], 100)
+
+    def gradient(x, W):
+        return jax.grad(lambda x, W: grouped_matmul(x, W, groups).sum(), (0, 1))(x, W)
+
+    mesh = make_mesh(MeshConfig(**sizes))
+    with using(mesh), mhc_kernels.settings(platform="tpu"):
+        stages = {
+            "axis_names": {"stage"},
+            "in_specs": PartitionSpec(),
+            "out_specs": PartitionSpec(),
+            "check_vma": False,
+        }
+        run = jax.shard_map(gradient, **stages) if "stage" in sizes else gradient
+        text = jax.jit(run).trace(x, W).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 2, "dx and dW"
 
 
 def test_a_gradient_of_the_weights_sees_its_group_alone():

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from mhc_kernels import choice
 
+from mhc_jax.sharding import current
+
 ROWS = 512
 """Of a tile.  With as many columns, 256 FLOPs a byte: v5p wants 166, v5e 240."""
 VMEM = 12 * 2**20
@@ -84,14 +86,14 @@ def _apart(product: Callable[..., Array], a: Array, b: Array, group_sizes: Array
     """`product` of rows a, of as many as tiles need, b and the sizes; the rows there were.
 
     Within `jax.shard_map` the kernels do not say between which devices their results differ: a second one around them does not
-    ask, and it is said here.
+    ask, and it is said here.  On a mesh that XLA splits arrays over they have to be in one too; every device then does all rows.
     """
     M = a.shape[0]
     by_rows = b.ndim == 2
     a = jnp.pad(a, ((0, -M % 128), (0, 0)))
     b = jnp.pad(b, ((0, -M % 128), (0, 0))) if by_rows else b
     varying = _varying(a, b, group_sizes)
-    if varying:
+    if varying or current() is not None:
         whole = PartitionSpec()
         product = jax.shard_map(product, in_specs=(whole,) * 3, out_specs=whole, check_vma=False)
     out = product(a, b, group_sizes)
