@@ -27,7 +27,14 @@ from mhc_jax.train_step import gradients, init_state, make_train_step
 V, T = 40, 8
 QUICK = {"xla_backend_optimization_level": 0}
 MHC = "mhc:t_max=2"
-EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 8, "num_dense_layers": 1}
+EXPERTS = {
+    "num_experts": 4,
+    "num_active_experts": 2,
+    "num_shared_experts": 1,
+    "expert_width": 12,
+    "num_dense_layers": 1,
+}
+"""12 wide: where weights and tokens have one shape, XLA may split one as the other in the midst of an operation, and CPUs hang."""
 
 
 def tiny(kind, schedule, stages, microbatches, mesh=None, sequences=1, overlap=False, **model):
