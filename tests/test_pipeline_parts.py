@@ -176,4 +176,7 @@ def test_costs_of_a_compiled_step(row):
         from_compiled({"connection": "mhc"}, 4, 4)
     with pytest.raises(InputError, match="2 stages, so none in the middle"):
         from_compiled({"pipeline": {**row["pipeline"], "stages": 2}}, 4, 4)
+    with pytest.raises(InputError, match="'1f1b' has no W of its own; compile 'zb1p' or 'dualpipe'"):
+        whole = {**found, "W": [0.0] * 4}
+        from_compiled({"pipeline": {**row["pipeline"], "schedule": "1f1b", "seconds": whole}}, 4, 4)
     assert "| residual | zb1p | 4 |" in "\n".join(pipelines([row]))

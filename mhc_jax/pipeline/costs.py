@@ -122,7 +122,7 @@ def from_compiled(row: Mapping[str, Any], stages: int, blocks: int, leveled: boo
       leveled: the last stage gets fewer blocks for the loss, as in `from_model`; else all get as many.
 
     Raises:
-      InputError: the row is of no pipeline, or has no stage in the middle.
+      InputError: the row is of no pipeline, or of one without a stage in the middle or without W.
     """
     require("pipeline" in row, "The row is of no pipeline; compile it with --mesh=stage=4.")
     found = row["pipeline"]
@@ -130,9 +130,9 @@ def from_compiled(row: Mapping[str, Any], stages: int, blocks: int, leveled: boo
         found["stages"] >= 3,
         f"The compiled step has {found['stages']} stages, so none in the middle; compile 3 or more.",
     )
-    times, count = found["seconds"], found["blocks"]
-    tick = times["tick"]
-    F, B, W = (max(0.0, times[kind][1] - again * tick) / count for kind, again in (("F", 1), ("B", 1), ("W", 1)))
+    times, tick = found["seconds"], found["seconds"]["tick"]
+    require(times["W"][1] > 0, f"The schedule {found['schedule']!r} has no W of its own; compile 'zb1p' or 'dualpipe'.")
+    F, B, W = ((times[kind][1] - tick) / found["blocks"] for kind in "FBW")
     first, last = (times["F"][k] - times["F"][1] for k in (0, -1))
     given = blocks_of_stages(blocks, stages, last / (F + B) if leveled else 0.0)
     all_F, all_B, all_W = ([b * each + tick for b in given] for each in (F, B, W))

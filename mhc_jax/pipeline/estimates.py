@@ -84,7 +84,6 @@ class Step:
             return tick + cost(self.text.part(column[operation], self._ends(float(stage == 0), float(stage == S - 1))))
 
         F, B, I, W = ([of(s, op) for s in range(S)] for op in (Operation("F"), *(Operation("", k) for k in "BIW")))
-        F = [f or F[0] or max(F) for f in F]
         B = [b or i + w for b, i, w in zip(B, I, W, strict=True)]
         together = [of(s, Operation("F", "B")) for s in range(S)]
         ratios = [t / (f + b) for t, f, b in zip(together, F, B, strict=True) if t]

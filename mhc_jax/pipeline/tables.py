@@ -67,7 +67,7 @@ def of_model(
 def of_compiled(names: Sequence[str], P: int, M: int, rows: Sequence[Mapping[str, Any]], blocks: int) -> list[Row]:
     """Steps that were compiled for a slice, the first of them the baseline."""
     each = {row["connection"]: functools.partial(costs.from_compiled, row, blocks=blocks) for row in rows}
-    return _rows(names, P, M, {label: lambda stages, cost=cost: cost(stages) for label, cost in each.items()})
+    return _rows(names, P, M, each)
 
 
 def of_report(
