@@ -12,10 +12,12 @@ import pytest
 from tiny_runs import ROOT, run_script, script
 
 from mhc_jax import aot, cost, pod, topology
-from mhc_jax.compiled import Collective, Instruction
+from mhc_jax.compiled import Collective, Instruction, Program, arrays
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from mhc_jax.connections import parse
 from mhc_jax.errors import InputError
+from mhc_jax.pipeline.estimates import Step
+from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.sharding import MeshConfig
 
 MODEL = ModelConfig(
@@ -345,9 +347,11 @@ def test_experts_for_tpus_multiply_each_row_once():
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
-def test_messages_of_a_pipeline_travel_while_v5p_computes(schedule):
-    """One up and one down a tick, under way while the operation computes."""
+def test_a_pipeline_on_v5p(schedule, monkeypatch):
+    """Messages, one up and one down a tick, are under way while the operation computes; sums and buffers are changed in place."""
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    texts: list[Program] = []
+    monkeypatch.setattr(aot, "Program", lambda text: texts.append(Program(text)) or texts[-1])
     model = dataclasses.replace(MODEL, **TPU | {"num_layers": 4})
     config = ExperimentConfig(model=model, data=DataConfig(sequence_length=128, batch_size=8))
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=8))
@@ -357,3 +361,16 @@ def test_messages_of_a_pipeline_travel_while_v5p_computes(schedule):
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.1)
     found = row["pipeline"]["messages"]
     assert (found["a tick"], found["asynchronous"], found["hidden"]) == (2, 2, 2)
+    step = Step(texts[0], schedule_of(config), leading=False)
+    for conditional in step.phases:
+        for branch in conditional.branches():
+            assert passed_on_as_copies(texts[0].bodies[branch]) == [], branch
+
+
+def passed_on_as_copies(body):
+    """Arrays of 64 KiB or more that a branch gives back as they came, in another place."""
+    told = {name for one in body.values() if one.line.lstrip().startswith("ROOT") for name in one.operands}
+    copies = [
+        one for name, one in body.items() if name in told and one.opcode == "copy" and arrays(one.shape)[0] >= 2**16
+    ]
+    return [one.shape for one in copies if body[one.operands[0]].opcode == "get-tuple-element"]

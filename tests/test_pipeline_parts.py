@@ -1,7 +1,8 @@
-"""The parts of a pipelined step: a backward pass cut in two, and boundary tensors as one array."""
+"""The parts of a pipelined step: a backward pass cut in two, weights cast once, boundary tensors as one array."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from mhc_jax.compiled import Program, flops
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
+from mhc_jax.paths import path_of
 from mhc_jax.pipeline import tables
 from mhc_jax.pipeline.boundary import Boundary
+from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.costs import from_compiled
 from mhc_jax.pipeline.split import split
 from mhc_jax.pipeline.stage import Stage
@@ -104,6 +107,42 @@ def test_unrolled_loops_are_opened_and_others_are_not():
         np.testing.assert_allclose(halves.later(W, x, kept), function(unroll, W, x)[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "connection"])
+def test_weights_that_are_cast_are_cast_before_the_first_tick(remat):
+    """Matrices of the branches are; norms, the router and the connections compute in float32."""
+    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 12}
+    types = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
+    model = model_of("mhc:t_max=2", remat=remat, num_dense_layers=1, **types, **experts)
+    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+    layers = jax.tree.map(lambda a: jnp.zeros((2, 2, *a.shape[1:]), a.dtype), params.pop("layers"))
+    stage = Stage(model, 2, params, TOKENS, layers)
+    for tree in (stage.layers, stage.outer):
+        for path, a in jax.tree_util.tree_leaves_with_path(tree):
+            name = path_of(path)
+            wide = re.search("norm|router|connection|ends|^embedding", name)
+            assert a.dtype == (jnp.float32 if wide else jnp.bfloat16), name
+
+
+def test_a_weight_that_has_another_use_is_not_cast():
+    def scanned(W, x):
+        return jax.lax.scan(lambda x, W: (x @ W.astype(jnp.bfloat16), None), x, W)[0]
+
+    def function(p, x):
+        y = jax.jit(jax.checkpoint(lambda W, x: x @ W[0].astype(jnp.bfloat16)))(p["called"], x)
+        y = scanned(p["scanned"], y) + p["wider"].astype(jnp.float32).sum().astype(y.dtype)
+        y = y @ p["twice"].astype(y.dtype) + p["twice"].mean().astype(y.dtype)
+        return y + p["given back"].astype(y.dtype)[None], p["given back"]
+
+    shapes = {"called": (1, 4, 4), "scanned": (3, 4, 4), "twice": (4, 4), "given back": (4,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()} | {"wider": jnp.ones(4, jnp.bfloat16)}
+    params["unused"] = jnp.ones(3, jnp.int32)
+    found = computed_in(function, params, jnp.ones((2, 4), jnp.bfloat16))
+    changed = {name for name, dtype in found.items() if dtype != params[name].dtype}
+    assert changed == {"called", "scanned"}
+    assert {a.dtype.name for a in cast(params, found).values()} == {"bfloat16", "float32", "int32"}
+
+
 @pytest.mark.parametrize("stream_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", connections.KINDS)
 def test_a_boundary_is_packed_bit_by_bit(kind, stream_dtype):
@@ -176,7 +215,7 @@ def test_costs_of_a_compiled_step(row):
         from_compiled({"connection": "mhc"}, 4, 4)
     with pytest.raises(InputError, match="2 stages, so none in the middle"):
         from_compiled({"pipeline": {**row["pipeline"], "stages": 2}}, 4, 4)
+    whole = {"pipeline": {**row["pipeline"], "schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}}
     with pytest.raises(InputError, match="'1f1b' has no W of its own; compile 'zb1p' or 'dualpipe'"):
-        whole = {**found, "W": [0.0] * 4}
-        from_compiled({"pipeline": {**row["pipeline"], "schedule": "1f1b", "seconds": whole}}, 4, 4)
+        from_compiled(whole, 4, 4)
     assert "| residual | zb1p | 4 |" in "\n".join(pipelines([row]))

@@ -13,6 +13,8 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import from_mapping
 from mhc_jax.pipeline import costs, tables
+from mhc_jax.pipeline.executor import SUMS, writes
+from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.pipeline.schedules import SCHEDULES, Op, Place, Schedule, make, stage_count
 from mhc_jax.pipeline.simulate import by_hand, published, simulate
 from mhc_jax.pipeline.validate import messages, operations, peak_activations, validate
@@ -305,3 +307,28 @@ def test_the_command(tmp_path):
     assert "even number" in refused.stderr + refused.stdout
     assert "Traceback" not in refused.stderr
     assert json.dumps(refused.stdout) == '""'
+
+
+@pytest.mark.parametrize("leading", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_phase_has_what_writes_an_array_behind_what_does_not(name, leading):
+    """Or XLA copies it."""
+    schedule = make(name, 4, 16)
+    program = compile_table(schedule, leading)
+    does = [op for each in program.phases for op in each]
+    assert all(each[0] == Operation() for each in program.phases)
+    assert len(set(does)) == len(does) - len(program.phases) + 1, "an operation is in one phase"
+    for each in program.phases:
+        for array in SUMS:
+            if array == "outer":  # its parts are written by the ends of the pipeline, in conditionals of their own
+                continue
+            writing = [array in writes(op) for op in each]
+            assert writing == sorted(writing), f"{array}: {each}"
+    done = sum(int((column > 0).sum()) for key, column in program.columns.items() if key.startswith("operation_"))
+    pairs = sum(
+        int((program.columns[f"operation_{k}"] == each.index(op)).sum())
+        for k, each in enumerate(program.phases)
+        for op in each
+        if op.forward and op.backward
+    )
+    assert done + pairs == len(list(operations(schedule)))

@@ -1,8 +1,8 @@
 """What the compiler says of a pipelined train step: the cost of each operation, and what its messages hide behind.
 
-The step holds every operation once, as a branch of one conditional in the loop over ticks (`executor`).  Each device runs what its
-column says, so that totals of the program are weighted by how often an average device takes a branch; what devices wait for each
-other is simulated with the costs of the branches.
+The step holds every operation once, as a branch of a conditional in the loop over ticks, one for each phase of a tick (`executor`).
+Each device runs what its columns say, so that totals of the program are weighted by how often an average device takes a branch;
+what devices wait for each other is simulated with the costs of the branches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhc_jax.compiled import Instruction, Program, arrays
+from mhc_jax.pipeline.executor import phase_scope
 from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.pipeline.schedules import Schedule
 from mhc_jax.pipeline.simulate import Costs, simulate
@@ -27,7 +28,7 @@ class Message:
     asynchronous: bool
     """Whether it has a start and an end."""
     hidden: bool
-    """Whether the tick's operation stands between the two, or other work that takes as long as the message."""
+    """Whether all phases of the tick stand between the two, or other work that takes as long as the message."""
 
 
 class Step:
@@ -41,27 +42,39 @@ class Step:
         """
         self.text, self.schedule = text, schedule
         self.table = compile_table(schedule, leading)
-        ticks, count = len(schedule.table), len(self.table.operations)
-        self.body, self.tick = next(
+        ticks = len(schedule.table)
+        self.body = next(
             (
-                (loop.called("body"), one)
+                loop.called("body")
                 for body in text.bodies.values()
                 for loop in body.values()
-                if loop.opcode == "while" and text.turns(loop) == ticks
-                for one in text.bodies[loop.called("body")].values()
-                if one.opcode == "conditional" and len(one.branches()) == count
+                if loop.opcode == "while" and text.turns(loop) == ticks and self._choices(loop.called("body"))
             ),
-            ("", None),
+            "",
         )
-        if self.tick is None:
-            raise ValueError(f"the compiled step has no loop of {ticks} ticks with a choice of {count} operations")
+        if not self.body:
+            raise ValueError(f"the compiled step has no loop of {ticks} ticks with a choice for each of their phases")
+        self.phases = self._choices(self.body)
+        """The conditional of each phase."""
+
+    def _choices(self, body: str) -> list[Instruction]:
+        """Conditionals of a computation, by phase; empty if they are not those of the schedule."""
+        found = {}
+        for one in self.text.bodies[body].values():
+            if one.opcode == "conditional":
+                found |= {name: one for name in _scopes(one) if name.startswith("phase_")}
+        own = [found.get(phase_scope(k)) for k in range(len(self.table.phases))]
+        fits = all(a and len(a.branches()) == len(b) for a, b in zip(own, self.table.phases, strict=True))
+        return [one for one in own if one] if fits else []
 
     def weighted(self) -> Program:
         """The program, its branches as often as an average device runs them."""
-        column = self.table.columns["operation"]
-        taken = [float((column == k).mean()) for k in range(len(self.table.operations))]
+        taken: dict[str, Sequence[float]] = {}
+        for k, (one, each) in enumerate(zip(self.phases, self.table.phases, strict=True)):
+            column = self.table.columns[f"operation_{k}"]
+            taken[one.name] = [float((column == position).mean()) for position in range(len(each))]
         S = self.schedule.stages
-        return self.text.part(shares={self._name(): taken, **self._ends(1 / S, 1 / S)})
+        return self.text.part(shares={**taken, **self._ends(1 / S, 1 / S)})
 
     def costs(self, cost: Callable[[Program], float], send: float) -> Costs:
         """Of every operation on every stage, in the unit of `cost`; a tick's own work counts with each.
@@ -71,17 +84,21 @@ class Step:
           send: of a message.
         """
         S, tick = self.schedule.stages, self.between(cost)
-        column = dict(zip(self.table.operations, self.tick.branches() if self.tick else (), strict=True))
+        branch = {
+            op: name
+            for one, each in zip(self.phases, self.table.phases, strict=True)
+            for op, name in zip(each, one.branches(), strict=True)
+        }
 
         def of(stage: int, operation: Operation) -> float:
             """0 where it does not occur."""
-            leads = any(op.forward_leads or op.backward_leads for op in column) and stage == 0
+            leads = any(op.forward_leads or op.backward_leads for op in branch) and stage == 0
             operation = operation._replace(
                 forward_leads=leads and bool(operation.forward), backward_leads=leads and bool(operation.backward)
             )
-            if operation not in column:
+            if operation not in branch:
                 return 0.0
-            return tick + cost(self.text.part(column[operation], self._ends(float(stage == 0), float(stage == S - 1))))
+            return tick + cost(self.text.part(branch[operation], self._ends(float(stage == 0), float(stage == S - 1))))
 
         F, B, I, W = ([of(s, op) for s in range(S)] for op in (Operation("F"), *(Operation("", k) for k in "BIW")))
         B = [b or i + w for b, i, w in zip(B, I, W, strict=True)]
@@ -92,7 +109,7 @@ class Step:
 
     def between(self, cost: Callable[[Program], float]) -> float:
         """Of a tick without its operation: messages put into buffers."""
-        return cost(self.text.part(self.body, {self._name(): [0.0] * len(self.table.operations)}))
+        return cost(self.text.part(self.body, {one.name: [0.0] * len(one.branches()) for one in self.phases}))
 
     def messages(self, cost: Callable[[Program], float], link: float) -> list[Message]:
         """Of one tick.
@@ -110,7 +127,7 @@ class Step:
             if one.opcode == "collective-permute-done":
                 (start,) = one.operands
                 size, between = max(arrays(order[at[start]].shape)), order[at[start] + 1 : at[one.name]]
-                hidden = self.tick in between or cost(self._only(between)) >= size / link
+                hidden = all(one in between for one in self.phases) or cost(self._only(between)) >= size / link
                 found.append(Message(size, True, hidden))
         return found
 
@@ -119,22 +136,22 @@ class Step:
         part.bodies = {**self.text.bodies, "between": {one.name: one for one in instructions}}
         return part
 
-    def _name(self) -> str:
-        assert self.tick is not None
-        return self.tick.name
-
     def _ends(self, first: float, last: float) -> dict[str, tuple[float, float]]:
         """Shares of the branches, no and yes, of what the first and the last stage do alone; of yes as given."""
         shares: dict[str, tuple[float, float]] = {}
         for body in self.text.bodies.values():
             for one in body.values():
-                name = re.search(r'op_name="([^"]*)"', one.line)
-                if one.opcode == "conditional" and name:
-                    scopes = name[1].split("/")
-                    if FIRST in scopes or LAST in scopes:
-                        yes = first if FIRST in scopes else last
-                        shares[one.name] = (1.0 - yes, yes)
+                scopes = _scopes(one) if one.opcode == "conditional" else []
+                if FIRST in scopes or LAST in scopes:
+                    yes = first if FIRST in scopes else last
+                    shares[one.name] = (1.0 - yes, yes)
         return shares
+
+
+def _scopes(one: Instruction) -> list[str]:
+    """Those an operation was made in."""
+    name = re.search(r'op_name="([^"]*)"', one.line)
+    return name[1].split("/") if name else []
 
 
 def described(step: Step, seconds: Callable[[Program], float], link: float, blocks: int) -> dict[str, Any]:

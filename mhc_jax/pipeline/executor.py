@@ -20,7 +20,7 @@ step, for DualPipe in two copies, which are equal because both are made of the o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -147,8 +147,9 @@ def _ticks(
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
         state = {
-            "inputs": buffer(program.inputs, boundary),
-            "gradients": buffer(program.gradients, boundary),
+            # One slot more, for what is nowhere wanted.
+            "inputs": buffer(program.inputs + 1, boundary),
+            "gradients": buffer(program.gradients + 1, boundary),
             "activations": buffer(program.activations, stage.pool),
             "deferrals": buffer(program.deferrals, stage.deferred),
             "outer": zeros(outer),
@@ -159,75 +160,104 @@ def _ticks(
         late = schedule.latency == 2
         if late:
             state["outbox"] = {"F": zeros(boundary), "B": zeros(boundary)}
+        fresh = {"F": lambda: zeros(boundary), "B": lambda: zeros(boundary), "aux": lambda: zeros(aux)}
+        fresh["loss"] = lambda: jnp.zeros(())
 
-        def arrived(outbox: Tree) -> list[dict[str, Tree]]:
-            """By channel and kind."""
+        def arrived(outbox: Tree) -> list[Tree]:
+            """By channel; [kinds of the channel, ...]."""
             out = []
             for channel in program.channels:
                 together = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
-                got = jax.lax.ppermute(together, AXIS, channel.pairs)
-                out.append({kind: jax.tree.map(lambda a, i=i: a[i], got) for i, kind in enumerate(channel.kinds)})
+                out.append(jax.lax.ppermute(together, AXIS, channel.pairs))
             return out
 
-        def operate(op: Operation, state: Tree, now: Tree) -> Tree:
-            """What a device makes in a tick; zeros are nowhere written."""
-            made = {"F": zeros(boundary), "B": zeros(boundary), "aux": zeros(aux), "loss": jnp.zeros(())}
-            made |= {"activations": state["activations"], "deferrals": state["deferrals"]}
-            sums = state["outer"], state["layers"]
+        def operate(op: Operation, names: Sequence[str], state: Tree, now: Tree) -> Tree:
+            """`names` after an operation; of what it does not make, what there was."""
+            made = {name: state[name] if name in state else fresh[name]() for name in names}
 
             def pick(half: str) -> tuple[Tree, Tree, Array]:
-                own = _read(layers, now[f"{half}_chunk"])
+                own = _read(stage.layers, now[f"{half}_chunk"])
                 return own, _read(slices, now[f"{half}_microbatch"]), now[f"{half}_stage"]
 
             kept = _read(state["activations"], now["kept"]) if op.backward else []
+            put_off = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
             if op.forward and op.backward:
                 # Read before the forward writes; without an order XLA copies the whole buffer.
                 kept, made["activations"] = jax.lax.optimization_barrier((kept, made["activations"]))
             if op.forward:
                 x = _read(state["inputs"], now["forward_read"])
-                told, outer_sums = stage.forward(op.forward_leads, *pick("forward"), x, sums[0])
+                told, made["outer"] = stage.forward(op.forward_leads, *pick("forward"), x, made["outer"])
                 told["activations"] = _put(made["activations"], now["keep"], told.pop("held"))
-                made, sums = made | told, (outer_sums, sums[1])
+                made |= told
             if op.backward:
                 g = _read(state["gradients"], now["backward_read"])
-                put_off = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
                 own, tokens, at = pick("backward")
-                told, sums = stage.backward(
+                sums = made["outer"], made.get("layers")
+                told, (made["outer"], inner) = stage.backward(
                     op.backward_leads, op.backward, own, tokens, at, now["backward_chunk"], kept, g, put_off, sums
                 )
                 if op.backward == "I":
                     told["deferrals"] = _put(made["deferrals"], now["defer"], told.pop("put_off"))
+                else:
+                    told["layers"] = inner
                 made |= told
-            return made | {"outer": sums[0], "layers": sums[1]}
+            return made
 
-        branches = [functools.partial(operate, op) for op in program.operations]
+        def phase(k: int, state: Tree, now: Tree) -> Tree:
+            """`state`, and what was made in this tick, after a phase."""
+            names = list(dict.fromkeys(name for op in program.phases[k] for name in writes(op)))
+            branches = [functools.partial(operate, op, names) for op in program.phases[k]]
+            with jax.named_scope(phase_scope(k)):
+                return state | jax.lax.switch(now[f"operation_{k}"], branches, state, now)
 
         def tick(state: Tree, now: Tree) -> tuple[Tree, None]:
             arrivals = arrived(state["outbox"]) if late else None
-            made = jax.lax.switch(now["operation"], branches, state, now)
+            totals = {name: state[name] for name in ("loss", "aux")}
+            made = {name: state[name] for name in ("inputs", "gradients", *SUMS)}
+            for k in range(len(program.phases)):
+                made = phase(k, made, now)
+            made = {name: make() for name, make in fresh.items()} | made
             if late:
                 # What comes next must not hide them, or XLA lets them begin behind the operation.
                 made, arrivals = jax.lax.optimization_barrier((made, arrivals))
             outbox = {kind: made[kind] for kind in "FB"}
             arrivals = arrived(outbox) if arrivals is None else arrivals
-            inputs = _write(state["inputs"], now["to_self"], made["F"])
-            gradients = _write(state["gradients"], now["from_loss"], made["F"])
-            gradients = _write(gradients, now["to_own_gradients"], made["B"])
-            for k, messages in enumerate(arrivals):
-                if "F" in messages:
-                    inputs = _write(inputs, now[f"arrives_{k}_F"], messages["F"])
-                if "B" in messages:
-                    gradients = _write(gradients, now[f"arrives_{k}_B"], messages["B"])
-            total = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
-            new = {"inputs": inputs, "gradients": gradients, "aux": total}
-            new |= {name: made[name] for name in ("activations", "deferrals")}
-            new |= {"outer": made["outer"], "layers": made["layers"], "loss": state["loss"] + made["loss"]}
-            return {**new, "outbox": outbox} if late else new, None
+            new = {name: made[name] for name in ("inputs", "gradients", *SUMS)}
+
+            def deliver(name: str, column: str, value: Tree, k: int | None = None) -> None:
+                if (program.columns[column] >= 0).any():
+                    new[name] = _deliver(new[name], now[column], value, k)
+
+            deliver("inputs", "to_self", made["F"])
+            deliver("gradients", "from_loss", made["F"])
+            deliver("gradients", "to_own_gradients", made["B"])
+            for channel, got in enumerate(arrivals):
+                for k, kind in enumerate(program.channels[channel].kinds):
+                    deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", got, k)
+            new["aux"] = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), totals["aux"], made["aux"])
+            new["loss"] = totals["loss"] + made["loss"]
+            return new | ({"outbox": outbox} if late else {}), None
 
         state, _ = jax.lax.scan(tick, state, columns)
     loss, outer_grads = jax.lax.psum((state["loss"], state["outer"]), AXIS)
     aux, grads = jax.tree.map(lambda a: a[None], (state["aux"], state["layers"]))
     return loss, aux, outer_grads, grads
+
+
+SUMS = ("activations", "deferrals", "outer", "layers")
+"""Of the state, what operations change in place; what else they make is of one tick."""
+
+
+def writes(op: Operation) -> list[str]:
+    """What an operation makes, or changes."""
+    forward = ["F", "aux", "loss", "activations", "outer"] if op.forward else []
+    backward = {"": [], "I": ["B", "outer", "deferrals"], "W": ["outer", "layers"], "B": ["B", "outer", "layers"]}
+    return forward + backward[op.backward]
+
+
+def phase_scope(k: int) -> str:
+    """Of the names of compiled operations."""
+    return f"phase_{k}"
 
 
 def _read(buffer: Tree, slot: Array) -> Tree:
@@ -239,12 +269,11 @@ def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
     return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
-def _write(buffer: Tree, slot: Array, value: Tree) -> Tree:
-    """`value` in a slot, or nothing where the slot is -1."""
-    at = jnp.maximum(slot, 0)
+def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
+    """`value`, or what lies at its k, in a slot; in the last one where the slot is -1."""
 
     def one(a: Array, new: Array) -> Array:
-        new = jnp.where(slot >= 0, new, jax.lax.dynamic_index_in_dim(a, at, keepdims=False))
-        return jax.lax.dynamic_update_index_in_dim(a, new, at, 0)
+        new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)
+        return jax.lax.dynamic_update_slice_in_dim(a, new, jnp.where(slot >= 0, slot, a.shape[0] - 1), 0)
 
     return jax.tree.map(one, buffer, value)

@@ -2,6 +2,10 @@
 
 In a tick a device does a forward, a backward, or a pair F&B.  Buffers are read when it begins and written when it ends.  A device
 gives slots to what lives at the same time; a buffer is as long as the longest.
+
+A tick has three phases, and a device does something in one of them: F; I; W, B and F&B.  XLA copies a large array in a branch
+that passes it on unless all branches that write it come behind: activations (F, F&B write), what W waits for (I) and sums of
+gradients (W, B, F&B) each find such an order in these phases, and none where one switch has all operations.
 """
 
 from __future__ import annotations
@@ -40,16 +44,15 @@ class Channel:
 class Program:
     """Columns are int32 [devices, ticks]; a slot of -1 is nowhere.
 
-    operation: position in `operations`; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read: slot of
-    what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self, to_own_gradients:
-    slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with;
-    arrives_<k>_<kind>:
-    slot for what comes on channel k.
+    operation_<k>: position in `phases[k]`; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read:
+    slot of what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self,
+    to_own_gradients: slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with;
+    arrives_<k>_<kind>: slot for what comes on channel k.
     """
 
     columns: Mapping[str, np.ndarray]
-    operations: tuple[Operation, ...]
-    """Those that occur."""
+    phases: tuple[tuple[Operation, ...], ...]
+    """The operations that occur, by the phase of a tick; the first of each is nothing."""
     channels: tuple[Channel, ...]
     inputs: int
     """Slots for boundary tensors that wait for their forward."""
@@ -147,12 +150,33 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
             slots = inputs if one.kind == "F" else gradients
             tick = one.sent + schedule.latency - 1
             columns[f"arrives_{k}_{one.kind}"][one.target, tick] = slots[one.microbatch, one.stage]
-    each = tuple(sorted({Operation(), *does.values()}))
-    columns["operation"] = np.array(
-        [[each.index(does.get((d, tick), Operation())) for tick in range(ticks)] for d in range(P)], np.int32
-    )
+    cells = {where: _in_phases(op) for where, op in does.items()}
+    phases = tuple(_ordered({cell[k] for cell in cells.values()}) for k in range(3))
+    phases = tuple((k, each) for k, each in enumerate(phases) if len(each) > 1)
+    for position, (k, each) in enumerate(phases):
+        own = np.zeros((P, ticks), np.int32)
+        for where, cell in cells.items():
+            own[where] = each.index(cell[k])
+        columns[f"operation_{position}"] = own
     sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations, deferrals))
-    return Program(columns, each, channels, *sizes)
+    return Program(columns, tuple(each for _, each in phases), channels, *sizes)
+
+
+def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
+    """What a device does, as F; I; W, B or F&B.  F beside I or W are two."""
+    nothing = Operation()
+    together = op.forward and op.backward == "B"
+    forward = op._replace(backward="", backward_leads=False) if not together else nothing
+    backward = op if together else op._replace(forward="", forward_leads=False)
+    return forward, *((backward, nothing) if op.backward == "I" else (nothing, backward))
+
+
+def _ordered(operations: set[Operation]) -> tuple[Operation, ...]:
+    """Nothing, then those that write little first."""
+    kinds = ("", "W", "I", "B")
+    return tuple(
+        sorted({Operation(), *operations}, key=lambda op: (op.forward, op.backward_leads, kinds.index(op.backward), op))
+    )
 
 
 def _way(source: int, target: int, devices: int) -> int:

@@ -19,6 +19,7 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.boundary import Boundary
+from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import split
 from mhc_jax.remat import reached, recomputed
 from mhc_jax.traffic import best_recompute
@@ -33,11 +34,13 @@ class Stage:
     """What a device does in one tick, as branches for `jax.lax.switch`, and the shapes of its buffers."""
 
     def __init__(self, model: ModelConfig, stages: int, outer: Tree, tokens: Array, layers: Tree, halves: bool = False):
+        """Args: parameters outside the blocks; tokens of a microbatch; own blocks, [chunks, blocks of a stage, ...]."""
         self.model, self.outer, self.stages = model, outer, stages
         self.per = model.num_layers // stages
-        own = jax.tree.map(lambda a: a[0], layers)
         at = jnp.zeros((), jnp.int32)
         self.boundary = Boundary(lambda tokens: self.enter(self.head(), tokens), tokens)
+        self.outer, self.layers = self._cast(layers, tokens, at)
+        own = jax.tree.map(lambda a: a[0], self.layers)
         self.aux = jax.eval_shape(lambda: self.blocks(False, own, {}, self.boundary.zeros(), at)[1])
         """Of a stage's blocks, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
@@ -48,6 +51,21 @@ class Stage:
             given = [self.pool[k] for k in self.lies[leads]], self.boundary.tree
             self.halves[leads] = split(functools.partial(self.pulled, leads), (own, at), given)
         self.deferred, self.puts = pooled({leads: one.between for leads, one in self.halves.items()})
+
+    def _cast(self, layers: Tree, tokens: Array, at: Array) -> tuple[Tree, Tree]:
+        """(`outer`, `layers`) in the types that the model computes with."""
+        carry, lead = self.boundary.zeros(), self.model.num_leading
+        own = jax.tree.map(lambda a: a[0], layers)
+
+        def whole(params: tuple[Tree, Tree]) -> Any:
+            self.outer, own = params
+            told = [self.blocks(leads, own, self.dense(leads), carry, at) for leads in {False, lead > 0}]
+            return told, self.enter(self.head(), tokens), self.loss(self.tail(), carry, tokens)
+
+        outer = self.outer
+        dtypes = computed_in(whole, (outer, own))
+        self.outer = outer
+        return cast(outer, dtypes[0]), cast(layers, dtypes[1])
 
     # -- the model
 
