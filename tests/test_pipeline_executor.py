@@ -139,6 +139,21 @@ def test_no_pipeline_changes_anything(schedule, kind, stages, microbatches):
     assert_same_step(tiny(kind, schedule, stages, microbatches))
 
 
+def test_in_bfloat16_it_rounds_as_without():
+    """Sums of gradients are float32: together the gradients are no further from those of float32 than without a pipeline."""
+    config = tiny(MHC, "zb1p", 2, 2, compute_dtype="bfloat16", stream_dtype="bfloat16")
+    wide = tiny(MHC, "zb1p", 2, 2)
+    (_, _, grads), (_, _, without), (_, _, exactly) = results(config), results(unpipelined(config)), expected(unpipelined(wide))
+
+    def errors(found):
+        return np.array([np.linalg.norm(found[path] - g) / np.linalg.norm(g) for path, g in exactly.items()])
+
+    assert all(g.dtype == np.float32 for g in grads.values())
+    assert 1e-3 < np.median(errors(without)) < 3e-2
+    assert (errors(grads) < 1.5 * errors(without) + 1e-3).all()
+    assert np.median(errors(grads)) < 1.1 * np.median(errors(without))
+
+
 @pytest.mark.slow
 def test_messages_may_travel_while_the_next_tick_computes():
     assert_same_step(tiny("residual", "dualpipe", 2, 4, overlap=True))

@@ -21,8 +21,15 @@ Tree = Any
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
 """Operations that are a call of others, and the parameter that holds those."""
-CHEAP = frozenset({"convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "neg"})
-"""Done again rather than kept in between, where that keeps less."""
+CHEAP = frozenset(
+    (
+        *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "name"),
+        *("stack", "concatenate"),
+        *("neg", "add", "add_any", "sub", "mul", "div", "max", "min", "integer_pow", "square", "rsqrt", "logistic", "exp"),
+        *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "select_n"),
+    )
+)
+"""Element by element: done again rather than kept in between, where that keeps less."""
 
 
 class Split(NamedTuple):
@@ -31,11 +38,11 @@ class Split(NamedTuple):
     now: Callable[[Tree, Tree], tuple[Tree, list[Array]]]
     """(free, given) -> (now, what is kept in between)."""
     later: Callable[[Tree, Tree, Sequence[Array]], Tree]
-    """(free, given, what was kept) -> later."""
+    """(free, given, what was kept) -> later; `given` is not used where all is done now."""
     between: list[jax.ShapeDtypeStruct]
 
 
-def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given: Tree) -> Split:
+def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given: Tree, at_once: bool = False) -> Split:
     """Halves of function(free, given) = (now, later).
 
     What depends on `free` alone (casts of weights, masks) is done by each half that needs it; calls and recomputation are opened,
@@ -45,6 +52,8 @@ def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given
       function: of arrays.
       free: arrays, or shapes, that either half has at no cost.
       given: likewise; either half has it, and it is what keeps operations from being done twice.
+      at_once: all of `later` that `given` has a part in is made now and kept, but for what is cheaper to make again from less (a
+        float32 copy of bfloat16 values); the second half does without `given`.
     """
     closed, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(free, given)
     flat = jax.make_jaxpr(lambda *a: _opened(closed.jaxpr, closed.consts, a))(*jax.tree.leaves((free, given)))
@@ -52,13 +61,19 @@ def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given
     count = len(jax.tree.leaves(shapes[0]))
     wanted, rest = jaxpr.outvars[:count], jaxpr.outvars[count:]
     inputs = set(jaxpr.invars) | set(jaxpr.constvars)
-    made = reached(jaxpr, jaxpr.invars[len(jax.tree.leaves(free)) :])
+    start = jaxpr.invars[len(jax.tree.leaves(free)) :]
+    made = reached(jaxpr, start)
 
-    first = _needed(jaxpr.eqns, wanted, inputs)
+    own = [v for v in rest if isinstance(v, core.Var) and v in made]
+    first = _needed(jaxpr.eqns, wanted + own if at_once else wanted, inputs)
     done = {v for eqn in first for v in eqn.outvars if v in made}
+    if at_once:
+        inputs, done = inputs - set(start), done | set(start)
     origin = {v: eqn for eqn in first for v in eqn.outvars}
     kept = _cheapest(_taken(_needed(jaxpr.eqns, rest, inputs | done), rest, done), origin, made, inputs)
     second = _needed(jaxpr.eqns, rest, inputs | set(kept))
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), given)
 
     def environment(free: Tree, given: Tree) -> dict[Any, Any]:
         leaves = jax.tree.leaves((free, given))
@@ -70,7 +85,7 @@ def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given
         return jax.tree.unflatten(jax.tree.structure(shapes[0]), found), [values[v] for v in kept]
 
     def later(free: Tree, given: Tree, between: Sequence[Array]) -> Tree:
-        values = environment(free, given) | dict(zip(kept, between, strict=True))
+        values = environment(free, zeros if at_once else given) | dict(zip(kept, between, strict=True))
         values = _run(jaxpr, second, values)
         return jax.tree.unflatten(jax.tree.structure(shapes[1]), [_value(values, v) for v in rest])
 
@@ -96,18 +111,33 @@ def _taken(eqns: Sequence[Any], wanted: Iterable[Any], done: set[Any]) -> list[A
 
 
 def _cheapest(kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any]) -> list[Any]:
-    """The same, with the source of a cast or of a broadcast for its result where that is smaller, or kept anyway."""
-    changed = True
-    while changed:
-        changed = False
-        for v in kept:
-            eqn = origin[v]
-            sources = [u for u in eqn.invars if isinstance(u, core.Var) and u in made and u not in inputs]
-            extra = [u for u in sources if u not in kept]
-            if eqn.primitive.name in CHEAP and (not extra or sum(map(_bytes, extra)) < _bytes(v)):
-                kept = [u for u in kept if u is not v] + extra
-                changed = True
-                break
+    """The same, without what cheap operations make of the rest, and with the source of a cast for its result where that is smaller."""
+
+    def at_hand(v: Any, others: set[Any]) -> bool:
+        return not isinstance(v, core.Var) or v in others or v in inputs or v not in made
+
+    def again(v: Any, others: set[Any]) -> bool:
+        """Whether cheap operations make v of `others`."""
+        pending = [v]
+        while pending:
+            eqn = origin.get(pending.pop())
+            if eqn is None or eqn.primitive.name not in CHEAP:
+                return False
+            pending += [u for u in eqn.invars if not at_hand(u, others)]
+        return True
+
+    before: list[Any] = []
+    while kept != before:
+        before = kept
+        for v in sorted(before, key=_bytes, reverse=True):
+            others = set(kept) - {v}
+            if again(v, others):
+                kept = [u for u in kept if u is not v]
+            elif v in origin and origin[v].primitive.name in CHEAP:
+                extra = [u for u in origin[v].invars if not at_hand(u, others)]
+                # What is only put together, or named, has the size of its parts, of which some may be cheap.
+                if sum(map(_bytes, extra)) < _bytes(v) + (origin[v].primitive.name in ("stack", "concatenate", "name")):
+                    kept = list(dict.fromkeys([u for u in kept if u is not v] + extra))
     return kept
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
@@ -21,7 +20,7 @@ from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import split
-from mhc_jax.remat import reached, recomputed
+from mhc_jax.remat import recomputed
 from mhc_jax.traffic import best_recompute
 
 Tree = Any
@@ -44,8 +43,12 @@ class Stage:
         self.aux = jax.eval_shape(lambda: self.blocks(False, own, {}, self.boundary.zeros(), at)[1])
         """Of a stage's blocks, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
-        self.kept = {leads: self._kept(leads, own, at) for leads in variants}
-        self.pool, self.lies = pooled({leads: shapes for leads, (shapes, _) in self.kept.items()})
+        self.cuts = {
+            leads: split(functools.partial(self._pushed, leads), (own, at), self.boundary.zeros(), at_once=True)
+            for leads in variants
+        }
+        """Forward passes, and what their pull-backs hold."""
+        self.pool, self.lies = pooled({leads: one.between for leads, one in self.cuts.items()})
         self.halves = {}
         for leads in variants if halves else ():
             given = [self.pool[k] for k in self.lies[leads]], self.boundary.tree
@@ -137,19 +140,10 @@ class Stage:
         function = functools.partial(self.blocks, leads)
         return jax.vjp(lambda l, d, c: function(l, d, c, stage), layers, self.dense(leads), carry, has_aux=True)
 
-    def _kept(self, leads: bool, layers: Tree, stage: Array) -> tuple[list[Any], list[int | None]]:
-        """(shapes of what the pull-back holds that comes from the carry, for each of its leaves which of them; None: none)."""
-
-        def leaves(carry: Tree) -> list[Array]:
-            return jax.tree.leaves(self.vjp(leads, layers, carry, stage)[1])
-
-        jaxpr = jax.make_jaxpr(leaves)(self.boundary.zeros()).jaxpr
-        made, index, which = reached(jaxpr, jaxpr.invars), {}, []
-        for v in jaxpr.outvars:
-            own = isinstance(v, core.Var) and v in made
-            which.append(index.setdefault(v, len(index)) if own else None)
-        avals: list[Any] = [v.aval for v in index]
-        return avals, which
+    def _pushed(self, leads: bool, free: tuple[Tree, Array], carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
+        """((carry, aux), leaves of the pull-back), of (weights, stage) and the carry."""
+        carry, pull, aux = self.vjp(leads, free[0], carry, free[1])
+        return (carry, aux), jax.tree.leaves(pull)
 
     def forward(
         self, leads: bool, layers: Tree, batch: Tree, stage: Array, x: Tree, sums: Tree
@@ -159,11 +153,10 @@ class Stage:
         head = self.head()
         with jax.named_scope(FIRST):
             x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.boundary.unpack(x))
-        x, pull, aux = self.vjp(leads, layers, x, stage)
+        (x, aux), kept = self.cuts[leads].now((layers, stage), x)
         held = [jnp.zeros(a.shape, a.dtype) for a in self.pool]
-        for leaf, k in zip(jax.tree.leaves(pull), self.kept[leads][1], strict=True):
-            if k is not None:
-                held[self.lies[leads][k]] = leaf
+        for leaf, k in zip(kept, self.lies[leads], strict=True):
+            held[k] = leaf
 
         def end() -> tuple[Array, Tree, Tree]:
             loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(), x)
@@ -218,11 +211,10 @@ class Stage:
     def pulled(self, leads: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
         """(gradient of the input, those of (own blocks, dense blocks)), of (weights, stage) and (what is kept, gradient)."""
         (layers, stage), (kept, g) = free, given
-        # Of this forward only what comes from the weights alone is used.
+        # Of this forward only the structure is used.
         _, pull, _ = self.vjp(leads, layers, self.boundary.zeros(), stage)
-        leaves, tree = jax.tree.flatten(pull)
-        own = [leaf if k is None else kept[k] for leaf, k in zip(leaves, self.kept[leads][1], strict=True)]
-        g_layers, g_dense, g_x = jax.tree.unflatten(tree, own)(g)
+        leaves = self.cuts[leads].later(free, None, kept)
+        g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
         return g_x, (g_layers, g_dense)
 
 
