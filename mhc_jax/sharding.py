@@ -87,6 +87,8 @@ class Rules:
     hidden: tuple[str, ...] = ("tensor",)
     """Hidden channels of the feed-forward."""
     vocabulary: tuple[str, ...] = ("tensor",)
+    rows: tuple[str, ...] = ("stage", "tensor")
+    """The vocabulary axis of the embeddings between two steps; a step gathers them over `stage`."""
     embed: tuple[str, ...] = ("fsdp",)
     """C of a weight; of an activation it is not split (None)."""
     expert: tuple[str, ...] = ("expert",)
@@ -112,8 +114,8 @@ class Rules:
 RULES = Rules()
 
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(^|/)embedding$", ("vocabulary", "embed")),
-    (r"(^|/)unembedding$", ("embed", "vocabulary")),
+    (r"(^|/)embedding$", ("rows", "embed")),
+    (r"(^|/)unembedding$", ("embed", "rows")),
     (r"norm/weight$", (None,)),
     (r"attention/W_[qkv]$", ("embed", "heads")),
     (r"attention/W_o$", ("heads", "embed")),
@@ -249,14 +251,16 @@ def current() -> AbstractMesh | None:
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
     """`spec` without mesh axes of one device, and without those that do not divide their axis of `shape`.
 
-    The latter are those of a vocabulary, and of the one sequence that diagnostics look at.
+    The latter are those of a vocabulary, `stage` before the others, and of the one sequence that diagnostics look at.
     """
     sizes = dict(mesh.shape)
     axes = []
     for entry, size in zip(spec, shape, strict=True):
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         names = tuple(name for name in names if sizes.get(name, 1) > 1)
-        axes.append(names if names and size % math.prod(sizes[name] for name in names) == 0 else None)
+        while size % math.prod(sizes[name] for name in names):
+            names = names[1:] if names[0] == "stage" else ()
+        axes.append(names or None)
     return PartitionSpec(*axes)
 
 

@@ -139,6 +139,15 @@ def test_no_pipeline_changes_anything(schedule, kind, stages, microbatches):
     assert_same_step(tiny(kind, schedule, stages, microbatches))
 
 
+def test_embeddings_lie_on_all_stages():
+    """Each a part; 40 rows on 4 stages, 41 on every one, 42 on the two of tensor alone."""
+    for rows, mesh, spec in ((40, {}, "stage"), (41, {}, None), (42, {"tensor": 2}, "tensor")):
+        config = tiny("residual", "1f1b", 4, 4, mesh, vocab_size=rows, num_kv_heads=2)
+        params = jax.eval_shape(lambda config=config: init_state(config).params)
+        own = state_shardings(make_mesh(config.mesh), params)
+        assert own["embedding"].spec[0] == own["unembedding"].spec[1] == spec, rows
+
+
 def test_in_bfloat16_it_rounds_as_without():
     """Sums of gradients are float32: together the gradients are no further from those of float32 than without a pipeline."""
     config = tiny(MHC, "zb1p", 2, 2, compute_dtype="bfloat16", stream_dtype="bfloat16")

@@ -356,7 +356,7 @@ def test_a_mesh_axis_is_used_once():
 def test_every_parameter_has_logical_axes_and_an_unknown_one_raises():
     assert logical_axes("layers/mlp/W_gate", 3) == ("layer", "embed", "hidden")
     assert logical_axes("layers/mlp/W_gate", 4) == ("layer", "expert", "embed", "hidden")
-    assert logical_axes("unembedding", 2) == ("embed", "vocabulary")
+    assert logical_axes("unembedding", 2) == ("embed", "rows")
     assert logical_axes("layers/mlp_connection/W_gate", 3) == ("connection",) * 3
     for path, ndim in (("layers/attention/W_new", 3), ("layers/mlp/W_gate", 2), ("embedding", 3), ("weight", 1)):
         with pytest.raises(ValueError, match=f"The parameter {path} with {ndim} axes has no logical axes"):
