@@ -51,8 +51,7 @@ def main() -> int:
         report = read_json(Path(REPORT.value))
         rows = tables.of_report(*where, report, WORKLOAD.value, CONNECTIONS.value, BLOCKS.value)
     elif COMPILED.value:
-        compiled = [row for path in COMPILED.value for row in read_json(Path(path))["rows"]]
-        rows = tables.of_compiled(*where, compiled, BLOCKS.value)
+        rows = tables.of_compiled(*where, [read_json(Path(path)) for path in COMPILED.value], BLOCKS.value)
     elif CHIP.value:
         rates = chip_rates(CHIP.value, *(flag.value for flag in SHARES))
         rows = tables.of_model(*where, CONFIG(), CONNECTIONS.value, rates, PAIR.value)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from mhc_jax import aot, connections
 from mhc_jax.compiled import Program, flops
@@ -105,6 +106,38 @@ def test_unrolled_loops_are_opened_and_others_are_not():
         assert sorted(a.shape for a in kept) == between
         np.testing.assert_allclose(now, function(unroll, W, x)[0], rtol=1e-6)
         np.testing.assert_allclose(halves.later(W, x, kept), function(unroll, W, x)[1], rtol=1e-6)
+
+
+def test_what_elementwise_operations_make_again_is_not_kept():
+    """Of a gated feed-forward behind a norm, in bfloat16: x, two numbers of its norm, and both halves of the hidden layer."""
+
+    def function(W, x):
+        scale = jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True))
+        h = (x * scale).astype(jnp.bfloat16) @ W[0]
+        h = checkpoint_name(jax.nn.silu(h[:, :8]) * h[:, 8:], "hidden")
+        return h @ W[1]
+
+    def whole(W, x):
+        y, pull = jax.vjp(function, W, x)
+        return y, jax.tree.leaves(pull)
+
+    def backward(W, x, leaves, g):
+        _, pull = jax.vjp(function, W, x)
+        return jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
+
+    r = np.random.default_rng(0)
+    W = [jnp.asarray(r.normal(size=shape), jnp.bfloat16) for shape in ((4, 16), (8, 4))]
+    x, g = (jnp.asarray(r.normal(size=(6, 4)), jnp.bfloat16) for _ in range(2))
+    cut = split(whole, W, x, at_once=True)
+    y, kept = cut.now(W, x)
+    assert sorted(a.shape for a in kept) == [(6, 1), (6, 1), (6, 4), (6, 8), (6, 8)]
+    assert all(a.dtype == jnp.bfloat16 for a in kept if a.shape != (6, 1)), "no float32 copies"
+    np.testing.assert_array_equal(y, function(W, x))
+    leaves, (_, own) = cut.later(W, None, kept), whole(W, x)
+    for a, b in zip(leaves, own, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(*(jax.tree.leaves(backward(W, 0 * x, each, g)) for each in (leaves, own)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "connection"])
@@ -209,8 +242,14 @@ def test_costs_of_a_compiled_step(row):
     assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"]), (
         "a loss as dear as 3 blocks"
     )
-    (run,) = tables.of_compiled(["zb1p"], 4, 8, [row], 4)
+    files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]
+    run, other = tables.of_compiled(["zb1p"], 4, 8, files, 4)
+    assert (run.label, other.label, other.over) == ("residual", "residual, remat connection", 0.0)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
+    with pytest.raises(InputError, match=r"not of experiments/compile\.py"):
+        tables.of_compiled(["zb1p"], 4, 8, [{"env": {}}], 4)
+    with pytest.raises(InputError, match="two rows 'residual'; leave one out"):
+        tables.of_compiled(["zb1p"], 4, 8, files[:1] * 2, 4)
     with pytest.raises(InputError, match="compile it with --mesh=stage=4"):
         from_compiled({"connection": "mhc"}, 4, 4)
     with pytest.raises(InputError, match="2 stages, so none in the middle"):

@@ -1,19 +1,20 @@
 """One SPMD program that runs any valid table: the loss and the gradients of the decoder, its blocks split over the `stage` axis.
 
 `jax.shard_map` over `stage` alone; the other axes of the mesh stay XLA's, and each stage's program is split over them as the
-decoder's is.  Each device scans over the ticks of its columns (`program.compile_table`): one operation, by `jax.lax.switch`, then
-boundary tensors up and down (`ppermute`).  With `pipeline.overlap` those of a tick travel while the next one computes.
+decoder's is.  Each device scans over the ticks of its columns (`program.compile_table`): one operation, by a `jax.lax.switch` for
+each phase of a tick, then boundary tensors up and down (`ppermute`).  With `pipeline.overlap` those of a tick travel while the next
+one computes.
 
     inputs       boundary tensors that wait for their forward
     gradients    gradients of boundary tensors, from arrival to the last use
-    activations  what the gradients of a stage need of a microbatch: residuals of its VJP, but for what weights alone make,
-                 which is made again where it is used
+    activations  what the gradients of a stage need of a microbatch: residuals of its VJP, but for what weights alone make, or
+                 elementwise operations of other residuals; that is made again where it is used
     deferrals    what I made and W needs
 
 A boundary tensor is the carry between two blocks, packed: streams, coefficients and the y still to be written, (n + 1)C and
 n^2 + 2n elements a token.
 
-Every device has a copy of what lies outside the stacked blocks.  Blocks are put where the schedule wants them at the start of a
+During a step every device has a copy of what lies outside the stacked blocks.  Blocks are put where the schedule wants them at the start of a
 step, for DualPipe in two copies, which are equal because both are made of the one state; gradients of copies are added up.
 """
 

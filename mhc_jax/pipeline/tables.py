@@ -64,9 +64,20 @@ def of_model(
     return _rows(names, P, M, each)
 
 
-def of_compiled(names: Sequence[str], P: int, M: int, rows: Sequence[Mapping[str, Any]], blocks: int) -> list[Row]:
-    """Steps that were compiled for a slice, the first of them the baseline."""
-    each = {row["connection"]: functools.partial(costs.from_compiled, row, blocks=blocks) for row in rows}
+def of_compiled(names: Sequence[str], P: int, M: int, files: Sequence[Mapping[str, Any]], blocks: int) -> list[Row]:
+    """Steps that were compiled for a slice (contents of files of `experiments/compile.py`), the first of them the baseline.
+
+    Raises:
+      InputError: a file is of something else, or two rows are of one connection and one model.remat.
+    """
+    each: dict[str, Callable[[int], Costs]] = {}
+    for found in files:
+        require("rows" in found and "config" in found, "A file is not of experiments/compile.py --json=FILE.")
+        remat = found["config"]["model"]["remat"]
+        for row in found["rows"]:
+            label = row["connection"] + (f", remat {remat}" if remat != "none" else "")
+            require(label not in each, f"The files have two rows {label!r}; leave one out.")
+            each[label] = functools.partial(costs.from_compiled, row, blocks=blocks)
     return _rows(names, P, M, each)
 
 
