@@ -25,7 +25,21 @@ CHEAP = frozenset(
     (
         *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "name"),
         *("stack", "concatenate"),
-        *("neg", "add", "add_any", "sub", "mul", "div", "max", "min", "integer_pow", "square", "rsqrt", "logistic", "exp"),
+        *(
+            "neg",
+            "add",
+            "add_any",
+            "sub",
+            "mul",
+            "div",
+            "max",
+            "min",
+            "integer_pow",
+            "square",
+            "rsqrt",
+            "logistic",
+            "exp",
+        ),
         *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "select_n"),
     )
 )
