@@ -14,8 +14,9 @@ one computes.
 A boundary tensor is the carry between two blocks, packed: streams, coefficients and the y still to be written, (n + 1)C and
 n^2 + 2n elements a token.
 
-During a step every device has a copy of what lies outside the stacked blocks.  Blocks are put where the schedule wants them at the start of a
-step, for DualPipe in two copies, which are equal because both are made of the one state; gradients of copies are added up.
+During a step every device has a copy of what lies outside the stacked blocks.  Blocks are put where the schedule wants them at the
+start of a step, for DualPipe in two copies, which are equal because both are made of the one state; gradients of copies are added
+up.
 """
 
 from __future__ import annotations

@@ -23,24 +23,10 @@ CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxp
 """Operations that are a call of others, and the parameter that holds those."""
 CHEAP = frozenset(
     (
-        *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "name"),
-        *("stack", "concatenate"),
-        *(
-            "neg",
-            "add",
-            "add_any",
-            "sub",
-            "mul",
-            "div",
-            "max",
-            "min",
-            "integer_pow",
-            "square",
-            "rsqrt",
-            "logistic",
-            "exp",
-        ),
-        *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "select_n"),
+        *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"),
+        *("copy", "name", "stack", "concatenate"),
+        *("neg", "add", "add_any", "sub", "mul", "div", "max", "min", "integer_pow", "square", "rsqrt"),
+        *("logistic", "exp", "eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "select_n"),
     )
 )
 """Element by element: done again rather than kept in between, where that keeps less."""
@@ -125,7 +111,7 @@ def _taken(eqns: Sequence[Any], wanted: Iterable[Any], done: set[Any]) -> list[A
 
 
 def _cheapest(kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any]) -> list[Any]:
-    """The same, without what cheap operations make of the rest, and with the source of a cast for its result where that is smaller."""
+    """The same, without what cheap operations make of the rest, and with the source of a cast for its result where it is smaller."""
 
     def at_hand(v: Any, others: set[Any]) -> bool:
         return not isinstance(v, core.Var) or v in others or v in inputs or v not in made
