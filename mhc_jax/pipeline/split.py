@@ -111,7 +111,7 @@ def _taken(eqns: Sequence[Any], wanted: Iterable[Any], done: set[Any]) -> list[A
 
 
 def _cheapest(kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any]) -> list[Any]:
-    """The same, without what cheap operations make of the rest, and with the source of a cast for its result where it is smaller."""
+    """The same, without what cheap operations make of the rest, and with the source of a cast for its result where smaller."""
 
     def at_hand(v: Any, others: set[Any]) -> bool:
         return not isinstance(v, core.Var) or v in others or v in inputs or v not in made
