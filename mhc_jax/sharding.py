@@ -258,9 +258,10 @@ def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) ->
     for entry, size in zip(spec, shape, strict=True):
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         names = tuple(name for name in names if sizes.get(name, 1) > 1)
-        while size % math.prod(sizes[name] for name in names):
-            names = names[1:] if names[0] == "stage" else ()
-        axes.append(names or None)
+        for rest in (names, tuple(name for name in names if name != "stage"), ()):
+            if size % math.prod(sizes[name] for name in rest) == 0:
+                axes.append(rest or None)
+                break
     return PartitionSpec(*axes)
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from mhc_jax.pipeline.split import loop_arguments
+
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
 CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
 
@@ -51,7 +53,7 @@ def _operation(eqn, own):
     if name in CALLS:
         return _evaluated(params[CALLS[name]], own)
     if name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
+        consts, carry = loop_arguments(params)
 
         def turn(state, now):
             out = _evaluated(params["jaxpr"], [*own[:consts], *state, *now])

@@ -180,9 +180,17 @@ def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) 
     return [_value(values, v) for v in jaxpr.outvars]
 
 
+def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
+    """Constants and carried values of a scan, by its parameters; what it scans over comes behind them."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(list(consts)), len(list(carry))
+
+
 def _unrolled(params: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
     """The results of a scan, turn by turn."""
-    consts, carry = params["num_consts"], params["num_carry"]
+    consts, carry = loop_arguments(params)
     fixed, state, each = arguments[:consts], list(arguments[consts:][:carry]), arguments[consts + carry :]
     told: list[list[Any]] = []
     for turn in range(params["length"])[:: -1 if params["reverse"] else 1]:
