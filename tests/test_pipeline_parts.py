@@ -157,6 +157,21 @@ def test_weights_that_are_cast_are_cast_before_the_first_tick(remat):
             assert a.dtype == (jnp.float32 if wide else jnp.bfloat16), name
 
 
+def test_dense_blocks_may_fill_the_first_stage():
+    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 12}
+    model = model_of("residual", num_dense_layers=2, **experts)
+    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), params)
+    layers = jax.tree.map(lambda a: a[None], params.pop("layers"))
+    stage = Stage(model, 2, params, TOKENS, layers)
+    carry = stage.enter(stage.head(), TOKENS)
+    own = jax.tree.map(lambda a: a[0], stage.layers)
+    _, aux = stage.blocks(True, own, stage.dense(True), carry, jnp.int32(0))
+    _, other = stage.blocks(False, own, {}, carry, jnp.int32(1))
+    assert all(a.shape == b.shape and not a.any() for a, b in zip(*map(jax.tree.leaves, (aux, other)), strict=True))
+    assert any(a.any() for a in jax.tree.leaves(other))
+
+
 def test_a_weight_that_has_another_use_is_not_cast():
     def scanned(W, x):
         return jax.lax.scan(lambda x, W: (x @ W.astype(jnp.bfloat16), None), x, W)[0]

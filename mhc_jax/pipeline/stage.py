@@ -38,10 +38,11 @@ class Stage:
         self.per = model.num_layers // stages
         at = jnp.zeros((), jnp.int32)
         self.boundary = Boundary(lambda tokens: self.enter(self.head(), tokens), tokens)
+        first = jax.tree.map(lambda a: a[0], layers)
+        self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.boundary.zeros(), at)[1])
+        """Of a stage's blocks, [blocks of a stage, ...]."""
         self.outer, self.layers = self._cast(layers, tokens, at)
         own = jax.tree.map(lambda a: a[0], self.layers)
-        self.aux = jax.eval_shape(lambda: self.blocks(False, own, {}, self.boundary.zeros(), at)[1])
-        """Of a stage's blocks, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
         self.cuts = {
             leads: split(functools.partial(self._pushed, leads), (own, at), self.boundary.zeros(), at_once=True)
