@@ -20,7 +20,7 @@ from mhc_jax.pipeline import tables
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.costs import from_compiled
-from mhc_jax.pipeline.split import split
+from mhc_jax.pipeline.split import EXACT, split
 from mhc_jax.pipeline.stage import Stage
 from mhc_jax.pod import pipelines
 from mhc_jax.topology import get_slice
@@ -128,6 +128,7 @@ def test_what_elementwise_operations_make_again_is_not_kept():
     r = np.random.default_rng(0)
     W = [jnp.asarray(r.normal(size=shape), jnp.bfloat16) for shape in ((4, 16), (8, 4))]
     x, g = (jnp.asarray(r.normal(size=(6, 4)), jnp.bfloat16) for _ in range(2))
+    assert len(split(whole, W, x, at_once=True, again=EXACT).between) == 11, "products are kept"
     cut = split(whole, W, x, at_once=True)
     y, kept = cut.now(W, x)
     assert sorted(a.shape for a in kept) == [(6, 1), (6, 1), (6, 4), (6, 8), (6, 8)]

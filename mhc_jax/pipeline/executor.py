@@ -8,7 +8,8 @@ one computes.
     inputs       boundary tensors that wait for their forward
     gradients    gradients of boundary tensors, from arrival to the last use
     activations  what the gradients of a stage need of a microbatch: residuals of its VJP, but for what weights alone make, or
-                 elementwise operations of other residuals; that is made again where it is used
+                 elementwise operations of other residuals (in float32 only those that round nothing); that is made again
+                 where it is used
     deferrals    what I made and W needs
 
 A boundary tensor is the carry between two blocks, packed: streams, coefficients and the y still to be written, (n + 1)C and

@@ -21,15 +21,16 @@ Tree = Any
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
 """Operations that are a call of others, and the parameter that holds those."""
-CHEAP = frozenset(
+EXACT = frozenset(
     (
         *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"),
-        *("copy", "name", "stack", "concatenate"),
-        *("neg", "add", "add_any", "sub", "mul", "div", "max", "min", "integer_pow", "square", "rsqrt"),
-        *("logistic", "exp", "eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "select_n"),
+        *("copy", "name", "stack", "concatenate", "neg", "max", "min", "select_n"),
+        *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not"),
     )
 )
-"""Element by element: done again rather than kept in between, where that keeps less."""
+"""Element by element, and the same bits wherever they are done again: rather that than kept in between, where it keeps less."""
+CHEAP = EXACT | {"add", "add_any", "sub", "mul", "div", "integer_pow", "square", "rsqrt", "logistic", "exp"}
+"""Likewise, but done again they may round otherwise, as their neighbours in a fusion decide."""
 
 
 class Split(NamedTuple):
@@ -42,7 +43,13 @@ class Split(NamedTuple):
     between: list[jax.ShapeDtypeStruct]
 
 
-def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given: Tree, at_once: bool = False) -> Split:
+def split(
+    function: Callable[[Tree, Tree], tuple[Tree, Tree]],
+    free: Tree,
+    given: Tree,
+    at_once: bool = False,
+    again: frozenset[str] = CHEAP,
+) -> Split:
     """Halves of function(free, given) = (now, later).
 
     What depends on `free` alone (casts of weights, masks) is done by each half that needs it; calls and recomputation are opened,
@@ -54,6 +61,7 @@ def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given
       given: likewise; either half has it, and it is what keeps operations from being done twice.
       at_once: all of `later` that `given` has a part in is made now and kept, but for what is cheaper to make again from less (a
         float32 copy of bfloat16 values); the second half does without `given`.
+      again: operations that may be done again to keep less, `EXACT` or `CHEAP`.
     """
     closed, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(free, given)
     flat = jax.make_jaxpr(lambda *a: _opened(closed.jaxpr, closed.consts, a))(*jax.tree.leaves((free, given)))
@@ -70,7 +78,7 @@ def split(function: Callable[[Tree, Tree], tuple[Tree, Tree]], free: Tree, given
     if at_once:
         inputs, done = inputs - set(start), done | set(start)
     origin = {v: eqn for eqn in first for v in eqn.outvars}
-    kept = _cheapest(_taken(_needed(jaxpr.eqns, rest, inputs | done), rest, done), origin, made, inputs)
+    kept = _cheapest(_taken(_needed(jaxpr.eqns, rest, inputs | done), rest, done), origin, made, inputs, again)
     second = _needed(jaxpr.eqns, rest, inputs | set(kept))
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), given)
@@ -110,18 +118,20 @@ def _taken(eqns: Sequence[Any], wanted: Iterable[Any], done: set[Any]) -> list[A
     return list(dict.fromkeys(v for v in used if isinstance(v, core.Var) and v in done))
 
 
-def _cheapest(kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any]) -> list[Any]:
+def _cheapest(
+    kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any], again: frozenset[str]
+) -> list[Any]:
     """The same, without what cheap operations make of the rest, and with the source of a cast for its result where smaller."""
 
     def at_hand(v: Any, others: set[Any]) -> bool:
         return not isinstance(v, core.Var) or v in others or v in inputs or v not in made
 
-    def again(v: Any, others: set[Any]) -> bool:
+    def makes(v: Any, others: set[Any]) -> bool:
         """Whether cheap operations make v of `others`."""
         pending = [v]
         while pending:
             eqn = origin.get(pending.pop())
-            if eqn is None or eqn.primitive.name not in CHEAP:
+            if eqn is None or eqn.primitive.name not in again:
                 return False
             pending += [u for u in eqn.invars if not at_hand(u, others)]
         return True
@@ -131,9 +141,9 @@ def _cheapest(kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: s
         before = kept
         for v in sorted(before, key=_bytes, reverse=True):
             others = set(kept) - {v}
-            if again(v, others):
+            if makes(v, others):
                 kept = [u for u in kept if u is not v]
-            elif v in origin and origin[v].primitive.name in CHEAP:
+            elif v in origin and origin[v].primitive.name in again:
                 extra = [u for u in origin[v].invars if not at_hand(u, others)]
                 # What is only put together, or named, has the size of its parts, of which some may be cheap.
                 if sum(map(_bytes, extra)) < _bytes(v) + (origin[v].primitive.name in ("stack", "concatenate", "name")):

@@ -19,7 +19,7 @@ from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
-from mhc_jax.pipeline.split import split
+from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import recomputed
 from mhc_jax.traffic import best_recompute
 
@@ -44,8 +44,10 @@ class Stage:
         self.outer, self.layers = self._cast(layers, tokens, at)
         own = jax.tree.map(lambda a: a[0], self.layers)
         variants = (False, True) if model.num_leading else (False,)
+        # In float32 it rounds as the decoder without stages.
+        again = EXACT if model.compute_dtype == "float32" else CHEAP
         self.cuts = {
-            leads: split(functools.partial(self._pushed, leads), (own, at), self.boundary.zeros(), at_once=True)
+            leads: split(functools.partial(self._pushed, leads), (own, at), self.boundary.zeros(), True, again)
             for leads in variants
         }
         """Forward passes, and what their pull-backs hold."""
@@ -53,7 +55,7 @@ class Stage:
         self.halves = {}
         for leads in variants if halves else ():
             given = [self.pool[k] for k in self.lies[leads]], self.boundary.tree
-            self.halves[leads] = split(functools.partial(self.pulled, leads), (own, at), given)
+            self.halves[leads] = split(functools.partial(self.pulled, leads), (own, at), given, again=again)
         self.deferred, self.puts = pooled({leads: one.between for leads, one in self.halves.items()})
 
     def _cast(self, layers: Tree, tokens: Array, at: Array) -> tuple[Tree, Tree]:
