@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from mhc_jax.pipeline.split import loop_arguments
+from mhc_jax.pipeline import split
 
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
-CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+CALLS = split.CALLS | {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 def in_float64(function):
@@ -53,7 +52,7 @@ def _operation(eqn, own):
     if name in CALLS:
         return _evaluated(params[CALLS[name]], own)
     if name == "scan":
-        consts, carry = loop_arguments(params)
+        consts, carry = split.loop_arguments(params)
 
         def turn(state, now):
             out = _evaluated(params["jaxpr"], [*own[:consts], *state, *now])

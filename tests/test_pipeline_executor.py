@@ -104,9 +104,9 @@ def exact(config):
 
 
 def assert_same_step(config):
-    """Within 1e-6 of the step without pipeline, or of that in float64, or at most three times as far from the latter as the former.
+    """Within 1e-6 of the step without pipeline, or of that in float64, or no further from the latter than the former.
 
-    Two float32 programs of one function round otherwise: elementwise operations done again stand in other fusions.
+    Two float32 programs of one function may round otherwise.
     """
     loss, router, grads = results(config)
     expected_loss, expected_router, expected_grads = expected(unpipelined(config))
@@ -118,7 +118,7 @@ def assert_same_step(config):
             scale = np.abs(g).max()
             errors = [np.abs(a - g).max() / scale for a in (grads[path], rounded)]
             print(f"gradient of {path}: {errors[0]:.2e} from float64; without a pipeline {errors[1]:.2e}")
-            tolerance = max(tolerance, 3 * errors[1])
+            tolerance = max(tolerance, errors[1])
         assert_close(grads[path], g, tolerance, f"gradient of {path}")
     assert router.keys() == expected_router.keys()
     for name, value in expected_router.items():

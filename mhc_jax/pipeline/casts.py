@@ -14,11 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from mhc_jax.pipeline.split import CALLS
+
 Tree = Any
 
-_INNER = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2", "scan", "shard_map"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+_INNER = CALLS | {
+    "scan": "jaxpr",
+    "shard_map": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
 }
 """Operations that run a program on what they get, in order, and the parameter that holds it."""
 _MOVES = frozenset({"slice", "dynamic_slice", "squeeze", "reshape", "expand_dims", "transpose", "split", "copy"})
