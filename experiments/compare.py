@@ -21,14 +21,15 @@ SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each connection: train.seed and data.seed count up from the config's."
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run folders and of report.html.")
-TITLE = flags.DEFINE_string("title", "Residual, HC and mHC side by side", "Title of the report.")
+TITLE = flags.DEFINE_string("title", "", "Title of the report (default: the connections).")
 
 
 def main() -> int:
     """Run what is missing, then report."""
     require(SEEDS.value >= 1, f"--seeds is {SEEDS.value}; it must be at least 1.")
     runs = plan(CONFIG(), CONNECTIONS.value, SEEDS.value)
-    return run_all(runs, Path(WORKDIR.value), TITLE.value)
+    title = TITLE.value or f"{', '.join(CONNECTIONS.value)} side by side"
+    return run_all(runs, Path(WORKDIR.value), title)
 
 
 if __name__ == "__main__":

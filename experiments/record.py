@@ -27,8 +27,7 @@ def main(folder: str, name: str) -> int:
     dates = [row["date"] for row in result_rows(Path(folder)) if row["date"]]
     require(bool(dates), f"No run of {folder} has begun; there is nothing to record.")
     place = Path(RECORDS.value or HERE / "records") / f"{max(dates)[:10]}-sweep-{name}"
-    sweep_file = HERE / "sweeps" / f"{name}.py"
-    print(f"Record: {write_record(Path(folder), sweep_file, place, METRICS.value, UNFINISHED.value, NOTE.value)}")
+    print(f"Record: {write_record(Path(folder), place, METRICS.value, UNFINISHED.value, NOTE.value)}")
     return 0
 
 

@@ -3,7 +3,8 @@
     python experiments/report.py runs/connections
     python experiments/report.py runs/connections --title='Connections at 1M parameters' --output=pages/connections
 
-Runs that differ in seeds alone are one setting; it is compared, seed by seed, with the residual setting that shares most with it.
+Runs that differ in seeds alone are one setting.  It is compared, seed by seed, with the setting of the baseline's connection that
+agrees with it in everything else: residual, unless the sweep names another.
 """
 
 from pathlib import Path
@@ -11,8 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.run_folder import read_json
-from mhc_jax.sweep_report import find_runs, write_sweep_report
+from mhc_jax.report import write_folder_report
 
 TITLE = flags.DEFINE_string("title", "", "Title of the page (default: the sweep's, else the folder's name).")
 OUTPUT = flags.DEFINE_string("output", "", "Folder to write to (default: FOLDER).")
@@ -20,10 +20,7 @@ OUTPUT = flags.DEFINE_string("output", "", "Folder to write to (default: FOLDER)
 
 def main(folder: str) -> int:
     """Read what is there, and report."""
-    records = find_runs(Path(folder))
-    sweep = Path(folder) / "sweep.json"
-    title = TITLE.value or (read_json(sweep)["title"] if sweep.is_file() else Path(folder).resolve().name)
-    print(f"Report: {write_sweep_report(records, OUTPUT.value or folder, title)}")
+    print(f"Report: {write_folder_report(Path(folder), Path(OUTPUT.value) if OUTPUT.value else None, TITLE.value)}")
     return 0
 
 

@@ -5,8 +5,8 @@
     python experiments/sweep.py experiments/sweeps/width.py --set=data.source='texts/*.jsonl.zst' --set=train.steps=400
     python experiments/sweep.py experiments/sweeps/width.py --workdir=/shared/width --slurm_partition=gpu --slurm_gpus=1
 
-The table is WORKDIR/results.csv and results.parquet; `experiments/report.py WORKDIR` writes the page.  Exit status: 0 done, 1 a run
-failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM (saved; the same command goes on).
+The table is WORKDIR/results.csv and results.parquet, the page of a finished sweep WORKDIR/report.html.  Exit status: 0 done, 1 a
+run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM (saved; the same command goes on).
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.report import write_folder_report
 from mhc_jax.results import run_status
 from mhc_jax.sweep import load_sweep, select
 from mhc_jax.sweep_runner import default_workers, run_local, submit
@@ -36,8 +37,8 @@ PARALLEL = flags.DEFINE_integer("slurm_parallel", 64, "Tasks at once.")
 def main(file: str) -> int:
     """List, submit or run."""
     workdir = Path(WORKDIR.value or f"runs/{Path(file).stem}")
-    title, runs = load_sweep(file, SET.value)
-    selected = select(runs, SELECT.value)
+    grid = load_sweep(file, SET.value)
+    selected = select(grid.runs, SELECT.value)
     if LIST.value:
         for run in selected:
             print(f"{run.name}  {run_status(workdir, run.name)}")
@@ -51,11 +52,15 @@ def main(file: str) -> int:
             "mem_gb": MEMORY.value,
             "slurm_array_parallelism": PARALLEL.value,
         }
-        jobs = submit(workdir, title, runs, selected, "slurm", parameters)
+        jobs = submit(workdir, grid, selected, "slurm", parameters)
         print(f"Submitted {len(jobs)} tasks ({', '.join(job.job_id for job in jobs)}); results come to {workdir}.")
         return 0
-    status = run_local(workdir, title, runs, selected, WORKERS.value or default_workers())
+    status = run_local(workdir, grid, selected, WORKERS.value or default_workers())
     print(f"Results: {workdir / 'results.csv'}")
+    if status == 0:
+        print(f"Report: {write_folder_report(workdir)}")
+    else:
+        print(f"`python experiments/report.py {workdir}` writes the page of the runs that there are.")
     return status
 
 

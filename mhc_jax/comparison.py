@@ -1,31 +1,40 @@
-"""What a comparison says in numbers and words: the table's rows and the findings."""
+"""What runs say in numbers and words: a row a run, a row a setting, and the findings.
+
+Every page, record, notebook and terminal table takes its numbers and sentences from here, so that they follow one rule
+(`statistics.MIN_SEEDS`).
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhc_jax.records import (
-    SEED_KEYS,
-    RunRecord,
-    baseline_of,
-    flatten,
-    labels,
-    last_diagnostics,
-    paired_gap,
-    unpaired_settings,
-)
-from mhc_jax.statistics import t_interval
+from mhc_jax.records import RunRecord, labels, last_diagnostics, paired_gap
+from mhc_jax.settings import Setting, frontier_lines, group, loss_threshold
+from mhc_jax.statistics import MIN_SEEDS, Paired, paired, stability_frontier, verdict
 
-EQUAL_STREAMS_COSINE = 0.99
-"""Pairwise cosine above which, at every depth, streams count as equal."""
+ONE_STREAM_COSINE = 0.99
+"""Mean cosine above which streams count as equal, and mean |cosine| above which they count as one up to sign and scale."""
 NBSP = "\N{NO-BREAK SPACE}"
 """Lets a cell of the table break before its parenthesis only."""
-ONE_SEED = "One seed: no claim about ordering."
+DASH = "–"
+COLUMNS = (
+    "Losses are in nats/token; training loss and step time are those of summary.json. Gap: validation loss minus that of the "
+    "baseline's run of the same seed, at the last step that both have; below zero is better. Gain: largest composite gain that "
+    "diagnostics saw during the run (mean over sampled tokens). Stream |cosine|: mean absolute cosine between pairs of streams, "
+    "1 where they are one vector up to sign and scale; stream rank: participation ratio of their Gram matrix, from 1 (one vector) "
+    "to n (orthogonal, of one size); both are means over tokens and sub-layers at the last diagnostics. Headings sort."
+)
+STATISTICS = (
+    "Over seeds, in nats/token of validation loss: mean and standard deviation; mean difference from the baseline's runs of the "
+    "same seeds with Student's 95 % interval; p-values of the paired t test and of the sign-flip test, which with K seeds cannot "
+    "fall below 2^(1-K); effect: mean difference in standard deviations of the baseline over seeds. "
+    f"Below {MIN_SEEDS} seeds there is no interval, no p-value and no verdict. A baseline agrees with what is compared in all "
+    "settings but those of the connection. No correction for the number of rows is made."
+)
 
 
 class Cell(NamedTuple):
@@ -45,36 +54,40 @@ def validation_gap(record: RunRecord, baseline: RunRecord) -> tuple[int, float] 
     return (int(steps[finite[-1]]), float(gap[finite[-1]])) if len(finite) else None
 
 
-def rows(records: Sequence[RunRecord]) -> list[dict[str, Cell]]:
-    """One mapping a run from heading (with its unit) to cell; the same headings in every row."""
+def rows(records: Sequence[RunRecord], settings: Sequence[Setting] | None = None) -> list[dict[str, Cell]]:
+    """One mapping a run from heading (with its unit) to cell; the same headings in every row.
+
+    Args:
+      records: the runs.
+      settings: `group` of them; None: with the usual baseline.
+    """
+    settings = group(records) if settings is None else settings
+    of_run = {str(run.folder): setting for setting in settings for run in setting.runs.values()}
     out = []
     for record, label in zip(records, labels(records), strict=True):
-        baseline = baseline_of(record, records)
-        base = baseline if baseline is not None else record
-        parameters, base_parameters = record.result("parameters"), base.result("parameters")
-        step_time, base_time = record.result("step_time_s"), base.result("step_time_s")
+        setting = of_run[str(record.folder)]
+        baseline = setting.baseline.runs.get(record.seed) if setting.baseline else None
+        parameters, step_time = record.result("parameters"), record.result("step_time_s")
         memory = record.result("peak_memory_bytes")
-        gap = validation_gap(record, baseline) if baseline is not None else None
         ended = f" at step {record.diverged_at}" if record.diverged_at is not None else ""
         out.append(
             {
                 "run": Cell(label, label),
-                "connection": Cell(record.kind, record.kind),
-                "parameters": Cell(_si(parameters) + _added(parameters, base_parameters, baseline), parameters),
+                "parameters": Cell(_si(parameters) + _added(parameters, baseline), parameters),
                 "FLOPs per token": _cell(record.result("flops_per_token"), _si),
                 "step time (ms)": Cell(
-                    _number(None if step_time is None else 1e3 * step_time, "{:.4g}")
-                    + _ratio(step_time, base_time, baseline),
+                    _text(None if step_time is None else 1e3 * step_time, "{:.4g}") + _ratio(step_time, baseline),
                     step_time,
                 ),
                 "peak memory (MiB)": _cell(None if memory is None else memory / 2**20, "{:.0f}"),
                 "train loss": _cell(record.result("train_loss"), "{:.4f}"),
                 "validation loss": _cell(record.result("validation_loss"), "{:.4f}"),
-                "gap to residual": _gap_cell(record, baseline, gap),
+                "gap to baseline": _gap_cell(record, baseline),
                 "bits per byte": _cell(record.result("bits_per_byte"), "{:.4f}"),
                 "max gain forward": _cell(record.result("max_composite_forward"), "{:.4g}"),
                 "max gain backward": _cell(record.result("max_composite_backward"), "{:.4g}"),
-                "stream cosine": _cell(record.result("final_stream_cosine"), "{:.3f}"),
+                "stream |cosine|": _cell(record.result("final_stream_cosine_abs"), "{:.3f}"),
+                "stream rank": _cell(record.result("final_stream_rank"), "{:.2f}"),
                 "spikes": _cell(record.result("spikes"), "{:.0f}"),
                 "status": Cell(record.status + ended, record.status),
             }
@@ -82,164 +95,206 @@ def rows(records: Sequence[RunRecord]) -> list[dict[str, Cell]]:
     return out
 
 
-def findings(records: Sequence[RunRecord]) -> list[str]:
-    """Sentences computed from the numbers: losses, gaps, gains, stream similarity, failures."""
-    named = list(zip(records, labels(records), strict=True))
-    out = _losses(named)
-    for record, label in named:
-        if record.diverged_at is not None:
-            out.append(f"{label} diverged at step {record.diverged_at}: it has no final loss to compare.")
-        elif record.status != "finished":
-            out.append(f"{label} did not finish ({record.status}): its numbers are not final.")
-    out += _gaps(named)
-    out += _gains(named)
-    out += _similarity(named)
-    spikes = [f"{label} {len(r.spike_steps)}" for r, label in named if r.spike_steps]
-    if spikes:
-        out.append("Loss spikes: " + ", ".join(spikes) + ".")
-    return out
+def compare(setting: Setting) -> Paired | None:
+    """Paired differences in validation loss from the baseline; None without a baseline or a seed that both have."""
+    if setting.baseline is None:
+        return None
+    return paired(setting.results("validation_loss"), setting.baseline.results("validation_loss"))
 
 
-def _losses(named: Sequence[tuple[RunRecord, str]]) -> list[str]:
-    final = [
-        (record.result("validation_loss"), record, label)
-        for record, label in named
-        if record.status == "finished" and record.result("validation_loss") is not None
-    ]
-    if not final:
-        return ["No run has a final validation loss."]
-    loss, record, label = min(final, key=lambda item: item[0])
-    bits = record.result("bits_per_byte")
-    size = f"{loss:.4f} nats/token" + ("" if bits is None else f", {bits:.4f} bits/byte")
-    if len(final) == 1:
-        return [f"{label} ended with a validation loss of {size}."]
-    return [f"The lowest final validation loss is that of {label}: {size}."]
-
-
-def _gaps(named: Sequence[tuple[RunRecord, str]]) -> list[str]:
-    """Gap sentences; runs that differ in seeds alone are one group with one interval."""
-    records = [record for record, _ in named]
-    groups: dict[str, list[tuple[RunRecord, str]]] = {}
-    for record, label in named:
-        settings, seeds = _split_seeds(record)
-        while any(_split_seeds(other)[1] == seeds for other, _ in groups.get(settings, [])):
-            settings += " again"  # the same run twice is no second seed
-        groups.setdefault(settings, []).append((record, label))
+def statistics_rows(settings: Sequence[Setting]) -> list[dict[str, Cell]]:
+    """One mapping a setting from heading to cell."""
     out = []
-    for members in groups.values():
-        found, strangers = [], set()
-        for record, label in members:
-            baseline = baseline_of(record, records)
-            gap = validation_gap(record, baseline) if baseline is not None else None
-            if baseline is not None and gap is not None and record.diverged_at is None:
-                found.append((label, *gap))
-                strangers |= set(unpaired_settings(record, baseline))
-        if not found:
-            continue
-        gaps = np.asarray([gap for _, _, gap in found])
-        names = ", ".join(label for label, _, _ in found)
-        if len(found) == 1:
-            side = "below" if gaps[0] < 0 else "above"
-            text = f"{names}: validation loss {abs(gaps[0]):.4f} nats {side} residual"
-            text += f" at step {found[0][1]}."
-        else:
-            low, high = t_interval(gaps)
-            lower = int((gaps < 0).sum())
-            text = (
-                f"{names}: validation loss minus residual's {gaps.mean():+.4f} nats on average "
-                f"(95 % interval {low:+.4f} to {high:+.4f}), below "
-                f"residual in {lower} of {len(gaps)} seeds."
-            )
-        left_out = [label for _, label in members if label not in {name for name, *_ in found}]
-        if left_out:
-            text += f" Left out, without a final loss: {', '.join(left_out)}."
-        if strangers:
-            text += f" Not paired: {', '.join(sorted(strangers))} differ from the residual run."
-        out.append(text)
-    if len(named) > 1:
-        single = [members[0][1] for members in groups.values() if len(members) == 1]
-        if len(single) == len(groups):
-            out.append(ONE_SEED)
-        elif single:
-            out.append(f"One seed only, no claim about its place: {', '.join(single)}.")
-    else:
-        out.append(ONE_SEED)
+    for setting in settings:
+        losses = list(setting.results("validation_loss").values())
+        mean = float(np.mean(losses)) if losses else None
+        deviation = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+        result = compare(setting)
+        spikes = sum(len(run.spike_steps) for run in setting.runs.values())
+        short = _short(setting, result)
+        out.append(
+            {
+                "setting": Cell(setting.label, setting.label),
+                "seeds": Cell(str(len(setting.runs)), len(setting.runs)),
+                "mean loss": _cell(mean, "{:.4f}"),
+                "st. dev.": _cell(deviation, "{:.4f}"),
+                "baseline": Cell(setting.baseline.label, setting.baseline.label)
+                if setting.baseline
+                else Cell(DASH, None),
+                "difference": _cell(result and result.mean, "{:+.4f}"),
+                "t interval": _interval(result and result.t_interval),
+                "p (t)": _cell(result and result.p_t, "{:.3g}"),
+                "p (sign flip)": _cell(result and result.p_sign_flip, "{:.3g}"),
+                "effect": _cell(result and result.effect, "{:+.1f}"),
+                "max gain forward": _cell(_largest(setting, "max_composite_forward"), "{:.4g}"),
+                "max gain backward": _cell(_largest(setting, "max_composite_backward"), "{:.4g}"),
+                "stream |cosine|": _cell(setting.mean("final_stream_cosine_abs"), "{:.3f}"),
+                "stream rank": _cell(setting.mean("final_stream_rank"), "{:.2f}"),
+                "spikes": Cell(str(spikes), spikes),
+                "diverged": Cell(str(setting.diverged), setting.diverged),
+                "verdict": Cell(short, short),
+            }
+        )
     return out
 
 
-def _gains(named: Sequence[tuple[RunRecord, str]]) -> list[str]:
+def _short(setting: Setting, result: Paired | None) -> str:
+    if setting.is_baseline:
+        return "baseline"
+    if setting.baseline is None:
+        return "not compared"
+    if result is None or result.t_interval is None:
+        return "no claim"
+    return ("lower" if result.mean < 0 else "higher") if result.resolved else "not resolved"
+
+
+def findings(settings: Sequence[Setting]) -> list[str]:
+    """Sentences computed from the numbers: losses by setting, failures, gains, streams, spikes, stability frontier."""
+    return [
+        *(f"{s.label}: {sentence}" for s in settings if (sentence := _claim(s))),
+        *_failures(settings),
+        *_gains(settings),
+        *_streams(settings),
+        *_spikes(settings),
+        *_frontiers(settings),
+    ]
+
+
+def _claim(setting: Setting) -> str:
+    if setting.is_baseline:
+        return ""
+    if setting.baseline is None:
+        return "not compared: no run of the baseline's connection has its other settings."
+    return verdict(compare(setting), setting.baseline.label)
+
+
+def _failures(settings: Sequence[Setting]) -> list[str]:
+    out = []
+    for setting in settings:
+        steps = [str(run.diverged_at) for run in setting.runs.values() if run.status == "diverged"]
+        if steps:
+            out.append(
+                f"{setting.label} diverged in {len(steps)} of {len(setting.runs)} runs, at step {', '.join(steps)}: these have "
+                "no final loss."
+            )
+        if setting.unfinished:
+            out.append(
+                f"{setting.label}: {setting.unfinished} of {len(setting.runs)} runs have not ended and have no final loss."
+            )
+    return out
+
+
+def _gains(settings: Sequence[Setting]) -> list[str]:
     gains = []
-    for record, label in named:
-        sides = [record.result(f"max_composite_{side}") for side in ("forward", "backward")]
+    for setting in settings:
+        sides = [_largest(setting, f"max_composite_{side}") for side in ("forward", "backward")]
         if None not in sides:
-            gains.append(f"{label} {sides[0]:.4g} forward, {sides[1]:.4g} backward")
+            gains.append(f"{setting.label} {sides[0]:.4g} forward, {sides[1]:.4g} backward")
     if not gains:
         return []
-    return [f"Largest composite gain (1 amplifies nothing): {'; '.join(gains)}."]
+    return [f"Largest composite gain of any run and diagnostics step (1 amplifies nothing): {'; '.join(gains)}."]
 
 
-def _similarity(named: Sequence[tuple[RunRecord, str]]) -> list[str]:
-    """What the cosines between streams say: those that stayed equal first."""
-    equal, different = [], []
-    for record, label in named:
-        last = last_diagnostics(record, "stream_cosine")
-        if record.num_streams == 1 or last is None:
-            continue
-        lowest = float(np.nanmin(last[1]))
-        (equal if lowest > EQUAL_STREAMS_COSINE else different).append(f"{label} {lowest:.4f}")
+def _streams(settings: Sequence[Setting]) -> list[str]:
+    """What the cosines between streams say, at the last diagnostics of every run."""
     out = []
-    if equal:
-        out.append(
-            f"Streams stayed equal (pairwise cosine above {EQUAL_STREAMS_COSINE} at every depth; "
-            f"lowest: {', '.join(equal)}): a mixing matrix with unit row sums changes nothing "
-            "there, so H_res is inert."
+    for setting in settings:
+        runs = [run for run in setting.runs.values() if run.num_streams > 1]
+        signed, size, rank = (
+            [found[1] for run in runs if (found := last_diagnostics(run, key)) is not None]
+            for key in ("stream_cosine", "stream_cosine_abs", "stream_rank")
         )
-    if different:
-        out.append(f"Streams differ; lowest pairwise cosine: {', '.join(different)}.")
+        if not size or len(signed) != len(size):
+            continue
+        L, lowest = len(size[0]), min(float(np.nanmin(values)) for values in signed)
+        one = [int((values > ONE_STREAM_COSINE).sum()) for values in size]
+        numbers = f"mean |cosine| {_span(size, '.3f')}" + (f" and stream rank {_span(rank, '.2f')}" if rank else "")
+        if lowest > ONE_STREAM_COSINE:
+            out.append(
+                f"{setting.label}: streams stayed equal at every sub-layer (lowest mean cosine {lowest:.4f}). A mixing matrix with "
+                "unit row sums changes nothing there, so H_res is inert."
+            )
+        elif any(one):
+            out.append(
+                f"{setting.label}: streams are one vector up to sign and scale at {', '.join(map(str, one))} of {L} sub-layers "
+                f"{'(a number a seed) ' if len(one) > 1 else ''}(mean |cosine| above {ONE_STREAM_COSINE}). H_res only rescales "
+                f"that vector there. Over all sub-layers: {numbers}."
+            )
+        else:
+            out.append(f"{setting.label}: streams differ at every sub-layer: {numbers}.")
     return out
 
 
-def _split_seeds(record: RunRecord) -> tuple[str, list[Any]]:
-    """All settings but the seeds, as text; and the seeds."""
-    settings = flatten(record.config)
-    seeds = [settings.pop(key, None) for key in SEED_KEYS]
-    return json.dumps(settings, sort_keys=True), seeds
+def _span(values: Sequence[np.ndarray], form: str) -> str:
+    return f"{min(map(np.nanmin, values)):{form}} to {max(map(np.nanmax, values)):{form}}"
+
+
+def _spikes(settings: Sequence[Setting]) -> list[str]:
+    counts = [
+        f"{setting.label} {', '.join(str(len(run.spike_steps)) for run in setting.runs.values())}"
+        for setting in settings
+        if any(run.spike_steps for run in setting.runs.values())
+    ]
+    return [f"Loss spikes, a number a run: {'; '.join(counts)}."] if counts else []
+
+
+def _frontiers(settings: Sequence[Setting]) -> list[str]:
+    out, threshold = [], loss_threshold(settings)
+    for name, losses in frontier_lines(settings).items():
+        best, first = stability_frontier(losses, threshold)
+        seeds = min(len(values) for values in losses.values())
+        reach = f"stable up to learning rate {best:g}" if best is not None else "stable at no learning rate tried"
+        end = f"not at {first:g}" if first is not None else "the largest tried"
+        out.append(
+            f"{name}: {reach}, {end} (stable: every run finished below {threshold:.3f} nats/token; runs a rate: {seeds} or more)."
+        )
+    return out
+
+
+def _largest(setting: Setting, key: str) -> float | None:
+    values = [value for run in setting.runs.values() if (value := run.result(key)) is not None]
+    return max(values, default=None)
+
+
+def _interval(interval: tuple[float, float] | None) -> Cell:
+    if interval is None:
+        return Cell(DASH, None)
+    return Cell(f"{interval[0]:+.4f} to {interval[1]:+.4f}", interval[0])
 
 
 def _si(value: float | int | None) -> str:
     """1234567 to 1.235M."""
     if value is None:
-        return "–"
+        return DASH
     for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.4g}{suffix}"
     return f"{value:g}"
 
 
-def _number(value: Any, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else form.format(value)
+def _text(value: Any, form: str) -> str:
+    return DASH if value is None or not math.isfinite(value) else form.format(value)
 
 
 def _cell(value: Any, form: Callable[[Any], str] | str) -> Cell:
-    text: str = form(value) if callable(form) else _number(value, form)
-    return Cell(text, value)
+    return Cell(form(value) if callable(form) else _text(value, form), value)
 
 
-def _added(value: float | int | None, base: float | int | None, baseline: RunRecord | None) -> str:
-    if baseline is None or value is None or not base:
-        return ""
-    return f" ({100 * (value / base - 1):+.2f}{NBSP}%)"
+def _added(value: float | int | None, baseline: RunRecord | None) -> str:
+    base = baseline and baseline.result("parameters")
+    return f" ({100 * (value / base - 1):+.2f}{NBSP}%)" if value is not None and base else ""
 
 
-def _ratio(value: float | int | None, base: float | int | None, baseline: RunRecord | None) -> str:
-    return "" if baseline is None or value is None or not base else f" (×{value / base:.2f})"
+def _ratio(value: float | int | None, baseline: RunRecord | None) -> str:
+    base = baseline and baseline.result("step_time_s")
+    return f" (×{value / base:.2f})" if value is not None and base else ""
 
 
-def _gap_cell(record: RunRecord, baseline: RunRecord | None, gap: tuple[int, float] | None) -> Cell:
-    """The gap; with its step where that is not the residual run's last; marked where unpaired."""
+def _gap_cell(record: RunRecord, baseline: RunRecord | None) -> Cell:
+    """The gap; with its step where that is not the baseline run's last."""
+    gap = validation_gap(record, baseline) if baseline else None
     if baseline is None or gap is None:
-        return Cell("–", None)
+        return Cell(DASH, None)
     step, value = gap
     last = int(baseline.validation["step"][-1])
-    text = f"{value:+.4f}" + (f" (step{NBSP}{step})" if step != last else "")
-    return Cell(text + (" (unpaired)" if unpaired_settings(record, baseline) else ""), value)
+    return Cell(f"{value:+.4f}" + (f" (step{NBSP}{step})" if step != last else ""), value)

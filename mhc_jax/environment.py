@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +34,22 @@ def _version(package: str) -> str | None:
         return None
 
 
+COMMAND = "MHC_JAX_COMMAND"
+"""Environment variable in which a sweep hands its own command on to the processes that it starts."""
+
+
+def command() -> str:
+    """The command that a person typed: that of the sweep in its workers, else this process's."""
+    return os.environ.get(COMMAND) or shlex.join(["python", *sys.argv])
+
+
 def environment() -> dict[str, Any]:
     """Date (UTC), command, commit and dirty flag (None outside a checkout), Python, packages, devices."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     devices = jax.devices()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(status) if status is not None else None,
         "python": platform.python_version(),

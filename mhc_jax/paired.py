@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mhc_jax import connections
+from mhc_jax.comparison import rows
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.data import load_data
 from mhc_jax.errors import require
 from mhc_jax.loop import EXIT_CODES, train
 from mhc_jax.mapping import to_mapping
 from mhc_jax.records import read_run
-from mhc_jax.report import comparison_table, write_report
+from mhc_jax.report import markdown_table, write_report
 from mhc_jax.run_folder import check_run_folder
 
 
@@ -73,5 +74,5 @@ def run_all(runs: dict[str, ExperimentConfig], folder: Path, title: str) -> int:
             return EXIT_CODES["interrupted"]
     records = [read_run(folder / name) for name in runs]
     report = write_report(records, folder, title)
-    print(f"\n{comparison_table(records)}\nReport: {report}")
+    print(f"\n{markdown_table(rows(records))}\n\nReport: {report}")
     return 0

@@ -7,7 +7,7 @@ two), n streams.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.mapping import to_mapping
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
+NEUTRAL_KEYS = (
+    "data.cache_dir",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.tensorboard",
+    "train.wandb",
+)
+"""Settings that change no number of a run; with the sections `mesh` and `pipeline`, which change rounding alone."""
+SHORT = {
+    "optimizer.learning_rate": "lr",
+    "model.num_layers": "layers",
+    "train.seed": "trainseed",
+    "data.seed": "dataseed",
+}
+"""Names of settings in labels and run folders; any other key goes by its last part."""
 REDONE_EVENTS = ("spike", "diverged")
 """Events of steps past the one a run resumed from; those steps were done again."""
 ABSENT = "(absent)"
@@ -50,8 +68,18 @@ class RunRecord:
 
     @property
     def kind(self) -> str:
-        """The connection: `residual`, `hc`, `mhc`, ..."""
+        """Kind of the connection: `residual`, `hc`, `mhc`, ..."""
         return self.config["model"]["connection"]["kind"]
+
+    @property
+    def connection(self) -> str:
+        """The connection as `connections.spec` spells it, with its init and every setting that is not the kind's default."""
+        return spec_of_mapping(self.config["model"]["connection"])
+
+    @property
+    def seed(self) -> tuple[int, int]:
+        """(train.seed, data.seed)."""
+        return self.config["train"].get("seed", 0), self.config["data"].get("seed", 0)
 
     @property
     def status(self) -> str:
@@ -171,26 +199,24 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def config_differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Settings that differ between runs: dotted key to one value a run (`ABSENT`: none)."""
-    flat = [flatten(record.config) for record in records]
-    keys = sorted(set().union(*flat)) if flat else []
-    values = {key: [f.get(key, ABSENT) for f in flat] for key in keys}
-    return {key: column for key, column in values.items() if any(v != column[0] for v in column)}
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is, but for its seeds: `connection` (its spec), and every other setting that its numbers depend on."""
+    kept = {
+        key: value
+        for key, value in flatten(config).items()
+        if not key.startswith(("model.connection.", "mesh.", "pipeline.")) and key not in (*SEED_KEYS, *NEUTRAL_KEYS)
+    }
+    return {"connection": spec_of_mapping(config["model"]["connection"]), **kept}
 
 
-def unpaired_settings(record: RunRecord, baseline: RunRecord) -> list[str]:
-    """Settings outside the connection in which two runs differ; empty for a paired comparison."""
-    differences = config_differences([record, baseline])
-    return [key for key in differences if not key.startswith("model.connection.")]
-
-
-def baseline_of(record: RunRecord, records: Iterable[RunRecord]) -> RunRecord | None:
-    """The residual run that shares most settings with `record`; None for a residual run."""
-    residual = [r for r in records if r.kind == "residual"]
-    if record.kind == "residual" or not residual:
-        return None
-    return min(residual, key=lambda r: len(unpaired_settings(record, r)))
+def not_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings outside the connection and the seeds that differ from the project's defaults; dotted key to value."""
+    defaults = flatten(to_mapping(ExperimentConfig()))
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if not key.startswith("model.connection.") and key not in SEED_KEYS and value != defaults.get(key, ABSENT)
+    }
 
 
 def paired_gap(
@@ -210,18 +236,36 @@ def paired_gap(
     return common, loss[i] - base_loss[j]
 
 
-def labels(records: Sequence[RunRecord]) -> list[str]:
-    """One name a run, no two alike: the folder's, after its parent's where names collide."""
+def seed_name(seed: tuple[int, int]) -> str:
+    """`seed 1`, or `seeds 0/1` of training and data where they differ."""
+    return f"seed {seed[0]}" if seed[0] == seed[1] else f"seeds {seed[0]}/{seed[1]}"
+
+
+def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
+    """One name a run: its connection, the other settings in which the runs differ, and its seeds where they differ.
+
+    Runs of one folder name and the same settings are told apart by primes.
+
+    Args:
+      records: the runs.
+      seeds: name the seeds.
+    """
+    found = [identity(record.config) for record in records]
+    keys = [key for key in dict.fromkeys(key for one in found for key in one) if key != "connection"]
+    varying = [key for key in keys if len({json.dumps(one.get(key, ABSENT)) for one in found}) > 1]
+    several = seeds and len({record.seed for record in records}) > 1
     out: list[str] = []
-    names = [record.name for record in records]
-    for record in records:
-        label = record.name
-        if names.count(label) > 1:
-            label = f"{record.folder.resolve().parent.name}/{label}"
-        while label in out:
+    for record, one in zip(records, found, strict=True):
+        words = [f"{SHORT.get(key, key.rpartition('.')[2])}={_word(one[key])}" for key in varying if key in one]
+        label = " ".join([one["connection"], *words, *([seed_name(record.seed)] if several else [])])
+        while seeds and label in out:
             label += "'"
         out.append(label)
     return out
+
+
+def _word(value: Any) -> str:
+    return ("+".join(map(str, value)) or "none") if isinstance(value, list) else f"{value}"
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

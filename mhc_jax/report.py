@@ -1,4 +1,4 @@
-"""The report of a comparison: one self-contained HTML page, and the same table in Markdown."""
+"""The page of a comparison or a sweep: one self-contained HTML file, and the same table in Markdown."""
 
 from __future__ import annotations
 
@@ -11,68 +11,140 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax import plots
-from mhc_jax.comparison import Cell, findings, rows
+from mhc_jax.comparison import COLUMNS, STATISTICS, Cell, findings, rows, statistics_rows
 from mhc_jax.errors import require
-from mhc_jax.records import RunRecord, config_differences, flatten, labels
+from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.records import RunRecord, flatten, labels, not_defaults, read_run
+from mhc_jax.run_folder import read_json
+from mhc_jax.settings import Baseline, Setting, group, mean_record
 
 HEADER_KEYS = ("date", "command", "commit", "device")
 """Keys of env.json shown at the top; the others are in a fold below the settings."""
 MOST_VALUES = 3
 """Lines of one of them."""
-COLUMNS = (
-    "Losses are in nats/token. Gap: validation loss minus that of the residual run at the last step that both have; below zero "
-    "is better. Gain: largest composite gain seen during the run. Headings sort."
-)
+CURVES = 8
+"""Settings up to which the figures of single runs are drawn, with the mean of each setting's seeds."""
 ROUTINE_EVENTS = ("saved",)
 """Events of no interest to a reader of results."""
 
 
-def comparison_table(records: Sequence[RunRecord]) -> str:
-    """Markdown table, one line a run, for a README or a terminal."""
-    require(bool(records), "There are no runs to compare; give at least one run folder.")
-    table = rows(records)
-    lines = ["| " + " | ".join(table[0]) + " |", "| --- |" + " ---: |" * (len(table[0]) - 1)]
-    for row in table:
-        cells = [cell.text.replace("|", "\\|") for cell in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_report(records: Sequence[RunRecord], folder: str | Path, title: str, notes: Sequence[str] = ()) -> Path:
-    """Write `folder`/report.html and `folder`/figures/<name>.png.
-
-    The page needs no network and no other file: figures are inline SVG, styles and the script
-    that sorts the table are in the page.  It appears whole or not at all (written beside, then
-    renamed).
+def find_runs(folder: Path, order: Sequence[str] = ()) -> list[RunRecord]:
+    """Records of the run folders in `folder` (or of `folder` itself) that have begun.
 
     Args:
-      records: the runs, in the order in which they are to be shown.
-      folder: made if it does not exist.
+      folder: of a sweep or of runs.
+      order: names that come first, in this order; the others follow by name.
+
+    Raises:
+      InputError: no folder, or no run in it.
+    """
+    require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a sweep or of runs.")
+    places = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
+    rank = {name: k for k, name in enumerate(order)}
+    places.sort(key=lambda place: rank.get(place.name, len(rank)))
+    found = [read_run(place) for place in places if (place / "metrics.jsonl").is_file()]
+    require(bool(found), f"{str(folder)!r} holds no run folder; give the folder of a sweep or of runs.")
+    return found
+
+
+def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
+    """Rows of the same headings as Markdown, for a page, a notebook or a terminal."""
+    lines = [list(table[0]), ["---"] + ["---:"] * (len(table[0]) - 1)]
+    lines += [[cell.text for cell in row.values()] for row in table]
+    return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
+
+
+def write_report(
+    records: Sequence[RunRecord],
+    folder: str | Path,
+    title: str,
+    notes: Sequence[str] = (),
+    baseline: Baseline | None = None,
+) -> Path:
+    """Write `folder`/report.html, and `folder`/figures/<name>.png and .svg.
+
+    The page needs no network and no other file: figures are inline SVG, styles and the script that sorts the tables are in the
+    page.  It appears whole or not at all (written beside, then renamed).
+
+    Args:
+      records: the runs, in the order in which they are to be shown; those that differ in seeds alone are one setting.
+      folder: made if it does not exist; links to run folders are relative to it.
       title: of the page.
       notes: paragraphs of plain text to show under the findings.
+      baseline: as `settings.group` takes it.
 
     Returns:
       The path of report.html.
 
     Raises:
-      InputError: there are no records.
+      InputError: there are no records, or one is given twice.
     """
-    require(bool(records), "There are no runs to report; give at least one run folder.")
+    settings = group(records, baseline)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures, drawn = figures_section(plots.FIGURES, records, folder / "figures")
+    links = {n: os.path.relpath(r.folder, folder) for n, r in zip(labels(records), records, strict=True)}
+    tables = f"<h3>By run</h3>{sortable_table(rows(records, settings), links)}<p>{escaped(COLUMNS)}</p>"
+    if len(settings) < len(records):
+        by_setting = f"<h3>By setting</h3>{sortable_table(statistics_rows(settings))}<p>{escaped(STATISTICS)}</p>"
+        tables = by_setting + tables
+    figures, drawn = _figures(settings, len(records), folder / "figures", baseline)
     return write_page(
         folder,
         title,
         header=header(records),
         drawn=drawn,
-        findings=bullets(findings(records)),
+        findings=bullets(findings(settings) or ["There is one setting, and nothing to compare it with."]),
         notes="".join(f"<p>{escaped(note)}</p>" for note in notes),
-        comparison=sortable_table(rows(records)) + f"<p>{COLUMNS}</p>",
+        comparison=tables,
         figures=figures,
-        settings=settings_section(records),
+        settings=settings_section(settings),
         events=events_section(records),
     )
+
+
+def write_folder_report(folder: Path, output: Path | None = None, title: str = "") -> Path:
+    """The page of a sweep's folder, or of any folder of run folders.
+
+    Args:
+      folder: of the runs.
+      output: where to write; None: `folder`.
+      title: of the page; empty: the sweep's, else the folder's name.
+
+    Raises:
+      InputError: no folder, or no run in it.
+    """
+    plan = folder / "sweep.json"
+    sweep = read_json(plan) if plan.is_file() else {"title": folder.resolve().name, "baseline": None, "runs": []}
+    records = find_runs(folder, sweep["runs"])
+    notes = [held_runs(records, sweep["runs"])] if sweep["runs"] else []
+    return write_report(records, output or folder, title or sweep["title"], notes, sweep["baseline"] or None)
+
+
+def held_runs(records: Sequence[RunRecord], grid: Sequence[str]) -> str:
+    """The sentence that says which runs of a grid a page holds."""
+    names = {record.name for record in records}
+    missing = [name for name in grid if name not in names]
+    text = f"This page holds {len(grid) - len(missing)} of the {len(grid)} runs of the grid"
+    if missing:
+        text += f"; not begun: {', '.join(missing[:MOST_VALUES])}{' and more' * (len(missing) > MOST_VALUES)}"
+    others = len(names - set(grid))
+    return f"{text}{f', and {others} runs of earlier grids' * bool(others)}."
+
+
+def _figures(
+    settings: Sequence[Setting], runs: int, folder: Path, baseline: Baseline | None
+) -> tuple[str, dict[str, str]]:
+    """Figures over seeds and settings, then those of single runs or of the means over seeds."""
+    plain = len(settings) == runs and baseline is None
+    over_seeds = {k: v for k, v in SWEEP_FIGURES.items() if not plain or k in ("swept", "frontier", "ladder")}
+    figures, drawn = figures_section(over_seeds, settings, folder, quiet=plain)
+    if len(settings) > CURVES:
+        note = f"Figures of curves by setting are drawn for up to {CURVES} settings; here are {len(settings)}."
+        return f"{figures}<p>{note}</p>", drawn
+    single = {k: v for k, v in plots.FIGURES.items() if plain or k != "loss_gap"}
+    more, also = figures_section(single, [mean_record(setting) for setting in settings], folder)
+    heading = "" if len(settings) == runs else "<h3>Means over seeds</h3>"
+    return figures + heading + more, drawn | also
 
 
 def write_page(folder: Path, title: str, drawn: dict[str, str], **sections: str) -> Path:
@@ -138,7 +210,7 @@ def sortable_table(table: Sequence[Mapping[str, Cell]], links: Mapping[str, str]
 
 
 def header(records: Sequence[RunRecord]) -> str:
-    """Date (first to last), command, commit and device; a line a distinct value, and of many the first."""
+    """Number of runs, date (first to last), command, commit and device; a line a distinct value, and of many the first."""
     items = [("runs", str(len(records)))]
     for key in HEADER_KEYS:
         found = [flatten(record.env).get(key) for record in records]
@@ -152,7 +224,7 @@ def header(records: Sequence[RunRecord]) -> str:
         if key == "date" and len(values) > 1:
             values = [f"{min(values)} to {max(values)}"]
         if len(values) > MOST_VALUES:
-            values = [f"{values[0]} and {len(values) - 1} more (environment of each run, below)"]
+            values = [f"{values[0]} and {len(values) - 1} more (environments, below)"]
         items += [(key, value) for value in values]
     terms = "".join(
         f"<dt>{escaped(key)}</dt><dd>{'<code>' if key == 'command' else ''}{escaped(value)}"
@@ -163,14 +235,15 @@ def header(records: Sequence[RunRecord]) -> str:
 
 
 def figures_section(
-    figures: Mapping[str, plots.Plot], data: Any, folder: Path, vector: bool = False
+    figures: Mapping[str, plots.Plot], data: Any, folder: Path, quiet: bool = False
 ) -> tuple[str, dict[str, str]]:
     """HTML of every figure that `data` can fill, and id and title of those drawn.
 
     Args:
       figures: as `plots.FIGURES`.
       data: what their functions take.
-      folder: for <name>.png, and <name>.svg if `vector`.
+      folder: for <name>.png and <name>.svg.
+      quiet: do not list the figures that could not be drawn.
     """
     parts, drawn, missing = [], {}, []
     for name, plot in figures.items():
@@ -179,7 +252,7 @@ def figures_section(
         except plots.NothingToDraw as reason:
             missing.append(f"{plot.title}: {reason}")
             continue
-        plots.save(figure, folder / f"{name}.png", vector=vector)
+        plots.save(figure, folder / f"{name}.png", vector=True)
         drawn[name] = plot.title
         width = f"{figure.get_figwidth() * 6.4:.0f}rem"
         parts.append(
@@ -187,29 +260,43 @@ def figures_section(
             f'<div role="img" aria-label="{escaped(plot.title)}" style="--width: {width}">'
             f"{plots.svg(figure)}</div><figcaption>{escaped(plot.caption)}</figcaption></figure>"
         )
-    if missing:
+    if missing and not quiet:
         parts.append("<h3>Not drawn</h3>" + bullets(missing))
     return "\n".join(parts), drawn
 
 
-def settings_section(records: Sequence[RunRecord]) -> str:
-    """What differs between the runs, what they share, and their environments."""
-    names = labels(records)
-    differences = config_differences(records)
-    if len(records) == 1:
-        out = "<p>One run: all its settings are below.</p>"
-    elif differences:
-        out = text_table(["setting", *names], [[key, *column] for key, column in differences.items()])
-    else:
-        out = "<p>The runs have the same settings.</p>"
-    shared = {k: v for k, v in flatten(records[0].config).items() if k not in differences}
-    out += (
-        f"<details><summary>{len(shared)} shared settings</summary>"
-        f"{text_table(['setting', 'value'], list(shared.items()))}</details>"
-    )
-    env = [(n, k, v) for n, r in zip(names, records, strict=True) for k, v in flatten(r.env).items()]
-    table = text_table(["run", "key", "value"], env)
-    return out + f"<details><summary>Environment of each run</summary>{table}</details>"
+def settings_section(settings: Sequence[Setting]) -> str:
+    """What differs between settings, what all runs share, which of it is no default, and the environments."""
+    runs = [run for setting in settings for run in setting.runs.values()]
+    flat = [flatten(run.config) for run in runs]
+    shared = {key: value for key, value in flat[0].items() if all(other.get(key) == value for other in flat)}
+    firsts = [flatten(setting.any_run.config) for setting in settings]
+    keys = [key for key in dict.fromkeys(key for one in firsts for key in one) if key not in shared]
+    keys = [key for key in keys if len({str(one.get(key)) for one in firsts}) > 1]
+    out = ""
+    if len(settings) > 1:
+        body = [
+            [setting.label, *(one.get(key, "–") for key in keys)] for setting, one in zip(settings, firsts, strict=True)
+        ]
+        out = text_table(["setting", *keys], body)
+    changed = {key: value for key, value in not_defaults(runs[0].config).items() if key in shared}
+    out += f"<p>{escaped(changed_settings(changed))}</p>"
+    table = text_table(["setting", "value"], list(shared.items()))
+    out += f"<details><summary>{len(shared)} shared settings</summary>{table}</details>"
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for key, value in flatten(run.env).items():
+            found.setdefault((key, str(value)), []).append(run.name)
+    body = [[key, value, f"{len(names)} of {len(runs)} runs"] for (key, value), names in found.items()]
+    table = text_table(["key", "value", "runs"], body)
+    return out + f"<details><summary>Environments</summary>{table}</details>"
+
+
+def changed_settings(changed: Mapping[str, Any]) -> str:
+    """The sentence that names shared settings other than the project's defaults."""
+    if not changed:
+        return "All shared settings are the project's defaults."
+    return f"Shared settings that are not defaults: {', '.join(f'{key}={value}' for key, value in changed.items())}."
 
 
 def events_section(records: Sequence[RunRecord]) -> str:
@@ -223,4 +310,5 @@ def events_section(records: Sequence[RunRecord]) -> str:
                 body.append([name, event["step"], event.get("event", ""), text])
     if not body:
         return "<p>No spikes, no resumptions, no divergence.</p>"
-    return text_table(["run", "step", "event", "details"], body)
+    table = text_table(["run", "step", "event", "details"], body)
+    return f"<details{' open' * (len(body) <= 20)}><summary>{len(body)} events</summary>{table}</details>"

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.records import RunRecord, flatten, read_run, series
 from mhc_jax.run_folder import read_json
@@ -40,8 +41,9 @@ SUMMARY_KEYS = (
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Write `workdir`/results.csv and results.parquet, each atomically, and return the rows.
 
-    Columns: run, status, connection (its spec), kind, seed; every setting that differs between runs, by its dotted key; the
-    measurements (losses in nats/token, times in s); device, commit, date, error.  Empty where a run has no such value.
+    Columns: run, status, connection (its spec), kind, seed (train.seed), data_seed; every other setting that differs between
+    runs, by its dotted key; the measurements (losses in nats/token, times in s); device, commit, date, error.  Empty where a run
+    has no such value.
     """
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,9 +78,10 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
             {
                 "run": name,
                 "status": run_status(workdir, name),
-                "connection": entry["point"].get("connection", kind),
+                "connection": spec_of_mapping(entry["config"]["model"]["connection"]),
                 "kind": kind,
                 "seed": settings["train.seed"],
+                "data_seed": settings["data.seed"],
                 **{key: settings.get(key) for key in varying},
                 **measurements(_record(workdir / name)),
                 "error": failure(workdir, name).get("error"),

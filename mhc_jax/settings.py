@@ -1,4 +1,8 @@
-"""Runs grouped by setting: those of one setting differ in their seeds alone."""
+"""Runs grouped by setting, and what each setting is compared with.
+
+Runs of one setting differ in their seeds alone.  The baseline of a setting is the setting that has the baseline's connection and
+agrees in every other setting that a run's numbers depend on; where there is none, nothing is compared.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from mhc_jax import connections
 from mhc_jax.errors import require
-from mhc_jax.records import SEED_KEYS, RunRecord, flatten, unpaired_settings
-from mhc_jax.sweep import SHORT
+from mhc_jax.records import SEED_KEYS, RunRecord, flatten, identity, labels
+
+Baseline = Mapping[str, Any]
+"""Settings that a baseline has, by dotted key or `connection` (a spec); it shares all others with what is compared."""
+ENDED = ("finished", "diverged")
 
 
 @dataclass(frozen=True)
@@ -20,12 +28,15 @@ class Setting:
     """A setting and its runs."""
 
     label: str
-    """The kind, and what else tells it from the other settings of its kind."""
+    """The connection's spec, and the other settings that differ between the settings of the group."""
     kind: str
     varying: Mapping[str, Any]
     """Settings that differ between those of its kind, by dotted key."""
-    runs: Mapping[int, RunRecord]
-    """Seed to run."""
+    runs: Mapping[tuple[int, int], RunRecord]
+    """(train.seed, data.seed) to run."""
+    baseline: Setting | None = None
+    """What it is compared with; None for a baseline itself, and where no setting matches."""
+    is_baseline: bool = False
 
     @property
     def any_run(self) -> RunRecord:
@@ -34,10 +45,15 @@ class Setting:
 
     @property
     def diverged(self) -> int:
-        """Runs that met NaN, infinity or the loss limit."""
-        return sum(run.diverged_at is not None for run in self.runs.values())
+        """Runs that diverged."""
+        return sum(run.status == "diverged" for run in self.runs.values())
 
-    def results(self, key: str) -> dict[int, float]:
+    @property
+    def unfinished(self) -> int:
+        """Runs that have not ended."""
+        return sum(run.status not in ENDED for run in self.runs.values())
+
+    def results(self, key: str) -> dict[tuple[int, int], float]:
         """Seed to a number of summary.json, for the seeds that have one and ended well."""
         found = {seed: run.result(key) for seed, run in self.runs.items() if run.status == "finished"}
         return {seed: float(value) for seed, value in found.items() if value is not None}
@@ -47,74 +63,138 @@ class Setting:
         values = list(self.results(key).values())
         return float(np.mean(values)) if values else None
 
+    def label_without(self, key: str) -> str:
+        """The connection's spec and the settings that vary, all but `key`."""
+        section, _, leaf = key.rpartition(".")
+        connection = dict(self.any_run.config["model"]["connection"])
+        if section == "model.connection":
+            connection.pop(leaf, None)
+        others = {k: v for k, v in self.varying.items() if k != key and not k.startswith("model.connection.")}
+        words = [f"{k.rpartition('.')[2]}={v}" for k, v in others.items()]
+        return " ".join([connections.spec_of_mapping(connection), *words])
 
-def group(records: Sequence[RunRecord]) -> list[Setting]:
-    """Settings in the order of their first runs.
+
+def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> list[Setting]:
+    """Settings in the order of their first runs, each with its baseline.
+
+    Args:
+      records: the runs.
+      baseline: what the others are compared with; None: the residual connection or, without residual runs, the first run's
+        connection.
 
     Raises:
       InputError: no runs, or two of one configuration.
     """
     require(bool(records), "There are no runs to report; give a folder that holds run folders.")
-    flat = [flatten(record.config) for record in records]
-    members: dict[str, dict[int, RunRecord]] = {}
-    for record, settings in zip(records, flat, strict=True):
-        shared = {key: value for key, value in settings.items() if key not in SEED_KEYS}
-        runs = members.setdefault(json.dumps(shared, sort_keys=True), {})
-        seed = settings.get("train.seed", 0)
-        require(seed not in runs, f"{record.folder} is the same run as {runs[seed].folder if seed in runs else ''}.")
-        runs[seed] = record
-    settings = [json.loads(text) for text in members]
-    out = []
-    for own, runs in zip(settings, members.values(), strict=True):
-        kind = own["model.connection.kind"]
-        same_kind = [other for other in settings if other["model.connection.kind"] == kind]
-        keys = [key for key in own if len({json.dumps(other.get(key)) for other in same_kind}) > 1]
-        varying = {key: own[key] for key in keys}
-        words = [f"{SHORT.get(key, key.rpartition('.')[2])}={_word(value)}" for key, value in varying.items()]
-        out.append(Setting(" ".join([kind, *words]), kind, varying, runs))
-    return out
+    members: dict[str, dict[tuple[int, int], RunRecord]] = {}
+    for record in records:
+        runs = members.setdefault(_text(identity(record.config)), {})
+        if (twin := runs.get(record.seed)) is not None:
+            require(False, f"{record.folder} is the same run as {twin.folder}; report one of them.")
+        runs[record.seed] = record
+    firsts = [next(iter(runs.values())) for runs in members.values()]
+    if baseline is None:
+        residual = [record for record in firsts if record.kind == "residual"]
+        baseline = {"connection": (residual or firsts)[0].connection}
+    if "connection" in baseline:
+        baseline = {**baseline, "connection": connections.spec(connections.parse(baseline["connection"]))}
+    targets = [_text({**identity(record.config), **baseline}) for record in firsts]
+    names = labels(firsts, seeds=False)
+    plain = {
+        text: Setting(name, record.kind, _varying(record, firsts), members[text], is_baseline=text == target)
+        for text, record, name, target in zip(members, firsts, names, targets, strict=True)
+    }
+    return [
+        setting if setting.is_baseline else dataclasses.replace(setting, baseline=plain.get(target))
+        for setting, target in zip(plain.values(), targets, strict=True)
+    ]
 
 
-def _word(value: Any) -> str:
-    return ("+".join(map(str, value)) or "none") if isinstance(value, list) else f"{value}"
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
-def baseline_of(setting: Setting, settings: Sequence[Setting]) -> Setting | None:
-    """The residual setting that shares most with `setting`; without any, the first setting; None for the baseline itself."""
-    residual = [other for other in settings if other.kind == "residual"]
-    if not residual:
-        return None if setting is settings[0] else settings[0]
-    if setting.kind == "residual":
-        return None
-    return min(residual, key=lambda other: len(unpaired(setting, other)))
+def _varying(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
+    flat = [flatten(other.config) for other in records if other.kind == record.kind]
+    mine = flatten(record.config)
+    return {
+        key: mine[key]
+        for key in mine
+        if key not in SEED_KEYS and len({json.dumps(other.get(key)) for other in flat}) > 1
+    }
 
 
-def unpaired(setting: Setting, baseline: Setting) -> list[str]:
-    """Settings besides connection and seeds in which the two differ; empty when their runs are paired."""
-    return [key for key in unpaired_settings(setting.any_run, baseline.any_run) if key not in SEED_KEYS]
+def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
+    """For each run the baseline's run of its seeds, with the usual baseline of `group`; None where there is none."""
+    of_run = {}
+    for setting in group(records):
+        for seed, run in setting.runs.items():
+            of_run[run.folder] = setting.baseline.runs.get(seed) if setting.baseline else None
+    return [of_run[record.folder] for record in records]
+
+
+def lines(settings: Sequence[Setting], key: str) -> dict[str, list[Setting]]:
+    """Settings that differ in the number `key` alone, by what they share; at least two each."""
+    out: dict[str, list[Setting]] = {}
+    for setting in settings:
+        value = setting.varying.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            out.setdefault(setting.label_without(key), []).append(setting)
+    return {name: members for name, members in out.items() if len(members) > 1}
+
+
+def loss_threshold(settings: Sequence[Setting]) -> float:
+    """0.5 nats above the best mean validation loss of the sweep; infinity where no run has one."""
+    means = [mean for setting in settings if (mean := setting.mean("validation_loss")) is not None]
+    return min(means) + 0.5 if means else float("inf")
+
+
+def frontier_lines(settings: Sequence[Setting]) -> dict[str, dict[float, list[float | None]]]:
+    """What settings share to learning rate to the final losses of its ended runs, None for one that diverged."""
+    key = "optimizer.learning_rate"
+    out = {}
+    for name, members in lines(settings, key).items():
+        losses = {
+            s.varying[key]: [
+                s.results("validation_loss").get(seed) for seed, run in s.runs.items() if run.status in ENDED
+            ]
+            for s in members
+        }
+        out[name] = {rate: values for rate, values in losses.items() if values}
+    return {name: losses for name, losses in out.items() if losses}
 
 
 def mean_record(setting: Setting) -> RunRecord:
-    """The mean of a setting's runs as one record, for figures of single runs.
+    """The mean of a setting's runs as one record without seeds, for figures of single runs.
 
     Training and validation columns and diagnostics are averaged at the steps that all runs logged, numbers of the summary over
-    the runs that have one; events are all runs' together.
+    the runs that have one; events and spikes are all runs' together.  It counts as diverged where every run has.
     """
     runs = list(setting.runs.values())
+    if len(runs) == 1:
+        return runs[0]
+    first = setting.any_run
     summaries = [run.summary for run in runs if run.summary is not None]
     summary: dict[str, Any] | None = dict(summaries[0]) if summaries else None
     for key in summary or {}:
         values = [s[key] for s in summaries if isinstance(s.get(key), int | float)]
         if summary and values:
             summary[key] = float(np.mean(values))
+    if summary:
+        summary |= {"spike_steps": [step for run in runs for step in run.spike_steps], "first_nonfinite_step": None}
+    config = {
+        name: {k: v for k, v in section.items() if k != "seed"} if isinstance(section, Mapping) else section
+        for name, section in first.config.items()
+    }
     return dataclasses.replace(
-        setting.any_run,
+        first,
         name=setting.label,
+        config=config,
         summary=summary,
         train=_mean_columns([run.train for run in runs]),
         validation=_mean_columns([run.validation for run in runs]),
         diagnostics=_mean_lines([run.diagnostics for run in runs]),
-        events=[event for run in runs for event in run.events],
+        events=[e for run in runs for e in run.events if e.get("event") != "diverged" or setting.diverged == len(runs)],
     )
 
 

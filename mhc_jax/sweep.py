@@ -31,18 +31,11 @@ from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError, require
 from mhc_jax.mapping import from_mapping, to_mapping
-from mhc_jax.records import flatten
+from mhc_jax.records import SHORT, flatten, identity
 from mhc_jax.run_folder import read_json, write_json
 
 Point = dict[str, Any]
 """Settings of one run: dotted keys of the configuration, and the two short hands `connection` (a spec) and `seed`."""
-SHORT = {
-    "optimizer.learning_rate": "lr",
-    "model.num_layers": "layers",
-    "train.seed": "trainseed",
-    "data.seed": "dataseed",
-}
-"""In names of run folders; any other key goes by its last part."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,20 @@ class Sweep:
     points: Sequence[Point]
     settings: Point = field(default_factory=dict)
     """Of all runs; they do not show in names."""
+    baseline: Point = field(default_factory=dict)
+    """What the other points are compared with, such as {"connection": "hc"}; it agrees with each of them in all settings but
+    these.  Empty: the residual connection or, without it, the connection of the first point."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep with its configurations built."""
+
+    title: str
+    """First line of the sweep file's docstring."""
+    runs: Sequence[Run]
+    baseline: Point = field(default_factory=dict)
+    """As `Sweep.baseline`."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +105,16 @@ def _merged(parts: Sequence[Point]) -> Point:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[str, list[Run]]:
+def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Grid:
     """Read a sweep file and build every configuration of its grid.
 
     Args:
       file: the sweep file.
       overrides: `key=value`, for all runs; a key that a point sets is the point's.
 
-    Returns:
-      The first line of the file's docstring, and the runs.
-
     Raises:
-      InputError: a file that cannot be used, an unknown key, a refused value, two runs of one name or one configuration.
+      InputError: a file that cannot be used, an unknown key, a refused value, two runs of one name or one configuration, a
+        baseline that no run of the grid is.
     """
     file = Path(file)
     found = _run_file(file)
@@ -125,7 +130,21 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[str, li
     require("get_config" in config, f"The config file {str(config_file)!r} has no get_config().")
     base = _call(config_file, config["get_config"], *([arg] if arg else [])).to_dict()
     title = found["__doc__"].strip().splitlines()[0].rstrip(".")
-    return title, plan(base, sweep.points, [sweep.settings, *map(_override, overrides)])
+    runs = plan(base, sweep.points, [sweep.settings, *map(_override, overrides)])
+    check_baseline(sweep.baseline, runs)
+    return Grid(title, runs, sweep.baseline)
+
+
+def check_baseline(baseline: Point, runs: Sequence[Run]) -> None:
+    """Raise `InputError` unless some run of the grid has the settings of `baseline`."""
+    wanted = dict(baseline)
+    if "connection" in wanted:
+        wanted["connection"] = connections.spec(connections.parse(wanted["connection"]))
+    known = [identity(to_mapping(run.config)) for run in runs]
+    require(
+        any(wanted.items() <= {key: one.get(key) for key in wanted}.items() for one in known),
+        f"No point of the sweep is its baseline {_spelled(baseline)}; give settings that one of the points has.",
+    )
 
 
 def plan(base: Mapping[str, Any], points: Sequence[Point], overrides: Sequence[Point] = ()) -> list[Run]:
@@ -257,7 +276,7 @@ def select(runs: Sequence[Run], part: str) -> list[Run]:
     return list(runs[k - 1 :: of])
 
 
-def write_plan(workdir: Path, title: str, runs: Sequence[Run]) -> None:
+def write_plan(workdir: Path, grid: Grid) -> None:
     """Write what workers and results read: one file a run, and sweep.json.
 
     Raises:
@@ -269,10 +288,13 @@ def write_plan(workdir: Path, title: str, runs: Sequence[Run]) -> None:
         (workdir / "logs").mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot create {workdir}: {error.strerror}; choose a folder you may write to.") from error
-    for run in runs:
+    for run in grid.runs:
         entry = {"name": run.name, "point": run.point, "config": to_mapping(run.config)}
         write_json(workdir / ".sweep" / "runs" / f"{run.name}.json", entry)
-    write_json(workdir / "sweep.json", {"title": title, "runs": [run.name for run in runs]})
+    write_json(
+        workdir / "sweep.json",
+        {"title": grid.title, "baseline": grid.baseline, "runs": [run.name for run in grid.runs]},
+    )
 
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:

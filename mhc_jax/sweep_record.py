@@ -6,23 +6,18 @@ metrics.jsonl.  Checkpoints, locks and logs stay behind; of absolute paths only 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mhc_jax.comparison import Cell
+from mhc_jax.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.errors import require
-from mhc_jax.mapping import completed, to_mapping
-from mhc_jax.records import RunRecord, flatten, read_run
+from mhc_jax.records import RunRecord, flatten, not_defaults, read_run
+from mhc_jax.report import changed_settings, markdown_table
 from mhc_jax.results import result_rows, write_table
 from mhc_jax.run_folder import read_json
-from mhc_jax.settings import group
-from mhc_jax.sweep import load_sweep
-from mhc_jax.sweep_report import STATISTICS, findings, statistics_rows
+from mhc_jax.settings import ENDED, Baseline, group
 
-ENDED = ("finished", "diverged")
 MISSING = ("pending", "begun", "interrupted")
 FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
 """The folders of an absolute path; those of a URL or a relative path are left."""
@@ -38,13 +33,12 @@ def shortened(text: str) -> str:
 
 
 def write_record(
-    sweep_folder: Path, sweep_file: Path, folder: Path, metrics: bool = False, unfinished: bool = False, note: str = ""
+    sweep_folder: Path, folder: Path, metrics: bool = False, unfinished: bool = False, note: str = ""
 ) -> Path:
     """Copy what a record keeps of a sweep; nothing in the sweep's folder is written.
 
     Args:
       sweep_folder: where `experiments/sweep.py` wrote.
-      sweep_file: the sweep's Python file; settings in which the runs differ from it are told as `--set`.
       folder: of the record; must not exist.
       metrics: keep metrics.jsonl too.
       unfinished: accept runs that have not ended; they are left out, and counted in README.md.
@@ -67,7 +61,8 @@ def write_record(
     require(bool(ended), f"No run of {sweep_folder} has ended; there is nothing to record.")
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
-    text = page(records, rows, sweep_folder, sweep_file, note)
+    sweep = read_json(sweep_folder / "sweep.json")
+    text = page(sweep["title"], records, [row["status"] for row in rows], sweep["baseline"] or None, note)
     files = ("config.json", "env.json", "summary.json") + (("metrics.jsonl",) if metrics else ())
     folder.mkdir(parents=True)
     for name in ended:
@@ -80,55 +75,47 @@ def write_record(
 
 
 def page(
-    records: Sequence[RunRecord], rows: Sequence[Mapping[str, Any]], sweep_folder: Path, sweep_file: Path, note: str
+    title: str,
+    records: Sequence[RunRecord],
+    states: Sequence[str],
+    baseline: Baseline | None = None,
+    note: str = "",
 ) -> str:
-    """README.md of a record: command, date, device, commit, what ended how, findings, paired statistics."""
+    """README.md of a record: command, date, device, commit, settings, what ended how, findings, statistics by setting.
+
+    Args:
+      title: of the sweep.
+      records: the runs that ended.
+      states: how each run of the sweep stands.
+      baseline: as `settings.group` takes it.
+      note: a sentence for the reader.
+    """
     envs = [record.env for record in records]
     dates = sorted(str(env["date"]) for env in envs)
     devices = ", ".join(sorted({f"{env['device_count']} x {env['device']}" for env in envs}))
     versions = ", ".join(sorted({f"jax {env['packages']['jax']}, Python {env['python']}" for env in envs}))
     commits = ", ".join(sorted({str(env["commit"])[:7] + " (changed files)" * bool(env["dirty"]) for env in envs}))
-    states = [row["status"] for row in rows]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    settings = group(records)
-    table = statistics_rows(settings)
+    counts = ", ".join(f"{list(states).count(state)} {state}" for state in dict.fromkeys(states))
+    settings = group(records, baseline)
+    flat = [flatten(record.config) for record in records]
+    changed = not_defaults(records[0].config)
+    shared = {key: value for key, value in changed.items() if all(other.get(key) == value for other in flat)}
     lines = [
-        f"# {read_json(sweep_folder / 'sweep.json')['title']}",
+        f"# {title}",
         "",
-        f"    {command(records[0], sweep_file)}",
+        *(f"    {command}" for command in dict.fromkeys(str(env["command"]) for env in envs)),
         "",
-        f"Commit {commits}; {devices}; {versions}; begun {dates[0]}, last run {dates[-1]}. {len(rows)} runs: {counts}.",
+        f"Commit {commits}; {devices}; {versions}; begun {dates[0]}, last run {dates[-1]}. {len(states)} runs: {counts}.",
+        changed_settings(shared),
         *([note] if note else []),
         "",
         *(f"- {sentence}" for sentence in findings(settings)),
         "",
-        markdown_table(table),
+        markdown_table(statistics_rows(settings)),
         "",
         STATISTICS,
     ]
     return shortened("\n".join(lines) + "\n")
-
-
-def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
-    """Rows of the same headings, such as those of `comparison.rows`, as Markdown."""
-    body = [[cell.text for cell in row.values()] for row in table]
-    lines = [list(table[0]), ["---"] * len(table[0]), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def command(record: RunRecord, sweep_file: Path) -> str:
-    """The command of a sweep, from what one of its runs has other than the sweep's file says."""
-    _, planned = load_sweep(sweep_file)
-    ours = {run.name: run.config for run in planned}
-    require(
-        record.name in ours, f"{sweep_file} has no run {record.name!r}; give the file that the sweep was started with."
-    )
-    # Through JSON, which makes lists of tuples, as in the run's config.json.
-    plan = flatten(json.loads(json.dumps(to_mapping(ours[record.name]))))
-    done = flatten(completed(record.config, to_mapping(ours[record.name])))
-    changed = [f"--set={key}={value}" for key, value in done.items() if plan.get(key) != value]
-    name = sweep_file.stem
-    return " ".join([f"python experiments/sweep.py experiments/sweeps/{name}.py --workdir=runs/{name}", *changed])
 
 
 def read_record(folder: str | Path) -> list[RunRecord]:

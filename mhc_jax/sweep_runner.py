@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.data import load_data
+from mhc_jax.environment import COMMAND
+from mhc_jax.environment import command as typed_command
 from mhc_jax.errors import InputError, require
 from mhc_jax.loop import EXIT_CODES, StopRequest
 from mhc_jax.mapping import to_mapping
 from mhc_jax.progress import SweepProgress
 from mhc_jax.results import run_status, write_results
 from mhc_jax.run_folder import check_run_folder, write_json
-from mhc_jax.sweep import Busy, Run, run_lock, write_plan
+from mhc_jax.sweep import Busy, Grid, Run, run_lock, write_plan
 from mhc_jax.sweep_worker import BUSY
 from mhc_jax.sweep_worker import run as run_one
 
@@ -44,8 +46,10 @@ def default_workers() -> int:
     return 1 if accelerator else max(1, cores() // 2)
 
 
-def prepare(workdir: Path, title: str, runs: Sequence[Run], selected: Sequence[Run]) -> list[Run]:
+def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
     """Check every run folder, write the plan, tokenize the data once, and return the runs that are not done.
+
+    A page of the sweep is removed where there is something to do, lest it show another grid than the folder holds.
 
     Raises:
       InputError: a run folder that cannot be used, or data that cannot be read; before the first run starts.
@@ -58,11 +62,13 @@ def prepare(workdir: Path, title: str, runs: Sequence[Run], selected: Sequence[R
         sources[(data.source, data.validation_source, data.validation_fraction, data.tokenizer)] = data
     for data in sources.values():
         load_data(data)
-    write_plan(workdir, title, runs)
+    write_plan(workdir, grid)
+    if todo:
+        (workdir / "report.html").unlink(missing_ok=True)
     return todo
 
 
-def run_local(workdir: Path, title: str, runs: Sequence[Run], selected: Sequence[Run], workers: int) -> int:
+def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) -> int:
     """Train what is not done, `workers` processes side by side, and keep the results table up to date.
 
     A run that fails is recorded and the others go on; SIGINT and SIGTERM make every process save and end, and the same
@@ -75,7 +81,7 @@ def run_local(workdir: Path, title: str, runs: Sequence[Run], selected: Sequence
       InputError: before the first run starts.
     """
     require(workers >= 1, f"--workers is {workers}; it must be at least 1.")
-    todo = prepare(workdir, title, runs, selected)
+    todo = prepare(workdir, grid, selected)
     pool = _Pool(workdir, todo, workers, len(selected) - len(todo))
     try:
         with pool.progress, StopRequest() as stop:
@@ -155,6 +161,7 @@ class _Pool:
             "NPROC": share,
             "OMP_NUM_THREADS": share,
             "PYTHONUNBUFFERED": "1",
+            COMMAND: typed_command(),
         }
         env.setdefault("JAX_COMPILATION_CACHE_DIR", str((self.workdir / ".sweep" / "xla").resolve()))
         env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -199,11 +206,12 @@ class SlurmTask:
     """What one task of a Slurm array does: the same run as a local worker, in the task's process."""
 
     def __init__(self, workdir: Path):
-        self.workdir = workdir.resolve()
+        self.workdir, self.command = workdir.resolve(), typed_command()
 
     def __call__(self, name: str) -> int:
         """Train one run; a failure is recorded, then raised."""
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
+        os.environ[COMMAND] = self.command
         try:
             return run_one(self.workdir, name)
         except Busy:
@@ -214,17 +222,16 @@ class SlurmTask:
             with contextlib.suppress(OSError):
                 write_results(self.workdir)
             raise
+        finally:
+            del os.environ[COMMAND]
 
 
-def submit(
-    workdir: Path, title: str, runs: Sequence[Run], selected: Sequence[Run], cluster: str, parameters: dict[str, Any]
-) -> list[Any]:
+def submit(workdir: Path, grid: Grid, selected: Sequence[Run], cluster: str, parameters: dict[str, Any]) -> list[Any]:
     """Submit what is not done as one array, a task a run; return submitit's jobs.
 
     Args:
       workdir: on a file system that the nodes share.
-      title: of the sweep.
-      runs: the whole grid.
+      grid: the whole grid.
       selected: what to run of it.
       cluster: `slurm`, or submitit's `local` and `debug`.
       parameters: of `submitit.AutoExecutor.update_parameters`, such as slurm_partition.
@@ -236,7 +243,7 @@ def submit(
         import submitit
     except ImportError:
         raise InputError("Slurm arrays need submitit: pip install 'mhc-jax[slurm]'.") from None
-    todo = prepare(workdir, title, runs, selected)
+    todo = prepare(workdir, grid, selected)
     try:
         executor = submitit.AutoExecutor(folder=str(workdir.resolve() / "logs" / "slurm"), cluster=cluster)
         executor.update_parameters(**parameters)

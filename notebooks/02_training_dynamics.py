@@ -20,12 +20,12 @@
 from pathlib import Path
 
 from IPython.display import Markdown, display
+from mhc_jax.sweep_report import findings, statistics_rows
 
 from mhc_jax import plots
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.settings import group, mean_record
 from mhc_jax.sweep_record import how_to_make, markdown_table, newest_record, read_record
-from mhc_jax.sweep_report import findings, statistics_rows
 
 RECORDS = Path("../experiments/records")
 settings = group(read_record(newest_record(RECORDS, "connections")))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from IPython.display import Markdown, display
+from mhc_jax.sweep_report import statistics_rows
 
 from mhc_jax import plots
 from mhc_jax.comparison import Cell
@@ -28,7 +29,6 @@ from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import last_diagnostics
 from mhc_jax.settings import group, mean_record
 from mhc_jax.sweep_record import how_to_make, markdown_table, newest_record, read_record
-from mhc_jax.sweep_report import statistics_rows
 
 RECORDS = Path("../experiments/records")
 chosen = ("setting", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 from synthetic_runs import STEPS, SUBLAYERS, write_run
 
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
+from mhc_jax.mapping import to_mapping
 from mhc_jax.records import (
-    ABSENT,
-    baseline_of,
-    config_differences,
     flatten,
     labels,
     last_diagnostics,
+    not_defaults,
     paired_gap,
     read_run,
     series,
-    unpaired_settings,
 )
 
 
@@ -154,29 +153,17 @@ def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
     np.testing.assert_allclose(gap, [-0.06 * 50 / STEPS, -0.06 * 100 / STEPS], rtol=1e-9)
 
 
-def test_baseline_is_the_residual_run_of_the_same_seed(tmp_path):
-    runs = [
-        read_run(write_run(tmp_path, f"{kind}-{seed}", kind, seed=seed))
-        for seed in (0, 1)
-        for kind in ("residual", "mhc")
-    ]
-    by_name = {run.name: run for run in runs}
-    assert baseline_of(by_name["mhc-0"], runs).name == "residual-0"
-    assert baseline_of(by_name["mhc-1"], runs).name == "residual-1"
-    assert baseline_of(by_name["residual-1"], runs) is None
-    assert baseline_of(by_name["mhc-0"], [by_name["mhc-1"]]) is None
-    assert unpaired_settings(by_name["mhc-0"], by_name["residual-0"]) == []
-    expected = ["data.seed", "train.seed"]
-    assert unpaired_settings(by_name["mhc-0"], by_name["residual-1"]) == expected
-
-
-def test_config_differences_hold_one_value_a_run(tmp_path):
-    runs = [read_run(write_run(tmp_path, kind, kind)) for kind in ("residual", "hc", "mhc")]
-    assert config_differences(runs) == {
-        "model.connection.kind": ["residual", "hc", "mhc"],
-        "model.connection.num_streams": [ABSENT, 4, 4],
-    }
+def test_flatten():
     assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+def test_settings_that_are_not_defaults():
+    config = to_mapping(ExperimentConfig())
+    assert not_defaults(config) == {}
+    config["optimizer"]["grad_clip"] = 0.5
+    config["train"]["seed"] = 7
+    config["model"]["connection"]["num_streams"] = 8
+    assert not_defaults(config) == {"optimizer.grad_clip": 0.5}
 
 
 def test_labels_tell_folders_of_one_name_apart(tmp_path):
@@ -185,5 +172,4 @@ def test_labels_tell_folders_of_one_name_apart(tmp_path):
         read_run(write_run(tmp_path / "b", "hc", "hc")),
         read_run(write_run(tmp_path / "b", "mhc", "mhc")),
     ]
-    assert labels(runs) == ["a/hc", "b/hc", "mhc"]
-    assert len(set(labels([runs[0], runs[0]]))) == 2
+    assert labels(runs) == ["hc", "hc'", "mhc:init=paper"]

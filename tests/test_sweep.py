@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +19,8 @@ from mhc_jax.results import write_results
 from mhc_jax.run_folder import read_json
 from mhc_jax.sweep import (
     Busy,
+    Grid,
+    check_baseline,
     load_sweep,
     over,
     plan,
@@ -103,7 +106,18 @@ def test_a_sweep_runs_all_its_points_and_names_the_one_that_fails(done):
     assert {rows[run]["seed"] for run in RUNS} == {"0", "1"}
     row = rows["mhc-num_streams-2-seed1"]
     summary = read_json(workdir / "mhc-num_streams-2-seed1" / "summary.json")
-    assert (row["connection"], row["kind"], row["model.connection.num_streams"]) == ("mhc:num_streams=2", "mhc", "2")
+    assert (row["connection"], row["kind"]) == ("mhc:num_streams=2:init=paper", "mhc")
+    assert (row["seed"], row["data_seed"], row["model.connection.num_streams"]) == ("1", "1", "2")
+    typed = read_json(workdir / "mhc-num_streams-2-seed1" / "env.json")["command"]
+    assert typed == shlex.join(
+        [
+            "python",
+            str(ROOT / "experiments" / "sweep.py"),
+            str(workdir.parent / "tiny.py"),
+            f"--workdir={workdir}",
+            "--workers=1",
+        ]
+    )
     assert float(row["validation_loss"]) == summary["validation_loss"]
     assert int(row["parameters"]) == summary["parameters"]
     assert row["device"].startswith("cpu")
@@ -200,18 +214,19 @@ def test_killed_and_stopped_at_will_the_table_is_the_same(file, done, request):
 def test_a_run_that_another_process_has_is_left_alone(tmp_path, monkeypatch, capsys):
     write_text(tmp_path / "text.txt")
     runs = plan(base(tmp_path), over("connection", ["residual"]))
-    write_plan(tmp_path / "w", "title", runs)
+    grid = Grid("title", runs)
+    write_plan(tmp_path / "w", grid)
     monkeypatch.setattr(sweep_runner, "PATIENCE_S", 0.5)
     with run_lock(tmp_path / "w", "residual"):
         with pytest.raises(Busy, match=f"process {os.getpid()} on "), run_lock(tmp_path / "w", "residual"):
             pass
-        assert sweep_runner.run_local(tmp_path / "w", "title", runs, runs, 1) == 1
+        assert sweep_runner.run_local(tmp_path / "w", grid, runs, 1) == 1
     assert f"residual was left to another sweep (process {os.getpid()} on " in capsys.readouterr().err
     assert not (tmp_path / "w" / "residual").exists()
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    write_plan(tmp_path, "title", plan(base(tmp_path), [{}]))
+    write_plan(tmp_path, Grid("title", plan(base(tmp_path), [{}])))
     lock = tmp_path / ".sweep" / "locks" / "base"
     lock.write_text("process 999999999 on elsewhere\n")
     with run_lock(tmp_path, "base"):
@@ -225,17 +240,18 @@ def test_a_slurm_task_is_the_same_run(tmp_path):
     pytest.importorskip("submitit")
     write_text(tmp_path / "text.txt")
     runs = plan(base(tmp_path), over("connection", ["residual"]))
-    jobs = sweep_runner.submit(tmp_path / "w", "title", runs, runs, "debug", {"timeout_min": 1, "slurm_partition": "p"})
+    grid = Grid("title", runs)
+    jobs = sweep_runner.submit(tmp_path / "w", grid, runs, "debug", {"timeout_min": 1, "slurm_partition": "p"})
     assert [job.result() for job in jobs] == [0]
     assert table(tmp_path / "w")["residual"]["status"] == "finished"
     with pytest.raises(InputError, match="submitit refuses cluster"):
-        sweep_runner.submit(tmp_path / "w", "title", runs, runs, "nowhere", {})
+        sweep_runner.submit(tmp_path / "w", grid, runs, "nowhere", {})
 
 
 def test_without_submitit_a_slurm_array_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"pip install 'mhc-jax\[slurm\]'"):
-        sweep_runner.submit(tmp_path, "title", [], [], "slurm", {})
+        sweep_runner.submit(tmp_path, Grid("title", []), [], "slurm", {})
 
 
 def test_product_zip_and_seeds():
@@ -296,7 +312,7 @@ def test_a_mistake_on_the_command_line_ends_in_one_sentence(file, tmp_path):
 
 def test_sweep_files_that_cannot_be_used(tmp_path):
     path = write_sweep(tmp_path)
-    assert load_sweep(path)[0] == "A tiny sweep"
+    assert load_sweep(path).title == "A tiny sweep"
     for text, sentence in (
         ("x = 1", "has no get_sweep"),
         ("def get_sweep(): pass", "has no docstring"),
@@ -319,11 +335,22 @@ def test_overrides_are_read_as_python_spells_them(tmp_path):
         "model.tied_embeddings=True",
         "data.source=texts/*.jsonl.zst",
     ]
-    config = load_sweep(path, given)[1][0].config
+    config = load_sweep(path, given).runs[0].config
     assert (config.train.steps, config.optimizer.learning_rate, config.model.tied_embeddings) == (50, 1e-4, True)
     assert config.data.source == "texts/*.jsonl.zst"
     with pytest.raises(InputError, match="give key=value"):
         load_sweep(path, ["train.steps"])
+
+
+def test_a_baseline_that_no_point_is_is_refused(tmp_path):
+    runs = plan(
+        base(tmp_path), product(over("connection", ["hc", "mhc"]), over("optimizer.learning_rate", [1e-3, 1e-2]))
+    )
+    check_baseline({"connection": "mhc"}, runs)
+    check_baseline({"optimizer.learning_rate": 1e-2}, runs)
+    for wrong in ({"connection": "residual"}, {"optimizer.learning_rate": 0.5}, {"optimizer.rate": 1e-2}):
+        with pytest.raises(InputError, match="No point of the sweep is its baseline"):
+            check_baseline(wrong, runs)
 
 
 SHIPPED = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
@@ -331,7 +358,7 @@ SHIPPED = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_valid_and_say_their_command(path):
-    _, runs = load_sweep(path)
+    runs = load_sweep(path).runs
     text = path.read_text()
     assert f"python experiments/sweep.py experiments/sweeps/{path.name} --workdir=runs/{path.stem}" in text
     assert f"Cost: {len(runs)} runs" in " ".join(text.split())
@@ -345,7 +372,7 @@ def test_the_sweep_in_the_readme_works_as_printed(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "configs" / "prototype.py").write_text((ROOT / "experiments/configs/prototype.py").read_text())
     (tmp_path / "sweeps" / "mine.py").write_text(code)
-    names = [run.name for run in load_sweep(tmp_path / "sweeps" / "mine.py")[1]]
+    names = [run.name for run in load_sweep(tmp_path / "sweeps" / "mine.py").runs]
     assert len(names) == 12
     assert "mhc-t_max-5-lr0.01-seed2" in names
 
@@ -361,9 +388,9 @@ def test_select(tmp_path):
 
 
 def test_the_plan_keeps_runs_of_earlier_grids_that_were_begun(tmp_path):
-    write_plan(tmp_path, "title", plan(base(tmp_path), seeds(3)))
+    write_plan(tmp_path, Grid("title", plan(base(tmp_path), seeds(3))))
     (tmp_path / "seed2").mkdir()
-    write_plan(tmp_path, "title", plan(base(tmp_path), seeds(1)))
+    write_plan(tmp_path, Grid("title", plan(base(tmp_path), seeds(1))))
     assert list(read_plan(tmp_path)) == ["seed0", "seed2"]
     assert [row["status"] for row in write_results(tmp_path)] == ["pending", "pending"]
     with pytest.raises(InputError, match="no folder of a sweep"):

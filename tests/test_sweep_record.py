@@ -24,8 +24,8 @@ SOURCE = "/x/texts/train.jsonl.zst"
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> tuple[Path, Path]:
-    """Folder and file of a sweep whose runs read a file of this machine, four of four ended."""
+def sweep(tmp_path: Path) -> Path:
+    """Folder of a sweep whose runs read a file of this machine, four of four ended."""
     file, folder = tmp_path / "pair.py", tmp_path / "runs" / "pair"
     file.write_text(SWEEP)
     config = json.dumps(to_mapping(ExperimentConfig()))
@@ -33,22 +33,22 @@ def sweep(tmp_path: Path) -> tuple[Path, Path]:
         f"import json\nfrom ml_collections import ConfigDict\n\ndef get_config():\n"
         f"    return ConfigDict(json.loads({config!r}))\n"
     )
-    title, runs = load_sweep(file, [f"data.source={SOURCE}"])
-    write_plan(folder, title, runs)
-    for run in runs:
+    grid = load_sweep(file, [f"data.source={SOURCE}"])
+    write_plan(folder, grid)
+    for run in grid.runs:
         kind, seed = run.config.model.connection.kind, run.config.train.seed
         place = write_run(folder, run.name, kind, seed=seed)
         write_json(place / "config.json", to_mapping(run.config))
         env = json.loads((place / "env.json").read_text())
         env |= {"packages": {"jax": "0.10.2"}, "python": "3.11.7", "device_count": 1, "data": {"source": SOURCE}}
-        env["command"] = f"sweep_worker.py {folder} {run.name}"
+        env["command"] = f"python experiments/sweep.py {file} --set=data.source={SOURCE}"
         write_json(place / "env.json", env)
         (place / "checkpoints").mkdir()
-    return folder, file
+    return folder
 
 
 def test_record_of_a_sweep(sweep, tmp_path):
-    folder = write_record(*sweep, tmp_path / "records" / "2026-01-02-sweep-pair", metrics=True, note="A note.")
+    folder = write_record(sweep, tmp_path / "records" / "2026-01-02-sweep-pair", metrics=True, note="A note.")
     names = {"README.md", "results.csv", "results.parquet", "residual-seed0", "residual-seed1", "hc-seed0", "hc-seed1"}
     assert {path.name for path in folder.iterdir()} == names
     assert {path.name for path in (folder / "hc-seed0").iterdir()} == {
@@ -62,7 +62,8 @@ def test_record_of_a_sweep(sweep, tmp_path):
         assert b"/home" not in text, path
         assert str(tmp_path).encode() not in text, path
     readme = (folder / "README.md").read_text()
-    assert "--set=data.source=train.jsonl.zst\n" in readme
+    assert "\n    python experiments/sweep.py pair.py --set=data.source=train.jsonl.zst\n" in readme
+    assert "Shared settings that are not defaults: data.source=train.jsonl.zst." in readme
     assert "4 runs: 4 finished" in readme
     assert "| hc | 2 | 1.6" in readme
     assert "A note." in readme
@@ -74,7 +75,7 @@ def test_record_of_a_sweep(sweep, tmp_path):
 
 
 def test_record_without_metrics_has_summaries_alone(sweep, tmp_path):
-    runs = read_record(write_record(*sweep, tmp_path / "record"))
+    runs = read_record(write_record(sweep, tmp_path / "record"))
     assert [len(run.train["step"]) for run in runs] == [0, 0, 0, 0]
     assert all(run.result("validation_loss") for run in runs)
     assert runs[0].tokens == 200 * runs[0].config["data"]["batch_size"] * runs[0].config["data"]["sequence_length"]
@@ -82,35 +83,28 @@ def test_record_without_metrics_has_summaries_alone(sweep, tmp_path):
 
 
 def test_unfinished_sweep_is_refused_unless_told(sweep, tmp_path):
-    folder, file = sweep
+    folder = sweep
     (folder / "hc-seed1" / "summary.json").unlink()
     with pytest.raises(InputError, match=r"1 of 4 runs .*hc-seed1.*--unfinished"):
-        write_record(folder, file, tmp_path / "record")
+        write_record(folder, tmp_path / "record")
     assert not (tmp_path / "record").exists()
-    write_record(folder, file, tmp_path / "record", unfinished=True)
+    write_record(folder, tmp_path / "record", unfinished=True)
     readme = (tmp_path / "record" / "README.md").read_text()
     assert "3 finished" in readme
     assert "1 begun" in readme
     assert not (tmp_path / "record" / "hc-seed1").exists()
     with pytest.raises(InputError, match="there already"):
-        write_record(folder, file, tmp_path / "record", unfinished=True)
+        write_record(folder, tmp_path / "record", unfinished=True)
 
 
 def test_nothing_to_record(sweep, tmp_path):
-    folder, file = sweep
+    folder = sweep
     for place in folder.glob("*-seed*"):
         shutil.rmtree(place)
     with pytest.raises(InputError, match="No run of"):
-        write_record(folder, file, tmp_path / "record", unfinished=True)
+        write_record(folder, tmp_path / "record", unfinished=True)
     with pytest.raises(InputError, match="is no record"):
         read_record(tmp_path)
-
-
-def test_another_sweep_file_is_refused(sweep, tmp_path):
-    folder, file = sweep
-    file.write_text(SWEEP.replace('["residual", "hc"]', '["identity"]'))
-    with pytest.raises(InputError, match="has no run 'residual-seed0'"):
-        write_record(folder, file, tmp_path / "record")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from mhc_jax.plots.style import (
     smooth,
     styled,
 )
-from mhc_jax.records import RunRecord, baseline_of, flatten, paired_gap, series
+from mhc_jax.records import RunRecord, flatten, paired_gap, series
+from mhc_jax.settings import baselines
 
 WIDE_LOSS_RATIO = 10.0
 """Largest over smallest logged loss from which the loss axis is logarithmic."""
@@ -68,17 +69,15 @@ def loss(records: Sequence[RunRecord]) -> Figure:
 
 
 @register(
-    "Loss gap to residual",
-    "Loss of each run minus the loss of the residual run at the same step, hence on the same batch "
-    "when the runs are paired (line: moving median in training; markers: validation). Below zero "
-    "the connection is better than the residual one. The axis spans medians and markers; single "
-    "values may leave it.",
+    "Loss gap to the baseline",
+    "Loss of each run minus the loss of the baseline's run of the same seed at the same step, hence on the same batch "
+    "(line: moving median in training; markers: validation). The baseline is the residual run, else the first one. Below zero "
+    "is better. The axis spans medians and markers; single values may leave it.",
 )
 def loss_gap(records: Sequence[RunRecord]) -> Figure:
     """Paired difference of losses against steps."""
     figure, (axis,) = panels(1, 1, height=3.4)
-    for record, style in styled(records):
-        baseline = baseline_of(record, records)
+    for (record, style), baseline in zip(styled(records), baselines(records), strict=True):
         if baseline is None:
             continue
         steps, gap = paired_gap(record, baseline, "train")
@@ -93,8 +92,8 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
     axis.set_ylim(values.min() - margin, values.max() + margin)
     axis.axhline(0, color=INK, linewidth=0.9)
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel("loss − residual's loss (nats/token)\n← better        worse →")
-    need = "a gap takes a residual run and another one that logged losses at the same steps"
+    axis.set_ylabel("loss − baseline's loss (nats/token)\n← better        worse →")
+    need = "a gap takes two runs that differ in the connection and the settings of it alone, and log losses at the same steps"
     return finish(figure, records, need)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mhc_jax.plots.style import GRID, INK, LOOKS, OTHER_LOOK, STYLE, NothingToDraw, Plot, log_axis, panels, smooth
 from mhc_jax.records import paired_gap, series
-from mhc_jax.settings import Setting, baseline_of
-from mhc_jax.statistics import power_law, stability_frontier
+from mhc_jax.settings import Setting, frontier_lines, lines, loss_threshold
+from mhc_jax.statistics import MIN_SEEDS, power_law, stability_frontier
 
 SWEEP_FIGURES: dict[str, Plot] = {}
 """Name to function of settings, title, caption."""
@@ -52,10 +53,6 @@ def _kinds(settings: Sequence[Setting]) -> list[str]:
     return list(dict.fromkeys(setting.kind for setting in settings))
 
 
-def _numeric(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _beside(axis: Axes) -> None:
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, borderaxespad=0.2)
 
@@ -67,10 +64,10 @@ def _beside(axis: Axes) -> None:
 )
 def gap_curves(settings: Sequence[Setting]) -> Figure:
     """One panel a kind."""
-    compared = [(setting, base) for setting in settings if (base := baseline_of(setting, settings)) is not None]
+    compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     kinds = _kinds([setting for setting, _ in compared])
     if not kinds:
-        raise NothingToDraw("a gap takes at least two settings")
+        raise NothingToDraw("no setting has a baseline to be compared with")
     figure, axes = panels(len(kinds), 1, height=2.6)
     drawn = False
     for axis, kind in zip(axes, kinds, strict=True):
@@ -157,7 +154,8 @@ def seed_bands(settings: Sequence[Setting]) -> Figure:
 @_register(
     "Seeds",
     "Validation loss of every run (dots) and the mean of each setting (bar). The grey band is the setting's baseline: mean plus "
-    "and minus one standard deviation over its seeds. Runs without a final loss are counted at the right.",
+    f"and minus one standard deviation over its seeds, from {MIN_SEEDS} seeds on. Runs without a "
+    "final loss are counted at the right.",
 )
 def seed_strip(settings: Sequence[Setting]) -> Figure:
     """One row a setting."""
@@ -166,8 +164,8 @@ def seed_strip(settings: Sequence[Setting]) -> Figure:
     for row, setting in enumerate(settings):
         values = list(setting.results("validation_loss").values())
         style = look(setting.kind)
-        base = list((baseline_of(setting, settings) or setting).results("validation_loss").values())
-        if len(base) > 1:
+        base = list((setting.baseline or setting).results("validation_loss").values())
+        if len(base) >= MIN_SEEDS and (setting.baseline or setting.is_baseline):
             spread = float(np.std(base, ddof=1))
             axis.barh(row, 2 * spread, 0.8, float(np.mean(base)) - spread, color=GRID, alpha=0.35, linewidth=0)
         if values:
@@ -175,7 +173,7 @@ def seed_strip(settings: Sequence[Setting]) -> Figure:
             axis.plot(values, [row] * len(values), "o", color=style["color"], ms=4.5, alpha=0.8, mew=0)
             axis.plot([np.mean(values)] * 2, [row - 0.38, row + 0.38], color=style["color"], linewidth=2)
         if lost := len(setting.runs) - len(values):
-            text = f"{lost} of {len(setting.runs)} lost"
+            text = f"{lost} of {len(setting.runs)} without a loss"
             axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     if not drawn:
         raise NothingToDraw("no run has a final validation loss")
@@ -186,24 +184,14 @@ def seed_strip(settings: Sequence[Setting]) -> Figure:
     return figure
 
 
-def _lines(settings: Sequence[Setting], key: str) -> dict[str, list[Setting]]:
-    """Settings that differ in `key` alone, by kind and what else varies; at least two each."""
-    lines: dict[str, list[Setting]] = {}
-    for setting in settings:
-        if _numeric(setting.varying.get(key)):
-            others = [f"{k.rpartition('.')[2]}={v}" for k, v in setting.varying.items() if k != key]
-            lines.setdefault(" ".join([setting.kind, *others]), []).append(setting)
-    return {name: members for name, members in lines.items() if len(members) > 1}
-
-
 @_register(
     "Measurements against what is swept",
-    "One row a swept number, one column a measurement: dots are seeds, lines their means. Only settings that differ in nothing "
-    "else are joined. Diverged runs have no dot in loss.",
+    "One row a swept number, one column a measurement: dots are runs that finished, lines their means over seeds. Only "
+    "settings that differ in nothing else are joined.",
 )
 def swept(settings: Sequence[Setting]) -> Figure:
     """Loss and gains against every numeric key that is swept."""
-    keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if _lines(settings, key)]
+    keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
         raise NothingToDraw("no number is swept with the other settings fixed")
     measures = [measure for measure in MEASURES if any(setting.results(measure[0]) for setting in settings)]
@@ -212,10 +200,10 @@ def swept(settings: Sequence[Setting]) -> Figure:
     count = len(measures)
     figure, axes = panels(len(keys), count, height=2.7)
     for row, key in enumerate(keys):
-        lines = _lines(settings, key)
+        found = lines(settings, key)
         for axis, (measure, name, log) in zip(axes[count * row : count * (row + 1)], measures, strict=True):
             turn: dict[str, int] = {}
-            for label, members in lines.items():
+            for label, members in found.items():
                 kind = members[0].kind
                 turn[kind] = turn.get(kind, -1) + 1
                 style = look(kind)
@@ -225,7 +213,7 @@ def swept(settings: Sequence[Setting]) -> Figure:
                 means = sorted((s.varying[key], m) for s in members if (m := s.mean(measure)) is not None)
                 axis.plot([x for x, _ in points], [y for _, y in points], ".", color=style["color"], alpha=0.5)
                 axis.plot([x for x, _ in means], [y for _, y in means], **style, label=label)
-            values = sorted({s.varying[key] for members in lines.values() for s in members})
+            values = sorted({s.varying[key] for members in found.values() for s in members})
             if values[0] > 0 and (key in LOG_KEYS or values[-1] / values[0] >= 8):
                 axis.set_xscale("log")
                 axis.xaxis.set_minor_locator(NullLocator())
@@ -242,36 +230,21 @@ def swept(settings: Sequence[Setting]) -> Figure:
     return figure
 
 
-def loss_threshold(settings: Sequence[Setting]) -> float:
-    """0.5 nats above the best mean validation loss of the sweep; infinity where no run has one."""
-    means = [mean for setting in settings if (mean := setting.mean("validation_loss")) is not None]
-    return min(means) + 0.5 if means else float("inf")
-
-
-def frontier_lines(settings: Sequence[Setting]) -> dict[str, dict[float, list[float | None]]]:
-    """Kind and other settings to learning rate to the seeds' final losses, None for a run without one."""
-    key = "optimizer.learning_rate"
-    return {
-        name: {s.varying[key]: [s.results("validation_loss").get(seed) for seed in s.runs] for s in members}
-        for name, members in _lines(settings, key).items()
-    }
-
-
 @_register(
     "Stability frontier",
-    "Every learning rate tried: filled, all seeds end finite and at most 0.5 nats above the best mean of the sweep; hollow with a "
-    "cross, not. The bar reaches to the largest rate below which nothing failed.",
+    "Every learning rate tried: filled, every run finished with a validation loss less than 0.5 nats above the best mean of the "
+    "sweep; hollow with a cross, not. The bar reaches to the largest rate below which nothing failed.",
 )
 def frontier(settings: Sequence[Setting]) -> Figure:
     """One row a connection, learning rate to the right."""
     threshold = loss_threshold(settings)
-    lines = frontier_lines(settings)
-    if not lines:
+    found = frontier_lines(settings)
+    if not found:
         raise NothingToDraw("the learning rate is not swept")
-    figure, (axis,) = panels(1, 1, height=0.9 + 0.35 * len(lines))
-    rates = sorted({rate for losses in lines.values() for rate in losses})
-    for row, (name, losses) in enumerate(lines.items()):
-        color = look(name.split()[0])["color"]
+    figure, (axis,) = panels(1, 1, height=0.9 + 0.35 * len(found))
+    rates = sorted({rate for losses in found.values() for rate in losses})
+    for row, (name, losses) in enumerate(found.items()):
+        color = look(re.split("[: ]", name)[0])["color"]
         best, _ = stability_frontier(losses, threshold)
         if best is not None:
             axis.plot([rates[0], best], [row, row], color=color, linewidth=6, alpha=0.25, solid_capstyle="butt")
@@ -284,8 +257,8 @@ def frontier(settings: Sequence[Setting]) -> Figure:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_locator(FixedLocator(rates))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_yticks(range(len(lines)), list(lines))
-    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.set_yticks(range(len(found)), list(found))
+    axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("learning rate")
     return figure
 
@@ -293,16 +266,16 @@ def frontier(settings: Sequence[Setting]) -> Figure:
 @_register(
     "Compute ladder",
     "Validation loss against training FLOPs (logarithmic axes): dots are runs, lines power laws fitted to them, with the exponent "
-    "and its 95 % interval.",
+    "and its 95 % interval from the scatter of the dots about the line. With one run a size it does not hold the noise of seeds.",
 )
 def ladder(settings: Sequence[Setting]) -> Figure:
-    """Power law of each kind whose runs differ in training FLOPs by at least a factor of two, over three sizes."""
+    """Power law of each connection whose runs differ in training FLOPs by at least a factor of two, over three sizes."""
     figure, (axis,) = panels(1, 1, height=3.2)
     sizes = {"model.width", "model.num_layers", "train.steps"}
-    for kind in _kinds(settings):
+    for name in dict.fromkeys(setting.any_run.connection for setting in settings):
         points = []
         for setting in settings:
-            if setting.kind == kind and sizes & set(setting.varying):
+            if setting.any_run.connection == name and sizes & set(setting.varying):
                 for run in setting.runs.values():
                     loss, flops = run.result("validation_loss"), run.result("flops_per_token")
                     if run.status == "finished" and loss and flops and run.tokens:
@@ -312,12 +285,12 @@ def ladder(settings: Sequence[Setting]) -> Figure:
         x, loss = (np.asarray(column) for column in zip(*sorted(points), strict=True))
         fit = power_law(x.tolist(), loss.tolist())
         low, high = fit.b_interval or (float("nan"), float("nan"))
-        style = look(kind)
+        style = look(name.split(":")[0])
         axis.plot(x, loss, linestyle="", marker=style["marker"], color=style["color"])
-        label = f"{kind}: exponent {-fit.b:.3f} [{-high:.3f}, {-low:.3f}]"
+        label = f"{name}: exponent {-fit.b:.3f} [{-high:.3f}, {-low:.3f}]"
         axis.plot(x, fit.a * (x / fit.x_0) ** -fit.b, color=style["color"], linestyle=style["linestyle"], label=label)
     if not axis.lines:
-        raise NothingToDraw("no kind has three sizes that differ in training FLOPs by a factor of two")
+        raise NothingToDraw("no connection has three sizes that differ in training FLOPs by a factor of two")
     axis.set_xscale("log")
     log_axis(axis)
     axis.set_xlabel("training arithmetic (FLOPs)")
