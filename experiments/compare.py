@@ -16,7 +16,9 @@ from mhc_jax.errors import require
 from mhc_jax.paired import plan, run_all
 
 CONFIG = cli.define_config()
-CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "Kinds, with settings as kind:key=value.")
+CONNECTIONS = flags.DEFINE_list(
+    "connections", ["residual", "hc", "mhc:init=paper", "mhc:init=home"], "Kinds, with settings as kind:key=value."
+)
 SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each connection: train.seed and data.seed count up from the config's."
 )

@@ -1,6 +1,6 @@
 """Benchmarks of trained models, the paper's row (mHC Table 4) among them.
 
-    python experiments/evaluate.py --checkpoint=runs/demo/residual,runs/demo/mhc --tasks=paper --data-dir=items --limit=20
+    python experiments/evaluate.py --checkpoint=runs/demo/residual,runs/demo/mhc-init-home --tasks=paper --data-dir=items --limit=20
     python experiments/evaluate.py --gold_check --tasks=bbh,gsm8k,drop --data-dir=items
 
 With --data-dir from local files, without it from the hub.  Results, samples and configuration go to RUN/evaluation/step<N>/.

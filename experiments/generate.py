@@ -1,6 +1,6 @@
 """Talk to a run: text from the newest checkpoint of a run folder.
 
-    python experiments/generate.py --checkpoint=runs/demo/mhc --prompt='KING HENRY:' --max_new=200 --temperature=0.8 --top_p=0.95
+    python experiments/generate.py --checkpoint=runs/demo/mhc-init-home --prompt='KING HENRY:' --max_new=200 --top_p=0.95
 
 Without --prompt it reads prompts from standard input, one a line, until the end of the file; the text appears as it is made.
 """

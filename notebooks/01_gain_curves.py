@@ -78,7 +78,7 @@ for setting in settings:
     if setting.kind != "residual":
         sides = [setting.results(f"max_composite_{side}").values() for side in ("forward", "backward")]
         cells = [f"{np.mean(list(v)):.4g} ({min(v):.4g} to {max(v):.4g})" for v in sides]
-        lines.append(f"| {setting.kind}, here: mean of {len(setting.runs)} seeds (range) | {' | '.join(cells)} |")
+        lines.append(f"| {setting.label}, here: mean of {len(setting.runs)} seeds (range) | {' | '.join(cells)} |")
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
@@ -122,7 +122,7 @@ base = ExperimentConfig(
     ),
 )
 scratch = tempfile.TemporaryDirectory()
-live = plan(base, ["hc", "mhc"])
+live = plan(base, ["hc", "mhc:init=home"])
 data = load_data(base.data)
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     for name, config in live.items():

@@ -59,7 +59,9 @@ display(plots.loss([mean_record(setting) for setting in settings]))
 for setting in settings:
     for seed, run in setting.runs.items():
         spikes = ", ".join(map(str, run.spike_steps)) or "none"
-        print(f"{setting.kind:9s} seed {seed}: validation loss {run.result('validation_loss'):.4f}, spikes at {spikes}")
+        print(
+            f"{setting.label:9s} seed {seed}: validation loss {run.result('validation_loss'):.4f}, spikes at {spikes}"
+        )
 display(SWEEP_FIGURES["seed_strip"].draw(settings))
 
 # %% [markdown]

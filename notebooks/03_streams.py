@@ -76,7 +76,7 @@ for setting in settings:
     for key in ("h_pre", "h_post"):
         gates = [np.abs(last_diagnostics(run, key)[1]) for run in setting.runs.values()]
         shares.append(np.mean([(g.max(1) / g.sum(1)).mean() for g in gates]))
-    lines.append(f"| {setting.kind} | {shares[0]:.2f} | {shares[1]:.2f} |")
+    lines.append(f"| {setting.label} | {shares[0]:.2f} | {shares[1]:.2f} |")
 display(Markdown("\n".join([*lines, "", "Means over sub-layers and seeds; 1/n = 0.25 is uniform, 1 a single stream."])))
 
 # %% [markdown]

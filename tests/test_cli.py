@@ -74,8 +74,8 @@ TRAIN = {
 COMPARE = {
     "twice": (["--connections=mhc,mhc"], "Connections 'mhc' and 'mhc' are the same"),
     "twice in other words": (
-        ["--connections=mhc,mhc:init=home"],
-        "Connections 'mhc' and 'mhc:init=home' are the same",
+        ["--connections=mhc,mhc:init=paper"],
+        "Connections 'mhc' and 'mhc:init=paper' are the same",
     ),
     "unknown": (["--connections=residual,hyper"], "connection.kind is 'hyper'"),
     "none": (["--connections="], "No connection is given"),

@@ -1,5 +1,6 @@
 """Settings: every refused value is told with its name, its value and what is allowed."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -89,6 +90,69 @@ def test_parse_reads_every_type():
     assert connections.parse("hc:tanh=true").tanh is True
     for kind in connections.KINDS:
         assert connections.parse(kind) == connections.default_config(kind)
+
+
+OTHER = {
+    "num_streams": (2,),
+    "exit": ("mean", "head"),
+    "entry": ("scaled",),
+    "disable": (("post",), ("pre", "post")),
+    "init": ("paper", "home"),
+    "eps_convention": ("v4", "hy_v4"),
+    **{name: (0.1, 1 / 3, 1e-30) for name in ("alpha_init", "phi_init_std", "gate_init", "init_std", "eps_norm", "beta")},
+    **{name: (7,) for name in ("t_max", "rank", "block_size")},
+    **{name: (False,) for name in ("dynamic", "tanh")},
+}
+"""Values of each setting, of which at least one is no kind's default."""
+
+
+def every_setting():
+    """Every setting of every kind, each at a value of its own, where the kind takes it; then all of mHC's together."""
+    for kind in connections.KINDS:
+        for field in dataclasses.fields(connections.config_class(kind)):
+            for value in OTHER[field.name]:
+                with contextlib.suppress(InputError):
+                    connections.default_config(kind, **{field.name: value})
+                    yield kind, {field.name: value}
+    yield "mhc", {name: OTHER[name][-1] for name in ("num_streams", "exit", "entry", "disable", "alpha_init", "t_max")}
+
+
+@pytest.mark.parametrize(("kind", "settings"), list(every_setting()))
+def test_a_connection_is_spelled_as_it_is_read(kind, settings):
+    config = connections.default_config(kind, **settings)
+    assert connections.parse(connections.spec(config)) == config
+    # As config.json holds it, whole and with nothing but what was set.
+    saved = json.loads(json.dumps(to_mapping(config)))
+    assert connections.spec_of_mapping(saved) == connections.spec(config)
+    assert connections.spec_of_mapping({"kind": kind, **settings}) == connections.spec(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [
+        ("residual", "residual"),
+        ("hc", "hc"),
+        ("hc:tanh=False", "hc:tanh=False"),
+        ("hc:tanh=True:num_streams=4", "hc"),
+        ("mhc", "mhc:init=paper"),
+        ("mhc:t_max=5:init=home", "mhc:init=home:t_max=5"),
+        ("mhc:alpha_init=1:disable=pre+post", "mhc:disable=pre+post:init=paper:alpha_init=1.0"),
+        ("mhc_lite", "mhc_lite:init=paper"),
+        ("kromhc", "kromhc:init=paper"),
+        ("circulant", "circulant:init=paper"),
+        ("single_pass", "single_pass:init=paper"),
+        ("identity", "identity:init=residual"),
+    ],
+)
+def test_a_label_says_the_start_and_what_is_not_a_default(given, canonical):
+    assert connections.spec(connections.parse(given)) == canonical
+
+
+def test_a_record_of_another_version_has_a_label():
+    """Settings that have no default here are named; nothing is refused."""
+    assert connections.spec_of_mapping({"kind": "mhc", "alpha_init": 1}) == "mhc:init=paper:alpha_init=1.0"
+    assert connections.spec_of_mapping({"kind": "mhc", "gone": 3}) == "mhc:init=paper:gone=3"
+    assert connections.spec_of_mapping({"kind": "mine", "size": 0.5, "parts": ["a", "b"]}) == "mine:size=0.5:parts=a+b"
 
 
 @pytest.mark.parametrize("kind", connections.KINDS)

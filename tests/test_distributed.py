@@ -21,7 +21,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.sharding import global_batch, make_mesh, own_rows
 
-KINDS = {"residual": "residual", "mhc": "mhc:num_streams=2:t_max=2"}
+KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
 WAIT_S = 600  # of a process, on a machine that has other things to do
 
 

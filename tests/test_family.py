@@ -195,9 +195,16 @@ def test_attnres_block_is_the_mean_of_the_sources_at_zero():
 PRE_NORM = [
     "scalar_gated",
     "attnres_block",
-    *(f"{kind}:init=paper" for kind in ("identity", "mhc_lite", "kromhc", "circulant", "single_pass")),
+    "identity",
+    "identity:num_streams=1",
+    "identity:num_streams=2",
+    "mhc_lite",
+    "kromhc",
+    "circulant",
+    "single_pass",
+    "single_pass:num_streams=1",
     "mhc_lite:init=zeros",
-    "identity:init=residual",
+    "identity:init=paper",
 ]
 
 
@@ -206,20 +213,23 @@ def test_step_zero_equals_pre_norm(spec):
     assert float(jnp.abs(logits_of(spec)[0] - logits_of("residual")[0]).max()) <= STEP_ZERO
 
 
-@pytest.mark.parametrize("spec", ["identity", "mhc_lite", "kromhc", "circulant", "single_pass", "gated"])
+PRESET_KINDS = ("identity", "mhc_lite", "kromhc", "circulant", "single_pass")
+
+
+@pytest.mark.parametrize("spec", [*(f"{kind}:init=home" for kind in PRESET_KINDS), "gated"])
 def test_step_zero_with_broken_symmetry_is_not_pre_norm(spec):
-    """`home` (their default) and the random gates of `gated` tell the streams apart from the start."""
+    """`home` and the random gates of `gated` tell the streams apart from the start."""
     assert float(jnp.abs(logits_of(spec)[0] - logits_of("residual")[0]).max()) > 1e-4
 
 
 def test_identity_is_mhc_without_mixing():
     """A fair comparison: same initial H_pre and H_post, and mhc:disable=res is the same function."""
-    _, identity = logits_of("identity")
-    _, mhc = logits_of("mhc")
+    logits, identity = logits_of("identity:init=home")
+    _, mhc = logits_of("mhc:init=home")
     for name in ("attention_connection", "mlp_connection"):
         own, other = (p["params"]["layers"][name] for p in (identity, mhc))
         np.testing.assert_array_equal(own["bias"], other["bias"][:, :8])
-    np.testing.assert_array_equal(logits_of("identity")[0], logits_of("mhc:disable=res")[0])
+    np.testing.assert_array_equal(logits, logits_of("mhc:init=home:disable=res")[0])
 
 
 @pytest.mark.parametrize("kind", connections.KINDS)
@@ -245,14 +255,14 @@ def test_every_kind_gives_the_diagnostics(kind):
         ("scalar_gated:exit=head", "connection.exit is 'head'"),
         ("identity:disable=res", "'res'; it must be one of 'pre', 'post'"),
         ("identity:disable=pre+post", "nothing of `identity` is left"),
-        ("identity:num_streams=1", "`identity` is a gated residual at most"),
+        ("identity:num_streams=1:init=home", "`identity` is a gated residual at most"),
         ("mhc:eps_convention=hy_v4", "connection.eps_convention is 'hy_v4'"),
         ("mhc_lite:num_streams=6", "6! = 720 permutations.*use `kromhc`"),
-        ("mhc_lite:num_streams=1:init=paper", "needs 2 to 5"),
+        ("mhc_lite:num_streams=1", "needs 2 to 5"),
         ("kromhc:num_streams=6", "a power of two from 2 on: use 4 or 8"),
-        ("kromhc:num_streams=1:init=paper", "a power of two from 2 on: use 2 or 2"),
+        ("kromhc:num_streams=1", "a power of two from 2 on: use 2 or 2"),
         ("circulant:beta=0", "kind 'identity' has no mixing"),
-        ("circulant:num_streams=1:init=paper", "needs 2 or more"),
+        ("circulant:num_streams=1", "needs 2 or more"),
         ("single_pass:disable=pre", "use `mhc:disable=pre`"),
         ("mhc:exit=last_read", "connection.exit is 'last_read'"),
         ("gated:num_streams=1", "needs 2 or more"),

@@ -222,7 +222,7 @@ def test_every_connection_goes_round_experts(kind):
     assert jax.tree.leaves(state.params["dense_layers"])[0].shape[0] == 1
     assert state.params["layers"]["mlp"]["W_gate"].shape == (2, 4, 16, 8)
     if kind == "mhc":
-        # `home` of sub-layers 0, 1 | 2, 3, 4, 5: the first entries of b_pre.
+        # Home streams of sub-layers 0, 1 | 2, 3, 4, 5: the largest of the first entries, b_pre.
         blocks = [state.params[name]["attention_connection"]["bias"][:, :4] for name in ("dense_layers", "layers")]
         np.testing.assert_array_equal(np.concatenate(blocks).argmax(-1), [0, 2, 0])
     batch = {"inputs": TOKENS, "targets": jnp.roll(TOKENS, -1, 1)}

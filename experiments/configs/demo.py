@@ -3,7 +3,7 @@
     python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
     python experiments/train.py --config=experiments/configs/demo.py:mhc --workdir=runs/mhc
 
-`arg` is a connection, with settings if wanted: `residual`, `hc:dynamic=False`, `mhc:init=paper:num_streams=8`.
+`arg` is a connection, with settings if wanted: `residual`, `hc:dynamic=False`, `mhc:init=home:num_streams=8`.
 
 The learning rate, 7e-3, is high on purpose: the gain of unconstrained mixing grows with lr x steps x depth, and this is where a
 run of minutes shows what a run of weeks shows at 27B.

@@ -2,9 +2,9 @@
 
     python experiments/train.py --config=experiments/configs/paper.py:27b:mhc --workdir=runs/27b-mhc
 
-`arg` is a size and a connection: `3b:residual`, `9b:hc`, `27b:mhc:init=paper`, `3b_1t:mhc` (one trillion tokens).  n = 4,
-alpha 0.01 and t_max 20 are the connections' defaults.  The text is the caller's: give --config.data.source and a tokenizer of at
-most 129,280 tokens.
+`arg` is a size and a connection: `3b:residual`, `9b:hc`, `27b:mhc:init=home`, `3b_1t:mhc` (one trillion tokens).  `mhc`
+alone is the paper's: n = 4, alpha 0.01, t_max 20 and the static biases of its appendix A.6 (`init=paper`) are the defaults.  The
+text is the caller's: give --config.data.source and a tokenizer of at most 129,280 tokens.
 
 Expected from `mhc_jax.cost.model_cost` (tests/test_cost.py), with `residual`: 2.970 / 9.172 / 27.033 B parameters, of which
 0.609 / 1.654 / 4.124 B active; the table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  What the table leaves open, and

@@ -1,4 +1,4 @@
-"""Gain against depth: residual, HC and mHC with 8 to 256 sub-layers.
+"""Gain against depth: residual, HC and mHC (`init=home`) with 8 to 256 sub-layers.
 
     python experiments/sweep.py experiments/sweeps/depth.py --workdir=runs/depth
 
@@ -15,7 +15,9 @@ def get_sweep() -> Sweep:
     return Sweep(
         base="../configs/prototype.py",
         points=product(
-            over("connection", ["residual", "hc", "mhc"]), over("model.num_layers", [4, 8, 16, 32, 64, 128]), seeds(3)
+            over("connection", ["residual", "hc", "mhc:init=home"]),
+            over("model.num_layers", [4, 8, 16, 32, 64, 128]),
+            seeds(3),
         ),
         settings={"train.steps": 80, "train.validate_every": 80, "train.diagnostics_every": 40},
     )

@@ -2,8 +2,8 @@
 
     python experiments/sweep.py experiments/sweeps/fp16.py --workdir=runs/fp16
 
-Learning rate 1e-2, warm-up 20, clipping 1. Expect: HC diverges within 100 steps or so in every seed, residual and mHC finish;
-with bf16 or float32 streams the same gain stays invisible. Cost: 9 runs of 10 to 60 s on 2 cores.
+Learning rate 1e-2, warm-up 20, clipping 1. Expect: HC diverges within 100 steps or so in every seed, residual and mHC
+(`init=home`) finish; with bf16 or float32 streams the same gain stays invisible. Cost: 9 runs of 10 to 60 s on 2 cores.
 """
 
 from mhc_jax.sweep import Sweep, over, product, seeds
@@ -13,6 +13,6 @@ def get_sweep() -> Sweep:
     """Connection x seed with fp16 streams."""
     return Sweep(
         base="../configs/prototype.py",
-        points=product(over("connection", ["residual", "hc", "mhc"]), seeds(3)),
+        points=product(over("connection", ["residual", "hc", "mhc:init=home"]), seeds(3)),
         settings={"model.stream_dtype": "float16", "optimizer.learning_rate": 1e-2},
     )

@@ -1,4 +1,4 @@
-"""A compute ladder: four sizes of model, each connection, loss against training FLOPs.
+"""A compute ladder: four sizes of model; residual, HC and mHC (`init=home`); loss against training FLOPs.
 
     python experiments/sweep.py experiments/sweeps/ladder.py --workdir=runs/ladder
 
@@ -19,5 +19,6 @@ def get_sweep() -> Sweep:
         over("train.steps", [150, 200, 300, 400]),
     )
     return Sweep(
-        base="../configs/prototype.py", points=product(over("connection", ["residual", "hc", "mhc"]), sizes, seeds(1))
+        base="../configs/prototype.py",
+        points=product(over("connection", ["residual", "hc", "mhc:init=home"]), sizes, seeds(1)),
     )

@@ -3,8 +3,8 @@
     python experiments/sweep.py experiments/sweeps/learning_rate.py --workdir=runs/learning_rate
 
 Embeddings of standard deviation 1 and no clipping: with small embeddings and clipping nothing breaks at this size. Expect: HC's
-gain grows with the learning rate; at 1e-2 and above its gradient norm surges, while mHC bears the largest rates. Cost: 54 runs
-of 10 to 60 s on 2 cores.
+gain grows with the learning rate; at 1e-2 and above its gradient norm surges, while mHC (`init=home`) bears the largest rates.
+Cost: 54 runs of 10 to 60 s on 2 cores.
 """
 
 from mhc_jax.sweep import Sweep, over, product, seeds
@@ -15,6 +15,8 @@ def get_sweep() -> Sweep:
     rates = [3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16]
     return Sweep(
         base="../configs/prototype.py",
-        points=product(over("connection", ["residual", "hc", "mhc"]), over("optimizer.learning_rate", rates), seeds(3)),
+        points=product(
+            over("connection", ["residual", "hc", "mhc:init=home"]), over("optimizer.learning_rate", rates), seeds(3)
+        ),
         settings={"model.embedding_init_std": 1.0, "optimizer.grad_clip": 0.0},
     )

@@ -1,8 +1,9 @@
-"""Is a learned H_res needed: mHC against H_res = I, a scalar-gated residual, and residual.
+"""Is a learned H_res needed: HC and mHC against H_res = I, a scalar-gated residual, and residual.
 
     python experiments/sweep.py experiments/sweeps/mixing.py --workdir=runs/mixing
 
-Expect: mHC and identity differ by less than the seeds' noise at this size. Cost: 12 runs of 10 to 60 s on 2 cores.
+Expect: mHC and identity differ by less than the seeds' noise at this size.  HC beside the scalar-gated residual tells how much
+of HC's gain in loss a scalar gain gives too. Cost: 15 runs of 10 to 60 s on 2 cores.
 """
 
 from mhc_jax.sweep import Sweep, over, product, seeds
@@ -12,5 +13,5 @@ def get_sweep() -> Sweep:
     """Kind x seed."""
     # init=home: each sub-layer reads and writes its own stream, so that streams differ and H_res acts at all; with equal
     # streams a mixing matrix of unit row sums changes nothing.
-    connections = ["residual", "mhc:init=home", "identity:init=home", "scalar_gated"]
+    connections = ["residual", "hc", "mhc:init=home", "identity:init=home", "scalar_gated"]
     return Sweep(base="../configs/prototype.py", points=product(over("connection", connections), seeds(3)))

@@ -1,4 +1,4 @@
-"""Residual, HC and mHC at 110M parameters on one GPU, two seeds each; it goes on where a time limit cut it.
+"""Residual, HC and mHC (`init=home`) at 110M parameters on one GPU, two seeds each; it goes on where a time limit cut it.
 
     python experiments/sweep.py experiments/sweeps/one_gpu.py --workdir=runs/one_gpu \\
         --set=data.source=TEXT --set=data.tokenizer=bpe:bpe16k.json
@@ -14,5 +14,5 @@ from mhc_jax.sweep import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Connection x seed; seed first, so that a sweep that was cut off has pairs."""
-    points = product(seeds(2), over("connection", ["residual", "hc", "mhc"]))
+    points = product(seeds(2), over("connection", ["residual", "hc", "mhc:init=home"]))
     return Sweep(base="../configs/one_gpu.py", points=points)

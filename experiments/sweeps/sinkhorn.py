@@ -1,4 +1,4 @@
-"""How many Sinkhorn iterations: marginal error and composite gain of mHC against t_max.
+"""How many Sinkhorn iterations: marginal error and composite gain of mHC (`init=home`) against t_max.
 
     python experiments/sweep.py experiments/sweeps/sinkhorn.py --workdir=runs/sinkhorn
 
@@ -10,8 +10,8 @@ from mhc_jax.sweep import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Residual, then t_max at the default preset."""
-    t_max = product(over("connection", ["mhc"]), over("model.connection.t_max", [1, 3, 5, 20, 40]))
+    """Residual, then mHC with each t_max."""
+    t_max = product(over("connection", ["mhc:init=home"]), over("model.connection.t_max", [1, 3, 5, 20, 40]))
     return Sweep(
         base="../configs/prototype.py",
         points=product(over("connection", ["residual"]) + t_max, seeds(3)),

@@ -3,8 +3,8 @@
     python experiments/sweep.py experiments/sweeps/surges.py --workdir=runs/surges
 
 Embedding standard deviation 1, learning rate 1e-2, clipping off. Expect: gradient norms of HC surge by orders of magnitude
-after the warm-up and its loss is the highest; mHC and residual stay calm. With clipping at 1 the loss recovers and the surge
-shows in the gradient norm alone. Cost: 18 runs of 10 to 60 s on 2 cores.
+after the warm-up and its loss is the highest; mHC (`init=home`) and residual stay calm. With clipping at 1 the loss recovers
+and the surge shows in the gradient norm alone. Cost: 18 runs of 10 to 60 s on 2 cores.
 """
 
 from mhc_jax.sweep import Sweep, over, product, seeds
@@ -15,7 +15,7 @@ def get_sweep() -> Sweep:
     return Sweep(
         base="../configs/prototype.py",
         points=product(
-            over("connection", ["residual", "hc", "mhc"]), over("optimizer.grad_clip", [0.0, 1.0]), seeds(3)
+            over("connection", ["residual", "hc", "mhc:init=home"]), over("optimizer.grad_clip", [0.0, 1.0]), seeds(3)
         ),
         settings={"model.embedding_init_std": 1.0, "optimizer.learning_rate": 1e-2},
     )

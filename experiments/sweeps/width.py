@@ -1,4 +1,4 @@
-"""Does the number of streams matter: mHC and HC with n = 1, 2, 4, 8.
+"""Does the number of streams matter: HC and mHC (`init=home`) with n = 1, 2, 4, 8.
 
     python experiments/sweep.py experiments/sweeps/width.py --workdir=runs/width
 
@@ -11,8 +11,8 @@ from mhc_jax.sweep import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Connection, n and seed; residual once."""
-    # With one stream there is no home stream to start from, hence another preset.
+    # With one stream there is no home stream to tell apart, hence the paper's preset there.
     single = over("connection", ["hc:num_streams=1", "mhc:num_streams=1:init=paper"])
-    several = product(over("connection", ["hc", "mhc"]), over("model.connection.num_streams", [2, 4, 8]))
+    several = product(over("connection", ["hc", "mhc:init=home"]), over("model.connection.num_streams", [2, 4, 8]))
     points = over("connection", ["residual"]) + single + several
     return Sweep(base="../configs/prototype.py", points=product(points, seeds(3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from mhc_jax.connections.attnres_block import AttnResBlock
@@ -60,7 +61,7 @@ def parse(spec: str) -> ConnectionConfig:
     """
     kind, *settings = spec.split(":")
     cls = config_class(kind)
-    defaults = {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
+    defaults = _settings(cls())
     values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -82,9 +83,59 @@ def _read_value(text: str, kind: type, name: str) -> Any:
         raise InputError(f"{name} is {text!r}; it must be {form}.") from None
 
 
+def spec(config: ConnectionConfig) -> str:
+    """Canonical spelling of a config, the inverse of `parse`: its kind, then each setting that differs from the kind's default.
+
+    Settings stand in the order of the config's fields.  `init` is always named where a kind has it, so that a label says which
+    start it means.
+
+    >>> spec(parse("mhc:t_max=5"))
+    'mhc:init=paper:t_max=5'
+    """
+    return spec_of_mapping({"kind": config.kind, **_settings(config)})
+
+
+def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
+    """`spec` of the plain mapping that a run's config.json holds: lists for tuples, and a missing setting has its default.
+
+    Nothing is checked, so that a record of any age has a label: settings without a known default, those of an unregistered kind
+    among them, are all named, last.
+
+    >>> spec_of_mapping({"kind": "mhc", "init": "home", "disable": ["pre", "post"]})
+    'mhc:disable=pre+post:init=home'
+    """
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items() if key != "kind"}
+    kind = mapping["kind"]
+    defaults = _settings(KINDS[kind].config_class()) if kind in KINDS else {}
+    settings = {**defaults, **given}
+    named = [key for key in settings if key == "init" or key not in defaults or settings[key] != defaults[key]]
+    return ":".join([kind, *(f"{key}={_write_value(settings[key], type(defaults.get(key)))}" for key in named)])
+
+
+def _settings(config: ConnectionConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def _write_value(value: Any, kind: type) -> str:
+    if isinstance(value, tuple):
+        return "+".join(value)
+    # Python's str of a float is the shortest text that reads back as the same float.
+    return str(float(value) if kind is float else value)
+
+
 def connection_module(config: ConnectionConfig) -> type[Connection]:
     """Module class of a config's kind."""
     return KINDS[config.kind]
 
 
-__all__ = ["KINDS", "Connection", "ConnectionConfig", "config_class", "connection_module", "default_config", "parse"]
+__all__ = [
+    "KINDS",
+    "Connection",
+    "ConnectionConfig",
+    "config_class",
+    "connection_module",
+    "default_config",
+    "parse",
+    "spec",
+    "spec_of_mapping",
+]

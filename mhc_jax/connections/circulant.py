@@ -15,7 +15,11 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class CirculantConfig(DynamicConfig):
-    """Settings of C-mHC."""
+    """Settings of C-mHC.
+
+    H_pre and H_post start with mHC's biases (`init=paper`).  The author's code starts them as `init=residual` does, with a small
+    random phi.
+    """
 
     kind: ClassVar[str] = "circulant"
 

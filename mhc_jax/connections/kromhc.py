@@ -15,7 +15,11 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class KromHCConfig(DynamicConfig):
-    """Settings of KromHC."""
+    """Settings of KromHC.
+
+    H_pre and H_post start with mHC's biases (`init=paper`).  The authors' code differs there: +1 on the home stream, -1 elsewhere,
+    for both.
+    """
 
     kind: ClassVar[str] = "kromhc"
 

@@ -18,7 +18,11 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class MHCLiteConfig(DynamicConfig):
-    """Settings of mHC-lite."""
+    """Settings of mHC-lite.
+
+    H_pre and H_post start with mHC's biases (`init=paper`).  The authors' code differs there: +1 on the home stream, -1 elsewhere,
+    for both.
+    """
 
     kind: ClassVar[str] = "mhc_lite"
 
