@@ -300,7 +300,8 @@ def test_figures_draw_what_they_can_and_say_what_they_need(connections, rates):
     assert [text.get_text() for text in strip.axes[0].texts] == ["1 of 2 without a loss"]
     assert not strip.axes[0].patches, "two seeds have no band"
     gap = SWEEP_FIGURES["gap_curves"].draw(group(connections))
-    assert [axis.get_title("left") for axis in gap.axes] == ["hc", "mhc"]
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in gap.axes]
+    assert legends == [["hc (3)"], ["mhc:init=paper (3)"]]
     assert len(gap.axes[0].lines) == 3 + 1 + 1  # seeds, mean, zero
     for name in ("swept", "frontier", "ladder"):
         with pytest.raises(plots.NothingToDraw):

@@ -63,7 +63,7 @@ def _beside(axis: Axes) -> None:
     "thick line is their mean. Below zero is better. The axis spans the second half of the means.",
 )
 def gap_curves(settings: Sequence[Setting]) -> Figure:
-    """One panel a kind."""
+    """One panel a kind; its legend names the connections."""
     compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     kinds = _kinds([setting for setting, _ in compared])
     if not kinds:
@@ -91,7 +91,6 @@ def gap_curves(settings: Sequence[Setting]) -> Figure:
         axis.set_ylim(min(ends) - margin, max(ends) + margin)
         axis.axhline(0, color=INK, linewidth=0.9)
         axis.set_ylabel("gap (nats/token)")
-        axis.set_title(kind)
         _beside(axis)
     axes[-1].set_xlabel("optimizer step")
     if not drawn:
