@@ -17,9 +17,9 @@ mean over tokens (`stream_measures`):
     stream_rank        (tr G)^2 / tr(G^2), the participation ratio of G's eigenvalues: 1 for multiples of one vector, or where
                        one stream outweighs all others; n for orthogonal streams of equal norm
 
-A stream of zeros has no direction, so its pairs are left out.  Where fewer than two streams are not zero, all three are 1.  None
-of the three knows whether streams are equal in size; `stream_rms` does.  The largest eigenvalue's share of tr G lies between
-1 / stream_rank and 1 / sqrt(stream_rank) for every token: a rank near 1 needs no second number.
+A stream of zeros has no direction, so its pairs are left out.  Where fewer than two streams are not zero, all three are 1.  A 1
+does not say that streams are equal in size; `stream_rms` tells their sizes.  For every token the largest eigenvalue's share of
+tr G lies between 1 / stream_rank and 1 / sqrt(stream_rank): a rank near 1 needs no second number.
 
 `sample_sublayer` is part of the compiled model; everything else is NumPy in float64 on the few values that come back (32
 sub-layers, 64 tokens, n = 4: 128 KiB), which costs milliseconds where compiling it cost half a second a run.
