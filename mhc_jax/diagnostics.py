@@ -9,6 +9,18 @@ as in mHC Figures 3 and 7.  The operator norms max_i sum_j |P_ij| and max_j sum_
 gains for doubly stochastic matrices and larger for HC's signed ones, and are reported beside them (`*_norm`).  Gains are per
 token, then averaged; the product of token-averaged matrices (the paper's heat maps) is reported too (`composite_mean_*`).
 
+Collapse.  The streams of a token are x_1 ... x_n, and G = X X^T is their n x n Gram matrix.  Three numbers describe it, each a
+mean over tokens (`stream_measures`):
+
+    stream_cosine      mean of cos(x_i, x_j) over the pairs i < j: 1 for streams of one direction; signs cancel in it
+    stream_cosine_abs  mean of |cos(x_i, x_j)| over the same pairs: 1 exactly when all streams are multiples of one vector
+    stream_rank        (tr G)^2 / tr(G^2), the participation ratio of G's eigenvalues: 1 for multiples of one vector, or where
+                       one stream outweighs all others; n for orthogonal streams of equal norm
+
+A stream of zeros has no direction, so its pairs are left out.  Where fewer than two streams are not zero, all three are 1.  A 1
+does not say that streams are equal in size; `stream_rms` tells their sizes.  For every token the largest eigenvalue's share of
+tr G lies between 1 / stream_rank and 1 / sqrt(stream_rank): a rank near 1 needs no second number.
+
 `sample_sublayer` is part of the compiled model; everything else is NumPy in float64 on the few values that come back (32
 sub-layers, 64 tokens, n = 4: 128 KiB), which costs milliseconds where compiling it cost half a second a run.
 """
@@ -20,18 +32,21 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from mhc_kernels import split
 
 if TYPE_CHECKING:
     from mhc_jax.connections import Connection
 
+STREAM_MEASURES = ("stream_cosine", "stream_cosine_abs", "stream_rank")
+"""Numbers that see whether streams have become one; summary.json has their means over sub-layers as `final_*`."""
+
 
 def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T C"], count: int) -> dict[str, Array]:
     """Raw material of one sub-layer at `count` evenly spaced tokens of the batch.
 
-    Returns float32: pre [S, n], post [S, n], res [S, n, n], stream_cosine [] (mean over pairs and tokens), stream_rms [n],
-    branch_rms [].
+    Returns float32: pre [S, n], post [S, n], res [S, n, n], `stream_measures` of the streams that the sub-layer reads, stream_rms
+    [n], branch_rms [].
     """
     pre, post, res = link.dense(c, y)
     tokens = y.shape[0] * y.shape[1]
@@ -41,25 +56,59 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
         flat = a.reshape(*a.shape[:small], tokens)[..., picked]
         return jnp.moveaxis(flat, -1, 0)
 
-    sampled = [s.reshape(tokens, -1)[picked].astype(jnp.float32) for s in split(link.flat(streams), pre.shape[0])]
+    sampled = jnp.stack([s.reshape(tokens, -1)[picked] for s in split(link.flat(streams), pre.shape[0])], 1)
     return {
         "pre": pick(pre, 1),
         "post": pick(post, 1),
         "res": pick(res, 2),
-        "stream_cosine": stream_cosine(jnp.stack(sampled, 1)),
-        "stream_rms": jnp.stack([jnp.sqrt(jnp.mean(s**2)) for s in sampled]),
-        "branch_rms": jnp.sqrt(jnp.mean(y.astype(jnp.float32) ** 2)),
+        **stream_measures(sampled),
+        "stream_rms": root_mean_square(sampled, (0, 2)),
+        "branch_rms": root_mean_square(y, (0, 1, 2)),
     }
 
 
-def stream_cosine(x: Float[Array, "S n C"]) -> Float[Array, ""]:
-    """Cosine similarity, mean over pairs of different streams and over tokens; 1 for n = 1."""
+def root_mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """sqrt(mean(x^2)) over `axes` in float32, for entries of any finite size."""
+    scaled, exponent = _scaled(x, axes)
+    return jnp.ldexp(jnp.sqrt(jnp.mean(scaled**2, axes)), jnp.squeeze(exponent, axes))
+
+
+def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
+    """`STREAM_MEASURES` of the streams of S tokens, float32, for streams of any finite size; infinite or NaN streams give NaN.
+
+    The definitions are at the top of this file.
+    """
     n = x.shape[1]
-    if n == 1:
-        return jnp.ones(())
-    unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-    cosines = jnp.einsum("sic,sjc->sij", unit, unit, precision="highest")
-    return (jnp.sum(cosines, (1, 2)) - n).mean() / (n * (n - 1))
+    scaled, exponent = _scaled(x, (2,))
+    norm = jnp.sqrt(jnp.sum(scaled**2, 2))
+    unit = scaled / jnp.where(norm == 0, 1, norm)[:, :, None]
+    cosine = jnp.einsum("sic,sjc->sij", unit, unit, precision="highest")
+    zero = norm == 0
+    pairs = ~(zero[:, :, None] | zero[:, None, :] | jnp.eye(n, dtype=bool)[None])
+    count = jnp.sum(pairs)
+
+    def over_pairs(values: Float[Array, "S n n"]) -> Float[Array, ""]:
+        return jnp.where(count == 0, 1, jnp.sum(jnp.where(pairs, values, 0)) / jnp.maximum(count, 1))
+
+    # Norms relative to the token's largest power of two, so that their fourth powers stay within float32.
+    size = jnp.ldexp(norm, (exponent - jnp.max(jnp.where(zero[:, :, None], -999, exponent), 1, keepdims=True))[:, :, 0])
+    gram = cosine * size[:, :, None] * size[:, None, :]
+    trace, squares = jnp.sum(size**2, 1), jnp.sum(gram**2, (1, 2))
+    return {
+        "stream_cosine": over_pairs(cosine),
+        "stream_cosine_abs": over_pairs(jnp.abs(cosine)),
+        "stream_rank": jnp.mean(jnp.where(trace == 0, 1, trace**2 / jnp.where(trace == 0, 1, squares))),
+    }
+
+
+def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+    """(y, e), with x = y 2^e and max |y| over `axes` below 1, so that no square of y overflows.
+
+    A power of two, since XLA divides by multiplying with the reciprocal, and flushes that of more than 8.5e37 to 0.
+    """
+    x = x.astype(jnp.float32)
+    exponent = jnp.frexp(jnp.max(jnp.abs(x), axes, keepdims=True))[1]
+    return jnp.ldexp(x, -exponent), exponent
 
 
 Matrices = Float[np.ndarray, "*batch n n"]
@@ -105,7 +154,7 @@ def row_entropy(P: Matrices) -> PerMatrix:
 
 
 def second_eigenvalue(P: Matrices) -> PerMatrix:
-    """|lambda_2| / |lambda_1|, what a matrix leaves of differences between streams, relative to what they share.
+    """|lambda_2| / |lambda_1|: by how much each further application shrinks what differs from the leading eigenvector.
 
     0 for n = 1, 1 for the identity, 0 for 1/n; for doubly stochastic matrices |lambda_1| = 1.
     """
@@ -122,7 +171,7 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
     (means over tokens), composite_forward_max, composite_backward_max (over tokens), composite_forward_norm,
     composite_backward_norm (operator norms, means over tokens), composite_mean_forward, composite_mean_backward (product of
     token means), row_error, column_error (max |sum - 1|), entropy, uniform_distance (Frobenius, composite up to l), h_res
-    [L, n, n], h_pre, h_post [L, n] (token means), stream_cosine, stream_rms [L, n], branch_rms.
+    [L, n, n], h_pre, h_post [L, n] (token means), stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms.
     """
     values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
     H = values["res"]
@@ -149,7 +198,7 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
             "h_res": mean,
             "h_pre": values["pre"].mean(1),
             "h_post": values["post"].mean(1),
-            "stream_cosine": values["stream_cosine"],
+            **{key: values[key] for key in STREAM_MEASURES},
             "stream_rms": values["stream_rms"],
             "branch_rms": values["branch_rms"],
         }

@@ -24,7 +24,7 @@ from mhc_jax.checkpoint import Checkpoints, check_tokenizer
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
-from mhc_jax.diagnostics import summarize
+from mhc_jax.diagnostics import STREAM_MEASURES, summarize
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
@@ -119,7 +119,7 @@ class _Run:
         self.step_times: list[float] = []
         self.losses: list[float] = []
         self.validation_loss: float | None = None
-        self.last_diagnostics: dict[str, Any] = {}
+        self.last_diagnostics: dict[str, float | None] = {f"final_{key}": None for key in STREAM_MEASURES}
         self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0, "max_column_error": 0.0}
         self.diverged_at: int | None = None
         self.first_nonfinite: int | None = None
@@ -293,7 +293,8 @@ class _Run:
         if self._diagnose is None:
             return
         began = time.perf_counter()
-        record = plain(summarize(self._diagnose(self.state.params, self.diagnostic_tokens)))
+        measured = summarize(self._diagnose(self.state.params, self.diagnostic_tokens))
+        record = plain(measured)
         if metrics is not None:
             record["grad_norm_per_layer"] = plain(metrics["grad_norm_per_layer"])
             record |= {name: plain(value) for name, value in metrics.items() if name.startswith("router_")}
@@ -301,7 +302,7 @@ class _Run:
         for key in self.gains:
             profile = [g for g in record[key.removeprefix("max_")] if g is not None]
             self.gains[key] = max([self.gains[key], *profile])
-        self.last_diagnostics = {"step": step, "stream_cosine": float(np.mean(record["stream_cosine"]))}
+        self.last_diagnostics = {f"final_{key}": plain(np.mean(measured[key])) for key in STREAM_MEASURES}
         self.clock["diagnostics_s"] += time.perf_counter() - began
 
     def _read(self, step: int, metrics: dict) -> bool:
@@ -387,7 +388,7 @@ class _Run:
             "validation_loss": self.validation_loss,
             "bits_per_byte": bits,
             **self.gains,
-            "final_stream_cosine": self.last_diagnostics.get("stream_cosine"),
+            **self.last_diagnostics,
             "spikes": len(self.spikes.steps),
             "spike_steps": self.spikes.steps,
             "first_nonfinite_step": self.first_nonfinite,

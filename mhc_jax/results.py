@@ -30,6 +30,8 @@ SUMMARY_KEYS = (
     "max_composite_backward",
     "max_column_error",
     "final_stream_cosine",
+    "final_stream_cosine_abs",
+    "final_stream_rank",
     "spikes",
     "first_nonfinite_step",
     "step_time_s",

@@ -25,6 +25,7 @@ from mhc_jax.sweep_report import statistics_rows
 
 from mhc_jax import plots
 from mhc_jax.comparison import Cell
+from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import last_diagnostics
 from mhc_jax.settings import group, mean_record
@@ -57,8 +58,8 @@ display(plots.mixing(means))
 display(plots.eigenvalues(means))
 
 # %% [markdown]
-# *|lambda_2| / |lambda_1| is the share of stream differences that survives mixing: near 1 for single matrices; where
-# the composite's reaches 0, the mixing alone would have made all streams one, and only the writes keep them apart.*
+# *|lambda_2| / |lambda_1|: where the composite's is near 0, the mixing alone would make all streams multiples of one
+# vector (mHC: equal), and only the writes keep them apart.*
 #
 # ## Specialisation: who reads and writes which stream
 
@@ -86,16 +87,31 @@ display(Markdown("\n".join([*lines, "", "Means over sub-layers and seeds; 1/n = 
 display(plots.stream_similarity(means))
 
 # %% [markdown]
-# *Mean cosine between pairs of streams, over depth and over steps. At 1 all streams hold one vector, and an H_res with
-# unit row sums does nothing. HC writes to all streams alike (H_post above) and its streams stay close to one vector;
-# mHC's `home` preset writes to one at a time.*
+# *Cosine between pairs of streams, absolute (thick) and signed (thin), and the participation ratio of their Gram matrix,
+# over depth and over steps. An absolute cosine of 1 means that the streams of a token are one vector up to sign and
+# scale; then H_res changes only their signs and scales. A ratio of 1 means the same, or that one stream outweighs the
+# others; n means orthogonal streams of equal norm. The signed cosine alone cannot tell: opposite streams cancel in it.*
+
+
+# %%
+def stream_cells(setting):
+    """The measures at the end of training, means over sub-layers and seeds; a dash where the runs have none."""
+    values = [setting.mean(f"final_{key}") for key in STREAM_MEASURES]
+    cells = [Cell("–" if value is None else f"{value:.3f}", value) for value in values]
+    return dict(zip(("signed cosine", "absolute cosine", "rank"), cells, strict=True))
+
+
+table = [{"setting": Cell(setting.label, setting.label)} | stream_cells(setting) for setting in settings]
+display(Markdown(markdown_table(table)))
+
+# %% [markdown]
+# *The measures after the last step, means over sub-layers and seeds; rank is the participation ratio.*
 
 # %%
 display(plots.stream_size(means))
 
 # %% [markdown]
-# *Size of streams (band: smallest to largest stream) and of branch outputs: a wide band means that one stream
-# dominates.*
+# *Size of streams (band: smallest to largest stream) and of branch outputs.*
 #
 # ## Is H_res needed?
 #
@@ -124,13 +140,11 @@ if record is None:
 else:
     parts = group(read_record(record))
     table = [{key: row[key] for key in chosen} for row in statistics_rows(parts)]
-    cosines = [setting.mean("final_stream_cosine") for setting in parts]
-    cells = [{"stream cosine": Cell(f"{cosine:.4f}", cosine)} for cosine in cosines]
-    display(Markdown(markdown_table([row | cell for row, cell in zip(table, cells, strict=True)])))
+    display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(table, parts, strict=True)])))
 
 # %% [markdown]
 # *mHC with some mappings at their fixed values (`disable=`: what is off; sweep `components`). Without H_post every
-# stream is written alike: where the stream cosine is 1, H_res has nothing to mix, and the loss is residual's.*
+# stream is written alike. Equal streams have a signed cosine of 1, and an H_res with unit row sums does not change them.*
 #
 # ## What decides about collapse: the initial values
 #
@@ -147,12 +161,10 @@ else:
     table = []
     for setting in presets:
         if setting.kind == "mhc":
-            cosine = setting.mean("final_stream_cosine")
             loss = rows[setting.label]["mean loss"]
             init = str(setting.varying["model.connection.init"])
-            table.append({"init": Cell(init, init), "stream cosine": Cell(f"{cosine:.3f}", cosine), "loss": loss})
+            table.append({"init": Cell(init, init), **stream_cells(setting), "loss": loss})
     display(Markdown(markdown_table(table)))
 
 # %% [markdown]
-# *Presets of mHC's static biases (sweep `presets`, three seeds): they differ in stream cosine more than
-# in loss (nats per token).*
+# *Presets of mHC's static biases (sweep `presets`, three seeds), with the measures above and the loss in nats per token.*

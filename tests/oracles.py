@@ -130,6 +130,26 @@ def write(x, y, post, res):
     return out
 
 
+def stream_measures(x):
+    """(signed cosine, absolute cosine, participation ratio) of streams [S, n, C] or [n, C], from their definitions.
+
+    Cosines are means over pairs of streams that are not zero, the ratio (sum of eigenvalues)^2 / (sum of their squares) of the
+    Gram matrix over tokens; 1 where there is nothing to average or all streams are zero.
+    """
+    x = np.asarray(x, np.float64)
+    cosines, ranks = [], []
+    for streams in x.reshape(-1, *x.shape[-2:]):
+        length = [math.sqrt(sum(v * v for v in stream)) for stream in streams]
+        for i in range(len(streams)):
+            for j in range(i):
+                if length[i] and length[j]:
+                    cosines.append(sum(streams[i] / length[i] * (streams[j] / length[j])))
+        singular = np.linalg.svd(streams / (max(length) or 1), compute_uv=False)
+        ranks.append(sum(singular**2) ** 2 / sum(singular**4) if max(length) else 1)
+    cosines = cosines or [1]
+    return [np.mean(cosines), np.mean(np.abs(cosines)), np.mean(ranks)]
+
+
 def numerical_gradient(f, arrays, step=1e-6):
     """Central differences of a float64 scalar function with respect to every entry of every array."""
     grads = []

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mhc_jax.diagnostics import STREAM_MEASURES
+
 STEPS = 200
 SUBLAYERS = 16
 LOSS_OFFSET = {"residual": 0.0, "hc": -0.06, "mhc": -0.03}
@@ -22,6 +24,7 @@ def write_run(
     seed: int = 0,
     diverged_at: int | None = None,
     equal_streams: bool = False,
+    opposite_streams: bool = False,
     spikes: tuple[int, ...] = (),
     drop: tuple[str, ...] = (),
     n: int = 4,
@@ -29,7 +32,8 @@ def write_run(
 ) -> Path:
     """Write a run folder and return it; `drop`: keys to leave out of every line.
 
-    `settings` are added to the model section of the config.
+    `settings` are added to the model section of the config.  Streams differ more with depth, unless they are `equal_streams` or
+    `opposite_streams`: half of them one vector, half its negative.
     """
     folder = root / name
     folder.mkdir(parents=True)
@@ -75,11 +79,14 @@ def write_run(
                     "bits_per_byte": (1.7 + LOSS_OFFSET[kind]) / np.log(2),
                 }
             )
-            lines.append(_diagnostics(kind, step, 1 if kind == "residual" else n, equal_streams, rng))
+            streams = "equal" if equal_streams else "opposite" if opposite_streams else "differ"
+            lines.append(_diagnostics(kind, step, 1 if kind == "residual" else n, streams, rng))
     if diverged_at:
         lines.append({"kind": "event", "step": diverged_at, "event": "diverged"})
     parameters = {"residual": 400_000, "hc": 403_000, "mhc": 410_000}[kind]
     final = None if diverged_at else 1.7 + 3.9 * np.exp(-6) + LOSS_OFFSET[kind]
+    last = next((line for line in reversed(lines) if line["kind"] == "diagnostics"), {})
+    final_streams = {key: float(np.mean(last[key])) for key in STREAM_MEASURES if key in last}
     summary = {
         "status": "diverged" if diverged_at else "finished",
         "steps": diverged_at or STEPS,
@@ -93,7 +100,7 @@ def write_run(
         "bits_per_byte": None if final is None else final / np.log(2),
         "max_composite_forward": {"residual": 1.0, "hc": 38.25, "mhc": 1.0}[kind],
         "max_composite_backward": {"residual": 1.0, "hc": 52.0, "mhc": 1.04}[kind],
-        "final_stream_cosine": None if kind == "residual" else (1.0 if equal_streams else 0.83),
+        **{f"final_{key}": None if kind == "residual" else final_streams.get(key) for key in STREAM_MEASURES},
         "spikes": len(spikes),
         "spike_steps": list(spikes),
         "first_nonfinite_step": diverged_at,
@@ -114,7 +121,18 @@ def write_run(
     return folder
 
 
-def _diagnostics(kind: str, step: int, n: int, equal: bool, rng: np.random.Generator) -> dict[str, Any]:
+def _stream_measures(n: int, streams: str) -> dict[str, list[float]]:
+    """Over depth, of streams of equal norm: each pair's cosine is c, or those of the halves 1 and between them -1."""
+    cosine = 1 - 0.3 * np.linspace(0, 1, SUBLAYERS) if streams == "differ" and n > 1 else np.ones(SUBLAYERS)
+    signed = np.full(SUBLAYERS, -1 / (n - 1)) if streams == "opposite" and n > 1 else cosine
+    return {
+        "stream_cosine": signed.tolist(),
+        "stream_cosine_abs": cosine.tolist(),
+        "stream_rank": (n / (1 + (n - 1) * cosine**2)).tolist(),
+    }
+
+
+def _diagnostics(kind: str, step: int, n: int, streams: str, rng: np.random.Generator) -> dict[str, Any]:
     S = SUBLAYERS
     matrices = np.stack([np.eye(n)] * S)
     if kind == "hc":
@@ -161,7 +179,7 @@ def _diagnostics(kind: str, step: int, n: int, equal: bool, rng: np.random.Gener
         "h_res": matrices.tolist(),
         "h_pre": (np.ones((S, 1)) if n == 1 else pre).tolist(),
         "h_post": (1 + 0.1 * rng.normal(size=(S, n))).tolist(),
-        "stream_cosine": (np.ones(S) if equal or n == 1 else 1 - 0.3 * depth).tolist(),
+        **_stream_measures(n, streams),
         "stream_rms": (1 + 5 * depth[:, None] * rng.uniform(0.7, 1.3, (S, n))).tolist(),
         "branch_rms": (0.5 + depth).tolist(),
         "grad_norm_per_layer": (0.1 * np.exp(rng.normal(0, 0.2, S // 2))).tolist(),

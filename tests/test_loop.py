@@ -25,6 +25,7 @@ from tiny_runs import (
 from mhc_jax import loop
 from mhc_jax.checkpoint import load_params
 from mhc_jax.data import Data, load_data
+from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.mapping import to_mapping
@@ -258,9 +259,24 @@ def test_diagnostics_change_no_loss_and_not_the_train_step(text, tmp_path):
     assert hlo[0] == hlo[1]
     for kind in ("train", "validation"):
         assert lines(tmp_path / "0", kind) == lines(tmp_path / "2", kind)
-    assert [line["step"] for line in lines(tmp_path / "2", "diagnostics")] == [0, 2, 4]
+    diagnostics = lines(tmp_path / "2", "diagnostics")
+    assert [line["step"] for line in diagnostics] == [0, 2, 4]
     assert lines(tmp_path / "0", "diagnostics") == []
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "0"), final_state(tmp_path / "2"))
+    off, on = (json.loads((tmp_path / every / "summary.json").read_text()) for every in ("0", "2"))
+    for key in STREAM_MEASURES:
+        assert off[f"final_{key}"] is None
+        assert on[f"final_{key}"] == pytest.approx(np.mean(diagnostics[-1][key]), rel=1e-8)
+
+
+def test_streams_too_large_to_measure_are_null_and_end_no_run(text, tmp_path, monkeypatch):
+    """Training stays finite where the held-out sequence of the diagnostics overflows."""
+    real = loop.summarize
+    broken = {key: np.array([1.0, np.nan]) for key in STREAM_MEASURES}
+    monkeypatch.setattr(loop, "summarize", lambda collected: real(collected) | broken)
+    summary = train(tiny(text, "residual", train={"steps": 2, "diagnostics_every": 2}), tmp_path / "run")
+    assert summary["status"] == "finished"
+    assert [summary[f"final_{key}"] for key in STREAM_MEASURES] == [None] * 3
 
 
 def test_the_last_step_is_validated_diagnosed_and_saved_whatever_the_intervals(text, tmp_path):

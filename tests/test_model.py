@@ -14,7 +14,7 @@ from tolerances import assert_close
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
-from mhc_jax.diagnostics import summarize
+from mhc_jax.diagnostics import STREAM_MEASURES, summarize
 from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import Attention, attend
 from mhc_jax.layers.mlp import SwiGLU
@@ -159,7 +159,8 @@ def test_diagnostics_sees_the_same_model():
     assert record["h_res"].shape == (L, n, n)
     assert record["stream_rms"].shape == (L, n)
     np.testing.assert_allclose(record["composite_forward"], 1, atol=1e-5)
-    np.testing.assert_allclose(record["stream_cosine"], 1, atol=1e-5)
+    for key in STREAM_MEASURES:
+        np.testing.assert_allclose(record[key], 1, atol=1e-5)
 
 
 def test_step_that_is_not_finite_changes_nothing():
@@ -225,8 +226,14 @@ def test_summarize_on_known_matrices():
     H = jnp.asarray(np.stack([swap, grow, signed])[:, None], jnp.float32)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     out = summarize(
-        {"res": H, "pre": zeros((3, 1, 2)), "post": zeros((3, 1, 2)), "stream_cosine": zeros(3)}
-        | {"stream_rms": zeros((3, 2)), "branch_rms": zeros(3)}
+        {
+            "res": H,
+            "pre": zeros((3, 1, 2)),
+            "post": zeros((3, 1, 2)),
+            "stream_rms": zeros((3, 2)),
+            "branch_rms": zeros(3),
+        }
+        | {key: zeros(3) for key in STREAM_MEASURES}
     )
     up = [swap, grow @ swap, signed @ grow @ swap]
     down = [signed @ grow @ swap, signed @ grow, signed]

@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from synthetic_runs import STEPS, SUBLAYERS, write_run
 
 from mhc_jax import plots
-from mhc_jax.diagnostics import second_eigenvalue
+from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
 from mhc_jax.records import last_diagnostics, read_run, series
 
 
@@ -139,12 +139,35 @@ def test_composite_gain_against_steps_is_that_of_the_whole_product(runs):
     assert forward.get_yscale() == backward.get_yscale() == "log"
 
 
-def test_similarity_leaves_out_runs_of_one_stream(runs):
-    figure = plots.stream_similarity(runs)
-    depth, step = figure.axes
-    np.testing.assert_array_equal(data(depth, "mhc")[1], 1 - 0.3 * np.linspace(0, 1, SUBLAYERS))
-    np.testing.assert_allclose(data(step, "mhc")[1], [0.85] * 4)
-    assert legend_texts(figure) == ["hc", "mhc", "hc-fp16 (diverged at step 120)"]
+def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(runs, tmp_path):
+    opposite = read_run(write_run(tmp_path, "opposite", "hc", opposite_streams=True))
+    figure = plots.stream_similarity([*runs, opposite])
+    cosine, cosine_steps, rank, rank_steps = figure.axes
+    for name, absolute, signed, ranks in (
+        ("mhc", c := 1 - 0.3 * np.linspace(0, 1, SUBLAYERS), c, 4 / (1 + 3 * c**2)),
+        ("opposite", np.ones(SUBLAYERS), np.full(SUBLAYERS, -1 / 3), np.ones(SUBLAYERS)),
+    ):
+        thick, thin = [item for item in cosine.lines if item.get_label() == name]
+        assert thick.get_linewidth() > 2 * thin.get_linewidth()
+        np.testing.assert_allclose(thick.get_ydata(), absolute)
+        np.testing.assert_allclose(thin.get_ydata(), signed)
+        np.testing.assert_allclose(data(rank, name)[1], ranks)
+        thick, thin = [item for item in cosine_steps.lines if item.get_label() == name]
+        np.testing.assert_allclose(thick.get_ydata(), [absolute.mean()] * 4)
+        np.testing.assert_allclose(thin.get_ydata(), [signed.mean()] * 4)
+        np.testing.assert_allclose(data(rank_steps, name)[1], [ranks.mean()] * 4)
+    assert cosine.get_ylim()[0] < -1 / 3
+    assert rank.get_ylim() == rank_steps.get_ylim()
+    assert rank.get_ylim()[1] > 4, "the axis reaches n, where streams are orthogonal"
+    assert [axis.get_title("left") for axis in (cosine, rank)] == [f"Over depth (steps 100 to {STEPS})"] * 2
+    assert legend_texts(figure) == ["hc", "mhc", "hc-fp16 (diverged at step 120)", "opposite"]
+
+
+def test_similarity_draws_what_a_record_has(tmp_path):
+    run = read_run(write_run(tmp_path, "run", "hc", drop=("stream_cosine_abs", "stream_rank")))
+    cosine, _, rank, _ = plots.stream_similarity([run]).axes
+    assert len(cosine.lines) == 1
+    assert not rank.lines
 
 
 def test_stream_sizes_are_means_with_a_band_over_streams(runs):
@@ -227,7 +250,7 @@ def test_figures_without_data_say_what_they_need(runs):
 
 
 def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path):
-    keys = ("composite_forward_max", "single_backward", "tokens", "grad_norm", "stream_cosine")
+    keys = ("composite_forward_max", "single_backward", "tokens", "grad_norm", *STREAM_MEASURES)
     folder = write_run(tmp_path, "_mine $x", "mhc", drop=(*keys, "h_post"))
     config = json.loads((folder / "config.json").read_text())
     config["model"]["connection"]["kind"] = "brand_new"

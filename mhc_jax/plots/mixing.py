@@ -95,36 +95,46 @@ def gain_step(records: Sequence[RunRecord]) -> Figure:
 
 @register(
     "Similarity of the streams",
-    "Mean cosine between pairs of streams, over depth at the last diagnostics step and, averaged "
-    "over depth, against steps. At 1 all streams hold the same vector: then a mixing matrix with "
-    "unit row sums changes nothing and the streams carry no extra information.",
+    "Top: mean absolute cosine between pairs of streams (thick) and mean signed cosine (thin). Bottom: participation ratio "
+    "(tr G)² / tr(G²) of the streams' Gram matrix G, which lies between 1 and n. Left: each sub-layer at the last "
+    "diagnostics step; right: means over sub-layers. An absolute cosine of 1 means that the streams of a token are one "
+    "vector up to sign and scale; then a mixing matrix changes only their signs and scales. Signed cosines of opposite "
+    "streams cancel. A ratio of 1 means one vector, or one stream that outweighs the others; n means orthogonal streams of "
+    "equal norm.",
 )
 def stream_similarity(records: Sequence[RunRecord]) -> Figure:
-    """Mean pairwise cosine of streams against depth and against steps."""
-    figure, axes = panels(1, 2, height=3.0)
-    axes[0].set_title("Over depth", loc="left")
-    by_depth(axes[0], records, "stream_cosine", multi_stream_only=True)
-    for record, style in styled(records):
-        steps, values = series(record, "diagnostics", "stream_cosine")
-        if len(steps) and record.num_streams > 1:
-            finite = np.isfinite(values)
-            total = np.where(finite, values, 0).sum(1)
-            with np.errstate(invalid="ignore"):
-                curve(axes[1], steps, total / finite.sum(1), style)
-            mark_divergence(axes[1], record, style)
-    axes[1].set_title("Mean over depth", loc="left")
-    axes[1].set_xlabel("optimizer step")
-    for axis in axes:
-        axis.set_ylabel("mean pairwise cosine")
-        axis.set_ylim(min(axis.get_ylim()[0], 0.9), 1.02)
-    return finish(figure, records, "no diagnostics with stream_cosine of a multi-stream run")
+    """Cosines and participation ratio of the streams against depth and against steps."""
+    figure, axes = panels(2, 2, height=2.7, share_y=True)
+    several = [record.num_streams for record in records if record.num_streams > 1]
+    thin = {"linewidth": 0.7, "marker": ""}
+    rows = (("mean pairwise cosine", axes[:2]), ("participation ratio", axes[2:]))
+    drawn = (("stream_cosine_abs", axes[:2], {}), ("stream_cosine", axes[:2], thin), ("stream_rank", axes[2:], {}))
+    for key, (depth, steps), look in drawn:
+        depth.set_title("Over depth", loc="left")
+        by_depth(depth, records, key, multi_stream_only=True, **look)
+        for record, style in styled(records):
+            at, values = series(record, "diagnostics", key)
+            if len(at) and record.num_streams > 1:
+                finite = np.isfinite(values)
+                with np.errstate(invalid="ignore"):
+                    curve(steps, at, np.where(finite, values, 0).sum(1) / finite.sum(1), style, **look)
+                mark_divergence(steps, record, style)
+    for label, (depth, steps) in rows:
+        steps.set_title("Mean over depth", loc="left")
+        steps.set_xlabel("optimizer step")
+        depth.set_ylabel(label)
+        steps.set_ylabel(label)
+    axes[0].set_ylim(min(axes[0].get_ylim()[0], 0), 1.04)
+    n = max(several, default=2)
+    axes[2].set_ylim(1 - 0.04 * (n - 1), n + 0.04 * (n - 1))
+    return finish(figure, records, "no diagnostics with the cosines or the rank of the streams of a multi-stream run")
 
 
 @register(
     "Size of streams and branches",
     "Root mean square of the streams (line: mean over streams; band: smallest to largest stream) "
     "and of the branch outputs, logarithmic, at the last diagnostics step. A wide band means that "
-    "one stream dominates.",
+    "the streams differ in size.",
 )
 def stream_size(records: Sequence[RunRecord]) -> Figure:
     """RMS of streams and of branch outputs against depth."""
@@ -142,8 +152,9 @@ def stream_size(records: Sequence[RunRecord]) -> Figure:
 @register(
     "Second eigenvalue",
     "|lambda_2| / |lambda_1| of the token-mean H_res alone and of the product H(l)···H(1), last diagnostics step: "
-    "what is left of differences between streams, relative to what they share. 1: nothing is averaged away; 0: all "
-    "streams become one. For doubly stochastic matrices lambda_1 = 1.",
+    "the factor by which each further application shrinks what differs from the leading eigenvector. At 1 nothing is "
+    "averaged away; near 0 the streams become multiples of one vector. For doubly stochastic matrices lambda_1 = 1, and the "
+    "streams become equal.",
 )
 def eigenvalues(records: Sequence[RunRecord]) -> Figure:
     """Second eigenvalue of single matrices and of products against depth."""

@@ -297,11 +297,12 @@ def by_depth(
     key: str,
     upper: str | None = None,
     multi_stream_only: bool = False,
+    **more: Any,
 ) -> None:
     """The last diagnostics of `key` against depth, 1 at the left.
 
     Values [S] are drawn as they are, with a faint band up to those of `upper`; values [S, n] as
-    their mean over streams, with a band from the smallest to the largest stream.
+    their mean over streams, with a band from the smallest to the largest stream.  `more` goes to `curve`.
     """
     steps = set()
     for record, style in styled(records):
@@ -318,7 +319,7 @@ def by_depth(
             values = values.mean(1)
         elif most is not None and most[0] == step:
             axis.fill_between(depth, values, most[1], **band)
-        curve(axis, depth, values, style)
+        curve(axis, depth, values, style, **more)
     axis.set_xlabel("sub-layer l")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if steps:
