@@ -16,17 +16,22 @@ from mhc_jax.records import RunRecord, labels, last_diagnostics, paired_gap
 from mhc_jax.settings import Setting, frontier_lines, group, loss_threshold
 from mhc_jax.statistics import MIN_SEEDS, Paired, paired, stability_frontier, verdict
 
-ONE_STREAM_COSINE = 0.99
-"""Mean cosine above which streams count as equal, and mean |cosine| above which they count as one up to sign and scale."""
+EQUAL_STREAMS_COSINE = 0.999
+"""Mean cosine above which streams count as equal in direction."""
+EQUAL_STREAMS_SIZE = 1.01
+"""Largest over smallest RMS of the streams of a sub-layer below which they count as equal in size."""
+ONE_STREAM_RANK = 1.01
+"""`stream_rank` below which streams count as one vector up to sign and scale: more than 99 % of their squared size is then its."""
 NBSP = "\N{NO-BREAK SPACE}"
 """Lets a cell of the table break before its parenthesis only."""
 DASH = "–"
 COLUMNS = (
     "Losses are in nats/token; training loss and step time are those of summary.json. Gap: validation loss minus that of the "
     "baseline's run of the same seed, at the last step that both have; below zero is better. Gain: largest composite gain that "
-    "diagnostics saw during the run (mean over sampled tokens). Stream |cosine|: mean absolute cosine between pairs of streams, "
-    "1 where they are one vector up to sign and scale; stream rank: participation ratio of their Gram matrix, from 1 (one vector) "
-    "to n (orthogonal, of one size); both are means over tokens and sub-layers at the last diagnostics. Headings sort."
+    "diagnostics saw during the run (mean over the sampled tokens). Stream |cosine|: mean absolute cosine between pairs of "
+    "streams, 1 where they are one vector up to sign and scale. Stream rank: participation ratio of their Gram matrix, from 1 (one "
+    "vector) to n (orthogonal, of one size). Both are means over sub-layers, and over the sampled tokens of one held-out sequence, "
+    "at the last diagnostics. Headings sort."
 )
 STATISTICS = (
     "Over seeds, in nats/token of validation loss: mean and standard deviation; mean difference from the baseline's runs of the "
@@ -196,37 +201,42 @@ def _gains(settings: Sequence[Setting]) -> list[str]:
 
 
 def _streams(settings: Sequence[Setting]) -> list[str]:
-    """What the cosines between streams say, at the last diagnostics of every run."""
+    """What the streams of every run were at its last diagnostics, from the second sub-layer on: the first reads the entry."""
     out = []
     for setting in settings:
-        runs = [run for run in setting.runs.values() if run.num_streams > 1]
-        signed, size, rank = (
-            [found[1] for run in runs if (found := last_diagnostics(run, key)) is not None]
-            for key in ("stream_cosine", "stream_cosine_abs", "stream_rank")
-        )
-        if not size or len(signed) != len(size):
+        found = [
+            [last_diagnostics(run, key) for key in ("stream_cosine", "stream_rank", "stream_rms")]
+            for run in setting.runs.values()
+            if run.num_streams > 1
+        ]
+        measured = [[values[1][1:] for values in run if values is not None] for run in found]
+        if not measured or any(len(run) < 3 or not len(run[0]) for run in measured):
             continue
-        L, lowest = len(size[0]), min(float(np.nanmin(values)) for values in signed)
-        one = [int((values > ONE_STREAM_COSINE).sum()) for values in size]
-        numbers = f"mean |cosine| {_span(size, '.3f')}" + (f" and stream rank {_span(rank, '.2f')}" if rank else "")
-        if lowest > ONE_STREAM_COSINE:
+        cosines, ranks, sizes = zip(*measured, strict=True)
+        n, L, lowest = sizes[0].shape[1], len(ranks[0]) + 1, min(float(np.nanmin(values)) for values in cosines)
+        one = [int((values < ONE_STREAM_RANK).sum()) for values in ranks]
+        spread = max(float(np.nanmax(values.max(1) / values.min(1))) for values in sizes)
+        if lowest > EQUAL_STREAMS_COSINE and spread < EQUAL_STREAMS_SIZE:
             out.append(
-                f"{setting.label}: streams stayed equal at every sub-layer (lowest mean cosine {lowest:.4f}). A mixing matrix with "
-                "unit row sums changes nothing there, so H_res is inert."
+                f"{setting.label}: streams stayed equal in direction and size at every sub-layer (cosine above "
+                f"{EQUAL_STREAMS_COSINE}). A mixing matrix with unit row sums changes nothing there, so H_res is inert."
             )
         elif any(one):
             out.append(
-                f"{setting.label}: streams are one vector up to sign and scale at {', '.join(map(str, one))} of {L} sub-layers "
-                f"{'(a number a seed) ' if len(one) > 1 else ''}(mean |cosine| above {ONE_STREAM_COSINE}). H_res only rescales "
-                f"that vector there. Over all sub-layers: {numbers}."
+                f"{setting.label}: streams are one vector up to sign and scale at {', '.join(map(str, one))} of the {L - 1} "
+                f"sub-layers after the first{', a number a seed' * (len(one) > 1)}: at least 99 % of their squared size lies along "
+                f"it (rank below {ONE_STREAM_RANK}). There H_res changes only signs and scales. The rank lies between "
+                f"{_span(ranks)} of {n}."
             )
         else:
-            out.append(f"{setting.label}: streams differ at every sub-layer: {numbers}.")
+            out.append(
+                f"{setting.label}: streams differ at every sub-layer: their rank lies between {_span(ranks)} of {n}."
+            )
     return out
 
 
-def _span(values: Sequence[np.ndarray], form: str) -> str:
-    return f"{min(map(np.nanmin, values)):{form}} to {max(map(np.nanmax, values)):{form}}"
+def _span(values: Sequence[np.ndarray]) -> str:
+    return f"{min(map(np.nanmin, values)):.2f} and {max(map(np.nanmax, values)):.2f}"
 
 
 def _spikes(settings: Sequence[Setting]) -> list[str]:

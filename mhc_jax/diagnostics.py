@@ -101,6 +101,18 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
     }
 
 
+def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*tokens nC"]:
+    """The best rank-one approximation v v^T X of each token's streams X [n, C], v the leading eigenvector of X X^T.
+
+    Streams that are one vector up to sign and scale come back as they are; computed in float32, in the dtype of x.
+    """
+    X, exponent = _scaled(x.reshape(*x.shape[:-1], num_streams, -1), (-2, -1))
+    _, vectors = jnp.linalg.eigh(jnp.einsum("...ic,...jc->...ij", X, X, precision="highest"))
+    v = vectors[..., -1]
+    u = jnp.einsum("...i,...ic->...c", v, X, precision="highest")
+    return jnp.ldexp(v[..., :, None] * u[..., None, :], exponent).reshape(x.shape).astype(x.dtype)
+
+
 def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
     """(y, e), with x = y 2^e and max |y| over `axes` below 1, so that no square of y overflows.
 

@@ -96,7 +96,7 @@ def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> lis
     if baseline is None:
         residual = [record for record in firsts if record.kind == "residual"]
         baseline = {"connection": (residual or firsts)[0].connection}
-    if "connection" in baseline:
+    elif "connection" in baseline:
         baseline = {**baseline, "connection": connections.spec(connections.parse(baseline["connection"]))}
     targets = [_text({**identity(record.config), **baseline}) for record in firsts]
     names = labels(firsts, seeds=False)

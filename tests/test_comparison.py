@@ -222,30 +222,32 @@ def test_runs_that_have_not_ended_are_named_and_judged_nowhere(rates, tmp_path):
     assert frontier_lines(group(waiting)) == {}
 
 
-def with_streams(record, signed, size, rank):
-    """The run with other numbers on its streams in every diagnostics line."""
-    more = {"stream_cosine": np.asarray(signed), "stream_cosine_abs": np.asarray(size), "stream_rank": np.asarray(rank)}
+def with_streams(record, cosine, rank, rms=1.0):
+    """The run with other numbers on its streams in every diagnostics line; `rms` is the second stream's."""
+    sizes = np.tile([1.0, rms, 1.0, 1.0], (len(rank), 1))
+    more = {"stream_cosine": np.asarray(cosine), "stream_rank": np.asarray(rank), "stream_rms": sizes}
     return dataclasses.replace(record, diagnostics=[{**line, **more} for line in record.diagnostics])
 
 
 def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     residual, hc, mhc, _ = singles
-    equal = with_streams(mhc, [1.0, 0.9991], [1.0, 0.9991], [1.0, 1.01])
+    equal = with_streams(mhc, [1.0, 0.9996], [1.0, 1.001])
     said = findings(group([residual, equal]))
     assert (
-        "mhc:init=paper: streams stayed equal at every sub-layer (lowest mean cosine 0.9991). A mixing matrix with unit row sums "
-        "changes nothing there, so H_res is inert."
+        "mhc:init=paper: streams stayed equal in direction and size at every sub-layer (cosine above 0.999). A mixing matrix with "
+        "unit row sums changes nothing there, so H_res is inert."
     ) in said
+    assert not any("inert" in s for s in findings(group([residual, with_streams(mhc, [1.0, 0.9996], [1.0, 1.0], 2.0)])))
     # Three streams against their negative: the mean of signed cosines is 0, and there is one direction.
-    opposed = with_streams(hc, [0.0, 0.6, 0.5], [0.9999, 0.6, 0.5], [1.0, 2.1, 2.6])
+    opposed = with_streams(hc, [1.0, 0.0, 0.6, 0.5], [1.0, 1.001, 2.1, 2.6])
     said = findings(group([residual, opposed]))
     assert (
-        "hc: streams are one vector up to sign and scale at 1 of 3 sub-layers (mean |cosine| above 0.99). H_res only rescales that "
-        "vector there. Over all sub-layers: mean |cosine| 0.500 to 1.000 and stream rank 1.00 to 2.60."
+        "hc: streams are one vector up to sign and scale at 1 of the 3 sub-layers after the first: at least 99 % of their squared "
+        "size lies along it (rank below 1.01). There H_res changes only signs and scales. The rank lies between 1.00 and 2.60 of 4."
     ) in said
-    apart = with_streams(hc, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [2.0, 2.1, 2.6])
+    apart = with_streams(hc, [1.0, 0.1, 0.2], [1.0, 2.1, 2.6])
     said = findings(group([residual, apart]))
-    assert ("hc: streams differ at every sub-layer: mean |cosine| 0.400 to 0.600 and stream rank 2.00 to 2.60.") in said
+    assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics

@@ -7,7 +7,7 @@ import oracles
 import pytest
 from tolerances import FP32_RELATIVE, assert_close
 
-from mhc_jax.diagnostics import STREAM_MEASURES, root_mean_square, stream_measures
+from mhc_jax.diagnostics import STREAM_MEASURES, rank_one, root_mean_square, stream_measures
 
 measure = jax.jit(stream_measures)
 U, V, W, Z = np.eye(4, 16)
@@ -87,3 +87,14 @@ def test_size_changes_no_measure(size):
 def test_streams_that_are_not_finite_have_no_measure(bad):
     assert np.isnan(measured([[U, V], [U, bad * (V + 1)]])).all()
     assert not np.isfinite(root_mean_square(jnp.asarray([1, bad]), (0,)))
+
+
+def test_rank_one_is_the_best_approximation_and_leaves_collapsed_streams_alone():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 4, 16)).astype(np.float32)
+    found = np.asarray(rank_one(jnp.asarray(x.reshape(5, 64)), 4)).reshape(5, 4, 16)
+    u, s, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(found, u[:, :, :1] * s[:, None, :1] @ v[:, :1], atol=2e-5)
+    collapsed = (np.asarray([1, -2, 0.5, 3])[None, :, None] * x[:, :1]).astype(np.float32).reshape(5, 64)
+    np.testing.assert_allclose(rank_one(jnp.asarray(collapsed), 4), collapsed, atol=1e-5)
+    np.testing.assert_allclose(rank_one(jnp.asarray(1e30 * collapsed), 4), 1e30 * collapsed, rtol=1e-4, atol=1e25)

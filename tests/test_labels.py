@@ -61,7 +61,9 @@ def rows_without_init(text):
 
 def test_the_report_names_the_init(runs, tmp_path):
     page = write_report(runs, tmp_path, "Runs").read_text()
-    page = re.sub(r"<svg.*?</svg>|<script.*?</script>|<style.*?</style>|<details.*?</details>", "", page, flags=re.DOTALL)
+    page = re.sub(
+        r"<svg.*?</svg>|<script.*?</script>|<style.*?</style>|<details.*?</details>", "", page, flags=re.DOTALL
+    )
     for block in re.findall(r"<(?:tr|li|figcaption)>(.*?)</(?:tr|li|figcaption)>", page, re.DOTALL):
         text = html.unescape(re.sub(r"<[^>]*>", " ", block))
         assert not MHC.search(text) or "init=" in text, text
@@ -85,7 +87,9 @@ def test_legends_and_titles_name_the_init(runs):
             assert not MHC.search(said) or "init=" in said, (name, said)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/records/*/README.md")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("experiments/records/*/README.md")), ids=lambda path: path.parent.name
+)
 def test_records_name_the_init(path):
     assert rows_without_init(path.read_text()) == []
 

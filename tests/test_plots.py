@@ -7,7 +7,10 @@ from synthetic_runs import STEPS, SUBLAYERS, write_run
 
 from mhc_jax import plots
 from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
-from mhc_jax.records import last_diagnostics, read_run, series
+from mhc_jax.records import labels, last_diagnostics, read_run, series
+
+MHC, LOST = "mhc:init=paper", "hc dtype=float16"
+"""Labels of the third and the fourth run."""
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def runs(tmp_path_factory):
         read_run(write_run(root, "residual", "residual")),
         read_run(write_run(root, "hc", "hc", spikes=(90, 150))),
         read_run(write_run(root, "mhc", "mhc")),
-        read_run(write_run(root, "hc-fp16", "hc", diverged_at=120)),
+        read_run(write_run(root, "hc-fp16", "hc", diverged_at=120, settings={"dtype": "float16"})),
     ]
 
 
@@ -58,8 +61,8 @@ def test_every_panel_names_its_axes(runs):
 
 def test_loss_shows_smoothed_training_and_validation(runs):
     whole, half = plots.loss(runs).axes
-    for run in runs[:3]:
-        train, validation = [item for item in whole.lines if item.get_label() == run.name]
+    for run, label in list(zip(runs, labels(runs), strict=True))[:3]:
+        train, validation = [item for item in whole.lines if item.get_label() == label]
         steps, values = series(run, "train", "loss")
         np.testing.assert_array_equal(train.get_xdata(), steps)
         np.testing.assert_array_equal(train.get_ydata(), plots.smooth(values))
@@ -96,10 +99,10 @@ def test_gap_is_run_minus_residual(runs):
     steps, gap = data(axis, "hc")
     assert steps.tolist() == [50, 100, 150, 200]
     np.testing.assert_allclose(gap, -0.06 * steps / STEPS, rtol=1e-9)
-    train = next(item for item in axis.lines if item.get_label() == "mhc")
+    train = next(item for item in axis.lines if item.get_label() == MHC)
     # The gap is a straight line; the last smoothed point is the median of the last five steps.
     np.testing.assert_allclose(train.get_ydata()[-1], -0.03 * (STEPS - 2) / STEPS, rtol=1e-9)
-    assert "loss − residual's loss" in axis.get_ylabel()
+    assert "loss − baseline's loss" in axis.get_ylabel()
     assert not [item for item in axis.lines if item.get_label() == "residual"]
     assert axis.get_ylim()[0] < -0.06
     assert axis.get_ylim()[1] > 0
@@ -109,7 +112,7 @@ def test_gradient_norms_are_logarithmic_with_the_clipping_threshold(runs):
     axis = plots.grad_norm(runs).axes[0]
     assert axis.get_yscale() == "log"
     expected = plots.smooth(series(runs[2], "train", "grad_norm")[1])
-    np.testing.assert_array_equal(data(axis, "mhc")[1], expected)
+    np.testing.assert_array_equal(data(axis, MHC)[1], expected)
     assert [1.0, 1.0] in [list(item.get_ydata()) for item in axis.lines]
 
 
@@ -118,8 +121,8 @@ def test_gains_against_depth_are_the_last_diagnostics(runs):
     keys = ("single_forward", "single_backward", "composite_forward", "composite_backward")
     for axis, key in zip(figure.axes, keys, strict=True):
         assert axis.get_yscale() == "log"
-        for run in runs:
-            depth, gain = data(axis, run.name)
+        for run, label in zip(runs, labels(runs), strict=True):
+            depth, gain = data(axis, label)
             assert depth.tolist() == list(range(1, SUBLAYERS + 1))
             np.testing.assert_array_equal(gain, last_diagnostics(run, key)[1])
         assert axis.get_ylim()[0] < 0.6
@@ -140,12 +143,12 @@ def test_composite_gain_against_steps_is_that_of_the_whole_product(runs):
 
 
 def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(runs, tmp_path):
-    opposite = read_run(write_run(tmp_path, "opposite", "hc", opposite_streams=True))
+    opposite = read_run(write_run(tmp_path, "opposite", "hc", opposite_streams=True, settings={"dtype": "opposite"}))
     figure = plots.stream_similarity([*runs, opposite])
     cosine, cosine_steps, rank, rank_steps = figure.axes
     for name, absolute, signed, ranks in (
-        ("mhc", c := 1 - 0.3 * np.linspace(0, 1, SUBLAYERS), c, 4 / (1 + 3 * c**2)),
-        ("opposite", np.ones(SUBLAYERS), np.full(SUBLAYERS, -1 / 3), np.ones(SUBLAYERS)),
+        (MHC, c := 1 - 0.3 * np.linspace(0, 1, SUBLAYERS), c, 4 / (1 + 3 * c**2)),
+        ("hc dtype=opposite", np.ones(SUBLAYERS), np.full(SUBLAYERS, -1 / 3), np.ones(SUBLAYERS)),
     ):
         thick, thin = [item for item in cosine.lines if item.get_label() == name]
         assert thick.get_linewidth() > 2 * thin.get_linewidth()
@@ -160,7 +163,7 @@ def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(r
     assert rank.get_ylim() == rank_steps.get_ylim()
     assert rank.get_ylim()[1] > 4, "the axis reaches n, where streams are orthogonal"
     assert [axis.get_title("left") for axis in (cosine, rank)] == [f"Over depth (steps 100 to {STEPS})"] * 2
-    assert legend_texts(figure) == ["hc", "mhc", "hc-fp16 (diverged at step 120)", "opposite"]
+    assert legend_texts(figure) == ["hc", MHC, f"{LOST} (diverged at step 120)", "hc dtype=opposite"]
 
 
 def test_similarity_draws_what_a_record_has(tmp_path):
@@ -173,7 +176,7 @@ def test_similarity_draws_what_a_record_has(tmp_path):
 def test_stream_sizes_are_means_with_a_band_over_streams(runs):
     axis = plots.stream_size(runs).axes[0]
     rms = last_diagnostics(runs[2], "stream_rms")[1]
-    np.testing.assert_allclose(data(axis, "mhc")[1], rms.mean(1))
+    np.testing.assert_allclose(data(axis, MHC)[1], rms.mean(1))
     band = axis.collections[2].get_paths()[0].vertices[:, 1]
     assert np.isin(rms.min(1), band).all()
     assert np.isin(rms.max(1), band).all()
@@ -224,18 +227,18 @@ def test_divergence_and_spikes_are_marked(runs):
     assert len(upright) == 1
     spikes = [list(item.get_xdata()) for item in axis.lines if item.get_marker() == "v"]
     assert [90, 150] in spikes
-    assert legend_texts(figure)[-1] == "hc-fp16 (diverged at step 120)"
+    assert legend_texts(figure)[-1] == f"{LOST} (diverged at step 120)"
 
 
 def test_kinds_keep_colours_and_runs_differ_in_style(runs):
     axis = plots.gain_depth(runs).axes[0]
-    looks = {r.name: line(axis, r.name) for r in runs}
-    assert to_hex(looks["hc"].get_color()) == to_hex(looks["hc-fp16"].get_color()) == "#d55e00"
-    assert to_hex(looks["mhc"].get_color()) == "#0072b2"
-    assert to_hex(line(plots.gain_depth(runs[2:3]).axes[0], "mhc").get_color()) == "#0072b2"
-    assert len({looks[name].get_marker() for name in ("residual", "hc", "mhc")}) == 3
-    assert looks["hc"].get_linestyle() != looks["hc-fp16"].get_linestyle()
-    assert looks["hc"].get_fillstyle() != looks["hc-fp16"].get_fillstyle()
+    looks = {label: line(axis, label) for label in labels(runs)}
+    assert to_hex(looks["hc"].get_color()) == to_hex(looks[LOST].get_color()) == "#d55e00"
+    assert to_hex(looks[MHC].get_color()) == "#0072b2"
+    assert to_hex(line(plots.gain_depth(runs[2:3]).axes[0], MHC).get_color()) == "#0072b2"
+    assert len({looks[name].get_marker() for name in ("residual", "hc", MHC)}) == 3
+    assert looks["hc"].get_linestyle() != looks[LOST].get_linestyle()
+    assert looks["hc"].get_fillstyle() != looks[LOST].get_fillstyle()
 
 
 def test_figures_without_data_say_what_they_need(runs):
@@ -288,7 +291,7 @@ def test_second_eigenvalue_of_known_matrices():
 def test_eigenvalues_of_the_last_matrices(runs):
     single, product = plots.eigenvalues(runs).axes
     _, matrices = last_diagnostics(runs[2], "h_res")
-    np.testing.assert_allclose(data(single, "mhc")[1], second_eigenvalue(matrices))
+    np.testing.assert_allclose(data(single, MHC)[1], second_eigenvalue(matrices))
     whole = np.linalg.multi_dot(matrices[::-1])
-    assert data(product, "mhc")[1][-1] == pytest.approx(second_eigenvalue(whole[None])[0], rel=1e-6)
+    assert data(product, MHC)[1][-1] == pytest.approx(second_eigenvalue(whole[None])[0], rel=1e-6)
     assert "residual" not in legend_texts(plots.eigenvalues(runs))

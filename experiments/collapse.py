@@ -1,0 +1,74 @@
+"""Are a run's streams one vector up to sign and scale?  Validation loss with each token's streams replaced by one vector.
+
+    python experiments/collapse.py --checkpoint=runs/demo/hc,runs/demo/mhc-init-paper,runs/demo/mhc-init-home
+
+The newest checkpoint of each run is evaluated on the first validation batches of its text: unchanged, then with every token's
+streams replaced by their best rank-one approximation (`mhc_jax.diagnostics.rank_one`) each time they were written.  `from l` replaces
+what sub-layers l to L read, l from 1.  A loss that equals `unchanged` says that from there on the model uses one vector.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from mhc_jax import cli
+from mhc_jax.checkpoint import load_params
+from mhc_jax.connections import Connection, spec
+from mhc_jax.data import load_data
+from mhc_jax.diagnostics import rank_one
+from mhc_jax.errors import require
+from mhc_jax.mapping import from_mapping
+from mhc_jax.train_step import make_eval_step
+
+CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders.")
+BATCHES = flags.DEFINE_integer("batches", 16, "Validation batches.")
+
+
+def replaced(n: int, first: int) -> nn.module.Interceptor:
+    """Every boundary of sub-layer `first` (from 0) and later as write, rank-one approximation, coefficients, read."""
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, Connection) or context.method_name != "write_read":
+            return call(*args, **kwargs)
+        streams = module.write(*args)
+        streams = jnp.where(jnp.asarray(module.sublayer) >= first, rank_one(streams, n), streams)
+        c = module.coefficients(streams)
+        return streams, c, module.read(streams, c)
+
+    return intercept
+
+
+def main() -> int:
+    """Print one line a run."""
+    require(bool(CHECKPOINT.value), "--checkpoint is empty; give run folders with checkpoints, joined with commas.")
+    for folder in map(Path, CHECKPOINT.value):
+        mapping, params = load_params(folder)
+        config = from_mapping(mapping)
+        n = getattr(config.model.connection, "num_streams", 1)
+        require(n > 1, f"{folder} has one stream; give runs of a connection with several.")
+        config = dataclasses.replace(config, mesh=type(config.mesh)())
+        batches = load_data(config.data).validation_batches(BATCHES.value)
+        L = 2 * config.model.num_layers
+        step = make_eval_step(config)
+        losses = {"unchanged": _loss(step, params, batches)}
+        for first in (0, L // 4, L // 2, 3 * L // 4):
+            with nn.intercept_methods(replaced(n, first)):
+                losses[f"from {first + 1}"] = _loss(step, params, batches)
+        told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        print(f"{folder.name} ({spec(config.model.connection)}), validation loss in nats/token: {told}")
+    return 0
+
+
+def _loss(step, params, batches) -> float:
+    compiled = jax.jit(lambda params, batch: step(params, batch))  # a new function, which is traced anew
+    return float(np.mean([compiled(params, batch) for batch in batches]))
+
+
+if __name__ == "__main__":
+    cli.main(main)
