@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from mhc_kernels import split
 
 if TYPE_CHECKING:
@@ -47,9 +47,16 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
         "post": pick(post, 1),
         "res": pick(res, 2),
         "stream_cosine": stream_cosine(jnp.stack(sampled, 1)),
-        "stream_rms": jnp.stack([jnp.sqrt(jnp.mean(s**2)) for s in sampled]),
-        "branch_rms": jnp.sqrt(jnp.mean(y.astype(jnp.float32) ** 2)),
+        "stream_rms": jnp.stack([rms(s) for s in sampled]),
+        "branch_rms": rms(y.astype(jnp.float32)),
     }
+
+
+def rms(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Root of the mean square of all numbers, finite where they are: they are scaled by the largest before they are squared."""
+    # Within this range the scale has an inverse in float32, and no square of a scaled number overflows.
+    scale = jnp.clip(jnp.abs(x).max(), 1e-30, 1e30)
+    return scale * jnp.sqrt(jnp.mean((x / scale) ** 2))
 
 
 def stream_cosine(x: Float[Array, "S n C"]) -> Float[Array, ""]:
@@ -60,6 +67,11 @@ def stream_cosine(x: Float[Array, "S n C"]) -> Float[Array, ""]:
     unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
     cosines = jnp.einsum("sic,sjc->sij", unit, unit, precision="highest")
     return (jnp.sum(cosines, (1, 2)) - n).mean() / (n * (n - 1))
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Is every number of every array finite?"""
+    return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
 Matrices = Float[np.ndarray, "*batch n n"]
