@@ -3,8 +3,8 @@
     python experiments/collapse.py --checkpoint=runs/demo/hc,runs/demo/mhc-init-paper,runs/demo/mhc-init-home
 
 The newest checkpoint of each run is evaluated on the first validation batches of its text: unchanged, then with every token's
-streams replaced by their best rank-one approximation (`mhc_jax.diagnostics.rank_one`) each time they were written.  `from l` replaces
-what sub-layers l to L read, l from 1.  A loss that equals `unchanged` says that from there on the model uses one vector.
+streams replaced by their best rank-one approximation (`mhc_jax.diagnostics.rank_one`) each time they were written.  `from l`
+replaces what sub-layers l to L read, l from 1.  A loss that equals `unchanged` says that from there on the model uses one vector.
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from mhc_kernels import split
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array,
     x = x.astype(jnp.float32)
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axes, keepdims=True))[1]
     return jnp.ldexp(x, -exponent), exponent
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Is every number of every array finite?"""
+    return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
 Matrices = Float[np.ndarray, "*batch n n"]

@@ -24,7 +24,7 @@ from mhc_jax.checkpoint import Checkpoints, check_tokenizer
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.data import Data, load_data
-from mhc_jax.diagnostics import STREAM_MEASURES, summarize
+from mhc_jax.diagnostics import STREAM_MEASURES, all_finite, summarize
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
@@ -38,6 +38,12 @@ from mhc_jax.stop import StopRequest
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step, make_unstaged_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
+
+KEPT = (
+    *("clock", "losses", "gains", "step_times", "validation_loss", "last_diagnostics"),
+    *("diverged_at", "first_nonfinite", "compiled_bytes"),
+)
+"""What a checkpoint holds of a run beside its state, its place in the text and its spikes."""
 
 
 def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
@@ -146,11 +152,7 @@ class _Run:
             self.state, loop, remarks = restored
             check_tokenizer(loop.get("tokenizer"), self.data.tokenizer.fingerprint, self.folder)
             self.batches.set_state(loop["data"])
-            self.clock, self.losses, self.gains = loop["clock"], loop["losses"], self.gains | loop["gains"]
-            self.step_times, self.validation_loss = loop["step_times"], loop["validation_loss"]
-            self.last_diagnostics = loop["last_diagnostics"]
-            self.diverged_at, self.first_nonfinite = loop["diverged_at"], loop["first_nonfinite"]
-            self.compiled_bytes = loop["compiled_bytes"]
+            vars(self).update({name: loop[name] for name in KEPT})
         else:
             loop, remarks = {"spikes": None}, []
             init = jax.jit(lambda: init_state(self.config), out_shardings=own if self.mesh else None).lower().compile()
@@ -172,8 +174,7 @@ class _Run:
         self.flops_per_token = cost.jaxpr_flops(plain.jaxpr) / self.tokens_per_step
         env = environment()
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
-        if distributed.several():
-            self.mesh_name |= {"processes": jax.process_count()}
+        self.mesh_name |= {"processes": jax.process_count()} if distributed.several() else {}
         if distributed.first():
             if not (self.folder / "env.json").exists():
                 write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
@@ -190,11 +191,8 @@ class _Run:
                     self.writer.write("event", self.done, {"event": "checkpoint_skipped", "detail": remark})
                 if restored:
                     self.progress.say(f"going on from the checkpoint of step {self.done}")
-                    self.writer.write(
-                        "event",
-                        self.done,
-                        {"event": "resumed", "commit": env["commit"], "device": env["device"], **self.mesh_name},
-                    )
+                    event = {"event": "resumed", "commit": env["commit"], "device": env["device"], **self.mesh_name}
+                    self.writer.write("event", self.done, event)
                 status = self._steps(stop, anew=not restored)
         finally:
             self.writer.close()
@@ -242,6 +240,8 @@ class _Run:
                 describe(self.state.params, self.config.optimizer, connection_module(self.config.model.connection))
             )
             self._diagnostics(0, None)
+            if self.first_nonfinite is not None:
+                return self._diverged(0)
 
         pending: tuple[int, dict] | None = None
         number = 0
@@ -253,10 +253,9 @@ class _Run:
                 return self._diverged(pending[0])
             pending = (self.done, metrics)
             if self._is_pause(self.done):
-                if not self._read(self.done, metrics):
+                if not self._read(self.done, metrics) or not self._pause(metrics):
                     return self._diverged(self.done)
                 pending = None
-                self._pause(metrics)
         if pending and not self._read(*pending):
             return self._diverged(pending[0])
         if self.done < cfg.steps:
@@ -273,8 +272,8 @@ class _Run:
         everies = (cfg.validate_every, cfg.checkpoint_every, cfg.diagnostics_every)
         return step == cfg.steps or any(every and step % every == 0 for every in everies)
 
-    def _pause(self, metrics: dict) -> None:
-        """Validation, diagnostics and checkpoint, once the metrics of the step are known to be finite."""
+    def _pause(self, metrics: dict) -> bool:
+        """Validation, diagnostics and checkpoint, once the metrics of the step are known to be finite; False as `_read`."""
         cfg, step = self.config.train, self.done
         last = step == cfg.steps
         if last or (cfg.validate_every and step % cfg.validate_every == 0):
@@ -283,18 +282,22 @@ class _Run:
             bits = self.validation_loss / math.log(2) / self.data.bytes_per_token
             self.writer.write("validation", step, {"loss": self.validation_loss, "bits_per_byte": bits})
             self.clock["validation_s"] += time.perf_counter() - began
-        if self._diagnose and (last or step % cfg.diagnostics_every == 0):
+            self.first_nonfinite = None if math.isfinite(self.validation_loss) else step
+        if cfg.diagnostics_every and (last or step % cfg.diagnostics_every == 0):
             self._diagnostics(step, metrics)
+        if self.first_nonfinite is not None:
+            return False
         if last or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
             self._save("last" if last else "periodic")
         self._mark = time.perf_counter()
+        return True
 
     def _diagnostics(self, step: int, metrics: dict | None) -> None:
         if self._diagnose is None:
             return
         began = time.perf_counter()
-        measured = summarize(self._diagnose(self.state.params, self.diagnostic_tokens))
-        record = plain(measured)
+        found = summarize(self._diagnose(self.state.params, self.diagnostic_tokens))
+        record = plain(found)
         if metrics is not None:
             record["grad_norm_per_layer"] = plain(metrics["grad_norm_per_layer"])
             record |= {name: plain(value) for name, value in metrics.items() if name.startswith("router_")}
@@ -302,8 +305,10 @@ class _Run:
         for key in self.gains:
             profile = [g for g in record[key.removeprefix("max_")] if g is not None]
             self.gains[key] = max([self.gains[key], *profile])
-        self.last_diagnostics = {f"final_{key}": plain(np.mean(measured[key])) for key in STREAM_MEASURES}
+        self.last_diagnostics = {f"final_{key}": plain(np.mean(found[key])) for key in STREAM_MEASURES}
         self.clock["diagnostics_s"] += time.perf_counter() - began
+        if not all(np.isfinite(found[key]).all() for key in ("stream_rms", "branch_rms")):
+            self.first_nonfinite = step
 
     def _read(self, step: int, metrics: dict) -> bool:
         """Wait for a step's metrics and record them; False when the run has diverged."""
@@ -345,7 +350,8 @@ class _Run:
         self.diverged_at = step
         self.writer.write("event", step, {"event": "diverged", "updates_saved": self.done})
         self._save("diverged")
-        self.progress.say(f"diverged at step {step}; the state of step {self.done}, whose values are finite, is saved.")
+        share = "all" if jax.jit(all_finite, out_shardings=self.replicated)(self.state) else "not all"
+        self.progress.say(f"diverged at step {step}; the state of step {self.done} is saved, {share} of it finite.")
         return "diverged"
 
     def _save(self, reason: str) -> None:
@@ -353,15 +359,8 @@ class _Run:
         loop = {
             "data": self.batches.get_state(),
             "spikes": self.spikes.state(),
-            "clock": self.clock,
-            "losses": self.losses,
-            "gains": self.gains,
+            **{name: getattr(self, name) for name in KEPT},
             "step_times": self.step_times[-200:],
-            "validation_loss": self.validation_loss,
-            "last_diagnostics": self.last_diagnostics,
-            "diverged_at": self.diverged_at,
-            "first_nonfinite": self.first_nonfinite,
-            "compiled_bytes": self.compiled_bytes,
             "tokenizer": self.data.tokenizer.fingerprint,
         }
         self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config), self.data.tokenizer.saved)

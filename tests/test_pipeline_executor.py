@@ -125,6 +125,16 @@ def assert_same_step(config):
         assert_close(router[name], value, 1e-6, name)
 
 
+def test_streams_that_overflow_are_seen():
+    """Their squares do, and rsqrt(inf) = 0 would hide it."""
+    config = tiny(MHC, "1f1b", 2, 2)
+    step, shardings = compiled(config)
+    params = random_params(config)
+    params["embedding"] *= np.float32(1e25)
+    (loss, _), _ = step(*jax.device_put((params, batch(config)), shardings))
+    assert np.isnan(loss)
+
+
 QUICK_CASES = [("1f1b", MHC, 2, 2), ("zb1p", "residual", 2, 3), ("dualpipe", "residual", 2, 4)]
 ALL_CASES = [
     (schedule, kind, stages, least * times)

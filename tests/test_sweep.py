@@ -362,7 +362,7 @@ def test_shipped_sweeps_are_valid_and_say_their_command(path):
     text = path.read_text()
     assert f"python experiments/sweep.py experiments/sweeps/{path.name} --workdir=runs/{path.stem}" in text
     assert f"Cost: {len(runs)} runs" in " ".join(text.split())
-    assert len({run.config.train.seed for run in runs}) == {"ladder": 1, "one_gpu": 2}.get(path.stem, 3)
+    assert len({run.config.train.seed for run in runs}) == {"ladder": 1, "one_gpu": 2, "overflow": 1}.get(path.stem, 3)
     assert runs[0].config.model.connection.kind == "residual"
 
 

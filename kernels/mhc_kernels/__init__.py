@@ -8,6 +8,7 @@ from mhc_kernels.api import coefficients, projection, read, sinkhorn, write, wri
 from mhc_kernels.choice import settings
 from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, columns, gates
 from mhc_kernels.ops.read.reference import split
+from mhc_kernels.ops.rms import inverse_rms
 
 __all__ = [
     "PARTS",
@@ -15,6 +16,7 @@ __all__ = [
     "coefficients",
     "columns",
     "gates",
+    "inverse_rms",
     "projection",
     "read",
     "settings",

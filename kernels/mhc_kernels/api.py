@@ -77,7 +77,9 @@ def projection(
 ) -> Float[Array, "k *tokens"]:
     """z = (v phi) rsqrt(mean(v^2) + eps_norm): an unweighted RMSNorm folded after the product (mHC Eq. 14-16), float32.
 
-    For mHC the last axis is all n C channels of a token, for HC the C channels of one stream.
+    For mHC the last axis is all n C channels of a token, for HC the C channels of one stream.  A token whose sum of squares
+    overflows float32 gets NaN, one whose squares underflow v phi rsqrt(eps_norm); see `inverse_rms`.  `coefficients` and
+    `write_read` hand the NaN on.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.

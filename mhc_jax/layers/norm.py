@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from mhc_kernels import inverse_rms
 
 
 def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: float) -> Float[Array, "*tokens C"]:
-    """x rsqrt(mean(x^2) + eps) weight; computed in float32, returned in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x rsqrt(mean(x^2) + eps) weight; computed in float32, returned in float32 (Zhang and Sennrich, arXiv 1910.07467).
+
+    NaN for a token whose sum of squares overflows float32, and x rsqrt(eps) weight for one whose squares underflow; see
+    `mhc_kernels.inverse_rms`.
+    """
     v = x.astype(jnp.float32)
     mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
-    return v * jax.lax.rsqrt(mean_square + eps)[..., None] * weight[(None,) * (x.ndim - 1)]
+    return v * inverse_rms(mean_square, eps)[..., None] * weight[(None,) * (x.ndim - 1)]
 
 
 class RMSNorm(nn.Module):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from mhc_kernels.ops.rms import inverse_rms
 
 
 def streams(x: Array, n: int) -> list[Array]:
@@ -71,7 +72,7 @@ def add_written(x: Array, y: Array, post: Array) -> Array:
 def projection(x: Array, phi: Array, eps_norm: float) -> tuple[Array, tuple[Array, ...]]:
     """z = (v phi) / RMS(v), [k, *tokens], and what its gradient needs."""
     v = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(v * v, axis=-1) + eps_norm)
+    inverse = inverse_rms(jnp.mean(v * v, axis=-1), eps_norm)
     z = jnp.einsum("...c,ck->k...", v, phi, precision="highest") * inverse[None]
     return z, (x, phi, inverse, z)
 

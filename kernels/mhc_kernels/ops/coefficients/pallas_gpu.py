@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from mhc_kernels import gpu
 from mhc_kernels.gpu import Tile
+from mhc_kernels.ops.rms import inverse_rms
 
 obstacle = gpu.obstacle
 
@@ -52,7 +53,7 @@ def store_rows(tile: Tile, ref: Any, z: Array) -> None:
 def forward(
     x: Float[Array, "N W"], phi: Float[Array, "W k"], eps_norm: float
 ) -> tuple[Float[Array, "k N"], Float[Array, " N"]]:
-    """z = (v phi) inverse and inverse = rsqrt(mean(v^2) + eps_norm), a program a block of tokens.
+    """z = (v phi) inverse and inverse = `inverse_rms` of mean(v^2), a program a block of tokens.
 
     Traffic per token: reads W, writes k + 1 float32.  phi is read once a block, from L2: 6 W K / TOKENS bytes a token.
     """
@@ -75,7 +76,7 @@ def forward(
 
         zeros = jnp.zeros((TOKENS, K), jnp.float32), jnp.zeros((TOKENS,), jnp.float32)
         z, squares = lax.fori_loop(0, pl.cdiv(W, wide), chunk, zeros)
-        inverse = lax.rsqrt(squares / W + eps_norm)
+        inverse = inverse_rms(squares / W, eps_norm)
         tile.store_column(inverse_ref, inverse)
         store_rows(tile, z_ref, z * inverse[:, None])
 

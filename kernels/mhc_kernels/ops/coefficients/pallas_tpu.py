@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from mhc_kernels import tpu
+from mhc_kernels.ops.rms import inverse_rms
 
 _PIECES = {2: ((2, 0, 1, 0), (0, 0, 1)), 4: ((2, 0, 1, 0, 1, 0), (0, 0, 0, 1, 1, 2))}
 """By the size of x: which pieces of the gradient g / RMS, and which of phi, whose products make dx; 0 is the leading one.
@@ -83,7 +84,7 @@ def project(phi, v):
 
 def normalise(products, squares, out, k, channels, eps_norm):
     """Columns of `out`: [z k | inverse], from `project` and from squares [tokens, 128] still to be summed."""
-    inverse = lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / channels + eps_norm)
+    inverse = inverse_rms(jnp.sum(squares, axis=1, keepdims=True) / channels, eps_norm)
     out[:, k : k + 1] = inverse
     out[:, :k] = tpu.add(products[p : p + k] for p in range(0, products.shape[0], k)).T * inverse
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from mhc_kernels import choice
 from mhc_kernels.ops import flat
+from mhc_kernels.ops.rms import inverse_rms
 from mhc_kernels.ops.sinkhorn.reference import sinkhorn
 
 PARTS = ("pre", "post", "res")
@@ -57,7 +58,7 @@ def _projection_fwd(x, phi, eps_norm):
     if choice.platform() != "cpu":
         return flat.projection(x, phi, eps_norm)
     v = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.einsum("tc,tc->t", v, v, precision="highest") / v.shape[-1] + eps_norm)
+    inverse = inverse_rms(jnp.einsum("tc,tc->t", v, v, precision="highest") / v.shape[-1], eps_norm)
     z = jnp.matmul(v, phi, precision="highest") * inverse[:, None]
     return z.T.reshape(-1, *x.shape[:-1]), (x, phi, inverse, z)
 

@@ -7,11 +7,14 @@ of the boundary's cycles on a v5p.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mhc_kernels.ops.flat import dots, join, streams, weighted
+from mhc_kernels.ops.rms import inverse_rms
 
 
 def forward(
@@ -23,7 +26,8 @@ def forward(
     rows = [(weighted(row, xs) + p[..., None] * y32).astype(x.dtype) for row, p in zip(res, post, strict=True)]
     new = join(rows, x)
     values = [row.astype(jnp.float32) for row in rows]
-    inverse = jax.lax.rsqrt(sum(jnp.sum(v * v, axis=-1) for v in values) / x.shape[-1] + eps_norm)
+    squares = functools.reduce(jnp.add, (jnp.sum(v * v, axis=-1) for v in values))
+    inverse = inverse_rms(squares / x.shape[-1], eps_norm)
     z = jnp.einsum("...c,ck->k...", new.astype(jnp.float32), phi, precision="highest") * inverse[None]
     pre = jax.nn.sigmoid(alpha * z[:n] + bias.reshape(n, *(1,) * (z.ndim - 1))) + eps
     return new, z, inverse, weighted(pre, values).astype(x.dtype)

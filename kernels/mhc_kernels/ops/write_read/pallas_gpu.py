@@ -15,6 +15,7 @@ from mhc_kernels import choice, gpu
 from mhc_kernels.gpu import Tile
 from mhc_kernels.ops.coefficients import pallas_gpu as statistics
 from mhc_kernels.ops.read import pallas_gpu as read
+from mhc_kernels.ops.rms import inverse_rms
 from mhc_kernels.ops.write.pallas_gpu import load_row, mix
 
 obstacle = gpu.obstacle
@@ -88,7 +89,7 @@ def forward(
 
         zeros = jnp.zeros((tokens, K), jnp.float32), jnp.zeros((tokens,), jnp.float32)
         z, squares = lax.fori_loop(0, chunks, write_chunk, zeros)
-        inverse = lax.rsqrt(squares / (n * C) + eps_norm)
+        inverse = inverse_rms(squares / (n * C), eps_norm)
         z = z * inverse[:, None]
         tile.store_column(inverse_ref, inverse)
         statistics.store_rows(tile, z_ref, z)

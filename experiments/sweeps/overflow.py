@@ -1,0 +1,48 @@
+"""Runs whose streams overflow are diverged: HC at 40 settings, residual and mHC at six of the hardest.
+
+    python experiments/sweep.py experiments/sweeps/overflow.py --workdir=runs/overflow
+
+A model of width 16 for 120 steps, learning rates from 1e-3 to 1, streams in float32, bfloat16 and float16. Expect: HC with 32 or
+64 sub-layers diverges from a learning rate of 0.1 on (0.01 in float16), with 8 sub-layers in float16 alone. Residual and mHC
+diverge in float16 at a learning rate of 1 alone. No run that finishes has a gradient norm of zero.
+Cost: 52 runs of 10 to 60 s on 2 cores.
+"""
+
+from mhc_jax.sweep import Point, Sweep, over, product
+
+
+def hyper(connection: str, blocks: int, clip: float, schedule: str) -> list[Point]:
+    """One point."""
+    return [
+        {
+            "connection": connection,
+            "model.num_layers": blocks,
+            "optimizer.grad_clip": clip,
+            "optimizer.schedule": schedule,
+        }
+    ]
+
+
+def get_sweep() -> Sweep:
+    """Setting x stream dtype x learning rate."""
+    hard = (32, 0.0, "constant")
+    hc = [
+        *hyper("hc", 32, 1.0, "cosine"),
+        *hyper("hc:tanh=False", *hard),
+        *hyper("hc:tanh=False", 4, 0.0, "cosine"),
+    ]
+    others = [*hyper("residual", *hard), *hyper("mhc:init=paper", *hard)]
+    rates, high = (over("optimizer.learning_rate", values) for values in ([1e-3, 1e-2, 0.1, 1.0], [0.1, 1.0]))
+    dtypes = over("model.stream_dtype", ["float32", "bfloat16", "float16"])
+    size = {"model.width": 16, "model.mlp_width": 16, "model.num_heads": 2, "model.num_kv_heads": 1}
+    short = {"data.sequence_length": 16, "data.batch_size": 2, "optimizer.warmup_steps": 2, "train.steps": 120}
+    every = {"train.validate_every": 120, "train.validation_batches": 4, "train.diagnostics_every": 20}
+    return Sweep(
+        base="../configs/prototype.py",
+        points=[
+            *product(others, dtypes, high),
+            *product(hc, dtypes, rates),
+            *product(hyper("hc:tanh=False", 16, 1.0, "constant"), dtypes[:1], rates),
+        ],
+        settings=size | short | every | {"train.checkpoint_every": 120},
+    )
