@@ -17,7 +17,7 @@ from absl import flags
 from mhc_jax import cli
 from mhc_jax.errors import require
 from mhc_jax.evaluation.run import evaluate, gold_check
-from mhc_jax.evaluation.table import comparison, remarks
+from mhc_jax.evaluation.table import LEGEND, comparison, remarks
 from mhc_jax.evaluation.tasks import BENCHMARKS
 
 CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders; differences are to the first.")
@@ -58,7 +58,7 @@ def main() -> int:
         )
         for folder in CHECKPOINT.value
     ]
-    text = "\n".join([comparison(results), "", *(line for result in results for line in remarks(result))])
+    text = "\n".join([comparison(results), "", LEGEND, "", *(line for result in results for line in remarks(result))])
     print(text)
     if OUTPUT.value:
         Path(OUTPUT.value).write_text(text + os.linesep)

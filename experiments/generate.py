@@ -13,7 +13,7 @@ from absl import flags
 from mhc_jax import cli
 from mhc_jax.errors import require
 from mhc_jax.generation import Generator, Sampling
-from mhc_jax.trained import load_trained
+from mhc_jax.trained import beyond_training, load_trained
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
@@ -34,15 +34,23 @@ def main() -> int:
     sampling = Sampling(TEMPERATURE.value, TOP_P.value, SEED.value)
     model = load_trained(CHECKPOINT.value, TOKENIZER.value)
     tokenizer, context = model.tokenizer, CONTEXT.value or model.config.data.sequence_length
+    if warning := beyond_training(model.folder.name, model.config.data.sequence_length, context):
+        print(warning, file=sys.stderr)
     generator = Generator(model.config.model, model.params, context, tokenizer.vocab_size, model.mesh)
     prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
+
+    def answer(made: list[int]) -> tuple[list[int], bool]:
+        """The tokens before the end of the document, and whether it was reached."""
+        over = tokenizer.end_of_document in made
+        return (made[: made.index(tokenizer.end_of_document)] if over else made), over
+
     for prompt in prompts:
         shown = ""
 
         def show(_row: int, made: list[int]) -> bool:
             nonlocal shown
-            over = tokenizer.end_of_document in made
-            text = tokenizer.decode(made[: made.index(tokenizer.end_of_document)] if over else made)
+            kept, over = answer(made)
+            text = tokenizer.decode(kept)
             # The last character may still lack bytes.
             whole = text if over else text.rstrip("\N{REPLACEMENT CHARACTER}")
             print(whole[len(shown) :], end="", flush=True)
@@ -54,7 +62,7 @@ def main() -> int:
         print(prompt.rstrip("\n"), end="", flush=True)
         [made] = generator.generate([ids], MAX_NEW.value, sampling, show)
         seconds = time.perf_counter() - began
-        print(f"\n[{len(made)} tokens in {seconds:.1f} s, compilation included]", file=sys.stderr)
+        print(f"\n[{len(answer(made)[0])} tokens in {seconds:.1f} s, compilation included]", file=sys.stderr)
     return 0
 
 

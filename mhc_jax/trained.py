@@ -65,6 +65,16 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     return Trained(folder, step, config, params, chosen, mesh)
 
 
+def beyond_training(name: str, trained: int, context: int) -> str:
+    """A sentence where a model reads more tokens than its training's sequences had; else an empty string."""
+    if context <= trained:
+        return ""
+    return (
+        f"{name} was trained on sequences of {trained} tokens and reads up to {context} here; what it says of later "
+        "positions is extrapolated."
+    )
+
+
 def _trained_with(folder: Path) -> str | None:
     """Fingerprint in env.json."""
     file = folder / "env.json"

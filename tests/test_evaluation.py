@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.data import ByteTokenizer
+from mhc_jax.data.tokenizers import END
 from mhc_jax.errors import InputError
 from mhc_jax.evaluation import scoring, table, tasks
 from mhc_jax.evaluation.scoring import Scored, Scorer
@@ -161,7 +163,9 @@ def test_paired_differences_are_over_common_items():
 
 def test_bootstrap_interval_is_that_of_a_normal_mean():
     values = np.random.default_rng(2).normal(0.3, 1.0, 400)
-    low, high = table.bootstrap(values, np.ones(400))
+    found = table.bootstrap(np.mean, values)
+    assert found is not None
+    low, high = found
     half = 1.96 * values.std() / 20
     np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.15 * half)
 
@@ -182,12 +186,25 @@ def test_names_of_tasks(tmp_path):
     assert (shots["hellaswag"], shots["triviaqa"], shots["mmlu_virology"], shots["drop"]) == (10, 5, 5, 3)
 
 
+_ANSWER = {"number": "7", "date": {"day": "", "month": "", "year": ""}, "spans": [], "worker_id": "", "hit_id": ""}
+DROP = {"section_id": "", "query_id": "", "passage": "There are 7.", "answer": _ANSWER}
+DROP["validated_answers"] = {name: [] for name in _ANSWER}
 ITEMS = {
     "piqa.jsonl": [
         {"goal": f"Make stream {i} wide", "sol1": "add a gate", "sol2": "drop the norm of it", "label": i % 2}
         for i in range(5)
     ],
+    "mmlu_dev/anatomy.jsonl": [
+        {"question": f"Which was {i}?", "subject": "anatomy", "choices": list("abcd"), "answer": i % 4}
+        for i in range(5)
+    ],
     "bbh/navigate.jsonl": [{"input": f"Turn {i} times. Do you return?", "target": "No"} for i in range(3)],
+    "mmlu/anatomy.jsonl": [
+        {"question": f"Which is {i}?", "subject": "anatomy", "choices": [str(i + j) for j in range(4)], "answer": 0}
+        for i in range(4)
+    ],
+    "drop_fewshot.jsonl": [{**DROP, "question": f"How many gates are {name}?"} for name in ("red", "wet", "new")],
+    "drop.jsonl": [{**DROP, "question": f"How many norms are {name}?"} for name in ("red", "wet", "new")],
     "gsm8k.jsonl": [{"question": f"What is {i} + 1?", "answer": f"It is one more.\n#### {i + 1}"} for i in range(3)],
 }
 """Invented: the real items are not ours to ship."""
@@ -251,7 +268,7 @@ def test_a_run_is_evaluated_and_a_stopped_evaluation_goes_on(items, tmp_path):
             assert resumed["benchmarks"][name][key] == pytest.approx(value), (name, key)
     rows = table.comparison([first, resumed]).splitlines()
     assert len(rows) == 2 + 4
-    with pytest.raises(InputError, match="The context of 16 tokens is too short for a prompt"):
+    with pytest.raises(InputError, match="The context of 16 tokens is too short for gsm8k_cot"):
         evaluate(run, ["gsm8k"], items)
     with pytest.raises(InputError, match="--limit is -1"):
         evaluate(run, ["gsm8k"], items, limit=-1)
@@ -271,6 +288,37 @@ def test_rolling_bits_per_byte_of_a_uniform_model(items, tmp_path):
     text = "Three windows of ten bytes or so."
     [nats] = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     assert -nats / math.log(2) / len(text) == 8.0
-    [(empty, _)] = lm.loglikelihood([Instance("loglikelihood", {}, ("", "ab"), 0)], disable_tqdm=True)
+    [(empty, _)] = lm.loglikelihood([Instance("loglikelihood", {}, ("", "ab"), 0)])
     assert -empty / math.log(2) / 2 == 8.0, "after the end of a document"
     store.close()
+
+
+@harness
+@pytest.mark.filterwarnings("ignore")
+def test_gold_answers_are_scored_whatever_the_tokenizer_and_the_prompt_end(items, tmp_path):
+    """`gold_bytes` are the bytes of the scored text: delimiter, white space of the prompt's end, what straddles."""
+    from mhc_jax.evaluation.run import evaluate
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([f"Answer: {c}" for c in "ABCD" for _ in range(9)], trainer=trainer)
+    backend.save(str(tmp_path / "unsplit.json"))
+    text = tiny_runs.write_text(tmp_path / "text.txt")
+    expected = {
+        "byte": {"mmlu_anatomy": " A", "bbh_cot_fewshot_navigate": "\nNo", "drop": "7"},
+        f"bpe:{tmp_path / 'unsplit.json'}": {"mmlu_anatomy": "Answer: A"},
+    }
+    for number, (tokenizer, gold) in enumerate(expected.items()):
+        run = tmp_path / f"run{number}"
+        train(tiny_runs.tiny(text, "residual", train={"steps": 2}, data={"tokenizer": tokenizer}), run)
+        found = evaluate(run, list(gold), items, 2, 32, 0, 1)
+        assert found["settings"]["trained_context"] == 16
+        for name, own in found["benchmarks"].items():
+            assert own["shots"] == own["paper_shots"], name
+        for one in found["samples"]:
+            assert one["gold_bytes"] == len(gold[one["task"]]), (tokenizer, one)
+            assert one["gold_bits"] > 0.1
+        assert all(nats < -0.1 for s in found["samples"] if s["benchmark"] == "mmlu" for nats, _ in s["response"])

@@ -169,7 +169,8 @@ def test_generate_script(tmp_path):
     status, _, err = tiny_runs.run_script(*ask, "--prompt=" + "x" * 70)
     assert status == 2
     assert "The prompt has 70 tokens and the context 64" in err
-    assert len(err.splitlines()) == 1
+    assert len(err.splitlines()) == 2
+    assert err.startswith("run was trained on sequences of 16 tokens and reads up to 64 here")
 
 
 def test_a_run_is_loaded_with_its_own_tokenizer_and_no_other(tmp_path):

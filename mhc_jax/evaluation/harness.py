@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from lm_eval.api.model import LM, TemplateLM
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows
 
 from mhc_jax.cache import empty_cache
 from mhc_jax.errors import require
-from mhc_jax.evaluation.scoring import FEW_ROWS, LN2, Scored, Scorer, memory_budget
+from mhc_jax.evaluation.scoring import FEW_ROWS, LN2, Scored, Scorer, memory_budget, split_texts
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.generation import Generator, Sampling, bucket
 from mhc_jax.progress import ItemProgress
@@ -25,8 +26,21 @@ MOST_ROWS = {"cpu": 32}
 MORE_ROWS = 256
 
 
+class Likelihood(NamedTuple):
+    """Of a continuation after its context."""
+
+    nats: float
+    """ln of the probability of the scored tokens."""
+    greedy: bool
+    """Whether each of them was the most likely one."""
+    cut: int
+    """Tokens that the context lost at its beginning."""
+    size: int
+    """Bytes of the text that was scored: those of the continuation, and of the context what `split_texts` adds to it."""
+
+
 @register_model("mhc_jax")
-class DecoderLM(TemplateLM):
+class DecoderLM(LM):
     """A checkpoint of any connection.  Prompts that do not fit lose their beginning, which is counted."""
 
     def __init__(self, model: Trained, store: Responses, context: int = 0, batch_size: int = 0, max_gen_toks: int = 0):
@@ -48,40 +62,44 @@ class DecoderLM(TemplateLM):
         self.generator = Generator(config, model.params, self.max_length, model.tokenizer.vocab_size, model.mesh)
 
     @property
-    def eot_token_id(self) -> int:
-        """End of a document, which also stands before the first token of a text."""
-        return self.model.tokenizer.end_of_document
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Kind and fingerprint."""
-        saved = self.model.tokenizer.saved
-        return f"{saved['kind']}-{saved['fingerprint'][:12]}"
-
-    @property
     def compilations(self) -> int:
         """Programs compiled so far."""
         return self.scorer.compilations + len(self.generator.programs)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Ids; no token is added."""
-        return self.model.tokenizer.encode(string).tolist()
+    def scored(self, requests: Sequence[Instance]) -> list[Likelihood]:
+        """Likelihoods of (context, continuation), computed where the store does not have them.
 
-    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        keys = [self.store.key("loglikelihood", list(pair)) for pair, _, _ in requests]
+        The continuations of one context in one item share their conditioning tokens (`split_texts`).  A context that does
+        not fit loses its beginning until the longest continuation fits, for all of them alike; lm-evaluation-harness's own
+        models cut each to its own length.
+
+        Raises:
+          InputError: a continuation that is empty or longer than the context; before anything is computed.
+        """
+        items: dict[tuple[str | None, int | None, str], list[int]] = {}
+        for index, request in enumerate(requests):
+            items.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(index)
+        found: dict[int, tuple[str, int, int]] = {}
         work: dict[str, Scored] = {}
         cut: dict[str, int] = {}
-        for key, (_, context, continuation) in zip(keys, requests, strict=True):
-            if key in self.store.known or key in work:
-                continue
+        sizes = self.model.tokenizer.token_bytes
+        for (task, doc_id, context), indices in items.items():
+            texts = [requests[index].args[1] for index in indices]
+            name = f"An answer of {task}, item {doc_id}," if task else "An answer"
+            require(all(texts), f"{name} is empty and has nothing to score; leave its task out of --tasks.")
+            given, scored = split_texts(self.model.tokenizer, context, texts)
+            longest = max(map(len, scored))
             require(
-                len(continuation) <= self.max_length,
-                f"An answer to score has {len(continuation)} tokens and the context {self.max_length}; give a longer one "
-                "with --context.",
+                longest <= self.max_length,
+                f"{name} has {longest} tokens to score and the context {self.max_length}; give a longer one with --context.",
             )
-            ids = [*context, *continuation]
-            work[key] = Scored(ids[-(self.max_length + 1) :], len(continuation))
-            cut[key] = max(0, len(ids) - self.max_length - 1)
+            kept = given[-(self.max_length + 1 - longest) :]
+            for index, text, ids in zip(indices, texts, scored, strict=True):
+                # With the text, these two lengths say which tokens were scored after which.
+                key = self.store.key("loglikelihood", [context, text, len(kept), len(ids)])
+                found[index] = key, len(given) - len(kept), int(sizes[ids].sum())
+                if key not in self.store.known:
+                    work[key], cut[key] = Scored([*kept, *ids], len(ids)), len(given) - len(kept)
         names = list(work)
         with ItemProgress(self.label, "log-likelihoods", len(names)) as progress:
             for index, score in self.scorer.scores(list(work.values())):
@@ -89,7 +107,15 @@ class DecoderLM(TemplateLM):
                 self.store.add(name, [-score.bits * LN2, score.greedy], cut[name])
                 progress.advance(1, self.store.flush)
         self.store.flush()
-        return [tuple(self.store.known[key]["response"]) for key in keys]
+        out = []
+        for key, lost, size in (found[index] for index in range(len(requests))):
+            nats, greedy = self.store.known[key]["response"]
+            out.append(Likelihood(nats, greedy, lost, size))
+        return out
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(ln p, greedy) of each continuation after its context."""
+        return [(own.nats, own.greedy) for own in self.scored(requests)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each text in nats, windows of the context's length side by side, each token predicted once."""
@@ -98,7 +124,9 @@ class DecoderLM(TemplateLM):
             (text,) = request.args
             key = self.store.key("rolling", text)
             if key not in self.store.known:
-                windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.max_length, 1)
+                windows = get_rolling_token_windows(
+                    self.model.tokenizer.encode(text).tolist(), self.model.tokenizer.end_of_document, self.max_length, 1
+                )
                 # A window is (inputs, predicted), and the inputs end with all predicted tokens but the last.
                 sequences = [Scored([*given, predicted[-1]], len(predicted)) for given, predicted in windows]
                 bits = sum(score.bits for _, score in self.scorer.scores(sequences))
@@ -108,13 +136,24 @@ class DecoderLM(TemplateLM):
         return out
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first stop string, greedy unless the task asks for samples."""
+        """Answers up to the first stop string, greedy unless the task asks for samples.
+
+        Raises:
+          InputError: an answer that leaves no room for a prompt; before anything is computed.
+        """
         keys = [self.store.key("generate", [*request.args, self.limit]) for request in requests]
         groups: dict[str, dict[str, list[int]]] = {}
         for key, request in zip(keys, requests, strict=True):
             prompt, settings = request.args
             if key not in self.store.known:
-                ids = self.tok_encode(prompt) or [self.eot_token_id]
+                max_new = self._max_new(settings)
+                require(
+                    max_new < self.max_length,
+                    f"The context of {self.max_length} tokens is too short for {request.task_name}, whose prompts stand "
+                    f"before an answer of up to {max_new}; give a longer one with --context, or shorter answers with "
+                    "--max_gen_toks.",
+                )
+                ids = self.model.tokenizer.encode(prompt).tolist() or [self.model.tokenizer.end_of_document]
                 groups.setdefault(json.dumps(settings, sort_keys=True), {})[key] = ids
         total = sum(map(len, groups.values()))
         with ItemProgress(self.label, "answers", total) as progress:
@@ -126,19 +165,13 @@ class DecoderLM(TemplateLM):
         """Generate for prompts that share their settings, the longest first."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
-        asked = int(settings.get("max_gen_toks", MAX_GEN_TOKS))
-        max_new = min(asked, self.limit or asked)
+        max_new = self._max_new(settings)
         room = self.max_length - max_new
-        require(
-            room >= 1,
-            f"The context of {self.max_length} tokens is too short for a prompt before an answer of up to {max_new}; give "
-            f"a longer one with --context, or shorter answers with --max_gen_toks.",
-        )
         drawn = settings.get("do_sample", False)
         sampling = Sampling(
             float(settings.get("temperature", 1.0)) if drawn else 0.0, float(settings.get("top_p", 1.0))
         )
-        tokenizer, end = self.model.tokenizer, self.eot_token_id
+        tokenizer, end = self.model.tokenizer, self.model.tokenizer.end_of_document
 
         def text_of(made: list[int]) -> tuple[str, bool]:
             """The answer up to the first stop, and whether there was one."""
@@ -164,6 +197,11 @@ class DecoderLM(TemplateLM):
                 self.store.add(key, text_of(ids)[0], max(0, len(prompts[key]) - room))
             self.store.flush()
             progress.advance(count)
+
+    def _max_new(self, settings: Mapping[str, Any]) -> int:
+        """Tokens of an answer at most."""
+        asked = int(settings.get("max_gen_toks", MAX_GEN_TOKS))
+        return min(asked, self.limit or asked)
 
     def _rows(self, T: int) -> int:
         """Prompts of T tokens at a time: a power of two whose caches and scores take half the memory there is at most."""

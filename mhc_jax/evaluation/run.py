@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError, require
@@ -20,7 +21,7 @@ from mhc_jax.evaluation.store import Responses
 from mhc_jax.evaluation.tasks import BENCHMARKS, choose, gold_answer, harness_tasks
 from mhc_jax.mapping import to_mapping
 from mhc_jax.run_folder import write_json
-from mhc_jax.trained import Trained, load_trained
+from mhc_jax.trained import Trained, beyond_training, load_trained
 
 
 def import_harness(local: bool) -> Any:
@@ -83,25 +84,28 @@ def evaluate(
     from mhc_jax.evaluation.harness import DecoderLM
 
     folder = model.folder / "evaluation" / f"step{model.step}"
-    identity = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
-    identity["context"] = context or model.config.data.sequence_length
+    trained = model.config.data.sequence_length
+    identity = {"step": model.step, "tokenizer": model.tokenizer.fingerprint, "context": context or trained}
+    if warning := beyond_training(model.folder.name, trained, context):
+        print(warning, file=sys.stderr)
     store = Responses(folder / "responses.jsonl", identity)
     began = time.perf_counter()
     try:
         lm = DecoderLM(model, store, context, batch_size, max_gen_toks)
         found = lm_eval.simple_evaluate(model=lm, tasks=specs, limit=limit or None, bootstrap_iters=0, log_samples=True)
         samples = collect(chosen, found["samples"])
-        add_gold_bits(lm, samples, found["samples"])
+        add_gold_bits(lm, samples, found)
     finally:
         store.close()
     settings = {"tasks": list(tasks), "data_dir": None if data_dir is None else str(data_dir), "limit": limit}
-    settings |= {"context": lm.max_length, "max_gen_toks": max_gen_toks, "batch_size": batch_size}
+    settings |= {"context": lm.max_length, "trained_context": trained}
+    settings |= {"max_gen_toks": max_gen_toks, "batch_size": batch_size}
     results = {
         "checkpoint": model.folder.name,
         "connection": model.config.model.connection.kind,
         "step": model.step,
         "settings": settings,
-        "benchmarks": summarise(samples, data_dir is not None),
+        "benchmarks": summarise(samples, found["n-shot"]),
         "harness": found["results"],
         "wall_clock_s": time.perf_counter() - began,
         "compilations": lm.compilations,
@@ -133,7 +137,7 @@ def gold_check(tasks: Sequence[str], data_dir: str | Path | None, limit: int = 0
     )
     samples = collect(chosen, found["samples"])
     extra = {f"{task}": values for task, values in found["results"].items()}
-    return {"benchmarks": summarise(samples, data_dir is not None), "harness": extra}
+    return {"benchmarks": summarise(samples, found["n-shot"]), "harness": extra}
 
 
 def _folder(data_dir: str | Path | None) -> Path | None:
@@ -173,53 +177,73 @@ def collect(
     return out
 
 
-def add_gold_bits(
-    lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> None:
-    """Add truncated, gold_bits (-log2 p of the gold answer after the prompt) and gold_bytes to each sample.
+def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> None:
+    """Add truncated, gold_bits and gold_bytes to each sample: -log2 p of the gold answer after the prompt, and its bytes.
 
-    Of multiple choice the gold choice has been scored already; of the others the target text is scored here.
+    Of multiple choice the gold choice has been scored already.  Of the others the target is scored here, after the
+    delimiter that the task puts between question and answer in its examples; of several targets it is the first.  An empty
+    target has none of the two numbers.  The bytes are those of the text that was scored, delimiter included
+    (`scoring.split_texts`).
+
+    Args:
+      lm: a `DecoderLM`, which made the responses.
+      samples: of `collect`.
+      found: what lm_eval.simple_evaluate returned.
     """
     from lm_eval.api.instance import Instance
 
-    by_item = {(task, entry["doc_id"]): entry for task, entries in logged.items() for entry in entries}
-    asked: list[tuple[dict[str, Any], Any]] = []
+    by_item = {(task, entry["doc_id"]): entry for task, entries in found["samples"].items() for entry in entries}
+    requests: list[Instance] = []
+    gold_of: list[tuple[dict[str, Any], int, bool]] = []
     for sample in samples:
         entry = by_item[sample["task"], sample["doc_id"]]
         arguments = entry["arguments"]
         prompt, second = arguments[0][0], arguments[0][1]
-        if isinstance(second, str):
-            gold = int(entry["target"])
-            keys = [lm.store.key("loglikelihood", list(pair)) for pair in arguments]
-            sample["gold_bits"] = -lm.store.known[keys[gold]]["response"][0] / LN2
-            sample["gold_bytes"] = len(arguments[gold][1].encode())
-            sample["truncated"] = any(lm.store.known[key]["truncated"] > 0 for key in keys)
+        chosen = isinstance(second, str)
+        if chosen:
+            pairs, gold = [tuple(pair) for pair in arguments], int(entry["target"])
         else:
             target = entry["target"][0] if isinstance(entry["target"], list) else str(entry["target"])
-            delimiter = "" if prompt[-1:].isspace() else " "
-            asked.append((sample, Instance("loglikelihood", {}, (prompt, delimiter + target), 0)))
+            delimiter = found["configs"][sample["task"]]["target_delimiter"]
+            pairs, gold = [(prompt, delimiter + target)] if target else [], 0
             key = lm.store.key("generate", [*arguments[0], lm.limit])
             sample["truncated"] = lm.store.known[key]["truncated"] > 0
-    answers = lm.loglikelihood([request for _, request in asked], disable_tqdm=True)
-    for (sample, request), (nats, _) in zip(asked, answers, strict=True):
-        sample["gold_bits"], sample["gold_bytes"] = -nats / LN2, len(request.args[1].encode())
+        if pairs:
+            gold_of.append((sample, len(requests) + gold, chosen))
+        metadata = (sample["task"], sample["doc_id"], 1)
+        requests += [Instance("loglikelihood", {}, pair, i, metadata) for i, pair in enumerate(pairs)]
+    answers = lm.scored(requests)
+    for sample, index, chosen in gold_of:
+        own = answers[index]
+        sample["gold_bits"], sample["gold_bytes"] = -own.nats / LN2, own.size
+        if chosen:
+            sample["truncated"] = own.cut > 0
 
 
-def summarise(samples: Sequence[Mapping[str, Any]], local: bool) -> dict[str, dict[str, Any]]:
-    """Benchmark to score (mean over items), its standard error, items, prompts cut, and bits per byte of the gold answers."""
+def summarise(samples: Sequence[Mapping[str, Any]], shots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Benchmark to its numbers over all items of all its tasks: a task weighs as many items as it has.
+
+    Args:
+      samples: of `collect`, with `add_gold_bits`.
+      shots: task to examples in its prompts, as the harness counts them.
+
+    Returns:
+      score: mean of the metric; stderr: its standard error, of the items as one sample (None of one item); truncated: items
+      whose prompt lost its beginning; gold_bits_per_byte: sum of gold_bits over the sum of gold_bytes.
+    """
     out = {}
     for name in dict.fromkeys(sample["benchmark"] for sample in samples):
         own, benchmark = [s for s in samples if s["benchmark"] == name], BENCHMARKS[name]
-        scores = np.asarray([s["score"] for s in own])
+        scores = [s["score"] for s in own]
         scored = [s for s in own if s["gold_bits"] is not None]
         size = sum(s["gold_bytes"] for s in scored)
         out[name] = {
             "metric": benchmark.metric,
-            "score": float(scores.mean()),
-            "stderr": float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None,
+            "score": float(np.mean(scores)),
+            "stderr": float(stats.sem(scores)) if len(scores) > 1 else None,
             "items": len(own),
             "tasks": len({s["task"] for s in own}),
-            "shots": benchmark.local_shots if local else benchmark.shots,
+            "shots": shots[own[0]["task"]],
             "paper_shots": benchmark.shots,
             "truncated": sum(s["truncated"] for s in own),
             "gold_bits_per_byte": sum(s["gold_bits"] for s in scored) / size if size else None,

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from mhc_jax import cost
 from mhc_jax.config import ModelConfig
+from mhc_jax.data.tokenizers import Tokenizer
 from mhc_jax.generation import bucket
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import batch_sharding, using
@@ -44,6 +45,38 @@ class Score(NamedTuple):
     """-log2 of the probability of the scored tokens: a sum, in float64, of float32 terms."""
     greedy: bool
     """Whether each of them was the most likely one."""
+
+
+def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Tokens that condition all continuations of a context, and the tokens to score of each.
+
+    What is split is the encoding of the whole text, context + continuation.  The conditioning tokens are the longest run
+    with which every one of these encodings begins and which ends within the context; all that follows is scored.  A token
+    that straddles the context's end is scored with the bytes of the context that it holds.  Two continuations therefore
+    differ in their scores exactly as in the log-probabilities of their whole texts.
+
+    White space at the end of the context counts as part of each continuation.  Where the encoding of the context begins
+    every encoding, this is the split of lm-evaluation-harness (`TemplateLM._encode_pair`), which cuts the whole text after
+    as many tokens as the context has alone.
+
+    Args:
+      tokenizer: lossless; none of its tokens is added.
+      context: may be empty.
+      continuations: not empty, and none of them is.
+
+    Returns:
+      The conditioning tokens, which are the end of a document where there would be none, and the scored tokens, at least
+      one each.
+    """
+    room = len(context.rstrip().encode())
+    encoded = tokenizer.encode_batch([context + continuation for continuation in continuations])
+    first = encoded[0]
+    shared = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[first]), room, side="right"))
+    for other in encoded[1:]:
+        shared = min(shared, len(other))
+        differs = np.flatnonzero(first[:shared] != other[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    return first[:shared].tolist() or [tokenizer.end_of_document], [ids[shared:].tolist() for ids in encoded]
 
 
 def memory_budget() -> int:
