@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mhc_jax.checkpoint import check_text
 from mhc_jax.data import load_data
 from mhc_jax.errors import InputError, require
 from mhc_jax.loop import EXIT_CODES, StopRequest
 from mhc_jax.mapping import to_mapping
 from mhc_jax.progress import SweepProgress
 from mhc_jax.results import run_status, write_results
-from mhc_jax.run_folder import check_run_folder, write_json
+from mhc_jax.run_folder import check_run_folder, recorded_data, write_json
 from mhc_jax.sweep import Busy, Run, run_lock, write_plan
 from mhc_jax.sweep_worker import BUSY
 from mhc_jax.sweep_worker import run as run_one
@@ -48,16 +49,20 @@ def prepare(workdir: Path, title: str, runs: Sequence[Run], selected: Sequence[R
     """Check every run folder, write the plan, tokenize the data once, and return the runs that are not done.
 
     Raises:
-      InputError: a run folder that cannot be used, or data that cannot be read; before the first run starts.
+      InputError: a run folder that cannot be used, data that cannot be read, or a run that has ended on another text; before
+        the first run starts.
     """
     ended = {run.name for run in selected if check_run_folder(workdir / run.name, to_mapping(run.config))}
     todo = [run for run in selected if run.name not in ended]
-    sources = {}
-    for run in todo:
-        data = run.config.data
-        sources[(data.source, data.validation_source, data.validation_fraction, data.tokenizer)] = data
-    for data in sources.values():
-        load_data(data)
+    key = lambda data: (data.source, data.validation_source, data.validation_fraction, data.tokenizer)  # noqa: E731
+    texts = {}
+    for name, config in {key(run.config.data): run.config for run in todo}.items():
+        data = load_data(config.data)
+        texts[name] = data.identity
+        print("\n".join(data.describe(config.train.validation_batches)), file=sys.stderr)
+    for run in selected:
+        if run.name in ended and (text := texts.get(key(run.config.data))):
+            check_text(recorded_data(workdir / run.name), text, workdir / run.name)
     write_plan(workdir, title, runs)
     return todo
 
