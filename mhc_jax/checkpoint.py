@@ -232,6 +232,23 @@ def check_tokenizer(saved: str | None, given: str, folder: Path) -> None:
         )
 
 
+def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path) -> None:
+    """Raise `InputError` where the text is not the one that a run has read (`Data.identity`).
+
+    Args:
+      saved: of the run; what it lacks is not compared.
+      given: of the text at hand.
+      folder: of the run.
+    """
+    for name, new in given.items():
+        if (old := saved.get(name, new)) != new:
+            split = {"train_sha256": "training", "validation_sha256": "validation"}[name]
+            raise InputError(
+                f"The {split} text is not the one that {folder} was trained with (SHA-256 of its tokens {new[:12]}, not "
+                f"{old[:12]}); restore the files, or choose another run folder."
+            )
+
+
 def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint of a run folder.
 

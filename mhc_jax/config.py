@@ -241,10 +241,10 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-3
     schedule: str = "cosine"
-    """`constant`, `cosine` (to final_fraction), `step` (x0.316 at 80 %, x0.1 at 90 %), `wsd` (linear decay over the last 20 %)."""
+    """`constant`, `cosine`, `step` (x0.316 after 80 %, x0.1 after 90 %) or `wsd` (linear over the last 20 %): `optim.schedule`."""
     warmup_steps: int = 20
     final_fraction: float = 0.1
-    """Learning rate at the end of `cosine` and `wsd`, as a share of the peak."""
+    """Learning rate of the last step of `cosine` and `wsd`, as a share of the peak."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-20

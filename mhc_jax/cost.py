@@ -106,6 +106,11 @@ def _open(value: Any) -> core.Jaxpr:
     return value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
 
 
+def device_peak() -> int:
+    """Most bytes that the arrays of this process have ever taken on its first device; 0 where it keeps no count, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
 def compiled_memory(compiled: Any) -> int | None:
     """Bytes a compiled step needs at its peak: arguments, outputs that do not reuse them, and temporaries."""
     analysis = compiled.memory_analysis()

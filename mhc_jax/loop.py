@@ -1,13 +1,12 @@
 """The training loop: dispatch step N, then read the metrics of step N-1.
 
-A run folder holds config.json, env.json (of the first start), metrics.jsonl, checkpoints/ and, when the run has ended,
+A run folder holds config.json, env.json (of the start from step 0), metrics.jsonl, checkpoints/ and, when the run has ended,
 summary.json.  Starting the same configuration on the same folder goes on from the newest checkpoint; the losses that
 follow are bitwise those of a run that was never stopped (on CPU).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
@@ -20,10 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mhc_jax import cost, distributed
-from mhc_jax.checkpoint import Checkpoints, check_tokenizer
+from mhc_jax.checkpoint import Checkpoints, check_text, check_tokenizer
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
-from mhc_jax.data import Data, load_data
+from mhc_jax.data import Data, load_data, resolve_vocabulary
 from mhc_jax.diagnostics import STREAM_MEASURES, all_finite, summarize
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
@@ -32,7 +31,7 @@ from mhc_jax.metrics import MetricsWriter, NoWriter, SpikeDetector, check_writer
 from mhc_jax.optim import describe
 from mhc_jax.progress import NoProgress, RunProgress
 from mhc_jax.remat_plan import resolve
-from mhc_jax.run_folder import check_run_folder, create_run_folder, write_json
+from mhc_jax.run_folder import check_run_folder, create_run_folder, recorded_data, write_json
 from mhc_jax.sharding import batch_sharding, everywhere, global_batch, make_mesh, own_rows, state_shardings, using
 from mhc_jax.stop import StopRequest
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step, make_unstaged_step
@@ -44,22 +43,6 @@ KEPT = (
     *("diverged_at", "first_nonfinite", "compiled_bytes"),
 )
 """What a checkpoint holds of a run beside its state, its place in the text and its spikes."""
-
-
-def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
-    """The configuration with the tokenizer's vocabulary size written in.
-
-    Raises:
-      InputError: model.vocab_size is set and too small.
-    """
-    size = data.tokenizer.vocab_size
-    if config.model.vocab_size and config.model.vocab_size < size:
-        raise InputError(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {size} tokens; use 0 or more."
-        )
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or size)
-    )
 
 
 def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Data | None = None) -> dict[str, Any]:
@@ -80,6 +63,8 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     mapping = to_mapping(config)
     ended = distributed.together(lambda: check_run_folder(folder, mapping))
     if ended:
+        if data is not None:
+            check_text(recorded_data(folder), data.identity, folder)
         distributed.say(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.")
         return ended
     distributed.together(lambda: check_writers(config.train.tensorboard, config.train.wandb))
@@ -89,7 +74,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     mesh = make_mesh(config.mesh)
     data = distributed.together(lambda: load_data(config.data)) if data is None else data
     different = f"The processes read different texts from {config.data.source!r}; give all the same files."
-    distributed.same(json.dumps(data.summary()), different)
+    distributed.same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
     config = resolve_vocabulary(config, data)
     if planned := resolve(config)[1]:
         distributed.say(f"{label}: {planned}")
@@ -119,6 +104,7 @@ class _Run:
         self.agreement = distributed.Agreement(mesh)
         self.batches = data.train_iterator(rows=self.rows)
         self.validation = data.validation_batches(config.train.validation_batches, self.rows)
+        self.bits_per_nat = data.bits_per_nat(config.train.validation_batches)
         # One held-out sequence, the same at every diagnostics step and in every run of a comparison.
         self.diagnostic_tokens: Any = data.validation_batches(1, np.arange(1))[0]["inputs"]
         self.done = 0
@@ -126,10 +112,13 @@ class _Run:
         self.losses: list[float] = []
         self.validation_loss: float | None = None
         self.last_diagnostics: dict[str, float | None] = {f"final_{key}": None for key in STREAM_MEASURES}
-        self.gains = {"max_composite_forward": 1.0, "max_composite_backward": 1.0, "max_column_error": 0.0}
+        self.gains: dict[str, float | None] = dict.fromkeys(
+            ("max_composite_forward", "max_composite_backward", "max_column_error")
+        )
         self.diverged_at: int | None = None
         self.first_nonfinite: int | None = None
         self.compiled_bytes: int | None = None
+        self.peak_before = cost.device_peak()
 
     def run(self) -> dict[str, Any]:
         try:
@@ -151,6 +140,7 @@ class _Run:
         if restored:
             self.state, loop, remarks = restored
             check_tokenizer(loop.get("tokenizer"), self.data.tokenizer.fingerprint, self.folder)
+            check_text(loop.get("text", {}), self.data.identity, self.folder)
             self.batches.set_state(loop["data"])
             vars(self).update({name: loop[name] for name in KEPT})
         else:
@@ -176,7 +166,7 @@ class _Run:
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
         self.mesh_name |= {"processes": jax.process_count()} if distributed.several() else {}
         if distributed.first():
-            if not (self.folder / "env.json").exists():
+            if not restored or not (self.folder / "env.json").exists():
                 write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
             keep = self.done if restored else -1
             self.writer = MetricsWriter(self.folder, keep, cfg.tensorboard, cfg.wandb, self.mapping)
@@ -186,6 +176,8 @@ class _Run:
             self.writer, progress = NoWriter(), NoProgress()
         try:
             with progress as self.progress, StopRequest() as stop:
+                for line in self.data.describe(cfg.validation_batches):
+                    self.progress.say(line)
                 for remark in remarks:
                     self.progress.say(f"{remark}.")
                     self.writer.write("event", self.done, {"event": "checkpoint_skipped", "detail": remark})
@@ -279,7 +271,7 @@ class _Run:
         if last or (cfg.validate_every and step % cfg.validate_every == 0):
             began = time.perf_counter()
             self.validation_loss = float(np.mean(self._evaluate()))
-            bits = self.validation_loss / math.log(2) / self.data.bytes_per_token
+            bits = self.validation_loss * self.bits_per_nat
             self.writer.write("validation", step, {"loss": self.validation_loss, "bits_per_byte": bits})
             self.clock["validation_s"] += time.perf_counter() - began
             self.first_nonfinite = None if math.isfinite(self.validation_loss) else step
@@ -302,9 +294,9 @@ class _Run:
             record["grad_norm_per_layer"] = plain(metrics["grad_norm_per_layer"])
             record |= {name: plain(value) for name, value in metrics.items() if name.startswith("router_")}
         self.writer.write("diagnostics", step, record)
-        for key in self.gains:
-            profile = [g for g in record[key.removeprefix("max_")] if g is not None]
-            self.gains[key] = max([self.gains[key], *profile])
+        for key, before in self.gains.items():
+            largest = float(np.max(found[key.removeprefix("max_")]))
+            self.gains[key] = largest if before is None else max(before, largest)
         self.last_diagnostics = {f"final_{key}": plain(np.mean(found[key])) for key in STREAM_MEASURES}
         self.clock["diagnostics_s"] += time.perf_counter() - began
         if not all(np.isfinite(found[key]).all() for key in ("stream_rms", "branch_rms")):
@@ -317,12 +309,11 @@ class _Run:
         now = time.perf_counter()
         elapsed, self._mark = now - self._mark, now
         self.clock["train_s"] += elapsed
-        self.step_times.append(elapsed)
+        self.step_times, self.losses = [*self.step_times, elapsed][-200:], [*self.losses, loss][-10:]
         tokens = self.tokens_per_step
         bad = not math.isfinite(loss) or not math.isfinite(norm) or (cfg.divergence_loss and loss > cfg.divergence_loss)
         if bad or step % cfg.log_every == 0 or step == cfg.steps:
             clip = self.config.optimizer.grad_clip
-            self.losses = [*self.losses, loss][-10:]
             self.writer.write(
                 "train",
                 step,
@@ -360,8 +351,8 @@ class _Run:
             "data": self.batches.get_state(),
             "spikes": self.spikes.state(),
             **{name: getattr(self, name) for name in KEPT},
-            "step_times": self.step_times[-200:],
             "tokenizer": self.data.tokenizer.fingerprint,
+            "text": self.data.identity,
         }
         self.checkpoints.save(self.done, self.state, loop, to_mapping(self.config), self.data.tokenizer.saved)
         if reason != "periodic":
@@ -370,9 +361,9 @@ class _Run:
 
     def _summary(self, status: str) -> dict[str, Any]:
         total, own = cost.parameter_counts(self.state.params)
-        stats = jax.local_devices()[0].memory_stats() or {}
+        peak = cost.device_peak()
         finite = [x for x in self.losses if math.isfinite(x)]
-        bits = None if self.validation_loss is None else self.validation_loss / math.log(2) / self.data.bytes_per_token
+        validated = self.validation_loss
         summary = {
             "status": status,
             "steps": self.done,
@@ -380,12 +371,11 @@ class _Run:
             "parameters": total,
             "connection_parameters": own,
             "flops_per_token": self.flops_per_token,
-            # The first steps after a start warm caches up.
-            "step_time_s": statistics.median(self.step_times[2:] or self.step_times or [math.nan]),
-            "peak_memory_bytes": stats.get("peak_bytes_in_use", self.compiled_bytes),
+            "step_time_s": statistics.median(self.step_times or [math.nan]),
+            "peak_memory_bytes": peak if peak > self.peak_before else self.compiled_bytes,
             "train_loss": float(np.mean(finite)) if finite else None,
-            "validation_loss": self.validation_loss,
-            "bits_per_byte": bits,
+            "validation_loss": validated,
+            "bits_per_byte": None if validated is None else validated * self.bits_per_nat,
             **self.gains,
             **self.last_diagnostics,
             "spikes": len(self.spikes.steps),

@@ -2,14 +2,31 @@
 
 `metrics.jsonl` holds one object a line with `kind` and `step` (updates done, counted from 1):
 
-    train        loss [nats/token], grad_norm (before clipping), clipped, learning_rate, tokens, step_time_s,
-                 tokens_per_s; with experts, means over layers of router_load_cv, router_max_load, router_entropy,
-                 router_bias_range (`layers.moe.router_health`), and router_dropped where model.expert_buffer is set
-    validation   loss, bits_per_byte
+    train        loss [nats/token], the mean over the batch before the update; grad_norm (before clipping); clipped (1 where
+                 grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on up to and with this
+                 step; step_time_s of this step; tokens_per_s of this step; with experts, means over layers of
+                 router_load_cv, router_max_load, router_entropy, router_bias_range (`layers.moe.router_health`), and
+                 router_dropped where model.expert_buffer is set
+    validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these (`Data.bits_per_nat`)
     diagnostics  `diagnostics.summarize` as lists, grad_norm_per_layer; with experts, the router_* numbers of each layer
     event        event = spike | resumed | saved | diverged | interrupted | checkpoint_skipped, and details
 
-NaN and infinity are written as null.
+A train line is written every train.log_every steps, and at the last.  NaN and infinity are written as null.
+
+`summary.json` holds, of the whole run however often it was stopped:
+
+    steps                  updates in the saved state
+    parameters             all; connection_parameters: those of them that connections have
+    flops_per_token        operations of one train step over its tokens, recomputation included (`cost.flops`)
+    step_time_s            median of the last 200 steps, validation, diagnostics and checkpoints not included
+    peak_memory_bytes      most that arrays took on the first device; what the compiler says of the train step where the device
+                           keeps no count, or where something before the run in the same process took more
+    train_loss             mean of the losses of the last 10 steps, without those that are not finite
+    validation_loss        of the last validation, and bits_per_byte
+    spikes                 number of spike_steps (`SpikeDetector`)
+    first_nonfinite_step   step at which a loss or a gradient norm was not finite, if that ended the run
+    wall_clock_s           sum of compile_s, train_s, validation_s, diagnostics_s and checkpoint_s: reading text, making the
+                           first state and steps lost to a kill are not included
 """
 
 from __future__ import annotations

@@ -18,35 +18,37 @@ NO_DECAY = r"(^|/)(\w*norm/weight|router_bias)$"
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of optimizer step 0 ... steps - 1: linear warm-up to the peak, then the decay.
+    r"""Learning rate of update 0 ... N - 1 in a run of N = `steps` updates, float32 [].
 
-    `step` is mHC Table 5: x0.316 at 80 % and x0.1 at 90 % of training.  `wsd` (Hu et al., arXiv 2404.06395) stays at
-    the peak and decays linearly over the last 20 %.
+    Update $k$ is step $s = k + 1$ of metrics.jsonl.  In the warm-up, steps 1 to W, the rate is $s / W$ of the peak: the first
+    step already moves, and step W runs at the peak.  After it the rate is the peak times
+
+    - `constant`: 1;
+    - `cosine`: $f + (1 - f) (1 + \cos \pi p) / 2$, where $p$ grows from 0 at step max(W, 1) to 1 at step N;
+    - `wsd`: $f + (1 - f) (1 - p)$, where $p$ is 0 until step max(W, N - D) and grows to 1 at step N.  The decay takes a fifth
+      of the run, D = max(N // 5, 1), and is linear; Hu et al. (arXiv 2404.06395) leave its form open;
+    - `step`: 0.316 at the steps after 80 % of N, and 0.1 at those after 90 % (mHC Table 5).
+
+    $f$ is `final_fraction`.  Step N has the last factor exactly.  A run of warm-up alone (W = N) ends at the peak, and a run of
+    one step stays there under `cosine` and `wsd`.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    after = max(steps - warmup, 1)
+    peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
+    begin = max(warmup, 1)
+    if config.schedule == "wsd":
+        begin = max(begin, steps - max(steps // 5, 1))
 
-    def steps_down(step):
-        tenths = 10 * (step + warmup)
-        return peak * jnp.where(tenths >= 9 * steps, 0.1, jnp.where(tenths >= 8 * steps, 0.316, 1.0))
+    def rate(count):
+        step = jnp.asarray(count) + 1
+        part = jnp.clip((step - begin) / max(steps - begin, 1), 0.0, 1.0)
+        factors = {
+            "constant": lambda: 1.0,
+            "cosine": lambda: final + (1 - final) * (1 + jnp.cos(jnp.pi * part)) / 2,
+            "wsd": lambda: final + (1 - final) * (1 - part),
+            "step": lambda: jnp.where(10 * step > 9 * steps, 0.1, jnp.where(10 * step > 8 * steps, 0.316, 1.0)),
+        }
+        return peak * jnp.where(step <= warmup, step / max(warmup, 1), factors[config.schedule]())
 
-    decays = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction),
-        "step": lambda: steps_down,
-        "wsd": lambda: optax.linear_schedule(
-            peak,
-            peak * config.final_fraction,
-            transition_steps=max(int(0.2 * steps), 1),
-            transition_begin=max(int(0.8 * steps) - warmup, 0),
-        ),
-    }
-    decay = decays[config.schedule]()
-    if not warmup:
-        return decay
-    # The first step already moves: step 0 runs at peak / warmup, step warmup - 1 at the peak.
-    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, decay], [warmup])
+    return rate
 
 
 def mask(params: Any, pattern: str) -> Any:

@@ -31,6 +31,19 @@ def _bars(console: Console, *columns: str | ProgressColumn) -> Progress:
     return Progress(*first, *columns, console=console, disable=not console.is_terminal)
 
 
+class Pace:
+    """The time left, from the pace since the first call: what came before it, such as a compilation, does not count."""
+
+    def __init__(self, total: int):
+        self.total, self._first = total, None
+
+    def left(self, done: int) -> str:
+        """`  12 s left` once `done` of the total are done; empty while there is no pace yet."""
+        now = time.monotonic()
+        began, at = self._first = self._first or (done, now)
+        return f"  {(now - at) / (done - began) * (self.total - done):.0f} s left" if done > began else ""
+
+
 class RunProgress:
     """Shows step, loss, tokens/s and time left.  Use as a context manager."""
 
@@ -40,7 +53,7 @@ class RunProgress:
         self._console = Console(file=sys.stderr, soft_wrap=True)
         self._bar: Progress | None = None
         self._last_line = 0.0
-        self._began, self._start = time.monotonic(), start
+        self._pace = Pace(total)
         if self._console.is_terminal:
             self._bar = _bars(self._console, TEXT, TimeElapsedColumn(), "left", TimeRemainingColumn())
             self._task = self._bar.add_task(label, total=total, completed=start, text="")
@@ -67,12 +80,11 @@ class RunProgress:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
             return
-        now = time.monotonic()
+        now, left = time.monotonic(), self._pace.left(step)
         if step < self.total and now - self._last_line < self.every_s:
             return
         self._last_line = now
-        left = (now - self._began) / max(step - self._start, 1) * (self.total - step)
-        print(f"{self.label}: step {step}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+        print(f"{self.label}: step {step}/{self.total}  {text}{left}", file=sys.stderr, flush=True)
 
 
 class NoProgress:
@@ -212,7 +224,7 @@ class ItemProgress:
     def __init__(self, label: str, noun: str, total: int, every_s: float = 10.0):
         """Plain lines come at most every `every_s` seconds."""
         self.label, self.noun, self.total, self.every_s, self.count = label, noun, total, every_s, 0
-        self._began = self._last = time.monotonic()
+        self._last, self._pace = time.monotonic(), Pace(total)
         self._console = Console(file=sys.stderr, soft_wrap=True)
         self._bar = _bars(self._console, TimeElapsedColumn(), "left", TimeRemainingColumn())
         self._task = self._bar.add_task(f"{label}: {noun}", total=total)
@@ -228,14 +240,11 @@ class ItemProgress:
         """`count` more are done; `now_and_then` is called when a line is due."""
         self.count += count
         self._bar.advance(self._task, count)
-        now = time.monotonic()
+        now, left = time.monotonic(), self._pace.left(self.count)
         if now - self._last < self.every_s and self.count < self.total:
             return
         self._last = now
         if now_and_then:
             now_and_then()
         if not self._console.is_terminal:
-            left = (now - self._began) / self.count * (self.total - self.count)
-            print(
-                f"{self.label}: {self.noun} {self.count}/{self.total}  {left:.0f} s left", file=sys.stderr, flush=True
-            )
+            print(f"{self.label}: {self.noun} {self.count}/{self.total}{left}", file=sys.stderr, flush=True)

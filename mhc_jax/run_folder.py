@@ -45,6 +45,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def recorded_data(folder: Path) -> dict[str, Any]:
+    """What env.json says of the text and tokenizer that a run was trained with (`Data.summary`); empty without that file.
+
+    Raises:
+      InputError: the file is no JSON object.
+    """
+    file = folder / "env.json"
+    return read_json(file).get("data", {}) if file.is_file() else {}
+
+
 def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Recognise a run folder that this very configuration began, or a place for a new one; nothing is written.
 

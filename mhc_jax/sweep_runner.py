@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mhc_jax.checkpoint import check_text
+from mhc_jax.config import DataConfig
 from mhc_jax.data import load_data
 from mhc_jax.environment import COMMAND
 from mhc_jax.environment import command as typed_command
@@ -22,7 +24,7 @@ from mhc_jax.loop import EXIT_CODES, StopRequest
 from mhc_jax.mapping import to_mapping
 from mhc_jax.progress import SweepProgress
 from mhc_jax.results import run_status, write_results
-from mhc_jax.run_folder import check_run_folder, write_json
+from mhc_jax.run_folder import check_run_folder, recorded_data, write_json
 from mhc_jax.sweep import Busy, Grid, Run, run_lock, write_plan
 from mhc_jax.sweep_worker import BUSY
 from mhc_jax.sweep_worker import run as run_one
@@ -52,16 +54,23 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
     A page of the sweep is removed where there is something to do, lest it show another grid than the folder holds.
 
     Raises:
-      InputError: a run folder that cannot be used, or data that cannot be read; before the first run starts.
+      InputError: a run folder that cannot be used, data that cannot be read, or a run that has ended on another text; before
+        the first run starts.
     """
     ended = {run.name for run in selected if check_run_folder(workdir / run.name, to_mapping(run.config))}
     todo = [run for run in selected if run.name not in ended]
-    sources = {}
-    for run in todo:
-        data = run.config.data
-        sources[(data.source, data.validation_source, data.validation_fraction, data.tokenizer)] = data
-    for data in sources.values():
-        load_data(data)
+
+    def key(data: DataConfig) -> tuple[Any, ...]:
+        return data.source, data.validation_source, data.validation_fraction, data.tokenizer
+
+    texts = {}
+    for name, config in {key(run.config.data): run.config for run in todo}.items():
+        data = load_data(config.data)
+        texts[name] = data.identity
+        print("\n".join(data.describe(config.train.validation_batches)), file=sys.stderr)
+    for run in selected:
+        if run.name in ended and (text := texts.get(key(run.config.data))):
+            check_text(recorded_data(workdir / run.name), text, workdir / run.name)
     write_plan(workdir, grid)
     if todo:
         (workdir / "report.html").unlink(missing_ok=True)

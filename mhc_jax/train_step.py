@@ -91,7 +91,7 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
 
     With experts the metrics include `layers.moe.router_health` of the M layers that have them, with an expert_buffer also
     router_dropped, and the step moves their routers' biases by the loads of the batch.  A step whose loss or gradient is not
-    finite changes nothing, so that the state left behind stays usable.
+    finite changes nothing, so that the state left behind stays usable.  The learning_rate is that of this very update.
     """
     tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
     rate = schedule(config.optimizer, config.train.steps)
@@ -114,12 +114,13 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
             if config.model.expert_buffer:
                 health["router_dropped"] = router["router_dropped"]
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        update = state.step
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "grad_norm_per_layer": jnp.sqrt(per_layer),
-            "learning_rate": rate(state.step - 1),
+            "learning_rate": rate(update),
             **health,
         }
         return state, metrics

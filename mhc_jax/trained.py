@@ -15,6 +15,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.data.tokenizers import Tokenizer, from_saved, load_tokenizer
 from mhc_jax.errors import require
 from mhc_jax.mapping import completed, from_mapping, to_mapping
+from mhc_jax.run_folder import recorded_data
 from mhc_jax.sharding import make_mesh, state_shardings
 
 
@@ -55,7 +56,9 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     config = from_mapping(completed(config, known))
     if tokenizer or saved is None:
         chosen = load_tokenizer(tokenizer or config.data.tokenizer)
-        check_tokenizer(saved["fingerprint"] if saved else _trained_with(folder), chosen.fingerprint, folder)
+        check_tokenizer(
+            saved["fingerprint"] if saved else recorded_data(folder).get("fingerprint"), chosen.fingerprint, folder
+        )
     else:
         chosen = from_saved(saved)
     require(
@@ -73,9 +76,3 @@ def beyond_training(name: str, trained: int, context: int) -> str:
         f"{name} was trained on sequences of {trained} tokens and reads up to {context} here; what it says of later "
         "positions is extrapolated."
     )
-
-
-def _trained_with(folder: Path) -> str | None:
-    """Fingerprint in env.json."""
-    file = folder / "env.json"
-    return json.loads(file.read_text()).get("data", {}).get("fingerprint") if file.is_file() else None

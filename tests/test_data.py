@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import multiprocessing
 import random
 import subprocess
@@ -73,7 +73,9 @@ def test_array_holds_every_document_and_its_end(spec, bpe, corpus, cache):
         decoded = [tokenizer.decode(array.tokens[start:end]) for start, end in zip(starts, cuts, strict=True)]
         assert decoded == texts
         size = sum(len(text.encode()) for text in texts)
-        assert array.counts == arrays.Counts(len(texts), len(array.tokens), size)
+        ids = [[*tokenizer.encode(text).tolist(), tokenizer.end_of_document] for text in texts]
+        digest = hashlib.sha256(b"".join(id.to_bytes(2, "little") for document in ids for id in document)).hexdigest()
+        assert array.counts == arrays.Counts(len(texts), len(array.tokens), size, digest)
         assert array.tokens.dtype == np.uint16
         assert not array.tokens.flags.writeable
 
@@ -287,6 +289,7 @@ def test_short_validation_text_fills_one_batch(tmp_path, config):
     held_out.write_text("0123456789abcdef" * 2 + "!")
     loaded = data.load_data(config(validation_source=str(held_out)))
     (batch,) = loaded.validation_batches(8)
+    assert "warning: the validation text fills no batch, so that it is repeated until it does." in loaded.describe(8)
     assert batch["inputs"].shape == (4, 16)
     assert np.array_equal(batch["inputs"][:2], batch["inputs"][2:])
     assert loaded.tokenizer.decode(batch["targets"][0]) == "123456789abcdef0"
@@ -301,6 +304,12 @@ def test_validation_source_leaves_all_documents_for_training(tmp_path, config, c
     assert (loaded.validation.counts.documents, loaded.validation.counts.bytes) == (1, 100)
     with pytest.raises(InputError, match=r"is in data\.source and in data\.validation_source"):
         data.load_data(config(validation_source=str(corpus)))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    with pytest.raises(
+        InputError, match=r"The training text of .* and the validation text of .*copy.jsonl' are the same"
+    ):
+        data.load_data(config(validation_source=str(copy)))
 
 
 @pytest.mark.parametrize("spec", ["byte", "bpe"])
@@ -315,9 +324,9 @@ def test_summary(spec, config, bpe, corpus):
     assert summary["fingerprint"] == loaded.tokenizer.fingerprint
     assert summary["train_documents"] + summary["validation_documents"] == 60
     tokens = loaded.validation_tokens
-    exact = loaded.tokenizer.token_bytes[tokens].sum() / len(tokens)
-    assert math.isclose(summary["bytes_per_token"], exact)
-    assert (exact < 1) if spec == "byte" else (exact > 1.05)
+    assert summary["validation_tokens"] == len(tokens)
+    assert summary["validation_bytes"] == loaded.tokenizer.token_bytes[tokens].sum()
+    assert loaded.identity == {key: summary[key] for key in ("train_sha256", "validation_sha256")}
 
 
 def test_shakespeare_by_default(cache):

@@ -50,8 +50,9 @@ def alone(configuration, tmp_path_factory):
     return losses
 
 
-def losses_of(folder: Path) -> dict[tuple[str, int], float]:
-    return {(line["kind"], line["step"]): line["loss"] for line in measured(folder) if line["kind"] != "diagnostics"}
+def losses_of(folder: Path) -> dict[tuple[str, str, int], float]:
+    values = ("loss", "bits_per_byte")
+    return {(v, line["kind"], line["step"]): line[v] for line in measured(folder) for v in values if v in line}
 
 
 def assert_same_losses(found, expected):

@@ -1,5 +1,7 @@
 """Schedules at exact steps, which parameters decay, and what the multiplier and the clipping touch."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,27 +29,43 @@ def test_warm_up_moves_from_the_first_step_to_the_peak():
     np.testing.assert_allclose(rates("cosine", 4, 4), [0.25, 0.5, 0.75, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("warmup", [0, 5])
-def test_cosine(warmup):
-    steps, last = 25, 0.1
-    got = rates("cosine", steps, warmup, final_fraction=last)[warmup:]
-    part = np.arange(steps - warmup) / (steps - warmup)
-    np.testing.assert_allclose(got, last + (1 - last) * (1 + np.cos(np.pi * part)) / 2, rtol=1e-5)
+FINAL = 0.2
+LENGTHS = [(100, 0), (100, 20), (100, 85), (100, 99), (35, 3), (10, 2), (7, 0), (5, 4), (2, 1), (2, 0)]
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(100, 0), (100, 20), (10, 2), (5, 0), (35, 3)])
-def test_step_is_the_table_of_the_paper(steps, warmup):
-    got = rates("step", steps, warmup)[warmup:]
-    tenths = 10 * np.arange(warmup, steps)
-    wanted = np.where(tenths >= 9 * steps, 0.1, np.where(tenths >= 8 * steps, 0.316, 1))
-    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+def by_hand(name, step, steps, warmup):
+    """Factor of the peak at a step counted from 1, after warm-up, in float64."""
+    if name == "step":
+        return 0.1 if step / steps > 0.9 else 0.316 if step / steps > 0.8 else 1.0
+    begin = max(warmup, 1) if name == "cosine" else max(warmup, 1, steps - max(steps // 5, 1))
+    part = max(step - begin, 0) / (steps - begin)
+    falling = {"cosine": (1 + math.cos(math.pi * part)) / 2, "wsd": 1 - part}[name]
+    return FINAL + (1 - FINAL) * falling
 
 
-@pytest.mark.parametrize("warmup", [0, 10])
-def test_wsd_stays_at_the_peak_and_falls_over_the_last_fifth(warmup):
-    got = rates("wsd", 100, warmup, final_fraction=0.2)
-    np.testing.assert_allclose(got[warmup:81], 1, rtol=1e-6)
-    np.testing.assert_allclose(got[81:], 1 - 0.8 * np.arange(1, 20) / 20, rtol=1e-5)
+@pytest.mark.parametrize(("steps", "warmup"), LENGTHS)
+@pytest.mark.parametrize("name", ["cosine", "wsd", "step"])
+def test_every_step_of_every_schedule(name, steps, warmup):
+    got = rates(name, steps, warmup, final_fraction=FINAL)
+    wanted = [step / warmup if step <= warmup else by_hand(name, step, steps, warmup) for step in range(1, steps + 1)]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), LENGTHS)
+@pytest.mark.parametrize("name", ["constant", "cosine", "wsd", "step"])
+def test_the_first_step_the_peak_and_the_last_step(name, steps, warmup):
+    got = rates(name, steps, warmup, final_fraction=FINAL)
+    np.testing.assert_allclose(got[0], 1 / max(warmup, 1), rtol=1e-6)
+    np.testing.assert_allclose(got[max(warmup, 1) - 1], 1, rtol=1e-6)
+    np.testing.assert_allclose(got[-1], {"constant": 1, "step": 0.1}.get(name, FINAL), rtol=1e-6)
+    assert got.max() == got[max(warmup, 1) - 1]
+
+
+def test_the_table_of_the_paper_and_the_last_fifth_in_a_hundred_steps():
+    got = rates("step", 100, 10)
+    assert got[10:] == pytest.approx([1.0] * 70 + [0.316] * 10 + [0.1] * 10, rel=1e-6)
+    got = rates("wsd", 100, 10, final_fraction=0.2)
+    assert got[10:] == pytest.approx([1.0] * 70 + [1 - 0.04 * k for k in range(1, 21)], rel=1e-6)
 
 
 def shapes(kind):

@@ -11,7 +11,7 @@ from tolerances import assert_close
 
 from mhc_jax.connections.gated import stream_norm
 from mhc_jax.data import Data, load_data
-from mhc_jax.diagnostics import rms
+from mhc_jax.diagnostics import root_mean_square
 from mhc_jax.layers.norm import rms_norm
 from mhc_jax.loop import train
 
@@ -96,9 +96,9 @@ def test_a_float16_stream_beyond_its_range_is_not_hidden():
 
 def test_rms_of_diagnostics_is_finite_where_its_numbers_are():
     for magnitude in (0.0, 1e-30, 1.0, 1e19, 3e38):
-        assert float(rms(jnp.full((64, 16), magnitude))) == pytest.approx(magnitude, rel=1e-5)
-    assert not np.isfinite(float(rms(jnp.array([1.0, np.inf]))))
-    assert not np.isfinite(float(rms(jnp.array([1.0, np.nan]))))
+        assert float(root_mean_square(jnp.full((64, 16), magnitude), (0, 1))) == pytest.approx(magnitude, rel=1e-5)
+    assert not np.isfinite(float(root_mean_square(jnp.array([1.0, np.inf]), (0,))))
+    assert not np.isfinite(float(root_mean_square(jnp.array([1.0, np.nan]), (0,))))
 
 
 @pytest.fixture(scope="module")

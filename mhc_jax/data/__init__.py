@@ -2,7 +2,7 @@
 
 from mhc_jax.data.cache import cache_folder
 from mhc_jax.data.files import Document
-from mhc_jax.data.pipeline import Batch, Data, load_data
+from mhc_jax.data.pipeline import Batch, Data, load_data, resolve_vocabulary
 from mhc_jax.data.sources import documents
 from mhc_jax.data.tokenizers import (
     BPETokenizer,
@@ -27,5 +27,6 @@ __all__ = [
     "gpt2_tokenizer",
     "load_data",
     "load_tokenizer",
+    "resolve_vocabulary",
     "train_bpe",
 ]

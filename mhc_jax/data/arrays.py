@@ -1,7 +1,7 @@
 """Pre-tokenized text: a memory-mapped array of ids for each source, split and tokenizer.
 
 Every document is followed by the end-of-document token.  Next to `<key>.npy` stands `<key>.json`
-with counts and a checksum; the key is a hash of everything the ids depend on, so nothing is ever
+with counts and checksums; the key is a hash of everything the ids depend on, so nothing is ever
 invalidated by hand.
 """
 
@@ -33,11 +33,16 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Counts:
-    """Size of a pre-tokenized split; bytes are UTF-8, tokens include one end per document."""
+    """What a pre-tokenized split holds; bytes are UTF-8, tokens include one end per document.
+
+    `sha256` is the hash, in hex, of the ids as they are stored: the identity of the text under its tokenizer, wherever its
+    files lie.
+    """
 
     documents: int
     tokens: int
     bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def _load(stem: Path) -> TokenArray | None:
     path = stem.with_suffix(".npy")
     try:
         meta = json.loads(stem.with_suffix(".json").read_text("utf-8"))
-        counts = Counts(meta["documents"], meta["tokens"], meta["bytes"])
+        counts = Counts(meta["documents"], meta["tokens"], meta["bytes"], meta["sha256"])
         if _crc32(path) != meta["crc32"]:
             return None
         return TokenArray(np.load(path, mmap_mode="r"), counts)
@@ -108,15 +113,17 @@ def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> N
 def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) -> Counts:
     kind = dtype(tokenizer)
     end = np.array([tokenizer.end_of_document], kind)
-    number, tokens, size = 0, 0, 0
+    number, tokens, size, digest = 0, 0, 0, hashlib.sha256()
     _write_header(file, kind, tokens)
     for texts in _chunks(documents):
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            file.write(ids.tobytes() + end.tobytes())
+            stored = ids.tobytes() + end.tobytes()
+            digest.update(stored)
+            file.write(stored)
             number, tokens, size = number + 1, tokens + len(ids) + 1, size + len(text.encode())
     file.seek(0)
     _write_header(file, kind, tokens)
-    return Counts(number, tokens, size)
+    return Counts(number, tokens, size, digest.hexdigest())
 
 
 def _write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:

@@ -10,6 +10,8 @@ tensorflow_datasets is imported only when a source needs it.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation"]
 SHAKESPEARE = "shakespeare"
 TFDS = "tfds:"
+_HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|test|held.?out)(?![a-z])", re.IGNORECASE)
 
 
 def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05) -> Iterator[Document]:
@@ -70,9 +73,21 @@ def identity(source: str) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
+def local(source: str) -> bool:
+    """Tell whether a source is local files."""
+    return source != SHAKESPEARE and not source.startswith(TFDS)
+
+
+def named_like_splits(source: str) -> list[str]:
+    """Return the names of the files of a local source, among several, that seem to be held out (`valid.txt`, `test/a.txt`)."""
+    found = [file.resolve() for file in files.expand(source)]
+    common = len(os.path.commonpath([file.parent for file in found]))
+    return [file.name for file in found if len(found) > 1 and _HELD_OUT.search(str(file)[common:])]
+
+
 def check_disjoint(source: str, validation_source: str) -> None:
     """Raise `InputError` if a local file is in both sources."""
-    if any(name == SHAKESPEARE or name.startswith(TFDS) for name in (source, validation_source)):
+    if not (local(source) and local(validation_source)):
         return
     train = {file.resolve() for file in files.expand(source)}
     shared = sorted(file for file in files.expand(validation_source) if file.resolve() in train)
