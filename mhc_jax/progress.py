@@ -35,12 +35,13 @@ class RunProgress:
     """Shows step, loss, tokens/s and time left.  Use as a context manager."""
 
     def __init__(self, label: str, total: int, start: int = 0, every_s: float = 5.0):
-        """Plain lines come at most every `every_s` seconds."""
+        """`start` of the `total` steps were done before; plain lines come at most every `every_s` seconds."""
         self.label, self.total, self.every_s = label, total, every_s
         self._console = Console(file=sys.stderr, soft_wrap=True)
         self._bar: Progress | None = None
         self._last_line = 0.0
-        self._began, self._start = time.monotonic(), start
+        self._first: tuple[float, int] | None = None
+        """Time and number of the first step; it waits for compilation, which no later one does."""
         if self._console.is_terminal:
             self._bar = _bars(self._console, TEXT, TimeElapsedColumn(), "left", TimeRemainingColumn())
             self._task = self._bar.add_task(label, total=total, completed=start, text="")
@@ -68,11 +69,12 @@ class RunProgress:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
+        began, first = self._first = self._first or (now, step)
         if step < self.total and now - self._last_line < self.every_s:
             return
         self._last_line = now
-        left = (now - self._began) / max(step - self._start, 1) * (self.total - step)
-        print(f"{self.label}: step {step}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+        left = f"  {(now - began) / (step - first) * (self.total - step):.0f} s left" if step > first else ""
+        print(f"{self.label}: step {step}/{self.total}  {text}{left}", file=sys.stderr, flush=True)
 
 
 class NoProgress:
