@@ -60,7 +60,8 @@ def main() -> int:
         rows = tables.of_hand(*where, F, B, W, PAIR.value, send)
     print(tables.markdown(rows))
     if PICTURE.value:
-        save(timeline([row.run for row in rows], [row.title for row in rows]), PICTURE.value, vector=True)
+        figure = timeline([row.run for row in rows], [row.title for row in rows], rows[0].unit)
+        save(figure, PICTURE.value, vector=True)
     return 0
 
 

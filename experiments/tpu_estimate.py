@@ -5,10 +5,11 @@
 
 Forward and gradient of two layers of the decoder on one chip, 2 x 4096 tokens; weights of branches, streams and activations in
 bfloat16, flash attention.  Cycles are the compiler's own estimates, summed over the program, loops by their trip count.  It has
-none for a Pallas kernel: those of mHC count by the bytes of their cost estimate at the peak bandwidth of a v5p, those of attention,
+none for a Pallas kernel: those of mHC count by the bytes of their cost estimate at the chip's peak bandwidth, those of attention,
 the same in every program, by their FLOPs at its peak, less than they can take, so that the ratios are upper bounds.
 """
 
+import functools
 import os
 import time
 from typing import Any
@@ -21,7 +22,7 @@ from absl import flags
 from mhc_jax import cli, compiled, connections
 from mhc_jax.aot import compile_lowered, layers_gradient
 from mhc_jax.config import ModelConfig
-from mhc_jax.topology import CHIPS, get_slice
+from mhc_jax.topology import Chip, get_slice
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "The first of its chips is compiled for.")
 WIDTH = flags.DEFINE_integer("width", 2560, "C.")
@@ -34,15 +35,15 @@ PROGRAMS = flags.DEFINE_list("programs", ["residual:xla", "mhc:xla", "mhc:pallas
 BATCH, TOKENS, LAYERS, HEAD = 2, 4096, 2, 128
 
 
-def attention_cycles() -> float:
+def attention_cycles(chip: Chip) -> float:
     """Two matrix products forward and five backward, over half of T x T."""
-    return CHIPS["v5p"].flops_cycles(LAYERS * 7 * BATCH * HEADS.value * TOKENS**2 * HEAD)
+    return chip.flops_cycles(LAYERS * 7 * BATCH * HEADS.value * TOKENS**2 * HEAD)
 
 
-def kernel_cycles(one: compiled.Instruction) -> float:
+def kernel_cycles(chip: Chip, one: compiled.Instruction) -> float:
     """By bytes; attention has none and is added whole."""
     estimate = compiled.kernel_estimate(one)
-    return CHIPS["v5p"].bytes_cycles(estimate[1]) if estimate else 0.0
+    return chip.bytes_cycles(estimate[1]) if estimate else 0.0
 
 
 def model(kind: str) -> ModelConfig:
@@ -69,7 +70,7 @@ def main() -> None:
         program = compile_lowered(lowered, options)
         seconds = time.perf_counter() - began
         text = compiled.Program(program.as_text())
-        estimate = compiled.cycles(text, kernel_cycles) + attention_cycles()
+        estimate = compiled.cycles(text, functools.partial(kernel_cycles, where.chip)) + attention_cycles(where.chip)
         baseline = baseline or estimate
         moved, temporary = program.cost_analysis()["bytes accessed"], compiled.memory(program)["temporaries"]
         numbers = f"{estimate / 1e6:.1f} | {estimate / baseline:.3f} | {moved / 1e9:.1f} | {temporary / 1e9:.2f}"

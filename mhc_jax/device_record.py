@@ -100,7 +100,8 @@ def readme(report: dict[str, Any]) -> str:
         else:
             out += ["Attention is cuDNN's."]
         lines = [
-            "| connection | step (ms) | over residual | ns a sub-layer and token | GiB | loss |",
+            "| connection | step (ms) | over residual | adds (ns a sub-layer and token) | compiled memory (GiB) "
+            "| loss of step 2 (nats/token) |",
             "| --- " * 6 + "|",
         ]
         for row in part["steps"]:

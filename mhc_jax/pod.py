@@ -93,8 +93,8 @@ def largest_batch(config: ExperimentConfig, hbm: int, one: Estimate) -> dict[str
 def table(rows: Sequence[dict[str, Any]], where: Slice) -> str:
     """Markdown: memory and time of a step, then its collectives.  Overheads are over the first row that fits."""
     out = [
-        "| connection | parameters | optimizer | gradients | streams | logits | HBM (GiB) | fits | TFLOP | GB moved | compute (ms) "
-        "| collectives (ms) | waiting (ms) | step (ms) | over the first | MFU |",
+        "| connection | parameters (GiB) | optimizer (GiB) | gradients (GiB) | streams (GiB) | logits (GiB) | HBM (GiB) | fits "
+        "| TFLOP | GB moved | compute (ms) | collectives (ms) | longest wait (ms) | step (ms) | over the first that fits | MFU |",
         "| --- " * 16 + "|",
     ]
     base = next((row["seconds"]["step"] for row in rows if "seconds" in row), None)
@@ -142,7 +142,7 @@ def pipelines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of a table of the operations of stages, of rows that have them; the dearest stage's."""
     if not any("pipeline" in row for row in rows):
         return []
-    times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting"
+    times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting (%)"
     sent = "messages a tick | asynchronous | hidden"
     out = ["", f"| connection | schedule | stages | {times} | {sent} |", "| --- " * 12 + "|"]
     for row in rows:
@@ -151,5 +151,5 @@ def pipelines(rows: Sequence[dict[str, Any]]) -> list[str]:
             times += [f"{found['pair']:.2f}", f"{1e3 * found['seconds']['message']:.2f}"]
             sent = [str(found["messages"][name]) for name in ("a tick", "asynchronous", "hidden")]
             cells = [row["connection"], found["schedule"], str(found["stages"]), *times]
-            out.append("| " + " | ".join([*cells, f"{100 * found['bubble_fraction']:.1f} %", *sent]) + " |")
+            out.append("| " + " | ".join([*cells, f"{100 * found['bubble_fraction']:.1f}", *sent]) + " |")
     return out

@@ -45,8 +45,8 @@ display(Markdown("\n".join(lines)))
 display(cost.traffic_bars(n, C))
 
 # %% [markdown]
-# *From operation by operation (mHC Table 2) to one pass: the streams' traffic falls from 34C to 10C, the floor (2n +
-# 2)C; the fused totals in grey include the pre-norm.*
+# *From operation by operation (mHC Table 2: 34C, and 2C more for the pre-norm) to one pass: 10C, the floor (2n + 2)C.
+# The totals in grey include the pre-norm and leave the coefficients out.*
 #
 # ## Memory against L_r
 #
@@ -68,13 +68,13 @@ display(cost.recompute(60, (2, 4, 8), C))
 # %%
 settings = group(read_record(newest_record(RECORDS, "connections")))
 results = {setting.kind: mean_record(setting) for setting in settings}
-measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "peak memory": "peak_memory_bytes"}
+measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "compiled memory": "peak_memory_bytes"}
 ratios = {
     name: {kind: results[kind].result(key) / results["residual"].result(key) for kind in ("hc", "mhc")}
     for name, key in measures.items()
 }
-# `python experiments/steptime.py --rounds=20`: width 64, 16 blocks, 2 cores with other work on both; commit 6a22197.
-ratios |= {"step time\n(width 64, CPU)": {"hc": 1.42, "mhc": 1.40}}
+# Medians of three runs of `experiments/steptime.py`: width 64, 16 blocks, 2 cores, nothing else running; commit 2ba8085.
+ratios |= {"step time\n(width 64, CPU)": {"hc": 1.39, "mhc": 1.44}}
 display(cost.overhead(ratios))
 
 # %% [markdown]

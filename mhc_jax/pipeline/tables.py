@@ -23,6 +23,10 @@ class Row:
     label: str
     """Connection and whether it recomputes; empty by hand."""
     run: Timeline
+    unit: str
+    """Of times: `s`, or empty where the costs have none."""
+    sized: bool
+    """Whether activations are bytes, those that the connections keep."""
     over: float | None = None
     """Makespan over the first connection's, less 1."""
 
@@ -36,7 +40,7 @@ class Row:
 
 def of_hand(names: Sequence[str], P: int, M: int, F: float, B: float, W: float, pair: float, send: float) -> list[Row]:
     """A stage of the model takes the same time under every schedule."""
-    return _rows(names, P, M, {"": lambda stages: by_hand(stages, F, B, W, pair, send)})
+    return _rows(names, P, M, {"": lambda stages: by_hand(stages, F, B, W, pair, send)}, unit="")
 
 
 def of_model(
@@ -99,34 +103,38 @@ def of_report(
     )
 
 
-def _rows(names: Sequence[str], P: int, M: int, each: Mapping[str, Callable[[int], Costs]]) -> list[Row]:
+def _rows(
+    names: Sequence[str], P: int, M: int, each: Mapping[str, Callable[[int], Costs]], unit: str = "s"
+) -> list[Row]:
     rows = []
     schedules = [make(name, P, M) for name in names]  # mistakes before the first simulation
     for schedule in schedules:
         validate(schedule)
         base = None
         for label, cost in each.items():
-            run = simulate(schedule, cost(schedule.stages))
-            rows.append(Row(label, run, None if base is None else run.makespan / base - 1))
+            own = cost(schedule.stages)
+            run = simulate(schedule, own)
+            over = None if base is None else run.makespan / base - 1
+            rows.append(Row(label, run, unit, bool(own.activations), over))
             base = base or run.makespan
     return rows
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Times in the unit of the costs; activations in stages of one microbatch, and what they hold where the costs say it."""
+    """Times in the unit of the costs; activations in stages of one microbatch, and what the connections keep of them."""
+    unit = f" ({rows[0].unit})" if rows and rows[0].unit else ""
     out = [
-        "| schedule | connection | devices x stages | step | bubble (longest wait) | bubble (%) | messages exposed | "
-        "activations | GB | over the first |",
+        f"| schedule | connection | devices x stages | step{unit} | longest wait{unit} | waiting (%) | messages exposed{unit} | "
+        "activations (stages) | kept by connections (GB) | over the first |",
         "| --- " * 10 + "|",
     ]
     for row in rows:
         run, schedule = row.run, row.run.schedule
-        sized = max(run.activations) > 1e3
         cells = [schedule.name, row.label, f"{schedule.devices} x {schedule.stages}", f"{run.makespan:.4g}"]
         cells += [f"{max(run.bubble):.4g}", f"{100 * run.bubble_fraction:.1f}", f"{run.exposed:.3g}"]
         cells += [f"{max(most for most, _ in peak_activations(schedule))}"]
         cells += [
-            f"{max(run.activations) / 1e9:.2f}" if sized else "",
+            f"{max(run.activations) / 1e9:.2f}" if row.sized else "",
             "" if row.over is None else f"{100 * row.over:+.2f} %",
         ]
         out.append(f"| {' | '.join(cells)} |")

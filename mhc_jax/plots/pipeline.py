@@ -16,8 +16,8 @@ COLORS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#8FC98F"}
 NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
 
 
-def timeline(runs: Sequence[Timeline], titles: Sequence[str]) -> Figure:
-    """One panel a run, all with the same time axis.
+def timeline(runs: Sequence[Timeline], titles: Sequence[str], unit: str = "") -> Figure:
+    """One panel a run, all with the same time axis, in `unit` if the costs have one.
 
     Numbers are microbatches; the two of an overlapped F&B lie above each other; what belongs to a further chunk of a device is
     hatched.
@@ -51,7 +51,7 @@ def timeline(runs: Sequence[Timeline], titles: Sequence[str]) -> Figure:
             axis.set_ylabel("device")
             axis.grid(visible=False)
             axis.set_title(title)
-        axes[-1].set_xlabel("time")
+        axes[-1].set_xlabel(f"time ({unit})" if unit else "time")
         handles = [Patch(facecolor=COLORS[kind], label=f"{kind}: {NAMES[kind]}") for kind in COLORS if kind in kinds]
         if any(op.chunk for run in runs for span in run.spans for op in span.cell):
             handles.append(
