@@ -58,8 +58,8 @@ display(plots.gain_depth(several))
 
 # %% [markdown]
 # *Top: one sub-layer alone, bottom: products, after the last step. HC's products grow with depth in both directions;
-# mHC's forward gain is 1 to rounding, because Sinkhorn ends on rows (mHC Eq. 9), and its backward gain carries what 20
-# iterations leave of the column sums. The band reaches up to the largest token.*
+# mHC's forward gain is 1 to rounding with either `init=`, because Sinkhorn ends on rows (mHC Eq. 9), and its backward
+# gain carries what 20 iterations leave of the column sums. The band reaches up to the largest token.*
 
 # %%
 display(plots.gain_step(several))
@@ -73,7 +73,7 @@ display(plots.gain_step(several))
 # %%
 lines = ["| | largest composite gain, forward | backward |", "| --- | --- | --- |"]
 lines += ["| HC, 27B (mHC Figure 3) | larger of the two: near 3000 | |"]
-lines += ["| mHC, 27B (mHC Figure 7) | larger of the two: near 1.6 | |"]
+lines += ["| mHC, 27B, `init=paper` (mHC Figure 7) | larger of the two: near 1.6 | |"]
 for setting in settings:
     if setting.kind != "residual":
         sides = [setting.results(f"max_composite_{side}").values() for side in ("forward", "backward")]
@@ -91,15 +91,15 @@ display(Markdown("\n".join(lines)))
 # - *mHC's 1.6* is Sinkhorn's truncation. Wide logits leave column sums off 1; short runs keep the logits narrow.
 # - *Averaging.* We multiply per token and average the gains; the product of averaged matrices is smaller
 #   (`composite_mean_*`).
-# - `make demo` (32 sub-layers, learning rate 7e-3) reaches the paper's order of magnitude: 1728 for HC, see the README.
+# - `make demo` (32 sub-layers, learning rate 7e-3) reaches the paper's order of magnitude for HC, see the README.
 
 # %%
 record = newest_record(RECORDS, "depth")
 display(Markdown(how_to_make("depth")) if record is None else SWEEP_FIGURES["swept"].draw(group(read_record(record))))
 
 # %% [markdown]
-# *The sweep `depth`: loss and largest gains against the number of blocks, two sub-layers each; one seed a depth, so
-# that the losses rank nothing.*
+# *The sweep `depth`: loss and largest gains against the number of blocks, two sub-layers each; three seeds a depth,
+# lines are means. mHC has `init=home`.*
 #
 # ## Live: a run of this notebook
 #

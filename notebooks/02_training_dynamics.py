@@ -20,17 +20,18 @@
 from pathlib import Path
 
 from IPython.display import Markdown, display
-from mhc_jax.sweep_report import findings, statistics_rows
 
 from mhc_jax import plots
+from mhc_jax.comparison import findings, statistics_rows
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.records import seed_name
+from mhc_jax.report import markdown_table
 from mhc_jax.settings import group, mean_record
-from mhc_jax.sweep_record import how_to_make, markdown_table, newest_record, read_record
+from mhc_jax.sweep_record import how_to_make, newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 settings = group(read_record(newest_record(RECORDS, "connections")))
-order = ("residual", "hc", "mhc")
-settings.sort(key=lambda setting: order.index(setting.kind))
+settings.sort(key=lambda setting: (("residual", "hc", "mhc").index(setting.kind), setting.label))
 
 # %%
 display(SWEEP_FIGURES["seed_bands"].draw(settings))
@@ -44,7 +45,7 @@ display(SWEEP_FIGURES["seed_bands"].draw(settings))
 display(SWEEP_FIGURES["gap_curves"].draw(settings))
 
 # %% [markdown]
-# *Loss minus the residual run's loss of the same seed on the same batch; below zero the connection is better. The
+# *Training loss minus the residual run's loss of the same seed on the same batch; below zero the connection is better. The
 # spread between thin lines is what one seed cannot tell.*
 
 # %%
@@ -60,7 +61,7 @@ for setting in settings:
     for seed, run in setting.runs.items():
         spikes = ", ".join(map(str, run.spike_steps)) or "none"
         print(
-            f"{setting.label:9s} seed {seed}: validation loss {run.result('validation_loss'):.4f}, spikes at {spikes}"
+            f"{setting.label:14s} {seed_name(seed)}: validation loss {run.result('validation_loss'):.4f}, spikes at {spikes}"
         )
 display(SWEEP_FIGURES["seed_strip"].draw(settings))
 

@@ -21,15 +21,15 @@ from pathlib import Path
 
 import numpy as np
 from IPython.display import Markdown, display
-from mhc_jax.sweep_report import statistics_rows
 
 from mhc_jax import plots
-from mhc_jax.comparison import Cell
+from mhc_jax.comparison import Cell, statistics_rows
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import last_diagnostics
+from mhc_jax.report import markdown_table
 from mhc_jax.settings import group, mean_record
-from mhc_jax.sweep_record import how_to_make, markdown_table, newest_record, read_record
+from mhc_jax.sweep_record import how_to_make, newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 chosen = ("setting", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")
@@ -44,8 +44,8 @@ means = [mean_record(setting) for setting in settings]
 display(plots.h_res(first))
 
 # %% [markdown]
-# *H_res at five depths and the product of all, row sums at the right, column sums below: mHC's are 1, HC's are not and
-# compound.*
+# *H_res at five depths and the product of all, row sums at the right, column sums below. Whatever its init (`init=paper`,
+# `init=home`), the row sums of mHC are 1; HC's are not, and they compound.*
 
 # %%
 display(plots.mixing(means))
@@ -59,7 +59,7 @@ display(plots.eigenvalues(means))
 
 # %% [markdown]
 # *|lambda_2| / |lambda_1|: where the composite's is near 0, the mixing alone would make all streams multiples of one
-# vector (mHC: equal), and only the writes keep them apart.*
+# vector (under mHC with any `init=` equal ones), and only the writes keep them apart.*
 #
 # ## Specialisation: who reads and writes which stream
 
@@ -143,7 +143,7 @@ else:
     display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(table, parts, strict=True)])))
 
 # %% [markdown]
-# *mHC with some mappings at their fixed values (`disable=`: what is off; sweep `components`). Without H_post every
+# *mHC from `init=home` with some mappings at their fixed values (`disable=`: what is off; sweep `components`). Without H_post every
 # stream is written alike. Equal streams have a signed cosine of 1, and an H_res with unit row sums does not change them.*
 #
 # ## What decides about collapse: the initial values
@@ -162,9 +162,8 @@ else:
     for setting in presets:
         if setting.kind == "mhc":
             loss = rows[setting.label]["mean loss"]
-            init = str(setting.varying["model.connection.init"])
-            table.append({"init": Cell(init, init), **stream_cells(setting), "loss": loss})
+            table.append({"setting": Cell(setting.label, setting.label), **stream_cells(setting), "loss": loss})
     display(Markdown(markdown_table(table)))
 
 # %% [markdown]
-# *Presets of mHC's static biases (sweep `presets`, three seeds), with the measures above and the loss in nats per token.*
+# *Presets (`init=`) of mHC's static biases (sweep `presets`, three seeds), with the measures above and the loss in nats per token.*

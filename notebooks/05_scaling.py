@@ -19,12 +19,13 @@
 from pathlib import Path
 
 from IPython.display import Markdown, display
-from mhc_jax.sweep_report import findings, statistics_rows
 
+from mhc_jax.comparison import findings, statistics_rows
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.report import markdown_table
 from mhc_jax.settings import group
 from mhc_jax.statistics import power_law
-from mhc_jax.sweep_record import how_to_make, markdown_table, newest_record, read_record
+from mhc_jax.sweep_record import how_to_make, newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 chosen = (
@@ -69,19 +70,19 @@ if record is None:
 else:
     sizes = group(read_record(record))
     display(SWEEP_FIGURES["ladder"].draw(sizes))
-    lines = ["| kind | loss at x_0 (nats per token) | exponent b | 95 % interval |", "| --- | --- | --- | --- |"]
-    for kind in dict.fromkeys(setting.kind for setting in sizes):
+    lines = ["| connection | loss at x_0 (nats per token) | exponent b | 95 % interval |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(setting.any_run.connection for setting in sizes):
         runs = [
             run
             for setting in sizes
-            if setting.kind == kind
+            if setting.any_run.connection == name
             for run in setting.runs.values()
             if run.status == "finished"
         ]
         x = [run.result("flops_per_token") * run.tokens for run in runs]
         fit = power_law(x, [run.result("validation_loss") for run in runs])
         interval = "none" if fit.b_interval is None else f"{fit.b_interval[0]:.3f} to {fit.b_interval[1]:.3f}"
-        lines.append(f"| {kind} | {fit.a:.4f} | {fit.b:.3f} | {interval} |")
+        lines.append(f"| {name} | {fit.a:.4f} | {fit.b:.3f} | {interval} |")
     display(Markdown("\n".join(lines)))
 
 # %% [markdown]
