@@ -99,7 +99,10 @@ OTHER = {
     "disable": (("post",), ("pre", "post")),
     "init": ("paper", "home"),
     "eps_convention": ("v4", "hy_v4"),
-    **{name: (0.1, 1 / 3, 1e-30) for name in ("alpha_init", "phi_init_std", "gate_init", "init_std", "eps_norm", "beta")},
+    **{
+        name: (0.1, 1 / 3, 1e-30)
+        for name in ("alpha_init", "phi_init_std", "gate_init", "init_std", "eps_norm", "beta")
+    },
     **{name: (7,) for name in ("t_max", "rank", "block_size")},
     **{name: (False,) for name in ("dynamic", "tanh")},
 }
