@@ -364,6 +364,17 @@ def test_shipped_sweeps_are_valid_and_say_their_command(path):
     assert f"Cost: {len(runs)} runs" in " ".join(text.split())
     assert len({run.config.train.seed for run in runs}) == {"ladder": 1, "one_gpu": 2, "overflow": 1}.get(path.stem, 3)
     assert runs[0].config.model.connection.kind == "residual"
+    for run in runs:
+        starts = "init" in to_mapping(run.config)["model"]["connection"]
+        assert starts == ("init=" in run.point["connection"]), "a sweep says which start it means"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_sweeps_make_the_recorded_connections_again(path):
+    made = [to_mapping(run.config)["model"]["connection"] for run in load_sweep(path)[1]]
+    for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}/*/config.json"):
+        # Records from before there was `entry` have its default.
+        assert {"entry": "copy", **read_json(record)["model"]["connection"]} in made
 
 
 def test_the_sweep_in_the_readme_works_as_printed(tmp_path):
