@@ -67,14 +67,15 @@ display(cost.recompute(60, (2, 4, 8), C))
 
 # %%
 settings = group(read_record(newest_record(RECORDS, "connections")))
-results = {setting.kind: mean_record(setting) for setting in settings}
+results = {setting.label: mean_record(setting) for setting in settings}
+shown = ("hc", "mhc:init=home")
 measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "compiled memory": "peak_memory_bytes"}
 ratios = {
-    name: {kind: results[kind].result(key) / results["residual"].result(key) for kind in ("hc", "mhc")}
+    name: {label: results[label].result(key) / results["residual"].result(key) for label in shown}
     for name, key in measures.items()
 }
 # Medians of three runs of `experiments/steptime.py`: width 64, 16 blocks, 2 cores, nothing else running; commit 2ba8085.
-ratios |= {"step time\n(width 64, CPU)": {"hc": 1.39, "mhc": 1.44}}
+ratios |= {"step time\n(width 64, CPU)": dict(zip(shown, (1.39, 1.44), strict=True))}
 display(cost.overhead(ratios))
 
 # %% [markdown]

@@ -15,4 +15,4 @@ def rows() -> list[list[str]]:
 
 def names() -> set[str]:
     """What stands in backticks in the first column."""
-    return {name for cells in rows() for name in re.findall(r"`([^`]+)`", cells[0])}
+    return {name.replace("\\|", "|") for cells in rows() for name in re.findall(r"`([^`]+)`", cells[0])}

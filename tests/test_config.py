@@ -142,7 +142,7 @@ def test_a_connection_is_spelled_as_it_is_read(kind, settings):
         ("mhc:alpha_init=1:disable=pre+post", "mhc:disable=pre+post:init=paper:alpha_init=1.0"),
         ("mhc_lite", "mhc_lite:init=paper"),
         ("kromhc", "kromhc:init=paper"),
-        ("circulant", "circulant:init=paper"),
+        ("circulant", "circulant:init=residual"),
         ("single_pass", "single_pass:init=paper"),
         ("identity", "identity:init=residual"),
     ],

@@ -9,7 +9,7 @@ import numbers_page
 import pytest
 from synthetic_runs import write_run
 
-from mhc_jax import comparison, plots, results, sweep_report
+from mhc_jax import comparison, plots, results
 from mhc_jax.cost import ModelCost
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import read_run
@@ -42,12 +42,12 @@ def test_a_row_has_a_definition_and_tests_that_exist(cells):
 
 
 def test_columns_of_results_have_rows():
-    columns = {"run", "status", "connection", "kind", "seed", "error", *results.measurements(None)}
+    columns = {"run", "status", "connection", "kind", "seed", "data_seed", "error", *results.measurements(None)}
     assert columns - numbers_page.names() == set()
 
 
 def test_headings_of_tables_have_rows(runs):
-    headings = {*comparison.rows(runs)[0], *sweep_report.statistics_rows(group(runs))[0]}
+    headings = {*comparison.rows(runs)[0], *comparison.statistics_rows(group(runs))[0]}
     assert headings - numbers_page.names() == set()
 
 

@@ -23,12 +23,17 @@ def newest(name):
     return max(RECORDS.glob(f"????-??-??-sweep-{name}"))
 
 
+def connection(folder):
+    """Kind of a run's connection, with its init where it has one."""
+    settings = read(folder / "config.json")["model"]["connection"]
+    return settings["kind"] + (f":init={settings['init']}" if "init" in settings else "")
+
+
 def summaries(name):
-    """Kind to the summaries of its runs, by seed."""
+    """Connection to the summaries of its runs, by seed."""
     found = {}
     for path in sorted(newest(name).glob("*/summary.json")):
-        kind = read(path.parent / "config.json")["model"]["connection"]["kind"]
-        found.setdefault(kind, []).append(read(path))
+        found.setdefault(connection(path.parent), []).append(read(path))
     return found
 
 
@@ -165,7 +170,7 @@ def test_step_times_are_those_of_the_log():
     shown = row(section("What the demo shows"), "step time over residual's (see Cost)")
     assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", f"{mhc[0]:.2f}-{mhc[-1]:.2f}"]
     notebook = (ROOT / "notebooks" / "04_cost.py").read_text()
-    assert f'{{"hc": {hc[1]}, "mhc": {mhc[1]}}}' in notebook
+    assert f"({hc[1]}, {mhc[1]})" in notebook
 
 
 # -- notebooks
@@ -186,7 +191,7 @@ def test_notebook_02_has_the_losses_and_spikes_of_the_record():
     for kind, runs in summaries("connections").items():
         for seed, run in enumerate(runs):
             spikes = ", ".join(map(str, run["spike_steps"])) or "none"
-            assert f"{kind:9s} seed {seed}: validation loss {run['validation_loss']:.4f}, spikes at {spikes}" in shown
+            assert f"{kind:14s} seed {seed}: validation loss {run['validation_loss']:.4f}, spikes at {spikes}" in shown
         losses = [run["validation_loss"] for run in runs]
         mean, deviation = sum(losses) / 3, math.sqrt(sum((x - sum(losses) / 3) ** 2 for x in losses) / 2)
         assert row(shown, kind)[1:3] == [f"{mean:.4f}", f"{deviation:.4f}"]
@@ -197,14 +202,23 @@ def test_notebook_03_has_the_shares_of_the_record():
     shown = outputs("03_streams")
     shares = {}
     for path in newest("connections").glob("*/metrics.jsonl"):
-        kind = read(path.parent / "config.json")["model"]["connection"]["kind"]
+        kind = connection(path.parent)
         line = [json.loads(text) for text in path.read_text().splitlines() if '"kind": "diagnostics"' in text][-1]
         for key in ("h_pre", "h_post"):
             each = [max(map(abs, gates)) / sum(map(abs, gates)) for gates in line[key]]
             shares.setdefault((kind, key), []).append(sum(each) / len(each))
-    for kind in ("hc", "mhc"):
+    for kind in ("hc", "mhc:init=paper", "mhc:init=home"):
         expected = [f"{sum(shares[kind, key]) / 3:.2f}" for key in ("h_pre", "h_post")]
         assert row(shown, kind)[:2] == expected
+
+
+def test_notebook_03_has_the_streams_of_the_record():
+    shown = [cells for cells in rows_of(outputs("03_streams")) if len(cells) == 4]
+    for kind, runs in summaries("connections").items():
+        if kind != "residual":
+            keys = ("stream_cosine", "stream_cosine_abs", "stream_rank")
+            expected = [f"{sum(run[f'final_{key}'] for run in runs) / 3:.3f}" for key in keys]
+            assert [kind, *expected] in shown
 
 
 def test_notebook_04_has_the_traffic_of_table_2():
@@ -231,7 +245,7 @@ def test_notebook_05_has_the_fits_of_the_record():
         config, summary = read(path.parent / "config.json"), read(path)
         tokens = summary["steps"] * config["data"]["batch_size"] * config["data"]["sequence_length"]
         point = summary["flops_per_token"] * tokens, summary["validation_loss"]
-        runs.setdefault(config["model"]["connection"]["kind"], []).append(point)
+        runs.setdefault(connection(path.parent), []).append(point)
     for kind, points in runs.items():
         x, y = np.log(np.array(points)).T
         line = stats.linregress(x - x.mean(), y)

@@ -66,7 +66,7 @@ def test_loss_against_cost(runs):
 
 def test_gradient_norm_of_blocks(runs):
     axis = plots.layer_grad_norm(runs).axes[0]
-    (line,) = lines_of(axis, "mhc")
+    (line,) = lines_of(axis, "mhc:init=paper")
     last = json.loads(
         [text for text in (runs[2].folder / "metrics.jsonl").read_text().splitlines() if "grad_norm_per" in text][-1]
     )
@@ -136,14 +136,23 @@ def test_points_of_a_sweep(rates):
     np.testing.assert_allclose(line.get_data(), [[1e-3, 1e-2], [1.551, 1.51]])
 
 
-def test_rows_of_seeds(rates):
+def test_rows_of_seeds(tmp_path):
     """Dots, a bar at the mean, and a band of one standard deviation of the baseline around its mean."""
-    axis = SWEEP_FIGURES["seed_strip"].draw(rates).axes[0]
-    np.testing.assert_allclose(axis.lines[0].get_xdata(), [2.001, 2.101])
-    np.testing.assert_allclose(axis.lines[1].get_xdata(), [2.051] * 2)
-    deviation = math.sqrt(2 * 0.05**2)
-    assert axis.patches[0].get_x() == pytest.approx(2.051 - deviation)
-    assert axis.patches[0].get_width() == pytest.approx(2 * deviation)
+    runs = []
+    for kind in ("residual", "hc"):
+        for seed in range(3):
+            folder = write_run(tmp_path, f"{kind}-{seed}", kind, seed=seed)
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["validation_loss"] = 2.0 + 0.1 * seed + (kind == "hc")
+            (folder / "summary.json").write_text(json.dumps(summary))
+            runs.append(read_run(folder))
+    axis = SWEEP_FIGURES["seed_strip"].draw(group(runs)).axes[0]
+    np.testing.assert_allclose(axis.lines[0].get_xdata(), [2.0, 2.1, 2.2])
+    np.testing.assert_allclose(axis.lines[1].get_xdata(), [2.1] * 2)
+    np.testing.assert_allclose(axis.lines[2].get_xdata(), [3.0, 3.1, 3.2])
+    for band in axis.patches:  # of residual, in both rows
+        assert band.get_x() == pytest.approx(2.0)
+        assert band.get_width() == pytest.approx(0.2)
 
 
 def test_marks_of_the_frontier(rates):
@@ -159,8 +168,7 @@ def test_marks_of_the_frontier(rates):
 def test_gaps_of_seeds_and_their_mean(rates):
     """HC's loss minus residual's of the same seed and step; the noise of a seed is in both and goes."""
     axis = SWEEP_FIGURES["gap_curves"].draw(rates).axes
-    panel = next(one for one in axis if one.get_title("left") == "hc")
-    (line,) = lines_of(panel, "hc lr=0.001 (2)")
+    (line,) = lines_of(axis[0], "hc lr=0.001 (2)")
     steps, gap = line.get_data()
     # A straight line, -0.06 of the share of the steps done; medians of it are its middle.
     np.testing.assert_allclose(gap[5:-5], -0.06 * np.asarray(steps)[5:-5] / STEPS, atol=1e-9)

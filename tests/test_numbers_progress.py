@@ -54,9 +54,10 @@ def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path,
 
 def test_a_line_of_items(clock, capsys):
     shown = progress.ItemProgress("run", "answers", 40, every_s=0.0)
+    shown.advance(10)
     clock.now = 120.0
     shown.advance(10)
-    assert capsys.readouterr().err == "run: answers 10/40  60 s left\n"
+    assert capsys.readouterr().err == "run: answers 10/40\nrun: answers 20/40  40 s left\n"
 
 
 def test_the_tokenizers_line_counts_bytes_and_tokens_of_the_validation_text(tmp_path, monkeypatch, capsys):

@@ -14,8 +14,8 @@ from tiny_runs import final_state, tiny, write_text
 
 from mhc_jax.config import MeshConfig
 from mhc_jax.cost import model_cost
-from mhc_jax.data import load_data
-from mhc_jax.loop import resolve_vocabulary, train
+from mhc_jax.data import load_data, resolve_vocabulary
+from mhc_jax.loop import train
 from mhc_jax.model import cross_entropy
 from mhc_jax.records import read_run
 from mhc_jax.results import measurements
@@ -37,7 +37,7 @@ def config(tmp_path_factory):
     }
     model, optimizer = {**EXPERTS, "expert_buffer": 1.0}, {"grad_clip": 2.0, "warmup_steps": 4}
     return dataclasses.replace(
-        tiny(text, "mhc", model=model, optimizer=optimizer, train=settings), mesh=MeshConfig(data=2)
+        tiny(text, "mhc:init=home", model=model, optimizer=optimizer, train=settings), mesh=MeshConfig(data=2)
     )
 
 
@@ -77,11 +77,12 @@ def test_numbers_of_the_summary(run, lines, summary):
     errors = [line["column_error"] for line in lines["diagnostics"]]
     assert summary["max_column_error"] == pytest.approx(np.max(errors), rel=1e-8)
     last = lines["diagnostics"][-1]
-    assert summary["final_stream_cosine"] == pytest.approx(np.mean(last["stream_cosine"]), rel=1e-8)
+    for key in ("stream_cosine", "stream_cosine_abs", "stream_rank"):
+        assert summary[f"final_{key}"] == pytest.approx(np.mean(last[key]), rel=1e-8)
     clocks = ("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s")
     assert summary["wall_clock_s"] == pytest.approx(sum(summary[clock] for clock in clocks), rel=1e-7)
     assert summary["train_s"] == pytest.approx(sum(line["step_time_s"] for line in lines["train"]), rel=1e-6)
-    times = [line["step_time_s"] for line in lines["train"]][2:]
+    times = [line["step_time_s"] for line in lines["train"]]
     assert summary["step_time_s"] == pytest.approx(float(np.median(times)), rel=1e-6)
     assert summary["spikes"] == len(summary["spike_steps"])
     sizes = {
@@ -92,6 +93,14 @@ def test_numbers_of_the_summary(run, lines, summary):
     # 4 sub-layers: phi [64, 24], alpha [3] and bias [24].
     assert summary["connection_parameters"] == 4 * (4 * 16 * 24 + 3 + 24)
     assert summary["connection_parameters"] == sum(v for k, v in sizes.items() if "connection" in k or "ends" in k)
+
+
+def test_what_was_not_measured_is_null(config, tmp_path):
+    quiet = dataclasses.replace(config.train, steps=4, diagnostics_every=0, validate_every=0)
+    summary = train(dataclasses.replace(config, train=quiet), tmp_path / "run")
+    found = [key for key in summary if key.startswith(("max_", "final_"))]
+    assert len(found) == 6
+    assert [summary[key] for key in found] == [None] * 6
 
 
 def test_every_key_is_on_the_page_of_numbers(run, lines, summary):

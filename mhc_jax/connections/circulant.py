@@ -15,13 +15,12 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class CirculantConfig(DynamicConfig):
-    """Settings of C-mHC.
-
-    H_pre and H_post start with mHC's biases (`init=paper`).  The author's code starts them as `init=residual` does, with a small
-    random phi.
-    """
+    """Settings of C-mHC.  The author's code starts phi with small random numbers; here it starts at 0, as for all kinds."""
 
     kind: ClassVar[str] = "circulant"
+
+    init: str = "residual"
+    """The author's start: H_pre reads each stream with 1/n and H_post writes each with 1."""
 
     beta: float = 4.0
     """Mixing over the whole depth: g = beta / (2L), L the sub-layers of the decoder."""

@@ -75,23 +75,23 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
 
 @_styled
 def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Grouped bars: measure to kind to its ratio over residual's."""
+    """Grouped bars: measure to connection (a spec) to its ratio over residual's."""
     if not ratios:
         raise NothingToDraw("Nothing to draw: no ratios are given.")
     figure, (axis,) = panels(1, 1, height=2.6)
-    kinds = list(dict.fromkeys(kind for row in ratios.values() for kind in row))
-    width = 0.8 / len(kinds)
-    for k, kind in enumerate(kinds):
-        at = [row + (k - (len(kinds) - 1) / 2) * width for row in range(len(ratios))]
-        values = [row.get(kind, float("nan")) for row in ratios.values()]
-        axis.bar(at, values, 0.9 * width, color=LOOKS.get(kind, OTHER_LOOK)[0], label=kind)
+    names = list(dict.fromkeys(name for row in ratios.values() for name in row))
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        at = [row + (k - (len(names) - 1) / 2) * width for row in range(len(ratios))]
+        values = [row.get(name, float("nan")) for row in ratios.values()]
+        axis.bar(at, values, 0.9 * width, color=LOOKS.get(name.partition(":")[0], OTHER_LOOK)[0], label=name)
         for x, value in zip(at, values, strict=True):
             axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
     axis.axhline(1, color=INK, linewidth=0.9)
     axis.set_xticks(range(len(ratios)), list(ratios))
     axis.grid(visible=False, axis="x")
     axis.set_ylabel("ratio to residual (line: 1)")
-    figure.legend(loc="outside upper center", ncols=len(kinds), frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     return figure
 
 
