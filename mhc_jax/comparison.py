@@ -91,8 +91,8 @@ def rows(records: Sequence[RunRecord], settings: Sequence[Setting] | None = None
                 "bits per byte": _cell(record.result("bits_per_byte"), "{:.4f}"),
                 "max gain forward": _cell(record.result("max_composite_forward"), "{:.4g}"),
                 "max gain backward": _cell(record.result("max_composite_backward"), "{:.4g}"),
-                "stream |cosine|": _cell(record.result("final_stream_cosine_abs"), "{:.3f}"),
-                "stream rank": _cell(record.result("final_stream_rank"), "{:.2f}"),
+                "stream |cosine|": _cell(_of_streams(record, record.result("final_stream_cosine_abs")), "{:.3f}"),
+                "stream rank": _cell(_of_streams(record, record.result("final_stream_rank")), "{:.2f}"),
                 "spikes": _cell(record.result("spikes"), "{:.0f}"),
                 "status": Cell(record.status + ended, record.status),
             }
@@ -133,14 +133,21 @@ def statistics_rows(settings: Sequence[Setting]) -> list[dict[str, Cell]]:
                 "effect": _cell(result and result.effect, "{:+.1f}"),
                 "max gain forward": _cell(_largest(setting, "max_composite_forward"), "{:.4g}"),
                 "max gain backward": _cell(_largest(setting, "max_composite_backward"), "{:.4g}"),
-                "stream |cosine|": _cell(setting.mean("final_stream_cosine_abs"), "{:.3f}"),
-                "stream rank": _cell(setting.mean("final_stream_rank"), "{:.2f}"),
+                "stream |cosine|": _cell(
+                    _of_streams(setting.any_run, setting.mean("final_stream_cosine_abs")), "{:.3f}"
+                ),
+                "stream rank": _cell(_of_streams(setting.any_run, setting.mean("final_stream_rank")), "{:.2f}"),
                 "spikes": Cell(str(spikes), spikes),
                 "diverged": Cell(str(setting.diverged), setting.diverged),
                 "verdict": Cell(short, short),
             }
         )
     return out
+
+
+def _of_streams(record: RunRecord, value: float | None) -> float | None:
+    """The value where there are several streams; with one it is 1 by definition, and no measurement."""
+    return value if record.num_streams > 1 else None
 
 
 def _short(setting: Setting, result: Paired | None) -> str:
