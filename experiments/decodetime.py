@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.connections import spec
 from mhc_jax.generation import CHUNK, Generator
 from mhc_jax.model import Decoder
 from mhc_jax.paired import plan
@@ -33,7 +34,8 @@ def main() -> None:
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=VOCABULARY))
     prompt = np.random.default_rng(0).integers(0, 256, T // 2)
     runs = {}
-    for name, config in plan(base, CONNECTIONS.value).items():
+    for config in plan(base, CONNECTIONS.value).values():
+        name = spec(config.model.connection)
         params = jax.jit(lambda c=config: init_state(c).params)()
         generator = Generator(config.model, params, T, shortest=T)
         model = Decoder(config.model)

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from mhc_jax import cli, cost
+from mhc_jax.connections import spec
 from mhc_jax.paired import plan
 from mhc_jax.train_step import init_state, make_train_step
 
@@ -30,7 +31,8 @@ def main() -> None:
     batch = {"inputs": tokens, "targets": np.roll(tokens, -1, 1)}
     runs, rows = {}, {}
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=VOCABULARY))
-    for name, config in plan(base, CONNECTIONS.value).items():
+    for config in plan(base, CONNECTIONS.value).values():
+        name = spec(config.model.connection)
         state = jax.jit(lambda c=config: init_state(c))()
         step = make_train_step(config)
         flops = cost.flops(step, state, batch) / tokens.size

@@ -27,7 +27,7 @@ import mhc_kernels
 import numpy as np
 from mhc_kernels.choice import IMPLEMENTATIONS
 
-from mhc_jax import compiled, cost, sharding
+from mhc_jax import compiled, connections, cost, sharding
 from mhc_jax.compiled import Collective, Instruction, Program
 from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import InputError, one_of, require
@@ -253,7 +253,7 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
     began = time.monotonic()
     step = lower(config, where, implementation)
     row: dict[str, Any] = {
-        "connection": config.model.connection.kind,
+        "connection": connections.spec(config.model.connection),
         "tokens": config.data.batch_size * T,
         "by_shape": by_shape(config, step),
         "lower_s": round(time.monotonic() - began, 1),

@@ -266,7 +266,13 @@ def result(count, context=64, trained=64, gain=0.0, name="a"):
     benchmark = {"metric": "acc", "score": 0.5, "stderr": 0.1, "items": count, "tasks": 1, "shots": 0, "paper_shots": 5}
     benchmark |= {"truncated": 3, "gold_bits_per_byte": 2.5}
     settings = {"context": context, "trained_context": trained}
-    out = {"checkpoint": name, "benchmarks": {"piqa": benchmark}, "samples": own, "settings": settings}
+    out = {
+        "checkpoint": name,
+        "connection": "residual",
+        "benchmarks": {"piqa": benchmark},
+        "samples": own,
+        "settings": settings,
+    }
     return {**out, "wall_clock_s": 1.0, "compilations": 2, "folder": "f"}
 
 

@@ -64,7 +64,8 @@ def outputs(name):
 def test_the_demos_table_is_its_record():
     text = section("What the demo shows")
     (record,) = set(re.findall(r"`experiments/records/([\w-]+)/`", text))
-    runs = [read(RECORDS / record / name.lower() / "summary.json") for name in row(text, "")]
+    names = [name.lower().replace(", init=", "-init-") for name in row(text, "")]
+    runs = [read(RECORDS / record / name / "summary.json") for name in names]
     base = runs[0]
     more = [f" (+{100 * (run['parameters'] / base['parameters'] - 1):.1f} %)" for run in runs]
     assert row(text, "parameters") == [
@@ -76,6 +77,15 @@ def test_the_demos_table_is_its_record():
     assert row(text, "validation loss") == [f"{r['validation_loss']:.4f}" for r in runs]
     assert row(text, "bits per byte") == [f"{r['bits_per_byte']:.3f}" for r in runs]
     assert row(text, "loss spikes") == [str(r["spikes"]) for r in runs]
+    several = runs[1:]
+    assert row(text, "mean absolute cosine of the streams at the end") == [
+        "–",
+        *(f"{r['final_stream_cosine_abs']:.3f}" for r in several),
+    ]
+    assert row(text, "rank of the streams at the end (1: one vector, 4: orthogonal)") == [
+        "–",
+        *(f"{r['final_stream_rank']:.2f}" for r in several),
+    ]
     for side in ("forward", "backward"):
         shown = row(text, f"largest composite gain, {side}")
         for cell, run in zip(shown, runs, strict=True):
@@ -89,7 +99,7 @@ def test_the_table_of_the_27b_is_its_record():
     found = {one["connection"]: one for one in read(RECORDS / record / "compiled.json")["rows"]}
     base = found["residual"]["seconds"]
     for name, one in found.items():
-        memory, step, over, mfu = row(text, {"residual": "residual", "mhc": "mHC", "hc": "HC"}[name])
+        memory, step, over, mfu = row(text, {"residual": "residual", "mhc": "mHC, init=home", "hc": "HC"}[name])
         assert memory == f"{one['needs'] / 2**30:.1f} GiB"
         assert step == f"{one['seconds']['step']:.1f} s"
         assert mfu == f"{100 * one['mfu']:.1f} to {100 * one['mfu, collectives hidden']:.1f} %"
@@ -101,12 +111,12 @@ def test_the_table_of_the_27b_is_its_record():
 @pytest.mark.parametrize(
     ("label", "record", "connection", "stages"),
     [
-        ("8 stages, 32 microbatches", "pipeline", "mhc, recompute", 8),
-        ("16 stages, 64 microbatches", "pipeline", "mhc, recompute", 16),
-        ("8 stages, nothing recomputed", "pipeline-compiled", "mhc", 8),
-        ("16 stages, nothing recomputed", "pipeline-compiled", "mhc", 16),
-        ("8 stages, `model.remat=connection`", "pipeline-compiled", "mhc, remat connection", 8),
-        ("16 stages, `model.remat=connection`", "pipeline-compiled", "mhc, remat connection", 16),
+        ("8 stages, 32 microbatches", "pipeline", "mhc:init=home, recompute", 8),
+        ("16 stages, 64 microbatches", "pipeline", "mhc:init=home, recompute", 16),
+        ("8 stages, nothing recomputed", "pipeline-compiled", "mhc:init=home", 8),
+        ("16 stages, nothing recomputed", "pipeline-compiled", "mhc:init=home", 16),
+        ("8 stages, `model.remat=connection`", "pipeline-compiled", "mhc:init=home, remat connection", 8),
+        ("16 stages, `model.remat=connection`", "pipeline-compiled", "mhc:init=home, remat connection", 16),
     ],
 )
 def test_the_tables_of_pipelines_are_their_records(label, record, connection, stages):
@@ -123,15 +133,17 @@ def test_the_row_of_connections_is_its_record():
     """Means and Student's intervals of three differences, by hand."""
     with (newest("connections") / "results.csv").open() as file:
         runs = list(csv.DictReader(file))
-    losses = {(r["kind"], r["seed"]): float(r["validation_loss"]) for r in runs}
+    losses = {(r["connection"], r["seed"]): float(r["validation_loss"]) for r in runs}
     text = section("Notebooks")
-    shown = [cells for cells in rows_of(text) if cells[1:2] and cells[1] in ("HC", "mHC")][:2]
-    for (_, name, difference, gains), kind in zip(shown, ("hc", "mhc"), strict=True):
+    names = {"HC": "hc", "mHC, init=paper": "mhc:init=paper", "mHC, init=home": "mhc:init=home"}
+    shown = [cells for cells in rows_of(text) if cells[1:2] and cells[1] in names][:3]
+    assert [cells[1] for cells in shown] == list(names)
+    for (_, name, difference, gains), kind in zip(shown, names.values(), strict=True):
         d = np.array([losses[kind, seed] - losses["residual", seed] for seed in "012"])
         half = stats.t.ppf(0.975, 2) * d.std(ddof=1) / math.sqrt(3)
         assert difference == f"{d.mean():+.3f} [{d.mean() - half:+.3f}, {d.mean() + half:+.3f}]", name
         largest = [
-            max(float(r[f"max_composite_{side}"]) for r in runs if r["kind"] == kind)
+            max(float(r[f"max_composite_{side}"]) for r in runs if r["connection"] == kind)
             for side in ("forward", "backward")
         ]
         places = 0 if kind == "hc" else 2
@@ -168,7 +180,7 @@ def test_step_times_are_those_of_the_log():
     (found,) = re.findall(r"at 2ba8085 ([\d., ]+)x, HC ([\d., ]+)x", log)
     mhc, hc = (sorted(map(float, numbers.split(", "))) for numbers in found)
     shown = row(section("What the demo shows"), "step time over residual's (see Cost)")
-    assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", f"{mhc[0]:.2f}-{mhc[-1]:.2f}"]
+    assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", *[f"{mhc[0]:.2f}-{mhc[-1]:.2f}"] * 2]
     notebook = (ROOT / "notebooks" / "04_cost.py").read_text()
     assert f"({hc[1]}, {mhc[1]})" in notebook
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mhc_jax.connections import spec
 from mhc_jax.environment import environment
 from mhc_jax.errors import InputError, require
 from mhc_jax.evaluation.scoring import LN2
@@ -102,7 +103,7 @@ def evaluate(
     settings |= {"max_gen_toks": max_gen_toks, "batch_size": batch_size}
     results = {
         "checkpoint": model.folder.name,
-        "connection": model.config.model.connection.kind,
+        "connection": spec(model.config.model.connection),
         "step": model.step,
         "settings": settings,
         "benchmarks": summarise(samples, found["n-shot"]),

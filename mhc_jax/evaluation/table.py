@@ -100,6 +100,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
     head = [
         "benchmark",
         "checkpoint",
+        "connection",
         "context",
         "metric",
         "shots",
@@ -110,7 +111,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
         "gold bits/byte",
         "difference",
     ]
-    rows = [head, ["---"] * 5 + ["---:"] * 6]
+    rows = [head, ["---"] * 6 + ["---:"] * 6]
     for name in results[0]["benchmarks"]:
         for result in results:
             own = result["benchmarks"][name]
@@ -125,6 +126,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
                 [
                     name,
                     result["checkpoint"],
+                    result["connection"],
                     f"{settings['context']}{beyond}",
                     own["metric"],
                     f"{own['shots']}{paper}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhc_jax.config import ExperimentConfig, ModelConfig
+from mhc_jax.connections import spec
 from mhc_jax.errors import require
 from mhc_jax.pipeline import costs
 from mhc_jax.pipeline.schedules import make
@@ -56,15 +57,16 @@ def of_model(
     require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
     T = config.data.sequence_length
     each: dict[str, Callable[[int], Costs]] = {}
-    for kind in connections:
-        model = with_connection(config, kind).model
+    for given in connections:
+        model = with_connection(config, given).model
+        name = spec(model.connection)
 
         def cost(stages: int, model: ModelConfig = model, recompute: bool = False) -> Costs:
             return costs.from_model(model, T, stages, rates, recompute=recompute, pair=pair)
 
-        each[kind] = cost
+        each[name] = cost
         if model.connection.num_streams > 1:
-            each[f"{kind}, recompute"] = functools.partial(cost, recompute=True)
+            each[f"{name}, recompute"] = functools.partial(cost, recompute=True)
     return _rows(names, P, M, each)
 
 
