@@ -6,6 +6,7 @@ Every page, record, notebook and terminal table takes its numbers and sentences 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,9 +37,10 @@ COLUMNS = (
 STATISTICS = (
     "Over seeds, in nats/token of validation loss: mean and standard deviation; mean difference from the baseline's runs of the "
     "same seeds with Student's 95 % interval; p-values of the paired t test and of the sign-flip test, which with K seeds cannot "
-    "fall below 2^(1-K); effect: mean difference in standard deviations of the baseline over seeds. "
-    f"Below {MIN_SEEDS} seeds there is no interval, no p-value and no verdict. A baseline agrees with what is compared in all "
-    "settings but those of the connection. No correction for the number of rows is made."
+    "fall below 2^(1-K); effect: mean difference in standard deviations of the baseline over seeds. Losses are those of runs that "
+    f"finished. Below {MIN_SEEDS} seeds, and where a run of either has not finished, there is no interval, no p-value and no "
+    "verdict. A baseline agrees with what is compared in every setting but the connection's, or but those that the sweep chose. No "
+    "correction for the number of rows is made."
 )
 
 
@@ -85,12 +87,12 @@ def rows(records: Sequence[RunRecord], settings: Sequence[Setting] | None = None
                     step_time,
                 ),
                 "peak memory (MiB)": _cell(None if memory is None else memory / 2**20, "{:.0f}"),
-                "train loss": _cell(record.result("train_loss"), "{:.4f}"),
-                "validation loss": _cell(record.result("validation_loss"), "{:.4f}"),
+                "train loss": _cell(_final(record, "train_loss"), "{:.4f}"),
+                "validation loss": _cell(_final(record, "validation_loss"), "{:.4f}"),
                 "gap to baseline": _gap_cell(record, baseline),
-                "bits per byte": _cell(record.result("bits_per_byte"), "{:.4f}"),
-                "max gain forward": _cell(record.result("max_composite_forward"), "{:.4g}"),
-                "max gain backward": _cell(record.result("max_composite_backward"), "{:.4g}"),
+                "bits per byte": _cell(_final(record, "bits_per_byte"), "{:.4f}"),
+                "max gain forward": _gain_cell([record], "forward"),
+                "max gain backward": _gain_cell([record], "backward"),
                 "stream |cosine|": _cell(_of_streams(record, record.result("final_stream_cosine_abs")), "{:.3f}"),
                 "stream rank": _cell(_of_streams(record, record.result("final_stream_rank")), "{:.2f}"),
                 "spikes": _cell(record.result("spikes"), "{:.0f}"),
@@ -100,11 +102,28 @@ def rows(records: Sequence[RunRecord], settings: Sequence[Setting] | None = None
     return out
 
 
+def _final(record: RunRecord, key: str) -> float | None:
+    """A number of the end of the run; None where it did not finish, whatever it was last."""
+    return record.result(key) if record.status == "finished" else None
+
+
 def compare(setting: Setting) -> Paired | None:
-    """Paired differences in validation loss from the baseline; None without a baseline or a seed that both have."""
+    """Paired differences in validation loss from the baseline; None without a baseline or a seed that both have.
+
+    There is no interval and no p-value where a run of either has not finished: those that did may be the lucky ones.
+    """
     if setting.baseline is None:
         return None
-    return paired(setting.results("validation_loss"), setting.baseline.results("validation_loss"))
+    found = paired(setting.results("validation_loss"), setting.baseline.results("validation_loss"))
+    if found is None or not _lost(setting):
+        return found
+    return dataclasses.replace(found, t_interval=None, p_t=None, p_sign_flip=None, effect=None)
+
+
+def _lost(setting: Setting) -> int:
+    """Runs of a setting and of its baseline that diverged or have not ended."""
+    both = [setting, *([setting.baseline] if setting.baseline else [])]
+    return sum(len(one.runs) - len(one.finished) for one in both)
 
 
 def statistics_rows(settings: Sequence[Setting]) -> list[dict[str, Cell]]:
@@ -120,7 +139,7 @@ def statistics_rows(settings: Sequence[Setting]) -> list[dict[str, Cell]]:
         out.append(
             {
                 "setting": Cell(setting.label, setting.label),
-                "seeds": Cell(str(len(setting.runs)), len(setting.runs)),
+                "seeds": Cell(_seeds(setting), len(setting.runs)),
                 "mean loss": _cell(mean, "{:.4f}"),
                 "st. dev.": _cell(deviation, "{:.4f}"),
                 "baseline": Cell(setting.baseline.label, setting.baseline.label)
@@ -131,8 +150,8 @@ def statistics_rows(settings: Sequence[Setting]) -> list[dict[str, Cell]]:
                 "p (t)": _cell(result and result.p_t, "{:.3g}"),
                 "p (sign flip)": _cell(result and result.p_sign_flip, "{:.3g}"),
                 "effect": _cell(result and result.effect, "{:+.1f}"),
-                "max gain forward": _cell(_largest(setting, "max_composite_forward"), "{:.4g}"),
-                "max gain backward": _cell(_largest(setting, "max_composite_backward"), "{:.4g}"),
+                "max gain forward": _gain_cell(list(setting.runs.values()), "forward"),
+                "max gain backward": _gain_cell(list(setting.runs.values()), "backward"),
                 "stream |cosine|": _cell(
                     _of_streams(setting.any_run, setting.mean("final_stream_cosine_abs")), "{:.3f}"
                 ),
@@ -143,6 +162,12 @@ def statistics_rows(settings: Sequence[Setting]) -> list[dict[str, Cell]]:
             }
         )
     return out
+
+
+def _seeds(setting: Setting) -> str:
+    """Number of runs, and how many of them finished where not all did."""
+    total, done = len(setting.runs), len(setting.finished)
+    return f"{total}" if done == total else f"{done} of {total}"
 
 
 def _of_streams(record: RunRecord, value: float | None) -> float | None:
@@ -176,8 +201,14 @@ def _claim(setting: Setting) -> str:
     if setting.is_baseline:
         return ""
     if setting.baseline is None:
-        return "not compared: no run of the baseline's connection has its other settings."
-    return verdict(compare(setting), setting.baseline.label)
+        return "not compared: no run that a baseline could be has its other settings."
+    found = compare(setting)
+    if found is not None and found.seeds >= MIN_SEEDS and _lost(setting):
+        return (
+            f"no claim, since {_lost(setting)} runs of it and {setting.baseline.label} did not finish; loss minus "
+            f"{setting.baseline.label}'s {found.mean:+.4f} over the {found.seeds} seeds that finished in both."
+        )
+    return verdict(found, setting.baseline.label)
 
 
 def _failures(settings: Sequence[Setting]) -> list[str]:
@@ -199,25 +230,25 @@ def _failures(settings: Sequence[Setting]) -> list[str]:
 def _gains(settings: Sequence[Setting]) -> list[str]:
     gains = []
     for setting in settings:
-        sides = [_largest(setting, f"max_composite_{side}") for side in ("forward", "backward")]
-        if None not in sides:
-            gains.append(f"{setting.label} {sides[0]:.4g} forward, {sides[1]:.4g} backward")
+        forward, backward = (_gain_cell(list(setting.runs.values()), side) for side in ("forward", "backward"))
+        if DASH not in (forward.text, backward.text):
+            gains.append(f"{setting.label} {forward.text} forward, {backward.text} backward")
     if not gains:
         return []
     return [f"Largest composite gain of any run and diagnostics step (1 amplifies nothing): {'; '.join(gains)}."]
 
 
 def _streams(settings: Sequence[Setting]) -> list[str]:
-    """What the streams of every run were at its last diagnostics, from the second sub-layer on: the first reads the entry."""
+    """What the streams of finished runs were at the last diagnostics, from the second sub-layer on: the first reads the entry."""
     out = []
     for setting in settings:
         found = [
             [last_diagnostics(run, key) for key in ("stream_cosine", "stream_rank", "stream_rms")]
-            for run in setting.runs.values()
+            for run in setting.finished
             if run.num_streams > 1
         ]
         measured = [[values[1][1:] for values in run if values is not None] for run in found]
-        if not measured or any(len(run) < 3 or not len(run[0]) for run in measured):
+        if not measured or any(len(run) < 3 or not len(run[0]) or not all(map(_finite, run)) for run in measured):
             continue
         cosines, ranks, sizes = zip(*measured, strict=True)
         n, L, lowest = sizes[0].shape[1], len(ranks[0]) + 1, min(float(np.nanmin(values)) for values in cosines)
@@ -230,9 +261,9 @@ def _streams(settings: Sequence[Setting]) -> list[str]:
             )
         elif any(one):
             out.append(
-                f"{setting.label}: streams are one vector up to sign and scale at {', '.join(map(str, one))} of the {L - 1} "
+                f"{setting.label}: streams are nearly one vector up to sign and scale at {', '.join(map(str, one))} of the {L - 1} "
                 f"sub-layers after the first{', a number a seed' * (len(one) > 1)}: at least 99 % of their squared size lies along "
-                f"it (rank below {ONE_STREAM_RANK}). There H_res changes only signs and scales. The rank lies between "
+                f"it (rank below {ONE_STREAM_RANK}). There H_res changes little but signs and scales. The rank lies between "
                 f"{_span(ranks)} of {n}."
             )
         else:
@@ -240,6 +271,10 @@ def _streams(settings: Sequence[Setting]) -> list[str]:
                 f"{setting.label}: streams differ at every sub-layer: their rank lies between {_span(ranks)} of {n}."
             )
     return out
+
+
+def _finite(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all())
 
 
 def _span(values: Sequence[np.ndarray]) -> str:
@@ -261,16 +296,20 @@ def _frontiers(settings: Sequence[Setting]) -> list[str]:
         best, first = stability_frontier(losses, threshold)
         seeds = min(len(values) for values in losses.values())
         reach = f"stable up to learning rate {best:g}" if best is not None else "stable at no learning rate tried"
-        end = f"not at {first:g}" if first is not None else "the largest tried"
+        end = f"not at {first:g}" if first is not None else "the largest whose runs have ended"
         out.append(
-            f"{name}: {reach}, {end} (stable: every run finished below {threshold:.3f} nats/token; runs a rate: {seeds} or more)."
+            f"{name}: {reach}, {end} (stable: every run finished below {threshold:.3f} nats/token; runs a rate: {seeds} or "
+            "more; lower rates that finished above it are slow, not unstable)."
         )
     return out
 
 
-def _largest(setting: Setting, key: str) -> float | None:
-    values = [value for run in setting.runs.values() if (value := run.result(key)) is not None]
-    return max(values, default=None)
+def _gain_cell(runs: Sequence[RunRecord], side: str) -> Cell:
+    """Largest composite gain of the runs; `overflow` where one of them is beyond float64, which summary.json holds as null."""
+    if any(run.result("gains_overflowed") for run in runs):
+        return Cell("overflow", math.inf)
+    values = [value for run in runs if (value := run.result(f"max_composite_{side}")) is not None]
+    return _cell(max(values, default=None), "{:.4g}")
 
 
 def _interval(interval: tuple[float, float] | None) -> Cell:

@@ -295,7 +295,7 @@ class _Run:
             record |= {name: plain(value) for name, value in metrics.items() if name.startswith("router_")}
         self.writer.write("diagnostics", step, record)
         for key, before in self.gains.items():
-            largest = float(np.max(found[key.removeprefix("max_")]))
+            largest = float(np.max(np.nan_to_num(found[key.removeprefix("max_")], nan=np.inf)))
             self.gains[key] = largest if before is None else max(before, largest)
         self.last_diagnostics = {f"final_{key}": plain(np.mean(found[key])) for key in STREAM_MEASURES}
         self.clock["diagnostics_s"] += time.perf_counter() - began
@@ -377,6 +377,7 @@ class _Run:
             "validation_loss": validated,
             "bits_per_byte": None if validated is None else validated * self.bits_per_nat,
             **self.gains,
+            "gains_overflowed": math.inf in self.gains.values(),
             **self.last_diagnostics,
             "spikes": len(self.spikes.steps),
             "spike_steps": self.spikes.steps,

@@ -84,7 +84,7 @@ class RunRecord:
     @property
     def status(self) -> str:
         """`finished`, `diverged` or `interrupted`; `no summary` while running or after a kill."""
-        return self.result("status") or ("diverged" if self.diverged_at else "no summary")
+        return self.result("status") or ("no summary" if self.diverged_at is None else "diverged")
 
     @property
     def diverged_at(self) -> int | None:
@@ -199,14 +199,34 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is, but for its seeds: `connection` (its spec), and every other setting that its numbers depend on."""
+def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]:
+    """What a run is, but for its seeds: `connection` (its spec), and every other setting that its numbers depend on.
+
+    Args:
+      config: nested, as `mapping.to_mapping` wrote it.
+      neutral: with the settings that change no number.
+    """
+    dropped = () if neutral else NEUTRAL_KEYS
+    sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
     kept = {
         key: value
         for key, value in flatten(config).items()
-        if not key.startswith(("model.connection.", "mesh.", "pipeline.")) and key not in (*SEED_KEYS, *NEUTRAL_KEYS)
+        if not key.startswith(sections) and key not in (*SEED_KEYS, *dropped)
     }
     return {"connection": spec_of_mapping(config["model"]["connection"]), **kept}
+
+
+def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """`identity` of each run and, where all runs recorded it, of its training text (`text`, start of a hash).
+
+    Where runs differ in neutral settings alone, as in a sweep over meshes, these belong to it too.
+    """
+    texts = [flatten(record.env).get("data.train_sha256") for record in records]
+    of_text = [{"text": text[:8]} if None not in texts else {} for text in map(str, texts)]
+    found = [identity(record.config) | text for record, text in zip(records, of_text, strict=True)]
+    if len({(json.dumps(one, sort_keys=True), r.seed) for one, r in zip(found, records, strict=True)}) < len(records):
+        return [identity(r.config, neutral=True) | text for r, text in zip(records, of_text, strict=True)]
+    return found
 
 
 def not_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,7 +270,7 @@ def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
       records: the runs.
       seeds: name the seeds.
     """
-    found = [identity(record.config) for record in records]
+    found = identities(records)
     keys = [key for key in dict.fromkeys(key for one in found for key in one) if key != "connection"]
     varying = [key for key in keys if len({json.dumps(one.get(key, ABSENT)) for one in found}) > 1]
     several = seeds and len({record.seed for record in records}) > 1

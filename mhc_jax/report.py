@@ -93,7 +93,7 @@ def write_report(
         title,
         header=header(records),
         drawn=drawn,
-        findings=bullets(findings(settings) or ["There is one setting, and nothing to compare it with."]),
+        findings=bullets(findings(settings) or ["No setting is compared with another, and nothing else was measured."]),
         notes="".join(f"<p>{escaped(note)}</p>" for note in notes),
         comparison=tables,
         figures=figures,
@@ -117,7 +117,7 @@ def write_folder_report(folder: Path, output: Path | None = None, title: str = "
     sweep = read_json(plan) if plan.is_file() else {"title": folder.resolve().name, "baseline": None, "runs": []}
     records = find_runs(folder, sweep["runs"])
     notes = [held_runs(records, sweep["runs"])] if sweep["runs"] else []
-    return write_report(records, output or folder, title or sweep["title"], notes, sweep["baseline"] or None)
+    return write_report(records, output or folder, title or sweep["title"], notes, sweep.get("baseline") or None)
 
 
 def held_runs(records: Sequence[RunRecord], grid: Sequence[str]) -> str:
@@ -143,7 +143,7 @@ def _figures(
         return f"{figures}<p>{note}</p>", drawn
     single = {k: v for k, v in plots.FIGURES.items() if plain or k != "loss_gap"}
     more, also = figures_section(single, [mean_record(setting) for setting in settings], folder)
-    heading = "" if len(settings) == runs else "<h3>Means over seeds</h3>"
+    heading = "" if len(settings) == runs else "<h3>Means over the seeds that finished</h3>"
     return figures + heading + more, drawn | also
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mhc_jax import connections
 from mhc_jax.errors import require
-from mhc_jax.records import SEED_KEYS, RunRecord, flatten, identity, labels
+from mhc_jax.records import SEED_KEYS, RunRecord, flatten, identities, labels
 
 Baseline = Mapping[str, Any]
 """Settings that a baseline has, by dotted key or `connection` (a spec); it shares all others with what is compared."""
@@ -53,6 +53,11 @@ class Setting:
         """Runs that have not ended."""
         return sum(run.status not in ENDED for run in self.runs.values())
 
+    @property
+    def finished(self) -> list[RunRecord]:
+        """Runs that finished."""
+        return [run for run in self.runs.values() if run.status == "finished"]
+
     def results(self, key: str) -> dict[tuple[int, int], float]:
         """Seed to a number of summary.json, for the seeds that have one and ended well."""
         found = {seed: run.result(key) for seed, run in self.runs.items() if run.status == "finished"}
@@ -87,8 +92,9 @@ def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> lis
     """
     require(bool(records), "There are no runs to report; give a folder that holds run folders.")
     members: dict[str, dict[tuple[int, int], RunRecord]] = {}
+    what = dict(zip(map(id, records), identities(records), strict=True))
     for record in records:
-        runs = members.setdefault(_text(identity(record.config)), {})
+        runs = members.setdefault(_text(what[id(record)]), {})
         if (twin := runs.get(record.seed)) is not None:
             require(False, f"{record.folder} is the same run as {twin.folder}; report one of them.")
         runs[record.seed] = record
@@ -98,7 +104,7 @@ def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> lis
         baseline = {"connection": (residual or firsts)[0].connection}
     elif "connection" in baseline:
         baseline = {**baseline, "connection": connections.spec(connections.parse(baseline["connection"]))}
-    targets = [_text({**identity(record.config), **baseline}) for record in firsts]
+    targets = [_text({**what[id(record)], **baseline}) for record in firsts]
     names = labels(firsts, seeds=False)
     plain = {
         text: Setting(name, record.kind, _varying(record, firsts), members[text], is_baseline=text == target)
@@ -150,30 +156,31 @@ def loss_threshold(settings: Sequence[Setting]) -> float:
 
 
 def frontier_lines(settings: Sequence[Setting]) -> dict[str, dict[float, list[float | None]]]:
-    """What settings share to learning rate to the final losses of its ended runs, None for one that diverged."""
+    """What settings share to learning rate to the final losses of its runs, None for one that diverged.
+
+    Rates stop below the first one with a run that has not ended: nothing can be said of it, nor of a frontier beyond it.
+    """
     key = "optimizer.learning_rate"
-    out = {}
+    out: dict[str, dict[float, list[float | None]]] = {}
     for name, members in lines(settings, key).items():
-        losses = {
-            s.varying[key]: [
-                s.results("validation_loss").get(seed) for seed, run in s.runs.items() if run.status in ENDED
-            ]
-            for s in members
-        }
-        out[name] = {rate: values for rate, values in losses.items() if values}
-    return {name: losses for name, losses in out.items() if losses}
+        for setting in sorted(members, key=lambda s: s.varying[key]):
+            if setting.unfinished:
+                break
+            losses = setting.results("validation_loss")
+            out.setdefault(name, {})[setting.varying[key]] = [losses.get(seed) for seed in setting.runs]
+    return out
 
 
 def mean_record(setting: Setting) -> RunRecord:
     """The mean of a setting's runs as one record without seeds, for figures of single runs.
 
     Training and validation columns and diagnostics are averaged at the steps that all runs logged, numbers of the summary over
-    the runs that have one; events and spikes are all runs' together.  It counts as diverged where every run has.
+    the runs that have one; events and spikes are all runs' together.  Where a run finished, only those that did are taken.
     """
-    runs = list(setting.runs.values())
-    if len(runs) == 1:
+    runs = setting.finished or list(setting.runs.values())
+    if len(setting.runs) == 1:
         return runs[0]
-    first = setting.any_run
+    first = runs[0]
     summaries = [run.summary for run in runs if run.summary is not None]
     summary: dict[str, Any] | None = dict(summaries[0]) if summaries else None
     for key in summary or {}:
@@ -194,7 +201,7 @@ def mean_record(setting: Setting) -> RunRecord:
         train=_mean_columns([run.train for run in runs]),
         validation=_mean_columns([run.validation for run in runs]),
         diagnostics=_mean_lines([run.diagnostics for run in runs]),
-        events=[e for run in runs for e in run.events if e.get("event") != "diverged" or setting.diverged == len(runs)],
+        events=[event for run in runs for event in run.events],
     )
 
 

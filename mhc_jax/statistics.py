@@ -104,7 +104,7 @@ def verdict(result: Paired | None, baseline: str, noun: str = "loss") -> str:
         return f"no claim: no seed has a final {noun} here and in {baseline}."
     if result.seeds < MIN_SEEDS:
         which = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
-        found = ", ".join(f"{d:+.4f}" for d in result.differences)
+        found = ", ".join("0.0000" if abs(d) < 5e-5 else f"{d:+.4f}" for d in result.differences)
         return f"{noun} minus {baseline}'s {found}; {which}, no claim."
     if result.t_interval is None:
         return f"no claim: the {result.seeds} differences from {baseline} are all {result.mean:+.4f}, without spread."
@@ -122,6 +122,7 @@ def stability_frontier(
     """Largest learning rate up to which every seed is stable, and the first one that is not.
 
     Stable: every loss is finite and below `threshold`.  Rates above the first unstable one do not count, whatever they gave.
+    Rates below the first stable one whose losses are all finite are too slow, which is not unstable; they are passed over.
 
     Args:
       losses: learning rate to the final losses of its seeds, None for a run without one.
@@ -133,9 +134,11 @@ def stability_frontier(
     last = None
     for rate in sorted(losses):
         values = losses[rate]
-        if not values or any(v is None or not math.isfinite(v) or v >= threshold for v in values):
+        lost = not values or any(v is None or not math.isfinite(v) for v in values)
+        if lost or (last is not None and any(v is not None and v >= threshold for v in values)):
             return last, rate
-        last = rate
+        if all(v is not None and v < threshold for v in values):
+            last = rate
     return last, None
 
 

@@ -131,20 +131,32 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Grid:
     base = _call(config_file, config["get_config"], *([arg] if arg else [])).to_dict()
     title = found["__doc__"].strip().splitlines()[0].rstrip(".")
     runs = plan(base, sweep.points, [sweep.settings, *map(_override, overrides)])
-    check_baseline(sweep.baseline, runs)
-    return Grid(title, runs, sweep.baseline)
+    return Grid(title, runs, canonical_baseline(sweep.baseline, runs))
 
 
-def check_baseline(baseline: Point, runs: Sequence[Run]) -> None:
-    """Raise `InputError` unless some run of the grid has the settings of `baseline`."""
+def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
+    """The baseline as the runs of the grid spell it.
+
+    Raises:
+      InputError: no mapping of settings, or no run of the grid has these settings.
+    """
+    require(
+        isinstance(baseline, Mapping) and isinstance(baseline.get("connection", ""), str),
+        f"baseline of the sweep is {baseline!r}; give a mapping such as {{'connection': 'hc'}}.",
+    )
+    known = [identity(to_mapping(run.config)) for run in runs]
     wanted = dict(baseline)
     if "connection" in wanted:
         wanted["connection"] = connections.spec(connections.parse(wanted["connection"]))
-    known = [identity(to_mapping(run.config)) for run in runs]
+    for key in wanted:
+        hint = "spell the connection as a spec" if key.startswith("model.connection.") else "give a setting of the runs"
+        require(key in known[0], f"baseline of the sweep sets {key!r}, by which runs are not told apart; {hint}.")
+    found = [one for one in known if all(one[key] == value for key, value in wanted.items())]
     require(
-        any(wanted.items() <= {key: one.get(key) for key in wanted}.items() for one in known),
+        bool(found),
         f"No point of the sweep is its baseline {_spelled(baseline)}; give settings that one of the points has.",
     )
+    return {key: found[0][key] for key in wanted}
 
 
 def plan(base: Mapping[str, Any], points: Sequence[Point], overrides: Sequence[Point] = ()) -> list[Run]:

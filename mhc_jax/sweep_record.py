@@ -62,7 +62,7 @@ def write_record(
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
     sweep = read_json(sweep_folder / "sweep.json")
-    text = page(sweep["title"], records, [row["status"] for row in rows], sweep["baseline"] or None, note)
+    text = page(sweep["title"], records, [row["status"] for row in rows], sweep.get("baseline") or None, note)
     files = ("config.json", "env.json", "summary.json") + (("metrics.jsonl",) if metrics else ())
     folder.mkdir(parents=True)
     for name in ended:

@@ -54,7 +54,7 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
     A page of the sweep is removed where there is something to do, lest it show another grid than the folder holds.
 
     Raises:
-      InputError: a run folder that cannot be used, data that cannot be read, or a run that has ended on another text; before
+      InputError: a run folder that cannot be used, data that cannot be read, or a run that was begun with another text; before
         the first run starts.
     """
     ended = {run.name for run in selected if check_run_folder(workdir / run.name, to_mapping(run.config))}
@@ -68,8 +68,8 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
         data = load_data(config.data)
         texts[name] = data.identity
         print("\n".join(data.describe(config.train.validation_batches)), file=sys.stderr)
-    for run in selected:
-        if run.name in ended and (text := texts.get(key(run.config.data))):
+    for run in grid.runs:  # begun here or on another machine, ended or not
+        if text := texts.get(key(run.config.data)):
             check_text(recorded_data(workdir / run.name), text, workdir / run.name)
     write_plan(workdir, grid)
     if todo:

@@ -8,10 +8,16 @@ import re
 from pathlib import Path
 
 import pytest
+from test_loop import Killed, kill_at
+from tiny_runs import data_of, tiny, with_train, write_text
 
-from mhc_jax import data
+from mhc_jax import data, loop
+from mhc_jax.checkpoint import check_text
 from mhc_jax.config import DataConfig
 from mhc_jax.data import sources
+from mhc_jax.errors import InputError
+from mhc_jax.loop import train
+from mhc_jax.paired import run_all
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +90,71 @@ def test_names_of_splits(files, found, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a")
     assert sources.named_like_splits(f"{tmp_path}/**/*.*") == found
+
+
+def changed(text):
+    text.write_text(text.read_text().replace("stream", "DREAMS"))
+
+
+def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual")
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 5)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run")
+    before, files = text.read_text(), {p.name for p in (tmp_path / "run").rglob("*")}
+    changed(text)
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop._Run, "_compile", lambda *args: True)
+        with pytest.raises(InputError, match=r"The training text is not the one that .*run was trained with \(SHA-256"):
+            train(config, tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").rglob("*")} == files
+    text.write_text(before)  # the same text in a file of another time
+    assert train(config, tmp_path / "run")["status"] == "finished"
+
+
+def test_a_run_that_starts_anew_records_the_text_that_it_reads(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual", train={"steps": 2})
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: True)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run")
+    changed(text)
+    train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run/env.json").read_text())["data"] == data_of(config).summary()
+
+
+def test_a_comparison_does_not_mix_texts(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual", train={"steps": 2})
+    runs = {"residual": config, "other": with_train(config, seed=1)}
+    train(config, tmp_path / "runs/residual")
+    changed(text)
+    with pytest.raises(InputError, match=r"The training text is not the one that .*residual was trained with"):
+        run_all(runs, tmp_path / "runs", "two texts")
+    assert not (tmp_path / "runs/other").exists()
+
+
+def test_what_is_not_known_of_a_text_is_not_compared(tmp_path):
+    check_text({}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
+    with pytest.raises(InputError, match="The validation text is not"):
+        check_text({"validation_sha256": "c"}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
+
+
+def test_the_sizes_of_both_splits_are_said_at_the_start(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual", train={"steps": 2})
+    train(config, tmp_path / "run")
+    counts = data_of(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if "training text: " in line]
+    size = len(text.read_bytes())
+    assert counts.train.counts.bytes + counts.validation.counts.bytes == size
+    documents = [c.counts.documents for c in (counts.train, counts.validation)]
+    held_out = counts.validation.counts.bytes
+    assert told == [
+        f"train: training text: {documents[0]} documents, {size - held_out + documents[0]:,} tokens, {size - held_out:,} "
+        f"bytes; validation text: {documents[1]} documents, {held_out + documents[1]:,} tokens, {held_out:,} bytes, of which "
+        f"1 x 4 x 16 tokens are read"
+    ]

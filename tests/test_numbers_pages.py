@@ -179,7 +179,7 @@ def test_step_times_are_those_of_the_log():
     log = (ROOT / "experiments" / "LOG.md").read_text()
     (found,) = re.findall(r"at 2ba8085 ([\d., ]+)x, HC ([\d., ]+)x", log)
     mhc, hc = (sorted(map(float, numbers.split(", "))) for numbers in found)
-    shown = row(section("What the demo shows"), "step time over residual's (see Cost)")
+    shown = row(section("What the demo shows"), "step time over residual's (`steptime.py`, commit 2ba8085, see Cost)")
     assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", *[f"{mhc[0]:.2f}-{mhc[-1]:.2f}"] * 2]
     notebook = (ROOT / "notebooks" / "04_cost.py").read_text()
     assert f"({hc[1]}, {mhc[1]})" in notebook

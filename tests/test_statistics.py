@@ -102,7 +102,8 @@ def test_fewer_seeds_than_three_have_differences_and_nothing_else():
 def test_stability_frontier():
     losses = {1e-2: [2.0, 2.1], 1e-3: [2.5, 2.4], 3e-2: [2.0, None], 1e-1: [2.0, 2.0]}
     assert stability_frontier(losses, 3.0) == (1e-2, 3e-2)
-    assert stability_frontier(losses, 2.1) == (None, 1e-3)
+    assert stability_frontier(losses, 2.1) == (None, 3e-2)
+    assert stability_frontier({1e-3: [9.0], 1e-2: [2.0], 3e-2: [9.0]}, 3.0) == (1e-2, 3e-2), "the lowest rate is slow"
     assert stability_frontier({1e-3: [2.0]}, 3.0) == (1e-3, None)
     assert stability_frontier({1e-3: [math.inf], 1e-2: [2.0]}, 3.0) == (None, 1e-3)
     assert stability_frontier({}, 3.0) == (None, None)

@@ -8,7 +8,7 @@ from mhc_kernels.api import coefficients, projection, read, sinkhorn, write, wri
 from mhc_kernels.choice import settings
 from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, columns, gates
 from mhc_kernels.ops.read.reference import split
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms import inverse_rms, normalized
 
 __all__ = [
     "PARTS",
@@ -17,6 +17,7 @@ __all__ = [
     "columns",
     "gates",
     "inverse_rms",
+    "normalized",
     "projection",
     "read",
     "settings",

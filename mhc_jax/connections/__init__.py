@@ -118,7 +118,7 @@ def _settings(config: ConnectionConfig) -> dict[str, Any]:
 
 def _write_value(value: Any, kind: type) -> str:
     if isinstance(value, tuple):
-        return "+".join(value)
+        return "+".join(map(str, value))
     # Python's str of a float is the shortest text that reads back as the same float.
     return str(float(value) if kind is float else value)
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import Coefficients, inverse_rms
+from mhc_kernels import Coefficients, normalized
 
 from mhc_jax.connections.base import Connection, ConnectionConfig
 from mhc_jax.errors import require
@@ -50,8 +50,7 @@ def stream_norm(
     """z_i = RMSNorm(x_i) norm_i over the C channels of each stream, float32."""
     n = num_streams
     v = x.reshape(*x.shape[:-1], n, -1).astype(jnp.float32)
-    scale = inverse_rms(jnp.mean(v**2, -1, keepdims=True), eps_norm)
-    return v * scale * norm.reshape(*(1,) * (v.ndim - 2), n, -1)
+    return normalized(v, eps_norm) * norm.reshape(*(1,) * (v.ndim - 2), n, -1)
 
 
 def read_gate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import inverse_rms
+from mhc_kernels import normalized
 
 
 def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: float) -> Float[Array, "*tokens C"]:
@@ -14,9 +14,7 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
     NaN for a token whose sum of squares overflows float32, and x rsqrt(eps) weight for one whose squares underflow; see
     `mhc_kernels.inverse_rms`.
     """
-    v = x.astype(jnp.float32)
-    mean_square = jnp.einsum("...c,...c->...", v, v, precision="highest") / v.shape[-1]
-    return v * inverse_rms(mean_square, eps)[..., None] * weight[(None,) * (x.ndim - 1)]
+    return normalized(x.astype(jnp.float32), eps) * weight[(None,) * (x.ndim - 1)]
 
 
 class RMSNorm(nn.Module):

@@ -232,7 +232,8 @@ def swept(settings: Sequence[Setting]) -> Figure:
 @_register(
     "Stability frontier",
     "Every learning rate tried: filled, every run finished with a validation loss less than 0.5 nats above the best mean of the "
-    "sweep; hollow with a cross, not. The bar reaches to the largest rate below which nothing failed.",
+    "sweep; hollow with a cross, not. The bar reaches from the first filled rate to the last one before a rate that is "
+    "not.",
 )
 def frontier(settings: Sequence[Setting]) -> Figure:
     """One row a connection, learning rate to the right."""
@@ -246,7 +247,8 @@ def frontier(settings: Sequence[Setting]) -> Figure:
         color = look(re.split("[: ]", name)[0])["color"]
         best, _ = stability_frontier(losses, threshold)
         if best is not None:
-            axis.plot([rates[0], best], [row, row], color=color, linewidth=6, alpha=0.25, solid_capstyle="butt")
+            first = min(r for r, values in losses.items() if all(v is not None and v < threshold for v in values))
+            axis.plot([first, best], [row, row], color=color, linewidth=6, alpha=0.25, solid_capstyle="butt")
         for rate, values in losses.items():
             stable = all(v is not None and v < threshold for v in values)
             axis.plot(rate, row, "o", color=color, ms=7, fillstyle="full" if stable else "none")
