@@ -261,10 +261,10 @@ def test_coverage_of_the_fewest_bold_items():
     assert np.mean(covered) == pytest.approx(0.936, abs=3 * math.sqrt(0.936 * 0.064 / 400))
 
 
-def result(count, context=64, trained=64, gain=0.0, name="a"):
+def result(count, context=64, trained=64, gain=0.0, name="a", cut=0):
     own = [{**s, "score": min(1.0, s["score"] + gain), "gold_bits": s["gold_bits"] - gain} for s in samples(count, 1)]
     benchmark = {"metric": "acc", "score": 0.5, "stderr": 0.1, "items": count, "tasks": 1, "shots": 0, "paper_shots": 5}
-    benchmark |= {"truncated": 3, "gold_bits_per_byte": 2.5}
+    benchmark |= {"truncated": cut, "gold_bits_per_byte": 2.5}
     settings = {"context": context, "trained_context": trained}
     out = {
         "checkpoint": name,
@@ -286,6 +286,9 @@ def test_what_is_bold():
     enough = cells(result(30), result(30, gain=1.0))
     assert enough["difference"].startswith("**-")
     assert enough["difference (points)"].startswith("**+")
+    cut = cells(result(30), result(30, gain=1.0, cut=3))
+    assert "*" not in "".join(cut.values())
+    assert cut["cut"] == "3"
     few = cells(result(29), result(29, gain=1.0))
     assert "*" not in "".join(few.values())
     assert "[" in few["difference"]
@@ -298,7 +301,7 @@ def test_what_is_bold():
         assert "*" not in "".join(beyond.values())
         assert "[" in beyond["difference"]
     assert cells(result(9), result(9, 512))["context"] == "512 (trained: 64)"
-    assert (enough["context"], enough["shots"], enough["cut"], enough["items"]) == ("64", "0 (paper: 5)", "3", "30")
+    assert (enough["context"], enough["shots"], enough["cut"], enough["items"]) == ("64", "0 (paper: 5)", "0", "30")
     assert (enough["score (%)"], enough["gold bits/byte"]) == ("50.0 ± 10.0", "2.500")
 
 

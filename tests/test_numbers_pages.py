@@ -163,6 +163,11 @@ QUOTED = {
         r"\| all \| 11.56 \| 12.73 ",
         1,
     ),
+    "changes the loss from 2.3792 to 2.3805; over the whole depth it costs 0.022": (
+        "records/2026-11-28-demo/README.md",
+        r"\| hc \| 2.3792 \| 2.4010 \| 2.3805 ",
+        1,
+    ),
     "6.3e-7 of an array's largest gradient": ("LOG.md", r"6.3e-7 of an array's largest entry", 1),
 }
 

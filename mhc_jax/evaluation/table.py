@@ -26,7 +26,7 @@ LEGEND = (
     f"score: mean over items, ± its standard error. gold bits/byte: -log2 of the probability of the gold answers, over their "
     f"bytes. difference: to the first checkpoint over the same items, with a bootstrapped 95 % interval over items (none below "
     f"{FEWEST_RESAMPLED}). Bold: 0 lies outside the interval, which holds {FEWEST_BOLD} items or more, and both checkpoints read "
-    "no further than they were trained."
+    "no further than they were trained, with every prompt whole."
 )
 
 
@@ -121,7 +121,8 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
             bits = own["gold_bits_per_byte"]
             settings = result["settings"]
             beyond = f" (trained: {settings['trained_context']})" if _beyond(result) else ""
-            within = not (_beyond(result) or _beyond(results[0]))
+            cut = own["truncated"] or results[0]["benchmarks"][name]["truncated"]
+            within = not (_beyond(result) or _beyond(results[0]) or cut)
             rows.append(
                 [
                     name,
