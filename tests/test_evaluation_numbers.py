@@ -308,7 +308,7 @@ def test_what_is_bold():
 def test_a_context_beyond_training_is_told():
     assert beyond_training("a", 64, 64) == ""
     assert "a was trained on sequences of 64 tokens and reads up to 65 here" in beyond_training("a", 64, 65)
-    assert len(table.remarks(result(3))) == 2
+    assert len(table.remarks(result(3, cut=3))) == 2
     assert beyond_training("a", 64, 512) in table.remarks(result(3, 512))
 
 
