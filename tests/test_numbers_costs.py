@@ -208,7 +208,7 @@ def test_the_table_of_step_times(flags):
     status, out, err = run_script("steptime", *flags, "--connections=residual,mhc", "--rounds=1")
     assert status == 0, err
     rows = printed(out)
-    assert [row["connection"] for row in rows] == ["residual", "mhc"]
+    assert [row["connection"] for row in rows] == ["residual", "mhc:init=paper"]
     base = float(rows[0]["step (ms)"])
     for row, kind in zip(rows, ("residual", "mhc"), strict=True):
         assert float(row["ratio"]) == pytest.approx(float(row["step (ms)"]) / base, abs=0.01 + 0.06 / base)

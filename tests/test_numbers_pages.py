@@ -168,7 +168,7 @@ QUOTED = {
         r"\| hc \| 2.3792 \| 2.4010 \| 2.3805 ",
         1,
     ),
-    "6.3e-7 of an array's largest gradient": ("LOG.md", r"6.3e-7 of an array's largest entry", 1),
+    "1.8e-6 of an array's largest gradient": ("LOG.md", r"1.8e-6 of an array's largest entry", 1),
 }
 
 

@@ -28,8 +28,8 @@ EXPERTS: dict[str, Any] = {
     "num_dense_layers": 1,
 }
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
-ROUNDING = 1e-6
-"""6.3e-7 of a leaf's largest entry was seen of a compiled mhc on a CPU; without XLA's fusion it is bitwise equal."""
+ROUNDING = 3e-6
+"""1.8e-6 of a leaf's largest entry was seen of a compiled hc on a CPU, 7.9e-7 of mhc; without XLA's fusion it is bitwise equal."""
 
 
 def model(spec, **settings):
