@@ -37,6 +37,10 @@ def replaced(n: int, first: int) -> nn.module.Interceptor:
         if not isinstance(module, Connection) or context.method_name != "write_read":
             return call(*args, **kwargs)
         streams = module.write(*args)
+        require(
+            isinstance(streams, jax.Array),
+            f"`{module.config.kind}` carries more than its streams; give runs of another.",
+        )
         streams = jnp.where(jnp.asarray(module.sublayer) >= first, rank_one(streams, n), streams)
         c = module.coefficients(streams)
         return streams, c, module.read(streams, c)

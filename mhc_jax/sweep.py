@@ -154,7 +154,7 @@ def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
     found = [one for one in known if all(one[key] == value for key, value in wanted.items())]
     require(
         bool(found),
-        f"No point of the sweep is its baseline {_spelled(baseline)}; give settings that one of the points has.",
+        f"No point of the sweep is its baseline {_spelled(dict(baseline))}; give settings that one of the points has.",
     )
     return {key: found[0][key] for key in wanted}
 

@@ -63,9 +63,6 @@ def singles(tmp_path_factory):
     ]
 
 
-# ----------------------------------------------------------------------------------------------- settings and baselines
-
-
 def test_runs_that_differ_in_seeds_alone_are_one_setting(connections, rates):
     names = ["residual", "hc", "mhc:init=paper"]
     assert [(s.label, len(s.runs)) for s in group(connections)] == [(name, 3) for name in names]
@@ -155,9 +152,6 @@ def test_settings_that_change_no_number_do_not_part_a_pair(tmp_path):
     assert baselines([residual, hc]) == [None, residual]
 
 
-# ---------------------------------------------------------------------------------------------------------- a row a run
-
-
 def test_rows_hold_the_numbers_of_the_summaries(singles):
     residual, hc, mhc, diverged = rows(singles)
     assert residual["parameters"] == ("400k", 400_000)
@@ -181,9 +175,6 @@ def test_a_gap_says_where_it_was_taken(tmp_path, singles):
     lost = read_run(write_run(tmp_path, "lost", "hc", diverged_at=120))
     assert rows([singles[0], lost])[1]["gap to baseline"].text == "-0.0300 (step\N{NO-BREAK SPACE}100)"
     assert validation_gap(lost, singles[0]) == (100, pytest.approx(-0.06 * 100 / 200))
-
-
-# ------------------------------------------------------------------------------------------------------------- findings
 
 
 def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rates):
@@ -253,9 +244,6 @@ def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
-
-
 def test_statistics_rows(connections):
     residual, _, mhc = statistics_rows(group(connections))
     assert residual["verdict"].text == "baseline"
@@ -291,9 +279,6 @@ def test_the_frontier_takes_losses_by_learning_rate(rates):
     settings = group(rates)
     assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
     assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
-
-
-# --------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_figures_draw_what_they_can_and_say_what_they_need(connections, rates):
@@ -337,9 +322,6 @@ def test_ladder_fits_runs_of_three_sizes(tmp_path):
         runs.append(read_run(run.folder))
     figure = SWEEP_FIGURES["ladder"].draw(group(runs))
     assert figure.legends[0].get_texts()[0].get_text().startswith("residual: exponent -0.100 [-0.1")
-
-
-# ----------------------------------------------------------------------------------- runs that did not finish, and others
 
 
 def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path):
