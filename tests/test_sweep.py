@@ -14,7 +14,7 @@ from tiny_runs import ROOT, assert_same_run, lines, run_script, script, tiny, wr
 from mhc_jax import sweep_runner
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
-from mhc_jax.run_folder import read_json
+from mhc_jax.run_folder import read_json, write_json
 from mhc_jax.sweep import (
     Busy,
     Grid,
@@ -242,3 +242,15 @@ def test_without_submitit_a_slurm_array_is_refused_in_one_sentence(tmp_path, mon
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"pip install 'mhc-jax\[slurm\]'"):
         sweep_runner.submit(tmp_path, Grid("title", []), [], "slurm", {})
+
+
+def test_a_run_that_was_begun_with_another_text_stops_the_sweep_before_its_first_start(tmp_path):
+    write_text(tmp_path / "text.txt")
+    runs = plan(base(tmp_path), over("connection", ["residual", "hc"]))
+    begun = tmp_path / "w" / "residual"
+    begun.mkdir(parents=True)
+    write_json(begun / "config.json", to_mapping(runs[0].config))
+    write_json(begun / "env.json", {"data": {"train_sha256": "0" * 64}})
+    with pytest.raises(InputError, match=r"The training text is not the one that .*residual was trained with"):
+        sweep_runner.prepare(tmp_path / "w", Grid("title", runs), runs[1:])
+    assert not (tmp_path / "w" / "sweep.json").exists()
