@@ -132,6 +132,16 @@ def _stream_measures(n: int, streams: str) -> dict[str, list[float]]:
     }
 
 
+def write_four(root: Path) -> list[Path]:
+    """Residual, HC with two spikes, mHC with equal streams, and an HC with float16 streams that diverges at step 120."""
+    return [
+        write_run(root, "residual", "residual"),
+        write_run(root, "hc", "hc", spikes=(90, 150)),
+        write_run(root, "mhc", "mhc", equal_streams=True),
+        write_run(root, "fp16", "hc", diverged_at=120, settings={"dtype": "float16"}),
+    ]
+
+
 def _diagnostics(kind: str, step: int, n: int, streams: str, rng: np.random.Generator) -> dict[str, Any]:
     S = SUBLAYERS
     matrices = np.stack([np.eye(n)] * S)

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from synthetic_runs import write_run
+from synthetic_runs import write_four, write_run
 
 from mhc_jax import plots
 from mhc_jax.comparison import findings, rows, statistics_rows, validation_gap
@@ -54,13 +54,7 @@ def rates(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def singles(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    return [
-        read_run(write_run(root, "residual", "residual")),
-        read_run(write_run(root, "hc", "hc", spikes=(90, 150))),
-        read_run(write_run(root, "mhc", "mhc", equal_streams=True)),
-        read_run(write_run(root, "fp16", "hc", diverged_at=120, settings={"dtype": "float16"})),
-    ]
+    return [read_run(folder) for folder in write_four(tmp_path_factory.mktemp("runs"))]
 
 
 def test_runs_that_differ_in_seeds_alone_are_one_setting(connections, rates):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import write_corpus
 
 from mhc_jax import data
 from mhc_jax.config import DataConfig
@@ -30,12 +31,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """60 documents of 40 to 99 words each: a small file whose windows are all different."""
-    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
-    draw = random.Random(0)
-    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(40 + i)) for i in range(60)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="module")

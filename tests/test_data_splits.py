@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from pathlib import Path
 
 import pytest
 from test_loop import Killed, kill_at
-from tiny_runs import data_of, tiny, with_train, write_text
+from tiny_runs import data_of, tiny, with_train, write_corpus, write_text
 
 from mhc_jax import data, loop
 from mhc_jax.checkpoint import check_text
@@ -22,12 +21,7 @@ from mhc_jax.paired import run_all
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """60 documents of 40 to 99 words each."""
-    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
-    draw = random.Random(0)
-    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(40 + i)) for i in range(60)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
 
 
 @pytest.fixture

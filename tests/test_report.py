@@ -3,7 +3,7 @@ import json
 import re
 
 import pytest
-from synthetic_runs import write_run
+from synthetic_runs import write_four, write_run
 
 from mhc_jax import plots
 from mhc_jax.comparison import rows
@@ -14,13 +14,7 @@ from mhc_jax.report import find_runs, header, markdown_table, write_folder_repor
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    return [
-        read_run(write_run(root, "residual", "residual")),
-        read_run(write_run(root, "hc", "hc", spikes=(90, 150))),
-        read_run(write_run(root, "mhc", "mhc", equal_streams=True)),
-        read_run(write_run(root, "fp16", "hc", diverged_at=120, settings={"dtype": "float16"})),
-    ]
+    return [read_run(folder) for folder in write_four(tmp_path_factory.mktemp("runs"))]
 
 
 @pytest.fixture(scope="module")
