@@ -1,4 +1,4 @@
-# `make demo` trains residual, HC and mHC side by side and writes runs/demo/report.html; `make test` runs the tests;
+# `make demo` trains residual, HC and mHC side by side and writes runs/demo/report.html; `make test` runs the fast tests;
 # `make notebooks` executes notebooks/*.py and writes the .ipynb beside them.  All create a virtual environment and install into it by
 # themselves; a second call reuses it.
 
@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 # Compilers for devices that are not here.  Beside the environment, not in it: jax looks for a TPU wherever it finds libtpu.
 AOT := $(VENV)/aot
 
-.PHONY: demo notebooks test test-slow aot test-aot lint format constraints clean
+.PHONY: demo notebooks test test-rest test-all test-slow aot test-aot lint format constraints clean
 demo: $(VENV)/.installed
 	$(RUN) experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
 
@@ -19,8 +19,16 @@ notebooks: $(VENV)/.installed
 	$(RUN) notebooks/execute.py
 
 # In as many processes as there are processors: tests compile far more than they compute.
+PYTEST := $(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+
 test: $(VENV)/.installed
-	$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+	$(PYTEST)
+
+# What CI runs: the fast tests, full products of what they try in pairs, and kernels compiled for devices that are not here.
+test-all: test test-rest test-aot
+
+test-rest: $(VENV)/.installed
+	$(PYTEST) -m 'full and not slow and not gpu and not tpu'
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
@@ -28,7 +36,7 @@ test-slow: $(VENV)/.installed
 aot: $(AOT)/.installed
 
 test-aot: $(AOT)/.installed
-	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(RUN) -m pytest tests/test_tpu_aot.py tests/test_gpu_compile.py tests/test_topology.py tests/test_aot.py
+	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(RUN) -m pytest -m 'not slow and not gpu and not tpu' tests/kernels/test_tpu_aot.py tests/kernels/test_gpu_compile.py tests/cost/test_topology.py tests/cost/test_aot.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

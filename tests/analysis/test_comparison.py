@@ -1,0 +1,382 @@
+"""Grouping, baselines, verdicts, findings and the figures of settings: one rule for comparisons and sweeps."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from support.synthetic_runs import write_four, write_run
+
+from mhc_jax import plots
+from mhc_jax.comparison import findings, rows, statistics_rows, validation_gap
+from mhc_jax.errors import InputError
+from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.records import labels, read_run
+from mhc_jax.settings import baselines, frontier_lines, group, loss_threshold, mean_record
+
+LOSS = {"residual": (2.00, 2.10, 2.05), "hc": (1.98, 2.13, 2.04), "mhc": (1.90, 2.01, 1.94)}
+RATES = (1e-3, 1e-2)
+
+
+def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, **more):
+    """A synthetic run with a learning rate and a final validation loss of its own."""
+    folder = write_run(root, name, kind, seed=seed, **more)
+    config = json.loads((folder / "config.json").read_text())
+    config["optimizer"]["learning_rate"] = rate
+    config["data"]["seed"] = seed if data_seed is None else data_seed
+    config["model"]["connection"] |= connection or {}
+    (folder / "config.json").write_text(json.dumps(config))
+    summary = json.loads((folder / "summary.json").read_text())
+    if summary["status"] == "finished":
+        summary["validation_loss"] = LOSS[kind][seed] if loss is None else loss
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return read_run(folder)
+
+
+@pytest.fixture(scope="module")
+def connections(tmp_path_factory):
+    root = tmp_path_factory.mktemp("connections")
+    return [write(root, f"{kind}-seed{seed}", kind, seed) for kind in LOSS for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory):
+    """HC's second seed diverges at the higher rate."""
+    root = tmp_path_factory.mktemp("rates")
+    out = []
+    for kind in LOSS:
+        for rate in RATES:
+            for seed in range(2):
+                lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
+                out.append(write(root, f"{kind}-lr{rate}-seed{seed}", kind, seed, rate, diverged_at=lost))
+    return out
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory):
+    return [read_run(folder) for folder in write_four(tmp_path_factory.mktemp("runs"))]
+
+
+def test_runs_that_differ_in_seeds_alone_are_one_setting(connections, rates):
+    names = ["residual", "hc", "mhc:init=paper"]
+    assert [(s.label, len(s.runs)) for s in group(connections)] == [(name, 3) for name in names]
+    settings = group(rates)
+    assert [s.label for s in settings] == [f"{name} lr={rate}" for name in names for rate in RATES]
+    assert dict(settings[0].varying) == {"optimizer.learning_rate": 1e-3}
+    assert settings[3].diverged == 1
+    assert settings[3].results("validation_loss") == {(0, 0): 1.98}
+    with pytest.raises(InputError, match="is the same run as"):
+        group([connections[0], connections[0]])
+    with pytest.raises(InputError, match="no runs"):
+        group([])
+
+
+def test_runs_that_differ_in_the_seed_of_the_data_alone_are_runs_of_one_setting(tmp_path):
+    runs = [
+        write(tmp_path, f"{kind}-{k}", kind, 0, loss=loss + 0.1 * k * k, data_seed=k)
+        for kind, loss in (("residual", 2.0), ("hc", 1.9))
+        for k in range(3)
+    ]
+    residual, hc = group(runs)
+    assert list(hc.runs) == [(0, 0), (0, 1), (0, 2)]
+    assert labels(runs)[:3] == ["residual seed 0", "residual seeds 0/1", "residual seeds 0/2"]
+    assert findings([residual, hc])[0].startswith("hc: no claim: the 3 differences from residual are all -0.1000")
+
+
+def test_a_label_names_the_init_and_what_else_is_no_default(tmp_path):
+    home = write(tmp_path, "a", "mhc", 0, connection={"init": "home", "t_max": 5})
+    paper = write(tmp_path, "b", "mhc", 0, rate=1e-2)
+    assert labels([home, paper]) == ["mhc:init=home:t_max=5 lr=0.003", "mhc:init=paper lr=0.01"]
+    assert [s.label for s in group([home])] == ["mhc:init=home:t_max=5"]
+
+
+def test_a_baseline_agrees_in_everything_but_the_connection(rates):
+    settings = group(rates)
+    assert [s.baseline and s.baseline.label for s in settings] == [
+        None,
+        None,
+        *["residual lr=0.001", "residual lr=0.01"] * 2,
+    ]
+    assert [s.is_baseline for s in settings] == [True, True] + 4 * [False]
+
+
+def test_without_residual_the_first_connection_is_the_baseline_at_every_learning_rate(rates):
+    settings = group([run for run in rates if run.kind != "residual"])
+    assert [s.baseline and s.baseline.label for s in settings] == [None, None, "hc lr=0.001", "hc lr=0.01"]
+    said = findings(settings)
+    assert "mhc:init=paper lr=0.001: loss minus hc lr=0.001's -0.0800, -0.1200; 2 seeds, no claim." in said
+
+
+def test_a_confounded_pair_has_no_number(rates):
+    low = [run for run in rates if run.kind == "residual" and run.config["optimizer"]["learning_rate"] == RATES[0]]
+    high = [run for run in rates if run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[1]]
+    residual, mhc = group([*low, *high])
+    assert mhc.baseline is None
+    assert f"{mhc.label}: not compared: no run that a baseline could be has its other settings." in findings(
+        [residual, mhc]
+    )
+    row = statistics_rows([residual, mhc])[1]
+    assert row["verdict"].text == "not compared"
+    assert [row[key].value for key in ("difference", "t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 5
+    assert rows([*low, *high])[-1]["gap to baseline"].value is None
+
+
+def test_a_sweep_chooses_its_baseline(rates):
+    settings = group(rates, {"connection": "mhc"})
+    assert settings[0].baseline is settings[4]
+    by_rate = group(rates, {"optimizer.learning_rate": 1e-3})
+    assert [s.baseline and s.baseline.label for s in by_rate] == [
+        None,
+        "residual lr=0.001",
+        None,
+        "hc lr=0.001",
+        None,
+        "mhc:init=paper lr=0.001",
+    ]
+
+
+def test_settings_that_change_no_number_do_not_part_a_pair(tmp_path):
+    residual = write(tmp_path, "residual", "residual", 0)
+    folder = write_run(tmp_path, "hc", "hc")
+    config = json.loads((folder / "config.json").read_text())
+    config["train"] |= {"tensorboard": True, "keep_checkpoints": 9}
+    (folder / "config.json").write_text(json.dumps(config | {"mesh": {"data": 2}}))
+    hc = read_run(folder)
+    assert labels([residual, hc]) == ["residual", "hc"]
+    assert baselines([residual, hc]) == [None, residual]
+
+
+def test_rows_hold_the_numbers_of_the_summaries(singles):
+    residual, hc, mhc, diverged = rows(singles)
+    assert residual["parameters"] == ("400k", 400_000)
+    assert hc["parameters"] == ("403k (+0.75\N{NO-BREAK SPACE}%)", 403_000)
+    assert mhc["FLOPs per token"] == ("2.81M", 2.81e6)
+    assert mhc["step time (ms)"] == ("180 (×1.80)", 0.18)
+    assert residual["step time (ms)"].text == "100"
+    assert mhc["peak memory (MiB)"] == ("512", 512)
+    assert hc["peak memory (MiB)"] == ("–", None)
+    assert mhc["validation loss"].text == f"{1.7 + 3.9 * 2.718281828**-6 - 0.03:.4f}"
+    assert residual["gap to baseline"] == ("–", None)
+    assert mhc["gap to baseline"].text == "-0.0300"
+    assert hc["max gain forward"] == ("38.25", 38.25)
+    assert hc["max gain backward"].text == "52"
+    assert hc["spikes"] == ("2", 2)
+    assert diverged["status"].text == "diverged at step 120"
+    assert diverged["validation loss"].text == "–"
+
+
+def test_a_gap_says_where_it_was_taken(tmp_path, singles):
+    lost = read_run(write_run(tmp_path, "lost", "hc", diverged_at=120))
+    assert rows([singles[0], lost])[1]["gap to baseline"].text == "-0.0300 (step\N{NO-BREAK SPACE}100)"
+    assert validation_gap(lost, singles[0]) == (100, pytest.approx(-0.06 * 100 / 200))
+
+
+def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rates):
+    hc, mhc = findings(group(connections))[:2]
+    assert hc.startswith("hc: not resolved at this size: the interval of loss minus residual's holds 0 (+0.0000 [")
+    assert mhc.startswith(
+        "mhc:init=paper: resolved at this size: loss lower than residual's (-0.1000 [-0.1248, -0.0752], 3 seeds)"
+    )
+    said = findings(group(rates))
+    assert "hc lr=0.01: loss minus residual lr=0.01's -0.0200; one seed, no claim." in said
+    assert "hc lr=0.01 diverged in 1 of 2 runs, at step 120: these have no final loss." in said
+    assert (
+        "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; runs a rate: 2 "
+        "or more; lower rates that finished above it are slow, not unstable)."
+    ) in said
+    assert any(
+        s.startswith("mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended") for s in said
+    )
+
+
+def test_one_seed_ranks_nothing(singles):
+    said = findings(group(singles[:3]))
+    assert "hc: loss minus residual's -0.0600; one seed, no claim." in said
+    assert "mhc:init=paper: loss minus residual's -0.0300; one seed, no claim." in said
+    assert not any(word in sentence for sentence in said for word in ("lowest loss", "resolved", "interval", "best"))
+    assert "Loss spikes, a number a run: hc 2." in said
+    gains = next(s for s in said if s.startswith("Largest composite gain"))
+    assert "hc 38.25 forward, 52 backward" in gains
+
+
+def test_runs_that_have_not_ended_are_named_and_judged_nowhere(rates, tmp_path):
+    folder = write_run(tmp_path, "going", "mhc", seed=2)
+    (folder / "summary.json").unlink()
+    going = read_run(folder)
+    assert f"{labels([going])[0]}: 1 of 1 runs have not ended and have no final loss." in findings(group([going]))
+    waiting = [dataclasses.replace(run, summary=None) if run.kind == "mhc" else run for run in rates]
+    waiting = [run for run in waiting if run.kind == "mhc" or run.config["optimizer"]["learning_rate"] == RATES[0]]
+    assert frontier_lines(group(waiting)) == {}
+
+
+def with_streams(record, cosine, rank, rms=1.0):
+    """The run with other numbers on its streams in every diagnostics line; `rms` is the second stream's."""
+    sizes = np.tile([1.0, rms, 1.0, 1.0], (len(rank), 1))
+    more = {"stream_cosine": np.asarray(cosine), "stream_rank": np.asarray(rank), "stream_rms": sizes}
+    return dataclasses.replace(record, diagnostics=[{**line, **more} for line in record.diagnostics])
+
+
+def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
+    residual, hc, mhc, _ = singles
+    equal = with_streams(mhc, [1.0, 0.9996], [1.0, 1.001])
+    said = findings(group([residual, equal]))
+    assert (
+        "mhc:init=paper: streams stayed equal in direction and size at every sub-layer (cosine above 0.999). A mixing matrix with "
+        "unit row sums changes nothing there, so H_res is inert."
+    ) in said
+    assert not any("inert" in s for s in findings(group([residual, with_streams(mhc, [1.0, 0.9996], [1.0, 1.0], 2.0)])))
+    # Three streams against their negative: the mean of signed cosines is 0, and there is one direction.
+    opposed = with_streams(hc, [1.0, 0.0, 0.6, 0.5], [1.0, 1.001, 2.1, 2.6])
+    said = findings(group([residual, opposed]))
+    assert (
+        "hc: streams are nearly one vector up to sign and scale at 1 of the 3 sub-layers after the first: at least 99 % of their "
+        "squared size lies along it (rank below 1.01). There H_res changes little but signs and scales. The rank lies between 1.00 "
+        "and 2.60 of 4."
+    ) in said
+    apart = with_streams(hc, [1.0, 0.1, 0.2], [1.0, 2.1, 2.6])
+    said = findings(group([residual, apart]))
+    assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
+
+
+def test_statistics_rows(connections):
+    residual, _, mhc = statistics_rows(group(connections))
+    assert residual["verdict"].text == "baseline"
+    assert residual["difference"].value is None
+    assert mhc["difference"].text == "-0.1000"
+    assert mhc["effect"].value == pytest.approx(-0.1 / 0.05)
+    assert mhc["p (sign flip)"].value == 0.25
+    assert mhc["t interval"].text == "-0.1248 to -0.0752"
+    assert mhc["verdict"].text == "lower"
+
+
+def test_two_seeds_have_no_interval_in_any_table(rates):
+    for row in statistics_rows(group(rates)):
+        assert [row[key].value for key in ("t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 4
+        assert row["verdict"].text in ("baseline", "no claim")
+
+
+def test_mean_record_averages_what_all_seeds_logged(connections, rates):
+    setting = group(connections)[1]
+    mean = mean_record(setting)
+    runs = list(setting.runs.values())
+    np.testing.assert_allclose(mean.train["loss"], np.mean([run.train["loss"] for run in runs], axis=0))
+    np.testing.assert_array_equal(mean.train["step"], runs[0].train["step"])
+    np.testing.assert_allclose(
+        mean.diagnostics[-1]["h_res"], np.mean([run.diagnostics[-1]["h_res"] for run in runs], axis=0)
+    )
+    assert mean.result("validation_loss") == pytest.approx(2.05)
+    assert labels([mean_record(s) for s in group(connections)]) == ["residual", "hc", "mhc:init=paper"]
+    assert mean_record(group(rates)[3]).diverged_at is None, "the mean is that of the run that finished"
+
+
+def test_the_frontier_takes_losses_by_learning_rate(rates):
+    settings = group(rates)
+    assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
+    assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
+
+
+def test_figures_draw_what_they_can_and_say_what_they_need(connections, rates):
+    swept = SWEEP_FIGURES["swept"].draw(group(rates))
+    assert [axis.get_xscale() for axis in swept.axes] == ["log"] * 3
+    names = {line.get_label() for line in swept.axes[0].lines if line.get_label()[0] != "_"}
+    assert names == {"residual", "hc", "mhc:init=paper"}
+    strip = SWEEP_FIGURES["seed_strip"].draw(group(rates))
+    assert [text.get_text() for text in strip.axes[0].texts] == ["1 of 2 without a loss"]
+    assert not strip.axes[0].patches, "two seeds have no band"
+    gap = SWEEP_FIGURES["gap_curves"].draw(group(connections))
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in gap.axes]
+    assert legends == [["hc (3)"], ["mhc:init=paper (3)"]]
+    assert len(gap.axes[0].lines) == 3 + 1 + 1  # seeds, mean, zero
+    for name in ("swept", "frontier", "ladder"):
+        with pytest.raises(plots.NothingToDraw):
+            SWEEP_FIGURES[name].draw(group(connections))
+
+
+def test_bands_reach_over_the_seeds(connections):
+    loss, norm = SWEEP_FIGURES["seed_bands"].draw(group(connections)).axes
+    assert norm.get_yscale() == "log"
+    setting = group(connections)[1]
+    found = next(line for line in loss.lines if line.get_label() == "hc (3 seeds)")
+    values = np.stack([plots.smooth(run.train["loss"]) for run in setting.runs.values()])[:, : len(found.get_xdata())]
+    np.testing.assert_allclose(found.get_ydata(), values.mean(0))
+    edges = loss.collections[1].get_paths()[0].vertices[:, 1]
+    assert edges.max() == pytest.approx(values.max())
+    assert edges.min() == pytest.approx(values.min())
+    bare = [dataclasses.replace(run, train={"step": np.empty(0)}) for run in connections]
+    with pytest.raises(plots.NothingToDraw, match="no run has logged a loss"):
+        SWEEP_FIGURES["seed_bands"].draw(group(bare))
+
+
+def test_ladder_fits_runs_of_three_sizes(tmp_path):
+    runs = []
+    for k, width in enumerate((32, 64, 128)):
+        run = write(tmp_path, f"w{width}", "residual", 0, loss=3 * 4.0 ** (-0.1 * k), settings={"width": width})
+        summary = dict(run.summary) | {"flops_per_token": 1e6 * 4.0**k}
+        (run.folder / "summary.json").write_text(json.dumps(summary))
+        runs.append(read_run(run.folder))
+    figure = SWEEP_FIGURES["ladder"].draw(group(runs))
+    assert figure.legends[0].get_texts()[0].get_text().startswith("residual: exponent -0.100 [-0.1")
+
+
+def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path):
+    """HC diverges in three of six seeds; the three that finish are all lower than residual's."""
+    runs = [write(tmp_path, f"residual-{k}", "residual", k, loss=2.0 + 0.01 * k) for k in range(6)]
+    lost = {3: 60, 4: 60, 5: 60}
+    runs += [write(tmp_path, f"hc-{k}", "hc", k, loss=1.8 + 0.011 * k, diverged_at=lost.get(k)) for k in range(6)]
+    settings = group(runs)
+    row = statistics_rows(settings)[1]
+    assert (row["seeds"].text, row["verdict"].text) == ("3 of 6", "no claim")
+    assert [row[key].value for key in ("t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 4
+    said = findings(settings)
+    assert (
+        "hc: no claim, since 3 runs of it and residual did not finish; loss minus residual's -0.1990 over the 3 seeds that "
+        "finished in both."
+    ) in said
+    assert rows(runs, settings)[-1]["validation loss"].text == "–"
+    assert mean_record(settings[1]).result("validation_loss") == pytest.approx(1.811)
+
+
+def test_a_frontier_ends_before_a_rate_whose_runs_have_not_ended(rates):
+    going = [
+        dataclasses.replace(run, summary=None)
+        if run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[1]
+        else run
+        for run in rates
+    ]
+    assert frontier_lines(group(going))["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
+    said = next(s for s in findings(group(going)) if s.startswith("mhc:init=paper: stable"))
+    assert said.startswith("mhc:init=paper: stable up to learning rate 0.001, the largest whose runs have ended")
+
+
+def test_settings_that_change_no_number_tell_runs_apart_where_nothing_else_does(tmp_path):
+    folder = write_run(tmp_path, "two", "hc")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mesh": {"data": 2}}))
+    one = read_run(write_run(tmp_path, "one", "hc"))
+    assert [setting.label for setting in group([one, read_run(folder)])] == ["hc", "hc data=2"]
+
+
+def test_runs_on_two_texts_are_not_compared(tmp_path):
+    runs = []
+    for kind, text in (("residual", "a" * 64), ("hc", "b" * 64)):
+        folder = write_run(tmp_path, kind, kind)
+        env = json.loads((folder / "env.json").read_text())
+        (folder / "env.json").write_text(json.dumps(env | {"data": {"train_sha256": text}}))
+        runs.append(read_run(folder))
+    assert [setting.label for setting in group(runs)] == ["residual text=aaaaaaaa", "hc text=bbbbbbbb"]
+    assert group(runs)[1].baseline is None
+
+
+def test_streams_of_a_run_that_diverged_or_is_not_finite_are_not_judged(singles, tmp_path):
+    lost = with_streams(read_run(write_run(tmp_path, "lost", "hc", diverged_at=120)), [1.0, 1.0], [1.0, 1.0])
+    broken = with_streams(singles[2], [1.0, 1.0, np.nan], [1.0, 1.0, np.nan])
+    said = findings(group([singles[0], lost, broken]))
+    assert not [sentence for sentence in said if "streams" in sentence]
+
+
+def test_a_gain_beyond_float64_is_called_an_overflow(singles):
+    summary = dict(singles[1].summary) | {"max_composite_forward": None, "gains_overflowed": True}
+    run = dataclasses.replace(singles[1], summary=summary)
+    assert rows([singles[0], run])[1]["max gain forward"].text == "overflow"
+    gains = next(s for s in findings(group([singles[0], run])) if s.startswith("Largest composite gain"))
+    assert "hc overflow forward, overflow backward" in gains

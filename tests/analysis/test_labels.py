@@ -1,0 +1,111 @@
+"""Wherever mHC stands beside a number, its init stands there too: report, figures, records, README, notebooks."""
+
+import html
+import json
+import re
+
+import pytest
+from support.synthetic_runs import write_run
+from support.tiny_runs import ROOT
+
+from mhc_jax import plots
+from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.records import read_run
+from mhc_jax.report import write_report
+from mhc_jax.settings import group, mean_record
+
+MHC = re.compile(r"\bm[hH][cC]\b(?![_\w]*\.|-|'s paper| (?:Table|Figure|Eq|section|ICML))")
+"""mHC as a run or a result: neither a file name nor a place in the paper."""
+KEEPS_ITS_NAME = (  # tables of what there is, without a result in them
+    "Kind",
+    "What to change",
+    "Formula",
+    "Letter",
+    "`model.remat`",
+    "Notebook",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    out = []
+    for kind, connection in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
+        for seed in range(3):
+            folder = write_run(root, f"run-{len(out)}", kind, seed=seed)
+            config = json.loads((folder / "config.json").read_text())
+            config["model"]["connection"] |= connection
+            (folder / "config.json").write_text(json.dumps(config))
+            out.append(read_run(folder))
+    return out
+
+
+def rows_without_init(text):
+    """Rows of Markdown tables that name mHC, in their first cells or in the heading row, and not its init."""
+    wrong, lines = [], text.splitlines()
+    for k, line in enumerate(lines):
+        if not line.startswith("|") or set(line) <= set("|-: "):
+            continue
+        top = k
+        while top and lines[top - 1].startswith("|"):
+            top -= 1
+        head = [cell.strip() for cell in lines[top].strip("|").split("|")]
+        if head[0] in KEEPS_ITS_NAME or any(cell in KEEPS_ITS_NAME for cell in head):
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        named = cells if k == top else cells[:2]
+        if any(MHC.search(cell) for cell in named) and "init=" not in line and "`home`" not in line:
+            wrong.append(line)
+    return wrong
+
+
+def test_the_report_names_the_init(runs, tmp_path):
+    page = write_report(runs, tmp_path, "Runs").read_text()
+    page = re.sub(
+        r"<svg.*?</svg>|<script.*?</script>|<style.*?</style>|<details.*?</details>", "", page, flags=re.DOTALL
+    )
+    for block in re.findall(r"<(?:tr|li|figcaption)>(.*?)</(?:tr|li|figcaption)>", page, re.DOTALL):
+        text = html.unescape(re.sub(r"<[^>]*>", " ", block))
+        assert not MHC.search(text) or "init=" in text, text
+    assert "mhc:init=paper" in page
+    assert "mhc:init=home:t_max=5" in page
+
+
+def test_legends_and_titles_name_the_init(runs):
+    settings = group(runs)
+    means = [mean_record(setting) for setting in settings]
+    for name, plot, data in [
+        *((name, plot, settings) for name, plot in SWEEP_FIGURES.items()),
+        *((name, plot, means) for name, plot in plots.FIGURES.items()),
+    ]:
+        try:
+            figure = plot.draw(data)
+        except plots.NothingToDraw:
+            continue
+        for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
+            said = text.get_text()
+            assert not MHC.search(said) or "init=" in said, (name, said)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("experiments/records/*/README.md")), ids=lambda path: path.parent.name
+)
+def test_records_name_the_init(path):
+    assert rows_without_init(path.read_text()) == []
+
+
+def test_the_readme_names_the_init():
+    assert rows_without_init((ROOT / "README.md").read_text()) == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_name_the_init(path):
+    cells = json.loads(path.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            texts += ["".join(output.get("data", {}).get("text/markdown", "")), "".join(output.get("text", ""))]
+    for text in texts:
+        assert rows_without_init(text) == []
+        for paragraph in re.findall(r"(?:^|\n)\*[^*\s].*?\*(?=\n\n|\n#|$)", text, re.DOTALL):  # captions of figures
+            assert not MHC.search(paragraph) or "init=" in paragraph or "paper's" in paragraph, paragraph

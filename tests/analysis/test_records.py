@@ -1,0 +1,175 @@
+import json
+
+import numpy as np
+import pytest
+from support.synthetic_runs import STEPS, SUBLAYERS, write_run
+
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.errors import InputError
+from mhc_jax.mapping import to_mapping
+from mhc_jax.records import (
+    flatten,
+    labels,
+    last_diagnostics,
+    not_defaults,
+    paired_gap,
+    read_run,
+    series,
+)
+
+
+def append(folder, text):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(text)
+
+
+def train_line(step, loss):
+    return json.dumps({"kind": "train", "step": step, "loss": loss}) + "\n"
+
+
+def test_reads_back_what_was_written(tmp_path):
+    record = read_run(write_run(tmp_path, "hc", "hc", spikes=(90,)))
+    lines = [json.loads(s) for s in (tmp_path / "hc/metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    steps, loss = series(record, "train", "loss")
+    assert steps.tolist() == [line["step"] for line in train]
+    assert loss.tolist() == [line["loss"] for line in train]
+    steps, gain = series(record, "diagnostics", "composite_forward")
+    assert steps.tolist() == [50, 100, 150, 200]
+    assert gain.shape == (4, SUBLAYERS)
+    assert gain.tolist() == [s["composite_forward"] for s in lines if s["kind"] == "diagnostics"]
+    assert (record.name, record.kind, record.num_streams, record.status) == (
+        "hc",
+        "hc",
+        4,
+        "finished",
+    )
+    assert record.spike_steps == [90]
+    assert record.diverged_at is None
+
+
+def test_null_is_nan_and_a_diverged_run_says_where(tmp_path):
+    record = read_run(write_run(tmp_path, "run", "hc", diverged_at=84))
+    steps, loss = series(record, "train", "loss")
+    assert steps[-1] == 84
+    assert np.isnan(loss[-1])
+    assert np.isfinite(loss[:-1]).all()
+    assert record.diverged_at == 84
+    assert record.status == "diverged"
+
+
+def test_divergence_is_known_from_the_event_alone(tmp_path):
+    folder = write_run(tmp_path, "run", "hc", diverged_at=84)
+    (folder / "summary.json").unlink()
+    record = read_run(folder)
+    assert record.summary is None
+    assert (record.diverged_at, record.status) == (84, "diverged")
+
+
+def test_half_written_last_line_is_left_out(tmp_path):
+    folder = write_run(tmp_path, "run", "mhc")
+    whole = series(read_run(folder), "train", "step")[0]
+    append(folder, train_line(STEPS + 2, 1.0)[:-9])
+    assert series(read_run(folder), "train", "step")[0].tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("broken", ['{"kind": "train", "st', "3", '{"kind": "train"}', "\xff"])
+def test_broken_line_in_the_middle_is_named_by_its_number(tmp_path, broken):
+    folder = write_run(tmp_path, "run", "mhc")
+    count = len((folder / "metrics.jsonl").read_text().splitlines())
+    append(folder, broken + "\n" + train_line(STEPS + 2, 1.0))
+    with pytest.raises(InputError, match=rf"^Line {count + 1} of .*metrics\.jsonl"):
+        read_run(folder)
+
+
+def test_steps_done_again_after_a_resume_replace_the_first_attempt(tmp_path):
+    folder = write_run(tmp_path, "run", "hc", spikes=(50, 150))
+    append(folder, json.dumps({"kind": "event", "step": 100, "event": "resumed"}) + "\n")
+    append(folder, train_line(102, 7.0))
+    record = read_run(folder)
+    steps, loss = series(record, "train", "loss")
+    assert steps[-2:].tolist() == [100, 102]
+    assert loss[-1] == 7.0
+    assert series(record, "validation", "loss")[0].tolist() == [50, 100]
+    assert [(e["event"], e["step"]) for e in record.events] == [("spike", 50), ("resumed", 100)]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])
+def test_a_folder_without_its_files_is_no_run_folder(tmp_path, missing):
+    folder = write_run(tmp_path, "run", "mhc")
+    (folder / missing).unlink()
+    with pytest.raises(InputError, match=f"is not a run folder: it has no {missing}"):
+        read_run(folder)
+
+
+def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="There is no folder"):
+        read_run(tmp_path / "nowhere")
+    folder = write_run(tmp_path, "run", "mhc")
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"summary\.json' is not valid JSON"):
+        read_run(folder)
+    (folder / "summary.json").write_text("[]")
+    with pytest.raises(InputError, match=r"summary\.json' must hold a JSON object"):
+        read_run(folder)
+    (folder / "config.json").write_text('{"model": {}}')
+    with pytest.raises(InputError, match=r"has no model\.connection\.kind"):
+        read_run(folder)
+
+
+def test_optional_files_and_keys_may_be_missing(tmp_path):
+    folder = write_run(tmp_path, "run", "mhc", drop=("grad_norm", "h_res"))
+    (folder / "env.json").unlink()
+    (folder / "summary.json").unlink()
+    record = read_run(folder)
+    assert record.env == {}
+    assert record.status == "no summary"
+    steps, values = series(record, "train", "grad_norm")
+    assert len(steps) == len(values) == 0
+    assert len(series(record, "diagnostics", "h_res")[0]) == 0
+    assert last_diagnostics(record, "h_res") is None
+    with pytest.raises(InputError, match="must be one of 'train', 'validation', 'diagnostics'"):
+        series(record, "valid", "loss")
+
+
+def test_last_diagnostics_skips_lines_without_a_finite_number(tmp_path):
+    folder = write_run(tmp_path, "run", "hc")
+    append(folder, '{"kind": "diagnostics", "step": 250, "row_error": [null, null]}\n')
+    append(folder, '{"kind": "diagnostics", "step": 300, "row_error": null}\n')
+    record = read_run(folder)
+    assert last_diagnostics(record, "row_error")[0] == 200
+    append(folder, '{"kind": "diagnostics", "step": 350, "row_error": [null, 2.0]}\n')
+    step, value = last_diagnostics(read_run(folder), "row_error")
+    assert step == 350
+    assert np.isnan(value[0])
+    assert value[1] == 2.0
+
+
+def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
+    base = read_run(write_run(tmp_path, "residual", "residual"))
+    run = read_run(write_run(tmp_path, "hc", "hc", diverged_at=120))
+    steps, gap = paired_gap(run, base, "validation")
+    assert steps.tolist() == [50, 100]
+    np.testing.assert_allclose(gap, [-0.06 * 50 / STEPS, -0.06 * 100 / STEPS], rtol=1e-9)
+
+
+def test_flatten():
+    assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+def test_settings_that_are_not_defaults():
+    config = to_mapping(ExperimentConfig())
+    assert not_defaults(config) == {}
+    config["optimizer"]["grad_clip"] = 0.5
+    config["train"]["seed"] = 7
+    config["model"]["connection"]["num_streams"] = 8
+    assert not_defaults(config) == {"optimizer.grad_clip": 0.5}
+
+
+def test_labels_tell_folders_of_one_name_apart(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / "a", "hc", "hc")),
+        read_run(write_run(tmp_path / "b", "hc", "hc")),
+        read_run(write_run(tmp_path / "b", "mhc", "mhc")),
+    ]
+    assert labels(runs) == ["hc", "hc'", "mhc:init=paper"]

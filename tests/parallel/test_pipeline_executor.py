@@ -1,0 +1,376 @@
+"""The pipeline on simulated devices: losses, gradients and curves of the decoder without one, memory, checkpoints, refusals."""
+
+import dataclasses
+import functools
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support.float64 import in_float64
+from support.tiny_runs import lines, write_text
+from support.tiny_runs import tiny as tiny_run
+from support.tolerances import assert_close
+
+from mhc_jax import connections, loop
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
+from mhc_jax.errors import InputError
+from mhc_jax.paths import path_of
+from mhc_jax.pipeline.executor import pipelined
+from mhc_jax.pipeline.program import compile_table
+from mhc_jax.pipeline.schedules import SCHEDULES, Place, lay_out, make, stage_count
+from mhc_jax.pipeline.validate import validate
+from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.train_step import gradients, init_state, make_train_step
+
+V, T = 40, 8
+QUICK = {"xla_backend_optimization_level": 0}
+MHC = "mhc:t_max=2"
+EXPERTS = {
+    "num_experts": 4,
+    "num_active_experts": 2,
+    "num_shared_experts": 1,
+    "expert_width": 12,
+    "num_dense_layers": 1,
+}
+"""12 wide: where weights and tokens have one shape, XLA may split one as the other in the midst of an operation, and CPUs hang."""
+
+
+def tiny(kind, schedule, stages, microbatches, mesh=None, sequences=1, overlap=False, **model):
+    """One block a stage; `sequences` a microbatch."""
+    blocks = stage_count(schedule, stages)
+    sizes = {"vocab_size": V, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16, "num_layers": blocks}
+    config = ExperimentConfig(
+        model=ModelConfig(**sizes | {"connection": connections.parse(kind)} | model),
+        data=DataConfig(sequence_length=T, batch_size=microbatches * sequences),
+    )
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=microbatches, warmup_steps=2)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    if stages == 1:
+        return config
+    pipeline = PipelineConfig(schedule=schedule, overlap=overlap)
+    return dataclasses.replace(config, mesh=MeshConfig(stage=stages, **mesh or {}), pipeline=pipeline)
+
+
+def unpipelined(config):
+    return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig())
+
+
+def batch(config, seed=0):
+    r = np.random.default_rng(seed)
+    return {key: r.integers(0, V, (config.data.batch_size, T)).astype(np.int32) for key in ("inputs", "targets")}
+
+
+def random_params(config):
+    """Off the initial values, where many gradients are zero."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: init_state(config).params))
+    r = np.random.default_rng(1)
+    return tree.unflatten([np.float32(0.3 * r.normal(size=a.shape)) for a in leaves])
+
+
+def compiled(config):
+    """(the compiled gradients, shardings of their arguments)."""
+    mesh, params = make_mesh(config.mesh), jax.eval_shape(lambda: init_state(config).params)
+    if mesh is None:
+        return jax.jit(gradients(config)).lower(params, batch(config)).compile(QUICK), None
+    with using(mesh):
+        own, tokens = state_shardings(mesh, params), batch_sharding(mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        step = jax.jit(gradients(config), in_shardings=(own, tokens), out_shardings=(whole, own))
+        return step.lower(params, batch(config)).compile(QUICK), (own, tokens)
+
+
+def results(config):
+    """(loss, router, gradients by path)."""
+    step, shardings = compiled(config)
+    arguments = random_params(config), batch(config)
+    (loss, router), grads = step(*(arguments if shardings is None else jax.device_put(arguments, shardings)))
+    by_path = {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+    return float(loss), jax.device_get(router), by_path
+
+
+@functools.cache
+def expected(config):
+    return results(config)
+
+
+@functools.cache
+def exact(config):
+    """Gradients by path, in float64."""
+    _, grads = in_float64(gradients(config))(random_params(config), batch(config))
+    return {path_of(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+
+
+def assert_same_step(config):
+    """Within 1e-6 of the step without pipeline, or of that in float64, or no further from the latter than the former.
+
+    Two float32 programs of one function may round otherwise.
+    """
+    loss, router, grads = results(config)
+    expected_loss, expected_router, expected_grads = expected(unpipelined(config))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for path, g in expected_grads.items():
+        tolerance = 1e-6
+        if np.abs(grads[path] - g).max() > tolerance * np.abs(g).max():
+            g, rounded = exact(unpipelined(config))[path], g
+            scale = np.abs(g).max()
+            errors = [np.abs(a - g).max() / scale for a in (grads[path], rounded)]
+            print(f"gradient of {path}: {errors[0]:.2e} from float64; without a pipeline {errors[1]:.2e}")
+            tolerance = max(tolerance, errors[1])
+        assert_close(grads[path], g, tolerance, f"gradient of {path}")
+    assert router.keys() == expected_router.keys()
+    for name, value in expected_router.items():
+        assert_close(router[name], value, 1e-6, name)
+
+
+def test_streams_that_overflow_are_seen():
+    """Their squares do, and rsqrt(inf) = 0 would hide it."""
+    config = tiny(MHC, "1f1b", 2, 2)
+    step, shardings = compiled(config)
+    params = random_params(config)
+    params["embedding"] *= np.float32(1e25)
+    (loss, _), _ = step(*jax.device_put((params, batch(config)), shardings))
+    assert np.isnan(loss)
+
+
+QUICK_CASES = [("1f1b", MHC, 2, 2), ("zb1p", "residual", 2, 3), ("dualpipe", "residual", 2, 4)]
+ALL_CASES = [
+    (schedule, kind, stages, least * times)
+    for schedule in SCHEDULES
+    for kind in ("residual", "hc", MHC)
+    for stages in (2, 4, 8)
+    for least in [2 * stages if schedule.startswith("dual") else stages]
+    for times in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("schedule", "kind", "stages", "microbatches"), QUICK_CASES)
+def test_a_pipeline_changes_nothing(schedule, kind, stages, microbatches):
+    assert_same_step(tiny(kind, schedule, stages, microbatches))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "kind", "stages", "microbatches"), ALL_CASES)
+def test_no_pipeline_changes_anything(schedule, kind, stages, microbatches):
+    assert_same_step(tiny(kind, schedule, stages, microbatches))
+
+
+def test_embeddings_lie_on_all_stages():
+    """Each a part; 40 rows on 4 stages, 41 on every one, 42 on the two of tensor alone."""
+    for rows, mesh, spec in ((40, {}, "stage"), (41, {}, None), (42, {"tensor": 2}, "tensor")):
+        config = tiny("residual", "1f1b", 4, 4, mesh, vocab_size=rows, num_kv_heads=2)
+        params = jax.eval_shape(lambda config=config: init_state(config).params)
+        own = state_shardings(make_mesh(config.mesh), params)
+        assert own["embedding"].spec[0] == own["unembedding"].spec[1] == spec, rows
+
+
+def test_in_bfloat16_it_rounds_as_without():
+    """Sums of gradients are float32: together the gradients are no further from those of float32 than without a pipeline."""
+    config = tiny(MHC, "zb1p", 2, 2, compute_dtype="bfloat16", stream_dtype="bfloat16")
+    wide = tiny(MHC, "zb1p", 2, 2)
+    (_, _, grads), (_, _, without), (_, _, exactly) = (
+        results(config),
+        results(unpipelined(config)),
+        expected(unpipelined(wide)),
+    )
+
+    def errors(found):
+        return np.array([np.linalg.norm(found[path] - g) / np.linalg.norm(g) for path, g in exactly.items()])
+
+    assert all(g.dtype == np.float32 for g in grads.values())
+    assert 1e-3 < np.median(errors(without)) < 3e-2
+    assert (errors(grads) < 1.5 * errors(without) + 1e-3).all()
+    assert np.median(errors(grads)) < 1.1 * np.median(errors(without))
+
+
+@pytest.mark.slow
+def test_messages_may_travel_while_the_next_tick_computes():
+    assert_same_step(tiny("residual", "dualpipe", 2, 4, overlap=True))
+
+
+@pytest.mark.slow
+def test_a_table_written_by_hand():
+    """The first stage on the second device; the second microbatch begins when the first is over."""
+    config = tiny("residual", "gpipe", 2, 2)
+    orders = [[[(kind, m, 0)] for m in (0, 1) for kind in "FB"]] * 2
+    schedule = lay_out("mine", orders, [[Place(1, 0), Place(0, 0)]], [0, 0], [1, 1])
+    validate(schedule)
+    mesh, params = make_mesh(config.mesh), random_params(config)
+    with using(mesh):
+        own = jax.device_put((params, batch(config)), (state_shardings(mesh, params), batch_sharding(mesh)))
+        (loss, _), grads = jax.jit(pipelined(config, schedule))(*own)
+    expected_loss, _, expected_grads = expected(unpipelined(config))
+    assert float(loss) == pytest.approx(expected_loss, rel=1e-6)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert_close(g, expected_grads[path_of(path)], 1e-6, path_of(path))
+
+
+COMBINED = {"dualpipe": ("dualpipe", 4), "zb1p": ("zb1p", 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "microbatches"), COMBINED.values(), ids=COMBINED)
+def test_stages_copies_and_owners_of_experts(schedule, microbatches):
+    """A dense block leads the first stage, and its stage has fewer blocks with experts."""
+    mesh = {"data": 2, "expert": 2}
+    blocks = {"num_layers": 4} if schedule == "zb1p" else {}
+    assert_same_step(tiny("residual", schedule, 2, microbatches, mesh, sequences=4, **EXPERTS, **blocks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"data": 2, "fsdp": 2}])
+def test_stages_beside_every_other_axis(mesh):
+    assert_same_step(tiny(MHC, "1f1b", 2, 4, mesh, sequences=4, num_kv_heads=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "connection"])
+def test_what_is_computed_again_changes_nothing(remat):
+    assert_same_step(tiny(MHC, "1f1b", 2, 4, num_layers=4, remat=remat))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted({*connections.KINDS} - {"residual", "hc", "mhc"}))
+def test_every_kind(kind):
+    assert_same_step(tiny(kind, "zb1p", 2, 3))
+
+
+@pytest.mark.slow
+def test_tied_embeddings_and_latent_attention():
+    mla = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+    assert_same_step(tiny(MHC, "dualpipev", 2, 4, tied_embeddings=True, **mla))
+
+
+def curve(config, steps):
+    """(losses, gradient norms before clipping, biases of routers at the end)."""
+    mesh = make_mesh(config.mesh)
+    state = jax.jit(lambda: init_state(config))()
+    own = None if mesh is None else state_shardings(mesh, state)
+    state = state if own is None else jax.device_put(state, own)
+    losses, norms = [], []
+    with using(mesh):
+        step = jax.jit(make_train_step(config), out_shardings=None if own is None else (own, None))
+        for seed in range(steps):
+            tokens = batch(config, seed % 5)
+            tokens = tokens if mesh is None else jax.device_put(tokens, batch_sharding(mesh))
+            state, metrics = step(state, tokens)
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["grad_norm"]))
+    return losses, norms, np.asarray(state.params["layers"]["mlp"]["router_bias"])
+
+
+@pytest.mark.slow
+def test_50_steps_give_the_curve_without_a_pipeline():
+    """With clipping and balancing; the norm of the first step is clipped."""
+    config = tiny("residual", "1f1b", 2, 2, {"data": 2}, sequences=2, **EXPERTS | {"num_dense_layers": 0})
+    losses, norms, bias = curve(config, 50)
+    expected_losses, expected_norms, expected_bias = curve(unpipelined(config), 50)
+    assert norms[0] > config.optimizer.grad_clip > 0
+    assert expected_losses[-1] < expected_losses[0] - 0.3
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    np.testing.assert_allclose(norms, expected_norms, rtol=2e-3)
+    np.testing.assert_allclose(bias, expected_bias, atol=1e-7)
+    assert np.any(bias)
+
+
+def temporary(schedule, microbatches):
+    """(bytes the compiled step needs beside its arguments and results, its program)."""
+    config = tiny("residual", schedule, 2, microbatches, sequences=64)
+    step, _ = compiled(config)
+    program = compile_table(make(schedule, 2, microbatches))
+    return step.memory_analysis().temp_size_in_bytes, program
+
+
+@pytest.mark.slow
+def test_the_activations_of_1f1b_do_not_grow_with_microbatches_and_those_of_gpipe_do():
+    """What a slot holds is measured between two tables of gpipe; 1f1b has the slots its bound says, whatever the microbatches."""
+    boundary = 64 * T * 2 * 16 * 4  # x and y of 64 sequences
+    (few, a), (many, b) = temporary("gpipe", 4), temporary("gpipe", 8)
+    assert [(one.activations, one.gradients, one.inputs) for one in (a, b)] == [(4, 4, 1), (8, 8, 1)]
+    slot = (many - few) / 4 - boundary
+    assert slot > boundary
+    (short, c), (long, d) = temporary("1f1b", 4), temporary("1f1b", 8)
+    assert [(one.activations, one.gradients, one.inputs) for one in (c, d)] == [(2, 1, 1), (2, 1, 1)]
+    assert abs(long - short) < 0.1 * slot
+    assert few - short == pytest.approx(2 * slot + 3 * boundary, rel=0.1)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_program_has_the_slots_of_the_bound(name):
+    for P, M in ((2, 4), (4, 8), (4, 12)):
+        for latency in (1, 2):
+            schedule = make(name, P, M, latency=latency)
+            assert compile_table(schedule).activations == max(schedule.bound)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_and_without_stages(tmp_path):
+    """A checkpoint has the blocks in one piece."""
+    settings = {"model": {"num_layers": 2}, "optimizer": {"accumulation_steps": 2}}
+    settings |= {"train": {"steps": 6, "checkpoint_every": 2, "validate_every": 0}}
+    config = tiny_run(write_text(tmp_path / "text.txt"), "residual", **settings)
+    staged = dataclasses.replace(config, mesh=MeshConfig(stage=2))
+    loop.train(config, tmp_path / "whole")
+    before, after = _from_step(2, staged, tmp_path / "whole", tmp_path / "staged")
+    assert after == pytest.approx(before, rel=1e-5)
+    before, after = _from_step(4, config, tmp_path / "staged", tmp_path / "again")
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def _from_step(step, config, folder, copy):
+    """Losses of a run of 6 steps, and of its copy that goes on from a checkpoint with another configuration."""
+    shutil.copytree(folder, copy)
+    for later in range(step + 2, 8, 2):
+        shutil.rmtree(copy / "checkpoints" / str(later))
+    (copy / "summary.json").unlink()
+    summary = loop.train(config, copy)
+    assert (summary["status"], summary["steps"]) == ("finished", 6)
+    assert [event["step"] for event in lines(copy, "event")][-1] == step
+    return ([line["loss"] for line in lines(each, "train")] for each in (folder, copy))
+
+
+REFUSED = {
+    "blocks": ({"num_layers": 3}, {}, "model.num_layers is 3, which does not divide into the 2 stages of '1f1b'"),
+    "dense": (
+        {"num_layers": 4, **EXPERTS, "num_dense_layers": 3},
+        {},
+        "model.num_dense_layers is 3, more than the 2 blocks of the first stage.",
+    ),
+    "schedule": ({}, {"schedule": "1f2b"}, "pipeline.schedule is '1f2b'"),
+    "microbatches": (
+        {},
+        {"schedule": "dualpipe"},
+        "2 microbatches are too few for 'dualpipe' with 2 stages; use at least 4.",
+    ),
+    "chunks": ({}, {"schedule": "1f1b", "chunks": 3}, "The number of chunks of '1f1b' is fixed"),
+}
+
+
+@pytest.mark.parametrize(("model", "pipeline", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_told_when_the_configuration_is_built(model, pipeline, sentence):
+    config = tiny("residual", "1f1b", 2, 2)
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, **model),
+            pipeline=PipelineConfig(**{"schedule": "1f1b"} | pipeline),
+        )
+
+
+def test_an_odd_number_of_stages_for_dualpipe():
+    with pytest.raises(InputError, match="'dualpipe' has 3 stages; it needs an even number"):
+        tiny("residual", "dualpipe", 3, 8)
+
+
+def test_a_mesh_without_the_axis_of_stages():
+    config = tiny("residual", "1f1b", 2, 2)
+    params, run = random_params(config), pipelined(config, make("1f1b", 2, 2))
+    for mesh, has in (
+        (None, "no such axis"),
+        (make_mesh(MeshConfig(data=2)), "1"),
+        (make_mesh(MeshConfig(stage=4)), "4"),
+    ):
+        with using(mesh), pytest.raises(InputError, match=f"the mesh has {has}. Set mesh.stage to 2"):
+            run(params, batch(config))

@@ -1,0 +1,331 @@
+"""Over a mesh of simulated devices a step is the step of one device; what is communicated; checkpoints between meshes."""
+
+import collections
+import dataclasses
+import json
+import math
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import mhc_kernels
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from support.meshes import QUICK, B, T, assert_same_step, batch, compiled_gradients, name_of, shapes, tiny
+from support.tiny_runs import data_of, final_state, lines, write_text
+from support.tiny_runs import tiny as tiny_run
+from support.tolerances import assert_close
+
+from mhc_jax import connections, cost, loop
+from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.config import MeshConfig
+from mhc_jax.errors import InputError
+from mhc_jax.layers.attention import attend
+from mhc_jax.mapping import to_mapping
+from mhc_jax.paths import path_of
+from mhc_jax.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
+from mhc_jax.train_step import gradients, init_state
+
+MESHES = [
+    {"data": 8},
+    {"data": 2, "fsdp": 4},
+    {"tensor": 2},
+    {"sequence": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "tensor": 2, "sequence": 2},
+]
+MIXED = MESHES[-1]
+FEWER = [pytest.param(mesh, marks=() if "fsdp" in mesh or mesh is MIXED else pytest.mark.slow) for mesh in MESHES]
+"""What runs by default where another kind runs on all."""
+MHC = "mhc:t_max=2"  # fewer steps of Sinkhorn, which a device does by itself, compile in less time
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
+def test_mhc_is_that_of_one_device(mesh):
+    assert_same_step(MHC, mesh)
+
+
+@pytest.mark.parametrize("mesh", FEWER, ids=name_of)
+def test_residual_is_that_of_one_device(mesh):
+    assert_same_step("residual", mesh)
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=() if m is MIXED else pytest.mark.slow) for m in MESHES], ids=name_of
+)
+def test_hyper_connections_are_those_of_one_device(mesh):
+    assert_same_step("hc", mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(set(connections.KINDS) - {"residual", "hc", "mhc"}))
+def test_every_kind_on_a_mixed_mesh(kind):
+    assert_same_step(kind, MIXED)
+
+
+@pytest.mark.slow
+def test_latent_attention_tied_embeddings_and_an_odd_vocabulary():
+    """57 words, which tensor does not divide; blocks computed again in the backward pass."""
+    mla = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+    assert_same_step(MHC, MIXED, vocab_size=57, tied_embeddings=True, remat="full", **mla)
+
+
+@pytest.mark.slow
+def test_experts():
+    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 16}
+    assert_same_step("residual", {"data": 2, "tensor": 2, "expert": 2}, **experts)
+
+
+@pytest.mark.slow
+def test_accumulated_gradients():
+    assert_same_step(MHC, {"data": 2, "fsdp": 2}, accumulation_steps=2)
+
+
+# -------------------------------------------------------------------------------------------------- what is communicated
+
+
+def collectives(config):
+    """(kind, shape) -> how often it stands in the compiled gradient."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    text = compiled_gradients(config)[0].as_text()
+    found = collections.Counter()
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", result):
+            found[kind, tuple(int(size) for size in shape.split(",") if size)] += 1
+    return found
+
+
+@pytest.mark.parametrize("mesh", FEWER, ids=name_of)
+def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh):
+    residual, mhc = (collectives(tiny(kind, mesh)) for kind in ("residual", MHC))
+    assert residual
+    assert not residual - mhc
+    n, C = 4, 32
+    k = n * n + 2 * n
+    # The body of the scan over blocks has two sub-layers; over tensor alone every device has all tokens.
+    own = {} if set(mesh) == {"tensor"} else {(3,): 2, (k,): 2, (n * C, k): 2}
+    assert mhc - residual == {("all-reduce", shape): count for shape, count in own.items()}
+
+
+def test_weights_are_gathered_layer_by_layer_and_activations_never():
+    config = tiny(MHC, {"data": 2, "fsdp": 4})
+    weights = {a.shape[-2:] for a in jax.tree.leaves(shapes(config)) if len(a.shape) > 1}
+    gathered = {shape for kind, shape in collectives(config) if kind == "all-gather"}
+    assert gathered
+    assert gathered <= weights
+
+
+def test_over_sequence_only_keys_and_values_are_gathered():
+    config = tiny(MHC, {"sequence": 2})
+    K, D = config.model.num_kv_heads, config.model.head_dim
+    moved = [(kind, math.prod(shape)) for kind, shape in collectives(config).elements() if kind != "all-reduce"]
+    assert moved == [("all-gather", B * T * K * D)] * 2
+
+
+def test_streams_lie_over_batch_and_sequence():
+    config = tiny(MHC, MIXED)
+    with using(make_mesh(config.mesh)):
+        text = jax.jit(gradients(config)).lower(shapes(config), batch()).as_text()
+    streams = re.findall(r"sharding_constraint %\S+ <@mesh, (\[.*?\])> : tensor<8x32x32xf32>", text)
+    assert set(streams) == {'[{"data"}, {"sequence"}, {}]'}
+    # Inside the operations: a device's 4 sequences of 16 tokens, and all channels of all streams.
+    assert "tensor<4x16x128xf32>" in text
+    assert not re.search(r"tensor<8x32x(64|32)xf32>.*manual_computation", text)
+
+
+def test_flops_are_those_of_one_device():
+    def count(config):
+        with using(make_mesh(config.mesh)):
+            return cost.flops(gradients(config), shapes(config), batch())
+
+    assert count(tiny(MHC, MIXED)) == pytest.approx(count(tiny(MHC)), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------- operations
+
+
+def all_operations(x, y, post, res, phi, alpha, bias):
+    n = post.shape[0]
+    new, c, h = mhc_kernels.write_read(
+        x, mhc_kernels.Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n, num_iters=3
+    )
+    c = mhc_kernels.coefficients(new, phi, alpha, bias, num_streams=n, num_iters=3)
+    new = mhc_kernels.write(new, h, c.post, mhc_kernels.sinkhorn(c.res, 3), n)
+    z = mhc_kernels.projection(new, phi, 1e-20)
+    return (mhc_kernels.read(new, c.pre, n) ** 2).sum() + (new**2).sum() + (z**2).sum()
+
+
+@pytest.mark.parametrize(
+    "how", [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}], ids=str
+)
+def test_operations_run_on_own_tokens(how):
+    """Every operation, the kernels included, for [B, T] over (data, sequence)."""
+    n, C, B, T = 2, 128, 2, 16
+    keys = iter(jax.random.split(jax.random.key(0), 7))
+    k = n * n + 2 * n
+    sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, k), (3,), (k,)]
+    arguments = [0.3 * jax.random.normal(next(keys), size) for size in sizes]
+    program = jax.value_and_grad(all_operations, argnums=tuple(range(7)))
+    with mhc_kernels.settings(implementation="xla"):
+        expected = jax.jit(program)(*arguments)
+    mesh = make_mesh(MeshConfig(data=2, sequence=2))
+    with using(mesh), mhc_kernels.settings(**how, token_axes=PartitionSpec("data", "sequence")):
+        traced = jax.jit(program).trace(*arguments)
+        actual = traced.lower().compile(QUICK)(*arguments)
+    for mine, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(mine, theirs, 1e-5)
+    maps = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map"]
+    assert len(maps) >= 12, "six operations and their gradients"
+
+
+def test_flash_attention_runs_on_own_sequences_and_heads():
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, 128, heads, 128)) for key, heads in zip(keys, (4, 2, 2), strict=False))
+    weights = jax.random.normal(keys[3], q.shape)
+
+    def run(implementation):
+        return jax.jit(jax.value_and_grad(lambda *a: (attend(*a, implementation) * weights).sum(), (0, 1, 2)))
+
+    with using(make_mesh(MeshConfig(data=2, tensor=2))), mhc_kernels.settings(platform="tpu", interpret=True):
+        compiled = run("splash").lower(q, k, v).compile(QUICK)
+        flash = compiled(q, k, v)
+    assert "1,128,2,128" in compiled.as_text()
+    for mine, expected in zip(jax.tree.leaves(flash), jax.tree.leaves(run("xla")(q, k, v)), strict=True):
+        assert_close(mine, expected, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(configuration, folder) of a run on (data 2, fsdp 4)."""
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    config = tiny_run(text, "hc:dynamic=False", data={"batch_size": 8}, train={"diagnostics_every": 4})
+    config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4))
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    loop.train(config, folder)
+    return config, folder
+
+
+def test_a_run_names_its_mesh(run):
+    _, folder = run
+    for file in ("env.json", "summary.json"):
+        assert json.loads((folder / file).read_text())["mesh"] == "data 2, fsdp 4"
+    assert [line["step"] for line in lines(folder, "diagnostics")] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {}], ids=["data8", "one device"])
+def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
+    config, folder = run
+    config = loop.resolve_vocabulary(config, data_of(config))
+    state = jax.eval_shape(lambda: init_state(config))
+    mesh = make_mesh(MeshConfig(**mesh))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = state_shardings(mesh, state) if mesh else jax.tree.map(lambda _: here, state)
+    wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+    checkpoints = Checkpoints(folder, 3)
+    try:
+        restored, _, _ = checkpoints.restore_newest(wanted, to_mapping(config))
+    finally:
+        checkpoints.close()
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding == s, restored, shardings)))
+    saved = final_state(folder)
+    for mine, theirs in ((restored.params, saved["params"]), (restored.opt_state, saved["opt_state"])):
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_goes_on_on_another_mesh(run, tmp_path):
+    config, before = run
+    folder = shutil.copytree(before, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "8")
+    (folder / "summary.json").unlink()
+    summary = loop.train(dataclasses.replace(config, mesh=MeshConfig(data=2, sequence=2)), folder)
+    assert (summary["status"], summary["mesh"]) == ("finished", "data 2, sequence 2")
+    events = lines(folder, "event")
+    assert [(e["event"], e["step"], e["mesh"]) for e in events] == [("resumed", 6, "data 2, sequence 2")]
+    losses = [[line["loss"] for line in lines(each, "train")] for each in (before, folder)]
+    assert losses[0][:6] == losses[1][:6]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_an_older_run_folder_without_a_mesh_is_recognised(run, tmp_path):
+    config, before = run
+    folder = shutil.copytree(before, tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["mesh"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    assert loop.train(dataclasses.replace(config, mesh=MeshConfig()), folder)["status"] == "finished"
+
+
+# ------------------------------------------------------------------------------------------------------ rules and mistakes
+
+
+def test_one_device_is_no_mesh():
+    assert make_mesh(MeshConfig()) is None
+    x = jnp.ones((2, 4))
+    assert constrain(x, "batch", "sequence") is x
+    config = tiny(MHC)
+    with using(make_mesh(config.mesh)):
+        text = jax.jit(gradients(config)).lower(shapes(config), batch()).as_text()
+    assert not re.search("sdy|sharding|manual", text)
+
+
+def test_a_mesh_axis_is_used_once():
+    assert RULES.spec("batch", "sequence", None) == PartitionSpec(("data", "fsdp", "expert"), ("sequence",), None)
+    with pytest.raises(ValueError, match="would use the mesh axis tensor more than once"):
+        RULES.spec("batch", "heads", "hidden")
+    with pytest.raises(ValueError, match="would use the mesh axis fsdp more than once"):
+        RULES.spec("batch", "sequence", "embed")
+    with pytest.raises(ValueError, match="mesh axis sequence"):
+        Rules(batch=("data", "sequence")).spec("batch", "sequence")
+
+
+def test_every_parameter_has_logical_axes_and_an_unknown_one_raises():
+    assert logical_axes("layers/mlp/W_gate", 3) == ("layer", "embed", "hidden")
+    assert logical_axes("layers/mlp/W_gate", 4) == ("layer", "expert", "embed", "hidden")
+    assert logical_axes("unembedding", 2) == ("embed", "rows")
+    assert logical_axes("layers/mlp_connection/W_gate", 3) == ("connection",) * 3
+    for path, ndim in (("layers/attention/W_new", 3), ("layers/mlp/W_gate", 2), ("embedding", 3), ("weight", 1)):
+        with pytest.raises(ValueError, match=f"The parameter {path} with {ndim} axes has no logical axes"):
+            logical_axes(path, ndim)
+
+
+def test_moments_lie_like_their_parameters_and_connections_everywhere():
+    config = tiny("mhc", {"fsdp": 2, "tensor": 2})
+    state = jax.eval_shape(lambda: init_state(config))
+    specs = state_shardings(make_mesh(config.mesh), state)
+    by_path = {path_of(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(specs)}
+    moments = [path for path in by_path if "nu/layers/attention/W_q" in path or "mu/layers/attention/W_q" in path]
+    assert len(moments) == 2
+    for path in (".params/layers/attention/W_q", *moments):
+        assert by_path[path] == PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert all(not any(spec) for path, spec in by_path.items() if "_connection/" in path)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings", "sentence"),
+    [
+        ({"tensor": 4}, {}, "model.num_kv_heads is 2, which mesh.tensor 4 does not divide"),
+        ({"tensor": 3}, {}, "model.num_heads is 4, which mesh.tensor 3 does not divide"),
+        ({"tensor": 2}, {"mlp_width": 49}, "model.mlp_width is 49, which mesh.tensor 2 does not divide"),
+        ({"fsdp": 8}, {"width": 36, "num_heads": 2}, "model.width is 36, which mesh.fsdp 8 does not divide"),
+        ({"data": 3}, {}, r"accumulation_steps is 8, which mesh.data x mesh.fsdp x mesh.expert = 3 does not divide"),
+        ({"data": 4}, {"accumulation_steps": 4}, "accumulation_steps is 2, which .* = 4 does not divide"),
+        ({"sequence": 5}, {}, "data.sequence_length is 32, which mesh.sequence 5 does not divide"),
+        ({"expert": 4}, {"num_experts": 6}, "model.num_experts is 6, which mesh.expert 4 does not divide"),
+        ({"sequence": 2}, {"attention": "splash"}, "mesh.sequence is 2 and model.attention 'splash'.*use 'xla'"),
+        ({"data": 0}, {}, "mesh.data is 0; it must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_told_when_the_configuration_is_built(mesh, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        tiny("mhc", mesh, **settings)
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(InputError, match=r"The mesh \(data 4, tensor 4\) asks for 16 devices, and there are 8"):
+        make_mesh(MeshConfig(data=4, tensor=4))

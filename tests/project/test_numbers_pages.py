@@ -1,0 +1,275 @@
+"""Numbers that stand in the README and in the committed notebooks, against the files of the records they are taken from."""
+
+import csv
+import json
+import math
+import re
+
+import nbformat
+import numpy as np
+import pytest
+from scipy import stats
+from support.tiny_runs import ROOT
+
+README = (ROOT / "README.md").read_text()
+RECORDS = ROOT / "experiments" / "records"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def newest(name):
+    return max(RECORDS.glob(f"????-??-??-sweep-{name}"))
+
+
+def connection(folder):
+    """Kind of a run's connection, with its init where it has one."""
+    settings = read(folder / "config.json")["model"]["connection"]
+    return settings["kind"] + (f":init={settings['init']}" if "init" in settings else "")
+
+
+def summaries(name):
+    """Connection to the summaries of its runs, by seed."""
+    found = {}
+    for path in sorted(newest(name).glob("*/summary.json")):
+        found.setdefault(connection(path.parent), []).append(read(path))
+    return found
+
+
+def rows_of(text):
+    """Cells of the lines of all tables of a text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def row(text, name):
+    return next(cells[1:] for cells in rows_of(text) if cells[0] == name)
+
+
+def section(heading):
+    return README[README.index(f"\n## {heading}") :].split("\n## ")[1]
+
+
+def outputs(name):
+    """Texts and Markdown that a committed notebook shows."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join("".join(o.get("text") or o.get("data", {}).get("text/markdown", "")) for o in found)
+
+
+# -- README
+
+
+def test_the_demos_table_is_its_record():
+    text = section("What the demo shows")
+    (record,) = set(re.findall(r"`experiments/records/([\w-]+)/`", text))
+    names = [name.lower().replace(", init=", "-init-") for name in row(text, "")]
+    runs = [read(RECORDS / record / name / "summary.json") for name in names]
+    base = runs[0]
+    more = [f" (+{100 * (run['parameters'] / base['parameters'] - 1):.1f} %)" for run in runs]
+    assert row(text, "parameters") == [
+        f"{r['parameters'] / 1e6:.3f}M{m * (r is not base)}" for r, m in zip(runs, more, strict=True)
+    ]
+    assert row(text, "training FLOPs per token") == [f"{r['flops_per_token'] / 1e6:.2f}M" for r in runs]
+    assert row(text, "compiled peak memory") == [f"{r['peak_memory_bytes'] / 2**20:.0f} MiB" for r in runs]
+    assert row(text, "final training loss (mean of the last 10 steps)") == [f"{r['train_loss']:.4f}" for r in runs]
+    assert row(text, "validation loss") == [f"{r['validation_loss']:.4f}" for r in runs]
+    assert row(text, "bits per byte") == [f"{r['bits_per_byte']:.3f}" for r in runs]
+    assert row(text, "loss spikes") == [str(r["spikes"]) for r in runs]
+    several = runs[1:]
+    assert row(text, "mean absolute cosine of the streams at the end") == [
+        "–",
+        *(f"{r['final_stream_cosine_abs']:.3f}" for r in several),
+    ]
+    assert row(text, "rank of the streams at the end (1: one vector, 4: orthogonal)") == [
+        "–",
+        *(f"{r['final_stream_rank']:.2f}" for r in several),
+    ]
+    for side in ("forward", "backward"):
+        shown = row(text, f"largest composite gain, {side}")
+        for cell, run in zip(shown, runs, strict=True):
+            places = len(cell.partition(".")[2])
+            assert cell == f"{run[f'max_composite_{side}']:.{places}f}"
+
+
+def test_the_table_of_the_27b_is_its_record():
+    text = section("Cost")
+    (record,) = set(re.findall(r"`experiments/records/([\w-]+compile-paper-27b[\w-]+)/`", text))
+    found = {one["connection"]: one for one in read(RECORDS / record / "compiled.json")["rows"]}
+    base = found["residual"]["seconds"]
+    for name, one in found.items():
+        memory, step, over, mfu = row(text, {"residual": "residual", "mhc": "mHC, init=home", "hc": "HC"}[name])
+        assert memory == f"{one['needs'] / 2**30:.1f} GiB"
+        assert step == f"{one['seconds']['step']:.1f} s"
+        assert mfu == f"{100 * one['mfu']:.1f} to {100 * one['mfu, collectives hidden']:.1f} %"
+        if name != "residual":
+            whole, alone = (f"+{100 * (one['seconds'][key] / base[key] - 1):.1f} %" for key in ("step", "compute"))
+            assert re.findall(r"\+[\d.]+ %", over) == [whole, alone]
+
+
+@pytest.mark.parametrize(
+    ("label", "record", "connection", "stages"),
+    [
+        ("8 stages, 32 microbatches", "pipeline", "mhc:init=home, recompute", 8),
+        ("16 stages, 64 microbatches", "pipeline", "mhc:init=home, recompute", 16),
+        ("8 stages, nothing recomputed", "pipeline-compiled", "mhc:init=home", 8),
+        ("16 stages, nothing recomputed", "pipeline-compiled", "mhc:init=home", 16),
+        ("8 stages, `model.remat=connection`", "pipeline-compiled", "mhc:init=home, remat connection", 8),
+        ("16 stages, `model.remat=connection`", "pipeline-compiled", "mhc:init=home, remat connection", 16),
+    ],
+)
+def test_the_tables_of_pipelines_are_their_records(label, record, connection, stages):
+    text = section("Pipelines")
+    (folder,) = set(re.findall(rf"`experiments/records/([\d-]+-{record})/`", text))
+    found = rows_of((RECORDS / folder / "README.md").read_text())
+    over = {cells[0]: cells[-1] for cells in found if cells[1:3] == [connection, f"{stages} x {stages}"]}
+    expected = [float(over[name].removesuffix(" %")) for name in ("1f1b", "zb1p", "dualpipe")]
+    shown = [float(cell.removesuffix(" %")) for cell in row(text, label)]
+    np.testing.assert_allclose(shown, expected, atol=0.055)  # the record's are rounded too
+
+
+def test_the_row_of_connections_is_its_record():
+    """Means and Student's intervals of three differences, by hand."""
+    with (newest("connections") / "results.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    losses = {(r["connection"], r["seed"]): float(r["validation_loss"]) for r in runs}
+    text = section("Notebooks")
+    names = {"HC": "hc", "mHC, init=paper": "mhc:init=paper", "mHC, init=home": "mhc:init=home"}
+    shown = [cells for cells in rows_of(text) if cells[1:2] and cells[1] in names][:3]
+    assert [cells[1] for cells in shown] == list(names)
+    for (_, name, difference, gains), kind in zip(shown, names.values(), strict=True):
+        d = np.array([losses[kind, seed] - losses["residual", seed] for seed in "012"])
+        half = stats.t.ppf(0.975, 2) * d.std(ddof=1) / math.sqrt(3)
+        assert difference == f"{d.mean():+.3f} [{d.mean() - half:+.3f}, {d.mean() + half:+.3f}]", name
+        largest = [
+            max(float(r[f"max_composite_{side}"]) for r in runs if r["connection"] == kind)
+            for side in ("forward", "backward")
+        ]
+        places = 0 if kind == "hc" else 2
+        assert gains == " / ".join(f"{gain:.{places}f}" for gain in largest)
+
+
+QUOTED = {
+    "24.4 % more cycles than residual with plain XLA and 7.5 % with the kernels": (
+        "LOG.md",
+        r"\*\*\+24.4 %\*\*|\*\*\+7.5 %\*\*",
+        2,
+    ),
+    "The 3B takes +8.3 % with mHC on 256 v5e": ("records/2026-11-22-compile-paper-3b/README.md", r"\+8.3 % on v5e", 1),
+    "and +5.2 % on 64 v6e": ("records/2026-11-22-compile-paper-3b/README.md", r"\+5.2 % on v6e", 1),
+    "A forward of one block takes 12.7 ms against 11.6": (
+        "records/2026-11-22-pipeline-compiled/README.md",
+        r"\| all \| 11.56 \| 12.73 ",
+        1,
+    ),
+    "changes the loss from 2.3792 to 2.3805; over the whole depth it costs 0.022": (
+        "records/2026-11-28-demo/README.md",
+        r"\| hc \| 2.3792 \| 2.4010 \| 2.3805 ",
+        1,
+    ),
+    "1.8e-6 of an array's largest gradient": ("LOG.md", r"1.8e-6 of an array's largest entry", 1),
+}
+
+
+@pytest.mark.parametrize("sentence", QUOTED)
+def test_what_the_readme_quotes_is_recorded(sentence):
+    file, pattern, times = QUOTED[sentence]
+    assert sentence in " ".join(README.split())
+    assert len(re.findall(pattern, (ROOT / "experiments" / file).read_text())) >= times
+
+
+def test_step_times_are_those_of_the_log():
+    """Three runs at 2ba8085; the README has the ranges, notebook 04 the medians."""
+    log = (ROOT / "experiments" / "LOG.md").read_text()
+    (found,) = re.findall(r"at 2ba8085 ([\d., ]+)x, HC ([\d., ]+)x", log)
+    mhc, hc = (sorted(map(float, numbers.split(", "))) for numbers in found)
+    shown = row(section("What the demo shows"), "step time over residual's (`steptime.py`, commit 2ba8085, see Cost)")
+    assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", *[f"{mhc[0]:.2f}-{mhc[-1]:.2f}"] * 2]
+    notebook = (ROOT / "notebooks" / "04_cost.py").read_text()
+    assert f"({hc[1]}, {mhc[1]})" in notebook
+
+
+# -- notebooks
+
+
+def test_notebook_01_has_the_gains_of_the_record():
+    shown = outputs("01_gain_curves")
+    for kind, runs in summaries("connections").items():
+        if kind != "residual":
+            cells = row(shown, f"{kind}, here: mean of {len(runs)} seeds (range)")
+            for cell, side in zip(cells, ("forward", "backward"), strict=True):
+                gains = [run[f"max_composite_{side}"] for run in runs]
+                assert cell == f"{sum(gains) / len(gains):.4g} ({min(gains):.4g} to {max(gains):.4g})"
+
+
+def test_notebook_02_has_the_losses_and_spikes_of_the_record():
+    shown = outputs("02_training_dynamics")
+    for kind, runs in summaries("connections").items():
+        for seed, run in enumerate(runs):
+            spikes = ", ".join(map(str, run["spike_steps"])) or "none"
+            assert f"{kind:14s} seed {seed}: validation loss {run['validation_loss']:.4f}, spikes at {spikes}" in shown
+        losses = [run["validation_loss"] for run in runs]
+        mean, deviation = sum(losses) / 3, math.sqrt(sum((x - sum(losses) / 3) ** 2 for x in losses) / 2)
+        assert row(shown, kind)[1:3] == [f"{mean:.4f}", f"{deviation:.4f}"]
+
+
+def test_notebook_03_has_the_shares_of_the_record():
+    """Of the last diagnostics: the largest |entry| of each sub-layer over the sum of its |entries|, means."""
+    shown = outputs("03_streams")
+    shares = {}
+    for path in newest("connections").glob("*/metrics.jsonl"):
+        kind = connection(path.parent)
+        line = [json.loads(text) for text in path.read_text().splitlines() if '"kind": "diagnostics"' in text][-1]
+        for key in ("h_pre", "h_post"):
+            each = [max(map(abs, gates)) / sum(map(abs, gates)) for gates in line[key]]
+            shares.setdefault((kind, key), []).append(sum(each) / len(each))
+    for kind in ("hc", "mhc:init=paper", "mhc:init=home"):
+        expected = [f"{sum(shares[kind, key]) / 3:.2f}" for key in ("h_pre", "h_post")]
+        assert row(shown, kind)[:2] == expected
+
+
+def test_notebook_03_has_the_streams_of_the_record():
+    shown = [cells for cells in rows_of(outputs("03_streams")) if len(cells) == 4]
+    for kind, runs in summaries("connections").items():
+        if kind != "residual":
+            keys = ("stream_cosine", "stream_cosine_abs", "stream_rank")
+            expected = [f"{sum(run[f'final_{key}'] for run in runs) / 3:.3f}" for key in keys]
+            assert [kind, *expected] in shown
+
+
+def test_notebook_04_has_the_traffic_of_table_2():
+    """Elements in C = 2560 at n = 4, as mHC Table 2 says; coefficients are 24, gates 4, H_res 16."""
+    shown, C = outputs("04_cost"), 2560
+    table = {
+        "coefficients": (4, 24 / C),
+        "apply H_pre": (4 + 4 / C, 1),
+        "apply H_post": (1 + 4 / C, 4),
+        "apply H_res": (4 + 16 / C, 4),
+        "merge": (8, 4),
+        "total, unfused": (21 + 24 / C, 13 + 24 / C),
+        "total, H_post, H_res and merge fused": (13 + 24 / C, 5 + 24 / C),
+        "residual": (2, 1),
+    }
+    for name, numbers in table.items():
+        assert row(shown, name) == [f"{number:.2f}" for number in numbers]
+
+
+def test_notebook_05_has_the_fits_of_the_record():
+    """Least squares on logarithms; FLOPs are those of a token times steps, sequences and their length."""
+    shown, runs = outputs("05_scaling"), {}
+    for path in newest("ladder").glob("*/summary.json"):
+        config, summary = read(path.parent / "config.json"), read(path)
+        tokens = summary["steps"] * config["data"]["batch_size"] * config["data"]["sequence_length"]
+        point = summary["flops_per_token"] * tokens, summary["validation_loss"]
+        runs.setdefault(connection(path.parent), []).append(point)
+    for kind, points in runs.items():
+        x, y = np.log(np.array(points)).T
+        line = stats.linregress(x - x.mean(), y)
+        half = stats.t.ppf(0.975, len(x) - 2) * line.stderr
+        numbers = (
+            f"{math.exp(y.mean()):.4f}",
+            f"{-line.slope:.3f}",
+            f"{-line.slope - half:.3f} to {-line.slope + half:.3f}",
+        )
+        assert [tuple(cells[1:]) for cells in rows_of(shown) if cells[0] == kind][-1] == pytest.approx(numbers)

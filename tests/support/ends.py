@@ -1,0 +1,59 @@
+"""Ways in which a run ends early: a signal, a kill, a loss that is not a number."""
+
+import signal
+
+import numpy as np
+
+from mhc_jax import loop
+from mhc_jax.data import Data, load_data
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """A signal while the metrics of `step` are read, that is, while the next step is on its way."""
+    read = loop._Run._read
+
+    def reading(self, at, metrics):
+        if at == step:
+            signal.raise_signal(number)
+        return read(self, at, metrics)
+
+    monkeypatch.setattr(loop._Run, "_read", reading)
+
+
+def kill_at(monkeypatch, owner, name, when):
+    """Die instead of calling `owner.name` once `when(arguments)` holds."""
+    real = getattr(owner, name)
+
+    def dying(*args, **kwargs):
+        if when(*args):
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+class Poisoned(Data):
+    """Data whose batches from step `first` to `last` hold ids without an embedding, which `jnp.take` fills with NaN."""
+
+    first, last = 6, 6
+
+    def train_iterator(self, start_step=0, rows=None):
+        iterator, outer = super().train_iterator(start_step, rows), self
+
+        class Iterator:
+            close, get_state, set_state = iterator.close, iterator.get_state, iterator.set_state
+
+            def __next__(self):
+                batch, step = next(iterator), iterator.get_state()["next_index"]
+                bad = outer.first <= step <= outer.last
+                return {**batch, "inputs": np.full_like(batch["inputs"], 1 << 20)} if bad else batch
+
+        return Iterator()
+
+
+def poisoned(config):
+    return Poisoned(**vars(load_data(config.data)))

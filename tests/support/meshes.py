@@ -1,0 +1,86 @@
+"""A step over a mesh of simulated devices and on one device, side by side."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support.tolerances import assert_close
+
+from mhc_jax import connections
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
+from mhc_jax.paths import path_of
+from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.train_step import gradients, init_state
+
+B, T, V = 8, 32, 56
+QUICK = {"xla_backend_optimization_level": 0}
+"""Half the time to compile on a CPU; what is communicated is the same."""
+
+
+def name_of(mesh):
+    return "-".join(f"{axis}{size}" for axis, size in mesh.items())
+
+
+def tiny(kind, mesh=None, accumulation_steps=1, **model) -> ExperimentConfig:
+    settings = {"vocab_size": V, "width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48}
+    config = ExperimentConfig(
+        model=ModelConfig(**settings | {"connection": connections.parse(kind)} | model),
+        data=DataConfig(sequence_length=T, batch_size=B),
+        mesh=MeshConfig(**mesh or {}),
+    )
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=accumulation_steps)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def batch():
+    r = np.random.default_rng(0)
+    return {key: r.integers(0, V, (B, T)).astype(np.int32) for key in ("inputs", "targets")}
+
+
+def shapes(config):
+    return jax.eval_shape(lambda: init_state(config).params)
+
+
+def random_params(config):
+    """Off the initial values, where many gradients are zero; the same for every mesh."""
+    leaves, tree = jax.tree.flatten(shapes(config))
+    r = np.random.default_rng(1)
+    return tree.unflatten([np.float32(0.3 * r.normal(size=a.shape)) for a in leaves])
+
+
+@functools.cache
+def compiled_gradients(config):
+    """(the compiled function, shardings of parameters and of a batch; None without a mesh)."""
+    mesh = make_mesh(config.mesh)
+    examples = shapes(config), batch()
+    if mesh is None:
+        return jax.jit(gradients(config)).lower(*examples).compile(QUICK), None
+    with using(mesh):
+        own, tokens = state_shardings(mesh, examples[0]), batch_sharding(mesh)
+        results = NamedSharding(mesh, PartitionSpec()), own
+        step = jax.jit(gradients(config), in_shardings=(own, tokens), out_shardings=results)
+        return step.lower(*examples).compile(QUICK), (own, tokens)
+
+
+def run_gradients(config):
+    """(loss, gradients by path)."""
+    step, shardings = compiled_gradients(config)
+    arguments = random_params(config), batch()
+    (loss, _), grads = step(*(arguments if shardings is None else jax.device_put(arguments, shardings)))
+    return float(loss), {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+
+
+@functools.cache
+def on_one_device(kind, **settings):
+    return run_gradients(tiny(kind, **settings))
+
+
+def assert_same_step(kind, mesh, **settings):
+    loss, grads = run_gradients(tiny(kind, mesh, **settings))
+    expected_loss, expected = on_one_device(kind, **settings)
+    assert loss == pytest.approx(expected_loss, rel=2e-6)
+    for path, g in expected.items():
+        assert_close(grads[path], g, 2e-5, f"gradient of {path}")

@@ -1,0 +1,105 @@
+"""Float64 NumPy loops of the wider family, one token at a time, straight from the formulas; no code shared with the library.
+
+`STEP[kind](x, y, p, **settings) -> (h, x')`: what the branch reads and the new streams [n, C], for parameters p as a dict.
+"""
+
+import itertools
+import math
+
+import numpy as np
+from support.oracles import read, rms, sigmoid, sinkhorn_log, write
+
+
+def softmax(v):
+    e = [math.exp(a - max(v)) for a in v]
+    return np.array([a / sum(e) for a in e])
+
+
+def gates(x, p, eps_norm=1e-20, eps=0.0, eps_post=0.0):
+    """mHC's pre and post, and the logits of H_res."""
+    n = len(x)
+    v = x.reshape(-1)
+    z = (v @ p["phi"]) / rms(v, eps_norm)
+    alpha, bias = p["alpha"], p["bias"]
+    pre = np.array([sigmoid(alpha[0] * z[i] + bias[i]) + eps for i in range(n)])
+    post = np.array([2 * sigmoid(alpha[1] * z[n + i] + bias[n + i]) + eps_post for i in range(n)])
+    return pre, post, [alpha[-1] * z[k] + bias[k] for k in range(2 * n, len(z))]
+
+
+def permutation_mixing(logits, n):
+    """Birkhoff: sum over all orders sigma of weight times the matrix that takes stream sigma(i) to i."""
+    H = np.zeros((n, n))
+    for weight, order in zip(softmax(logits), itertools.permutations(range(n)), strict=True):
+        for i in range(n):
+            H[i, order[i]] += weight
+    return H
+
+
+def kronecker_mixing(logits, n):
+    H = np.ones((1, 1))
+    for k in range(0, len(logits), 2):
+        p = softmax(logits[k : k + 2])[0]
+        H = np.kron(H, np.array([[p, 1 - p], [1 - p, p]]))
+    assert H.shape == (n, n)
+    return H
+
+
+def circulant_mixing(logits, n, g):
+    weights = softmax(logits)
+    H = np.zeros((n, n))
+    for i in range(n):
+        for k in range(n):
+            shift = (1 - g if k == 0 else 0.0) + g * weights[k]
+            H[i, (i + k) % n] += shift
+    return H
+
+
+def step_with(mixing):
+    def step(x, y, p, eps=(1e-20, 0.0, 0.0), **settings):
+        pre, post, logits = gates(x, p, *eps)
+        res = mixing(logits, len(x), **settings)
+        return read(x, pre), write(x, y, post, res)
+
+    return step
+
+
+def scalar_gated_step(x, y, p):
+    return x[0], p["lam"] * x + p["mu"] * y
+
+
+def single_pass_step(x, y, p, pre):
+    """Reads with `pre`, which the sub-layer before made."""
+    _, post, logits = gates(x, p)
+    return read(x, pre), write(x, y, post, sinkhorn_log(np.reshape(logits, (len(x), -1))))
+
+
+def gated_step(x, y, p, eps_norm=1e-6):
+    n, C = x.shape
+    z = np.array([[x[i, c] / rms(x[i], eps_norm) * p["norm"][i * C + c] for c in range(C)] for i in range(n)])
+    flat = z.reshape(-1)
+    low = [a / n for a in flat @ p["down"]]
+    g = sigmoid(np.array([a * sigmoid(a) for a in low]) @ p["up"]).reshape(n, C)
+    h = np.array([sum(g[i, c] * z[i, c] for i in range(n)) / n for c in range(C)])
+    post = [2 * sigmoid(a / n) for a in flat @ p["inject"]]
+    return h, np.array([x[i] + post[i] * y for i in range(n)])
+
+
+def attnres_block_step(V, y, p, sublayer, block_size, eps_norm=1e-20):
+    """V [S, C]: the embedding, then one sum a block; only the embedding and blocks that have begun are seen."""
+    begun = 1 + len({j // block_size for j in range(sublayer)})
+    weights = softmax([float(p["w"] @ V[i]) / rms(V[i], eps_norm) for i in range(begun)])
+    out = np.array(V)
+    out[1 + sublayer // block_size] += y
+    return sum(weights[i] * V[i] for i in range(begun)), out
+
+
+STEP = {
+    "scalar_gated": scalar_gated_step,
+    "identity": step_with(lambda logits, n: np.eye(n)),
+    "mhc_lite": step_with(permutation_mixing),
+    "kromhc": step_with(kronecker_mixing),
+    "circulant": step_with(circulant_mixing),
+    "single_pass": single_pass_step,
+    "gated": gated_step,
+    "attnres_block": attnres_block_step,
+}

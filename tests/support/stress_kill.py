@@ -1,0 +1,110 @@
+"""Kill a training run again and again, and compare its end with that of a run that was left alone.
+
+    PYTHONPATH=tests python -m support.stress_kill --kills=20
+
+The run saves a checkpoint every 5 steps.  `kill -9` lands by turns while it starts (imports, compiling, restoring),
+among the steps, and while a checkpoint is being written; the same command then starts it again.  Every start must go
+on, and losses, summary and final state must be bitwise those of the run that was never killed.  About 10 s a kill.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from support.tiny_runs import assert_same_run, flags_of, run_script, script, tiny, write_text
+
+
+def stress(folder: Path, kills: int, seed: int = 0) -> str:
+    """Do it in an empty folder; a line of counts.  AssertionError when a start fails or the ends differ."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    rng = random.Random(seed)
+    steps = 25 * kills + 50
+    every = {"steps": steps, "checkpoint_every": 5, "validate_every": 20, "diagnostics_every": 40}
+    config = tiny(write_text(folder / "text.txt"), "mhc:num_streams=2", train=every)
+    arguments = flags_of(config)
+
+    status, _, err = run_script("train", *arguments, f"--workdir={folder / 'alone'}")
+    assert status == 0, err
+    began = time.monotonic()  # how long a start takes, now that the compile cache is filled
+    process = script("train", *arguments, f"--workdir={folder / 'timed'}")
+    kill_at(process, folder / "timed", "steps", rng, 0)
+    process.communicate()
+    start_s = time.monotonic() - began
+    places: Counter[str] = Counter()
+    began = time.monotonic()
+    for k in range(kills):
+        process = script("train", *arguments, f"--workdir={folder / 'killed'}")
+        wanted = ("start", "steps", "saving")[k % 3]
+        place = kill_at(process, folder / "killed", wanted, rng, start_s)
+        _, err = process.communicate()
+        assert process.returncode == -9, f"start {k + 1} ended by itself with {process.returncode}:\n{err[-2000:]}"
+        places[place] += 1
+    status, _, err = run_script("train", *arguments, f"--workdir={folder / 'killed'}")
+    assert status == 0, err
+    assert_same_run(folder / "alone", folder / "killed")
+    where = ", ".join(f"{places[p]} {p}" for p in ("start", "steps", "saving"))
+    return (
+        f"{kills} kills ({where}), {kills + 1} starts, {steps} steps: losses, summary and state bitwise equal; "
+        f"{time.monotonic() - began:.0f} s"
+    )
+
+
+class Watch:
+    """What a started run is doing, seen from its folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.began, self.size = folder, time.time(), None
+
+    def training(self) -> bool:
+        """Has this start written metrics of its own?  It replaces the file, then appends `resumed`, then steps."""
+        file = self.folder / "metrics.jsonl"
+        if not file.exists() or file.stat().st_mtime < self.began:
+            return False
+        size = file.stat().st_size
+        self.size = size if self.size is None else self.size
+        return size > self.size + 500
+
+    def saving(self) -> bool:
+        return any((self.folder / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+    def doing(self) -> str:
+        return ("saving" if self.saving() else "steps") if self.training() else "start"
+
+
+def kill_at(process: subprocess.Popen, folder: Path, wanted: str, rng: random.Random, start_s: float) -> str:
+    """Kill -9 at a random moment of the wanted sort; what the run was doing then."""
+    watch = Watch(folder)
+    end = time.monotonic() + (rng.uniform(0, start_s) if wanted == "start" else 600)
+    while process.poll() is None and time.monotonic() < end and not watch.training():
+        time.sleep(0.001)
+    if wanted != "start":
+        time.sleep(rng.uniform(0, 0.5))
+        while wanted == "saving" and process.poll() is None and not watch.saving():
+            time.sleep(0.0002)
+        time.sleep(rng.uniform(0, 0.05))
+    place = watch.doing()
+    process.kill()
+    return place
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(stress(Path(folder), options.kills, options.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The smallest run that trains: 1 block, width 16, on words drawn from a short list; the scripts as subprocesses."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mhc_jax import connections
+from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mhc_jax.data import load_data
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("step_time_s", "tokens_per_s")
+WORDS = ("stream", "gate", "norm", "layer", "width", "depth", "token", "loss", "rate", "decay")
+
+
+def write_text(path: Path) -> Path:
+    """40 paragraphs of 60 words, the same at every call."""
+    rng = random.Random(0)
+    path.write_text("\n\n".join(" ".join(rng.choice(WORDS) for _ in range(60)) for _ in range(40)))
+    return path
+
+
+def write_corpus(path: Path) -> Path:
+    """60 documents of 40 to 99 words each: a small file whose windows are all different."""
+    draw = random.Random(0)
+    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(40 + i)) for i in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def tiny(text: Path, kind: str = "mhc", **settings) -> ExperimentConfig:
+    """A configuration of 8 steps with a checkpoint every 3; `settings` by section, as train={"steps": 4}."""
+    model = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
+    data = {"source": str(text), "sequence_length": 16, "batch_size": 4, "cache_dir": str(text.parent / "cache")}
+    train = {"steps": 8, "log_every": 1, "validate_every": 4, "validation_batches": 1, "checkpoint_every": 3}
+    train |= {"keep_checkpoints": 3, "diagnostics_every": 0, "spike_window": 4}
+    return ExperimentConfig(
+        model=ModelConfig(**model | {"connection": connections.parse(kind)} | settings.get("model", {})),
+        data=DataConfig(**data | settings.get("data", {})),
+        optimizer=OptimizerConfig(**{"warmup_steps": 2} | settings.get("optimizer", {})),
+        train=TrainConfig(**train | settings.get("train", {})),
+    )
+
+
+def with_train(config: ExperimentConfig, **settings) -> ExperimentConfig:
+    """`config` with other settings of its section train."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+
+
+def data_of(config: ExperimentConfig):
+    """What `load_data` reads for it."""
+    return load_data(config.data)
+
+
+def lines(folder: Path, kind: str | None = None) -> list[dict]:
+    """Lines of metrics.jsonl without the times, which differ from run to run."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read if kind in (None, line["kind"])]
+
+
+def measured(folder: Path) -> list[dict]:
+    """All lines but events."""
+    return [line for line in lines(folder) if line["kind"] != "event"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise the same losses, diagnostics and final state, and the same results in summary.json."""
+    assert measured(one) == measured(other)
+    states = [final_state(folder) for folder in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    for result in results:
+        for key in [k for k in result if k.endswith("_s") or k == "peak_memory_bytes"]:
+            del result[key]
+    assert results[0] == results[1]
+
+
+def final_state(folder: Path):
+    """The newest checkpoint's state as NumPy arrays."""
+    import orbax.checkpoint as ocp
+
+    newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata((newest / "state").resolve()).item_metadata
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved)
+        return jax.tree.map(np.asarray, checkpointer.restore((newest / "state").resolve(), target))
+
+
+def flags_of(config: ExperimentConfig) -> list[str]:
+    """The command line that gives this configuration on top of the demo's (same kind of connection)."""
+    kind = config.model.connection.kind
+    out = [f"--config={ROOT}/experiments/configs/demo.py:{kind}"]
+    for section in ("model", "data", "optimizer", "train"):
+        for field in dataclasses.fields(part := getattr(config, section)):
+            if field.name != "connection":
+                out.append(f"--config.{section}.{field.name}={getattr(part, field.name)}")
+    return out
+
+
+def script(name: str, *args: str, **popen) -> subprocess.Popen:
+    """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes."""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+def run_script(name: str, *args: str, **popen) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of a script that ends by itself."""
+    process = script(name, *args, **popen)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

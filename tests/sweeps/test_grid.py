@@ -1,0 +1,194 @@
+"""A grid of runs: points, names, configurations, mistakes, the plan on disk, the shipped sweeps."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support.tiny_runs import ROOT, run_script
+from support.tiny_sweep import base, write_sweep
+
+from mhc_jax.errors import InputError
+from mhc_jax.mapping import to_mapping
+from mhc_jax.results import write_results
+from mhc_jax.run_folder import read_json
+from mhc_jax.sweep import (
+    Grid,
+    canonical_baseline,
+    load_sweep,
+    over,
+    plan,
+    product,
+    read_plan,
+    run_name,
+    seeds,
+    select,
+    write_plan,
+    zip_points,
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("tiny"))
+
+
+def test_product_zip_and_seeds():
+    axes = product(over("connection", ["hc", "mhc"]), seeds(2))
+    assert axes == [{"connection": c, "seed": s} for c in ("hc", "mhc") for s in (0, 1)]
+    assert zip_points(over("a", [1, 2]), over("b", [3, 4])) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    with pytest.raises(InputError, match="same length"):
+        zip_points(over("a", [1, 2]), over("b", [3]))
+    with pytest.raises(InputError, match="both set seed"):
+        product(seeds(2), seeds(3))
+
+
+def test_names_are_readable_and_made_of_the_point_alone():
+    assert run_name({"optimizer.learning_rate": 0.01, "seed": 2, "connection": "mhc"}) == "mhc-lr0.01-seed2"
+    assert run_name({"connection": "mhc:disable=pre+post"}) == "mhc-disable-pre+post"
+    assert run_name({"model.num_layers": 4, "model.width": 8}) == "layers4-width8"
+    assert run_name({}) == "base"
+
+
+def test_a_point_becomes_a_configuration(tmp_path):
+    point = {"model.connection.t_max": 3, "connection": "mhc", "seed": 4, "optimizer.learning_rate": 1e-2}
+    (run,) = plan(base(tmp_path), [point], [{"train.steps": 5}, {"seed": 9}])
+    assert (run.config.train.seed, run.config.data.seed, run.config.train.steps) == (4, 4, 5)
+    assert to_mapping(run.config)["model"]["connection"]["t_max"] == 3
+    assert run.config.optimizer.learning_rate == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("points", "sentence"),
+    [
+        ([], "no points"),
+        (
+            [{"optimizer.learning_rat": 1.0}],
+            "'optimizer.learning_rat', which .* Did you mean 'optimizer.learning_rate'",
+        ),
+        ([{"connection": "mch"}], "Did you mean 'mhc'"),
+        (
+            [{"connection": "residual", "model.connection.t_max": 3}],
+            "'model.connection.t_max', which the configuration",
+        ),
+        ([{"optimizer.learning_rate": -1.0}], r"Point \{optimizer.learning_rate: -1.0\}: .* must be above 0"),
+        ([{"train.steps": "many"}], "it must be a int"),
+        ([{"seed": 0}, {"seed": 0, "connection": "mhc"}], "are the same configuration"),
+        ([{"data.tokenizer": "bpe:a/b"}, {"data.tokenizer": "bpe:a:b"}], "share the run folder 'tokenizerbpe-a-b'"),
+    ],
+)
+def test_mistakes_in_a_grid_are_told_before_anything_runs(tmp_path, points, sentence):
+    with pytest.raises(InputError, match=sentence):
+        plan(base(tmp_path), points)
+
+
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(file, tmp_path):
+    status, _, err = run_script("sweep", file, f"--workdir={tmp_path / 'w'}", "--set=train.step=4")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "Did you mean 'train.steps'?" in err
+    assert not (tmp_path / "w").exists()
+
+
+def test_sweep_files_that_cannot_be_used(tmp_path):
+    path = write_sweep(tmp_path)
+    assert load_sweep(path).title == "A tiny sweep"
+    for text, sentence in (
+        ("x = 1", "has no get_sweep"),
+        ("def get_sweep(): pass", "has no docstring"),
+        ('"""Doc."""\ndef get_sweep(): pass', "must return a Sweep, not a NoneType"),
+        ("x = (", "fails: SyntaxError"),
+        ('"""Doc."""\ndef get_sweep(): return 1 / 0', "fails: ZeroDivisionError"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            load_sweep(path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_sweep(tmp_path / "none.py")
+
+
+def test_overrides_are_read_as_python_spells_them(tmp_path):
+    path = write_sweep(tmp_path)
+    given = [
+        "train.steps=50",
+        "optimizer.learning_rate=1e-4",
+        "model.tied_embeddings=True",
+        "data.source=texts/*.jsonl.zst",
+    ]
+    config = load_sweep(path, given).runs[0].config
+    assert (config.train.steps, config.optimizer.learning_rate, config.model.tied_embeddings) == (50, 1e-4, True)
+    assert config.data.source == "texts/*.jsonl.zst"
+    with pytest.raises(InputError, match="give key=value"):
+        load_sweep(path, ["train.steps"])
+
+
+def test_a_baseline_is_spelled_as_the_runs_are_and_one_that_no_point_is_is_refused(tmp_path):
+    runs = plan(base(tmp_path), product(over("connection", ["hc", "mhc"]), over("optimizer.warmup_steps", [2, 3])))
+    assert canonical_baseline({"connection": "mhc"}, runs) == {"connection": "mhc:init=paper"}
+    found = canonical_baseline({"optimizer.warmup_steps": 2.0}, runs)
+    assert json.dumps(found) == '{"optimizer.warmup_steps": 2}'
+    for wrong, sentence in (
+        ({"connection": "residual"}, "No point of the sweep is its baseline"),
+        ({"optimizer.warmup_steps": 9}, "No point of the sweep is its baseline"),
+        ({"optimizer.rate": 1}, "not told apart"),
+        ({"model.connection.init": "home"}, "as a spec"),
+        ({"connection": ["hc"]}, "give a mapping"),
+        ("hc", "give a mapping"),
+        (None, "give a mapping"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            canonical_baseline(wrong, runs)
+
+
+SHIPPED = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_sweeps_are_valid_and_say_their_command(path):
+    runs = load_sweep(path).runs
+    text = path.read_text()
+    assert f"python experiments/sweep.py experiments/sweeps/{path.name} --workdir=runs/{path.stem}" in text
+    assert f"Cost: {len(runs)} runs" in " ".join(text.split())
+    assert len({run.config.train.seed for run in runs}) == {"ladder": 1, "one_gpu": 2, "overflow": 1}.get(path.stem, 3)
+    assert runs[0].config.model.connection.kind == "residual"
+    for run in runs:
+        starts = "init" in to_mapping(run.config)["model"]["connection"]
+        assert starts == ("init=" in run.point["connection"]), "a sweep says which start it means"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_sweeps_make_the_recorded_connections_again(path):
+    made = [to_mapping(run.config)["model"]["connection"] for run in load_sweep(path).runs]
+    for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}/*/config.json"):
+        # Records from before there was `entry` have its default.
+        assert {"entry": "copy", **read_json(record)["model"]["connection"]} in made
+
+
+def test_the_sweep_in_the_readme_works_as_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(\"\"\"Two learning rates.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for folder in ("sweeps", "configs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "configs" / "prototype.py").write_text((ROOT / "experiments/configs/prototype.py").read_text())
+    (tmp_path / "sweeps" / "mine.py").write_text(code)
+    names = [run.name for run in load_sweep(tmp_path / "sweeps" / "mine.py").runs]
+    assert len(names) == 12
+    assert "mhc-t_max-5-lr0.01-seed2" in names
+
+
+def test_select(tmp_path):
+    runs = plan(base(tmp_path), seeds(5))
+    parts = [[run.name for run in select(runs, f"{k}/2")] for k in (1, 2)]
+    assert parts == [["seed0", "seed2", "seed4"], ["seed1", "seed3"]]
+    assert select(runs, "") == runs
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(InputError, match="--select is"):
+            select(runs, wrong)
+
+
+def test_the_plan_keeps_runs_of_earlier_grids_that_were_begun(tmp_path):
+    write_plan(tmp_path, Grid("title", plan(base(tmp_path), seeds(3))))
+    (tmp_path / "seed2").mkdir()
+    write_plan(tmp_path, Grid("title", plan(base(tmp_path), seeds(1))))
+    assert list(read_plan(tmp_path)) == ["seed0", "seed2"]
+    assert [row["status"] for row in write_results(tmp_path)] == ["pending", "pending"]
+    with pytest.raises(InputError, match="no folder of a sweep"):
+        read_plan(tmp_path / "seed2")

@@ -1,0 +1,79 @@
+"""The numbers that are printed while something runs, on a clock that is set by hand; the tokenizer's line."""
+
+import importlib
+import json
+
+import pytest
+from support.tiny_runs import ROOT
+
+from mhc_jax import progress
+from mhc_jax.data import load_tokenizer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    own = Clock()
+    monkeypatch.setattr(progress, "time", own)
+    return own
+
+
+def test_a_line_of_a_run_says_what_is_left_without_compilation(clock, capsys):
+    """Compilation takes 90 s, of which the first step waits for 60; then a step takes 2 s."""
+    shown = progress.RunProgress("run", 10, start=3, every_s=0.0)
+    for step, now in ((4, 190.0), (5, 192.0), (8, 198.0), (10, 202.0)):
+        clock.now = now
+        shown.update(step, 2.34567, 12345.6)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "run: step 4/10  loss 2.3457  12,346 tokens/s",
+        "run: step 5/10  loss 2.3457  12,346 tokens/s  10 s left",
+        "run: step 8/10  loss 2.3457  12,346 tokens/s  4 s left",
+        "run: step 10/10  loss 2.3457  12,346 tokens/s  0 s left",
+    ]
+
+
+def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path, capsys):
+    """5 runs, 1 done before; of the 4, two took 60 s side by side: 30 s a run, so that 60 are left."""
+    shown = progress.SweepProgress(tmp_path, 5, 1, 2)
+    shown.started("a")
+    shown.started("b")
+    clock.now = 150.0
+    shown.ended("a", "finished")
+    clock.now = 160.0
+    shown.ended("b", "failed")
+    lines = capsys.readouterr().err.splitlines()[2:]
+    assert lines[0] == "a: finished after 50 s (2 of 5 runs done, about 0:02:30 left)"
+    assert lines[1] == "b: failed after 60 s (2 of 5 runs done, about 0:01:00 left)"
+
+
+def test_a_line_of_items(clock, capsys):
+    shown = progress.ItemProgress("run", "answers", 40, every_s=0.0)
+    shown.advance(10)
+    clock.now = 120.0
+    shown.advance(10)
+    assert capsys.readouterr().err == "run: answers 10/40\nrun: answers 20/40  40 s left\n"
+
+
+def test_the_tokenizers_line_counts_bytes_and_tokens_of_the_validation_text(tmp_path, monkeypatch, capsys):
+    """Documents that `documents` sets apart; ends of documents are no tokens here."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    script = importlib.import_module("tokenizer")
+    texts = {"train": ["the naïve façade " * 20] * 3, "validation": ["façade no. 1", "naïve 🙂"]}
+    documents = {
+        split: [script.data.Document(str(k), text) for k, text in enumerate(own)] for split, own in texts.items()
+    }
+    monkeypatch.setattr(script.data, "documents", lambda source, split, **_: documents[split])
+    output = tmp_path / "bpe.json"
+    script.main([f"--output={output}", "--vocab_size=270", f"--cache_dir={tmp_path}"])
+    bpe = load_tokenizer(f"bpe:{output}")
+    size = sum(len(text.encode()) for text in texts["validation"])
+    count = sum(len(bpe.encode(text)) for text in texts["validation"])
+    said = capsys.readouterr().out
+    assert said == f"{output}: 270 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"
+    assert json.loads(output.read_text())["model"]["type"] == "BPE"

@@ -1,0 +1,271 @@
+"""The numbers that a run writes, against its own files, float64 loops and hand counts: one tiny run with experts on two devices."""
+
+import dataclasses
+import json
+import math
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+from support import numbers_page
+from support.ends import Poisoned, poisoned
+from support.tiny_runs import data_of, final_state, tiny, write_text
+from support.tiny_runs import lines as read_lines
+
+from mhc_jax import cost, loop
+from mhc_jax.checkpoint import load_params
+from mhc_jax.config import MeshConfig
+from mhc_jax.cost import model_cost
+from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
+from mhc_jax.loop import train
+from mhc_jax.mapping import from_mapping
+from mhc_jax.model import Decoder, cross_entropy
+from mhc_jax.records import read_run
+from mhc_jax.results import measurements
+from mhc_jax.train_step import gradients, init_state, make_train_step
+
+EXPERTS = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_layers": 2, "num_dense_layers": 1}
+STEPS, EVERY = 12, 3
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def config(text):
+    settings = {
+        "steps": STEPS,
+        "diagnostics_every": EVERY,
+        "validate_every": 6,
+        "checkpoint_every": 0,
+        "spike_window": 8,
+    }
+    model, optimizer = {**EXPERTS, "expert_buffer": 1.0}, {"grad_clip": 2.0, "warmup_steps": 4}
+    return dataclasses.replace(
+        tiny(text, "mhc:init=home", model=model, optimizer=optimizer, train=settings), mesh=MeshConfig(data=2)
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines(run):
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {kind: [line for line in read if line["kind"] == kind] for kind in ("train", "validation", "diagnostics")}
+
+
+@pytest.fixture(scope="module")
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_numbers_of_the_summary(run, lines, summary):
+    for side in ("forward", "backward"):
+        profiles = [line[f"composite_{side}"] for line in lines["diagnostics"]]
+        assert summary[f"max_composite_{side}"] == pytest.approx(np.max(profiles), rel=1e-6)
+    errors = [line["column_error"] for line in lines["diagnostics"]]
+    assert summary["max_column_error"] == pytest.approx(np.max(errors), rel=1e-8)
+    last = lines["diagnostics"][-1]
+    for key in ("stream_cosine", "stream_cosine_abs", "stream_rank"):
+        assert summary[f"final_{key}"] == pytest.approx(np.mean(last[key]), rel=1e-8)
+    assert summary["spikes"] == len(summary["spike_steps"])
+    sizes = {
+        jax.tree_util.keystr(path): np.asarray(leaf).size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(run)["params"])
+    }
+    assert summary["parameters"] == sum(sizes.values())
+    # 4 sub-layers: phi [64, 24], alpha [3] and bias [24].
+    assert summary["connection_parameters"] == 4 * (4 * 16 * 24 + 3 + 24)
+    assert summary["connection_parameters"] == sum(v for k, v in sizes.items() if "connection" in k or "ends" in k)
+
+
+def test_what_was_not_measured_is_null(config, tmp_path):
+    quiet = dataclasses.replace(config.train, steps=4, diagnostics_every=0, validate_every=0)
+    summary = train(dataclasses.replace(config, train=quiet), tmp_path / "run")
+    found = [key for key in summary if key.startswith(("max_", "final_"))]
+    assert len(found) == 6
+    assert [summary[key] for key in found] == [None] * 6
+
+
+def test_every_key_is_on_the_page_of_numbers(run, lines, summary):
+    keys = {key for kind in lines.values() for line in kind for key in line} | set(summary)
+    keys |= {"router_dropped", "mesh"}
+    assert {key for line in lines["diagnostics"] for key in line} > {"router_load_cv", "h_res"}
+    assert keys - numbers_page.names() - {"kind"} == set()
+
+
+def test_flops_of_a_token(config, summary):
+    """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
+    products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
+    assert products < summary["flops_per_token"] < 2 * products
+    elementwise = summary["flops_per_token"] - products
+    # AdamW and the norm of the gradient take about 20 operations a parameter and step.
+    assert elementwise > 15 * summary["parameters"] / (4 * 16)
+
+
+def test_measurements_of_the_table_of_results(run, lines):
+    found = measurements(read_run(run))
+    norms = [line["grad_norm"] for line in lines["train"] if line["step"] > 4]
+    assert found["max_grad_norm"] == max(norms)
+    assert found["clipped_fraction"] == np.mean([line["clipped"] for line in lines["train"]])
+
+
+def test_loss_is_the_negative_log_likelihood():
+    draw = np.random.default_rng(0)
+    logits, targets = draw.normal(0, 5, (3, 4, 7)).astype(np.float32), draw.integers(0, 7, (3, 4))
+    logp = special.log_softmax(logits.astype(np.float64), -1)
+    nats = [-logp[b, t, targets[b, t]] for b in range(3) for t in range(4)]
+    assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(targets))) == pytest.approx(sum(nats) / 12, rel=1e-6)
+
+
+def test_gradient_norms_are_those_of_the_gradient(config):
+    """Before clipping, over all parameters and over those of each block, summed in float64."""
+    whole = resolve_vocabulary(config, load_data(config.data))
+    state = jax.jit(lambda: init_state(whole))()
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 256, (4, 17))
+    batch = {"inputs": np.int32(tokens[:, :-1]), "targets": np.int32(tokens[:, 1:])}
+
+    def both(state, batch):
+        return gradients(whole)(state.params, batch)[1], make_train_step(whole)(state, batch)[1]
+
+    grads, metrics = jax.jit(both)(state, batch)
+    squares = jax.tree.map(lambda g: float((np.asarray(g, np.float64) ** 2).sum()), grads)
+    assert float(metrics["grad_norm"]) == pytest.approx(math.sqrt(sum(jax.tree.leaves(squares))), rel=1e-5)
+    blocks = [math.sqrt(sum(jax.tree.leaves(squares[name]))) for name in ("dense_layers", "layers")]
+    np.testing.assert_allclose(metrics["grad_norm_per_layer"], blocks, rtol=1e-5)
+
+
+HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏"
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A run on a mix of scripts under BPE: (configuration, held-out documents); a part of the held-out text is validated."""
+    folder = tmp_path_factory.mktemp("scripts")
+    draw = random.Random(1)
+    chinese = ["".join(draw.choice(HAN) for _ in range(150)) for _ in range(20)]
+    english = [" ".join(draw.choice(("stream", "gate", "norm", "loss")) for _ in range(80)) for _ in range(20)]
+    train_bpe([*english, *chinese[:3]], 320, folder / "bpe.json")
+    held_out = [english[0], chinese[0], english[1], *chinese[1:9]]
+    for name, texts in (("train", [*english[2:], *chinese[9:]]), ("held-out", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    data = {"validation_source": str(folder / "held-out.jsonl"), "tokenizer": f"bpe:{folder / 'bpe.json'}"}
+    config = tiny(folder / "train.jsonl", "residual", data=data, train={"steps": 2, "validation_batches": 10})
+    return config, held_out
+
+
+def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(scripts, tmp_path):
+    config, held_out = scripts
+    summary = train(config, tmp_path / "run")
+    tokenizer = data_of(config).tokenizer
+    ids = [id for text in held_out for id in (*tokenizer.encode(text).tolist(), tokenizer.end_of_document)]
+    windows = [ids[16 * i : 16 * i + 17] for i in range(40)]
+    read = tokenizer.decode(id for window in windows for id in window[1:])
+    assert "\ufffd" not in read, "the last window ends between two characters"
+    assert read.startswith(held_out[0][1:]) or held_out[0][len(held_out[0]) - 50 :] in read
+    assert held_out[1] in read
+
+    saved, params = load_params(tmp_path / "run")
+    model = Decoder(from_mapping(saved).model)
+    logits, _ = model.apply({"params": params}, jnp.array([window[:-1] for window in windows]))
+    logits = np.asarray(logits, np.float64)
+    nats = 0.0
+    for rows, window in zip(logits, windows, strict=True):
+        for row, target in zip(rows, window[1:], strict=True):
+            nats += math.log(sum(math.exp(x - row.max()) for x in row)) + row.max() - row[target]
+    wanted = nats / math.log(2) / len(read.encode())
+
+    last = read_lines(tmp_path / "run", "validation")[-1]
+    assert summary["validation_loss"] == pytest.approx(nats / 640, rel=1e-6)
+    assert summary["bits_per_byte"] == pytest.approx(wanted, rel=1e-6)
+    assert (last["loss"], last["bits_per_byte"]) == (summary["validation_loss"], summary["bits_per_byte"])
+
+
+def test_the_train_lines_and_the_summary(text, tmp_path):
+    """log_every=3: what is a mean or a median over steps is so over all of them."""
+    times, losses, grads = [], [], []
+    read = loop._Run._read
+
+    def reading(self, step, metrics):
+        before = self.clock["train_s"]
+        out = read(self, step, metrics)
+        times.append(self.clock["train_s"] - before)
+        losses.append(float(metrics["loss"]))
+        grads.append(float(metrics["grad_norm"]))
+        return out
+
+    clip = {"warmup_steps": 4, "grad_clip": 0.7, "schedule": "wsd"}
+    config = tiny(text, "residual", optimizer=clip, train={"steps": 13, "log_every": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "_read", reading)
+        summary = train(config, tmp_path / "run")
+    logged = read_lines(tmp_path / "run", "train")
+    steps = [3, 6, 9, 12, 13]
+    assert [line["step"] for line in logged] == steps
+    assert [line["tokens"] for line in logged] == [4 * 16 * step for step in steps]
+    assert [line["loss"] for line in logged] == pytest.approx([losses[step - 1] for step in steps], rel=1e-8)
+    assert [line["clipped"] for line in logged] == [int(grads[step - 1] > 0.7) for step in steps]
+    peak = config.optimizer.learning_rate
+    assert [line["learning_rate"] for line in logged] == pytest.approx(
+        [0.75 * peak, peak, peak, 0.55 * peak, 0.1 * peak]
+    )
+    raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in raw if line["kind"] == "train"):
+        assert line["step_time_s"] == pytest.approx(times[line["step"] - 1], rel=1e-5)
+        assert line["tokens_per_s"] == pytest.approx(64 / times[line["step"] - 1], rel=1e-5)
+    assert len(losses) == 13
+    assert summary["train_loss"] == pytest.approx(sum(losses[3:]) / 10, rel=1e-8)
+    assert summary["step_time_s"] == pytest.approx(sorted(times)[6], rel=1e-5)
+    parts = [f"{name}_s" for name in ("compile", "train", "validation", "diagnostics", "checkpoint")]
+    assert summary["wall_clock_s"] == pytest.approx(sum(summary[name] for name in parts), rel=1e-6)
+    assert summary["train_s"] == pytest.approx(sum(times), rel=1e-5)
+    # Embedding and head of 264 tokens, three norms, attention of 2 query and 1 key-value heads of 8, gated MLP of 16.
+    assert summary["parameters"] == 2 * 264 * 16 + 3 * 16 + (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 16
+    assert summary["connection_parameters"] == 0
+    # Products of 2 operations a weight and token, three times (forward, and two backward), and attention's two over 16 tokens.
+    products = 264 * 16 + (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 16
+    hand = 3 * (2 * products + 2 * 2 * 16 * 16)
+    assert hand < summary["flops_per_token"] < 1.25 * hand, "norms, softmax and Adam come on top"
+
+
+def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(text, tmp_path):
+    run = object.__new__(loop._Run)
+    run.step_times, run.losses = [9.0] * 100 + [1.0] * 98, []
+    run.config, run.clock, run._mark = tiny(text, "residual"), {"train_s": 0.0}, 0.0
+    run.tokens_per_step, run.spikes, run.progress = 64, loop.SpikeDetector(4, 0.5), loop.NoProgress()
+    for step, now in enumerate((2.0, 4.0, 6.0, 8.0), 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.time, "perf_counter", lambda now=now: now)
+            patch.setattr(run, "writer", loop.NoWriter(), raising=False)
+            run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
+    assert run.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
+
+
+def test_the_learning_rate_of_a_step_that_diverges_is_its_own(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(Poisoned, "first", 2)
+    monkeypatch.setattr(Poisoned, "last", 99)
+    config = tiny(text, "residual", optimizer={"warmup_steps": 4, "learning_rate": 0.008})
+    assert train(config, tmp_path / "run", data=poisoned(config))["status"] == "diverged"
+    rates = [line["learning_rate"] for line in read_lines(tmp_path / "run", "train")]
+    assert rates == pytest.approx([0.002, 0.004], rel=1e-6)
+
+
+def test_the_peak_is_this_run_s_and_not_that_of_one_before_it(text, tmp_path, monkeypatch):
+    """Against a stand-in for a GPU's counter, which keeps the peak of the whole process."""
+    config = tiny(text, "residual", train={"steps": 2})
+    compiled = train(config, tmp_path / "cpu")["peak_memory_bytes"]
+    for name, counts, wanted in (("first", [100, 5000], 5000), ("smaller", [5000, 5000], compiled)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cost, "device_peak", lambda counts=iter(counts): next(counts))
+            assert train(config, tmp_path / name)["peak_memory_bytes"] == wanted
