@@ -1,7 +1,7 @@
 """Grouping, baselines, verdicts, findings and the figures of settings: one rule for comparisons and sweeps."""
 
 import dataclasses
-import json
+import math
 
 import numpy as np
 import pytest
@@ -18,25 +18,20 @@ LOSS = {"residual": (2.00, 2.10, 2.05), "hc": (1.98, 2.13, 2.04), "mhc": (1.90, 
 RATES = (1e-3, 1e-2)
 
 
-def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, **more):
-    """A synthetic run with a learning rate and a final validation loss of its own."""
-    folder = write_run(root, name, kind, seed=seed, **more)
-    config = json.loads((folder / "config.json").read_text())
-    config["optimizer"]["learning_rate"] = rate
-    config["data"]["seed"] = seed if data_seed is None else data_seed
-    config["model"]["connection"] |= connection or {}
-    (folder / "config.json").write_text(json.dumps(config))
-    summary = json.loads((folder / "summary.json").read_text())
-    if summary["status"] == "finished":
-        summary["validation_loss"] = LOSS[kind][seed] if loss is None else loss
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return read_run(folder)
+def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, results=None, **more):
+    """A synthetic run with a learning rate and, where it finishes, a final validation loss of its own."""
+    config = {"optimizer.learning_rate": rate, "data.seed": seed if data_seed is None else data_seed}
+    config |= {f"model.connection.{key}": value for key, value in (connection or {}).items()} | more.pop("config", {})
+    loss = {} if more.get("diverged_at") else {"validation_loss": LOSS[kind][seed] if loss is None else loss}
+    return read_run(write_run(root, name, kind, seed=seed, config=config, results=loss | (results or {}), **more))
 
 
 @pytest.fixture(scope="module")
 def connections(tmp_path_factory):
+    """Three seeds of each; the largest gains of a seed are 10 times its number and 1."""
     root = tmp_path_factory.mktemp("connections")
-    return [write(root, f"{kind}-seed{seed}", kind, seed) for kind in LOSS for seed in range(3)]
+    gains = [{f"max_composite_{side}": 10 * seed + 1 for side in ("forward", "backward")} for seed in range(3)]
+    return [write(root, f"{kind}-seed{seed}", kind, seed, results=gains[seed]) for kind in LOSS for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +132,7 @@ def test_a_sweep_chooses_its_baseline(rates):
 
 def test_settings_that_change_no_number_do_not_part_a_pair(tmp_path):
     residual = write(tmp_path, "residual", "residual", 0)
-    folder = write_run(tmp_path, "hc", "hc")
-    config = json.loads((folder / "config.json").read_text())
-    config["train"] |= {"tensorboard": True, "keep_checkpoints": 9}
-    (folder / "config.json").write_text(json.dumps(config | {"mesh": {"data": 2}}))
-    hc = read_run(folder)
+    hc = write(tmp_path, "hc", "hc", 0, config={"train.tensorboard": True, "train.keep_checkpoints": 9, "mesh.data": 2})
     assert labels([residual, hc]) == ["residual", "hc"]
     assert baselines([residual, hc]) == [None, residual]
 
@@ -200,9 +191,7 @@ def test_one_seed_ranks_nothing(singles):
 
 
 def test_runs_that_have_not_ended_are_named_and_judged_nowhere(rates, tmp_path):
-    folder = write_run(tmp_path, "going", "mhc", seed=2)
-    (folder / "summary.json").unlink()
-    going = read_run(folder)
+    going = dataclasses.replace(write(tmp_path, "going", "mhc", 2), summary=None)
     assert f"{labels([going])[0]}: 1 of 1 runs have not ended and have no final loss." in findings(group([going]))
     waiting = [dataclasses.replace(run, summary=None) if run.kind == "mhc" else run for run in rates]
     waiting = [run for run in waiting if run.kind == "mhc" or run.config["optimizer"]["learning_rate"] == RATES[0]]
@@ -242,11 +231,15 @@ def test_statistics_rows(connections):
     residual, _, mhc = statistics_rows(group(connections))
     assert residual["verdict"].text == "baseline"
     assert residual["difference"].value is None
+    # LOSS: deviations from the mean 2.05 are -0.05, 0.05 and 0.
+    assert (residual["mean loss"].text, residual["st. dev."].text) == ("2.0500", f"{math.sqrt(0.005 / (3 - 1)):.4f}")
     assert mhc["difference"].text == "-0.1000"
     assert mhc["effect"].value == pytest.approx(-0.1 / 0.05)
     assert mhc["p (sign flip)"].value == 0.25
     assert mhc["t interval"].text == "-0.1248 to -0.0752"
     assert mhc["verdict"].text == "lower"
+    assert (mhc["max gain forward"].value, mhc["max gain backward"].value) == (21, 21), "the largest of any seed"
+    assert any("mhc:init=paper 21 forward, 21 backward" in sentence for sentence in findings(group(connections)))
 
 
 def test_two_seeds_have_no_interval_in_any_table(rates):
@@ -308,31 +301,39 @@ def test_bands_reach_over_the_seeds(connections):
 
 
 def test_ladder_fits_runs_of_three_sizes(tmp_path):
+    """loss = 3 (x / x_0)^-0.1, x the FLOPs per token times 200 steps of 16 x 128 tokens."""
     runs = []
     for k, width in enumerate((32, 64, 128)):
-        run = write(tmp_path, f"w{width}", "residual", 0, loss=3 * 4.0 ** (-0.1 * k), settings={"width": width})
-        summary = dict(run.summary) | {"flops_per_token": 1e6 * 4.0**k}
-        (run.folder / "summary.json").write_text(json.dumps(summary))
-        runs.append(read_run(run.folder))
+        loss, results = 3 * 4.0 ** (-0.1 * k), {"flops_per_token": 1e6 * 4.0**k}
+        runs.append(
+            write(tmp_path, f"w{width}", "residual", 0, loss=loss, results=results, config={"model.width": width})
+        )
     figure = SWEEP_FIGURES["ladder"].draw(group(runs))
     assert figure.legends[0].get_texts()[0].get_text().startswith("residual: exponent -0.100 [-0.1")
+    dots, line = figure.axes[0].lines
+    for drawn in (dots, line):
+        np.testing.assert_allclose(drawn.get_xdata(), 1e6 * 4.0 ** np.arange(3) * 200 * 16 * 128)
+        np.testing.assert_allclose(drawn.get_ydata(), 3 * 4.0 ** (-0.1 * np.arange(3)))
 
 
-def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path):
-    """HC diverges in three of six seeds; the three that finish are all lower than residual's."""
-    runs = [write(tmp_path, f"residual-{k}", "residual", k, loss=2.0 + 0.01 * k) for k in range(6)]
-    lost = {3: 60, 4: 60, 5: 60}
-    runs += [write(tmp_path, f"hc-{k}", "hc", k, loss=1.8 + 0.011 * k, diverged_at=lost.get(k)) for k in range(6)]
+@pytest.mark.parametrize("loser", ["hc", "residual"])
+def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path, loser):
+    """One of them diverges in three of six seeds, after low losses; in the three others HC's are all lower than residual's."""
+    runs = []
+    for kind, losses in (("residual", [2.0, 2.01, 2.02]), ("hc", [1.8, 1.811, 1.822])):
+        for k in range(6):
+            ends = {"diverged_at": 60, "results": {"validation_loss": 1.0}} if kind == loser and k > 2 else {}
+            runs.append(write(tmp_path, f"{kind}-{k}", kind, k, loss=losses[k % 3], **ends))
     settings = group(runs)
     row = statistics_rows(settings)[1]
-    assert (row["seeds"].text, row["verdict"].text) == ("3 of 6", "no claim")
+    assert (row["seeds"].text, row["verdict"].text) == ("3 of 6" if loser == "hc" else "6", "no claim")
+    assert row["mean loss"].text == "1.8110"
     assert [row[key].value for key in ("t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 4
-    said = findings(settings)
     assert (
         "hc: no claim, since 3 runs of it and residual did not finish; loss minus residual's -0.1990 over the 3 seeds that "
         "finished in both."
-    ) in said
-    assert rows(runs, settings)[-1]["validation loss"].text == "–"
+    ) in findings(settings)
+    assert rows(runs, settings)[5 if loser == "residual" else -1]["validation loss"].text == "–"
     assert mean_record(settings[1]).result("validation_loss") == pytest.approx(1.811)
 
 
@@ -349,20 +350,15 @@ def test_a_frontier_ends_before_a_rate_whose_runs_have_not_ended(rates):
 
 
 def test_settings_that_change_no_number_tell_runs_apart_where_nothing_else_does(tmp_path):
-    folder = write_run(tmp_path, "two", "hc")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mesh": {"data": 2}}))
-    one = read_run(write_run(tmp_path, "one", "hc"))
-    assert [setting.label for setting in group([one, read_run(folder)])] == ["hc", "hc data=2"]
+    runs = [write(tmp_path, "one", "hc", 0), write(tmp_path, "two", "hc", 0, config={"mesh.data": 2})]
+    assert [setting.label for setting in group(runs)] == ["hc", "hc data=2"]
 
 
 def test_runs_on_two_texts_are_not_compared(tmp_path):
-    runs = []
-    for kind, text in (("residual", "a" * 64), ("hc", "b" * 64)):
-        folder = write_run(tmp_path, kind, kind)
-        env = json.loads((folder / "env.json").read_text())
-        (folder / "env.json").write_text(json.dumps(env | {"data": {"train_sha256": text}}))
-        runs.append(read_run(folder))
+    runs = [
+        dataclasses.replace(write(tmp_path, kind, kind, 0), env={"data": {"train_sha256": text * 64}})
+        for kind, text in (("residual", "a"), ("hc", "b"))
+    ]
     assert [setting.label for setting in group(runs)] == ["residual text=aaaaaaaa", "hc text=bbbbbbbb"]
     assert group(runs)[1].baseline is None
 

@@ -3,11 +3,11 @@
 import math
 import types
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
-from mhc_jax.diagnostics import sample_sublayer, summarize
+from mhc_jax.diagnostics import STREAM_MEASURES, sample_sublayer, summarize
 
 L, B, T, N, C = 5, 2, 6, 3, 4
 SAMPLED = 4
@@ -26,14 +26,17 @@ def collected():
         "streams": random.normal(size=(L, B, T, N * C)) * np.repeat([1.0, 2.0, 5.0], C),
         "y": random.normal(size=(L, B, T, C)),
     }
-    rows = []
-    for l in range(L):
-        given = {key: jnp.asarray(value[l], jnp.float32) for key, value in raw.items()}
+    raw = {key: np.float32(value) for key, value in raw.items()}
+
+    @jax.jit
+    def sampled(given):
         dense = given["pre"], given["post"], given["res"]
-        link = types.SimpleNamespace(dense=lambda c, y, dense=dense: dense, flat=lambda streams: streams)
-        rows.append(sample_sublayer(link, given["streams"], None, given["y"], SAMPLED))
-    stacked = {key: jnp.stack([row[key] for row in rows]) for key in rows[0]}
-    return {key: np.float64(np.float32(value)) for key, value in raw.items()}, stacked
+        link = types.SimpleNamespace(dense=lambda c, y: dense, flat=lambda streams: streams)
+        return sample_sublayer(link, given["streams"], None, given["y"], SAMPLED)
+
+    rows = [sampled({key: value[l] for key, value in raw.items()}) for l in range(L)]
+    stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return {key: np.float64(value) for key, value in raw.items()}, stacked
 
 
 def of_token(values, token):
@@ -132,3 +135,14 @@ def test_cosine_of_streams(collected):
                     size = math.sqrt(sum(x[i] ** 2)) * math.sqrt(sum(x[j] ** 2))
                     cosines.append(sum(x[i] * x[j]) / size)
         assert out["stream_cosine"][l] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+
+
+def test_gains_beyond_float32_are_numbers():
+    """Three matrices of 1e20: the gain of their product is 8e60."""
+    shapes = {"pre": (3, 1, 2), "post": (3, 1, 2), "stream_rms": (3, 2), "branch_rms": (3,)}
+    shapes |= dict.fromkeys(STREAM_MEASURES, (3,))
+    given = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
+    out = summarize(given | {"res": np.full((3, 1, 2, 2), 1e20, np.float32)})
+    one = 2 * float(np.float32(1e20))
+    np.testing.assert_allclose(out["composite_forward"], [one, one**2, one**3], rtol=1e-12)
+    np.testing.assert_allclose(out["composite_backward"], [one**3, one**2, one], rtol=1e-12)

@@ -31,15 +31,9 @@ def rates(tmp_path_factory):
         for rate in (1e-3, 1e-2):
             for seed in (0, 1):
                 lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
-                folder = write_run(root, f"{kind}-{rate}-{seed}", kind, seed=seed, diverged_at=lost)
-                config = json.loads((folder / "config.json").read_text())
-                config["optimizer"]["learning_rate"] = rate
-                (folder / "config.json").write_text(json.dumps(config))
-                summary = json.loads((folder / "summary.json").read_text())
-                if lost is None:
-                    summary["validation_loss"] = 2.0 + 0.1 * seed + rate - 0.5 * (kind == "hc")
-                (folder / "summary.json").write_text(json.dumps(summary))
-                out.append(read_run(folder))
+                loss = {} if lost else {"validation_loss": 2.0 + 0.1 * seed + rate - 0.5 * (kind == "hc")}
+                more = {"config": {"optimizer.learning_rate": rate}, "results": loss, "diverged_at": lost}
+                out.append(read_run(write_run(root, f"{kind}-{rate}-{seed}", kind, seed=seed, **more)))
     return group(out)
 
 
@@ -141,11 +135,8 @@ def test_rows_of_seeds(tmp_path):
     runs = []
     for kind in ("residual", "hc"):
         for seed in range(3):
-            folder = write_run(tmp_path, f"{kind}-{seed}", kind, seed=seed)
-            summary = json.loads((folder / "summary.json").read_text())
-            summary["validation_loss"] = 2.0 + 0.1 * seed + (kind == "hc")
-            (folder / "summary.json").write_text(json.dumps(summary))
-            runs.append(read_run(folder))
+            loss = {"validation_loss": 2.0 + 0.1 * seed + (kind == "hc")}
+            runs.append(read_run(write_run(tmp_path, f"{kind}-{seed}", kind, seed=seed, results=loss)))
     axis = SWEEP_FIGURES["seed_strip"].draw(group(runs)).axes[0]
     np.testing.assert_allclose(axis.lines[0].get_xdata(), [2.0, 2.1, 2.2])
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [2.1] * 2)

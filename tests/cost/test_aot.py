@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import signal
-import time
+import subprocess
+import sys
 import types
 from typing import Any
 
 import pytest
-from support.tiny_runs import ROOT, run_script, script
+from support.tiny_runs import ROOT, run_here
 
 from mhc_jax import aot, cost, pod, topology
 from mhc_jax.compiled import Collective, Instruction, Program, arrays
@@ -250,21 +251,15 @@ def test_the_table():
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "cache"))
-    command = (
-        "compile",
-        *FLAGS,
-        "--topology=cpu:2",
-        "--connections=residual",
-        f"--json={tmp_path / 'out.json'}",
-    )
-    status, out, err = run_script(*command)
+    command = ("compile", *FLAGS, "--topology=cpu:2", "--connections=residual", f"--json={tmp_path / 'out.json'}")
+    status, out, err = run_here(*command)
     assert status == 0, err
     assert "cpu:2, 2 devices, mesh fsdp 2; 4 x 16 tokens in 1 accumulation steps, attention xla" in out
     assert "| residual | all-gather | fsdp | 2 |" in out
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["connection"] for row in written["rows"]] == ["residual"]
     assert "compile: residual, 4 sequences: fits (" in err
-    status, again, err = run_script(*command)
+    status, again, err = run_here(*command)
     assert (status, again) == (0, out)
     assert err.count("known (") == 1
     assert "compiled (" not in err
@@ -272,26 +267,35 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_mistakes_in_the_command_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
-    status, _, err = run_script("compile", *FLAGS, "--topology=cpu:2", "--connections=residual,mch")
+    status, _, err = run_here("compile", *FLAGS, "--topology=cpu:2", "--connections=residual,mch")
     assert status == 2
     assert "'mch'" in err
     assert "Did you mean 'mhc'" in err
     assert list(tmp_path.glob("compiled/*")) == []
 
 
-def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path, monkeypatch):
-    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
-    process = script("compile", *FLAGS, "--topology=cpu:2", "--connections=mhc", stdin=None)
-    for line in process.stderr:
-        if "mhc, 4 sequences ..." in line:
-            break
-    # Again where it falls into a callback, whose exceptions Python drops.
-    for _ in range(100):
-        time.sleep(0.5)
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+STUCK = """
+import runpy, sys, threading, types
+from mhc_jax import aot
+class Lowered:
+    def compile(self, compiler_options):
+        print("compiling", file=sys.stderr, flush=True)
+        threading.Event().wait()
+aot.lower = lambda *_: types.SimpleNamespace(lowered=Lowered())
+aot.by_shape = lambda *_: {}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path):
+    """However long that takes: the compiler of this process never comes back."""
+    env = {**os.environ, "XLA_FLAGS": "", "MHC_JAX_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", STUCK, f"{ROOT}/experiments/compile.py", *FLAGS, "--connections=mhc"]
+    process = subprocess.Popen([*command, "--topology=cpu:1"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert any(line == "compiling\n" for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.glob("compiled/*")) == []

@@ -3,12 +3,10 @@
 import dataclasses
 import importlib
 import re
-import subprocess
-import sys
 
 import pytest
 from mhc_kernels.ops.arg_specs import SPECS
-from support.tiny_runs import ROOT, flags_of, run_script, tiny, write_text
+from support.tiny_runs import ROOT, flags_of, run_here, script_here, tiny, write_text
 
 from mhc_jax import aot, cost, device_record, pod, remat_plan, topology
 from mhc_jax.compiled import Instruction
@@ -120,23 +118,11 @@ def test_the_backward_of_flash_attention_is_five_products():
         assert flops == 3 * 2 * count * 2 * half * 16
 
 
-ESTIMATE = """
-import sys
-sys.argv = ["tpu_estimate", "--topology=v6e:2x2"]
-sys.path.insert(0, "experiments")
-import tpu_estimate
-from absl import flags
-from mhc_jax.topology import CHIPS
-flags.FLAGS(sys.argv)
-print(tpu_estimate.attention_cycles(CHIPS["v6e"]))
-"""
-
-
 def test_estimated_cycles_of_attention_are_those_of_the_chip():
-    done = subprocess.run([sys.executable, "-c", ESTIMATE], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with script_here("tpu_estimate", "--topology=v6e:2x2") as tpu_estimate:
+        cycles = tpu_estimate.attention_cycles(topology.CHIPS["v6e"])
     # Two layers of 32 heads of 128, 2 x 4096 tokens: seven products over half of T x T, at 918 TFLOP/s and 1.75 GHz.
-    assert float(done.stdout) == pytest.approx(2 * 7 * 2 * 2 * 32 * 4096**2 / 2 * 128 / 918e12 * 1.75e9)
+    assert cycles == pytest.approx(2 * 7 * 2 * 2 * 32 * 4096**2 / 2 * 128 / 918e12 * 1.75e9)
 
 
 def test_the_textbook_table_has_medians_and_their_ratio(monkeypatch):
@@ -205,12 +191,12 @@ def flags(tmp_path_factory):
 
 
 def test_the_table_of_step_times(flags):
-    status, out, err = run_script("steptime", *flags, "--connections=residual,mhc", "--rounds=1")
+    status, out, err = run_here("steptime", *flags, "--connections=residual,mhc:t_max=2", "--rounds=1")
     assert status == 0, err
     rows = printed(out)
-    assert [row["connection"] for row in rows] == ["residual", "mhc:init=paper"]
+    assert [row["connection"] for row in rows] == ["residual", "mhc:init=paper:t_max=2"]
     base = float(rows[0]["step (ms)"])
-    for row, kind in zip(rows, ("residual", "mhc"), strict=True):
+    for row, kind in zip(rows, ("residual", "mhc:t_max=2"), strict=True):
         assert float(row["ratio"]) == pytest.approx(float(row["step (ms)"]) / base, abs=0.01 + 0.06 / base)
         model = ModelConfig(264, 16, 1, num_heads=2, num_kv_heads=1, mlp_width=16, connection=parse(kind))
         counted, size = cost.model_cost(model, 16), re.fullmatch(r"([\d.]+)M", row["FLOPs/token"])
@@ -221,7 +207,7 @@ def test_the_table_of_step_times(flags):
 
 
 def test_the_table_of_decoding(flags):
-    status, out, err = run_script("decodetime", *flags, "--connections=residual,mhc", "--tokens=64", "--rounds=1")
+    status, out, err = run_here("decodetime", *flags, "--connections=residual,mhc:t_max=2", "--tokens=64", "--rounds=1")
     assert status == 0, err
     rows = printed(out)
     assert rows[0]["ratio"] == "1.00"
