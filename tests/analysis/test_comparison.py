@@ -93,9 +93,7 @@ def test_a_baseline_agrees_in_everything_but_the_connection(rates):
         *["residual lr=0.001", "residual lr=0.01"] * 2,
     ]
     assert [s.is_baseline for s in settings] == [True, True] + 4 * [False]
-
-
-def test_without_residual_the_first_connection_is_the_baseline_at_every_learning_rate(rates):
+    # Without residual the first connection is the baseline.
     settings = group([run for run in rates if run.kind != "residual"])
     assert [s.baseline and s.baseline.label for s in settings] == [None, None, "hc lr=0.001", "hc lr=0.01"]
     said = findings(settings)
@@ -130,14 +128,16 @@ def test_a_sweep_chooses_its_baseline(rates):
     ]
 
 
-def test_settings_that_change_no_number_do_not_part_a_pair(tmp_path):
-    residual = write(tmp_path, "residual", "residual", 0)
-    hc = write(tmp_path, "hc", "hc", 0, config={"train.tensorboard": True, "train.keep_checkpoints": 9, "mesh.data": 2})
+def test_settings_that_change_no_number_part_no_pair_and_tell_apart_what_nothing_else_does(tmp_path):
+    more = {"train.tensorboard": True, "train.keep_checkpoints": 9, "mesh.data": 2}
+    residual, hc = write(tmp_path, "residual", "residual", 0), write(tmp_path, "hc", "hc", 0, config=more)
     assert labels([residual, hc]) == ["residual", "hc"]
     assert baselines([residual, hc]) == [None, residual]
+    other = write(tmp_path, "two", "hc", 0, config=more | {"mesh.data": 1})
+    assert [setting.label for setting in group([hc, other])] == ["hc data=2", "hc data=1"]
 
 
-def test_rows_hold_the_numbers_of_the_summaries(singles):
+def test_rows_hold_the_numbers_of_the_summaries_and_the_gap_its_step(singles, tmp_path):
     residual, hc, mhc, diverged = rows(singles)
     assert residual["parameters"] == ("400k", 400_000)
     assert hc["parameters"] == ("403k (+0.75\N{NO-BREAK SPACE}%)", 403_000)
@@ -155,8 +155,6 @@ def test_rows_hold_the_numbers_of_the_summaries(singles):
     assert diverged["status"].text == "diverged at step 120"
     assert diverged["validation loss"].text == "–"
 
-
-def test_a_gap_says_where_it_was_taken(tmp_path, singles):
     lost = read_run(write_run(tmp_path, "lost", "hc", diverged_at=120))
     assert rows([singles[0], lost])[1]["gap to baseline"].text == "-0.0300 (step\N{NO-BREAK SPACE}100)"
     assert validation_gap(lost, singles[0]) == (100, pytest.approx(-0.06 * 100 / 200))
@@ -190,12 +188,22 @@ def test_one_seed_ranks_nothing(singles):
     assert "hc 38.25 forward, 52 backward" in gains
 
 
-def test_runs_that_have_not_ended_are_named_and_judged_nowhere(rates, tmp_path):
-    going = dataclasses.replace(write(tmp_path, "going", "mhc", 2), summary=None)
-    assert f"{labels([going])[0]}: 1 of 1 runs have not ended and have no final loss." in findings(group([going]))
-    waiting = [dataclasses.replace(run, summary=None) if run.kind == "mhc" else run for run in rates]
-    waiting = [run for run in waiting if run.kind == "mhc" or run.config["optimizer"]["learning_rate"] == RATES[0]]
-    assert frontier_lines(group(waiting)) == {}
+def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_have_not_ended(rates):
+    settings = group(rates)
+    assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
+    assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
+
+    def without_mhc(*at):
+        """The group of all runs, of which mHC's at these rates have not ended."""
+        going = [run.kind == "mhc" and run.config["optimizer"]["learning_rate"] in at for run in rates]
+        return group([dataclasses.replace(r, summary=None) if g else r for r, g in zip(rates, going, strict=True)])
+
+    high = without_mhc(RATES[1])
+    assert "mhc:init=paper lr=0.01: 2 of 2 runs have not ended and have no final loss." in findings(high)
+    assert frontier_lines(high)["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
+    said = next(s for s in findings(high) if s.startswith("mhc:init=paper: stable"))
+    assert said.startswith("mhc:init=paper: stable up to learning rate 0.001, the largest whose runs have ended")
+    assert "mhc:init=paper" not in frontier_lines(without_mhc(*RATES))
 
 
 def with_streams(record, cosine, rank, rms=1.0):
@@ -227,7 +235,7 @@ def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 
 
-def test_statistics_rows(connections):
+def test_statistics_rows(connections, rates):
     residual, _, mhc = statistics_rows(group(connections))
     assert residual["verdict"].text == "baseline"
     assert residual["difference"].value is None
@@ -240,10 +248,7 @@ def test_statistics_rows(connections):
     assert mhc["verdict"].text == "lower"
     assert (mhc["max gain forward"].value, mhc["max gain backward"].value) == (21, 21), "the largest of any seed"
     assert any("mhc:init=paper 21 forward, 21 backward" in sentence for sentence in findings(group(connections)))
-
-
-def test_two_seeds_have_no_interval_in_any_table(rates):
-    for row in statistics_rows(group(rates)):
+    for row in statistics_rows(group(rates)):  # of two seeds
         assert [row[key].value for key in ("t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 4
         assert row["verdict"].text in ("baseline", "no claim")
 
@@ -260,12 +265,6 @@ def test_mean_record_averages_what_all_seeds_logged(connections, rates):
     assert mean.result("validation_loss") == pytest.approx(2.05)
     assert labels([mean_record(s) for s in group(connections)]) == ["residual", "hc", "mhc:init=paper"]
     assert mean_record(group(rates)[3]).diverged_at is None, "the mean is that of the run that finished"
-
-
-def test_the_frontier_takes_losses_by_learning_rate(rates):
-    settings = group(rates)
-    assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
-    assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
 
 
 def test_figures_draw_what_they_can_and_say_what_they_need(connections, rates):
@@ -335,23 +334,6 @@ def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path, loser):
     ) in findings(settings)
     assert rows(runs, settings)[5 if loser == "residual" else -1]["validation loss"].text == "–"
     assert mean_record(settings[1]).result("validation_loss") == pytest.approx(1.811)
-
-
-def test_a_frontier_ends_before_a_rate_whose_runs_have_not_ended(rates):
-    going = [
-        dataclasses.replace(run, summary=None)
-        if run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[1]
-        else run
-        for run in rates
-    ]
-    assert frontier_lines(group(going))["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
-    said = next(s for s in findings(group(going)) if s.startswith("mhc:init=paper: stable"))
-    assert said.startswith("mhc:init=paper: stable up to learning rate 0.001, the largest whose runs have ended")
-
-
-def test_settings_that_change_no_number_tell_runs_apart_where_nothing_else_does(tmp_path):
-    runs = [write(tmp_path, "one", "hc", 0), write(tmp_path, "two", "hc", 0, config={"mesh.data": 2})]
-    assert [setting.label for setting in group(runs)] == ["hc", "hc data=2"]
 
 
 def test_runs_on_two_texts_are_not_compared(tmp_path):

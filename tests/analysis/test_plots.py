@@ -1,6 +1,6 @@
 """Every figure shows the numbers of its runs, names its axes and runs, and says what it needs where it has nothing to show."""
 
-import json
+import re
 
 import numpy as np
 import pytest
@@ -53,16 +53,22 @@ def test_every_figure_explains_itself_and_names_its_axes(runs):
                 assert axis.get_ylabel(), name
 
 
-def test_a_figure_is_saved_as_png_and_where_asked_as_svg(runs, tmp_path):
+def test_a_figure_is_saved_as_png_and_svg_and_shown_as_self_contained_svg(runs, tmp_path):
     for name in ("plain", "both"):
         plots.save(plots.loss(runs), tmp_path / f"{name}.png", vector=name == "both")
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "both.svg").read_text().count("<svg") == 1
     assert [path.name for path in tmp_path.glob("*.svg")] == ["both.svg"]
+    text = plots.svg(plots.loss(runs))
+    assert text.startswith("<svg")
+    assert "currentColor" in text
+    assert not re.search("://|<!--", text)
+    assert plots.svg(plots.loss(runs)) == text
 
 
-def test_loss_shows_smoothed_training_and_validation(runs):
-    whole, half = plots.loss(runs).axes
+def test_loss_shows_smoothed_training_validation_divergence_and_spikes(runs, tmp_path):
+    figure = plots.loss(runs)
+    whole, half = figure.axes
     for run, label in list(zip(runs, labels(runs), strict=True))[:3]:
         train, validation = [item for item in whole.lines if item.get_label() == label]
         steps, values = series(run, "train", "loss")
@@ -74,6 +80,13 @@ def test_loss_shows_smoothed_training_and_validation(runs):
     np.testing.assert_array_equal(raw[1], series(runs[1], "train", "loss")[1])
     assert half.get_xlim()[0] == STEPS / 2
     assert half.get_ylim()[1] < 2.2
+    assert len([item for item in whole.lines if list(item.get_xdata()) == [120, 120]]) == 1
+    assert [90, 150] in [list(item.get_xdata()) for item in whole.lines if item.get_marker() == "v"]
+    assert legend_texts(figure)[-1] == f"{LOST} (diverged at step 120)"
+    assert whole.get_yscale() == "linear"
+    wide = read_run(write_run(tmp_path, "run", "hc"))
+    wide.train["loss"][-1] = 900.0
+    assert plots.loss([wide]).axes[0].get_yscale() == "log"
 
 
 def test_smoothing_is_a_median_that_keeps_the_start_gaps_and_length():
@@ -86,14 +99,6 @@ def test_smoothing_is_a_median_that_keeps_the_start_gaps_and_length():
     assert out[50] < 60
     assert np.flatnonzero(np.isnan(out)).tolist() == [20]
     assert plots.smooth(np.empty(0)).shape == (0,)
-
-
-def test_wide_losses_get_a_logarithmic_axis(runs, tmp_path):
-    assert plots.loss(runs).axes[0].get_yscale() == "linear"
-    folder = write_run(tmp_path, "run", "hc")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"kind": "train", "step": STEPS + 2, "loss": 900.0}) + "\n")
-    assert plots.loss([read_run(folder)]).axes[0].get_yscale() == "log"
 
 
 def test_gap_is_run_minus_residual(runs):
@@ -118,7 +123,7 @@ def test_gradient_norms_are_logarithmic_with_the_clipping_threshold(runs):
     assert [1.0, 1.0] in [list(item.get_ydata()) for item in axis.lines]
 
 
-def test_gains_against_depth_are_the_last_diagnostics(runs):
+def test_gains_against_depth_are_the_last_diagnostics_and_against_steps_of_the_whole_product(runs):
     figure = plots.gain_depth(runs)
     keys = ("single_forward", "single_backward", "composite_forward", "composite_backward")
     for axis, key in zip(figure.axes, keys, strict=True):
@@ -132,9 +137,6 @@ def test_gains_against_depth_are_the_last_diagnostics(runs):
     assert len(figure.axes[0].collections) == 0
     assert len(figure.axes[2].collections) == len(runs)
     assert figure.axes[2].get_ylim() == figure.axes[3].get_ylim()
-
-
-def test_composite_gain_against_steps_is_that_of_the_whole_product(runs):
     forward, backward = plots.gain_step(runs).axes
     expected = series(runs[1], "diagnostics", "composite_forward")[1][:, -1]
     np.testing.assert_array_equal(data(forward, "hc")[1], expected)
@@ -191,7 +193,7 @@ def test_stream_sizes_are_means_with_a_band_over_streams(runs):
     assert np.isin(rms.max(1), band).all()
 
 
-def test_heat_maps_show_the_matrices_their_sums_and_their_product(runs):
+def test_heat_maps_show_matrices_on_their_scales_sums_products_and_gates(runs):
     figure = plots.h_res(runs)
     assert len(figure.axes) == 3 * 6
     matrices = last_diagnostics(runs[2], "h_res")[1]
@@ -213,30 +215,16 @@ def test_heat_maps_show_the_matrices_their_sums_and_their_product(runs):
         assert by_place[4.12, i + 0.5] == pytest.approx(signed.sum(1)[i], abs=0.006)
         assert by_place[i + 0.5, 4.12] == pytest.approx(signed.sum(0)[i], abs=0.006)
 
-
-def test_signed_matrices_have_a_scale_centred_at_zero(runs):
-    hc, mhc = (plots.h_res(runs).axes[k].collections[0] for k in (0, 6))
+    # Signed matrices have a scale centred at zero.
+    hc, mhc = (figure.axes[k].collections[0] for k in (0, 6))
     assert hc.get_cmap().name == "RdBu_r"
     assert hc.norm.vmin == -hc.norm.vmax
     assert mhc.get_cmap().name == "Blues"
     assert mhc.norm.vmin == 0
-
-
-def test_gates_show_streams_against_depth(runs):
     axes = [a for a in plots.gates(runs).axes if a.get_label() != "<colorbar>"]
     assert len(axes) == 3 * 2
     shown = np.asarray(axes[0].collections[0].get_array()).reshape(4, SUBLAYERS)
     np.testing.assert_array_equal(shown, last_diagnostics(runs[1], "h_pre")[1].T)
-
-
-def test_divergence_and_spikes_are_marked(runs):
-    figure = plots.loss(runs)
-    axis = figure.axes[0]
-    upright = [item for item in axis.lines if list(item.get_xdata()) == [120, 120]]
-    assert len(upright) == 1
-    spikes = [list(item.get_xdata()) for item in axis.lines if item.get_marker() == "v"]
-    assert [90, 150] in spikes
-    assert legend_texts(figure)[-1] == f"{LOST} (diverged at step 120)"
 
 
 def test_kinds_keep_colours_and_runs_differ_in_style(runs):
@@ -277,25 +265,13 @@ def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path):
     assert sorted(missing) == ["grad_norm", "loss_gap", "stream_similarity"]
 
 
-def test_svg_is_self_contained_and_takes_the_colour_of_the_page(runs):
-    text = plots.svg(plots.loss(runs))
-    assert text.startswith("<svg")
-    assert "currentColor" in text
-    assert "://" not in text
-    assert "<!--" not in text
-    assert plots.svg(plots.loss(runs)) == text
-
-
-def test_second_eigenvalue_of_known_matrices():
+def test_second_eigenvalue_of_known_matrices_and_of_the_last_ones(runs):
     n = 4
     uniform, shift = np.full((n, n), 1 / n), np.roll(np.eye(n), 1, axis=1)
     lazy = 0.7 * np.eye(n) + 0.3 * uniform  # eigenvalues 1 and three times 0.7
     found = second_eigenvalue(np.stack([np.eye(n), uniform, shift, lazy, 5 * lazy]))
     np.testing.assert_allclose(found, [1, 0, 1, 0.7, 0.7], atol=1e-12)
     np.testing.assert_array_equal(second_eigenvalue(np.ones((3, 1, 1))), np.zeros(3))
-
-
-def test_eigenvalues_of_the_last_matrices(runs):
     single, product = plots.eigenvalues(runs).axes
     _, matrices = last_diagnostics(runs[2], "h_res")
     np.testing.assert_allclose(data(single, MHC)[1], second_eigenvalue(matrices))

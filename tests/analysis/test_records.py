@@ -11,15 +11,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
 from mhc_jax.metrics import plain
-from mhc_jax.records import (
-    flatten,
-    labels,
-    last_diagnostics,
-    not_defaults,
-    paired_gap,
-    read_run,
-    series,
-)
+from mhc_jax.records import flatten, labels, last_diagnostics, not_defaults, paired_gap, read_run, series
 from mhc_jax.results import measurements
 
 
@@ -89,17 +81,13 @@ def test_steps_done_again_after_a_resume_replace_the_first_attempt(tmp_path):
     assert [(e["event"], e["step"]) for e in record.events] == [("spike", 50), ("spike", 100), ("resumed", 100)]
 
 
-@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])
-def test_a_folder_without_its_files_is_no_run_folder(tmp_path, missing):
-    folder = write_run(tmp_path, "run", "mhc")
-    (folder / missing).unlink()
-    with pytest.raises(InputError, match=f"is not a run folder: it has no {missing}"):
-        read_run(folder)
-
-
 def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
     with pytest.raises(InputError, match="There is no folder"):
         read_run(tmp_path / "nowhere")
+    for missing in ("config.json", "metrics.jsonl"):
+        (write_run(tmp_path, missing, "mhc") / missing).unlink()
+        with pytest.raises(InputError, match=f"is not a run folder: it has no {missing}"):
+            read_run(tmp_path / missing)
     folder = write_run(tmp_path, "run", "mhc")
     (folder / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"summary\.json' is not valid JSON"):
@@ -160,11 +148,8 @@ def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
     np.testing.assert_allclose(gap, [-0.06 * 50 / STEPS, -0.06 * 100 / STEPS], rtol=1e-9)
 
 
-def test_flatten():
+def test_flattened_settings_and_those_that_are_no_defaults():
     assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
-
-
-def test_settings_that_are_not_defaults():
     config = to_mapping(ExperimentConfig())
     assert not_defaults(config) == {}
     config["optimizer"]["grad_clip"] = 0.5

@@ -66,7 +66,7 @@ def test_a_row_of_a_pipeline_by_hand():
 
 def test_a_row_of_a_pipeline_of_a_model_has_seconds_and_bytes():
     config = ExperimentConfig(model=PAPER, data=DataConfig(sequence_length=4096))
-    rows = tables.of_model(["1f1b"], 4, 8, config, ["residual", "mhc"], RATES, 1.0)
+    rows = tables.of_model(["1f1b"], 4, 8, config, ["residual", "mhc:t_max=2"], RATES, 1.0)
     residual, mhc, _ = printed(tables.markdown(rows))
     assert mhc["step (s)"] == f"{rows[1].run.makespan:.4g}"
     assert mhc["over the first"] == f"{100 * (rows[1].run.makespan / rows[0].run.makespan - 1):+.2f} %"
@@ -173,7 +173,7 @@ def test_the_page_of_a_device():
 
 
 def test_the_sentence_about_recompute_says_its_estimates():
-    config = dataclasses.replace(PAPER, remat="auto", remat_budget_gb=1e-9)
+    config = dataclasses.replace(PAPER, connection=parse("mhc:t_max=2"), remat="auto", remat_budget_gb=1e-9)
     found = remat_plan.plan(config, 4096, 128)
     listed = dict(re.findall(r"(\w+) ([\d.]+) GB", found.sentence.partition("estimates: ")[2]))
     assert set(listed) == {"none", "connection", "full"}

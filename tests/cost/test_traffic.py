@@ -1,3 +1,5 @@
+"""Elements that connections move and keep are those of mHC Table 2, section 4.3 and Equation 20, and so are their figures."""
+
 import json
 
 import pytest
@@ -37,9 +39,6 @@ def test_recompute_counts_by_hand():
     # n = 4, L = 60: 4 stored 60 times and 6 while one sub-layer is recomputed; 4 stored 9 times and 6 x 7.
     assert traffic.recompute_elements(1, 60, 4, 1) == 4 * 60 + 6
     assert traffic.recompute_elements(7, 60, 4, 10) == 10 * (4 * 9 + 6 * 7)
-
-
-def test_recompute_refuses_what_is_no_block():
     with pytest.raises(InputError, match="from 1 to L = 4"):
         traffic.recompute_elements(5, 4, 4, 8)
 

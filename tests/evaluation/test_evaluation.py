@@ -38,7 +38,7 @@ def shapes(config):
 
 def random_params(config):
     random = np.random.default_rng(0)
-    return jax.tree.map(lambda a: (0.3 * random.normal(size=a.shape)).astype(a.dtype), shapes(config))
+    return jax.tree.map(lambda a: jnp.asarray(0.3 * random.normal(size=a.shape), a.dtype), shapes(config))
 
 
 def uniform_params(config):
@@ -47,7 +47,7 @@ def uniform_params(config):
     params["embedding"][:] = 1
     params["final_norm"]["weight"][0] = 1
     params["unembedding"][0, 256:] = -1e9
-    return params
+    return jax.tree.map(jnp.asarray, params)
 
 
 def train_bpe(texts, split_words):
@@ -80,19 +80,6 @@ def test_scores_are_those_of_a_plain_forward_pass_whatever_the_batch_and_padding
         for index, (nats, greedy) in enumerate(expected):
             assert abs(-found[index].bits * math.log(2) - nats) <= 1e-5 * max(1.0, abs(nats))
             assert found[index].greedy == greedy
-
-
-def test_greedy_is_true_where_every_token_is_the_most_likely():
-    config = dataclasses.replace(MODEL, connection=connections.parse("residual"))
-    params, ids = random_params(config), [3, 1, 4]
-    forward = jax.jit(lambda tokens: Decoder(config).apply({"params": params}, tokens)[0])
-    for _ in range(3):
-        padded = jnp.asarray([ids + [0] * (8 - len(ids))])
-        ids.append(int(forward(padded)[0, len(ids) - 1].argmax()))
-    wrong = [*ids[:-2], (ids[-2] + 1) % 264, ids[-1]]
-    found = dict(Scorer(config, params).scores([Scored(ids, 3), Scored(wrong, 2), Scored(ids, 5)]))
-    assert (found[0].greedy, found[1].greedy) == (True, False)
-    assert found[2].bits > found[0].bits
 
 
 def test_a_program_that_does_not_fit_is_made_for_fewer_rows(monkeypatch):
@@ -172,15 +159,6 @@ def test_paired_differences_are_over_common_items():
     low, high = found["score_interval"]
     assert 0 <= low < 0.5 < high <= 1
     assert table.paired_differences(one, [], "piqa") == {"items": 0}
-
-
-def test_bootstrap_interval_is_that_of_a_normal_mean():
-    values = np.random.default_rng(2).normal(0.3, 1.0, 400)
-    found = table.bootstrap(np.mean, values)
-    assert found is not None
-    low, high = found
-    half = 1.96 * values.std() / 20
-    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.15 * half)
 
 
 def test_names_of_tasks(tmp_path):

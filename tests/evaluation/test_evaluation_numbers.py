@@ -5,6 +5,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -57,7 +58,7 @@ def bigram(tokenizer, config=MODEL):
     h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
     logits = h @ unembedding.astype(np.float64)
     top = logits.max(-1, keepdims=True)
-    return config, params, logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    return config, jax.tree.map(jnp.asarray, params), logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
 def harness_model(tmp_path, tokenizer, context):
@@ -82,11 +83,18 @@ def test_bits_are_those_of_a_float64_bigram():
     config, params, logp = bigram(ByteTokenizer())
     random = np.random.default_rng(4)
     sequences = [Scored(random.integers(0, 264, n).tolist(), k) for n, k in ((30, 1), (30, 29), (9, 4))]
+    likely = list(itertools.accumulate(range(8), lambda before, _: int(logp[before].argmax()), initial=3))
+    wrong = [*likely[:-2], (likely[-2] + 1) % 264, likely[-1]]
+    sequences += [Scored(likely, 8), Scored([7, *likely], 8), Scored(wrong, 2)]
     found = dict(Scorer(config, params).scores(sequences))
     for index, (ids, k) in enumerate(sequences):
         expected = -sum(logp[a, b] for a, b in list(itertools.pairwise(ids))[-k:]) / math.log(2)
         assert found[index].bits == pytest.approx(expected, rel=2e-6)
-        assert found[index].greedy == all(logp[a].argmax() == b for a, b in list(itertools.pairwise(ids))[-k:])
+        assert (
+            found[index].greedy
+            == (3 <= index <= 4)
+            == all(logp[a].argmax() == b for a, b in list(itertools.pairwise(ids))[-k:])
+        )
 
 
 def test_tokens_that_straddle_are_scored_after_the_same_text_for_every_choice():

@@ -10,6 +10,8 @@ import os
 import random
 import subprocess
 import sys
+import unittest.mock
+import warnings
 from pathlib import Path
 
 import jax
@@ -136,7 +138,11 @@ def script_here(name: str, *args: str):
     try:
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
         loader.exec_module(module)
-        FLAGS([name, *map(str, args)])
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' load_module
+            with unittest.mock.patch.object(
+                sys, "argv", [name, *map(str, args)]
+            ):  # where it looks for --config.a.b=...
+                FLAGS(sys.argv)
         yield module
     finally:
         FLAGS.remove_flag_values(_scripts_flags())
