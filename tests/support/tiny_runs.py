@@ -138,11 +138,9 @@ def script_here(name: str, *args: str):
     try:
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
         loader.exec_module(module)
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' load_module
-            with unittest.mock.patch.object(
-                sys, "argv", [name, *map(str, args)]
-            ):  # where it looks for --config.a.b=...
-                FLAGS(sys.argv)
+        argv = unittest.mock.patch.object(sys, "argv", [name, *map(str, args)])  # where it looks for --config.a.b=...
+        with argv, warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' load_module
+            FLAGS(sys.argv)
         yield module
     finally:
         FLAGS.remove_flag_values(_scripts_flags())
@@ -164,4 +162,4 @@ def run_here(name: str, *args: str) -> tuple[int, str, str]:
 
 def _scripts_flags() -> list[str]:
     """Names of all flags but absl's own."""
-    return [flag for flag in FLAGS if not (FLAGS.find_module_defining_flag(flag) or "").startswith("absl")]
+    return [flag for flag in FLAGS if FLAGS.find_module_defining_flag(flag) not in ("absl.app", "absl.logging")]
