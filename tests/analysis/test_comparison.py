@@ -85,19 +85,23 @@ def test_a_label_names_the_init_and_what_else_is_no_default(tmp_path):
     assert [s.label for s in group([home])] == ["mhc:init=home:t_max=5"]
 
 
-def test_a_baseline_agrees_in_everything_but_the_connection(rates):
+def bases(settings):
+    return [setting.baseline and setting.baseline.label for setting in settings]
+
+
+def test_a_baseline_agrees_in_everything_but_the_connection_and_a_sweep_chooses_it(rates):
     settings = group(rates)
-    assert [s.baseline and s.baseline.label for s in settings] == [
-        None,
-        None,
-        *["residual lr=0.001", "residual lr=0.01"] * 2,
-    ]
+    assert bases(settings) == [None, None, *["residual lr=0.001", "residual lr=0.01"] * 2]
     assert [s.is_baseline for s in settings] == [True, True] + 4 * [False]
     # Without residual the first connection is the baseline.
     settings = group([run for run in rates if run.kind != "residual"])
-    assert [s.baseline and s.baseline.label for s in settings] == [None, None, "hc lr=0.001", "hc lr=0.01"]
+    assert bases(settings) == [None, None, "hc lr=0.001", "hc lr=0.01"]
     said = findings(settings)
     assert "mhc:init=paper lr=0.001: loss minus hc lr=0.001's -0.0800, -0.1200; 2 seeds, no claim." in said
+    settings = group(rates, {"connection": "mhc"})
+    assert settings[0].baseline is settings[4]
+    rated = bases(group(rates, {"optimizer.learning_rate": 1e-3}))
+    assert rated == [None, "residual lr=0.001", None, "hc lr=0.001", None, "mhc:init=paper lr=0.001"]
 
 
 def test_a_confounded_pair_has_no_number(rates):
@@ -105,27 +109,12 @@ def test_a_confounded_pair_has_no_number(rates):
     high = [run for run in rates if run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[1]]
     residual, mhc = group([*low, *high])
     assert mhc.baseline is None
-    assert f"{mhc.label}: not compared: no run that a baseline could be has its other settings." in findings(
-        [residual, mhc]
-    )
+    said = f"{mhc.label}: not compared: no run that a baseline could be has its other settings."
+    assert said in findings([residual, mhc])
     row = statistics_rows([residual, mhc])[1]
     assert row["verdict"].text == "not compared"
     assert [row[key].value for key in ("difference", "t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 5
     assert rows([*low, *high])[-1]["gap to baseline"].value is None
-
-
-def test_a_sweep_chooses_its_baseline(rates):
-    settings = group(rates, {"connection": "mhc"})
-    assert settings[0].baseline is settings[4]
-    by_rate = group(rates, {"optimizer.learning_rate": 1e-3})
-    assert [s.baseline and s.baseline.label for s in by_rate] == [
-        None,
-        "residual lr=0.001",
-        None,
-        "hc lr=0.001",
-        None,
-        "mhc:init=paper lr=0.001",
-    ]
 
 
 def test_settings_that_change_no_number_part_no_pair_and_tell_apart_what_nothing_else_does(tmp_path):
@@ -154,7 +143,6 @@ def test_rows_hold_the_numbers_of_the_summaries_and_the_gap_its_step(singles, tm
     assert hc["spikes"] == ("2", 2)
     assert diverged["status"].text == "diverged at step 120"
     assert diverged["validation loss"].text == "–"
-
     lost = read_run(write_run(tmp_path, "lost", "hc", diverged_at=120))
     assert rows([singles[0], lost])[1]["gap to baseline"].text == "-0.0300 (step\N{NO-BREAK SPACE}100)"
     assert validation_gap(lost, singles[0]) == (100, pytest.approx(-0.06 * 100 / 200))
@@ -173,9 +161,8 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
         "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; runs a rate: 2 "
         "or more; lower rates that finished above it are slow, not unstable)."
     ) in said
-    assert any(
-        s.startswith("mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended") for s in said
-    )
+    stable = "mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended"
+    assert any(sentence.startswith(stable) for sentence in said)
 
 
 def test_one_seed_ranks_nothing(singles):
@@ -265,23 +252,6 @@ def test_mean_record_averages_what_all_seeds_logged(connections, rates):
     assert mean.result("validation_loss") == pytest.approx(2.05)
     assert labels([mean_record(s) for s in group(connections)]) == ["residual", "hc", "mhc:init=paper"]
     assert mean_record(group(rates)[3]).diverged_at is None, "the mean is that of the run that finished"
-
-
-def test_figures_draw_what_they_can_and_say_what_they_need(connections, rates):
-    swept = SWEEP_FIGURES["swept"].draw(group(rates))
-    assert [axis.get_xscale() for axis in swept.axes] == ["log"] * 3
-    names = {line.get_label() for line in swept.axes[0].lines if line.get_label()[0] != "_"}
-    assert names == {"residual", "hc", "mhc:init=paper"}
-    strip = SWEEP_FIGURES["seed_strip"].draw(group(rates))
-    assert [text.get_text() for text in strip.axes[0].texts] == ["1 of 2 without a loss"]
-    assert not strip.axes[0].patches, "two seeds have no band"
-    gap = SWEEP_FIGURES["gap_curves"].draw(group(connections))
-    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in gap.axes]
-    assert legends == [["hc (3)"], ["mhc:init=paper (3)"]]
-    assert len(gap.axes[0].lines) == 3 + 1 + 1  # seeds, mean, zero
-    for name in ("swept", "frontier", "ladder"):
-        with pytest.raises(plots.NothingToDraw):
-            SWEEP_FIGURES[name].draw(group(connections))
 
 
 def test_bands_reach_over_the_seeds(connections):

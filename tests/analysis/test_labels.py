@@ -15,14 +15,8 @@ from mhc_jax.settings import group, mean_record
 
 MHC = re.compile(r"\bm[hH][cC]\b(?![_\w]*\.|-|'s paper| (?:Table|Figure|Eq|section|ICML))")
 """mHC as a run or a result: neither a file name nor a place in the paper."""
-KEEPS_ITS_NAME = (  # tables of what there is, without a result in them
-    "Kind",
-    "What to change",
-    "Formula",
-    "Letter",
-    "`model.remat`",
-    "Notebook",
-)
+KEEPS_ITS_NAME = ("Kind", "What to change", "Formula", "Letter", "`model.remat`", "Notebook")
+"""Heads of tables of what there is, without a result in them."""
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +68,12 @@ def test_the_report_and_its_figures_name_the_init(runs, tmp_path, monkeypatch):
             assert not MHC.search(text.get_text()) or "init=" in text.get_text(), (name, text.get_text())
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("experiments/records/*/README.md")), ids=lambda path: path.parent.name
-)
-def test_records_name_the_init(path):
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/records/*/README.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
+def test_the_readme_and_records_name_the_init(path):
     assert rows_without_init(path.read_text()) == []
-
-
-def test_the_readme_names_the_init():
-    assert rows_without_init((ROOT / "README.md").read_text()) == []
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """Every number of a diagnostics line against float64 loops over tokens, sub-layers and entries."""
 
+import itertools
 import math
 import types
 
@@ -101,40 +102,22 @@ def test_gains_marginals_and_entropy(collected):
         np.testing.assert_allclose(out["h_res"][l], mean_H[l], rtol=1e-6)
 
 
-def test_reads_and_writes_are_means_over_sampled_tokens(collected):
-    raw, stacked = collected
-    out = summarize(stacked)
-    for key in ("pre", "post"):
-        for l in range(L):
-            expected = [np.mean([of_token(raw[key][l, i], token) for token in SHOWN]) for i in range(N)]
-            np.testing.assert_allclose(out[f"h_{key}"][l], expected, rtol=1e-6)
-
-
-def test_sizes_of_streams_and_branches(collected):
-    """Streams at the sampled tokens; branch outputs at every token of the sequence."""
+def test_reads_writes_and_streams(collected):
+    """Means over sampled tokens, root mean squares of streams, signed cosines of pairs; branch outputs at every token."""
     raw, stacked = collected
     out = summarize(stacked)
     for l in range(L):
+        for key, i in itertools.product(("pre", "post"), range(N)):
+            expected = np.mean([of_token(raw[key][l, i], token) for token in SHOWN])
+            np.testing.assert_allclose(out[f"h_{key}"][l, i], expected, rtol=1e-6)
+        streams = [raw["streams"][l].reshape(-1, N, C)[token] for token in SHOWN]
         for i in range(N):
-            squares = [raw["streams"][l].reshape(-1, N, C)[token, i, c] ** 2 for token in SHOWN for c in range(C)]
-            assert out["stream_rms"][l, i] == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-6)
-        squares = [x**2 for x in raw["y"][l].flat]
-        assert out["branch_rms"][l] == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-6)
-
-
-def test_cosine_of_streams(collected):
-    """Signed, mean over pairs of different streams and over sampled tokens."""
-    raw, stacked = collected
-    out = summarize(stacked)
-    for l in range(L):
-        cosines = []
-        for token in SHOWN:
-            x = raw["streams"][l].reshape(-1, N, C)[token]
-            for i in range(N):
-                for j in range(i):
-                    size = math.sqrt(sum(x[i] ** 2)) * math.sqrt(sum(x[j] ** 2))
-                    cosines.append(sum(x[i] * x[j]) / size)
-        assert out["stream_cosine"][l] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+            size = math.sqrt(np.mean([x**2 for one in streams for x in one[i]]))
+            assert out["stream_rms"][l, i] == pytest.approx(size, rel=1e-6)
+        assert out["branch_rms"][l] == pytest.approx(math.sqrt(np.mean([x**2 for x in raw["y"][l].flat])), rel=1e-6)
+        pairs = [(x[i], x[j]) for x in streams for i in range(N) for j in range(i)]
+        cosines = [sum(a * b) / math.sqrt(sum(a**2)) / math.sqrt(sum(b**2)) for a, b in pairs]
+        assert out["stream_cosine"][l] == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 def test_gains_beyond_float32_are_numbers():

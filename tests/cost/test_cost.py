@@ -28,7 +28,6 @@ def test_products_arithmetic_and_movement():
     assert flops(jnp.dot, array(3, 5), array(5, 7)) == 2 * 3 * 5 * 7
     batched = lambda a, b: jnp.einsum("bij,bjk->bik", a, b)  # noqa: E731
     assert flops(batched, array(2, 3, 5), array(2, 5, 7)) == 2 * 2 * 3 * 5 * 7
-
     assert flops(lambda a: jnp.tanh(a + 1.0) * a, array(4, 6)) == 3 * 24
     assert flops(lambda a: a.sum(), array(4, 6)) == 24
     assert flops(lambda a: jnp.transpose(a).reshape(-1)[:5], array(4, 6)) == 0
@@ -90,15 +89,8 @@ def test_a_grouped_product_counts_each_row_once():
 
 SMALL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
 MLA: dict[str, Any] = {"attention_kind": "mla", "kv_rank": 6, "rope_width": 4, "head_width": 10}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 5,
-    "num_active_experts": 2,
-    "num_shared_experts": 3,
-    "expert_width": 7,
-    "num_dense_layers": 1,
-}
-
-
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_active_experts": 2, "num_shared_experts": 3, "expert_width": 7}
+EXPERTS["num_dense_layers"] = 1
 SETTINGS = {"gqa": {}, "mla": {"tied_embeddings": True} | MLA, "moe": EXPERTS | MLA}
 FAST = {"residual": "gqa", "hc": "mla", "mhc:exit=head:t_max=2": "moe", "gated": "mla", "attnres_block": "gqa"}
 """Connection to the model that the fast suite counts it in."""
@@ -156,14 +148,8 @@ def test_the_ladder_climbs_towards_3b_at_64_tokens_a_parameter(rung):
 @pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["gqa", "moe"])
 def test_training_flops_are_those_of_the_gradient(settings):
     """Products dominate at this width; what `model_cost` leaves out is elementwise."""
-    config = dataclasses.replace(
-        SMALL,
-        width=256,
-        num_heads=4,
-        mlp_width=768,
-        **settings | {"expert_width": 256},
-        connection=connections.parse("mhc:t_max=2"),
-    )
+    wide = {"width": 256, "num_heads": 4, "mlp_width": 768, "connection": connections.parse("mhc:t_max=2")}
+    config = dataclasses.replace(SMALL, **settings | {"expert_width": 256} | wide)
     experiment = ExperimentConfig(model=config, data=DataConfig(sequence_length=128, batch_size=2))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     params = jax.eval_shape(lambda: init_state(experiment)).params

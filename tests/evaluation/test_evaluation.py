@@ -19,6 +19,7 @@ from mhc_jax.data import ByteTokenizer
 from mhc_jax.data.tokenizers import END
 from mhc_jax.errors import InputError
 from mhc_jax.evaluation import scoring, table, tasks
+from mhc_jax.evaluation.run import evaluate, gold_check, import_harness
 from mhc_jax.evaluation.scoring import Scored, Scorer
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.loop import train
@@ -30,6 +31,11 @@ from mhc_jax.trained import Trained
 MODEL = ModelConfig(vocab_size=264, width=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=16)
 WITHOUT = "lm-evaluation-harness is not installed: pip install 'mhc-jax[eval]'"
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=WITHOUT)
+
+
+def quiet_harness(test):
+    """For tests through lm-eval, whose dependencies warn."""
+    return harness(pytest.mark.filterwarnings("ignore")(test))
 
 
 def shapes(config):
@@ -212,8 +218,6 @@ def items(tmp_path, monkeypatch):
         path = tmp_path / "items" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    from mhc_jax.evaluation.run import import_harness
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the harness's own dependencies
         import_harness(True)
@@ -223,21 +227,15 @@ def items(tmp_path, monkeypatch):
         yield tmp_path / "items"
 
 
-@harness
-@pytest.mark.filterwarnings("ignore")
+@quiet_harness
 def test_gold_answers_score_one(items):
-    from mhc_jax.evaluation.run import gold_check
-
     found = gold_check(["bbh_cot_fewshot_navigate", "gsm8k", "piqa"], items)["benchmarks"]
     assert {name: own["score"] for name, own in found.items()} == {"bbh": 1.0, "gsm8k": 1.0, "piqa": 1.0}
     assert [own["items"] for own in found.values()] == [3, 3, 5]
 
 
-@harness
-@pytest.mark.filterwarnings("ignore")
+@quiet_harness
 def test_a_run_is_evaluated_and_a_stopped_evaluation_goes_on(items, tmp_path):
-    from mhc_jax.evaluation.run import evaluate
-
     run, chosen = tmp_path / "run", ["piqa", "gsm8k"]
     train(tiny_runs.tiny(tiny_runs.write_text(tmp_path / "text.txt"), "residual", train={"steps": 3}), run)
     first = evaluate(run, chosen, items, context=64, max_gen_toks=8)
@@ -269,8 +267,7 @@ def test_a_run_is_evaluated_and_a_stopped_evaluation_goes_on(items, tmp_path):
         evaluate(run, ["gsm8k"], items, limit=-1)
 
 
-@harness
-@pytest.mark.filterwarnings("ignore")
+@quiet_harness
 def test_rolling_bits_per_byte_of_a_uniform_model(items, tmp_path):
     from lm_eval.api.instance import Instance
 
@@ -288,12 +285,9 @@ def test_rolling_bits_per_byte_of_a_uniform_model(items, tmp_path):
     store.close()
 
 
-@harness
-@pytest.mark.filterwarnings("ignore")
+@quiet_harness
 def test_gold_answers_are_scored_whatever_the_tokenizer_and_the_prompt_end(items, tmp_path):
     """`gold_bytes` are the bytes of the scored text: delimiter, white space of the prompt's end, what straddles."""
-    from mhc_jax.evaluation.run import evaluate
-
     train_bpe([f"Answer: {c}" for c in "ABCD"], split_words=False).save(str(tmp_path / "unsplit.json"))
     text = tiny_runs.write_text(tmp_path / "text.txt")
     expected = {

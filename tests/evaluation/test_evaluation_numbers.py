@@ -88,13 +88,9 @@ def test_bits_are_those_of_a_float64_bigram():
     sequences += [Scored(likely, 8), Scored([7, *likely], 8), Scored(wrong, 2)]
     found = dict(Scorer(config, params).scores(sequences))
     for index, (ids, k) in enumerate(sequences):
-        expected = -sum(logp[a, b] for a, b in list(itertools.pairwise(ids))[-k:]) / math.log(2)
-        assert found[index].bits == pytest.approx(expected, rel=2e-6)
-        assert (
-            found[index].greedy
-            == (3 <= index <= 4)
-            == all(logp[a].argmax() == b for a, b in list(itertools.pairwise(ids))[-k:])
-        )
+        pairs = list(itertools.pairwise(ids))[-k:]
+        assert found[index].bits == pytest.approx(-sum(logp[a, b] for a, b in pairs) / math.log(2), rel=2e-6)
+        assert found[index].greedy == (3 <= index <= 4) == all(logp[a].argmax() == b for a, b in pairs)
 
 
 def test_tokens_that_straddle_are_scored_after_the_same_text_for_every_choice():
@@ -154,12 +150,9 @@ def test_the_split_is_lm_evals_where_the_context_begins_every_encoding():
             context = "".join(random.choice(pieces, 5))
             texts = ["".join(random.choice(pieces, random.integers(1, 4))) for _ in range(3)]
             pairs = [Harness()._encode_pair(context, text) for text in texts]
-            if not all(
-                [*a, *b] == tokenizer.encode(context + t).tolist() for (a, b), t in zip(pairs, texts, strict=True)
-            ):
-                continue  # lm-eval scores other tokens than those of the whole text
-            if not pairs[0][0]:
-                continue
+            whole = [tokenizer.encode(context + text).tolist() for text in texts]
+            if [[*a, *b] for a, b in pairs] != whole or not pairs[0][0]:
+                continue  # lm-eval scores other tokens than those of the whole text, or after nothing
             compared += 1
             assert split_texts(tokenizer, context, texts) == (pairs[0][0], [own for _, own in pairs])
     assert compared > 300
@@ -263,14 +256,8 @@ def result(count, context=64, trained=64, gain=0.0, name="a", cut=0, without_bit
         one |= {"gold_bits": None, "gold_bytes": None}
     benchmark = {"metric": "acc", "score": 0.5, "stderr": 0.1, "items": count, "tasks": 1, "shots": 0, "paper_shots": 5}
     benchmark |= {"truncated": cut, "gold_bits_per_byte": 2.5}
-    settings = {"context": context, "trained_context": trained}
-    out = {
-        "checkpoint": name,
-        "connection": "residual",
-        "benchmarks": {"piqa": benchmark},
-        "samples": own,
-        "settings": settings,
-    }
+    out = {"checkpoint": name, "connection": "residual", "benchmarks": {"piqa": benchmark}, "samples": own}
+    out["settings"] = {"context": context, "trained_context": trained}
     return {**out, "wall_clock_s": 1.0, "compilations": 2, "folder": "f"}
 
 
