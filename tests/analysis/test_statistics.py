@@ -90,7 +90,7 @@ def test_fewer_seeds_than_three_and_equal_differences_have_no_interval():
     equal = paired(series(1.0, 2.0, 3.0), series(1.5, 2.5, 3.5))
     assert (equal.t_interval, equal.resolved) == (None, False)
     assert verdict(equal, "hc") == "no claim: the 3 differences from hc are all -0.5000, without spread."
-    same = paired(series(*range(6)), series(*[20.1] * 6))  # whose deviation rounds to 4e-15
+    same = paired(series(1.0, 2.0, 3.0, 4.0, 5.0, 7.0), series(*[20.1] * 6))  # whose deviation rounds to 4e-15
     assert (same.effect, same.t_interval is None) == (None, False)
     few = paired(series(1.0, 1.1), series(2.0, 2.2))
     assert (few.t_interval, few.p_t, few.p_sign_flip, few.effect) == (None,) * 4
