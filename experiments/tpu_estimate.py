@@ -37,7 +37,7 @@ BATCH, TOKENS, LAYERS, HEAD = 2, 4096, 2, 128
 
 def attention_cycles(chip: Chip) -> float:
     """Two matrix products forward and five backward, over half of T x T."""
-    return chip.flops_cycles(LAYERS * 7 * BATCH * HEADS.value * TOKENS**2 * HEAD)
+    return chip.flops_cycles(7.0 * LAYERS * BATCH * HEADS.value * TOKENS**2 * HEAD)
 
 
 def kernel_cycles(chip: Chip, one: compiled.Instruction) -> float:

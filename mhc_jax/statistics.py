@@ -23,6 +23,8 @@ from mhc_jax.errors import require
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
 """Seeds from which on an interval is shown: with two, Student's factor is 12.7, and any claim hangs on one number."""
+SPREAD = 1e-9
+"""Values that differ by less are equal: summaries hold nine digits, and the deviation of equal floats need not be 0."""
 MOST_FLIPS = 2**14
 """Sign patterns that `sign_flip_p` looks at: all of them up to 14 seeds, random ones from there on."""
 
@@ -70,11 +72,10 @@ def paired(setting: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paire
     base = np.asarray([baseline[s] for s in common])
     d = np.asarray([setting[s] for s in common]) - base
     interval = p_t = p_flip = effect = None
-    if len(d) >= MIN_SEEDS and np.ptp(d) > 1e-9:  # summaries hold nine digits
+    if len(d) >= MIN_SEEDS and np.ptp(d) > SPREAD:
         test: Any = stats.ttest_1samp(d, 0)
         interval, p_t, p_flip = t_interval(d), float(test.pvalue), sign_flip_p(d)
-        noise = float(base.std(ddof=1))
-        effect = float(d.mean()) / noise if noise else None
+        effect = float(d.mean() / base.std(ddof=1)) if np.ptp(base) > SPREAD else None
     return Paired(tuple(d.tolist()), float(d.mean()), interval, p_t, p_flip, effect)
 
 

@@ -1,7 +1,7 @@
 """Grouping, baselines, verdicts, findings and the figures of settings: one rule for comparisons and sweeps."""
 
 import dataclasses
-import json
+import math
 
 import numpy as np
 import pytest
@@ -18,25 +18,20 @@ LOSS = {"residual": (2.00, 2.10, 2.05), "hc": (1.98, 2.13, 2.04), "mhc": (1.90, 
 RATES = (1e-3, 1e-2)
 
 
-def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, **more):
-    """A synthetic run with a learning rate and a final validation loss of its own."""
-    folder = write_run(root, name, kind, seed=seed, **more)
-    config = json.loads((folder / "config.json").read_text())
-    config["optimizer"]["learning_rate"] = rate
-    config["data"]["seed"] = seed if data_seed is None else data_seed
-    config["model"]["connection"] |= connection or {}
-    (folder / "config.json").write_text(json.dumps(config))
-    summary = json.loads((folder / "summary.json").read_text())
-    if summary["status"] == "finished":
-        summary["validation_loss"] = LOSS[kind][seed] if loss is None else loss
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return read_run(folder)
+def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, results=None, **more):
+    """A synthetic run with a learning rate and, where it finishes, a final validation loss of its own."""
+    config = {"optimizer.learning_rate": rate, "data.seed": seed if data_seed is None else data_seed}
+    config |= {f"model.connection.{key}": value for key, value in (connection or {}).items()} | more.pop("config", {})
+    loss = {} if more.get("diverged_at") else {"validation_loss": LOSS[kind][seed] if loss is None else loss}
+    return read_run(write_run(root, name, kind, seed=seed, config=config, results=loss | (results or {}), **more))
 
 
 @pytest.fixture(scope="module")
 def connections(tmp_path_factory):
+    """Three seeds of each; the largest gains of a seed are 10 times its number and 1."""
     root = tmp_path_factory.mktemp("connections")
-    return [write(root, f"{kind}-seed{seed}", kind, seed) for kind in LOSS for seed in range(3)]
+    gains = [{f"max_composite_{side}": 10 * seed + 1 for side in ("forward", "backward")} for seed in range(3)]
+    return [write(root, f"{kind}-seed{seed}", kind, seed, results=gains[seed]) for kind in LOSS for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +85,23 @@ def test_a_label_names_the_init_and_what_else_is_no_default(tmp_path):
     assert [s.label for s in group([home])] == ["mhc:init=home:t_max=5"]
 
 
-def test_a_baseline_agrees_in_everything_but_the_connection(rates):
+def bases(settings):
+    return [setting.baseline and setting.baseline.label for setting in settings]
+
+
+def test_a_baseline_agrees_in_everything_but_the_connection_and_a_sweep_chooses_it(rates):
     settings = group(rates)
-    assert [s.baseline and s.baseline.label for s in settings] == [
-        None,
-        None,
-        *["residual lr=0.001", "residual lr=0.01"] * 2,
-    ]
+    assert bases(settings) == [None, None, *["residual lr=0.001", "residual lr=0.01"] * 2]
     assert [s.is_baseline for s in settings] == [True, True] + 4 * [False]
-
-
-def test_without_residual_the_first_connection_is_the_baseline_at_every_learning_rate(rates):
+    # Without residual the first connection is the baseline.
     settings = group([run for run in rates if run.kind != "residual"])
-    assert [s.baseline and s.baseline.label for s in settings] == [None, None, "hc lr=0.001", "hc lr=0.01"]
+    assert bases(settings) == [None, None, "hc lr=0.001", "hc lr=0.01"]
     said = findings(settings)
     assert "mhc:init=paper lr=0.001: loss minus hc lr=0.001's -0.0800, -0.1200; 2 seeds, no claim." in said
+    settings = group(rates, {"connection": "mhc"})
+    assert settings[0].baseline is settings[4]
+    rated = bases(group(rates, {"optimizer.learning_rate": 1e-3}))
+    assert rated == [None, "residual lr=0.001", None, "hc lr=0.001", None, "mhc:init=paper lr=0.001"]
 
 
 def test_a_confounded_pair_has_no_number(rates):
@@ -112,41 +109,24 @@ def test_a_confounded_pair_has_no_number(rates):
     high = [run for run in rates if run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[1]]
     residual, mhc = group([*low, *high])
     assert mhc.baseline is None
-    assert f"{mhc.label}: not compared: no run that a baseline could be has its other settings." in findings(
-        [residual, mhc]
-    )
+    said = f"{mhc.label}: not compared: no run that a baseline could be has its other settings."
+    assert said in findings([residual, mhc])
     row = statistics_rows([residual, mhc])[1]
     assert row["verdict"].text == "not compared"
     assert [row[key].value for key in ("difference", "t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 5
     assert rows([*low, *high])[-1]["gap to baseline"].value is None
 
 
-def test_a_sweep_chooses_its_baseline(rates):
-    settings = group(rates, {"connection": "mhc"})
-    assert settings[0].baseline is settings[4]
-    by_rate = group(rates, {"optimizer.learning_rate": 1e-3})
-    assert [s.baseline and s.baseline.label for s in by_rate] == [
-        None,
-        "residual lr=0.001",
-        None,
-        "hc lr=0.001",
-        None,
-        "mhc:init=paper lr=0.001",
-    ]
-
-
-def test_settings_that_change_no_number_do_not_part_a_pair(tmp_path):
-    residual = write(tmp_path, "residual", "residual", 0)
-    folder = write_run(tmp_path, "hc", "hc")
-    config = json.loads((folder / "config.json").read_text())
-    config["train"] |= {"tensorboard": True, "keep_checkpoints": 9}
-    (folder / "config.json").write_text(json.dumps(config | {"mesh": {"data": 2}}))
-    hc = read_run(folder)
+def test_settings_that_change_no_number_part_no_pair_and_tell_apart_what_nothing_else_does(tmp_path):
+    more = {"train.tensorboard": True, "train.keep_checkpoints": 9, "mesh.data": 2}
+    residual, hc = write(tmp_path, "residual", "residual", 0), write(tmp_path, "hc", "hc", 0, config=more)
     assert labels([residual, hc]) == ["residual", "hc"]
     assert baselines([residual, hc]) == [None, residual]
+    other = write(tmp_path, "two", "hc", 0, config=more | {"mesh.data": 1})
+    assert [setting.label for setting in group([hc, other])] == ["hc data=2", "hc data=1"]
 
 
-def test_rows_hold_the_numbers_of_the_summaries(singles):
+def test_rows_hold_the_numbers_of_the_summaries_and_the_gap_its_step(singles, tmp_path):
     residual, hc, mhc, diverged = rows(singles)
     assert residual["parameters"] == ("400k", 400_000)
     assert hc["parameters"] == ("403k (+0.75\N{NO-BREAK SPACE}%)", 403_000)
@@ -163,9 +143,6 @@ def test_rows_hold_the_numbers_of_the_summaries(singles):
     assert hc["spikes"] == ("2", 2)
     assert diverged["status"].text == "diverged at step 120"
     assert diverged["validation loss"].text == "–"
-
-
-def test_a_gap_says_where_it_was_taken(tmp_path, singles):
     lost = read_run(write_run(tmp_path, "lost", "hc", diverged_at=120))
     assert rows([singles[0], lost])[1]["gap to baseline"].text == "-0.0300 (step\N{NO-BREAK SPACE}100)"
     assert validation_gap(lost, singles[0]) == (100, pytest.approx(-0.06 * 100 / 200))
@@ -184,9 +161,8 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
         "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; runs a rate: 2 "
         "or more; lower rates that finished above it are slow, not unstable)."
     ) in said
-    assert any(
-        s.startswith("mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended") for s in said
-    )
+    stable = "mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended"
+    assert any(sentence.startswith(stable) for sentence in said)
 
 
 def test_one_seed_ranks_nothing(singles):
@@ -199,14 +175,22 @@ def test_one_seed_ranks_nothing(singles):
     assert "hc 38.25 forward, 52 backward" in gains
 
 
-def test_runs_that_have_not_ended_are_named_and_judged_nowhere(rates, tmp_path):
-    folder = write_run(tmp_path, "going", "mhc", seed=2)
-    (folder / "summary.json").unlink()
-    going = read_run(folder)
-    assert f"{labels([going])[0]}: 1 of 1 runs have not ended and have no final loss." in findings(group([going]))
-    waiting = [dataclasses.replace(run, summary=None) if run.kind == "mhc" else run for run in rates]
-    waiting = [run for run in waiting if run.kind == "mhc" or run.config["optimizer"]["learning_rate"] == RATES[0]]
-    assert frontier_lines(group(waiting)) == {}
+def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_have_not_ended(rates):
+    settings = group(rates)
+    assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
+    assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
+
+    def without_mhc(*at):
+        """The group of all runs, of which mHC's at these rates have not ended."""
+        going = [run.kind == "mhc" and run.config["optimizer"]["learning_rate"] in at for run in rates]
+        return group([dataclasses.replace(r, summary=None) if g else r for r, g in zip(rates, going, strict=True)])
+
+    high = without_mhc(RATES[1])
+    assert "mhc:init=paper lr=0.01: 2 of 2 runs have not ended and have no final loss." in findings(high)
+    assert frontier_lines(high)["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
+    said = next(s for s in findings(high) if s.startswith("mhc:init=paper: stable"))
+    assert said.startswith("mhc:init=paper: stable up to learning rate 0.001, the largest whose runs have ended")
+    assert "mhc:init=paper" not in frontier_lines(without_mhc(*RATES))
 
 
 def with_streams(record, cosine, rank, rms=1.0):
@@ -238,19 +222,20 @@ def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 
 
-def test_statistics_rows(connections):
+def test_statistics_rows(connections, rates):
     residual, _, mhc = statistics_rows(group(connections))
     assert residual["verdict"].text == "baseline"
     assert residual["difference"].value is None
+    # LOSS: deviations from the mean 2.05 are -0.05, 0.05 and 0.
+    assert (residual["mean loss"].text, residual["st. dev."].text) == ("2.0500", f"{math.sqrt(0.005 / (3 - 1)):.4f}")
     assert mhc["difference"].text == "-0.1000"
     assert mhc["effect"].value == pytest.approx(-0.1 / 0.05)
     assert mhc["p (sign flip)"].value == 0.25
     assert mhc["t interval"].text == "-0.1248 to -0.0752"
     assert mhc["verdict"].text == "lower"
-
-
-def test_two_seeds_have_no_interval_in_any_table(rates):
-    for row in statistics_rows(group(rates)):
+    assert (mhc["max gain forward"].value, mhc["max gain backward"].value) == (21, 21), "the largest of any seed"
+    assert any("mhc:init=paper 21 forward, 21 backward" in sentence for sentence in findings(group(connections)))
+    for row in statistics_rows(group(rates)):  # of two seeds
         assert [row[key].value for key in ("t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 4
         assert row["verdict"].text in ("baseline", "no claim")
 
@@ -269,29 +254,6 @@ def test_mean_record_averages_what_all_seeds_logged(connections, rates):
     assert mean_record(group(rates)[3]).diverged_at is None, "the mean is that of the run that finished"
 
 
-def test_the_frontier_takes_losses_by_learning_rate(rates):
-    settings = group(rates)
-    assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
-    assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
-
-
-def test_figures_draw_what_they_can_and_say_what_they_need(connections, rates):
-    swept = SWEEP_FIGURES["swept"].draw(group(rates))
-    assert [axis.get_xscale() for axis in swept.axes] == ["log"] * 3
-    names = {line.get_label() for line in swept.axes[0].lines if line.get_label()[0] != "_"}
-    assert names == {"residual", "hc", "mhc:init=paper"}
-    strip = SWEEP_FIGURES["seed_strip"].draw(group(rates))
-    assert [text.get_text() for text in strip.axes[0].texts] == ["1 of 2 without a loss"]
-    assert not strip.axes[0].patches, "two seeds have no band"
-    gap = SWEEP_FIGURES["gap_curves"].draw(group(connections))
-    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in gap.axes]
-    assert legends == [["hc (3)"], ["mhc:init=paper (3)"]]
-    assert len(gap.axes[0].lines) == 3 + 1 + 1  # seeds, mean, zero
-    for name in ("swept", "frontier", "ladder"):
-        with pytest.raises(plots.NothingToDraw):
-            SWEEP_FIGURES[name].draw(group(connections))
-
-
 def test_bands_reach_over_the_seeds(connections):
     loss, norm = SWEEP_FIGURES["seed_bands"].draw(group(connections)).axes
     assert norm.get_yscale() == "log"
@@ -308,61 +270,47 @@ def test_bands_reach_over_the_seeds(connections):
 
 
 def test_ladder_fits_runs_of_three_sizes(tmp_path):
+    """loss = 3 (x / x_0)^-0.1, x the FLOPs per token times 200 steps of 16 x 128 tokens."""
     runs = []
     for k, width in enumerate((32, 64, 128)):
-        run = write(tmp_path, f"w{width}", "residual", 0, loss=3 * 4.0 ** (-0.1 * k), settings={"width": width})
-        summary = dict(run.summary) | {"flops_per_token": 1e6 * 4.0**k}
-        (run.folder / "summary.json").write_text(json.dumps(summary))
-        runs.append(read_run(run.folder))
+        loss, results = 3 * 4.0 ** (-0.1 * k), {"flops_per_token": 1e6 * 4.0**k}
+        runs.append(
+            write(tmp_path, f"w{width}", "residual", 0, loss=loss, results=results, config={"model.width": width})
+        )
     figure = SWEEP_FIGURES["ladder"].draw(group(runs))
     assert figure.legends[0].get_texts()[0].get_text().startswith("residual: exponent -0.100 [-0.1")
+    dots, line = figure.axes[0].lines
+    for drawn in (dots, line):
+        np.testing.assert_allclose(drawn.get_xdata(), 1e6 * 4.0 ** np.arange(3) * 200 * 16 * 128)
+        np.testing.assert_allclose(drawn.get_ydata(), 3 * 4.0 ** (-0.1 * np.arange(3)))
 
 
-def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path):
-    """HC diverges in three of six seeds; the three that finish are all lower than residual's."""
-    runs = [write(tmp_path, f"residual-{k}", "residual", k, loss=2.0 + 0.01 * k) for k in range(6)]
-    lost = {3: 60, 4: 60, 5: 60}
-    runs += [write(tmp_path, f"hc-{k}", "hc", k, loss=1.8 + 0.011 * k, diverged_at=lost.get(k)) for k in range(6)]
+@pytest.mark.parametrize("loser", ["hc", "residual"])
+def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path, loser):
+    """One of them diverges in three of six seeds, after low losses; in the three others HC's are all lower than residual's."""
+    runs = []
+    for kind, losses in (("residual", [2.0, 2.01, 2.02]), ("hc", [1.8, 1.811, 1.822])):
+        for k in range(6):
+            ends = {"diverged_at": 60, "results": {"validation_loss": 1.0}} if kind == loser and k > 2 else {}
+            runs.append(write(tmp_path, f"{kind}-{k}", kind, k, loss=losses[k % 3], **ends))
     settings = group(runs)
     row = statistics_rows(settings)[1]
-    assert (row["seeds"].text, row["verdict"].text) == ("3 of 6", "no claim")
+    assert (row["seeds"].text, row["verdict"].text) == ("3 of 6" if loser == "hc" else "6", "no claim")
+    assert row["mean loss"].text == "1.8110"
     assert [row[key].value for key in ("t interval", "p (t)", "p (sign flip)", "effect")] == [None] * 4
-    said = findings(settings)
     assert (
         "hc: no claim, since 3 runs of it and residual did not finish; loss minus residual's -0.1990 over the 3 seeds that "
         "finished in both."
-    ) in said
-    assert rows(runs, settings)[-1]["validation loss"].text == "–"
+    ) in findings(settings)
+    assert rows(runs, settings)[5 if loser == "residual" else -1]["validation loss"].text == "–"
     assert mean_record(settings[1]).result("validation_loss") == pytest.approx(1.811)
 
 
-def test_a_frontier_ends_before_a_rate_whose_runs_have_not_ended(rates):
-    going = [
-        dataclasses.replace(run, summary=None)
-        if run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[1]
-        else run
-        for run in rates
-    ]
-    assert frontier_lines(group(going))["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
-    said = next(s for s in findings(group(going)) if s.startswith("mhc:init=paper: stable"))
-    assert said.startswith("mhc:init=paper: stable up to learning rate 0.001, the largest whose runs have ended")
-
-
-def test_settings_that_change_no_number_tell_runs_apart_where_nothing_else_does(tmp_path):
-    folder = write_run(tmp_path, "two", "hc")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mesh": {"data": 2}}))
-    one = read_run(write_run(tmp_path, "one", "hc"))
-    assert [setting.label for setting in group([one, read_run(folder)])] == ["hc", "hc data=2"]
-
-
 def test_runs_on_two_texts_are_not_compared(tmp_path):
-    runs = []
-    for kind, text in (("residual", "a" * 64), ("hc", "b" * 64)):
-        folder = write_run(tmp_path, kind, kind)
-        env = json.loads((folder / "env.json").read_text())
-        (folder / "env.json").write_text(json.dumps(env | {"data": {"train_sha256": text}}))
-        runs.append(read_run(folder))
+    runs = [
+        dataclasses.replace(write(tmp_path, kind, kind, 0), env={"data": {"train_sha256": text * 64}})
+        for kind, text in (("residual", "a"), ("hc", "b"))
+    ]
     assert [setting.label for setting in group(runs)] == ["residual text=aaaaaaaa", "hc text=bbbbbbbb"]
     assert group(runs)[1].baseline is None
 

@@ -9,34 +9,23 @@ from support.synthetic_runs import write_run
 from support.tiny_runs import ROOT
 
 from mhc_jax import plots
-from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import read_run
 from mhc_jax.report import write_report
 from mhc_jax.settings import group, mean_record
 
 MHC = re.compile(r"\bm[hH][cC]\b(?![_\w]*\.|-|'s paper| (?:Table|Figure|Eq|section|ICML))")
 """mHC as a run or a result: neither a file name nor a place in the paper."""
-KEEPS_ITS_NAME = (  # tables of what there is, without a result in them
-    "Kind",
-    "What to change",
-    "Formula",
-    "Letter",
-    "`model.remat`",
-    "Notebook",
-)
+KEEPS_ITS_NAME = ("Kind", "What to change", "Formula", "Letter", "`model.remat`", "Notebook")
+"""Heads of tables of what there is, without a result in them."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    out = []
-    for kind, connection in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
-        for seed in range(3):
-            folder = write_run(root, f"run-{len(out)}", kind, seed=seed)
-            config = json.loads((folder / "config.json").read_text())
-            config["model"]["connection"] |= connection
-            (folder / "config.json").write_text(json.dumps(config))
-            out.append(read_run(folder))
+    """Three seeds of each connection, and mHC with two inits."""
+    root, out = tmp_path_factory.mktemp("runs"), []
+    for kind, config in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
+        config = {f"model.connection.{key}": value for key, value in config.items()}
+        out += [read_run(write_run(root, f"{len(out) + k}", kind, seed=k, config=config)) for k in range(3)]
     return out
 
 
@@ -59,43 +48,32 @@ def rows_without_init(text):
     return wrong
 
 
-def test_the_report_names_the_init(runs, tmp_path):
+def test_the_report_and_its_figures_name_the_init(runs, tmp_path, monkeypatch):
+    """What a page says outside its figures, and every text in them; they are drawn and not rendered."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path, vector: figures.append((path.stem, figure)))
+    monkeypatch.setattr(plots, "svg", lambda figure: "")
     page = write_report(runs, tmp_path, "Runs").read_text()
-    page = re.sub(
-        r"<svg.*?</svg>|<script.*?</script>|<style.*?</style>|<details.*?</details>", "", page, flags=re.DOTALL
-    )
+    page = re.sub(r"<script.*?</script>|<style.*?</style>|<details.*?</details>", "", page, flags=re.DOTALL)
     for block in re.findall(r"<(?:tr|li|figcaption)>(.*?)</(?:tr|li|figcaption)>", page, re.DOTALL):
         text = html.unescape(re.sub(r"<[^>]*>", " ", block))
         assert not MHC.search(text) or "init=" in text, text
     assert "mhc:init=paper" in page
     assert "mhc:init=home:t_max=5" in page
-
-
-def test_legends_and_titles_name_the_init(runs):
-    settings = group(runs)
-    means = [mean_record(setting) for setting in settings]
-    for name, plot, data in [
-        *((name, plot, settings) for name, plot in SWEEP_FIGURES.items()),
-        *((name, plot, means) for name, plot in plots.FIGURES.items()),
-    ]:
-        try:
-            figure = plot.draw(data)
-        except plots.NothingToDraw:
-            continue
+    drawn = [name for name, _ in figures]
+    assert set(drawn) == {*plots.FIGURES, "gap_curves", "seed_bands", "seed_strip"} - {"loss_gap"}
+    means = [mean_record(setting) for setting in group(runs)]
+    for name, figure in [*figures, ("loss_gap", plots.FIGURES["loss_gap"].draw(means))]:
         for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
-            said = text.get_text()
-            assert not MHC.search(said) or "init=" in said, (name, said)
+            assert not MHC.search(text.get_text()) or "init=" in text.get_text(), (name, text.get_text())
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("experiments/records/*/README.md")), ids=lambda path: path.parent.name
-)
-def test_records_name_the_init(path):
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/records/*/README.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
+def test_the_readme_and_records_name_the_init(path):
     assert rows_without_init(path.read_text()) == []
-
-
-def test_the_readme_names_the_init():
-    assert rows_without_init((ROOT / "README.md").read_text()) == []
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)

@@ -1,13 +1,14 @@
 """Every number of a diagnostics line against float64 loops over tokens, sub-layers and entries."""
 
+import itertools
 import math
 import types
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
-from mhc_jax.diagnostics import sample_sublayer, summarize
+from mhc_jax.diagnostics import STREAM_MEASURES, sample_sublayer, summarize
 
 L, B, T, N, C = 5, 2, 6, 3, 4
 SAMPLED = 4
@@ -26,14 +27,17 @@ def collected():
         "streams": random.normal(size=(L, B, T, N * C)) * np.repeat([1.0, 2.0, 5.0], C),
         "y": random.normal(size=(L, B, T, C)),
     }
-    rows = []
-    for l in range(L):
-        given = {key: jnp.asarray(value[l], jnp.float32) for key, value in raw.items()}
+    raw = {key: np.float32(value) for key, value in raw.items()}
+
+    @jax.jit
+    def sampled(given):
         dense = given["pre"], given["post"], given["res"]
-        link = types.SimpleNamespace(dense=lambda c, y, dense=dense: dense, flat=lambda streams: streams)
-        rows.append(sample_sublayer(link, given["streams"], None, given["y"], SAMPLED))
-    stacked = {key: jnp.stack([row[key] for row in rows]) for key in rows[0]}
-    return {key: np.float64(np.float32(value)) for key, value in raw.items()}, stacked
+        link = types.SimpleNamespace(dense=lambda c, y: dense, flat=lambda streams: streams)
+        return sample_sublayer(link, given["streams"], None, given["y"], SAMPLED)
+
+    rows = [sampled({key: value[l] for key, value in raw.items()}) for l in range(L)]
+    stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return {key: np.float64(value) for key, value in raw.items()}, stacked
 
 
 def of_token(values, token):
@@ -98,37 +102,30 @@ def test_gains_marginals_and_entropy(collected):
         np.testing.assert_allclose(out["h_res"][l], mean_H[l], rtol=1e-6)
 
 
-def test_reads_and_writes_are_means_over_sampled_tokens(collected):
-    raw, stacked = collected
-    out = summarize(stacked)
-    for key in ("pre", "post"):
-        for l in range(L):
-            expected = [np.mean([of_token(raw[key][l, i], token) for token in SHOWN]) for i in range(N)]
-            np.testing.assert_allclose(out[f"h_{key}"][l], expected, rtol=1e-6)
-
-
-def test_sizes_of_streams_and_branches(collected):
-    """Streams at the sampled tokens; branch outputs at every token of the sequence."""
+def test_reads_writes_and_streams(collected):
+    """Means over sampled tokens, root mean squares of streams, signed cosines of pairs; branch outputs at every token."""
     raw, stacked = collected
     out = summarize(stacked)
     for l in range(L):
+        for key, i in itertools.product(("pre", "post"), range(N)):
+            expected = np.mean([of_token(raw[key][l, i], token) for token in SHOWN])
+            np.testing.assert_allclose(out[f"h_{key}"][l, i], expected, rtol=1e-6)
+        streams = [raw["streams"][l].reshape(-1, N, C)[token] for token in SHOWN]
         for i in range(N):
-            squares = [raw["streams"][l].reshape(-1, N, C)[token, i, c] ** 2 for token in SHOWN for c in range(C)]
-            assert out["stream_rms"][l, i] == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-6)
-        squares = [x**2 for x in raw["y"][l].flat]
-        assert out["branch_rms"][l] == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-6)
+            size = math.sqrt(np.mean([x**2 for one in streams for x in one[i]]))
+            assert out["stream_rms"][l, i] == pytest.approx(size, rel=1e-6)
+        assert out["branch_rms"][l] == pytest.approx(math.sqrt(np.mean([x**2 for x in raw["y"][l].flat])), rel=1e-6)
+        pairs = [(x[i], x[j]) for x in streams for i in range(N) for j in range(i)]
+        cosines = [sum(a * b) / math.sqrt(sum(a**2)) / math.sqrt(sum(b**2)) for a, b in pairs]
+        assert out["stream_cosine"][l] == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
-def test_cosine_of_streams(collected):
-    """Signed, mean over pairs of different streams and over sampled tokens."""
-    raw, stacked = collected
-    out = summarize(stacked)
-    for l in range(L):
-        cosines = []
-        for token in SHOWN:
-            x = raw["streams"][l].reshape(-1, N, C)[token]
-            for i in range(N):
-                for j in range(i):
-                    size = math.sqrt(sum(x[i] ** 2)) * math.sqrt(sum(x[j] ** 2))
-                    cosines.append(sum(x[i] * x[j]) / size)
-        assert out["stream_cosine"][l] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+def test_gains_beyond_float32_are_numbers():
+    """Three matrices of 1e20: the gain of their product is 8e60."""
+    shapes = {"pre": (3, 1, 2), "post": (3, 1, 2), "stream_rms": (3, 2), "branch_rms": (3,)}
+    shapes |= dict.fromkeys(STREAM_MEASURES, (3,))
+    given = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
+    out = summarize(given | {"res": np.full((3, 1, 2, 2), 1e20, np.float32)})
+    one = 2 * float(np.float32(1e20))
+    np.testing.assert_allclose(out["composite_forward"], [one, one**2, one**3], rtol=1e-12)
+    np.testing.assert_allclose(out["composite_backward"], [one**3, one**2, one], rtol=1e-12)

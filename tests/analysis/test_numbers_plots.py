@@ -8,10 +8,6 @@ import pytest
 from support.synthetic_runs import STEPS, write_run
 
 from mhc_jax import plots
-from mhc_jax.pipeline.schedules import make
-from mhc_jax.pipeline.simulate import by_hand, simulate
-from mhc_jax.plots import cost as figures
-from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.records import last_diagnostics, read_run
 from mhc_jax.settings import group
@@ -31,15 +27,9 @@ def rates(tmp_path_factory):
         for rate in (1e-3, 1e-2):
             for seed in (0, 1):
                 lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
-                folder = write_run(root, f"{kind}-{rate}-{seed}", kind, seed=seed, diverged_at=lost)
-                config = json.loads((folder / "config.json").read_text())
-                config["optimizer"]["learning_rate"] = rate
-                (folder / "config.json").write_text(json.dumps(config))
-                summary = json.loads((folder / "summary.json").read_text())
-                if lost is None:
-                    summary["validation_loss"] = 2.0 + 0.1 * seed + rate - 0.5 * (kind == "hc")
-                (folder / "summary.json").write_text(json.dumps(summary))
-                out.append(read_run(folder))
+                loss = {} if lost else {"validation_loss": 2.0 + 0.1 * seed + rate - 0.5 * (kind == "hc")}
+                more = {"config": {"optimizer.learning_rate": rate}, "results": loss, "diverged_at": lost}
+                out.append(read_run(write_run(root, f"{kind}-{rate}-{seed}", kind, seed=seed, **more)))
     return group(out)
 
 
@@ -89,38 +79,12 @@ def test_marginals_entropy_and_distance(runs):
     assert rows.get_ylabel() == "max |row sum − 1|"
 
 
-def test_bars_of_traffic():
-    """mHC Table 2 at n = 4, in C: 21 read and 13 written; fused 13 and 5; with the pre-norm 20, 14 and 10."""
-    axis = figures.traffic_bars(4, 10_000).axes[0]
-    widths = [patch.get_width() for patch in axis.patches]
-    np.testing.assert_allclose(widths, [2, 21, 13, 1, 13, 5, 20, 14, 10], atol=0.003)
-
-
-def test_memory_against_the_length_of_a_block():
-    """nC ceil(L / L_r) + (n + 2) C L_r elements of two bytes, in KiB."""
-    axis = figures.recompute(60, (4,), 2560).axes[0]
-    line = axis.lines[0]
-    expected = [(4 * math.ceil(60 / k) + 6 * k) * 2560 * 2 / 1024 for k in range(1, 61)]
-    np.testing.assert_allclose(line.get_ydata(), expected)
-    assert (axis.lines[1].get_xdata()[0], axis.lines[1].get_ydata()[0]) == (6, min(expected))
-    assert axis.get_ylabel() == "KiB per token (C = 2560, 2 bytes)"
-
-
-def test_bars_of_ratios():
-    axis = figures.overhead({"parameters": {"hc": 1.25, "mhc": 1.5}, "time": {"hc": 2.0}}).axes[0]
-    heights = [patch.get_height() for patch in axis.patches]
-    np.testing.assert_allclose(heights, [1.25, 2.0, 1.5, np.nan])
-
-
-def test_cells_of_a_timeline_are_as_long_as_their_operations():
-    run = simulate(make("1f1b", 2, 2), by_hand(2, 1.0, 3.0, 1.0))
-    widths = sorted(patch.get_width() for patch in timeline([run], ["one"]).axes[0].patches)
-    assert widths == pytest.approx([1.0] * 4 + [3.0] * 4)
-
-
 def test_points_of_a_sweep(rates):
     """Dots are the seeds' losses at their learning rate, lines the means over the seeds that ended."""
-    axis = SWEEP_FIGURES["swept"].draw(rates).axes[0]
+    figure = SWEEP_FIGURES["swept"].draw(rates)
+    assert [axis.get_xscale() for axis in figure.axes] == ["log"] * 3
+    axis = figure.axes[0]
+    assert {line.get_label() for line in axis.lines if line.get_label()[0] != "_"} == {"residual", "hc"}
     dots = {
         (x, round(y, 6))
         for line in axis.lines
@@ -136,16 +100,13 @@ def test_points_of_a_sweep(rates):
     np.testing.assert_allclose(line.get_data(), [[1e-3, 1e-2], [1.551, 1.51]])
 
 
-def test_rows_of_seeds(tmp_path):
+def test_rows_of_seeds(tmp_path, rates):
     """Dots, a bar at the mean, and a band of one standard deviation of the baseline around its mean."""
     runs = []
     for kind in ("residual", "hc"):
         for seed in range(3):
-            folder = write_run(tmp_path, f"{kind}-{seed}", kind, seed=seed)
-            summary = json.loads((folder / "summary.json").read_text())
-            summary["validation_loss"] = 2.0 + 0.1 * seed + (kind == "hc")
-            (folder / "summary.json").write_text(json.dumps(summary))
-            runs.append(read_run(folder))
+            loss = {"validation_loss": 2.0 + 0.1 * seed + (kind == "hc")}
+            runs.append(read_run(write_run(tmp_path, f"{kind}-{seed}", kind, seed=seed, results=loss)))
     axis = SWEEP_FIGURES["seed_strip"].draw(group(runs)).axes[0]
     np.testing.assert_allclose(axis.lines[0].get_xdata(), [2.0, 2.1, 2.2])
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [2.1] * 2)
@@ -153,6 +114,15 @@ def test_rows_of_seeds(tmp_path):
     for band in axis.patches:  # of residual, in both rows
         assert band.get_x() == pytest.approx(2.0)
         assert band.get_width() == pytest.approx(0.2)
+    (axis,) = SWEEP_FIGURES["seed_strip"].draw(rates).axes
+    assert [text.get_text() for text in axis.texts] == ["1 of 2 without a loss"]
+    assert not axis.patches, "two seeds have no band"
+    (axis,) = SWEEP_FIGURES["gap_curves"].draw(group(runs)).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["hc (3)"]
+    assert len(axis.lines) == 3 + 1 + 1  # seeds, mean, zero
+    for name in ("swept", "frontier", "ladder"):
+        with pytest.raises(plots.NothingToDraw):
+            SWEEP_FIGURES[name].draw(group(runs))
 
 
 def test_marks_of_the_frontier(rates):

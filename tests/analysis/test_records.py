@@ -1,3 +1,6 @@
+"""Run folders read back: what a stop leaves, what is done again, what is missing, and what runs are called."""
+
+import dataclasses
 import json
 
 import numpy as np
@@ -7,15 +10,9 @@ from support.synthetic_runs import STEPS, SUBLAYERS, write_run
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
-from mhc_jax.records import (
-    flatten,
-    labels,
-    last_diagnostics,
-    not_defaults,
-    paired_gap,
-    read_run,
-    series,
-)
+from mhc_jax.metrics import plain
+from mhc_jax.records import flatten, labels, last_diagnostics, not_defaults, paired_gap, read_run, series
+from mhc_jax.results import measurements
 
 
 def append(folder, text):
@@ -38,12 +35,7 @@ def test_reads_back_what_was_written(tmp_path):
     assert steps.tolist() == [50, 100, 150, 200]
     assert gain.shape == (4, SUBLAYERS)
     assert gain.tolist() == [s["composite_forward"] for s in lines if s["kind"] == "diagnostics"]
-    assert (record.name, record.kind, record.num_streams, record.status) == (
-        "hc",
-        "hc",
-        4,
-        "finished",
-    )
+    assert (record.name, record.kind, record.num_streams, record.status) == ("hc", "hc", 4, "finished")
     assert record.spike_steps == [90]
     assert record.diverged_at is None
 
@@ -54,36 +46,27 @@ def test_null_is_nan_and_a_diverged_run_says_where(tmp_path):
     assert steps[-1] == 84
     assert np.isnan(loss[-1])
     assert np.isfinite(loss[:-1]).all()
-    assert record.diverged_at == 84
-    assert record.status == "diverged"
-
-
-def test_divergence_is_known_from_the_event_alone(tmp_path):
-    folder = write_run(tmp_path, "run", "hc", diverged_at=84)
-    (folder / "summary.json").unlink()
-    record = read_run(folder)
-    assert record.summary is None
     assert (record.diverged_at, record.status) == (84, "diverged")
-
-
-def test_half_written_last_line_is_left_out(tmp_path):
-    folder = write_run(tmp_path, "run", "mhc")
-    whole = series(read_run(folder), "train", "step")[0]
-    append(folder, train_line(STEPS + 2, 1.0)[:-9])
-    assert series(read_run(folder), "train", "step")[0].tolist() == whole.tolist()
+    (tmp_path / "run" / "summary.json").unlink()
+    record = read_run(tmp_path / "run")
+    assert record.summary is None
+    assert (record.diverged_at, record.status) == (84, "diverged"), "known from the event alone"
 
 
 @pytest.mark.parametrize("broken", ['{"kind": "train", "st', "3", '{"kind": "train"}', "\xff"])
-def test_broken_line_in_the_middle_is_named_by_its_number(tmp_path, broken):
+def test_a_broken_line_is_left_out_at_the_end_and_named_by_its_number_in_the_middle(tmp_path, broken):
     folder = write_run(tmp_path, "run", "mhc")
     count = len((folder / "metrics.jsonl").read_text().splitlines())
+    append(folder, train_line(STEPS + 2, 1.0)[:-9])
+    assert series(read_run(folder), "train", "step")[0][-1] == STEPS
+    (folder / "metrics.jsonl").write_text("".join((folder / "metrics.jsonl").read_text().splitlines(True)[:count]))
     append(folder, broken + "\n" + train_line(STEPS + 2, 1.0))
     with pytest.raises(InputError, match=rf"^Line {count + 1} of .*metrics\.jsonl"):
         read_run(folder)
 
 
 def test_steps_done_again_after_a_resume_replace_the_first_attempt(tmp_path):
-    folder = write_run(tmp_path, "run", "hc", spikes=(50, 150))
+    folder = write_run(tmp_path, "run", "hc", spikes=(50, 100, 150))
     append(folder, json.dumps({"kind": "event", "step": 100, "event": "resumed"}) + "\n")
     append(folder, train_line(102, 7.0))
     record = read_run(folder)
@@ -91,20 +74,16 @@ def test_steps_done_again_after_a_resume_replace_the_first_attempt(tmp_path):
     assert steps[-2:].tolist() == [100, 102]
     assert loss[-1] == 7.0
     assert series(record, "validation", "loss")[0].tolist() == [50, 100]
-    assert [(e["event"], e["step"]) for e in record.events] == [("spike", 50), ("resumed", 100)]
-
-
-@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])
-def test_a_folder_without_its_files_is_no_run_folder(tmp_path, missing):
-    folder = write_run(tmp_path, "run", "mhc")
-    (folder / missing).unlink()
-    with pytest.raises(InputError, match=f"is not a run folder: it has no {missing}"):
-        read_run(folder)
+    assert [(e["event"], e["step"]) for e in record.events] == [("spike", 50), ("spike", 100), ("resumed", 100)]
 
 
 def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
     with pytest.raises(InputError, match="There is no folder"):
         read_run(tmp_path / "nowhere")
+    for missing in ("config.json", "metrics.jsonl"):
+        (write_run(tmp_path, missing, "mhc") / missing).unlink()
+        with pytest.raises(InputError, match=f"is not a run folder: it has no {missing}"):
+            read_run(tmp_path / missing)
     folder = write_run(tmp_path, "run", "mhc")
     (folder / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"summary\.json' is not valid JSON"):
@@ -145,6 +124,18 @@ def test_last_diagnostics_skips_lines_without_a_finite_number(tmp_path):
     assert value[1] == 2.0
 
 
+def test_the_largest_norm_is_that_of_the_steps_after_the_warm_up(tmp_path):
+    record = read_run(write_run(tmp_path, "run", "hc", config={"optimizer.warmup_steps": 4}))
+    train = {"step": np.arange(1.0, 7), "grad_norm": np.asarray([9.0, 8, 7, 6, 2, np.nan]), "clipped": np.ones(6) * 0.5}
+    found = measurements(dataclasses.replace(record, train=train))
+    assert (found["max_grad_norm"], found["clipped_fraction"]) == (2, 0.5)
+
+
+def test_numbers_of_a_record_are_read_back_as_they_were():
+    values = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    assert [np.float32(plain(float(value))) for value in values] == values.tolist()
+
+
 def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
     base = read_run(write_run(tmp_path, "residual", "residual"))
     run = read_run(write_run(tmp_path, "hc", "hc", diverged_at=120))
@@ -153,11 +144,8 @@ def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
     np.testing.assert_allclose(gap, [-0.06 * 50 / STEPS, -0.06 * 100 / STEPS], rtol=1e-9)
 
 
-def test_flatten():
+def test_flattened_settings_and_those_that_are_no_defaults():
     assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
-
-
-def test_settings_that_are_not_defaults():
     config = to_mapping(ExperimentConfig())
     assert not_defaults(config) == {}
     config["optimizer"]["grad_clip"] = 0.5

@@ -1,3 +1,5 @@
+"""The page of runs is self-contained, holds what they say, escapes their text, and appears whole or not at all."""
+
 import dataclasses
 import json
 import re
@@ -17,10 +19,23 @@ def runs(tmp_path_factory):
     return [read_run(folder) for folder in write_four(tmp_path_factory.mktemp("runs"))]
 
 
-@pytest.fixture(scope="module")
-def page(runs, tmp_path_factory):
+@pytest.fixture(scope="module", params=["three figures", pytest.param("all figures", marks=pytest.mark.full)])
+def page(runs, tmp_path_factory, request):
+    """The page of the four runs; of the figures that are not rendered there are the heads of their files."""
     folder = tmp_path_factory.mktemp("report")
-    path = write_report(runs, folder, "A <b>title</b>", notes=["Seen & noted."])
+    save, svg, rendered = plots.save, plots.svg, []
+
+    def saved(figure, path, *, vector):
+        if request.param == "all figures" or path.stem in ("loss", "gain_depth", "gates"):
+            rendered.append(figure)
+            return save(figure, path, vector=vector)
+        path.write_bytes(b"\x89PNG")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", saved)
+        patch.setattr(plots, "svg", lambda figure: svg(figure) if figure in rendered else "<svg></svg>")
+        path = write_report(runs, folder, "A <b>title</b>", notes=["Seen & noted."])
+    assert len(rendered) == (13 if request.param == "all figures" else 3)
     assert path == folder / "report.html"
     return path
 
@@ -44,7 +59,9 @@ def test_page_is_self_contained(page, runs):
     assert text.count("<svg") == 13
     targets = set(re.findall(r'<a href="#([^"]+)"', text))
     assert targets <= set(re.findall(r'id="([^"]+)"', text))
-    assert len(list((page.parent / "figures").glob("*.png"))) == 13
+    drawn = list((page.parent / "figures").glob("*.png"))
+    assert len(drawn) == 13
+    assert {path.read_bytes()[:4] for path in drawn} == {b"\x89PNG"}
     assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]
 
 
@@ -58,11 +75,8 @@ def test_page_holds_header_notes_table_settings_and_events(page):
     assert '<td data-value="38.25">38.25</td>' in text
     assert '<td data-value="">–</td>' in text
     assert "<tr><td>hc dtype=float16</td><td>hc</td><td>4</td><td>float16</td></tr>" in text
-    assert "Shared settings that are not defaults: " in text
-    assert (
-        "model.width=64, data.batch_size=16"
-        in text.split("Shared settings that are not defaults: ")[1].split("</p>")[0]
-    )
+    _, changed = text.split("Shared settings that are not defaults: ")
+    assert "model.width=64, data.batch_size=16" in changed.split("</p>")[0]
     differing, shared = text.split("shared settings</summary>")
     assert "<td>train.steps</td><td>200</td>" in shared
     assert "train.steps" not in differing
@@ -139,15 +153,19 @@ def test_a_page_says_which_runs_of_the_grid_it_holds(tmp_path, monkeypatch):
     assert [run.name for run in find_runs(tmp_path, ["b", "c"])] == ["b", "a"]
 
 
-def test_a_page_of_several_seeds_has_figures_and_statistics_over_them(tmp_path):
+def test_a_page_of_several_seeds_has_figures_and_statistics_over_them(tmp_path, monkeypatch):
     runs = [
         read_run(write_run(tmp_path, f"{kind}-{k}", kind, seed=k)) for kind in ("residual", "mhc") for k in range(3)
     ]
+    saved = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path, vector: saved.update({path: vector}))
+    monkeypatch.setattr(plots, "svg", lambda figure: "")
     page = write_report(runs, tmp_path / "out", "Seeds").read_text()
     assert page.count('<table class="sortable">') == 2
     assert "Below 3 seeds, and where a run of either has not finished, there is no interval" in page
-    drawn = {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")}
-    assert drawn == {path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert {path.parent for path in saved} == {tmp_path / "out" / "figures"}
+    assert set(saved.values()) == {True}, "PNG and SVG"
+    drawn = {path.stem for path in saved}
     assert drawn >= {"gap_curves", "seed_strip", "seed_bands", "gain_depth"}
     assert "loss_gap" not in drawn
     assert all(f'id="{figure}"' in page for figure in drawn)

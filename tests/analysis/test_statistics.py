@@ -1,49 +1,51 @@
+"""Paired differences, intervals, p-values, verdicts, stability frontiers and power laws are those of the textbook."""
+
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
+from support.thinned import thin
 
 from mhc_jax.errors import InputError
-from mhc_jax.statistics import (
-    MIN_SEEDS,
-    paired,
-    power_law,
-    sign_flip_p,
-    stability_frontier,
-    t_interval,
-    verdict,
-)
+from mhc_jax.statistics import MIN_SEEDS, paired, power_law, sign_flip_p, stability_frontier, t_interval, verdict
 
 
 def series(*values):
     return dict(enumerate(values))
 
 
-def test_paired_differences_by_hand():
-    result = paired(series(2.0, 2.1, 1.9), series(2.1, 2.4, 2.1))
-    # differences -0.1, -0.3, -0.2: mean -0.2, standard deviation 0.1, t(0.975, 2) = 4.30265
-    half = 4.30265 * 0.1 / math.sqrt(3)
-    assert result.differences == pytest.approx((-0.1, -0.3, -0.2))
-    assert result.mean == pytest.approx(-0.2)
-    assert result.t_interval == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-5)
-    assert result.p_sign_flip == 2 / 8
-    assert result.effect == pytest.approx(-0.2 / math.sqrt(0.03))
-    assert not result.resolved
+LOSSES = st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min_size=3, max_size=6)
+"""Hundredths of a nat above 20, of a setting and its baseline."""
 
 
-def test_p_values_and_interval_are_those_of_the_paired_test():
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(2, 0.1, 8), rng.normal(2.05, 0.1, 8)
-    result = paired(series(*a), series(*b))
-    assert result.p_t == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
-    assert result.t_interval == pytest.approx(tuple(stats.ttest_rel(a, b).confidence_interval()), rel=1e-9)
-    signs = np.stack(np.meshgrid(*[[-1, 1]] * 8), -1).reshape(-1, 8)
-    share = np.mean(np.abs(signs @ (a - b)) >= abs((a - b).sum()) * (1 - 1e-12))
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(LOSSES, st.integers(-500, 500), st.sampled_from([0.5, 2.0, 64.0]))
+def test_p_values_and_interval_are_those_of_the_paired_test(losses, shift, scale):
+    """Whatever the seeds; they move with what all runs have in common and scale with the unit of the loss."""
+    a, b = 20 + np.asarray(losses).T / 100
+    result, d = paired(series(*a), series(*b)), a - b
+    assert result.differences == pytest.approx(d.tolist())
+    if np.ptp(d) < 1e-9:
+        assert (result.t_interval, result.p_t, result.p_sign_flip, result.effect) == (None,) * 4
+        return
+    expected = stats.ttest_rel(a, b)
+    assert result.p_t == pytest.approx(expected.pvalue, rel=1e-9)
+    assert result.t_interval == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+    assert result.resolved == (expected.pvalue < 0.05)
+    assert result.effect == (None if len(set(b)) == 1 else pytest.approx(d.mean() / b.std(ddof=1)))
+    signs = np.stack(np.meshgrid(*[[-1, 1]] * len(d)), -1).reshape(-1, len(d))
+    share = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9)
     assert result.p_sign_flip == pytest.approx(share)
+    moved = paired(series(*(scale * (a + shift))), series(*(scale * (b + shift))))
+    assert moved.t_interval == pytest.approx([scale * end for end in result.t_interval], rel=1e-6, abs=1e-9)
+    assert moved.p_t == pytest.approx(result.p_t, rel=1e-6, abs=1e-9)
+    assert moved.effect == (None if result.effect is None else pytest.approx(result.effect, rel=1e-6, abs=1e-9))
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 8])
+@pytest.mark.parametrize("seeds", thin([3, 5, 8], lambda seeds: seeds == 3))
 def test_the_interval_covers_the_truth_19_times_in_20(seeds):
     """2,000 paired experiments: seeds move both settings together, the difference is -0.03 with noise of its own."""
     rng = np.random.default_rng(seeds)
@@ -53,13 +55,13 @@ def test_the_interval_covers_the_truth_19_times_in_20(seeds):
     covered = np.mean([low <= -0.03 <= high for low, high in found])
     assert 0.93 <= covered <= 0.97
     # The two-sided test at 5 % rejects a true difference of 0 as often as the interval of it leaves 0 out.
-    rejected = np.mean([stats.ttest_1samp(d + 0.03, 0).pvalue < 0.05 for d in differences])
+    rejected = np.mean(stats.ttest_1samp(differences + 0.03, 0, axis=1).pvalue < 0.05)
     assert rejected == pytest.approx(1 - covered, abs=1e-12)
 
 
 def test_seeds_are_paired_by_number_and_lost_ones_left_out():
-    result = paired({0: 1.0, 1: math.nan, 3: 5.0, 2: 3.0}, {2: 2.0, 0: 3.0, 1: 0.0})
-    assert result.differences == (-2.0, 1.0)
+    result = paired({0: 1.0, 1: math.nan, 3: 5.0, 2: 3.0, 4: 1.0}, {2: 2.0, 0: 3.0, 1: 0.0, 4: math.nan})
+    assert (result.differences, result.mean) == ((-2.0, 1.0), -0.5)
     assert paired({0: 1.0}, {1: 1.0}) is None
     assert paired({0: math.nan}, {0: 1.0}) is None
 
@@ -84,14 +86,12 @@ def test_verdict(setting, sentence):
     assert verdict(paired(setting, series(2.0, 2.2, 2.2, 2.1)), "residual").startswith(sentence)
 
 
-def test_verdict_of_differences_without_spread():
-    result = paired(series(1.0, 2.0, 3.0), series(1.5, 2.5, 3.5))
-    assert result.t_interval is None
-    assert not result.resolved
-    assert verdict(result, "hc") == "no claim: the 3 differences from hc are all -0.5000, without spread."
-
-
-def test_fewer_seeds_than_three_have_differences_and_nothing_else():
+def test_fewer_seeds_than_three_and_equal_differences_have_no_interval():
+    equal = paired(series(1.0, 2.0, 3.0), series(1.5, 2.5, 3.5))
+    assert (equal.t_interval, equal.resolved) == (None, False)
+    assert verdict(equal, "hc") == "no claim: the 3 differences from hc are all -0.5000, without spread."
+    same = paired(series(1.0, 2.0, 3.0, 4.0, 5.0, 7.0), series(*[20.1] * 6))  # whose deviation rounds to 4e-15
+    assert (same.effect, same.t_interval is None) == (None, False)
     few = paired(series(1.0, 1.1), series(2.0, 2.2))
     assert (few.t_interval, few.p_t, few.p_sign_flip, few.effect) == (None,) * 4
     assert not few.resolved
@@ -107,6 +107,7 @@ def test_stability_frontier():
     assert stability_frontier({1e-3: [2.0]}, 3.0) == (1e-3, None)
     assert stability_frontier({1e-3: [math.inf], 1e-2: [2.0]}, 3.0) == (None, 1e-3)
     assert stability_frontier({}, 3.0) == (None, None)
+    assert stability_frontier({1e-3: [2.0], 1e-2: [3.0]}, 3.0) == (1e-3, 1e-2), "at the threshold is not below it"
 
 
 def test_power_law_recovers_its_exponent_and_matches_linear_regression():

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import signal
-import time
+import subprocess
+import sys
 import types
 from typing import Any
 
 import pytest
-from support.tiny_runs import ROOT, run_script, script
+from support.tiny_runs import ROOT, run_here
 
 from mhc_jax import aot, cost, pod, topology
 from mhc_jax.compiled import Collective, Instruction, Program, arrays
@@ -21,18 +22,10 @@ from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.sharding import MeshConfig
 
 MODEL = ModelConfig(
-    vocab_size=64,
-    width=32,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=2,
-    mlp_width=64,
-    connection=parse("residual"),
+    vocab_size=64, width=32, num_layers=3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual")
 )
 CONFIG = ExperimentConfig(
-    model=MODEL,
-    data=DataConfig(sequence_length=16, batch_size=16),
-    mesh=MeshConfig(data=2, fsdp=4),
+    model=MODEL, data=DataConfig(sequence_length=16, batch_size=16), mesh=MeshConfig(data=2, fsdp=4)
 )
 V5P = topology.CHIPS["v5p"]
 
@@ -104,7 +97,7 @@ def test_estimate_names_the_axes_of_collectives(row):
 @pytest.mark.parametrize(("remat", "kept"), [("none", 6), ("full", 3), ("connection", 3)])
 def test_streams_that_are_kept(remat, kept):
     """Four streams of bfloat16, on 2 of 16 sequences, in two accumulation steps."""
-    model = dataclasses.replace(MODEL, connection=parse("mhc"), stream_dtype="bfloat16", remat=remat)
+    model = dataclasses.replace(MODEL, connection=parse("mhc:t_max=2"), stream_dtype="bfloat16", remat=remat)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OptimizerConfig(accumulation_steps=2))
     nothing = types.SimpleNamespace(params={}, opt_state={})
     sizes = aot.by_shape(config, aot.Step(None, None, nothing))
@@ -199,42 +192,27 @@ def test_the_largest_batch(base, slope, extra, expected):
 
 
 FLAGS = [f"--config={ROOT}/experiments/configs/demo.py:mhc", "--config.data.batch_size=4"]
-FLAGS += [
-    f"--config.model.{field.name}={getattr(MODEL, field.name)}"
-    for field in dataclasses.fields(MODEL)[:5]
-    if field.name != "num_layers"
-]
-FLAGS += ["--config.model.mlp_width=64", "--config.model.num_layers=1", "--config.data.sequence_length=16"]
+FLAGS += ["--config.model.vocab_size=64", "--config.model.width=32", "--config.model.num_heads=2"]
+FLAGS += ["--config.model.num_kv_heads=2", "--config.model.mlp_width=64", "--config.model.num_layers=1"]
+FLAGS += ["--config.data.sequence_length=16"]
 
 
 def test_the_table():
+    def timed(kind, *seconds, **more):
+        seconds = dict(zip(("compute", "collectives", "waiting", "step"), seconds, strict=True))
+        return row | {"connection": kind, "seconds": seconds} | more
+
     shapes = dict.fromkeys(("parameters", "optimizer state", "gradients", "streams", "logits"), 2**29)
-    row = {
-        "by_shape": shapes,
-        "needs": 3 * 2**30,
-        "hbm": 4 * 2**30,
-        "fits": True,
-        "flops": 5e12,
-        "bytes": 6e9,
-        "mfu": 0.4,
-    }
+    memory = {"by_shape": shapes, "hbm": 4 * 2**30}
+    row = memory | {"needs": 3 * 2**30, "fits": True, "flops": 5e12, "bytes": 6e9, "mfu": 0.4}
     row |= {"mfu, collectives hidden": 0.5, "kernels": {"splash": 1, "other (no estimate)": 2}}
     gather = {"kind": "all-gather", "axes": "fsdp", "group": 4, "count": 3, "bytes": 10**9, "seconds": 0.002}
+    largest = {"sequences": 12, "per_device": 3, "predicted": 1, "needs": 2**30}
+    gathers = [gather, {**gather, "bytes": 10**8}]
     rows = [
-        {
-            **row,
-            "connection": "residual",
-            "seconds": {"compute": 0.01, "collectives": 0.01, "waiting": 0.0, "step": 0.02},
-            "collectives": [],
-        },
-        {
-            **row,
-            "connection": "mhc",
-            "seconds": {"compute": 0.011, "collectives": 0.008, "waiting": 0.003, "step": 0.022},
-            "collectives": [gather, {**gather, "bytes": 10**8}],
-            "largest_batch": {"sequences": 12, "per_device": 3, "predicted": 1, "needs": 2**30},
-        },
-        {"connection": "hc", "by_shape": shapes, "needs": None, "hbm": 4 * 2**30, "fits": False},
+        timed("residual", 0.01, 0.01, 0.0, 0.02, collectives=[]),
+        timed("mhc", 0.011, 0.008, 0.003, 0.022, collectives=gathers, largest_batch=largest),
+        {"connection": "hc", **memory, "needs": None, "fits": False},
     ]
     text = pod.table(rows, topology.get_slice("cpu:8"))
     half = "0.50 | 0.50 | 0.50 | 0.50 | 0.50"
@@ -250,21 +228,15 @@ def test_the_table():
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "cache"))
-    command = (
-        "compile",
-        *FLAGS,
-        "--topology=cpu:2",
-        "--connections=residual",
-        f"--json={tmp_path / 'out.json'}",
-    )
-    status, out, err = run_script(*command)
+    command = ("compile", *FLAGS, "--topology=cpu:2", "--connections=residual", f"--json={tmp_path / 'out.json'}")
+    status, out, err = run_here(*command)
     assert status == 0, err
     assert "cpu:2, 2 devices, mesh fsdp 2; 4 x 16 tokens in 1 accumulation steps, attention xla" in out
     assert "| residual | all-gather | fsdp | 2 |" in out
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["connection"] for row in written["rows"]] == ["residual"]
     assert "compile: residual, 4 sequences: fits (" in err
-    status, again, err = run_script(*command)
+    status, again, err = run_here(*command)
     assert (status, again) == (0, out)
     assert err.count("known (") == 1
     assert "compiled (" not in err
@@ -272,26 +244,35 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_mistakes_in_the_command_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
-    status, _, err = run_script("compile", *FLAGS, "--topology=cpu:2", "--connections=residual,mch")
+    status, _, err = run_here("compile", *FLAGS, "--topology=cpu:2", "--connections=residual,mch")
     assert status == 2
     assert "'mch'" in err
     assert "Did you mean 'mhc'" in err
     assert list(tmp_path.glob("compiled/*")) == []
 
 
-def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path, monkeypatch):
-    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
-    process = script("compile", *FLAGS, "--topology=cpu:2", "--connections=mhc", stdin=None)
-    for line in process.stderr:
-        if "mhc, 4 sequences ..." in line:
-            break
-    # Again where it falls into a callback, whose exceptions Python drops.
-    for _ in range(100):
-        time.sleep(0.5)
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+STUCK = """
+import runpy, sys, threading, types
+from mhc_jax import aot
+class Lowered:
+    def compile(self, compiler_options):
+        print("compiling", file=sys.stderr, flush=True)
+        threading.Event().wait()
+aot.lower = lambda *_: types.SimpleNamespace(lowered=Lowered())
+aot.by_shape = lambda *_: {}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path):
+    """However long that takes: the compiler of this process never comes back."""
+    env = {**os.environ, "XLA_FLAGS": "", "MHC_JAX_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", STUCK, f"{ROOT}/experiments/compile.py", *FLAGS, "--connections=mhc"]
+    process = subprocess.Popen([*command, "--topology=cpu:1"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert any(line == "compiling\n" for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.glob("compiled/*")) == []
@@ -306,26 +287,21 @@ def test_a_mesh_that_is_no_part_of_the_torus_is_told():
         aot.lower(config, topology.get_slice("v6e:8x8"), None)
 
 
-TPU: dict[str, Any] = {
-    "vocab_size": 256,
-    "width": 128,
-    "num_layers": 2,
-    "num_heads": 1,
-    "num_kv_heads": 1,
-    "head_width": 128,
-    "mlp_width": 256,
-    "compute_dtype": "bfloat16",
-    "stream_dtype": "bfloat16",
-}
+TPU: dict[str, Any] = {"vocab_size": 256, "width": 128, "num_layers": 2, "num_heads": 1, "num_kv_heads": 1}
+TPU |= {"head_width": 128, "mlp_width": 256, "compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
+
+
+def tpu_row(name, implementation, sequence_length, batch_size, mesh, model, **more):
+    """The estimate of these layers on a slice."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    data = DataConfig(sequence_length=sequence_length, batch_size=batch_size)
+    config = ExperimentConfig(model=dataclasses.replace(MODEL, **TPU | model), data=data, mesh=mesh, **more)
+    return config, aot.estimate(config, topology.get_slice(name), implementation)
 
 
 def test_a_step_for_tpus():
     """Two layers on four v6e: Pallas kernels of mHC and of attention, priced, and estimated cycles."""
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
-    model = dataclasses.replace(MODEL, connection=parse("mhc"), **TPU)
-    data = DataConfig(sequence_length=128, batch_size=4)
-    config = ExperimentConfig(model=model, data=data, mesh=MeshConfig(fsdp=4))
-    row = aot.estimate(config, topology.get_slice("v6e:2x2"), None)
+    _, row = tpu_row("v6e:2x2", None, 128, 4, MeshConfig(fsdp=4), {"connection": parse("mhc")})
     assert row["fits"]
     assert row["cycles"] > 0
     assert row["kernels"]["mhc_write_read"] >= 4
@@ -335,12 +311,9 @@ def test_a_step_for_tpus():
 
 def test_experts_for_tpus_multiply_each_row_once():
     """Of 16 experts a token sees 2: the FLOPs of a step are those of the active parameters, not of all."""
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
     experts = {"num_experts": 16, "num_active_experts": 2, "num_shared_experts": 0, "expert_width": 128}
-    model = dataclasses.replace(MODEL, **TPU, **experts, num_dense_layers=0, expert_buffer=1.0)
-    data = DataConfig(sequence_length=256, batch_size=4)
-    config = ExperimentConfig(model=model, data=data, mesh=MeshConfig(fsdp=2, expert=2))
-    row = aot.estimate(config, topology.get_slice("v6e:2x2"), "xla")
+    experts |= {"num_dense_layers": 0, "expert_buffer": 1.0}
+    _, row = tpu_row("v6e:2x2", "xla", 256, 4, MeshConfig(fsdp=2, expert=2), experts)
     kernels = {name: times for name, times in row["kernels"].items() if "gmm" in name}
     assert kernels == {"gmm": 2 * 6, "tgmm": 2 * 3}, "three products forward, six backward, a layer"
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.2)
@@ -349,7 +322,6 @@ def test_experts_for_tpus_multiply_each_row_once():
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
 def test_a_pipeline_on_v5p(schedule, monkeypatch):
     """Messages, one up and one down a tick, are under way while the operation computes; sums and buffers are changed in place."""
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
     texts: list[Program] = []
 
     class Remembered(Program):
@@ -358,12 +330,9 @@ def test_a_pipeline_on_v5p(schedule, monkeypatch):
             texts.append(self)
 
     monkeypatch.setattr(aot, "Program", Remembered)
-    model = dataclasses.replace(MODEL, **TPU | {"num_layers": 4})
-    config = ExperimentConfig(model=model, data=DataConfig(sequence_length=128, batch_size=8))
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation_steps=8))
-    pipeline = PipelineConfig(schedule=schedule, overlap=True)
-    config = dataclasses.replace(config, mesh=MeshConfig(stage=4), pipeline=pipeline)
-    row = aot.estimate(config, topology.get_slice("v5p:2x2x1"), "xla")
+    more = {"optimizer": OptimizerConfig(accumulation_steps=8)}
+    more |= {"pipeline": PipelineConfig(schedule=schedule, overlap=True)}
+    config, row = tpu_row("v5p:2x2x1", "xla", 128, 8, MeshConfig(stage=4), {"num_layers": 4}, **more)
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.1)
     found = row["pipeline"]["messages"]
     assert (found["a tick"], found["asynchronous"], found["hidden"]) == (2, 2, 2)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mhc_jax import compiled
+from mhc_jax import compiled, cost
 from mhc_jax.compiled import Program
 from mhc_jax.device_groups import axes_of, groups
 
@@ -251,7 +251,9 @@ def test_flops_of_a_real_program_count_every_layer(sharded):
 
 def test_memory_counts_a_donated_argument_once():
     x = jnp.ones((256, 256))
-    sizes = compiled.memory(jax.jit(lambda a: a + 1, donate_argnums=0).lower(x).compile())
+    plain, donated = (jax.jit(lambda a: a + 1, donate_argnums=d).lower(x).compile() for d in ((), (0,)))
+    assert (cost.compiled_memory(plain), cost.compiled_memory(donated)) == (2 * x.nbytes, x.nbytes)
+    sizes = compiled.memory(donated)
     assert sizes["aliased"] == sizes["arguments"] == sizes["outputs"] == x.nbytes
     assert sizes["total"] == x.nbytes + sizes["temporaries"]
 

@@ -1,6 +1,7 @@
 """FLOPs counted by hand for small programs, parameter counts, and the sizes of mHC Table 5."""
 
 import dataclasses
+import itertools
 import runpy
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from support.thinned import thin
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
-from mhc_jax.cost import compiled_memory, flops, model_cost, parameter_counts
+from mhc_jax.cost import flops, model_cost, parameter_counts
 from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder
 from mhc_jax.train_step import gradients, init_state
@@ -22,19 +24,16 @@ def array(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def test_a_product():
+def test_products_arithmetic_and_movement():
     assert flops(jnp.dot, array(3, 5), array(5, 7)) == 2 * 3 * 5 * 7
     batched = lambda a, b: jnp.einsum("bij,bjk->bik", a, b)  # noqa: E731
     assert flops(batched, array(2, 3, 5), array(2, 5, 7)) == 2 * 2 * 3 * 5 * 7
-
-
-def test_arithmetic_costs_one_an_element_and_movement_nothing():
     assert flops(lambda a: jnp.tanh(a + 1.0) * a, array(4, 6)) == 3 * 24
     assert flops(lambda a: a.sum(), array(4, 6)) == 24
     assert flops(lambda a: jnp.transpose(a).reshape(-1)[:5], array(4, 6)) == 0
 
 
-def test_a_scan_counts_its_length():
+def test_a_scan_counts_its_length_and_a_cond_the_dearer_branch():
     def chain(x, w):
         return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=7)[0]
 
@@ -42,8 +41,6 @@ def test_a_scan_counts_its_length():
     nested = lambda x, w: jax.lax.scan(lambda c, _: (chain(c, w), None), x, None, length=2)[0]  # noqa: E731
     assert flops(nested, array(3, 5), array(5, 5)) == 2 * 7 * 2 * 3 * 5 * 5
 
-
-def test_a_cond_counts_the_dearer_branch():
     def either(p, x, w):
         return jax.lax.cond(p, lambda: x @ w, lambda: x + x)
 
@@ -82,13 +79,6 @@ def test_parameters_of_connections_are_counted_apart():
     assert parameter_counts(params) == (40 + 32 + 48 + 6 + 4, 48 + 6 + 4)
 
 
-def test_compiled_memory_counts_a_donated_argument_once():
-    x = jnp.ones((256, 256))
-    sizes = [compiled_memory(jax.jit(lambda a: a + 1, donate_argnums=d).lower(x).compile()) for d in ((), (0,))]
-    assert sizes[0] == 2 * x.nbytes
-    assert sizes[1] == x.nbytes
-
-
 def test_a_grouped_product_counts_each_row_once():
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
     x, W = array(10, 3), array(4, 3, 5)
@@ -99,18 +89,16 @@ def test_a_grouped_product_counts_each_row_once():
 
 SMALL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
 MLA: dict[str, Any] = {"attention_kind": "mla", "kv_rank": 6, "rope_width": 4, "head_width": 10}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 5,
-    "num_active_experts": 2,
-    "num_shared_experts": 3,
-    "expert_width": 7,
-    "num_dense_layers": 1,
-}
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_active_experts": 2, "num_shared_experts": 3, "expert_width": 7}
+EXPERTS["num_dense_layers"] = 1
+SETTINGS = {"gqa": {}, "mla": {"tied_embeddings": True} | MLA, "moe": EXPERTS | MLA}
+FAST = {"residual": "gqa", "hc": "mla", "mhc:exit=head:t_max=2": "moe", "gated": "mla", "attnres_block": "gqa"}
+"""Connection to the model that the fast suite counts it in."""
 
 
-@pytest.mark.parametrize("kind", ["residual", "hc", "mhc:exit=head", "gated", "attnres_block"])
-@pytest.mark.parametrize("settings", [{}, {"tied_embeddings": True} | MLA, EXPERTS | MLA], ids=["gqa", "mla", "moe"])
-def test_parameters_from_the_configuration_are_those_of_the_model(settings, kind):
+@pytest.mark.parametrize(("kind", "model"), thin(itertools.product(FAST, SETTINGS), lambda *case: case in FAST.items()))
+def test_parameters_from_the_configuration_are_those_of_the_model(kind, model):
+    settings = SETTINGS[model]
     config = dataclasses.replace(SMALL, connection=connections.parse(kind), **settings)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     cost = model_cost(config, 4)
@@ -160,14 +148,8 @@ def test_the_ladder_climbs_towards_3b_at_64_tokens_a_parameter(rung):
 @pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["gqa", "moe"])
 def test_training_flops_are_those_of_the_gradient(settings):
     """Products dominate at this width; what `model_cost` leaves out is elementwise."""
-    config = dataclasses.replace(
-        SMALL,
-        width=256,
-        num_heads=4,
-        mlp_width=768,
-        **settings | {"expert_width": 256},
-        connection=connections.parse("mhc"),
-    )
+    wide = {"width": 256, "num_heads": 4, "mlp_width": 768, "connection": connections.parse("mhc:t_max=2")}
+    config = dataclasses.replace(SMALL, **settings | {"expert_width": 256} | wide)
     experiment = ExperimentConfig(model=config, data=DataConfig(sequence_length=128, batch_size=2))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     params = jax.eval_shape(lambda: init_state(experiment)).params

@@ -7,24 +7,20 @@ import pytest
 from mhc_jax import topology
 from mhc_jax.errors import InputError
 
+WRONG = {
+    "v5f:4x4": "chip of --topology is 'v5f'; it must be one of 'v4', 'v5e', 'v5p', 'v6e', 'cpu'. Did you mean 'v5",
+    "v5p": "--topology is 'v5p'; v5p has 3 sides, as in v5p:4x4x4",
+    "v5p:16x16": "--topology is 'v5p:16x16'; v5p has 3 sides",
+    "v5e:4x4x4": "v5e has 2 sides, as in v5e:8x8",
+    "v6e:0x8": "v6e has 2 sides",
+    "v5e:16x32": "512 chips; the largest slice of v5e has 256",
+    "cpu:999": "this process has 8 CPU devices; set XLA_FLAGS=--xla_force_host_platform_device_count=999",
+}
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        (
-            "v5f:4x4",
-            "chip of --topology is 'v5f'; it must be one of 'v4', 'v5e', 'v5p', 'v6e', 'cpu'. Did you mean 'v5",
-        ),
-        ("v5p", "--topology is 'v5p'; v5p has 3 sides, as in v5p:4x4x4"),
-        ("v5p:16x16", "--topology is 'v5p:16x16'; v5p has 3 sides"),
-        ("v5e:4x4x4", "v5e has 2 sides, as in v5e:8x8"),
-        ("v6e:0x8", "v6e has 2 sides"),
-        ("v5e:16x32", "512 chips; the largest slice of v5e has 256"),
-        ("cpu:999", "this process has 8 CPU devices; set XLA_FLAGS=--xla_force_host_platform_device_count=999"),
-    ],
-)
-def test_names_that_are_none_are_told(name, sentence):
-    with pytest.raises(InputError, match=sentence.replace("(", r"\(")):
+
+@pytest.mark.parametrize("name", WRONG)
+def test_names_that_are_none_are_told(name):
+    with pytest.raises(InputError, match=WRONG[name].replace("(", r"\(")):
         topology.get_slice(name)
 
 

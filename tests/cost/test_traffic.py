@@ -1,11 +1,18 @@
-import json
+"""Elements that connections move and keep are those of mHC Table 2, section 4.3 and Equation 20, and so are their figures."""
 
+import json
+import math
+
+import numpy as np
 import pytest
 
 from mhc_jax import traffic
 from mhc_jax.errors import InputError
+from mhc_jax.pipeline.schedules import make
+from mhc_jax.pipeline.simulate import by_hand, simulate
 from mhc_jax.plots import NothingToDraw
 from mhc_jax.plots import cost as figures
+from mhc_jax.plots.pipeline import timeline
 
 
 @pytest.mark.parametrize(("n", "C"), [(1, 8), (4, 128), (8, 2560)])
@@ -37,24 +44,37 @@ def test_recompute_counts_by_hand():
     # n = 4, L = 60: 4 stored 60 times and 6 while one sub-layer is recomputed; 4 stored 9 times and 6 x 7.
     assert traffic.recompute_elements(1, 60, 4, 1) == 4 * 60 + 6
     assert traffic.recompute_elements(7, 60, 4, 10) == 10 * (4 * 9 + 6 * 7)
-
-
-def test_recompute_refuses_what_is_no_block():
     with pytest.raises(InputError, match="from 1 to L = 4"):
         traffic.recompute_elements(5, 4, 4, 8)
 
 
 def test_figures_of_cost():
-    bars = figures.traffic_bars(4, 1280).axes[0]
-    assert "C = 1280" in bars.get_xlabel()
+    """Traffic of mHC Table 2 at n = 4, in C: 21 read and 13 written; fused 13 and 5; with the pre-norm 20, 14 and 10.
+
+    Memory is nC ceil(L / L_r) + (n + 2) C L_r elements of two bytes, in KiB.
+    """
+    bars = figures.traffic_bars(4, 10_000).axes[0]
+    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [2, 21, 13, 1, 13, 5, 20, 14, 10], atol=0.003)
+    assert "C = 10000" in bars.get_xlabel()
     assert [text.get_text().strip() for text in bars.texts][:2] == ["3.0", "34.0"]
-    curves = figures.recompute(60, (2, 4), 2560).axes[0]
+    curves = figures.recompute(60, (4, 2), 2560).axes[0]
+    expected = [(4 * math.ceil(60 / k) + 6 * k) * 2560 * 2 / 1024 for k in range(1, 61)]
+    np.testing.assert_allclose(curves.lines[0].get_ydata(), expected)
+    assert (curves.lines[1].get_xdata()[0], curves.lines[1].get_ydata()[0]) == (6, min(expected))
+    assert curves.get_ylabel() == "KiB per token (C = 2560, 2 bytes)"
     labels = [label for line in curves.lines if not (label := str(line.get_label())).startswith("_")]
-    assert labels == ["n = 2: best L_r = 5", "n = 4: best L_r = 6"]
-    ratios = figures.overhead({"parameters": {"hc": 1.01, "mhc": 1.19}}).axes[0]
-    assert [text.get_text() for text in ratios.texts] == ["1.01", "1.19"]
+    assert labels == ["n = 4: best L_r = 6", "n = 2: best L_r = 5"]
+    ratios = figures.overhead({"parameters": {"hc": 1.25, "mhc": 1.5}, "time": {"hc": 2.0}}).axes[0]
+    np.testing.assert_allclose([bar.get_height() for bar in ratios.patches], [1.25, 2.0, 1.5, np.nan])
+    assert [text.get_text() for text in ratios.texts][:2] == ["1.25", "2.00"]
     with pytest.raises(NothingToDraw, match="no ratios"):
         figures.overhead({})
+
+
+def test_cells_of_a_timeline_are_as_long_as_their_operations():
+    run = simulate(make("1f1b", 2, 2), by_hand(2, 1.0, 3.0, 1.0))
+    widths = sorted(patch.get_width() for patch in timeline([run], ["one"]).axes[0].patches)
+    assert widths == pytest.approx([1.0] * 4 + [3.0] * 4)
 
 
 def test_roofline_of_a_device_record():

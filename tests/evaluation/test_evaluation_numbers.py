@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from test_evaluation import MODEL, harness, shapes
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from test_evaluation import MODEL, harness, sample, shapes, train_bpe
+from tokenizers import pre_tokenizers
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig
@@ -18,6 +18,7 @@ from mhc_jax.data import ByteTokenizer
 from mhc_jax.data.tokenizers import BPETokenizer
 from mhc_jax.errors import InputError
 from mhc_jax.evaluation import table
+from mhc_jax.evaluation.run import summarise
 from mhc_jax.evaluation.scoring import Scored, Scorer, split_texts
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.trained import Trained, beyond_training
@@ -28,15 +29,8 @@ LETTERS = [" A", " B", " C", " D"]
 
 def bpe(split_words: bool) -> BPETokenizer:
     """Byte-level BPE on letters after `Answer:`; without word splitting ": " and what follows merge into one token."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([f"Answer:{letter}\n\n" for letter in LETTERS[:3] for _ in range(9)], trainer=trainer)
-    return BPETokenizer.of_text(backend.to_str(), "test")
+    texts = [f"Answer:{letter}\n\n" for letter in LETTERS[:3]]
+    return BPETokenizer.of_text(train_bpe(texts, split_words).to_str(), "test")
 
 
 def texts_of(tokenizer, ids) -> list[bytes]:
@@ -55,17 +49,16 @@ def bigram(tokenizer, config=MODEL):
         config, vocab_size=tokenizer.vocab_size, connection=connections.parse("residual"), norm_eps=1e-6
     )
     random = np.random.default_rng(3)
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes(config))  # every branch writes zero
+    zero = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes(config))  # every branch writes zero
     embedding = random.normal(size=(config.vocab_size, config.width)).astype(np.float32)
     weight = random.normal(size=config.width).astype(np.float32)
     unembedding = random.normal(size=(config.width, config.vocab_size)).astype(np.float32)
-    params = {**zero, "embedding": jnp.asarray(embedding), "final_norm": {"weight": jnp.asarray(weight)}}
-    params["unembedding"] = jnp.asarray(unembedding)
+    params = {**zero, "embedding": embedding, "final_norm": {"weight": weight}, "unembedding": unembedding}
     x = embedding.astype(np.float64)
     h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
     logits = h @ unembedding.astype(np.float64)
     top = logits.max(-1, keepdims=True)
-    return config, params, logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    return config, jax.tree.map(jnp.asarray, params), logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
 def harness_model(tmp_path, tokenizer, context):
@@ -90,11 +83,14 @@ def test_bits_are_those_of_a_float64_bigram():
     config, params, logp = bigram(ByteTokenizer())
     random = np.random.default_rng(4)
     sequences = [Scored(random.integers(0, 264, n).tolist(), k) for n, k in ((30, 1), (30, 29), (9, 4))]
+    likely = list(itertools.accumulate(range(8), lambda before, _: int(logp[before].argmax()), initial=3))
+    wrong = [*likely[:-2], (likely[-2] + 1) % 264, likely[-1]]
+    sequences += [Scored(likely, 8), Scored([7, *likely], 8), Scored(wrong, 2)]
     found = dict(Scorer(config, params).scores(sequences))
     for index, (ids, k) in enumerate(sequences):
-        expected = -sum(logp[a, b] for a, b in list(itertools.pairwise(ids))[-k:]) / math.log(2)
-        assert found[index].bits == pytest.approx(expected, rel=2e-6)
-        assert found[index].greedy == all(logp[a].argmax() == b for a, b in list(itertools.pairwise(ids))[-k:])
+        pairs = list(itertools.pairwise(ids))[-k:]
+        assert found[index].bits == pytest.approx(-sum(logp[a, b] for a, b in pairs) / math.log(2), rel=2e-6)
+        assert found[index].greedy == (3 <= index <= 4) == all(logp[a].argmax() == b for a, b in pairs)
 
 
 def test_tokens_that_straddle_are_scored_after_the_same_text_for_every_choice():
@@ -154,12 +150,9 @@ def test_the_split_is_lm_evals_where_the_context_begins_every_encoding():
             context = "".join(random.choice(pieces, 5))
             texts = ["".join(random.choice(pieces, random.integers(1, 4))) for _ in range(3)]
             pairs = [Harness()._encode_pair(context, text) for text in texts]
-            if not all(
-                [*a, *b] == tokenizer.encode(context + t).tolist() for (a, b), t in zip(pairs, texts, strict=True)
-            ):
-                continue  # lm-eval scores other tokens than those of the whole text
-            if not pairs[0][0]:
-                continue
+            whole = [tokenizer.encode(context + text).tolist() for text in texts]
+            if [[*a, *b] for a, b in pairs] != whole or not pairs[0][0]:
+                continue  # lm-eval scores other tokens than those of the whole text, or after nothing
             compared += 1
             assert split_texts(tokenizer, context, texts) == (pairs[0][0], [own for _, own in pairs])
     assert compared > 300
@@ -214,11 +207,6 @@ def test_answers_that_cannot_be_scored_are_refused_by_task(tmp_path):
     lm.store.close()
 
 
-def sample(doc_id, score, bits, size, task="piqa"):
-    out = {"benchmark": "piqa", "task": task, "doc_id": doc_id, "score": score, "truncated": False}
-    return {**out, "gold_bits": bits, "gold_bytes": size}
-
-
 def samples(count, seed, size=None):
     """`count` items with random scores, bits and bytes."""
     random = np.random.default_rng(seed)
@@ -261,18 +249,15 @@ def test_coverage_of_the_fewest_bold_items():
     assert np.mean(covered) == pytest.approx(0.936, abs=3 * math.sqrt(0.936 * 0.064 / 400))
 
 
-def result(count, context=64, trained=64, gain=0.0, name="a", cut=0):
+def result(count, context=64, trained=64, gain=0.0, name="a", cut=0, without_bits=0):
+    """`count` items, the last few `without_bits`; a gain in score and in bits of every item."""
     own = [{**s, "score": min(1.0, s["score"] + gain), "gold_bits": s["gold_bits"] - gain} for s in samples(count, 1)]
+    for one in own[count - without_bits :]:
+        one |= {"gold_bits": None, "gold_bytes": None}
     benchmark = {"metric": "acc", "score": 0.5, "stderr": 0.1, "items": count, "tasks": 1, "shots": 0, "paper_shots": 5}
     benchmark |= {"truncated": cut, "gold_bits_per_byte": 2.5}
-    settings = {"context": context, "trained_context": trained}
-    out = {
-        "checkpoint": name,
-        "connection": "residual",
-        "benchmarks": {"piqa": benchmark},
-        "samples": own,
-        "settings": settings,
-    }
+    out = {"checkpoint": name, "connection": "residual", "benchmarks": {"piqa": benchmark}, "samples": own}
+    out["settings"] = {"context": context, "trained_context": trained}
     return {**out, "wall_clock_s": 1.0, "compilations": 2, "folder": "f"}
 
 
@@ -289,6 +274,10 @@ def test_what_is_bold():
     cut = cells(result(30), result(30, gain=1.0, cut=3))
     assert "*" not in "".join(cut.values())
     assert cut["cut"] == "3"
+    assert "*" not in "".join(cells(result(30, cut=3), result(30, gain=1.0)).values()), "the first one's prompts"
+    few_bits = cells(result(30), result(30, gain=1.0, without_bits=1))
+    assert few_bits["difference (points)"].startswith("**+")
+    assert few_bits["difference"].startswith("-"), "29 items have bits"
     few = cells(result(29), result(29, gain=1.0))
     assert "*" not in "".join(few.values())
     assert "[" in few["difference"]
@@ -312,11 +301,22 @@ def test_a_context_beyond_training_is_told():
     assert beyond_training("a", 64, 512) in table.remarks(result(3, 512))
 
 
+def test_a_benchmark_is_the_mean_of_its_items():
+    """Five of one task and one of another, by hand."""
+    scores, bits, sizes = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0), (8.0, 4.0, 6.0, 2.0, None, 5.0), (2, 4, 1, 3, None, 5)
+    rows = enumerate(zip(scores, bits, sizes, strict=True))
+    own = [sample(i, a, b, c, "other" if i == 5 else "piqa", truncated=a == 0) for i, (a, b, c) in rows]
+    found = summarise(own, {"piqa": 0, "other": 0})["piqa"]
+    assert found["score"] == pytest.approx(3 / 6)
+    assert found["stderr"] == pytest.approx(math.sqrt(6 * 0.5**2 / 5) / math.sqrt(6))
+    assert found["gold_bits_per_byte"] == pytest.approx(25 / 15)
+    assert (found["items"], found["truncated"], found["tasks"]) == (6, 3, 2)
+    assert summarise(own[:1], {"piqa": 0})["piqa"]["stderr"] is None
+
+
 @harness
 def test_scores_and_their_errors_are_lm_evals(tmp_path):
     from lm_eval.api.metrics import aggregate_subtask_metrics, mean_stderr
-
-    from mhc_jax.evaluation.run import summarise
 
     own = samples(13, 1) + [{**s, "task": "other"} for s in samples(40, 3)]
     own[4] |= {"gold_bits": None, "gold_bytes": None}
@@ -329,4 +329,3 @@ def test_scores_and_their_errors_are_lm_evals(tmp_path):
     expected = math.fsum(s["gold_bits"] for s in scored) / sum(s["gold_bytes"] for s in scored)
     assert found["gold_bits_per_byte"] == pytest.approx(expected, rel=1e-12)
     assert (found["items"], found["tasks"]) == (53, 2)
-    assert summarise(samples(1, 1), {"piqa": 0})["piqa"]["stderr"] is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,28 @@ def write_run(
     spikes: tuple[int, ...] = (),
     drop: tuple[str, ...] = (),
     n: int = 4,
-    settings: dict[str, Any] | None = None,
+    config: Mapping[str, Any] = {},
+    results: Mapping[str, Any] = {},
 ) -> Path:
     """Write a run folder and return it; `drop`: keys to leave out of every line.
 
-    `settings` are added to the model section of the config.  Streams differ more with depth, unless they are `equal_streams` or
-    `opposite_streams`: half of them one vector, half its negative.
+    `config` has settings by dotted key, and `results` numbers of the summary, other than those below.  Streams differ more with
+    depth, unless they are `equal_streams` or `opposite_streams`: half of them one vector, half its negative.
     """
     folder = root / name
     folder.mkdir(parents=True)
     rng = np.random.default_rng([seed, sum(map(ord, kind))])
-    config = {
+    whole: dict[str, Any] = {
         "model": {"width": 64, "num_layers": SUBLAYERS // 2, "connection": {"kind": kind}},
         "data": {"source": "shakespeare", "seed": seed, "batch_size": 16, "sequence_length": 128},
         "optimizer": {"learning_rate": 3e-3, "grad_clip": 1.0},
         "train": {"steps": STEPS, "seed": seed},
     }
     if kind != "residual":
-        config["model"]["connection"] |= {"num_streams": n}
-    config["model"] |= settings or {}
+        whole["model"]["connection"]["num_streams"] = n
+    for key, value in config.items():
+        *sections, leaf = key.split(".")
+        functools.reduce(lambda inner, name: inner.setdefault(name, {}), sections, whole)[leaf] = value
     lines: list[dict[str, Any]] = []
     noise = np.random.default_rng(seed).normal(0, 0.05, STEPS)
     for step in range(2, (diverged_at or STEPS) + 1, 2):
@@ -105,6 +110,7 @@ def write_run(
         "spike_steps": list(spikes),
         "first_nonfinite_step": diverged_at,
         "wall_clock_s": 25.0,
+        **results,
     }
     env = {
         "date": "2026-01-02 03:04",
@@ -116,7 +122,7 @@ def write_run(
     }
     kept = [{k: v for k, v in line.items() if k not in drop} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    for file, value in (("config", config), ("env", env), ("summary", summary)):
+    for file, value in (("config", whole), ("env", env), ("summary", summary)):
         (folder / f"{file}.json").write_text(json.dumps(value))
     return folder
 
@@ -138,7 +144,7 @@ def write_four(root: Path) -> list[Path]:
         write_run(root, "residual", "residual"),
         write_run(root, "hc", "hc", spikes=(90, 150)),
         write_run(root, "mhc", "mhc", equal_streams=True),
-        write_run(root, "fp16", "hc", diverged_at=120, settings={"dtype": "float16"}),
+        write_run(root, "fp16", "hc", diverged_at=120, config={"model.dtype": "float16"}),
     ]
 
 

@@ -6,6 +6,12 @@ FP32_RELATIVE = 2e-6
 """float32 against the float64 oracles, relative to the largest entry of the result."""
 GOLDEN = 1e-5
 """Golden values of other implementations, which themselves compute in float32."""
+FLOAT64 = 1e-12
+"""float64 sums of a few terms in another order."""
+FLOAT64_CHAIN = 1e-10
+"""The same through a projection, a root and twenty Sinkhorn iterations."""
+ROUNDED = {"float32": 1e-6, "bfloat16": 2.0**-8}
+"""A float64 result rounded to the dtype of the streams; of float32 an ulp is 1.2e-7, and of bfloat16 half of one this."""
 STEP_ZERO = 1e-5
 """Largest |logit difference| to Pre-Norm at initialisation, float32."""
 
