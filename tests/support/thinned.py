@@ -1,0 +1,12 @@
+"""Products of cases of which the fast suite runs some and `make test-all` runs all."""
+
+import pytest
+
+
+def thin(cases, keep):
+    """`cases` for `pytest.mark.parametrize`; those that `keep(case)` refuses are marked `full`."""
+    return [case if keep(case) else _full(case) for case in cases]
+
+
+def _full(case):
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)
