@@ -14,5 +14,5 @@ CASES = [(module, n) for module in CHECKS for n in (2, 4, 8)]
 @pytest.mark.parametrize(
     ("module", "n"), thin(CASES, lambda case: case[1] == {"deepseek_v4": 4, "hy_v4": 2}.get(case[0], case[1]))
 )
-def test_golden_values(module, n):
+def test_modules_are_the_golden_values(module, n):
     CHECKS[module](load(f"{module}_n{n}"), n)

@@ -24,8 +24,9 @@ from mhc_kernels import (
 from mhc_kernels.ops.arg_specs import SPECS
 from mhc_kernels.ops.exact import exact
 from support import kernel_checks, oracles
+from support.kernel_checks import f64
 from support.thinned import thin
-from support.tolerances import BF16_RELATIVE, FORMS_FP32, FP32_RELATIVE, SPLIT_SUMS, assert_close
+from support.tolerances import BF16_RELATIVE, FORMS_FP32, FP32_RELATIVE, assert_close
 
 STREAMS = (1, 2, 3, 4, 5, 8)
 # The paper's 20 iterations, which are also the default, take seconds to compile.
@@ -76,9 +77,6 @@ def test_any_logits_have_the_marginals_and_symmetries_of_the_iteration(data, n, 
     np.testing.assert_array_equal(shifted, out, "what is added to a whole column is taken out first")
 
 
-f64 = kernel_checks.f64
-
-
 def test_oracles_agree_with_the_textbook_loop_and_with_differences():
     r = np.random.default_rng(6)
     logits, G = r.normal(size=(3, 3)), r.normal(size=(3, 3))
@@ -105,7 +103,7 @@ def test_a_bad_logit_spoils_its_own_matrix_only(implementation):
         out = np.asarray(jax.jit(lambda L: sinkhorn(L, 200))(logits))
     assert np.isnan(out[..., 1:3]).all()
     np.testing.assert_allclose(out[..., 0], 1 / 3, rtol=1e-6)
-    np.testing.assert_array_equal(out[0, :, 3], [1, 0, 0])
+    np.testing.assert_allclose(out[0, :, 3], [1, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(out[1:, :, 3], [[0, 0.5, 0.5]] * 2, atol=0.01)  # the limit is approached as 1 / t
 
 
@@ -152,9 +150,9 @@ def test_read_and_write_and_their_gradients(n, with_res, dtype):
 )
 def test_write_read_and_its_gradients(platform, dtype):
     """t_max is not the default, and coefficients are those of the streams as they are handed on."""
-    exact = dtype == jnp.float32
-    bounds = {"streams": FP32_RELATIVE if exact else BF16_RELATIVE, "small": FP32_RELATIVE}
-    bounds |= dict.fromkeys(("sums", "parameters"), FP32_RELATIVE if exact else SPLIT_SUMS)
+    rounding = FP32_RELATIVE if dtype == jnp.float32 else BF16_RELATIVE
+    # XLA's gradient of x' is rounded before the sums that make dpost and dres.
+    bounds = {"streams": rounding, "sums": rounding, "small": FP32_RELATIVE, "parameters": FP32_RELATIVE}
     with settings(platform=platform, implementation="xla"):
         kernel_checks.check_write_read(4, 24, 5, dtype, 2, **bounds, cancelling=True)
 

@@ -27,7 +27,7 @@ def interpreted():
         lambda case: case[:2] not in ((2, None), (4, 20)),
     ),
 )
-def test_sinkhorn(n, t_max, eps):
+def test_sinkhorn_and_its_gradient(n, t_max, eps):
     logits = 2 * np.random.default_rng([n, t_max or 20]).normal(size=(n, n, 70))  # one block and a ragged one
     groups = (logits, kernel_checks.extreme_logits(n)) if eps == 0 else (logits,)
     kernel_checks.check_sinkhorn(*groups, t_max=t_max, eps=eps)
@@ -53,22 +53,22 @@ def two_units(dtype):
 
 
 @pytest.mark.parametrize(("n", "C", "T", "dtype"), cases())
-def test_read(n, C, T, dtype):
+def test_read_and_its_gradients(n, C, T, dtype):
     kernel_checks.check_read(n, C, T, dtype)
 
 
 @pytest.mark.parametrize(("n", "C", "T", "dtype"), cases(8))
-def test_write(n, C, T, dtype):
+def test_write_and_its_gradients(n, C, T, dtype):
     kernel_checks.check_write(n, C, T, dtype)
 
 
 @pytest.mark.parametrize(("n", "C", "T", "dtype"), cases())
-def test_coefficients(n, C, T, dtype):
+def test_coefficients_and_its_gradients(n, C, T, dtype):
     kernel_checks.check_coefficients(n, C, T, dtype, streams=two_units(dtype))
 
 
 @pytest.mark.parametrize(("n", "C", "T", "dtype"), cases(8))
-def test_write_read(n, C, T, dtype):
+def test_write_read_and_its_gradients(n, C, T, dtype):
     small = FP32_RELATIVE if dtype == F32 else SPLIT_SUMS
     bounds = {"streams": two_units(dtype), "small": small, "sums": small, "parameters": small}
     kernel_checks.check_write_read(n, C, T, dtype, **bounds, cancelling=True)
@@ -95,7 +95,7 @@ def test_coefficients_over_many_blocks_of_tokens_and_channels(programs, monkeypa
     "transform",
     thin(
         ["jit", "scan", "remat", "scan of remat", "vmap", "shard_map of interpreted"],
-        lambda name: name not in ("scan", "remat"),
+        lambda name: name not in ("jit", "scan", "remat"),
     ),
 )
 def test_transformations_change_nothing_and_bits_repeat(transform):

@@ -33,19 +33,19 @@ def rounding(dtype):
 
 
 @pytest.mark.parametrize(("n", "tokens"), [(1, 7), (2, 7), (3, 7), (4, 1030), (8, 1030)])
-def test_sinkhorn(n, tokens):
+def test_sinkhorn_and_its_gradient(n, tokens):
     """1030 tokens are two blocks at n = 8, and fill one more than half at n = 4."""
     logits = 2 * np.random.default_rng(n).normal(size=(n, n, tokens))
     kernel_checks.check_sinkhorn(logits, kernel_checks.extreme_logits(n))
 
 
 @pytest.mark.parametrize(("eps", "t_max"), [(1e-6, 1), (1e-6, 5), (0.05, 1), (0.05, 5)])
-def test_sinkhorn_with_eps(eps, t_max):
+def test_sinkhorn_in_the_convention_of_v4(eps, t_max):
     kernel_checks.check_sinkhorn(3 * np.random.default_rng(t_max).normal(size=(4, 4, 5)), t_max=t_max, eps=eps)
 
 
 @cases((1, F32), (3, F32), (4, BF16))
-def test_read(n, dtype):
+def test_read_and_its_gradients(n, dtype):
     kernel_checks.check_read(n, C, TOKENS, dtype)
 
 
@@ -54,17 +54,17 @@ def test_read_where_passes_of_the_loop_do_not_divide_the_channels():
 
 
 @cases((2, F32), (4, BF16), (3, BF16))
-def test_write(n, dtype):
+def test_write_and_its_gradients(n, dtype):
     kernel_checks.check_write(n, C, TOKENS, dtype)
 
 
 @cases((2, F32), (8, F32), (3, BF16))
-def test_coefficients(n, dtype):
+def test_coefficients_and_its_gradients(n, dtype):
     kernel_checks.check_coefficients(n, C, TOKENS, dtype, streams=rounding(dtype))
 
 
 @cases((1, F32), (2, F32), (4, BF16))
-def test_write_read(n, dtype):
+def test_write_read_and_its_gradients(n, dtype):
     # In bfloat16 the gradient of x' has terms to 2^-16, see `_PIECES` of the coefficients.
     bounds = {"streams": rounding(dtype), "small": 2 * FP32_RELATIVE, "parameters": SPLIT_SUMS}
     bounds["sums"] = 2 * FP32_RELATIVE if dtype == F32 else SPLIT_SUMS
@@ -72,7 +72,7 @@ def test_write_read(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_projection_of_one_stream(dtype):
+def test_projection_of_one_stream_and_its_gradients(dtype):
     """HC projects a stream at a time onto a few columns.  Numbers are as small as the root of eps."""
     a = kernel_checks.inputs(4, C, 9)
     x, phi = (1e-3 * a["x"]).astype(dtype), a["phi"][:, :6]
@@ -113,12 +113,12 @@ def test_kernels_are_what_runs():
         pytest.param(500, 64, id="two cores, two blocks of two steps each"),
     ],
 )
-def test_blocks(tokens, block, monkeypatch):
+def test_results_do_not_depend_on_the_blocks(tokens, block, monkeypatch):
     monkeypatch.setattr(tpu, "block_tokens", lambda *_: block)
     kernel_checks.check_every_operation(kernel_checks.every_operation, SPLIT_SUMS, C, tokens)
 
 
-def test_block_tokens():
+def test_a_block_is_as_large_as_its_traffic_asks_and_vmem_holds():
     assert tpu.block_tokens(4096, 1000, 2000, 0) == 512
     assert tpu.block_tokens(128 * 3, 1000, 2000, 0) == 128, "it divides N"
     assert tpu.block_tokens(4096, 50_000, 100_000, 0) == 128, "4 MiB a step are enough"
@@ -127,7 +127,7 @@ def test_block_tokens():
 
 
 def test_pieces_are_exact_in_bfloat16_and_add_up():
-    a = f32(np.random.default_rng(0).normal(size=(8, 5)))
+    a = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
     parts = jax.jit(lambda a: tpu.pieces(a, (0, 1, 2), 0))(a)
     np.testing.assert_array_equal(parts, parts.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(f64(parts).reshape(3, 8, 5).sum(0), f64(a))
@@ -142,14 +142,14 @@ def test_pieces_are_exact_in_bfloat16_and_add_up():
         (jnp.ones((2, 2**21)), 8, r"16 tokens need 544 MiB of VMEM, more than the 56 MiB there are"),
     ],
 )
-def test_what_it_cannot_run(x, n, reason):
+def test_what_the_kernels_cannot_run_is_refused(x, n, reason):
     with pytest.raises(
         ValueError, match=f"read: implementation 'pallas_tpu' cannot run this: {reason}.*Here xla.* can"
     ):
         read(x, jnp.ones((n, 2)), n)
 
 
-def test_wrong_device():
+def test_the_kernels_are_refused_on_another_device():
     with (
         settings(interpret=False),
         pytest.raises(ValueError, match=r"it needs a TPU and the program is traced for a CPU\. Here xla.* can"),
