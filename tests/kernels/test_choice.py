@@ -1,4 +1,4 @@
-"""Bad input to the operations of mhc_kernels, and which backend runs."""
+"""Bad input is refused with its shapes, and the backend that runs is the one that was named or that fits the platform."""
 
 import jax.numpy as jnp
 import jaxtyping

@@ -1,4 +1,4 @@
-"""Golden values of DeepSeek-V4's and HY-V4's own modules: forward, head and every gradient.
+"""Our operations compute the golden values of DeepSeek-V4's and HY-V4's own modules: forward, head and every gradient.
 
 The same modules run live where torch and transformers are installed (`pip install -e .[hf]`).
 """

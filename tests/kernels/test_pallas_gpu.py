@@ -1,4 +1,4 @@
-"""The Pallas kernels for NVIDIA GPUs, interpreted, against the float64 loops: every operation, its gradients, transformations."""
+"""The Pallas kernels for NVIDIA GPUs, interpreted, agree with the float64 loops: each operation, its gradients, transformed."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +63,7 @@ def test_write_and_its_gradients(n, C, T, dtype):
 
 
 @pytest.mark.parametrize(("n", "C", "T", "dtype"), cases())
-def test_coefficients_and_its_gradients(n, C, T, dtype):
+def test_coefficients_and_their_gradients(n, C, T, dtype):
     kernel_checks.check_coefficients(n, C, T, dtype, streams=two_units(dtype))
 
 

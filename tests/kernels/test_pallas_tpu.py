@@ -1,4 +1,4 @@
-"""The Pallas TPU kernels, interpreted on CPU, against float64 loops: forward, every gradient, transformations, bad input."""
+"""The Pallas TPU kernels, interpreted, agree with the float64 loops: forward, every gradient, transformations, bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_write_and_its_gradients(n, dtype):
 
 
 @cases((2, F32), (8, F32), (3, BF16))
-def test_coefficients_and_its_gradients(n, dtype):
+def test_coefficients_and_their_gradients(n, dtype):
     kernel_checks.check_coefficients(n, C, TOKENS, dtype, streams=rounding(dtype))
 
 

@@ -1,4 +1,4 @@
-"""Each operation of mhc_kernels beside the float64 loops: its value and every gradient from one program, whichever backend runs."""
+"""Checks hold each operation of mhc_kernels, value and every gradient of one program, against the float64 loops."""
 
 import functools
 

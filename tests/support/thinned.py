@@ -1,4 +1,4 @@
-"""Products of cases of which the fast suite runs some and `make test-all` runs all."""
+"""The fast suite runs some cases of a product, and `make test-all` runs all of them."""
 
 import pytest
 

@@ -10,6 +10,12 @@ FORMS_FP32 = 5e-6
 """float32, two implementations of a chain of operations, each operation within FP32_RELATIVE of the truth."""
 SPLIT_SUMS = 1e-5
 """float32 sums over channels or tokens: of products of bfloat16 pieces to order 2^-16, or whose largest entry has cancelled."""
+REORDERED = 1e-6
+"""float32 results of the same numbers, added up in another order."""
+FLOAT64 = 1e-13
+"""Two ways to write the same float64 formula."""
+DIFFERENCES = 1e-8
+"""Central differences of an O(1) float64 function at a step of 1e-6, whose rounding is 1e-16 / 1e-6."""
 GOLDEN = 1e-5
 """Golden values of other implementations, which themselves compute in float32."""
 STEP_ZERO = 1e-5
