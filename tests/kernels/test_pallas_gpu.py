@@ -91,13 +91,7 @@ def test_coefficients_over_many_blocks_of_tokens_and_channels(programs, monkeypa
     assert_close(dx, (G * inverse) @ P.T - shrink * X, two_units(BF16), "dx")
 
 
-@pytest.mark.parametrize(
-    "transform",
-    thin(
-        ["jit", "scan", "remat", "scan of remat", "vmap", "shard_map of interpreted"],
-        lambda name: name not in ("jit", "scan", "remat"),
-    ),
-)
+@pytest.mark.parametrize("transform", thin(kernel_checks.OF_INTERPRETED, lambda name: name in kernel_checks.COVERING))
 def test_transformations_change_nothing_and_bits_repeat(transform):
     run = kernel_checks.check_every_operation(kernel_checks.TRANSFORMED[transform], FORMS_FP32, 16, 8, 3)
     args = kernel_checks.arguments(16, 8, 3)

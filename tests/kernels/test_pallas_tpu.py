@@ -85,13 +85,7 @@ def test_projection_of_one_stream_and_its_gradients(dtype):
     assert_close(dphi, np.repeat((v / scale).sum(0)[:, None], 6, 1), what="dphi")
 
 
-@pytest.mark.parametrize(
-    "transform",
-    thin(
-        ["jit", "scan", "remat", "scan of remat", "vmap", "shard_map of interpreted"],
-        lambda name: len(name) > 5 or name == "vmap",
-    ),
-)
+@pytest.mark.parametrize("transform", thin(kernel_checks.OF_INTERPRETED, lambda name: name in kernel_checks.COVERING))
 def test_transformations_change_nothing(transform):
     kernel_checks.check_every_operation(kernel_checks.TRANSFORMED[transform], SPLIT_SUMS, C, 8, 3)
 
@@ -108,9 +102,9 @@ def test_kernels_are_what_runs():
 @pytest.mark.parametrize(
     ("tokens", "block"),
     [
-        pytest.param(24, 32, id="four steps share a block of coefficients", marks=pytest.mark.full),
-        pytest.param(300, 128, id="three blocks one after the other", marks=pytest.mark.full),
-        pytest.param(500, 64, id="two cores, two blocks of two steps each"),
+        pytest.param(24, 32, id="four_steps_share_a_block_of_coefficients", marks=pytest.mark.full),
+        pytest.param(300, 128, id="three_blocks_one_after_the_other", marks=pytest.mark.full),
+        pytest.param(500, 64, id="two_cores_two_blocks_of_two_steps_each"),
     ],
 )
 def test_results_do_not_depend_on_the_blocks(tokens, block, monkeypatch):

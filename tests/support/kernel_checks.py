@@ -203,13 +203,16 @@ TRANSFORMED = {
     "jit": every_operation,
     "remat": jax.checkpoint(every_operation),
     "scan": functools.partial(_scanned, every_operation),
-    "scan of remat": functools.partial(_scanned, jax.checkpoint(every_operation)),
+    "scan_of_remat": functools.partial(_scanned, jax.checkpoint(every_operation)),
     "vmap": jax.vmap(every_operation, in_axes=(0, 0, None, None, None)),
     "shard_map": functools.partial(_sharded, every_operation, True),
     # Jax's interpreter does not track what varies between shards; `test_gpu_compile` and `test_tpu_aot` have the check on.
-    "shard_map of interpreted": functools.partial(_sharded, every_operation, False),
+    "shard_map_of_interpreted": functools.partial(_sharded, every_operation, False),
 }
 """Functions of x [8, T, nC], y [8, T, C], phi, alpha, bias."""
+OF_INTERPRETED = [name for name in TRANSFORMED if name != "shard_map"]
+COVERING = ("scan_of_remat", "vmap", "shard_map_of_interpreted")
+"""Between them every kind of transformation."""
 
 
 def arguments(C, *tokens):
