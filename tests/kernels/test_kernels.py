@@ -150,8 +150,8 @@ def test_read_and_write_and_their_gradients(n, with_res, dtype):
 )
 def test_write_read_and_its_gradients(platform, dtype):
     """t_max is not the default, and coefficients are those of the streams as they are handed on."""
-    rounding = FP32_RELATIVE if dtype == jnp.float32 else BF16_RELATIVE
-    # XLA's gradient of x' is rounded before the sums that make dpost and dres.
+    # XLA's gradient of x' is rounded before the sums that make dpost and dres; on CPUs so are the two that it is the sum of.
+    rounding = FP32_RELATIVE if dtype == jnp.float32 else BF16_RELATIVE * (2 if platform == "cpu" else 1)
     bounds = {"streams": rounding, "sums": rounding, "small": FP32_RELATIVE, "parameters": FP32_RELATIVE}
     with settings(platform=platform, implementation="xla"):
         kernel_checks.check_write_read(4, 24, 5, dtype, 2, **bounds, cancelling=True)
