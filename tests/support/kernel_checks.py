@@ -99,7 +99,10 @@ def check_read(n, C, T, dtype=jnp.float32, **options):
 def check_write(n, C, T, dtype=jnp.float32, with_res=True, **options):
     a, g = inputs(n, C, T, dtype), inputs(n, C, T, dtype, 1)["x"]
     args = [a[name] for name in ("x", "y", "post", "res")[: 3 + with_res]]
-    f = lambda x, y, post, res=None: write(x, y, post, res, n, **options)  # noqa: E731
+
+    def f(x, y, post, res=None):
+        return write(x, y, post, res, n, **options)
+
     new, (dx, dy, dpost, *dres) = value_and_pull(f, args, g)
     X, G, Y, post = f64(a["x"]).reshape(T, n, C), f64(g).reshape(T, n, C), f64(a["y"]), f64(a["post"]).T
     res = [f64(a["res"])[..., t] if with_res else np.eye(n) for t in range(T)]
@@ -123,7 +126,10 @@ def check_coefficients(n, C, T, dtype=jnp.float32, t_max=None, streams=FP32_RELA
     """`streams` bounds the gradient of x.  A sum over tokens is rounded against its largest partial sums."""
     a, Gs = inputs(n, C, T, dtype), cotangents(n, T)
     named = {} if t_max is None else {"num_iters": t_max}
-    f = lambda *args: tuple(coefficients(*args, num_streams=n, **named, **options))  # noqa: E731
+
+    def f(*args):
+        return tuple(coefficients(*args, num_streams=n, **named, **options))
+
     c, grads = value_and_pull(f, [a[name] for name in ("x", *PARAMETERS)], Gs)
     X, exact, t_max = f64(a["x"]).reshape(T, n, C), [f64(a[name]) for name in PARAMETERS], t_max or 20
     expected = [oracles.mhc_coefficients(v, *exact, t_max) for v in X]
