@@ -68,9 +68,11 @@ def check_sinkhorn(*groups, t_max=None, eps=0.0, **options):
         some = first + np.array(range(T) if T <= 70 and eps == 0 else sorted({0, min(3, T - 1), T - 1}))
         pairs = [sinkhorn_oracle(f64(logits[..., t]), f64(G[..., t]), t_max, eps) for t in some]
         value, gradient = (np.stack(a, -1) for a in zip(*pairs, strict=True))
-        assert_close(out[..., some], value, what="H_res")
-        # The gradient is G * H_res less its projections on the marginals, which nearly cancel it near a permutation.
-        assert_close(grad[..., some], gradient, what="gradient", terms=G[..., some] * value)
+        for at in np.arange(len(some))[:, None] if eps else [slice(None)]:  # with eps each matrix for itself
+            t, H_res = some[at], value[..., at]
+            assert_close(out[..., t], H_res, what="H_res")
+            # The gradient is G * H_res less its projections on the marginals, which nearly cancel it near a permutation.
+            assert_close(grad[..., t], gradient[..., at], what="gradient", terms=G[..., t] * H_res)
         first += T
     return np.asarray(out)
 
