@@ -40,7 +40,7 @@ every_implementation = pytest.mark.parametrize("implementation", ["xla", "pallas
 def test_sinkhorn_and_its_gradient(n, t_max):
     r = np.random.default_rng(n)
     groups = r.normal(size=(n, n, 7)), 4 * r.normal(size=(n, n, 7)), r.uniform(-80, 80, (n, n, 7))
-    kernel_checks.check_sinkhorn(*groups, kernel_checks.extreme_logits(n), t_max=t_max)
+    kernel_checks.check_sinkhorn(*groups, *kernel_checks.extreme_logits(n), t_max=t_max)
 
 
 # At eps = 0.05 the terms of its gradient that pass through eps are visible; at V4's 1e-6 they are rounding.

@@ -29,7 +29,7 @@ def interpreted():
 )
 def test_sinkhorn_and_its_gradient(n, t_max, eps):
     logits = 2 * np.random.default_rng([n, t_max or 20]).normal(size=(n, n, 70))  # one block and a ragged one
-    groups = (logits, kernel_checks.extreme_logits(n)) if eps == 0 else (logits,)
+    groups = (logits, *kernel_checks.extreme_logits(n)) if eps == 0 else (logits,)
     kernel_checks.check_sinkhorn(*groups, t_max=t_max, eps=eps)
 
 

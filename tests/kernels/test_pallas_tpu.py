@@ -36,7 +36,7 @@ def rounding(dtype):
 def test_sinkhorn_and_its_gradient(n, tokens):
     """1030 tokens are two blocks at n = 8, and fill one more than half at n = 4."""
     logits = 2 * np.random.default_rng(n).normal(size=(n, n, tokens))
-    kernel_checks.check_sinkhorn(logits, kernel_checks.extreme_logits(n))
+    kernel_checks.check_sinkhorn(logits, *kernel_checks.extreme_logits(n))
 
 
 @pytest.mark.parametrize(("eps", "t_max"), [(1e-6, 1), (1e-6, 5), (0.05, 1), (0.05, 5)])

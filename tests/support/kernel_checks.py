@@ -78,13 +78,13 @@ def check_sinkhorn(*groups, t_max=None, eps=0.0, **options):
 
 
 def extreme_logits(n):
-    """Three matrices: a column with all the mass, an entry far below the rest of its row and column, a row that lies 200 below."""
+    """Three groups of one: a column with all the mass, an entry far below its row and column, a row that lies 200 below."""
     logits = np.full((n, n, 3), -80.0)
     logits[:, 0] = 80.0
     logits[0, :, 1] = -80.0
     logits[..., 2] = 0.0
     logits[0, :, 2] = -200.0
-    return logits
+    return np.split(logits, 3, -1)
 
 
 def check_read(n, C, T, dtype=jnp.float32, **options):
