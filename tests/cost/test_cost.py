@@ -96,7 +96,7 @@ FAST = {"residual": "gqa", "hc": "mla", "mhc:exit=head:t_max=2": "moe", "gated":
 """Connection to the model that the fast suite counts it in."""
 
 
-@pytest.mark.parametrize(("kind", "model"), thin(itertools.product(FAST, SETTINGS), lambda *case: case in FAST.items()))
+@pytest.mark.parametrize(("kind", "model"), thin(itertools.product(FAST, SETTINGS), FAST.items().__contains__))
 def test_parameters_from_the_configuration_are_those_of_the_model(kind, model):
     settings = SETTINGS[model]
     config = dataclasses.replace(SMALL, connection=connections.parse(kind), **settings)

@@ -1,4 +1,4 @@
-"""The Pallas kernels for NVIDIA GPUs compiled for sm_90 without a GPU: no spills, 16-byte accesses to streams, names, sharding."""
+"""The Pallas kernels for NVIDIA GPUs compile for sm_90 without a GPU: no spills, 16-byte accesses to streams, names, sharding."""
 
 import functools
 import os
@@ -130,7 +130,7 @@ def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
 
 @needs_triton
 @pytest.mark.parametrize("how", ["interpret", "lower"])
-def test_triton_sinkhorn(how):
+def test_triton_sinkhorn_is_that_of_the_loops_and_lowers(how):
     """In a process of its own: the annotation checks of these tests would come between Triton and its kernels."""
     if how == "lower":
         pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)

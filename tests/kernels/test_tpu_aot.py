@@ -1,4 +1,4 @@
-"""The Pallas TPU kernels compiled ahead of time for v5e, v5p and v6e, four devices each.  Needs libtpu, and no TPU.
+"""The Pallas TPU kernels compile ahead of time for v5e, v5p and v6e, four devices each; it takes libtpu, and no TPU.
 
 libtpu comes with `pip install jax[tpu]`; without it everything here is skipped.
 """

@@ -35,19 +35,24 @@ def load(name):
     return {k: jnp.asarray(v) for k, v in np.load(FOLDER / f"{name}.npz").items()}
 
 
+def results(module, inputs, g):
+    """(coefficients, h and x' of a module, the gradients of its inputs), from one program."""
+
+    def loss(*a):
+        c, h, x_out = module(*a)
+        return (h * g["w_h"]).sum() + (x_out * g["w_x"]).sum(), (c, h, x_out)
+
+    grads, out = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(*inputs)
+    return out, grads
+
+
 def check_deepseek_v4(g, n):
     inputs = [g[k] for k in ("x", "y", "fn", "base", "scale")]
-    c, h, x_out = jax.jit(lambda *a: connection(*a, n))(*inputs)
+    (c, h, x_out), grads = results(lambda *a: connection(*a, n), inputs, g)
     assert_close(jnp.moveaxis(c.post, 0, -1), g["post"], GOLDEN, "post")
     assert_close(jnp.moveaxis(c.res, (0, 1), (-1, -2)), g["comb"], GOLDEN, "comb")
     assert_close(h, g["h"], GOLDEN, "h")
     assert_close(x_out, g["x_out"], GOLDEN, "x_out")
-
-    def loss(*a):
-        _, h, x_out = connection(*a, n)
-        return (h * g["w_h"]).sum() + (x_out * g["w_x"]).sum()
-
-    grads = jax.jit(jax.grad(loss, argnums=range(5)))(*inputs)
     for name, grad in zip(("x", "y", "fn", "base", "scale"), grads, strict=True):
         assert_close(grad, g[f"grad_{name}"], GOLDEN, f"gradient of {name}")
 
@@ -71,15 +76,9 @@ def identity(x, y, fn, base, scale, n):
 
 def check_hy_v4(g, n):
     inputs = [g[k] for k in ("x", "y", "fn", "base", "scale")]
-    c, h, x_out = jax.jit(lambda *a: identity(*a, n))(*inputs)
+    (c, h, x_out), grads = results(lambda *a: identity(*a, n), inputs, g)
     assert_close(jnp.moveaxis(c.post, 0, -1), g["post"], GOLDEN, "post")
     assert_close(h, g["h"], GOLDEN, "h")
     assert_close(x_out, g["x_out"], GOLDEN, "x_out")
-
-    def loss(*a):
-        _, h, x_out = identity(*a, n)
-        return (h * g["w_h"]).sum() + (x_out * g["w_x"]).sum()
-
-    grads = jax.jit(jax.grad(loss, argnums=range(5)))(*inputs)
     for name, grad in zip(("x", "y", "fn", "base", "scale"), grads, strict=True):
         assert_close(grad, g[f"grad_{name}"], GOLDEN, f"gradient of {name}")

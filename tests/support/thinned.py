@@ -1,15 +1,12 @@
-"""Products of cases of which the fast suite takes some; the rest is marked `full`."""
-
-from collections.abc import Callable, Iterable
-from typing import Any
+"""The fast suite runs some cases of a product, and `make test-all` runs all of them."""
 
 import pytest
 
 
-def thin(cases: Iterable[Any], keep: Callable[..., bool]) -> list[Any]:
-    """The cases for `parametrize`, those that `keep` refuses as `full`; a tuple is one case of several arguments."""
-    out = []
-    for case in cases:
-        values = case if isinstance(case, tuple) else (case,)
-        out.append(case if keep(*values) else pytest.param(*values, marks=pytest.mark.full))
-    return out
+def thin(cases, keep):
+    """`cases` for `pytest.mark.parametrize`; those that `keep(case)` refuses are marked `full`."""
+    return [case if keep(case) else _full(case) for case in cases]
+
+
+def _full(case):
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)

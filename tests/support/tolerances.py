@@ -4,6 +4,18 @@ import numpy as np
 
 FP32_RELATIVE = 2e-6
 """float32 against the float64 oracles, relative to the largest entry of the result."""
+BF16_RELATIVE = 2**-8
+"""One rounding to bfloat16, whose unit in the last place is 2^-7 of 1."""
+FORMS_FP32 = 5e-6
+"""float32, two implementations of a chain of operations, each operation within FP32_RELATIVE of the truth."""
+SPLIT_SUMS = 1e-5
+"""float32 sums over channels or tokens: of products of bfloat16 pieces to order 2^-16, or whose largest entry has cancelled."""
+REORDERED = 1e-6
+"""float32 results of the same numbers, added up in another order."""
+FLOAT64 = 1e-13
+"""Two ways to write the same float64 formula."""
+DIFFERENCES = 1e-8
+"""Central differences of an O(1) float64 function at a step of 1e-6, whose rounding is 1e-16 / 1e-6."""
 GOLDEN = 1e-5
 """Golden values of other implementations, which themselves compute in float32."""
 FLOAT64 = 1e-12
@@ -26,3 +38,12 @@ def assert_close(actual, expected, relative=FP32_RELATIVE, what="", terms=0.0):
     scale = max(np.abs(expected).max(initial=0.0), np.abs(terms).max(), 1e-30)
     error = np.abs(actual - expected).max(initial=0.0) / scale
     assert error <= relative, f"{what}: relative error {error:.2e} > {relative:.0e}"
+
+
+def assert_rounded(actual, expected, what=""):
+    """bfloat16 numbers which were float32 until their one rounding: each is within half a unit of its own exact value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    bound = BF16_RELATIVE * np.abs(expected) + FP32_RELATIVE * np.abs(expected).max(initial=0.0)
+    worst = np.max(np.abs(actual - expected) / bound, initial=0.0)
+    assert worst <= 1, f"{what}: rounded more than once, an error of {worst:.2f} half units"
