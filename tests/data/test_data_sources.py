@@ -1,6 +1,4 @@
-"""Documents: the embedded corpus, local files, named sets, and what is said about bad input."""
-
-from __future__ import annotations
+"""Every source gives its documents once and whole, and every bad input is told in a sentence."""
 
 import gzip
 import hashlib
@@ -13,9 +11,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mhc_jax.data import sources
+from mhc_jax.data import shakespeare, sources
 from mhc_jax.data.corpus import make
 from mhc_jax.data.files import BLOCK, Document, expand, read_files, text_blocks
 from mhc_jax.errors import InputError
@@ -24,18 +25,13 @@ CORPUS_SHA256 = "762792c9a7cf8aa2d20b09519e8b4c4f9a315f1f98b36352ab84be7c63c27eb
 RECORDS = [{"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂.\n" * (i + 1)} for i in range(40)]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def lines(records) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def write(path: Path, records) -> Path:
     if path.suffix == ".parquet":
-        parquet.write_table(pa.Table.from_pylist(records), path)
+        parquet.write_table(pa.Table.from_pylist(records), path, row_group_size=10)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines(records)))
     elif path.suffix == ".zst":
@@ -59,8 +55,6 @@ def said(source, cache) -> str:
 
 
 def test_embedded_corpus_is_the_known_one():
-    from mhc_jax.data import shakespeare
-
     plays = shakespeare.plays()
     assert hashlib.sha256(shakespeare.CORPUS.read_bytes()).hexdigest() == CORPUS_SHA256
     assert len(plays) == 38
@@ -73,8 +67,6 @@ def test_embedded_corpus_is_the_known_one():
 
 
 def test_shakespeare_splits_share_no_play_and_lose_none(cache):
-    from mhc_jax.data import shakespeare
-
     train = list(sources.documents("shakespeare", "train", cache=cache))
     validation = list(sources.documents("shakespeare", "validation", cache=cache))
     assert {found.id for found in validation} == {"henry-viii", "the-taming-of-the-shrew"}
@@ -84,8 +76,6 @@ def test_shakespeare_splits_share_no_play_and_lose_none(cache):
 
 
 def test_shakespeare_is_prepared_once(cache, monkeypatch):
-    from mhc_jax.data import shakespeare
-
     def refuse(*args, **kwargs):
         raise AssertionError("prepared again")
 
@@ -200,6 +190,31 @@ def test_documents_without_text_are_skipped(tmp_path):
     assert [document.text for document in read_files([path])] == ["x"]
 
 
+WIDE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(content=st.binary(max_size=60) | WIDE.map(str.encode))
+def test_any_bytes_are_read_as_they_are_or_refused_in_a_sentence(tmp_path_factory, content):
+    """A .txt file is UTF-8 with any line ends; a .jsonl file of the same text holds it; nothing else is read."""
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    path.write_bytes(content)
+    try:
+        text = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        with pytest.raises(InputError, match=f"any.txt, line \\d+: byte {error.start} is not UTF-8"):
+            list(read_files([path]))
+        return
+    records = path.with_suffix(".jsonl")
+    records.write_text(json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0) + "\n", newline="\n")
+    for file in (path, records):
+        if text.strip():
+            assert "".join(document.text for document in read_files([file])) == text
+        else:
+            with pytest.raises(InputError, match="is empty: it holds no text"):
+                list(read_files([file]))
+
+
 # Bad input: each sentence names the file, the place and the remedy
 
 
@@ -265,8 +280,10 @@ def test_file_in_both_sources(tmp_path):
     other = write(tmp_path / "b.jsonl", RECORDS)
     sources.check_disjoint(str(path), str(other))
     sources.check_disjoint("shakespeare", "shakespeare")
-    with pytest.raises(InputError, match=re.escape(f"{path} is in data.source and in")):
-        sources.check_disjoint(str(tmp_path / "*.jsonl"), str(path))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for train, validation in ((tmp_path / "*.jsonl", path), (path, tmp_path / "link.jsonl")):
+        with pytest.raises(InputError, match=re.escape(f"{validation} is in data.source and in")):
+            sources.check_disjoint(str(train), str(validation))
 
 
 # Named sets
@@ -274,26 +291,13 @@ def test_file_in_both_sources(tmp_path):
 
 def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
     """Write the description, not the data, of a named set; `mock_data` makes up the data."""
-    import tensorflow_datasets as tfds
-
     builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-    description = tfds.core.SplitDict(
-        [
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[count],
-                num_bytes=0,
-                filename_template=tfds.core.ShardedFileTemplate(
-                    dataset_name=name,
-                    data_dir=Path(builder.data_path),
-                    split=split,
-                    filetype_suffix="array_record",
-                ),
-            )
-            for split, count in splits.items()
-        ]
-    )
-    builder.info.set_splits(description)
+    place = {"dataset_name": name, "data_dir": Path(builder.data_path), "filetype_suffix": "array_record"}
+    infos = []
+    for split, count in splits.items():
+        template = tfds.core.ShardedFileTemplate(split=split, **place)
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    builder.info.set_splits(tfds.core.SplitDict(infos))
     builder.data_path.mkdir(parents=True)
     builder.info.write_to_directory(builder.data_path)
 
@@ -307,8 +311,6 @@ def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
     ],
 )
 def test_named_set(tmp_path, cache, name, splits, shared):
-    import tensorflow_datasets as tfds
-
     prepared(tmp_path, name, splits)
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
         found = {
@@ -328,10 +330,6 @@ def test_named_set(tmp_path, cache, name, splits, shared):
 
 
 def test_named_set_read_from_disk(cache, monkeypatch):
-    import tensorflow_datasets as tfds
-
-    from mhc_jax.data import shakespeare
-
     folder = shakespeare.prepare(cache)
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder.parents[1]))
     expected = texts("shakespeare", "validation", cache)
@@ -340,8 +338,6 @@ def test_named_set_read_from_disk(cache, monkeypatch):
 
 
 def test_named_set_is_never_downloaded(tmp_path, cache, monkeypatch):
-    import tensorflow_datasets as tfds
-
     def refuse(*args, **kwargs):
         raise AssertionError("a download was started")
 
@@ -356,8 +352,6 @@ def test_named_set_is_never_downloaded(tmp_path, cache, monkeypatch):
 
 
 def test_named_set_without_one_text_feature_or_random_access(tmp_path, cache):
-    import tensorflow_datasets as tfds
-
     prepared(tmp_path, "mnist", {"train": 20})
     prepared(tmp_path, "lm1b", {"train": 20})
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):

@@ -1,36 +1,25 @@
 """What is known and said of the two splits of a text: its identity, and what is odd about them."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
 
 import pytest
 from support.ends import Killed, kill_at
-from support.tiny_runs import data_of, tiny, with_train, write_corpus, write_text
+from support.shared_programs import shared_programs
+from support.tiny_runs import data_of, tiny, with_train, write_text
 
 from mhc_jax import data, loop
 from mhc_jax.checkpoint import check_text
-from mhc_jax.config import DataConfig
 from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.paired import run_all
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
-
-
-@pytest.fixture
-def config(corpus, tmp_path):
-    def make(**changes) -> DataConfig:
-        settings = {"source": str(corpus), "cache_dir": str(tmp_path / "cache"), "sequence_length": 16}
-        return DataConfig(**{**settings, "batch_size": 4, **changes})
-
-    return make
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_made_once():
+    with shared_programs():
+        yield
 
 
 def warned(settings, count=1) -> list[str]:
@@ -110,7 +99,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
 
 def test_a_run_that_starts_anew_records_the_text_that_it_reads(tmp_path, monkeypatch):
     text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual", train={"steps": 2})
+    config = tiny(text, "residual")
     with monkeypatch.context() as patch:
         kill_at(patch, loop._Run, "_read", lambda self, step, metrics: True)
         with pytest.raises(Killed):
@@ -122,7 +111,7 @@ def test_a_run_that_starts_anew_records_the_text_that_it_reads(tmp_path, monkeyp
 
 def test_a_comparison_does_not_mix_texts(tmp_path):
     text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual", train={"steps": 2})
+    config = tiny(text, "residual")
     runs = {"residual": config, "other": with_train(config, seed=1)}
     train(config, tmp_path / "runs/residual")
     changed(text)
@@ -139,7 +128,7 @@ def test_what_is_not_known_of_a_text_is_not_compared(tmp_path):
 
 def test_the_sizes_of_both_splits_are_said_at_the_start(tmp_path, capsys):
     text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual", train={"steps": 2})
+    config = tiny(text, "residual")
     train(config, tmp_path / "run")
     counts = data_of(config)
     told = [line for line in capsys.readouterr().err.splitlines() if "training text: " in line]

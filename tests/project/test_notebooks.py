@@ -1,3 +1,5 @@
+"""The committed notebooks are in step with their sources, show what they should, and execute without an error."""
+
 import re
 import runpy
 from pathlib import Path
@@ -35,6 +37,7 @@ def test_every_notebook_is_known():
     assert [source.stem for source in SOURCES] == list(FIGURES)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_executes(source: Path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_TINY", "1")

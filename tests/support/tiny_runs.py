@@ -105,9 +105,9 @@ def flags_of(config: ExperimentConfig) -> list[str]:
     return out
 
 
-def script(name: str, *args: str, **popen) -> subprocess.Popen:
+def script(name: str, *args: str, XLA_FLAGS: str = "", **popen) -> subprocess.Popen:
     """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen

@@ -67,6 +67,7 @@ def test_plain_values():
         "tuple": [1, "a", None, True],
     }
     assert np.float32(plain(jnp.float32(0.1))) == np.float32(0.1), "9 digits are enough for a float32"
+    assert plain([0.123456789, np.float32(16777215)]) == [0.123456789, 16777215.0], "and fewer are not"
     json.dumps(plain(value), allow_nan=False)
 
 

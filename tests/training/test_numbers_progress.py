@@ -52,6 +52,14 @@ def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path,
     assert lines[1] == "b: failed after 60 s (2 of 5 runs done, about 0:01:00 left)"
 
 
+def test_the_bar_of_a_running_run_shows_the_newest_whole_line(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert progress.last_train_line(metrics) is None
+    line = '{{"kind": "train", "step": {}, "loss": 1.0}}\n'.format
+    metrics.write_text("".join(map(line, range(3000))) + '{"kind": "event", "step": 2999}\n' + line(3000)[:30])
+    assert progress.last_train_line(metrics)["step"] == 2999
+
+
 def test_a_line_of_items(clock, capsys):
     shown = progress.ItemProgress("run", "answers", 40, every_s=0.0)
     shown.advance(10)
