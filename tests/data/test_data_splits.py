@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from support.ends import Killed, kill_at
+from support.ends import kill_at, train_until_killed
 from support.shared_programs import shared_programs
 from support.tiny_runs import data_of, tiny, with_train, write_text
 
@@ -82,10 +82,7 @@ def changed(text):
 def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
     text = write_text(tmp_path / "text.txt")
     config = tiny(text, "residual")
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 5)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: step == 5)
     before, files = text.read_text(), {p.name for p in (tmp_path / "run").rglob("*")}
     changed(text)
     with monkeypatch.context() as patch:
@@ -97,16 +94,23 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
     assert train(config, tmp_path / "run")["status"] == "finished"
 
 
-def test_a_run_that_starts_anew_records_the_text_that_it_reads(tmp_path, monkeypatch):
+def test_a_run_that_starts_anew_says_and_records_the_text_that_it_reads(tmp_path, capsys):
     text = write_text(tmp_path / "text.txt")
     config = tiny(text, "residual")
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: True)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: True)
     changed(text)
+    capsys.readouterr()
     train(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run/env.json").read_text())["data"] == data_of(config).summary()
+    read, size = data_of(config), len(text.read_bytes())
+    assert json.loads((tmp_path / "run/env.json").read_text())["data"] == read.summary()
+    train_documents, documents = read.train.counts.documents, read.validation.counts.documents
+    held_out = read.validation.counts.bytes
+    assert read.train.counts.bytes + held_out == size
+    assert [line for line in capsys.readouterr().err.splitlines() if "training text: " in line] == [
+        f"train: training text: {train_documents} documents, {size - held_out + train_documents:,} tokens, "
+        f"{size - held_out:,} bytes; validation text: {documents} documents, {held_out + documents:,} tokens, "
+        f"{held_out:,} bytes, of which 1 x 4 x 16 tokens are read"
+    ]
 
 
 def test_a_comparison_does_not_mix_texts(tmp_path):
@@ -124,20 +128,3 @@ def test_what_is_not_known_of_a_text_is_not_compared(tmp_path):
     check_text({}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
     with pytest.raises(InputError, match="The validation text is not"):
         check_text({"validation_sha256": "c"}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
-
-
-def test_the_sizes_of_both_splits_are_said_at_the_start(tmp_path, capsys):
-    text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual")
-    train(config, tmp_path / "run")
-    counts = data_of(config)
-    told = [line for line in capsys.readouterr().err.splitlines() if "training text: " in line]
-    size = len(text.read_bytes())
-    assert counts.train.counts.bytes + counts.validation.counts.bytes == size
-    documents = [c.counts.documents for c in (counts.train, counts.validation)]
-    held_out = counts.validation.counts.bytes
-    assert told == [
-        f"train: training text: {documents[0]} documents, {size - held_out + documents[0]:,} tokens, {size - held_out:,} "
-        f"bytes; validation text: {documents[1]} documents, {held_out + documents[1]:,} tokens, {held_out:,} bytes, of which "
-        f"1 x 4 x 16 tokens are read"
-    ]

@@ -59,10 +59,11 @@ def data_of(config: ExperimentConfig):
     return load_data(config.data)
 
 
-def lines(folder: Path, kind: str | None = None) -> list[dict]:
-    """Lines of metrics.jsonl without the times, which differ from run to run."""
+def lines(folder: Path, kind: str | None = None, times: bool = False) -> list[dict]:
+    """Lines of metrics.jsonl, unless told without the times, which differ from run to run."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read if kind in (None, line["kind"])]
+    left_out = () if times else TIMES
+    return [{k: v for k, v in line.items() if k not in left_out} for line in read if kind in (None, line["kind"])]
 
 
 def measured(folder: Path) -> list[dict]:

@@ -45,6 +45,12 @@ def save(folder, *steps, keep=3):
             checkpoints.save(step, toy(step), {"at": step}, CONFIG)
 
 
+def restored(folder, config=CONFIG, device=0):
+    """What `restore_newest` gives, and the steps that are there."""
+    with opened(folder) as checkpoints:
+        return checkpoints.restore_newest(toy_shapes(device), config), checkpoints.steps()
+
+
 def truncate(step_folder):
     """Cut every file of a checkpoint to half its size, as a crash of the machine may."""
     for file in step_folder.rglob("*"):
@@ -59,23 +65,14 @@ def test_differences_name_every_leaf():
 
 
 def test_round_trip_keeps_the_newest_and_the_first_of_a_step_saved_twice(tmp_path):
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.restore_newest(toy_shapes(), CONFIG) is None
-    save(tmp_path, 1, 2, 3, 3, keep=2)
+    assert restored(tmp_path) == (None, [])
+    save(tmp_path, 1, 2, 3, keep=2)
     with opened(tmp_path) as checkpoints:
         checkpoints.save(3, toy(30), {"at": 30}, CONFIG)
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [2, 3]
-        state, loop, remarks = checkpoints.restore_newest(toy_shapes(), CONFIG)
-    assert (int(state.step), loop, remarks) == (3, {"at": 3}, [])
+    (state, loop, remarks), steps = restored(tmp_path, device=3)
+    assert (int(state.step), loop, remarks, steps) == (3, {"at": 3}, [], [2, 3])
     np.testing.assert_array_equal(state.params["w"], [3, 3, 3])
-
-
-def test_restores_on_another_device_than_it_was_saved_on(tmp_path):
-    save(tmp_path, 1)
-    with opened(tmp_path) as checkpoints:
-        state, _, _ = checkpoints.restore_newest(toy_shapes(device=3), CONFIG)
-    assert state.params["w"].devices() == {jax.devices()[3]}
+    assert state.params["w"].devices() == {jax.devices()[3]}, "not the device that it was saved on"
 
 
 def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
@@ -89,8 +86,7 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
         assert "moved to broken-checkpoint-3" in remarks[0]
         checkpoints.save(3, toy(30), {"at": 3}, CONFIG)
     assert (tmp_path / "broken-checkpoint-3").is_dir()
-    with opened(tmp_path) as checkpoints:
-        assert int(checkpoints.restore_newest(toy_shapes(), CONFIG)[0].step) == 30
+    assert int(restored(tmp_path)[0][0].step) == 30
 
 
 def test_all_broken_is_a_sentence_at_every_start_and_moves_nothing(tmp_path):
@@ -98,18 +94,15 @@ def test_all_broken_is_a_sentence_at_every_start_and_moves_nothing(tmp_path):
     for step in ("1", "2"):
         truncate(tmp_path / "checkpoints" / step)
     for _ in range(2):
-        with (
-            opened(tmp_path) as checkpoints,
-            pytest.raises(InputError, match=r"No checkpoint in .* can be read \(2: .*; 1: "),
-        ):
-            checkpoints.restore_newest(toy_shapes(), CONFIG)
+        with pytest.raises(InputError, match=r"No checkpoint in .* can be read \(2: .*; 1: "):
+            restored(tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
 def test_another_architecture_is_refused_with_what_differs(tmp_path):
     save(tmp_path, 1)
-    with opened(tmp_path) as checkpoints, pytest.raises(InputError, match=r"another model \(model.width: 4 -> 8\)"):
-        checkpoints.restore_newest(toy_shapes(), {"model": {"width": 8}})
+    with pytest.raises(InputError, match=r"another model \(model.width: 4 -> 8\)"):
+        restored(tmp_path, {"model": {"width": 8}})
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
@@ -118,12 +111,10 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     leftover.mkdir()
     (leftover / "half").write_text("...")
-    with opened(tmp_path) as checkpoints:
-        assert int(checkpoints.restore_newest(toy_shapes(), CONFIG)[0].step) == 1
-        checkpoints.save(2, toy(2), {"at": 2}, CONFIG)
+    assert int(restored(tmp_path)[0][0].step) == 1
+    save(tmp_path, 2)
     assert not leftover.exists()
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [1, 2]
+    assert restored(tmp_path)[1] == [1, 2]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

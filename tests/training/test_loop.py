@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from support import stress_kill
-from support.ends import Killed, Poisoned, kill_at, poisoned, stop_at
+from support.ends import Poisoned, kill_at, poisoned, stop_at, train_until_killed
 from support.tiny_runs import (
     ROOT,
     assert_same_run,
@@ -77,8 +77,7 @@ def test_stop_and_go_on_is_bitwise_one_run(kind, text, residual, alone, tmp_path
     assert summary["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
     assert events(tmp_path / "run") == [("interrupted", stopped["steps"]), ("resumed", stopped["steps"])]
-    raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    times = [line["step_time_s"] for line in raw if line["kind"] == "train"]
+    times = [line["step_time_s"] for line in lines(tmp_path / "run", "train", times=True)]
     assert summary["train_s"] == pytest.approx(sum(times), rel=1e-6), "of all steps, also those before the stop"
 
 
@@ -106,39 +105,26 @@ def test_a_second_signal_acts_as_usual(usual_sigint):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_killed_between_steps_goes_on_from_the_checkpoint(residual, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 5)
-        with pytest.raises(Killed):
-            train(residual, tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert max(line["step"] for line in lines(tmp_path / "run")) == 4
-    metrics.write_text(metrics.read_text() + '{"kind": "train", "step": 5, "lo')
-    train(residual, tmp_path / "run")
-    assert events(tmp_path / "run") == [("resumed", 3)]
-    assert_same_run(alone, tmp_path / "run")
-
-
-def test_killed_before_the_first_checkpoint_starts_anew(residual, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 2)
-        with pytest.raises(Killed):
-            train(residual, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
-    train(residual, tmp_path / "run")
-    assert_same_run(alone, tmp_path / "run")
-    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+@pytest.mark.parametrize(
+    ("at", "resumed"), [(5, [("resumed", 3)]), (2, [])], ids=["with a checkpoint", "before the first"]
+)
+def test_killed_between_steps_goes_on_from_the_checkpoint_or_starts_anew(at, resumed, residual, alone, tmp_path):
+    folder = tmp_path / "run"
+    train_until_killed(residual, folder, loop._Run, "_read", lambda self, step, metrics: step == at)
+    assert max(line["step"] for line in lines(folder)) == at - 1
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 5, "lo')
+    (folder / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    train(residual, folder)
+    assert events(folder) == resumed
+    assert_same_run(alone, folder)
+    assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
 def test_killed_between_the_last_checkpoint_and_the_summary(residual, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop, "write_json", lambda path, value: path.name == "summary.json")
-        kill_at(patch, loop._Run, "_summary", lambda self, status: True)
-        with pytest.raises(Killed):
-            train(residual, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_compile", lambda *args: True)  # nothing is left to compile for
-        assert train(residual, tmp_path / "run")["status"] == "finished"
+    train_until_killed(residual, tmp_path / "run", loop._Run, "_summary", lambda self, status: True)
+    kill_at(monkeypatch, loop._Run, "_compile", lambda *args: True)  # nothing is left to compile for
+    assert train(residual, tmp_path / "run")["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
 
 
@@ -159,9 +145,8 @@ def test_nan_stops_the_run_and_leaves_finite_parameters(residual, tmp_path, caps
     assert train(residual, folder) == summary, "a diverged run has ended"
 
     (folder / "summary.json").unlink()  # killed before it was written
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_compile", lambda *args: True)
-        again = train(residual, folder, data=poisoned(residual))
+    kill_at(monkeypatch, loop._Run, "_compile", lambda *args: True)
+    again = train(residual, folder, data=poisoned(residual))
     assert [again[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", summary["steps"], 6]
 
 
@@ -242,8 +227,7 @@ def test_pauses_are_no_part_of_a_step_and_counted_once(residual, tmp_path, monke
     slow(loop.Checkpoints, "save", 100)
     slow(loop, "summarize", 1000)
     summary = train(residual, tmp_path / "run")
-    raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step_time_s"] for line in raw if line["kind"] == "train"] == [1.0] * 8
+    assert [line["step_time_s"] for line in lines(tmp_path / "run", "train", times=True)] == [1.0] * 8
     expected = {"train_s": 8, "checkpoint_s": 300, "diagnostics_s": 2000, "wall_clock_s": 2308}  # saved at 3, 6 and 8
     assert {name: summary[name] for name in expected} == expected
 
@@ -317,11 +301,10 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("keep")
-    with pytest.raises(InputError, match="is not a run folder"):
-        train(residual, notes)
+    for folder in (notes, notes / "mine.txt"):
+        with pytest.raises(InputError, match="is not a run folder"):
+            train(residual, folder)
     assert [p.name for p in notes.iterdir()] == ["mine.txt"]
-    with pytest.raises(InputError, match="is not a run folder"):
-        train(residual, notes / "mine.txt")
     with pytest.raises(InputError, match=r"Cannot create .*: Not a directory"):
         train(residual, notes / "mine.txt" / "run")
 
@@ -330,6 +313,8 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
 def test_damaged_json_is_a_sentence(broken, residual, alone, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
+    (folder / "config.tmp").write_text(broken)  # killed while config.json was written
+    assert loop.check_run_folder(folder, to_mapping(residual)) is None
     (folder / "config.json").write_text(broken)
     with pytest.raises(InputError, match=r"config.json"):
         train(residual, folder)
@@ -337,11 +322,6 @@ def test_damaged_json_is_a_sentence(broken, residual, alone, tmp_path):
     (folder / "summary.json").write_text(broken)
     with pytest.raises(InputError, match=r"summary.json"):
         train(residual, folder)
-
-
-def test_a_kill_while_config_json_was_written_does_not_lock_the_folder(residual, tmp_path):
-    (tmp_path / "config.tmp").write_text("{")
-    assert loop.check_run_folder(tmp_path, to_mapping(residual)) is None
 
 
 def test_what_cannot_be_trained_is_refused_before_the_folder_is_made(text, residual, tmp_path, monkeypatch):

@@ -47,8 +47,7 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lines(run):
-    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {kind: [line for line in read if line["kind"] == kind] for kind in ("train", "validation", "diagnostics")}
+    return {kind: read_lines(run, kind, times=True) for kind in ("train", "validation", "diagnostics")}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +184,7 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Run, "_read", reading)
         summary = train(config, tmp_path / "run")
-    logged = read_lines(tmp_path / "run", "train")
+    logged = read_lines(tmp_path / "run", "train", times=True)
     steps = [3, 6, 9, 12, 13]
     assert [line["step"] for line in logged] == steps
     assert [line["tokens"] for line in logged] == [4 * 16 * step for step in steps]
@@ -195,8 +194,7 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     assert [line["learning_rate"] for line in logged] == pytest.approx(
         [0.75 * peak, peak, peak, 0.55 * peak, 0.1 * peak]
     )
-    raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    for line in (line for line in raw if line["kind"] == "train"):
+    for line in logged:
         assert line["step_time_s"] == pytest.approx(times[line["step"] - 1], rel=1e-5)
         assert line["tokens_per_s"] == pytest.approx(64 / times[line["step"] - 1], rel=1e-5)
     assert len(losses) == 13
