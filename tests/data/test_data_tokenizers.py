@@ -90,22 +90,27 @@ def test_tokenizer_mistakes(tmp_path, bpe):
         data.train_bpe(["text"], 257, bpe / "below-a-file.json")
 
 
-def test_the_script_trains_a_tokenizer_or_says_in_one_line_why_not(tmp_path, corpus, monkeypatch, capsys):
-    output = tmp_path / "my.json"
+def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts, monkeypatch, capsys):
+    """Of the held-out documents, whose ends are no tokens here; or it says in one line why not."""
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "my.json"
+    corpus.write_text("".join(json.dumps({"text": f"façade {text}"}) + "\n" for text in texts))
 
     def run(source):
         flags = [f"--source={source}", "--vocab_size=290", f"--output={output}", f"--cache_dir={tmp_path}"]
         monkeypatch.setattr(sys, "argv", ["tokenizer.py", *flags])
         runpy.run_path(str(ROOT / "experiments/tokenizer.py"), run_name="__main__")
+        return capsys.readouterr().out
 
-    run(corpus)
-    assert capsys.readouterr().out.startswith(f"{output}: 290 entries, ")
-    assert data.load_tokenizer(f"bpe:{output}").vocab_size == 290
+    said, tokenizer = run(corpus), data.load_tokenizer(f"bpe:{output}")
+    held_out = [found.text for found in data.documents(str(corpus), "validation", cache=tmp_path)]
+    size, count = sum(len(text.encode()) for text in held_out), sum(len(tokenizer.encode(text)) for text in held_out)
+    assert size > sum(map(len, held_out))
+    assert said == f"{output}: 290 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"
+    assert tokenizer.vocab_size == 290
     with pytest.raises(SystemExit) as ended:
         run("none.txt")
     err = capsys.readouterr().err
-    assert (ended.value.code, err.count("\n")) == (2, 1)
-    assert err.startswith("There is no file 'none.txt'")
+    assert (ended.value.code, err.count("\n"), err[:27]) == (2, 1, "There is no file 'none.txt'")
 
 
 def test_a_saved_tokenizer_is_the_same_without_its_file(bpe):

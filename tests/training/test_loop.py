@@ -49,8 +49,7 @@ def test_a_finished_run_is_recorded_and_not_repeated(residual, alone, capsys):
     summary = read(alone)
     assert (summary["status"], summary["steps"], summary["spike_steps"]) == ("finished", 8, [4])
     assert summary["validation_loss"] == pytest.approx(lines(alone, "validation")[-1]["loss"], rel=1e-8)
-    mean = np.mean([line["loss"] for line in train_lines])
-    assert summary["train_loss"] == pytest.approx(mean, rel=1e-8)
+    assert summary["train_loss"] == pytest.approx(np.mean([line["loss"] for line in train_lines]), rel=1e-8)
     env = read(alone, "env")
     assert {"date", "commit", "dirty", "python", "device", "packages", "data"} <= set(env)
     assert env["packages"]["jax"]
@@ -105,9 +104,7 @@ def test_a_second_signal_acts_as_usual(usual_sigint):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize(
-    ("at", "resumed"), [(5, [("resumed", 3)]), (2, [])], ids=["with a checkpoint", "before the first"]
-)
+@pytest.mark.parametrize(("at", "resumed"), [(5, [("resumed", 3)]), (2, [])])
 def test_killed_between_steps_goes_on_from_the_checkpoint_or_starts_anew(at, resumed, residual, alone, tmp_path):
     folder = tmp_path / "run"
     train_until_killed(residual, folder, loop._Run, "_read", lambda self, step, metrics: step == at)
@@ -150,17 +147,15 @@ def test_nan_stops_the_run_and_leaves_finite_parameters(residual, tmp_path, caps
     assert [again[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", summary["steps"], 6]
 
 
-def test_nan_from_the_first_step(residual, tmp_path, monkeypatch):
+@pytest.mark.parametrize("why", ["NaN", "a loss above divergence_loss"])
+def test_divergence_at_the_first_step(why, residual, tmp_path, monkeypatch):
     monkeypatch.setattr(Poisoned, "first", 1)
     monkeypatch.setattr(Poisoned, "last", 99)
-    summary = train(residual, tmp_path / "run", data=poisoned(residual))
-    assert (summary["status"], summary["steps"], summary["train_loss"]) == ("diverged", 0, None)
-    assert_usable(tmp_path / "run")
-
-
-def test_a_loss_above_divergence_loss_stops_the_run(residual, tmp_path):
-    summary = train(with_train(residual, divergence_loss=1.0), tmp_path / "run")
-    assert (summary["status"], summary["first_nonfinite_step"]) == ("diverged", None)
+    nan = why == "NaN"
+    config, data = (residual, poisoned(residual)) if nan else (with_train(residual, divergence_loss=1.0), None)
+    summary = train(config, tmp_path / "run", data=data)
+    assert (summary["status"], summary["first_nonfinite_step"]) == ("diverged", 1 if nan else None)
+    assert not nan or (summary["steps"], summary["train_loss"]) == (0, None)
     assert events(tmp_path / "run") == [("diverged", 1)]
     assert_usable(tmp_path / "run")
 
@@ -331,13 +326,12 @@ def test_what_cannot_be_trained_is_refused_before_the_folder_is_made(text, resid
         assert not (tmp_path / "run").exists()
 
     refused(tiny(text, "residual", model={"vocab_size": 5}), r"vocab_size is 5, but the tokenizer has \d+ tokens")
-    refused(
-        tiny(text, "residual", model={"compute_dtype": "float16"}),
-        r"model.compute_dtype is 'float16', which does not run on a CPU",
-    )
+    half = tiny(text, "residual", model={"compute_dtype": "float16"})
+    refused(half, r"model.compute_dtype is 'float16', which does not run on a CPU")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("tensorboard", "wandb"):
-        refused(with_train(residual, **{name: True}), rf"train.{name} is on.*pip install")
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        told = rf"train.{name} is on, but {package} is missing: pip install 'mhc-jax\[{name}\]'"
+        refused(with_train(residual, **{name: True}), told)
 
 
 def test_bfloat16_branches_run_on_a_cpu(text, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mhc_jax.errors import InputError
-from mhc_jax.metrics import MetricsWriter, SpikeDetector, check_writers, plain
+from mhc_jax.metrics import MetricsWriter, SpikeDetector, plain
 
 
 def fed(losses, window=4, threshold=0.5, state=None, start=1):
@@ -100,14 +100,6 @@ def test_a_line_can_be_read_as_soon_as_it_is_written_and_a_full_disk_is_a_senten
         with pytest.raises(InputError, match=r"Cannot write .*metrics.jsonl: No space left on device.*make room"):
             writer.write("train", 1, {"loss": 1.0})
         writer.close()
-
-
-def test_a_missing_writer_is_named(monkeypatch):
-    check_writers(False, False)
-    check_writers(True, False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"train.wandb is on, but wandb is missing: pip install 'mhc-jax\[wandb\]'"):
-        check_writers(False, True)
 
 
 def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):

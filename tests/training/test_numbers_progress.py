@@ -1,13 +1,8 @@
-"""The numbers that are printed while something runs, on a clock that is set by hand; the tokenizer's line."""
-
-import importlib
-import json
+"""The numbers that are printed while something runs are right, on a clock that is set by hand."""
 
 import pytest
-from support.tiny_runs import ROOT
 
 from mhc_jax import progress
-from mhc_jax.data import load_tokenizer
 
 
 @pytest.fixture
@@ -66,22 +61,3 @@ def test_a_line_of_items(clock, capsys):
     clock.now = 120.0
     shown.advance(10)
     assert capsys.readouterr().err == "run: answers 10/40\nrun: answers 20/40  40 s left\n"
-
-
-def test_the_tokenizers_line_counts_bytes_and_tokens_of_the_validation_text(tmp_path, monkeypatch, capsys):
-    """Documents that `documents` sets apart; ends of documents are no tokens here."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    script = importlib.import_module("tokenizer")
-    texts = {"train": ["the naïve façade " * 20] * 3, "validation": ["façade no. 1", "naïve 🙂"]}
-    documents = {
-        split: [script.data.Document(str(k), text) for k, text in enumerate(own)] for split, own in texts.items()
-    }
-    monkeypatch.setattr(script.data, "documents", lambda source, split, **_: documents[split])
-    output = tmp_path / "bpe.json"
-    script.main([f"--output={output}", "--vocab_size=270", f"--cache_dir={tmp_path}"])
-    bpe = load_tokenizer(f"bpe:{output}")
-    size = sum(len(text.encode()) for text in texts["validation"])
-    count = sum(len(bpe.encode(text)) for text in texts["validation"])
-    said = capsys.readouterr().out
-    assert said == f"{output}: 270 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"
-    assert json.loads(output.read_text())["model"]["type"] == "BPE"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import types
 
 import jax
 import jax.numpy as jnp
@@ -40,34 +41,26 @@ def config(text):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
+    """Its folder and summary, and its lines by kind."""
     folder = tmp_path_factory.mktemp("run") / "run"
     train(config, folder)
-    return folder
+    lines = {kind: read_lines(folder, kind, times=True) for kind in ("train", "validation", "diagnostics")}
+    return types.SimpleNamespace(folder=folder, summary=json.loads((folder / "summary.json").read_text()), **lines)
 
 
-@pytest.fixture(scope="module")
-def lines(run):
-    return {kind: read_lines(run, kind, times=True) for kind in ("train", "validation", "diagnostics")}
-
-
-@pytest.fixture(scope="module")
-def summary(run):
-    return json.loads((run / "summary.json").read_text())
-
-
-def test_numbers_of_the_summary(run, lines, summary):
+def test_numbers_of_the_summary(run):
+    summary, last = run.summary, run.diagnostics[-1]
     for side in ("forward", "backward"):
-        profiles = [line[f"composite_{side}"] for line in lines["diagnostics"]]
+        profiles = [line[f"composite_{side}"] for line in run.diagnostics]
         assert summary[f"max_composite_{side}"] == pytest.approx(np.max(profiles), rel=1e-6)
-    errors = [line["column_error"] for line in lines["diagnostics"]]
+    errors = [line["column_error"] for line in run.diagnostics]
     assert summary["max_column_error"] == pytest.approx(np.max(errors), rel=1e-8)
-    last = lines["diagnostics"][-1]
     for key in ("stream_cosine", "stream_cosine_abs", "stream_rank"):
         assert summary[f"final_{key}"] == pytest.approx(np.mean(last[key]), rel=1e-8)
     assert summary["spikes"] == len(summary["spike_steps"])
     sizes = {
         jax.tree_util.keystr(path): np.asarray(leaf).size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(run)["params"])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(run.folder)["params"])
     }
     assert summary["parameters"] == sum(sizes.values())
     # 4 sub-layers: phi [64, 24], alpha [3] and bias [24].
@@ -75,27 +68,26 @@ def test_numbers_of_the_summary(run, lines, summary):
     assert summary["connection_parameters"] == sum(v for k, v in sizes.items() if "connection" in k or "ends" in k)
 
 
-def test_every_key_is_on_the_page_of_numbers(run, lines, summary):
-    keys = {key for kind in lines.values() for line in kind for key in line} | set(summary)
-    keys |= {"router_dropped", "mesh"}
-    assert {key for line in lines["diagnostics"] for key in line} > {"router_load_cv", "h_res"}
+def test_every_key_is_on_the_page_of_numbers(run):
+    keys = {key for line in (*run.train, *run.validation, *run.diagnostics, run.summary) for key in line}
+    assert {key for line in run.diagnostics for key in line} > {"router_load_cv", "h_res"}
+    assert keys > {"router_dropped", "mesh"}
     assert keys - numbers_page.names() - {"kind"} == set()
 
 
-def test_flops_of_a_token(config, summary):
+def test_flops_of_a_token(config, run):
     """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
     products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
-    assert products < summary["flops_per_token"] < 2 * products
-    elementwise = summary["flops_per_token"] - products
+    assert products < run.summary["flops_per_token"] < 2 * products
+    elementwise = run.summary["flops_per_token"] - products
     # AdamW and the norm of the gradient take about 20 operations a parameter and step.
-    assert elementwise > 15 * summary["parameters"] / (4 * 16)
+    assert elementwise > 15 * run.summary["parameters"] / (4 * 16)
 
 
-def test_measurements_of_the_table_of_results(run, lines):
-    found = measurements(read_run(run))
-    norms = [line["grad_norm"] for line in lines["train"] if line["step"] > 4]
-    assert found["max_grad_norm"] == max(norms)
-    assert found["clipped_fraction"] == np.mean([line["clipped"] for line in lines["train"]])
+def test_measurements_of_the_table_of_results(run):
+    found = measurements(read_run(run.folder))
+    assert found["max_grad_norm"] == max(line["grad_norm"] for line in run.train if line["step"] > 4)
+    assert found["clipped_fraction"] == np.mean([line["clipped"] for line in run.train])
 
 
 def test_loss_is_the_negative_log_likelihood():
@@ -151,13 +143,10 @@ def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(scripts, tmp_p
     assert held_out[1] in read
 
     saved, params = load_params(tmp_path / "run")
-    model = Decoder(from_mapping(saved).model)
-    logits = jax.jit(model.apply)({"params": params}, np.array([window[:-1] for window in windows]))[0]
-    logits = np.asarray(logits, np.float64)
-    nats = 0.0
-    for rows, window in zip(logits, windows, strict=True):
-        for row, target in zip(rows, window[1:], strict=True):
-            nats += math.log(sum(math.exp(x - row.max()) for x in row)) + row.max() - row[target]
+    inputs, targets = np.array(windows)[:, :-1], np.array(windows)[:, 1:]
+    logits = jax.jit(Decoder(from_mapping(saved).model).apply)({"params": params}, inputs)[0]
+    logp = special.log_softmax(np.asarray(logits, np.float64), -1)
+    nats = -np.take_along_axis(logp, targets[..., None], -1).sum()
     wanted = nats / math.log(2) / len(read.encode())
 
     last = read_lines(tmp_path / "run", "validation")[-1]

@@ -91,20 +91,20 @@ def updates(config, kind, gradient):
 
 
 NORMS = {"final_norm/weight", "layers/attention/norm/weight", "layers/mlp/norm/weight"}
-BOTH = ("layers/attention_connection", "layers/mlp_connection")
+
+
+def of_links(*names):
+    return {f"layers/{link}_connection/{name}" for link in ("attention", "mlp") for name in names}
+
+
 STATIC = {
     "residual": set(),
-    "hc": {f"{link}/{name}" for link in BOTH for name in ("A_m", "B", "A_r", "s_a", "s_b")},
-    "mhc": {f"{link}/{name}" for link in BOTH for name in ("alpha", "bias")},
-    "mhc:exit=head": {f"{link}/{name}" for link in BOTH for name in ("alpha", "bias")}
-    | {"ends/head_bias", "ends/head_alpha"},
+    "hc": of_links("A_m", "B", "A_r", "s_a", "s_b"),
+    "mhc": of_links("alpha", "bias"),
+    "mhc:exit=head": of_links("alpha", "bias") | {"ends/head_bias", "ends/head_alpha"},
 }
-OWN = {
-    "residual": set(),
-    "hc": STATIC["hc"] | {f"{link}/W" for link in BOTH},
-    "mhc": STATIC["mhc"] | {f"{link}/phi" for link in BOTH},
-    "mhc:exit=head": STATIC["mhc:exit=head"] | {f"{link}/phi" for link in BOTH} | {"ends/head_phi"},
-}
+DYNAMIC = {"hc": of_links("W"), "mhc": of_links("phi"), "mhc:exit=head": of_links("phi") | {"ends/head_phi"}}
+OWN = {kind: static | DYNAMIC.get(kind, set()) for kind, static in STATIC.items()}
 
 
 @pytest.mark.parametrize("decay_static", [False, True])
