@@ -75,23 +75,18 @@ def test_embedded_corpus_is_the_known_one():
     assert not any(re.search(r"[*_\\#]|  $|\n\n\n", play["text"], re.M) for play in plays)
 
 
-def test_shakespeare_splits_share_no_play_and_lose_none(cache):
-    train = list(sources.documents("shakespeare", "train", cache=cache))
-    validation = list(sources.documents("shakespeare", "validation", cache=cache))
-    assert {found.id for found in validation} == {"henry-viii", "the-taming-of-the-shrew"}
-    assert len(train) == 36
-    expected = {play["id"]: play["text"] for play in shakespeare.plays()}
-    assert {found.id: found.text for found in train + validation} == expected
-
-
-def test_shakespeare_is_prepared_once_and_is_a_named_set_there(cache, monkeypatch):
+def test_shakespeare_is_prepared_once_and_its_splits_share_no_play_and_lose_none(cache, monkeypatch):
+    """It is then a named set as well."""
     folder = shakespeare.prepare(cache)
     assert any(".array_record" in file.name for file in folder.iterdir())
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
     monkeypatch.setattr(shakespeare.Shakespeare, "download_and_prepare", refuse)
     assert shakespeare.prepare(cache) == folder
+    train, held_out = (list(sources.documents("shakespeare", s, cache=cache)) for s in ("train", "validation"))
+    assert ({found.id for found in held_out}, len(train)) == ({"henry-viii", "the-taming-of-the-shrew"}, 36)
+    assert {found.id: found.text for found in train + held_out} == {p["id"]: p["text"] for p in shakespeare.plays()}
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder.parents[1]))
-    assert texts("tfds:shakespeare", "validation", cache) == texts("shakespeare", "validation", cache)
+    assert texts("tfds:shakespeare", "validation", cache) == [found.text for found in held_out]
     assert sources.identity("tfds:shakespeare")[0] == str(folder)
 
 
@@ -136,6 +131,13 @@ def test_text_files_are_documents(tmp_path):
     assert {document.text for document in found} == {record["text"] for record in RECORDS}
 
 
+def assert_apart(train, validation, everything):
+    assert train
+    assert validation
+    assert not {*train} & {*validation}
+    assert Counter(train) + Counter(validation) == Counter(everything)
+
+
 def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
     paragraph = "The quick brown fox jumps over the lazy dog.\n" * 20
     text = "\r\n\r\n".join(f"{i}\n{paragraph}" for i in range(100))
@@ -143,24 +145,11 @@ def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     blocks = [document.text for document in read_files([path])]
     assert "".join(blocks) == text
-    assert all(BLOCK <= len(block) < 2 * BLOCK for block in blocks[:-1])
-    assert all(block.endswith("\n\r\n") for block in blocks[:-1])
-    train, validation = (texts(path, split, cache) for split in ("train", "validation"))
-    assert train
-    assert validation
-    assert Counter(train + validation) == Counter(blocks)
-
-
-def test_blocks_without_blank_lines_end_at_line_ends():
-    blocks = list(text_blocks("word word\n" * 5000))
-    assert [len(block) for block in blocks] == [16390, 16390, 16390, 830]
+    assert all(BLOCK <= len(block) < 2 * BLOCK and block.endswith("\n\r\n") for block in blocks[:-1])
+    assert_apart(*(texts(path, split, cache) for split in ("train", "validation")), blocks)
+    # Without blank lines, they end at line ends.
+    assert [len(block) for block in text_blocks("word word\n" * 5000)] == [16390, 16390, 16390, 830]
     assert list(text_blocks("x" * 50_000)) == ["x" * 50_000]
-
-
-def assert_apart(train, validation, everything):
-    assert validation
-    assert not {*train} & {*validation}
-    assert Counter(train) + Counter(validation) == Counter(everything)
 
 
 def test_split_depends_on_the_text_alone(tmp_path, cache):
@@ -215,13 +204,14 @@ def test_any_bytes_are_read_as_they_are_or_refused_in_a_sentence(tmp_path_factor
 
 
 def test_missing_file_glob_folder_and_suffix(tmp_path, cache):
-    missing = said(tmp_path / "none.txt", cache)
-    assert "There is no file" in missing
-    assert "'shakespeare', 'tfds:<name>'" in missing
-    assert "matches no file" in said(tmp_path / "*.txt", cache)
-    assert f"is a folder; give a glob such as '{tmp_path}/*.jsonl'" in said(tmp_path, cache)
     (tmp_path / "a.csv").write_text("x")
-    assert "a.csv is not a kind of text file" in said(tmp_path / "a.csv", cache)
+    for name, sentence in {
+        "none.txt": "There is no file '{}/none.txt'; give 'shakespeare', 'tfds:<name>'",
+        "*.txt": "matches no file",
+        "": "is a folder; give a glob such as '{}/*.jsonl'",
+        "a.csv": "a.csv is not a kind of text file",
+    }.items():
+        assert sentence.format(tmp_path) in said(tmp_path / name, cache)
 
 
 FINE = b'{"text": "fine"}\n'
@@ -334,9 +324,8 @@ def test_english_mix(cache):
     path = folder / "english-mix.validation.jsonl.zst"
     if not path.exists():
         pytest.skip(f"no {path.name}; set MHC_JAX_CORPORA to the folder that holds it")
-    found = list(sources.documents(str(path), "validation", cache=cache, fraction=0.0))
-    assert len(found) == 436
-    assert sum(len(document.text.encode()) for document in found) == 1_989_877
-    apart = texts(path, "validation", cache)
-    assert 10 <= len(apart) <= 34  # 5 % of 436
-    assert not {*apart} & {*texts(path, "train", cache)}
+    found = texts(path, "validation", cache, fraction=0.0)
+    assert (len(found), sum(len(text.encode()) for text in found)) == (436, 1_989_877)
+    halves = [texts(path, split, cache) for split in ("train", "validation")]
+    assert_apart(*halves, found)
+    assert 10 <= len(halves[1]) <= 34  # 5 % of 436

@@ -180,9 +180,8 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     assert [line["loss"] for line in logged] == pytest.approx([losses[step - 1] for step in steps], rel=1e-8)
     assert [line["clipped"] for line in logged] == [int(grads[step - 1] > 0.7) for step in steps]
     peak = config.optimizer.learning_rate
-    assert [line["learning_rate"] for line in logged] == pytest.approx(
-        [0.75 * peak, peak, peak, 0.55 * peak, 0.1 * peak]
-    )
+    rates = [line["learning_rate"] / peak for line in logged]
+    assert rates == pytest.approx([0.75, 1, 1, 0.55, 0.1], rel=1e-6)
     for line in logged:
         assert line["step_time_s"] == pytest.approx(times[line["step"] - 1], rel=1e-5)
         assert line["tokens_per_s"] == pytest.approx(64 / times[line["step"] - 1], rel=1e-5)
@@ -204,16 +203,15 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     assert hand < summary["flops_per_token"] < 1.25 * hand, "norms, softmax and Adam come on top"
 
 
-def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(text, tmp_path):
+def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):
     run = object.__new__(loop._Run)
     run.step_times, run.losses = [9.0] * 100 + [1.0] * 98, []
-    run.config, run.clock, run._mark = tiny(text, "residual"), {"train_s": 0.0}, 0.0
+    run.config, run.clock, run._mark = residual, {"train_s": 0.0}, 0.0
     run.tokens_per_step, run.spikes, run.progress = 64, loop.SpikeDetector(4, 0.5), loop.NoProgress()
-    for step, now in enumerate((2.0, 4.0, 6.0, 8.0), 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop.time, "perf_counter", lambda now=now: now)
-            patch.setattr(run, "writer", loop.NoWriter(), raising=False)
-            run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
+    run.writer, times = loop.NoWriter(), iter((2.0, 4.0, 6.0, 8.0))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    for step in range(1, 5):
+        run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
     assert run.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
 
 
