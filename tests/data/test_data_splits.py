@@ -53,9 +53,8 @@ def test_more_held_out_than_was_asked_for_is_warned_of(config, monkeypatch):
     monkeypatch.setattr(sources, "position", lambda text: 0.04 if text[0] in "123" else 0.5)
     cache = {"cache_dir": f"{config().cache_dir}/odd"}
     (line,) = warned(config(**cache))
-    assert re.fullmatch(
-        r"warning: \d\d% of all tokens are held out for validation, though data.validation_fraction is .*", line
-    )
+    share = r"warning: \d\d% of all tokens are held out for validation, though data.validation_fraction is .*"
+    assert re.fullmatch(share, line)
     assert len(warned(config(**cache), count=10**6)) == 2
 
 

@@ -32,9 +32,7 @@ def test_the_threshold_is_above_the_median_and_exclusive():
     # It judges after half a window.
     assert fed([3.0, 9.0, 3.0], window=6)[1] == []
     assert fed([3.0, 9.0], window=1)[1] == [2]
-
-
-def test_nan_is_neither_a_spike_nor_remembered():
+    # NaN is neither a spike nor remembered.
     detector, told = fed([3.0, 3.0, math.nan, 3.0, math.inf])
     assert told == [5]
     assert list(detector.recent) == [3.0, 3.0, 3.0]

@@ -1,5 +1,7 @@
 """The numbers that are printed while something runs are right, on a clock that is set by hand."""
 
+import types
+
 import pytest
 
 from mhc_jax import progress
@@ -7,13 +9,7 @@ from mhc_jax import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    own = Clock()
+    own = types.SimpleNamespace(now=100.0, monotonic=lambda: own.now)
     monkeypatch.setattr(progress, "time", own)
     return own
 
