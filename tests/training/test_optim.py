@@ -53,14 +53,15 @@ def test_every_step_of_every_schedule(name, lengths, final):
     config = OptimizerConfig(learning_rate=PEAK, schedule=name, warmup_steps=warmup, final_fraction=final)
     got = np.asarray(schedule(config, steps)(np.arange(120)))[:steps] / PEAK  # one shape: one program for every length
     wanted = [by_hand(name, step, steps, warmup, final) for step in range(1, steps + 1)]
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+    near_zero = 0 if final >= 0.1 else 1e-7  # a difference of numbers near one
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=near_zero)
     if name == "step":
         return
     top = max(warmup, 1) - 1
     np.testing.assert_allclose(got[[0, top]], [1 / max(warmup, 1), 1], rtol=1e-6)
-    assert got.max() <= got[top] * (1 + 1e-6)
+    assert got.max() <= got[top] * (1 + 2**-22)  # two roundings of float32
     if steps > max(warmup, 1):
-        np.testing.assert_allclose(got[-1], 1 if name == "constant" else final, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(got[-1], 1 if name == "constant" else final, rtol=1e-6, atol=near_zero)
         span = min(max(steps // 5, 1), steps - top - 1) if name == "wsd" else steps - top - 1
         assert np.abs(np.diff(got[top:])).max() <= math.pi / 2 / span + 1e-6
 
