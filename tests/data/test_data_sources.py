@@ -1,6 +1,4 @@
-"""Documents: the embedded corpus, local files, named sets, and what is said about bad input."""
-
-from __future__ import annotations
+"""Every source gives its documents once and whole, and every bad input is told in a sentence."""
 
 import gzip
 import hashlib
@@ -13,9 +11,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mhc_jax.data import sources
+from mhc_jax.data import shakespeare, sources
 from mhc_jax.data.corpus import make
 from mhc_jax.data.files import BLOCK, Document, expand, read_files, text_blocks
 from mhc_jax.errors import InputError
@@ -24,24 +25,24 @@ CORPUS_SHA256 = "762792c9a7cf8aa2d20b09519e8b4c4f9a315f1f98b36352ab84be7c63c27eb
 RECORDS = [{"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂.\n" * (i + 1)} for i in range(40)]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def lines(records) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+def encoded(suffix: str, records) -> bytes:
+    """A file of such records."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    if suffix == ".parquet":
+        columns = {
+            key: pa.array([record[key] for record in records], pa.string()) for key in (records or [{"text"}])[0]
+        }
+        parquet.write_table(pa.table(columns), file := pa.BufferOutputStream(), row_group_size=10)
+        return file.getvalue().to_pybytes()
+    return {
+        ".jsonl": lambda: lines,
+        ".jsonl.gz": lambda: gzip.compress(lines),
+        ".jsonl.zst": lambda: bytes(pa.Codec("zstd").compress(lines, asbytes=True)),
+    }[suffix]()
 
 
 def write(path: Path, records) -> Path:
-    if path.suffix == ".parquet":
-        parquet.write_table(pa.Table.from_pylist(records), path)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines(records)))
-    elif path.suffix == ".zst":
-        path.write_bytes(bytes(pa.Codec("zstd").compress(lines(records), asbytes=True)))
-    else:
-        path.write_bytes(lines(records))
+    path.write_bytes(encoded(path.suffix, records))
     return path
 
 
@@ -55,12 +56,14 @@ def said(source, cache) -> str:
     return str(caught.value)
 
 
+def refuse(*args, **kwargs):
+    raise AssertionError("prepared or downloaded again")
+
+
 # The embedded corpus
 
 
 def test_embedded_corpus_is_the_known_one():
-    from mhc_jax.data import shakespeare
-
     plays = shakespeare.plays()
     assert hashlib.sha256(shakespeare.CORPUS.read_bytes()).hexdigest() == CORPUS_SHA256
     assert len(plays) == 38
@@ -72,40 +75,28 @@ def test_embedded_corpus_is_the_known_one():
     assert not any(re.search(r"[*_\\#]|  $|\n\n\n", play["text"], re.M) for play in plays)
 
 
-def test_shakespeare_splits_share_no_play_and_lose_none(cache):
-    from mhc_jax.data import shakespeare
-
-    train = list(sources.documents("shakespeare", "train", cache=cache))
-    validation = list(sources.documents("shakespeare", "validation", cache=cache))
-    assert {found.id for found in validation} == {"henry-viii", "the-taming-of-the-shrew"}
-    assert len(train) == 36
-    expected = {play["id"]: play["text"] for play in shakespeare.plays()}
-    assert {found.id: found.text for found in train + validation} == expected
-
-
-def test_shakespeare_is_prepared_once(cache, monkeypatch):
-    from mhc_jax.data import shakespeare
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("prepared again")
-
+def test_shakespeare_is_prepared_once_and_its_splits_share_no_play_and_lose_none(cache, monkeypatch):
+    """It is then a named set as well."""
     folder = shakespeare.prepare(cache)
     assert any(".array_record" in file.name for file in folder.iterdir())
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
     monkeypatch.setattr(shakespeare.Shakespeare, "download_and_prepare", refuse)
     assert shakespeare.prepare(cache) == folder
+    train, held_out = (list(sources.documents("shakespeare", s, cache=cache)) for s in ("train", "validation"))
+    assert ({found.id for found in held_out}, len(train)) == ({"henry-viii", "the-taming-of-the-shrew"}, 36)
+    assert {found.id: found.text for found in train + held_out} == {p["id"]: p["text"] for p in shakespeare.plays()}
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder.parents[1]))
+    assert texts("tfds:shakespeare", "validation", cache) == [found.text for found in held_out]
+    assert sources.identity("tfds:shakespeare")[0] == str(folder)
 
 
 def test_markdown_becomes_plain_text():
-    markdown = (
-        "# Play\n\n## ACT I\n\n_Enter A, with\nothers_\n\n"
-        "**A** \n\\--Ho! _\\[Aside]_ & c.  \nFie!  \n\n\n\n"
-        "*Exit.*\n\n_Burthen _\\[within_\n"
-    )
-    expected = (
-        "Play\n\nACT I\n\n[Enter A, with\nothers]\n\nA:\n--Ho! [Aside] &c.\nFie!\n\n[Exit.]\n\n[Burthen within]\n"
-    )
-    assert make.plain_text(markdown) == expected
+    for markdown, plain in (
+        ("# Play\n\n## ACT I\n\n_Enter A, with\nothers_\n\n", "Play\n\nACT I\n\n[Enter A, with\nothers]\n"),
+        ("**A** \n\\--Ho! _\\[Aside]_ & c.  \nFie!  \n\n\n\n*Exit.*\n", "A:\n--Ho! [Aside] &c.\nFie!\n\n[Exit.]\n"),
+        ("_Burthen _\\[within_\n", "[Burthen within]\n"),
+    ):
+        assert make.plain_text(markdown) == plain
 
 
 def test_making_the_corpus_is_deterministic(tmp_path):
@@ -123,10 +114,13 @@ def test_making_the_corpus_is_deterministic(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_formats_give_the_same_documents(tmp_path, suffix):
-    path = write(tmp_path / f"records{suffix}", RECORDS)
-    expected = [Document(record["id"], record["text"]) for record in RECORDS]
-    assert list(read_files(expand(str(path)))) == expected
+def test_formats_give_the_same_documents_and_refuse_a_truncated_file(tmp_path, cache, suffix):
+    path = tmp_path / f"records{suffix}"
+    path.write_bytes(encoded(suffix, RECORDS))
+    assert list(read_files(expand(str(path)))) == [Document(record["id"], record["text"]) for record in RECORDS]
+    if suffix != ".jsonl":
+        path.write_bytes(path.read_bytes()[:-40])
+        assert re.search(r"records\.\S+ (cannot be read|is not a readable parquet file)", said(path, cache))
 
 
 def test_text_files_are_documents(tmp_path):
@@ -137,6 +131,13 @@ def test_text_files_are_documents(tmp_path):
     assert {document.text for document in found} == {record["text"] for record in RECORDS}
 
 
+def assert_apart(train, validation, everything):
+    assert train
+    assert validation
+    assert not {*train} & {*validation}
+    assert Counter(train) + Counter(validation) == Counter(everything)
+
+
 def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
     paragraph = "The quick brown fox jumps over the lazy dog.\n" * 20
     text = "\r\n\r\n".join(f"{i}\n{paragraph}" for i in range(100))
@@ -144,17 +145,10 @@ def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     blocks = [document.text for document in read_files([path])]
     assert "".join(blocks) == text
-    assert all(BLOCK <= len(block) < 2 * BLOCK for block in blocks[:-1])
-    assert all(block.endswith("\n\r\n") for block in blocks[:-1])
-    train, validation = (texts(path, split, cache) for split in ("train", "validation"))
-    assert train
-    assert validation
-    assert Counter(train + validation) == Counter(blocks)
-
-
-def test_blocks_without_blank_lines_end_at_line_ends():
-    blocks = list(text_blocks("word word\n" * 5000))
-    assert [len(block) for block in blocks] == [16390, 16390, 16390, 830]
+    assert all(BLOCK <= len(block) < 2 * BLOCK and block.endswith("\n\r\n") for block in blocks[:-1])
+    assert_apart(*(texts(path, split, cache) for split in ("train", "validation")), blocks)
+    # Without blank lines, they end at line ends.
+    assert [len(block) for block in text_blocks("word word\n" * 5000)] == [16390, 16390, 16390, 830]
     assert list(text_blocks("x" * 50_000)) == ["x" * 50_000]
 
 
@@ -163,36 +157,20 @@ def test_split_depends_on_the_text_alone(tmp_path, cache):
     shuffled = [{"text": record["text"]} for record in random.Random(0).sample(RECORDS, len(RECORDS))]
     second = write(tmp_path / "b.parquet", shuffled)
     for fraction in (0.01, 0.3):
-        train, validation = (
-            Counter(texts(first, split, cache, fraction=fraction)) for split in ("train", "validation")
-        )
-        assert validation
-        assert not train & validation
-        assert train + validation == Counter(record["text"] for record in RECORDS)
-        assert Counter(texts(second, "train", cache, fraction=fraction)) == train
-        assert Counter(texts(second, "validation", cache, fraction=fraction)) == validation
-    assert 6 <= len(validation) <= 18  # 30 % of 40
+        halves = [[texts(f, s, cache, fraction=fraction) for s in ("train", "validation")] for f in (first, second)]
+        assert_apart(*halves[0], [record["text"] for record in RECORDS])
+        assert [Counter(half) for half in halves[0]] == [Counter(half) for half in halves[1]]
+    assert 6 <= len(halves[0][1]) <= 18  # 30 % of 40
+    everything = [record["text"] for record in RECORDS]
+    assert [texts(first, split, cache, fraction=0.0) for split in ("train", "validation")] == [everything] * 2
 
 
 def test_equal_texts_are_never_on_both_sides():
-    for repeated in range(len(RECORDS)):
-        found = [Document(str(i), record["text"]) for i, record in enumerate(RECORDS)]
-        found += [Document("again", RECORDS[repeated]["text"])]
+    for repeated in RECORDS:
+        found = [Document(str(i), record["text"]) for i, record in enumerate([*RECORDS, repeated])]
         for fraction in (1e-9, 0.1):
-            train, validation = (
-                Counter(document.text for document in sources.set_apart(found, split, fraction))
-                for split in ("train", "validation")
-            )
-            assert validation
-            assert not train & validation
-            assert train + validation == Counter(document.text for document in found)
-
-
-def test_fraction_zero_sets_nothing_apart(tmp_path, cache):
-    path = write(tmp_path / "a.jsonl", RECORDS)
-    everything = [record["text"] for record in RECORDS]
-    assert texts(path, "train", cache, fraction=0.0) == everything
-    assert texts(path, "validation", cache, fraction=0.0) == everything
+            halves = (sources.set_apart(found, split, fraction) for split in ("train", "validation"))
+            assert_apart(*([document.text for document in half] for half in halves), [d.text for d in found])
 
 
 def test_documents_without_text_are_skipped(tmp_path):
@@ -200,64 +178,69 @@ def test_documents_without_text_are_skipped(tmp_path):
     assert [document.text for document in read_files([path])] == ["x"]
 
 
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(content=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: text.encode(errors="ignore")))
+def test_any_bytes_are_read_as_they_are_or_refused_in_a_sentence(tmp_path_factory, content):
+    """A .txt file is UTF-8 with any line ends; a .jsonl file of the same text holds it; nothing else is read."""
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    path.write_bytes(content)
+    try:
+        text = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        with pytest.raises(InputError, match=f"any.txt, line \\d+: byte {error.start} is not UTF-8"):
+            list(read_files([path]))
+        return
+    records = path.with_suffix(".jsonl")
+    records.write_text(json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0) + "\n", newline="\n")
+    for file in (path, records):
+        if text.strip():
+            assert "".join(document.text for document in read_files([file])) == text
+        else:
+            with pytest.raises(InputError, match="is empty: it holds no text"):
+                list(read_files([file]))
+
+
 # Bad input: each sentence names the file, the place and the remedy
 
 
 def test_missing_file_glob_folder_and_suffix(tmp_path, cache):
-    missing = said(tmp_path / "none.txt", cache)
-    assert "There is no file" in missing
-    assert "'shakespeare', 'tfds:<name>'" in missing
-    assert "matches no file" in said(tmp_path / "*.txt", cache)
-    assert f"is a folder; give a glob such as '{tmp_path}/*.jsonl'" in said(tmp_path, cache)
     (tmp_path / "a.csv").write_text("x")
-    assert "a.csv is not a kind of text file" in said(tmp_path / "a.csv", cache)
+    for name, sentence in {
+        "none.txt": "There is no file '{}/none.txt'; give 'shakespeare', 'tfds:<name>'",
+        "*.txt": "matches no file",
+        "": "is a folder; give a glob such as '{}/*.jsonl'",
+        "a.csv": "a.csv is not a kind of text file",
+    }.items():
+        assert sentence.format(tmp_path) in said(tmp_path / name, cache)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
-def test_empty_file(tmp_path, cache, suffix):
-    path = tmp_path / f"a{suffix}"
-    if suffix == ".parquet":
-        parquet.write_table(pa.table({"text": pa.array([], pa.string())}), path)
-    else:
-        path.write_bytes(gzip.compress(b"") if suffix == ".jsonl.gz" else b"")
-    assert f"{path} is empty" in said(path, cache)
-
-
-def test_bytes_that_are_not_utf8(tmp_path, cache):
-    text = tmp_path / "a.txt"
-    text.write_bytes("é\nok\nbad ".encode() + b"\xff")
-    assert f"{text}, line 3: byte 10 is not UTF-8" in said(text, cache)
-    records = tmp_path / "a.jsonl"
-    records.write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
-    assert f"{records}, line 2: byte 27 is not UTF-8" in said(records, cache)
+FINE = b'{"text": "fine"}\n'
 
 
 @pytest.mark.parametrize(
-    ("line", "sentence"),
+    ("name", "content", "sentence"),
     [
-        ('{"text": "x"', "line 2: not valid JSON"),
-        ('["x"]', "line 2: a JSON list; each line must be an object"),
-        ('{"body": "x"}', "line 2: there is no 'text'"),
-        ('{"text": null}', "line 2: 'text' is a NoneType"),
-        ('{"text": "a\\ud83d"}', "line 2: character 1 of 'text' is half of a surrogate pair"),
+        ("a.txt", b"", " is empty"),
+        ("a.jsonl", b"", " is empty"),
+        ("a.jsonl.gz", gzip.compress(b""), " is empty"),
+        ("a.parquet", encoded(".parquet", []), " is empty"),
+        (
+            "a.parquet",
+            encoded(".parquet", [{"body": "x", "n": "1"}]),
+            " has no column 'text' (its columns: 'body', 'n')",
+        ),
+        ("a.txt", "é\nok\nbad ".encode() + b"\xff", ", line 3: byte 10 is not UTF-8"),
+        ("a.jsonl", FINE + b'{"text": "\xff"}\n', ", line 2: byte 27 is not UTF-8"),
+        ("a.jsonl", FINE + b'{"text": "x"', ", line 2: not valid JSON"),
+        ("a.jsonl", FINE + b'["x"]', ", line 2: a JSON list; each line must be an object"),
+        ("a.jsonl", FINE + b'{"body": "x"}', ", line 2: there is no 'text'"),
+        ("a.jsonl", FINE + b'{"text": null}', ", line 2: 'text' is a NoneType"),
+        ("a.jsonl", FINE + b'{"text": "a\\ud83d"}', ", line 2: character 1 of 'text' is half of a surrogate pair"),
     ],
 )
-def test_malformed_line(tmp_path, cache, line, sentence):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-    assert f"{path}, {sentence}" in said(path, cache)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_truncated_file(tmp_path, cache, suffix):
-    path = write(tmp_path / f"a{suffix}", RECORDS)
-    path.write_bytes(path.read_bytes()[:-40])
-    assert re.search(r"a\.\S+ (cannot be read|is not a readable parquet file)", said(path, cache))
-
-
-def test_parquet_without_text_column(tmp_path, cache):
-    path = write(tmp_path / "a.parquet", [{"body": "x", "n": 1}])
-    assert "no column 'text' (its columns: 'body', 'n')" in said(path, cache)
+def test_a_file_that_cannot_be_used(tmp_path, cache, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    assert f"{tmp_path / name}{sentence}" in said(tmp_path / name, cache)
 
 
 def test_file_in_both_sources(tmp_path):
@@ -265,8 +248,10 @@ def test_file_in_both_sources(tmp_path):
     other = write(tmp_path / "b.jsonl", RECORDS)
     sources.check_disjoint(str(path), str(other))
     sources.check_disjoint("shakespeare", "shakespeare")
-    with pytest.raises(InputError, match=re.escape(f"{path} is in data.source and in")):
-        sources.check_disjoint(str(tmp_path / "*.jsonl"), str(path))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for train, validation in ((tmp_path / "*.jsonl", path), (path, tmp_path / "link.jsonl")):
+        with pytest.raises(InputError, match=re.escape(f"{validation} is in data.source and in")):
+            sources.check_disjoint(str(train), str(validation))
 
 
 # Named sets
@@ -274,26 +259,13 @@ def test_file_in_both_sources(tmp_path):
 
 def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
     """Write the description, not the data, of a named set; `mock_data` makes up the data."""
-    import tensorflow_datasets as tfds
-
     builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-    description = tfds.core.SplitDict(
-        [
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[count],
-                num_bytes=0,
-                filename_template=tfds.core.ShardedFileTemplate(
-                    dataset_name=name,
-                    data_dir=Path(builder.data_path),
-                    split=split,
-                    filetype_suffix="array_record",
-                ),
-            )
-            for split, count in splits.items()
-        ]
-    )
-    builder.info.set_splits(description)
+    place = {"dataset_name": name, "data_dir": Path(builder.data_path), "filetype_suffix": "array_record"}
+    infos = []
+    for split, count in splits.items():
+        template = tfds.core.ShardedFileTemplate(split=split, **place)
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    builder.info.set_splits(tfds.core.SplitDict(infos))
     builder.data_path.mkdir(parents=True)
     builder.info.write_to_directory(builder.data_path)
 
@@ -307,44 +279,21 @@ def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
     ],
 )
 def test_named_set(tmp_path, cache, name, splits, shared):
-    import tensorflow_datasets as tfds
-
     prepared(tmp_path, name, splits)
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
-        found = {
-            split: list(sources.documents(f"tfds:{name}", split, cache=cache, fraction=0.3))
+        train, validation = (
+            list(sources.documents(f"tfds:{name}", split, cache=cache, fraction=0.3))
             for split in ("train", "validation")
-        }
+        )
         assert sources.identity(f"tfds:{name}")[0].startswith(str(tmp_path))
-    train, validation = found["train"], found["validation"]
     own = "validation" if "validation" in splits else "test" if "test" in splits else "train"
     assert train[0].id.startswith("train:")
     assert validation[0].id.startswith(f"{own}:")
-    if shared:
-        assert (len(train), len(validation)) == (20, 20)
-    else:
-        assert len(train) + len(validation) == 20
-        assert not {found.text for found in train} & {found.text for found in validation}
-
-
-def test_named_set_read_from_disk(cache, monkeypatch):
-    import tensorflow_datasets as tfds
-
-    from mhc_jax.data import shakespeare
-
-    folder = shakespeare.prepare(cache)
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder.parents[1]))
-    expected = texts("shakespeare", "validation", cache)
-    assert texts("tfds:shakespeare", "validation", cache) == expected
-    assert sources.identity("tfds:shakespeare")[0] == str(folder)
+    assert len(train) + len(validation) == (40 if shared else 20)
+    assert shared or not {found.text for found in train} & {found.text for found in validation}
 
 
 def test_named_set_is_never_downloaded(tmp_path, cache, monkeypatch):
-    import tensorflow_datasets as tfds
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a download was started")
-
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", refuse)
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     for name in ("lm1b", "c4/en", "nonsuch", "not a name!"):
@@ -356,8 +305,6 @@ def test_named_set_is_never_downloaded(tmp_path, cache, monkeypatch):
 
 
 def test_named_set_without_one_text_feature_or_random_access(tmp_path, cache):
-    import tensorflow_datasets as tfds
-
     prepared(tmp_path, "mnist", {"train": 20})
     prepared(tmp_path, "lm1b", {"train": 20})
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
@@ -377,9 +324,8 @@ def test_english_mix(cache):
     path = folder / "english-mix.validation.jsonl.zst"
     if not path.exists():
         pytest.skip(f"no {path.name}; set MHC_JAX_CORPORA to the folder that holds it")
-    found = list(sources.documents(str(path), "validation", cache=cache, fraction=0.0))
-    assert len(found) == 436
-    assert sum(len(document.text.encode()) for document in found) == 1_989_877
-    apart = texts(path, "validation", cache)
-    assert 10 <= len(apart) <= 34  # 5 % of 436
-    assert not {*apart} & {*texts(path, "train", cache)}
+    found = texts(path, "validation", cache, fraction=0.0)
+    assert (len(found), sum(len(text.encode()) for text in found)) == (436, 1_989_877)
+    halves = [texts(path, split, cache) for split in ("train", "validation")]
+    assert_apart(*halves, found)
+    assert 10 <= len(halves[1]) <= 34  # 5 % of 436

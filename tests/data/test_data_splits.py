@@ -1,36 +1,25 @@
 """What is known and said of the two splits of a text: its identity, and what is odd about them."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
 
 import pytest
-from support.ends import Killed, kill_at
-from support.tiny_runs import data_of, tiny, with_train, write_corpus, write_text
+from support.ends import kill_at, train_until_killed
+from support.shared_programs import shared_programs
+from support.tiny_runs import data_of, tiny, with_train, write_text
 
 from mhc_jax import data, loop
 from mhc_jax.checkpoint import check_text
-from mhc_jax.config import DataConfig
 from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.paired import run_all
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
-
-
-@pytest.fixture
-def config(corpus, tmp_path):
-    def make(**changes) -> DataConfig:
-        settings = {"source": str(corpus), "cache_dir": str(tmp_path / "cache"), "sequence_length": 16}
-        return DataConfig(**{**settings, "batch_size": 4, **changes})
-
-    return make
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_made_once():
+    with shared_programs():
+        yield
 
 
 def warned(settings, count=1) -> list[str]:
@@ -64,9 +53,8 @@ def test_more_held_out_than_was_asked_for_is_warned_of(config, monkeypatch):
     monkeypatch.setattr(sources, "position", lambda text: 0.04 if text[0] in "123" else 0.5)
     cache = {"cache_dir": f"{config().cache_dir}/odd"}
     (line,) = warned(config(**cache))
-    assert re.fullmatch(
-        r"warning: \d\d% of all tokens are held out for validation, though data.validation_fraction is .*", line
-    )
+    share = r"warning: \d\d% of all tokens are held out for validation, though data.validation_fraction is .*"
+    assert re.fullmatch(share, line)
     assert len(warned(config(**cache), count=10**6)) == 2
 
 
@@ -93,10 +81,7 @@ def changed(text):
 def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
     text = write_text(tmp_path / "text.txt")
     config = tiny(text, "residual")
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 5)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: step == 5)
     before, files = text.read_text(), {p.name for p in (tmp_path / "run").rglob("*")}
     changed(text)
     with monkeypatch.context() as patch:
@@ -108,21 +93,28 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
     assert train(config, tmp_path / "run")["status"] == "finished"
 
 
-def test_a_run_that_starts_anew_records_the_text_that_it_reads(tmp_path, monkeypatch):
+def test_a_run_that_starts_anew_says_and_records_the_text_that_it_reads(tmp_path, capsys):
     text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual", train={"steps": 2})
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: True)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    config = tiny(text, "residual")
+    train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: True)
     changed(text)
+    capsys.readouterr()
     train(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run/env.json").read_text())["data"] == data_of(config).summary()
+    read, size = data_of(config), len(text.read_bytes())
+    assert json.loads((tmp_path / "run/env.json").read_text())["data"] == read.summary()
+    train_documents, documents = read.train.counts.documents, read.validation.counts.documents
+    held_out = read.validation.counts.bytes
+    assert read.train.counts.bytes + held_out == size
+    assert [line for line in capsys.readouterr().err.splitlines() if "training text: " in line] == [
+        f"train: training text: {train_documents} documents, {size - held_out + train_documents:,} tokens, "
+        f"{size - held_out:,} bytes; validation text: {documents} documents, {held_out + documents:,} tokens, "
+        f"{held_out:,} bytes, of which 1 x 4 x 16 tokens are read"
+    ]
 
 
 def test_a_comparison_does_not_mix_texts(tmp_path):
     text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual", train={"steps": 2})
+    config = tiny(text, "residual")
     runs = {"residual": config, "other": with_train(config, seed=1)}
     train(config, tmp_path / "runs/residual")
     changed(text)
@@ -135,20 +127,3 @@ def test_what_is_not_known_of_a_text_is_not_compared(tmp_path):
     check_text({}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
     with pytest.raises(InputError, match="The validation text is not"):
         check_text({"validation_sha256": "c"}, {"train_sha256": "a", "validation_sha256": "b"}, tmp_path)
-
-
-def test_the_sizes_of_both_splits_are_said_at_the_start(tmp_path, capsys):
-    text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual", train={"steps": 2})
-    train(config, tmp_path / "run")
-    counts = data_of(config)
-    told = [line for line in capsys.readouterr().err.splitlines() if "training text: " in line]
-    size = len(text.read_bytes())
-    assert counts.train.counts.bytes + counts.validation.counts.bytes == size
-    documents = [c.counts.documents for c in (counts.train, counts.validation)]
-    held_out = counts.validation.counts.bytes
-    assert told == [
-        f"train: training text: {documents[0]} documents, {size - held_out + documents[0]:,} tokens, {size - held_out:,} "
-        f"bytes; validation text: {documents[1]} documents, {held_out + documents[1]:,} tokens, {held_out:,} bytes, of which "
-        f"1 x 4 x 16 tokens are read"
-    ]

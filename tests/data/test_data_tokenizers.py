@@ -1,63 +1,50 @@
-"""Tokenizers, and the script that trains one."""
-
-from __future__ import annotations
+"""Tokenizers lose nothing and count bytes, and the script that trains one says what it made."""
 
 import json
-import os
-import random
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.tiny_runs import ROOT
 
 from mhc_jax import data
 from mhc_jax.data.tokenizers import END, PROBE, _of_package
 from mhc_jax.errors import InputError
 
-ROOT = Path(__file__).parents[2]
-TEXTS = [
-    "the naïve façade 🙂 " * 50,
-    *(f"It was number {i} of some hundreds.\n" for i in range(200)),
-]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+EXAMPLES = ["", " ", PROBE, END, "\ufeff", "a\u0301", "\r\n\u2028", "\0\x1f\x7f", "🙂" * 9]
 
 
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
-    data.train_bpe(TEXTS, 300, path)
-    return path
-
-
-def unicode_strings(count: int) -> list[str]:
-    """Strings over every plane, surrogates excepted, white space and controls made frequent."""
-    draw = random.Random(1)
-
-    def character() -> str:
-        ceiling = draw.choice([0x20, 0x80, 0x800, 0x10000, 0x110000])
-        code = draw.randrange(ceiling)
-        return " " if 0xD800 <= code < 0xE000 else chr(code)
-
-    fixed = ["", " ", PROBE, END, "\ufeff", "a\u0301", "\r\n\u2028"]
-    drawn = ["".join(character() for _ in range(draw.randrange(60))) for _ in range(count)]
-    return fixed + drawn
-
-
-@pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_encoding_is_lossless_and_counts_bytes(kind, bpe):
-    tokenizer = data.load_tokenizer("byte" if kind == "byte" else f"bpe:{bpe}")
-    texts = unicode_strings(300)
-    batch = tokenizer.encode_batch(texts)
-    for text, ids in zip(texts, batch, strict=True):
+def assert_lossless(tokenizer, texts):
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert ids.dtype == np.uint16
         assert np.array_equal(ids, tokenizer.encode(text))
         assert tokenizer.end_of_document not in ids
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.decode([*ids, tokenizer.end_of_document]) == text
+        assert tokenizer.decode(ids) == tokenizer.decode([*ids, tokenizer.end_of_document]) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
-    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
-    assert tokenizer.token_bytes[tokenizer.end_of_document] == 0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(texts=st.lists(TEXT, max_size=3))
+@example(EXAMPLES)
+def test_encoding_is_lossless_and_counts_bytes(bpe, texts):
+    for tokenizer in (data.load_tokenizer("byte"), data.load_tokenizer(f"bpe:{bpe}")):
+        assert_lossless(tokenizer, texts)
+        assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+        assert tokenizer.token_bytes[tokenizer.end_of_document] == 0
+
+
+def test_a_tokenizer_file_that_asks_to_truncate_or_pad_does_neither(bpe, tmp_path):
+    truncation = {"direction": "Right", "max_length": 100, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 100}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": END}
+    asking = json.loads(bpe.read_text()) | {"truncation": truncation, "padding": padding}
+    (tmp_path / "asking.json").write_text(json.dumps(asking))
+    texts = ["", "short", "1 2 3 4 5 6 7 8 9 " * 40]
+    assert_lossless(data.load_tokenizer(f"bpe:{tmp_path}/asking.json"), texts)
 
 
 def test_byte_tokenizer_ids():
@@ -67,14 +54,14 @@ def test_byte_tokenizer_ids():
     assert tokenizer.decode([0xC3, 65, 256, 263]) == "\ufffdA"
 
 
-def test_bpe_merges_and_is_reproducible(tmp_path, bpe):
+def test_bpe_merges_and_is_reproducible(tmp_path, bpe, texts):
     tokenizer = data.load_tokenizer(f"bpe:{bpe}")
     assert tokenizer.vocab_size == 300
     assert len(tokenizer.encode("the naïve façade")) < len("the naïve façade") / 2
-    again = data.train_bpe(TEXTS, 300, tmp_path / "a" / "b.json")
+    again = data.train_bpe(texts, 300, tmp_path / "a" / "b.json")
     assert again.fingerprint == tokenizer.fingerprint
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
-    fewer = data.train_bpe(TEXTS, 290, tmp_path / "c.json")
+    fewer = data.train_bpe(texts, 290, tmp_path / "c.json")
     assert len({tokenizer.fingerprint, fewer.fingerprint, data.ByteTokenizer().fingerprint}) == 3
 
 
@@ -103,25 +90,27 @@ def test_tokenizer_mistakes(tmp_path, bpe):
         data.train_bpe(["text"], 257, bpe / "below-a-file.json")
 
 
-def test_tokenizer_script(tmp_path):
-    corpus, cache = tmp_path / "corpus.jsonl", tmp_path / "cache"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts, monkeypatch, capsys):
+    """Of the held-out documents, whose ends are no tokens here; or it says in one line why not."""
+    corpus, output = tmp_path / "corpus.jsonl", tmp_path / "my.json"
+    corpus.write_text("".join(json.dumps({"text": f"façade {text}"}) + "\n" for text in texts))
 
-    def run(*flags: str) -> subprocess.CompletedProcess:
-        script = [sys.executable, str(ROOT / "experiments/tokenizer.py"), *flags]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
+    def run(source):
+        flags = [f"--source={source}", "--vocab_size=290", f"--output={output}", f"--cache_dir={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", ["tokenizer.py", *flags])
+        runpy.run_path(str(ROOT / "experiments/tokenizer.py"), run_name="__main__")
+        return capsys.readouterr().out
 
-    output = tmp_path / "my.json"
-    made = run(f"--source={corpus}", "--vocab_size=290", f"--output={output}", f"--cache_dir={cache}")
-    assert made.returncode == 0, made.stderr
-    assert f"{output}: 290 entries, " in made.stdout
-    assert "bytes per token on" in made.stdout
-    assert data.load_tokenizer(f"bpe:{output}").vocab_size == 290
-    failed = run("--source=none.txt", f"--output={output}", f"--cache_dir={cache}")
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("There is no file 'none.txt'")
-    assert failed.stderr.count("\n") == 1
+    said, tokenizer = run(corpus), data.load_tokenizer(f"bpe:{output}")
+    held_out = [found.text for found in data.documents(str(corpus), "validation", cache=tmp_path)]
+    size, count = sum(len(text.encode()) for text in held_out), sum(len(tokenizer.encode(text)) for text in held_out)
+    assert size > sum(map(len, held_out))
+    assert said == f"{output}: 290 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"
+    assert tokenizer.vocab_size == 290
+    with pytest.raises(SystemExit) as ended:
+        run("none.txt")
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n"), err[:27]) == (2, 1, "There is no file 'none.txt'")
 
 
 def test_a_saved_tokenizer_is_the_same_without_its_file(bpe):
@@ -138,10 +127,7 @@ def test_gpt2_tokenizer_gives_the_published_ids():
     assert (tokenizer.vocab_size, tokenizer.end_of_document) == (50257, 50256)
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
     assert tokenizer.encode("Hello, my dog is cute").tolist() == [15496, 11, 616, 3290, 318, 13779]
-    for text in unicode_strings(100):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert_lossless(tokenizer, EXAMPLES)
     again = data.from_saved(tokenizer.saved)
     assert again.fingerprint == tokenizer.fingerprint
     np.testing.assert_array_equal(again.encode(PROBE), tokenizer.encode(PROBE))

@@ -1,3 +1,5 @@
+"""The committed notebooks are in step with their sources, show what they should, and execute without an error."""
+
 import re
 import runpy
 from pathlib import Path
@@ -14,20 +16,12 @@ FIGURES = {"01_gain_curves": 3, "02_training_dynamics": 4, "03_streams": 7, "04_
 LEAKS = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|opt)/")
 
 
-def outputs(notebook) -> list:
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
-
-
-def pictures(notebook) -> int:
-    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
-
-
 def check(notebook, name: str) -> None:
     """Figures, nothing on standard error, no folder of a machine."""
-    assert pictures(notebook) >= FIGURES[name]
-    assert [output.text for output in outputs(notebook) if output.get("name") == "stderr"] == []
-    texts = [str({k: v for k, v in o.get("data", {}).items() if k != "image/png"}) for o in outputs(notebook)]
-    texts += [output.text for output in outputs(notebook) if "text" in output]
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in found) >= FIGURES[name]
+    assert [output.text for output in found if output.get("name") == "stderr"] == []
+    texts = [str({k: v for k, v in o.get("data", {}).items() if k != "image/png"}) + o.get("text", "") for o in found]
     assert [text for text in texts if LEAKS.search(text)] == []
 
 
@@ -35,6 +29,7 @@ def test_every_notebook_is_known():
     assert [source.stem for source in SOURCES] == list(FIGURES)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_executes(source: Path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_TINY", "1")
@@ -47,9 +42,8 @@ def test_executes(source: Path, monkeypatch):
 def test_committed_notebook_is_in_step_and_executed(source: Path):
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     cells = jupytext.read(source).cells
-    assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in cells], (
-        "make notebooks"
-    )
+    executed, written = ([(cell.cell_type, cell.source) for cell in cells] for cells in (notebook.cells, cells))
+    assert executed == written, "make notebooks"
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     check(notebook, source.stem)
 

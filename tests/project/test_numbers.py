@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def runs(tmp_path_factory):
     return [read_run(write_run(root, kind, kind)) for kind in ("residual", "mhc")]
 
 
+@functools.cache
 def functions(file):
     (path,) = Path(__file__).parents[1].rglob(f"{file}.py")
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}

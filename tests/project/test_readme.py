@@ -1,6 +1,7 @@
 """What the README promises: its example works as printed, and the files it names exist."""
 
 import dataclasses
+import importlib
 import math
 import re
 import types
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import test_connections
 from support.tolerances import assert_close
 
 from mhc_jax import connections
@@ -18,11 +18,11 @@ from mhc_jax.model import Decoder
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 CONTRACT = (
-    test_connections.test_contract_shapes_and_dtypes,
-    test_connections.test_boundary_is_write_coefficients_read,
-    test_connections.test_start_writes_nothing,
-    test_connections.test_every_parameter_has_a_gradient,
-    test_connections.test_dense_fills_in_disabled_components,
+    "contract_shapes_and_dtypes",
+    "boundary_is_write_coefficients_read",
+    "start_writes_nothing",
+    "every_parameter_has_a_gradient",
+    "dense_fills_in_disabled_components",
 )
 
 
@@ -33,8 +33,10 @@ def test_the_example_connection_works_as_printed(monkeypatch):
     (line,) = re.findall(r'`("diagonal": Diagonal)` in `KINDS`', README)
     monkeypatch.setitem(connections.KINDS, *eval("{" + line + "}", module.__dict__).popitem())
 
+    monkeypatch.syspath_prepend(ROOT / "tests/connections")
+    tests = importlib.import_module("test_connections")
     for contract in CONTRACT:
-        contract("diagonal")
+        getattr(tests, f"test_{contract}")("diagonal")
     model = ModelConfig(vocab_size=31, width=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_width=24)
     decoder = Decoder(dataclasses.replace(model, connection=connections.parse("diagonal:init=paper")))
     tokens = jnp.arange(12)[None]

@@ -3,6 +3,7 @@
 import signal
 
 import numpy as np
+import pytest
 
 from mhc_jax import loop
 from mhc_jax.data import Data, load_data
@@ -34,6 +35,14 @@ def kill_at(monkeypatch, owner, name, when):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, dying)
+
+
+def train_until_killed(config, folder, owner, name, when):
+    """`train` that dies instead of calling `owner.name` once `when(arguments)` holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, owner, name, when)
+        with pytest.raises(Killed):
+            loop.train(config, folder)
 
 
 class Poisoned(Data):

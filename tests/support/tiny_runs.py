@@ -67,10 +67,11 @@ def data_of(config: ExperimentConfig):
     return load_data(config.data)
 
 
-def lines(folder: Path, kind: str | None = None) -> list[dict]:
-    """Lines of metrics.jsonl without the times, which differ from run to run."""
+def lines(folder: Path, kind: str | None = None, times: bool = False) -> list[dict]:
+    """Lines of metrics.jsonl, unless told without the times, which differ from run to run."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read if kind in (None, line["kind"])]
+    left_out = () if times else TIMES
+    return [{k: v for k, v in line.items() if k not in left_out} for line in read if kind in (None, line["kind"])]
 
 
 def measured(folder: Path) -> list[dict]:
@@ -113,9 +114,9 @@ def flags_of(config: ExperimentConfig) -> list[str]:
     return out
 
 
-def script(name: str, *args: str, **popen) -> subprocess.Popen:
+def script(name: str, *args: str, XLA_FLAGS: str = "", **popen) -> subprocess.Popen:
     """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen

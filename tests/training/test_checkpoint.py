@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import subprocess
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run_script, tiny, with_train, write_text
+from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run_script, with_train
 
 from mhc_jax.checkpoint import Checkpoints, differences, load_params
 from mhc_jax.errors import InputError
@@ -44,6 +46,12 @@ def save(folder, *steps, keep=3):
             checkpoints.save(step, toy(step), {"at": step}, CONFIG)
 
 
+def restored(folder, config=CONFIG, device=0):
+    """What `restore_newest` gives, and the steps that are there."""
+    with opened(folder) as checkpoints:
+        return checkpoints.restore_newest(toy_shapes(device), config), checkpoints.steps()
+
+
 def truncate(step_folder):
     """Cut every file of a checkpoint to half its size, as a crash of the machine may."""
     for file in step_folder.rglob("*"):
@@ -57,32 +65,15 @@ def test_differences_name_every_leaf():
     assert differences(old, old) == []
 
 
-def test_round_trip_keeps_the_newest(tmp_path):
+def test_round_trip_keeps_the_newest_and_the_first_of_a_step_saved_twice(tmp_path):
+    assert restored(tmp_path) == (None, [])
     save(tmp_path, 1, 2, 3, keep=2)
     with opened(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [2, 3]
-        state, loop, remarks = checkpoints.restore_newest(toy_shapes(), CONFIG)
-    assert (int(state.step), loop, remarks) == (3, {"at": 3}, [])
+        checkpoints.save(3, toy(30), {"at": 30}, CONFIG)
+    (state, loop, remarks), steps = restored(tmp_path, device=3)
+    assert (int(state.step), loop, remarks, steps) == (3, {"at": 3}, [], [2, 3])
     np.testing.assert_array_equal(state.params["w"], [3, 3, 3])
-
-
-def test_nothing_saved_is_none(tmp_path):
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.restore_newest(toy_shapes(), CONFIG) is None
-
-
-def test_saving_a_step_twice_keeps_the_first(tmp_path):
-    save(tmp_path, 1)
-    save(tmp_path, 1)
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [1]
-
-
-def test_restores_on_another_device_than_it_was_saved_on(tmp_path):
-    save(tmp_path, 1)
-    with opened(tmp_path) as checkpoints:
-        state, _, _ = checkpoints.restore_newest(toy_shapes(device=3), CONFIG)
-    assert state.params["w"].devices() == {jax.devices()[3]}
+    assert state.params["w"].devices() == {jax.devices()[3]}, "not the device that it was saved on"
 
 
 def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
@@ -96,8 +87,7 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
         assert "moved to broken-checkpoint-3" in remarks[0]
         checkpoints.save(3, toy(30), {"at": 3}, CONFIG)
     assert (tmp_path / "broken-checkpoint-3").is_dir()
-    with opened(tmp_path) as checkpoints:
-        assert int(checkpoints.restore_newest(toy_shapes(), CONFIG)[0].step) == 30
+    assert int(restored(tmp_path)[0][0].step) == 30
 
 
 def test_all_broken_is_a_sentence_at_every_start_and_moves_nothing(tmp_path):
@@ -105,18 +95,15 @@ def test_all_broken_is_a_sentence_at_every_start_and_moves_nothing(tmp_path):
     for step in ("1", "2"):
         truncate(tmp_path / "checkpoints" / step)
     for _ in range(2):
-        with (
-            opened(tmp_path) as checkpoints,
-            pytest.raises(InputError, match=r"No checkpoint in .* can be read \(2: .*; 1: "),
-        ):
-            checkpoints.restore_newest(toy_shapes(), CONFIG)
+        with pytest.raises(InputError, match=r"No checkpoint in .* can be read \(2: .*; 1: "):
+            restored(tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
 def test_another_architecture_is_refused_with_what_differs(tmp_path):
     save(tmp_path, 1)
-    with opened(tmp_path) as checkpoints, pytest.raises(InputError, match=r"another model \(model.width: 4 -> 8\)"):
-        checkpoints.restore_newest(toy_shapes(), {"model": {"width": 8}})
+    with pytest.raises(InputError, match=r"another model \(model.width: 4 -> 8\)"):
+        restored(tmp_path, {"model": {"width": 8}})
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
@@ -125,12 +112,10 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     leftover.mkdir()
     (leftover / "half").write_text("...")
-    with opened(tmp_path) as checkpoints:
-        assert int(checkpoints.restore_newest(toy_shapes(), CONFIG)[0].step) == 1
-        checkpoints.save(2, toy(2), {"at": 2}, CONFIG)
+    assert int(restored(tmp_path)[0][0].step) == 1
+    save(tmp_path, 2)
     assert not leftover.exists()
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [1, 2]
+    assert restored(tmp_path)[1] == [1, 2]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
@@ -156,83 +141,71 @@ def test_a_save_that_failed_in_the_background_is_told_once(how, tmp_path, monkey
     checkpoints.close()
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train(tiny(text, "residual"), folder)
-    return folder
-
-
-def undone(finished, folder):
+def undone(alone, folder):
     """A copy of a finished run as if it had been killed after its last save."""
-    shutil.copytree(finished, folder)
+    shutil.copytree(alone, folder)
     (folder / "summary.json").unlink()
     return folder
 
 
-def test_a_run_whose_newest_checkpoint_is_truncated_ends_the_same(text, finished, tmp_path, capsys):
-    folder = undone(finished, tmp_path / "run")
-    truncate(folder / "checkpoints" / "8")
-    train(tiny(text, "residual"), folder)
+def test_a_run_whose_checkpoints_are_truncated_goes_on_from_one_that_is_not(residual, alone, tmp_path, capsys):
+    """Or, where there is none, ends with a sentence and keeps its metrics."""
+    some, none = (undone(alone, tmp_path / name) for name in ("some", "none"))
+    for folder, steps in ((some, (8,)), (none, (3, 6, 8))):
+        for step in steps:
+            truncate(folder / "checkpoints" / str(step))
+    train(residual, some)
     assert "checkpoint 8 cannot be read" in capsys.readouterr().err
-    events = [(e["event"], e["step"]) for e in lines(folder, "event")]
-    assert events == [("checkpoint_skipped", 6), ("resumed", 6)]
-    assert_same_run(finished, folder)
-
-
-def test_a_run_whose_checkpoints_are_all_broken_keeps_its_metrics(text, finished, tmp_path):
-    folder = undone(finished, tmp_path / "run")
-    for step in ("3", "6", "8"):
-        truncate(folder / "checkpoints" / step)
+    events = [(e["event"], e["step"]) for e in lines(some, "event")]
+    assert events == [("spike", 4), ("checkpoint_skipped", 6), ("resumed", 6)]
+    assert_same_run(alone, some)
     with pytest.raises(InputError, match="No checkpoint in"):
-        train(tiny(text, "residual"), folder)
-    assert lines(folder) == lines(finished)
+        train(residual, none)
+    assert lines(none) == lines(alone)
 
 
-def test_load_params_and_the_configuration_with_the_vocabulary(text, finished, tmp_path):
-    config, params = load_params(finished)
+def test_load_params_and_the_configuration_with_the_vocabulary(residual, alone, tmp_path):
+    config, params = load_params(alone)
     assert config["model"]["vocab_size"] == params["embedding"].shape[0] > 0
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), final_state(finished)["params"])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), final_state(alone)["params"])
     with pytest.raises(InputError, match="holds no checkpoint"):
         load_params(tmp_path)
-    folder = undone(finished, tmp_path / "run")
+    folder = undone(alone, tmp_path / "run")
     truncate(folder / "checkpoints" / "8")
     with pytest.raises(InputError, match=r"checkpoints/8 cannot be read .*; remove it to use an earlier one"):
         load_params(folder)
 
 
-def test_load_params_puts_them_on_the_first_device_here(tmp_path):
+def test_load_params_puts_those_of_the_latest_step_on_the_first_device_here(tmp_path):
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, jax.device_put(toy(1), jax.devices()[3]), {}, CONFIG)
-    assert load_params(tmp_path)[1]["w"].devices() == {jax.devices()[0]}
+        for step in (9, 10):
+            checkpoints.save(step, jax.device_put(toy(step), jax.devices()[3]), {}, CONFIG)
+    params = load_params(tmp_path)[1]
+    assert params["w"].devices() == {jax.devices()[0]}
+    np.testing.assert_array_equal(params["w"], [10, 10, 10])
+    assert checkpoints.newest() == "the checkpoint of step 10"
 
 
-def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_with_more_room(text, finished, tmp_path):
+@pytest.mark.full
+def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_with_more_room(residual, alone, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        config = with_train(tiny(text, "residual"), keep_checkpoints=9, checkpoint_every=1)
+        config = with_train(residual, keep_checkpoints=9, checkpoint_every=1)
         command = [*flags_of(config), f"--workdir={disk / 'run'}"]
-        status, _, err = run_script("train", *command)
+        status, _, err = run_script("train", *command, XLA_FLAGS=os.environ["XLA_FLAGS"])
         assert status == 2, err
-        told = [line for line in err.splitlines() if not line.startswith("run: ")]
-        assert len(told) == 1, err
-        assert told[0].startswith("error: Could not save a checkpoint in")
-        assert "the disk is full" in told[0]
-        assert "is whole. Make room and run the same command again to go on." in told[0]
+        told = "\n".join(line for line in err.splitlines() if not line.startswith("run: "))
+        whole = "is whole. Make room and run the same command again to go on."
+        assert re.fullmatch(f"error: Could not save a checkpoint in .*the disk is full.*{whole}", told), err
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        status, out, err = run_script("train", *command)
+        status, out, err = run_script("train", *command, XLA_FLAGS=os.environ["XLA_FLAGS"])
         assert status == 0, err
         assert "going on from the checkpoint of step" in err
         assert json.loads(out)["status"] == "finished"
-        assert_same_run(finished, disk / "run")
+        assert_same_run(alone, disk / "run")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

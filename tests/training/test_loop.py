@@ -1,26 +1,28 @@
-"""Training: a run that is stopped and goes on ends bitwise like one that is not; every end leaves a usable folder."""
+"""A run that is stopped and goes on ends bitwise like one that is not, and every end leaves a usable folder."""
 
 import json
+import os
+import re
 import signal
-import time
+import subprocess
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from support import stress_kill
-from support.ends import Killed, Poisoned, kill_at, poisoned, stop_at
+from support.ends import Poisoned, kill_at, poisoned, stop_at, train_until_killed
 from support.tiny_runs import (
+    ROOT,
     assert_same_run,
-    data_of,
     final_state,
     flags_of,
     lines,
     measured,
     run_script,
-    script,
     tiny,
     with_train,
-    write_text,
 )
 
 from mhc_jax import loop
@@ -29,25 +31,14 @@ from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.mapping import to_mapping
-from mhc_jax.train_step import init_state, make_train_step
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+def events(folder):
+    return [(line["event"], line["step"]) for line in lines(folder, "event") if line["event"] != "spike"]
 
 
-@pytest.fixture(scope="module")
-def residual(text):
-    return tiny(text, "residual", train={"diagnostics_every": 8})
-
-
-@pytest.fixture(scope="module")
-def alone(residual, tmp_path_factory):
-    """A finished run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    train(residual, folder)
-    return folder
+def read(folder, name="summary"):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def test_a_finished_run_is_recorded_and_not_repeated(residual, alone, capsys):
@@ -55,12 +46,14 @@ def test_a_finished_run_is_recorded_and_not_repeated(residual, alone, capsys):
     assert [line["step"] for line in train_lines] == list(range(1, 9))
     assert [line["tokens"] for line in train_lines] == [64 * step for step in range(1, 9)]
     assert [line["step"] for line in lines(alone, "validation")] == [4, 8]
-    summary = json.loads((alone / "summary.json").read_text())
-    assert summary["status"] == "finished"
-    assert summary["steps"] == 8
+    summary = read(alone)
+    assert (summary["status"], summary["steps"], summary["spike_steps"]) == ("finished", 8, [4])
     assert summary["validation_loss"] == pytest.approx(lines(alone, "validation")[-1]["loss"], rel=1e-8)
-    mean = np.mean([line["loss"] for line in train_lines])
-    assert summary["train_loss"] == pytest.approx(mean, rel=1e-8)
+    assert summary["train_loss"] == pytest.approx(np.mean([line["loss"] for line in train_lines]), rel=1e-8)
+    env = read(alone, "env")
+    assert {"date", "commit", "dirty", "python", "device", "packages", "data"} <= set(env)
+    assert env["packages"]["jax"]
+    assert env["data"]["source"] == residual.data.source
     before = {p: p.stat().st_mtime_ns for p in alone.rglob("*")}
     assert train(residual, alone, label="again") == summary
     assert {p: p.stat().st_mtime_ns for p in alone.rglob("*")} == before
@@ -68,8 +61,8 @@ def test_a_finished_run_is_recorded_and_not_repeated(residual, alone, capsys):
 
 
 @pytest.mark.parametrize("kind", ["residual", "mhc:num_streams=2:t_max=2"])
-def test_stop_and_go_on_is_bitwise_one_run(kind, text, alone, tmp_path, monkeypatch):
-    config = tiny(text, kind, train={"diagnostics_every": 8 if kind == "residual" else 0})
+def test_stop_and_go_on_is_bitwise_one_run(kind, text, residual, alone, tmp_path, monkeypatch):
+    config = residual if kind == "residual" else tiny(text, kind)
     if kind != "residual":
         alone = tmp_path / "alone"
         train(config, alone)
@@ -79,10 +72,12 @@ def test_stop_and_go_on_is_bitwise_one_run(kind, text, alone, tmp_path, monkeypa
     # The metrics of step 4 are read before step 5 is dispatched, because step 4 validates.
     assert stopped["status"] == "interrupted"
     assert stopped["steps"] in (4, 5)
-    assert train(config, tmp_path / "run")["status"] == "finished"
+    summary = train(config, tmp_path / "run")
+    assert summary["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
-    events = [(line["event"], line["step"]) for line in lines(tmp_path / "run", "event")]
-    assert events == [("interrupted", stopped["steps"]), ("resumed", stopped["steps"])]
+    assert events(tmp_path / "run") == [("interrupted", stopped["steps"]), ("resumed", stopped["steps"])]
+    times = [line["step_time_s"] for line in lines(tmp_path / "run", "train", times=True)]
+    assert summary["train_s"] == pytest.approx(sum(times), rel=1e-6), "of all steps, also those before the stop"
 
 
 def test_stop_before_the_first_step(residual, alone, tmp_path, monkeypatch):
@@ -109,39 +104,24 @@ def test_a_second_signal_acts_as_usual(usual_sigint):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_killed_between_steps_goes_on_from_the_checkpoint(residual, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 5)
-        with pytest.raises(Killed):
-            train(residual, tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert max(line["step"] for line in lines(tmp_path / "run")) == 4
-    metrics.write_text(metrics.read_text() + '{"kind": "train", "step": 5, "lo')
-    train(residual, tmp_path / "run")
-    assert [(e["event"], e["step"]) for e in lines(tmp_path / "run", "event")] == [("resumed", 3)]
-    assert_same_run(alone, tmp_path / "run")
-
-
-def test_killed_before_the_first_checkpoint_starts_anew(residual, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_read", lambda self, step, metrics: step == 2)
-        with pytest.raises(Killed):
-            train(residual, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
-    train(residual, tmp_path / "run")
-    assert_same_run(alone, tmp_path / "run")
-    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+@pytest.mark.parametrize(("at", "resumed"), [(5, [("resumed", 3)]), (2, [])])
+def test_killed_between_steps_goes_on_from_the_checkpoint_or_starts_anew(at, resumed, residual, alone, tmp_path):
+    folder = tmp_path / "run"
+    train_until_killed(residual, folder, loop._Run, "_read", lambda self, step, metrics: step == at)
+    assert max(line["step"] for line in lines(folder)) == at - 1
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 5, "lo')
+    (folder / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    train(residual, folder)
+    assert events(folder) == resumed
+    assert_same_run(alone, folder)
+    assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
 def test_killed_between_the_last_checkpoint_and_the_summary(residual, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop, "write_json", lambda path, value: path.name == "summary.json")
-        kill_at(patch, loop._Run, "_summary", lambda self, status: True)
-        with pytest.raises(Killed):
-            train(residual, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_compile", lambda *args: True)  # nothing is left to compile for
-        assert train(residual, tmp_path / "run")["status"] == "finished"
+    train_until_killed(residual, tmp_path / "run", loop._Run, "_summary", lambda self, status: True)
+    kill_at(monkeypatch, loop._Run, "_compile", lambda *args: True)  # nothing is left to compile for
+    assert train(residual, tmp_path / "run")["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
 
 
@@ -156,32 +136,27 @@ def test_nan_stops_the_run_and_leaves_finite_parameters(residual, tmp_path, caps
     summary = train(residual, folder, data=poisoned(residual))
     assert (summary["status"], summary["first_nonfinite_step"]) == ("diverged", 6)
     assert lines(folder, "train")[-1]["loss"] is None
-    assert [(e["event"], e["step"]) for e in lines(folder, "event")] == [("diverged", 6)]
+    assert events(folder) == [("diverged", 6)]
     assert "diverged at step 6" in capsys.readouterr().err
     assert_usable(folder)
     assert train(residual, folder) == summary, "a diverged run has ended"
 
     (folder / "summary.json").unlink()  # killed before it was written
-    with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_compile", lambda *args: True)
-        again = train(residual, folder, data=poisoned(residual))
+    kill_at(monkeypatch, loop._Run, "_compile", lambda *args: True)
+    again = train(residual, folder, data=poisoned(residual))
     assert [again[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", summary["steps"], 6]
 
 
-def test_nan_from_the_first_step(residual, tmp_path, monkeypatch):
+@pytest.mark.parametrize("why", ["NaN", "a loss above divergence_loss"])
+def test_divergence_at_the_first_step(why, residual, tmp_path, monkeypatch):
     monkeypatch.setattr(Poisoned, "first", 1)
     monkeypatch.setattr(Poisoned, "last", 99)
-    summary = train(residual, tmp_path / "run", data=poisoned(residual))
-    assert (summary["status"], summary["steps"], summary["train_loss"]) == ("diverged", 0, None)
-    assert_usable(tmp_path / "run")
-
-
-def test_divergence_loss(residual, tmp_path):
-    config = with_train(residual, divergence_loss=1.0)
-    summary = train(config, tmp_path / "run")
-    assert summary["status"] == "diverged"
-    assert summary["first_nonfinite_step"] is None
-    assert [(e["event"], e["step"]) for e in lines(tmp_path / "run", "event")] == [("diverged", 1)]
+    nan = why == "NaN"
+    config, data = (residual, poisoned(residual)) if nan else (with_train(residual, divergence_loss=1.0), None)
+    summary = train(config, tmp_path / "run", data=data)
+    assert (summary["status"], summary["first_nonfinite_step"]) == ("diverged", 1 if nan else None)
+    assert not nan or (summary["steps"], summary["train_loss"]) == (0, None)
+    assert events(tmp_path / "run") == [("diverged", 1)]
     assert_usable(tmp_path / "run")
 
 
@@ -195,44 +170,67 @@ def test_float16_that_overflows_diverges(text, tmp_path):
     assert_usable(tmp_path / "run")
 
 
-def test_diagnostics_change_no_loss_and_not_the_train_step(text, tmp_path):
-    base = tiny(text, "hc:num_streams=2", train={"steps": 4})
-    hlo = []
-    for every in (0, 2):
-        config = with_train(base, diagnostics_every=every)
-        train(config, tmp_path / str(every))
-        config = loop.resolve_vocabulary(config, data_of(config))
-        state = jax.eval_shape(lambda config=config: init_state(config))
-        batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((4, 16), "int32"))
-        hlo.append(jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).as_text())
-    assert hlo[0] == hlo[1]
+def test_diagnostics_change_no_loss_and_not_the_train_step(text, tmp_path, monkeypatch):
+    programs, count = [], loop.cost.jaxpr_flops
+
+    def keeping(jaxpr):
+        programs.append(re.sub("0x[0-9a-f]+", "", str(jaxpr)))
+        return count(jaxpr)
+
+    monkeypatch.setattr(loop.cost, "jaxpr_flops", keeping)
+    for every in (0, 1):
+        settings = {"steps": 2, "validate_every": 2, "diagnostics_every": every}
+        train(tiny(text, "hc:num_streams=2", train=settings), tmp_path / str(every))
+    assert programs[0] == programs[1]
     for kind in ("train", "validation"):
-        assert lines(tmp_path / "0", kind) == lines(tmp_path / "2", kind)
-    diagnostics = lines(tmp_path / "2", "diagnostics")
-    assert [line["step"] for line in diagnostics] == [0, 2, 4]
+        assert lines(tmp_path / "0", kind) == lines(tmp_path / "1", kind)
+    diagnostics = lines(tmp_path / "1", "diagnostics")
+    assert [line["step"] for line in diagnostics] == [0, 1, 2]
     assert lines(tmp_path / "0", "diagnostics") == []
-    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "0"), final_state(tmp_path / "2"))
-    off, on = (json.loads((tmp_path / every / "summary.json").read_text()) for every in ("0", "2"))
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "0"), final_state(tmp_path / "1"))
+    off, on = (read(tmp_path / every) for every in ("0", "1"))
     for key in STREAM_MEASURES:
         assert off[f"final_{key}"] is None
         assert on[f"final_{key}"] == pytest.approx(np.mean(diagnostics[-1][key]), rel=1e-8)
 
 
-def test_streams_too_large_to_measure_are_null_and_end_no_run(text, tmp_path, monkeypatch):
+def test_streams_too_large_to_measure_are_null_and_end_no_run(residual, tmp_path, monkeypatch):
     """Training stays finite where the held-out sequence of the diagnostics overflows."""
     real = loop.summarize
     broken = {key: np.array([1.0, np.nan]) for key in STREAM_MEASURES}
     monkeypatch.setattr(loop, "summarize", lambda collected: real(collected) | broken)
-    summary = train(tiny(text, "residual", train={"steps": 2, "diagnostics_every": 2}), tmp_path / "run")
+    summary = train(residual, tmp_path / "run")
     assert summary["status"] == "finished"
     assert [summary[f"final_{key}"] for key in STREAM_MEASURES] == [None] * 3
 
 
+def test_pauses_are_no_part_of_a_step_and_counted_once(residual, tmp_path, monkeypatch):
+    """On a clock that moves by 1 s while a step is waited for, by 100 s in a save and by 1000 s in diagnostics."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slow(owner, name, seconds):
+        real = getattr(owner, name)
+
+        def slower(*args):
+            clock.now += seconds
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, slower)
+
+    slow(loop._Run, "_read", 1)
+    slow(loop.Checkpoints, "save", 100)
+    slow(loop, "summarize", 1000)
+    summary = train(residual, tmp_path / "run")
+    assert [line["step_time_s"] for line in lines(tmp_path / "run", "train", times=True)] == [1.0] * 8
+    expected = {"train_s": 8, "checkpoint_s": 300, "diagnostics_s": 2000, "wall_clock_s": 2308}  # saved at 3, 6 and 8
+    assert {name: summary[name] for name in expected} == expected
+
+
 def test_the_last_step_is_validated_diagnosed_and_saved_whatever_the_intervals(text, tmp_path):
     never = {"steps": 3, "validate_every": 0, "checkpoint_every": 0, "diagnostics_every": 100, "log_every": 100}
-    config = tiny(text, "residual", train={**never, "tensorboard": True})
     folder = tmp_path / "run"
-    summary = train(config, folder)
+    summary = train(tiny(text, "residual", train={**never, "tensorboard": True}), folder)
     steps = {kind: [line["step"] for line in lines(folder, kind)] for kind in ("train", "validation", "diagnostics")}
     assert steps == {"train": [3], "validation": [3], "diagnostics": [0, 3]}
     assert summary["validation_loss"] is not None
@@ -254,37 +252,42 @@ def tensorboard_scalars(folder):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_script(number, residual, tmp_path):
-    config = with_train(residual, steps=800, checkpoint_every=0, validate_every=0)
-    command = [*flags_of(config), f"--workdir={tmp_path / 'run'}"]
-    process = script("train", *command)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size > 2000):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+def interrupted_script(config, folder, number):
+    """experiments/train.py with the flags of `config`, which at step 4 sends itself a signal."""
+    one_process = [sys.executable, str(ROOT / "tests/support/one_process.py"), "4", str(int(number))]
+    process = subprocess.run(
+        [*one_process, *flags_of(config), f"--workdir={folder}"], cwd=ROOT, capture_output=True, text=True
+    )
+    err = process.stderr
     assert process.returncode == 130, err
-    summary = json.loads(out)
+    summary = json.loads(process.stdout)
     assert summary["status"] == "interrupted"
-    said = [line for line in err.splitlines() if "stopped" in line]
-    assert said == [
+    assert [line for line in err.splitlines() if "stopped" in line] == [
         f"run: stopped by signal {int(number)} after step {summary['steps']}; saved. Run the same command to go on."
     ]
-    assert "Traceback" not in err
-    assert (
-        int(final_state(tmp_path / "run")["step"])
-        == summary["steps"]
-        == max(s["step"] for s in measured(tmp_path / "run"))
-    )
-    if number == signal.SIGTERM:
-        status, _, err = run_script("train", *command)
-        assert status == 0, err
-        train(config, tmp_path / "alone")
-        assert_same_run(tmp_path / "alone", tmp_path / "run")
+    assert all(line.startswith("run: ") for line in err.splitlines()), err
+    assert read(folder, "config") == to_mapping(config), "flags that spell out a configuration give exactly that one"
+    saved = int(final_state(folder)["step"])
+    assert saved == summary["steps"] == max(line["step"] for line in measured(folder))
+
+
+def test_a_signal_to_the_script(residual, alone, tmp_path):
+    """The flags are those of the configuration; another process may go on with the run."""
+    interrupted_script(residual, tmp_path / "run", signal.SIGTERM)
+    assert train(residual, tmp_path / "run")["status"] == "finished"
+    assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.full
+def test_ctrl_c_in_the_script_and_the_same_command_again(residual, alone, tmp_path):
+    interrupted_script(residual, tmp_path / "run", signal.SIGINT)
+    command = [*flags_of(residual), f"--workdir={tmp_path / 'run'}"]
+    status, _, err = run_script("train", *command, XLA_FLAGS=os.environ["XLA_FLAGS"])
+    assert status == 0, err
+    assert_same_run(alone, tmp_path / "run")
+    status, out, err = run_script("train", *command)
+    assert (status, err) == (0, ""), "a run that has ended is not repeated"
+    assert "nothing to do" in out
 
 
 def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residual, alone, tmp_path):
@@ -293,11 +296,10 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("keep")
-    with pytest.raises(InputError, match="is not a run folder"):
-        train(residual, notes)
+    for folder in (notes, notes / "mine.txt"):
+        with pytest.raises(InputError, match="is not a run folder"):
+            train(residual, folder)
     assert [p.name for p in notes.iterdir()] == ["mine.txt"]
-    with pytest.raises(InputError, match="is not a run folder"):
-        train(residual, notes / "mine.txt")
     with pytest.raises(InputError, match=r"Cannot create .*: Not a directory"):
         train(residual, notes / "mine.txt" / "run")
 
@@ -306,6 +308,8 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
 def test_damaged_json_is_a_sentence(broken, residual, alone, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
+    (folder / "config.tmp").write_text(broken)  # killed while config.json was written
+    assert loop.check_run_folder(folder, to_mapping(residual)) is None
     (folder / "config.json").write_text(broken)
     with pytest.raises(InputError, match=r"config.json"):
         train(residual, folder)
@@ -315,29 +319,22 @@ def test_damaged_json_is_a_sentence(broken, residual, alone, tmp_path):
         train(residual, folder)
 
 
-def test_a_kill_while_config_json_was_written_does_not_lock_the_folder(residual, tmp_path):
-    (tmp_path / "config.tmp").write_text("{")
-    assert loop.check_run_folder(tmp_path, to_mapping(residual)) is None
+def test_what_cannot_be_trained_is_refused_before_the_folder_is_made(text, residual, tmp_path, monkeypatch):
+    def refused(config, why):
+        with pytest.raises(InputError, match=why):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
-
-def test_a_writer_that_is_not_installed_is_named_before_the_folder_is_made(residual, tmp_path, monkeypatch):
+    refused(tiny(text, "residual", model={"vocab_size": 5}), r"vocab_size is 5, but the tokenizer has \d+ tokens")
+    half = tiny(text, "residual", model={"compute_dtype": "float16"})
+    refused(half, r"model.compute_dtype is 'float16', which does not run on a CPU")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("tensorboard", "wandb"):
-        with pytest.raises(InputError, match=rf"train.{name} is on.*pip install"):
-            train(with_train(residual, **{name: True}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        told = rf"train.{name} is on, but {package} is missing: pip install 'mhc-jax\[{name}\]'"
+        refused(with_train(residual, **{name: True}), told)
 
 
-def test_a_vocabulary_too_small_is_refused(text, tmp_path):
-    with pytest.raises(InputError, match=r"model.vocab_size is 5, but the tokenizer has \d+ tokens"):
-        train(tiny(text, "residual", model={"vocab_size": 5}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_float16_branches_on_a_cpu_are_refused_and_bfloat16_runs(text, tmp_path):
-    with pytest.raises(InputError, match=r"model.compute_dtype is 'float16', which does not run on a CPU"):
-        train(tiny(text, "residual", model={"compute_dtype": "float16"}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_bfloat16_branches_run_on_a_cpu(text, tmp_path):
     half = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
     config = tiny(text, "residual", model=half, optimizer={"warmup_steps": 0}, train={"steps": 1})
     assert train(config, tmp_path / "run")["status"] == "finished"

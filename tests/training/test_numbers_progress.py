@@ -1,24 +1,15 @@
-"""The numbers that are printed while something runs, on a clock that is set by hand; the tokenizer's line."""
+"""The numbers that are printed while something runs are right, on a clock that is set by hand."""
 
-import importlib
-import json
+import types
 
 import pytest
-from support.tiny_runs import ROOT
 
 from mhc_jax import progress
-from mhc_jax.data import load_tokenizer
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    own = Clock()
+    own = types.SimpleNamespace(now=100.0, monotonic=lambda: own.now)
     monkeypatch.setattr(progress, "time", own)
     return own
 
@@ -52,28 +43,17 @@ def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path,
     assert lines[1] == "b: failed after 60 s (2 of 5 runs done, about 0:01:00 left)"
 
 
+def test_the_bar_of_a_running_run_shows_the_newest_whole_line(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert progress.last_train_line(metrics) is None
+    line = '{{"kind": "train", "step": {}, "loss": 1.0}}\n'.format
+    metrics.write_text("".join(map(line, range(3000))) + '{"kind": "event", "step": 2999}\n' + line(3000)[:30])
+    assert progress.last_train_line(metrics)["step"] == 2999
+
+
 def test_a_line_of_items(clock, capsys):
     shown = progress.ItemProgress("run", "answers", 40, every_s=0.0)
     shown.advance(10)
     clock.now = 120.0
     shown.advance(10)
     assert capsys.readouterr().err == "run: answers 10/40\nrun: answers 20/40  40 s left\n"
-
-
-def test_the_tokenizers_line_counts_bytes_and_tokens_of_the_validation_text(tmp_path, monkeypatch, capsys):
-    """Documents that `documents` sets apart; ends of documents are no tokens here."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    script = importlib.import_module("tokenizer")
-    texts = {"train": ["the naïve façade " * 20] * 3, "validation": ["façade no. 1", "naïve 🙂"]}
-    documents = {
-        split: [script.data.Document(str(k), text) for k, text in enumerate(own)] for split, own in texts.items()
-    }
-    monkeypatch.setattr(script.data, "documents", lambda source, split, **_: documents[split])
-    output = tmp_path / "bpe.json"
-    script.main([f"--output={output}", "--vocab_size=270", f"--cache_dir={tmp_path}"])
-    bpe = load_tokenizer(f"bpe:{output}")
-    size = sum(len(text.encode()) for text in texts["validation"])
-    count = sum(len(bpe.encode(text)) for text in texts["validation"])
-    said = capsys.readouterr().out
-    assert said == f"{output}: 270 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"
-    assert json.loads(output.read_text())["model"]["type"] == "BPE"

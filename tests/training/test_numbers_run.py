@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ import pytest
 from scipy import special
 from support import numbers_page
 from support.ends import Poisoned, poisoned
-from support.tiny_runs import data_of, final_state, tiny, write_text
+from support.tiny_runs import data_of, final_state, tiny
 from support.tiny_runs import lines as read_lines
 
-from mhc_jax import cost, loop
+from mhc_jax import cost, loop, train_step
 from mhc_jax.checkpoint import load_params
 from mhc_jax.config import MeshConfig
 from mhc_jax.cost import model_cost
@@ -25,63 +26,41 @@ from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.records import read_run
 from mhc_jax.results import measurements
-from mhc_jax.train_step import gradients, init_state, make_train_step
+from mhc_jax.train_step import init_state
 
 EXPERTS = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_layers": 2, "num_dense_layers": 1}
-STEPS, EVERY = 12, 3
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
 def config(text):
-    settings = {
-        "steps": STEPS,
-        "diagnostics_every": EVERY,
-        "validate_every": 6,
-        "checkpoint_every": 0,
-        "spike_window": 8,
-    }
+    train = {"steps": 12, "diagnostics_every": 3, "validate_every": 6, "checkpoint_every": 0, "spike_window": 8}
     model, optimizer = {**EXPERTS, "expert_buffer": 1.0}, {"grad_clip": 2.0, "warmup_steps": 4}
-    return dataclasses.replace(
-        tiny(text, "mhc:init=home", model=model, optimizer=optimizer, train=settings), mesh=MeshConfig(data=2)
-    )
+    config = tiny(text, "mhc:init=home:t_max=2", model=model, optimizer=optimizer, train=train)
+    return dataclasses.replace(config, mesh=MeshConfig(data=2))
 
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
+    """Its folder and summary, and its lines by kind."""
     folder = tmp_path_factory.mktemp("run") / "run"
     train(config, folder)
-    return folder
+    lines = {kind: read_lines(folder, kind, times=True) for kind in ("train", "validation", "diagnostics")}
+    return types.SimpleNamespace(folder=folder, summary=json.loads((folder / "summary.json").read_text()), **lines)
 
 
-@pytest.fixture(scope="module")
-def lines(run):
-    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {kind: [line for line in read if line["kind"] == kind] for kind in ("train", "validation", "diagnostics")}
-
-
-@pytest.fixture(scope="module")
-def summary(run):
-    return json.loads((run / "summary.json").read_text())
-
-
-def test_numbers_of_the_summary(run, lines, summary):
+def test_numbers_of_the_summary(run):
+    summary, last = run.summary, run.diagnostics[-1]
     for side in ("forward", "backward"):
-        profiles = [line[f"composite_{side}"] for line in lines["diagnostics"]]
+        profiles = [line[f"composite_{side}"] for line in run.diagnostics]
         assert summary[f"max_composite_{side}"] == pytest.approx(np.max(profiles), rel=1e-6)
-    errors = [line["column_error"] for line in lines["diagnostics"]]
+    errors = [line["column_error"] for line in run.diagnostics]
     assert summary["max_column_error"] == pytest.approx(np.max(errors), rel=1e-8)
-    last = lines["diagnostics"][-1]
     for key in ("stream_cosine", "stream_cosine_abs", "stream_rank"):
         assert summary[f"final_{key}"] == pytest.approx(np.mean(last[key]), rel=1e-8)
     assert summary["spikes"] == len(summary["spike_steps"])
     sizes = {
         jax.tree_util.keystr(path): np.asarray(leaf).size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(run)["params"])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(run.folder)["params"])
     }
     assert summary["parameters"] == sum(sizes.values())
     # 4 sub-layers: phi [64, 24], alpha [3] and bias [24].
@@ -89,35 +68,26 @@ def test_numbers_of_the_summary(run, lines, summary):
     assert summary["connection_parameters"] == sum(v for k, v in sizes.items() if "connection" in k or "ends" in k)
 
 
-def test_what_was_not_measured_is_null(config, tmp_path):
-    quiet = dataclasses.replace(config.train, steps=4, diagnostics_every=0, validate_every=0)
-    summary = train(dataclasses.replace(config, train=quiet), tmp_path / "run")
-    found = [key for key in summary if key.startswith(("max_", "final_"))]
-    assert len(found) == 6
-    assert [summary[key] for key in found] == [None] * 6
-
-
-def test_every_key_is_on_the_page_of_numbers(run, lines, summary):
-    keys = {key for kind in lines.values() for line in kind for key in line} | set(summary)
-    keys |= {"router_dropped", "mesh"}
-    assert {key for line in lines["diagnostics"] for key in line} > {"router_load_cv", "h_res"}
+def test_every_key_is_on_the_page_of_numbers(run):
+    keys = {key for line in (*run.train, *run.validation, *run.diagnostics, run.summary) for key in line}
+    assert {key for line in run.diagnostics for key in line} > {"router_load_cv", "h_res"}
+    assert keys > {"router_dropped", "mesh"}
     assert keys - numbers_page.names() - {"kind"} == set()
 
 
-def test_flops_of_a_token(config, summary):
+def test_flops_of_a_token(config, run):
     """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
     products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
-    assert products < summary["flops_per_token"] < 2 * products
-    elementwise = summary["flops_per_token"] - products
+    assert products < run.summary["flops_per_token"] < 2 * products
+    elementwise = run.summary["flops_per_token"] - products
     # AdamW and the norm of the gradient take about 20 operations a parameter and step.
-    assert elementwise > 15 * summary["parameters"] / (4 * 16)
+    assert elementwise > 15 * run.summary["parameters"] / (4 * 16)
 
 
-def test_measurements_of_the_table_of_results(run, lines):
-    found = measurements(read_run(run))
-    norms = [line["grad_norm"] for line in lines["train"] if line["step"] > 4]
-    assert found["max_grad_norm"] == max(norms)
-    assert found["clipped_fraction"] == np.mean([line["clipped"] for line in lines["train"]])
+def test_measurements_of_the_table_of_results(run):
+    found = measurements(read_run(run.folder))
+    assert found["max_grad_norm"] == max(line["grad_norm"] for line in run.train if line["step"] > 4)
+    assert found["clipped_fraction"] == np.mean([line["clipped"] for line in run.train])
 
 
 def test_loss_is_the_negative_log_likelihood():
@@ -128,18 +98,14 @@ def test_loss_is_the_negative_log_likelihood():
     assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(targets))) == pytest.approx(sum(nats) / 12, rel=1e-6)
 
 
-def test_gradient_norms_are_those_of_the_gradient(config):
+def test_gradient_norms_are_those_of_the_gradient(config, monkeypatch):
     """Before clipping, over all parameters and over those of each block, summed in float64."""
     whole = resolve_vocabulary(config, load_data(config.data))
-    state = jax.jit(lambda: init_state(whole))()
     draw = np.random.default_rng(0)
-    tokens = draw.integers(0, 256, (4, 17))
-    batch = {"inputs": np.int32(tokens[:, :-1]), "targets": np.int32(tokens[:, 1:])}
-
-    def both(state, batch):
-        return gradients(whole)(state.params, batch)[1], make_train_step(whole)(state, batch)[1]
-
-    grads, metrics = jax.jit(both)(state, batch)
+    state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(lambda: init_state(whole)))
+    grads = jax.tree.map(lambda a: draw.normal(0, 1, a.shape).astype(np.float32), state.params)
+    monkeypatch.setattr(train_step, "gradients", lambda config: lambda params, batch: ((jnp.float32(1), {}), grads))
+    metrics = jax.jit(train_step.make_train_step(whole))(state, {})[1]
     squares = jax.tree.map(lambda g: float((np.asarray(g, np.float64) ** 2).sum()), grads)
     assert float(metrics["grad_norm"]) == pytest.approx(math.sqrt(sum(jax.tree.leaves(squares))), rel=1e-5)
     blocks = [math.sqrt(sum(jax.tree.leaves(squares[name]))) for name in ("dense_layers", "layers")]
@@ -177,13 +143,10 @@ def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(scripts, tmp_p
     assert held_out[1] in read
 
     saved, params = load_params(tmp_path / "run")
-    model = Decoder(from_mapping(saved).model)
-    logits, _ = model.apply({"params": params}, jnp.array([window[:-1] for window in windows]))
-    logits = np.asarray(logits, np.float64)
-    nats = 0.0
-    for rows, window in zip(logits, windows, strict=True):
-        for row, target in zip(rows, window[1:], strict=True):
-            nats += math.log(sum(math.exp(x - row.max()) for x in row)) + row.max() - row[target]
+    inputs, targets = np.array(windows)[:, :-1], np.array(windows)[:, 1:]
+    logits = jax.jit(Decoder(from_mapping(saved).model).apply)({"params": params}, inputs)[0]
+    logp = special.log_softmax(np.asarray(logits, np.float64), -1)
+    nats = -np.take_along_axis(logp, targets[..., None], -1).sum()
     wanted = nats / math.log(2) / len(read.encode())
 
     last = read_lines(tmp_path / "run", "validation")[-1]
@@ -210,18 +173,16 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Run, "_read", reading)
         summary = train(config, tmp_path / "run")
-    logged = read_lines(tmp_path / "run", "train")
+    logged = read_lines(tmp_path / "run", "train", times=True)
     steps = [3, 6, 9, 12, 13]
     assert [line["step"] for line in logged] == steps
     assert [line["tokens"] for line in logged] == [4 * 16 * step for step in steps]
     assert [line["loss"] for line in logged] == pytest.approx([losses[step - 1] for step in steps], rel=1e-8)
     assert [line["clipped"] for line in logged] == [int(grads[step - 1] > 0.7) for step in steps]
     peak = config.optimizer.learning_rate
-    assert [line["learning_rate"] for line in logged] == pytest.approx(
-        [0.75 * peak, peak, peak, 0.55 * peak, 0.1 * peak]
-    )
-    raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    for line in (line for line in raw if line["kind"] == "train"):
+    rates = [line["learning_rate"] / peak for line in logged]
+    assert rates == pytest.approx([0.75, 1, 1, 0.55, 0.1], rel=1e-6)
+    for line in logged:
         assert line["step_time_s"] == pytest.approx(times[line["step"] - 1], rel=1e-5)
         assert line["tokens_per_s"] == pytest.approx(64 / times[line["step"] - 1], rel=1e-5)
     assert len(losses) == 13
@@ -233,39 +194,39 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     # Embedding and head of 264 tokens, three norms, attention of 2 query and 1 key-value heads of 8, gated MLP of 16.
     assert summary["parameters"] == 2 * 264 * 16 + 3 * 16 + (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 16
     assert summary["connection_parameters"] == 0
+    unmeasured = [key for key in summary if key.startswith(("max_", "final_"))]
+    assert len(unmeasured) == 6
+    assert [summary[key] for key in unmeasured] == [None] * 6, "without diagnostics"
     # Products of 2 operations a weight and token, three times (forward, and two backward), and attention's two over 16 tokens.
     products = 264 * 16 + (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 16
     hand = 3 * (2 * products + 2 * 2 * 16 * 16)
     assert hand < summary["flops_per_token"] < 1.25 * hand, "norms, softmax and Adam come on top"
 
 
-def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(text, tmp_path):
+def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):
     run = object.__new__(loop._Run)
     run.step_times, run.losses = [9.0] * 100 + [1.0] * 98, []
-    run.config, run.clock, run._mark = tiny(text, "residual"), {"train_s": 0.0}, 0.0
+    run.config, run.clock, run._mark = residual, {"train_s": 0.0}, 0.0
     run.tokens_per_step, run.spikes, run.progress = 64, loop.SpikeDetector(4, 0.5), loop.NoProgress()
-    for step, now in enumerate((2.0, 4.0, 6.0, 8.0), 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop.time, "perf_counter", lambda now=now: now)
-            patch.setattr(run, "writer", loop.NoWriter(), raising=False)
-            run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
+    run.writer, times = loop.NoWriter(), iter((2.0, 4.0, 6.0, 8.0))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    for step in range(1, 5):
+        run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
     assert run.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
 
 
-def test_the_learning_rate_of_a_step_that_diverges_is_its_own(text, tmp_path, monkeypatch):
+def test_the_learning_rate_of_a_step_that_diverges_is_its_own(residual, tmp_path, monkeypatch):
     monkeypatch.setattr(Poisoned, "first", 2)
     monkeypatch.setattr(Poisoned, "last", 99)
-    config = tiny(text, "residual", optimizer={"warmup_steps": 4, "learning_rate": 0.008})
-    assert train(config, tmp_path / "run", data=poisoned(config))["status"] == "diverged"
+    assert train(residual, tmp_path / "run", data=poisoned(residual))["status"] == "diverged"
     rates = [line["learning_rate"] for line in read_lines(tmp_path / "run", "train")]
-    assert rates == pytest.approx([0.002, 0.004], rel=1e-6)
+    assert rates == pytest.approx([0.5, 1.0], rel=1e-6), "a warm-up of two steps to 1"
 
 
-def test_the_peak_is_this_run_s_and_not_that_of_one_before_it(text, tmp_path, monkeypatch):
+def test_the_peak_is_this_run_s_and_not_that_of_one_before_it(residual, alone, tmp_path, monkeypatch):
     """Against a stand-in for a GPU's counter, which keeps the peak of the whole process."""
-    config = tiny(text, "residual", train={"steps": 2})
-    compiled = train(config, tmp_path / "cpu")["peak_memory_bytes"]
+    compiled = json.loads((alone / "summary.json").read_text())["peak_memory_bytes"]
     for name, counts, wanted in (("first", [100, 5000], 5000), ("smaller", [5000, 5000], compiled)):
         with monkeypatch.context() as patch:
             patch.setattr(cost, "device_peak", lambda counts=iter(counts): next(counts))
-            assert train(config, tmp_path / name)["peak_memory_bytes"] == wanted
+            assert train(residual, tmp_path / name)["peak_memory_bytes"] == wanted

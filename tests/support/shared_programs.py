@@ -1,0 +1,34 @@
+"""Programs that runs of one configuration share, so that a test which trains again neither traces nor compiles again."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import pytest
+
+from mhc_jax import loop
+
+
+def _of_the_settings(make):
+    """`make(config)` for all configurations that differ in nothing but where their text lies."""
+
+    def shared(config):
+        nowhere = dataclasses.replace(config.data, source="text", validation_source="", cache_dir="")
+        return make(dataclasses.replace(config, data=nowhere))
+
+    return shared
+
+
+MAKERS = ("make_train_step", "make_eval_step", "make_diagnostics_step")
+_SHARED = {name: _of_the_settings(functools.cache(getattr(loop, name))) for name in MAKERS}
+_SHARED["init_state"] = _of_the_settings(jax.jit(loop.init_state, static_argnums=0))
+
+
+@contextlib.contextmanager
+def shared_programs():
+    """Within it, runs of `loop.train` make each of their programs once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in _SHARED.items():
+            patch.setattr(loop, name, make)
+        yield

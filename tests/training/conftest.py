@@ -1,0 +1,32 @@
+"""What the tests of runs share: the text, one finished run, and the programs that runs of one configuration compile."""
+
+import pytest
+from support.shared_programs import shared_programs
+from support.tiny_runs import tiny, write_text
+
+from mhc_jax import loop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_made_once():
+    with shared_programs():
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def residual(text):
+    """Its loss jumps at step 4."""
+    return tiny(text, "residual", optimizer={"learning_rate": 1.0}, train={"diagnostics_every": 8})
+
+
+@pytest.fixture(scope="session")
+def alone(residual, tmp_path_factory):
+    """A finished run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    loop.train(residual, folder)
+    return folder
