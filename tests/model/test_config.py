@@ -1,10 +1,11 @@
 """Settings: every refused value is told with its name, its value and what is allowed."""
 
-import contextlib
 import dataclasses
 import json
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -59,103 +60,45 @@ def test_a_refused_value_is_named(cls, name, value):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        ("mch", "connection.kind is 'mch'.*Did you mean 'mhc'"),
-        ("mhc:init", "'init' in the connection 'mhc:init' is not of the form key=value"),
-        ("mhc:innit=paper", "'innit'.*Did you mean 'init'"),
-        ("mhc:init=hme", "connection.init is 'hme'.*Did you mean 'home'"),
-        ("mhc:t_max=many", "t_max is 'many'; it must be a int"),
-        ("mhc:t_max=0", "connection.t_max is 0"),
-        ("hc:dynamic=yes", "dynamic is 'yes'; it must be a bool"),
-        ("hc:num_streams=0", "connection.num_streams is 0"),
-        ("mhc:exit=last", "connection.exit is 'last'; it must be one of 'sum', 'mean', 'head'"),
-        ("mhc:disable=pre+pots", "'pots'.*Did you mean 'post'"),
-        ("mhc:disable=pre+post+res", "nothing of `mhc` is left"),
-        ("hc:disable=pre+post+res", "nothing of `hc` is left"),
-    ],
-)
-def test_a_connection_that_cannot_be_is_told(spec, sentence):
-    with pytest.raises(InputError, match=sentence):
-        connections.parse(spec)
-
-
-def test_parse_reads_every_type():
-    spec = "mhc:init=home:num_streams=2:alpha_init=0.5:disable=pre+post"
-    assert connections.parse(spec) == connections.default_config(
-        "mhc", init="home", num_streams=2, alpha_init=0.5, disable=("pre", "post")
-    )
-    assert connections.parse("hc:dynamic=False").dynamic is False
-    assert connections.parse("hc:tanh=true").tanh is True
-    for kind in connections.KINDS:
-        assert connections.parse(kind) == connections.default_config(kind)
-
-
-OTHER = {
-    "num_streams": (2,),
-    "exit": ("mean", "head"),
-    "entry": ("scaled",),
-    "disable": (("post",), ("pre", "post")),
-    "init": ("paper", "home"),
-    "eps_convention": ("v4", "hy_v4"),
-    **{
-        name: (0.1, 1 / 3, 1e-30)
-        for name in ("alpha_init", "phi_init_std", "gate_init", "init_std", "eps_norm", "beta")
-    },
-    **{name: (7,) for name in ("t_max", "rank", "block_size")},
-    **{name: (False,) for name in ("dynamic", "tanh")},
+GENERIC = {
+    "int": st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 64, 1000]),
+    "float": st.sampled_from([-1.0, 0.0, 1e-3, 1 / 3, 0.5, 1.0, 2.0, float("inf")]) | st.floats(allow_nan=False),
+    "bool": st.booleans(),
+    "str": st.sampled_from(["", "nowhere", "auto"]),
 }
-"""Values of each setting, of which at least one is no kind's default."""
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+LEAVES = [
+    (section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls) if field.type in GENERIC
+]
 
 
-def every_setting():
-    """Every setting of every kind, each at a value of its own, where the kind takes it; then all of mHC's together."""
-    for kind in connections.KINDS:
-        for field in dataclasses.fields(connections.config_class(kind)):
-            for value in OTHER[field.name]:
-                with contextlib.suppress(InputError):
-                    connections.default_config(kind, **{field.name: value})
-                    yield kind, {field.name: value}
-    yield "mhc", {name: OTHER[name][-1] for name in ("num_streams", "exit", "entry", "disable", "alpha_init", "t_max")}
+@st.composite
+def any_mapping(draw):
+    """A few settings of a config file, of the right types."""
+    out = {}
+    for section, field in draw(st.lists(st.sampled_from(LEAVES), max_size=4)):
+        value = GENERIC[field.type] if field.type == "bool" else GENERIC[field.type] | st.just(field.default)
+        out.setdefault(section, {})[field.name] = draw(value)
+    return out
 
 
-@pytest.mark.parametrize(("kind", "settings"), list(every_setting()))
-def test_a_connection_is_spelled_as_it_is_read(kind, settings):
-    config = connections.default_config(kind, **settings)
-    assert connections.parse(connections.spec(config)) == config
-    # As config.json holds it, whole and with nothing but what was set.
-    saved = json.loads(json.dumps(to_mapping(config)))
-    assert connections.spec_of_mapping(saved) == connections.spec(config)
-    assert connections.spec_of_mapping({"kind": kind, **settings}) == connections.spec(config)
-
-
-@pytest.mark.parametrize(
-    ("given", "canonical"),
-    [
-        ("residual", "residual"),
-        ("hc", "hc"),
-        ("hc:tanh=False", "hc:tanh=False"),
-        ("hc:tanh=True:num_streams=4", "hc"),
-        ("mhc", "mhc:init=paper"),
-        ("mhc:t_max=5:init=home", "mhc:init=home:t_max=5"),
-        ("mhc:alpha_init=1:disable=pre+post", "mhc:disable=pre+post:init=paper:alpha_init=1.0"),
-        ("mhc_lite", "mhc_lite:init=paper"),
-        ("kromhc", "kromhc:init=paper"),
-        ("circulant", "circulant:init=residual"),
-        ("single_pass", "single_pass:init=paper"),
-        ("identity", "identity:init=residual"),
-    ],
-)
-def test_a_label_says_the_start_and_what_is_not_a_default(given, canonical):
-    assert connections.spec(connections.parse(given)) == canonical
-
-
-def test_a_record_of_another_version_has_a_label():
-    """Settings that have no default here are named; nothing is refused."""
-    assert connections.spec_of_mapping({"kind": "mhc", "alpha_init": 1}) == "mhc:init=paper:alpha_init=1.0"
-    assert connections.spec_of_mapping({"kind": "mhc", "gone": 3}) == "mhc:init=paper:gone=3"
-    assert connections.spec_of_mapping({"kind": "mine", "size": 0.5, "parts": ["a", "b"]}) == "mine:size=0.5:parts=a+b"
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(any_mapping())
+@example({"model": {"rope_theta": 1 / 3}, "optimizer": {"b1": 0.1 + 0.2}})
+def test_an_accepted_configuration_comes_back_exactly_and_a_refused_one_is_named(mapping):
+    try:
+        config = from_mapping(mapping)
+    except InputError as refused:
+        sentence = str(refused)
+        assert any(name in sentence for own in mapping.values() for name in own), sentence
+        assert sentence.endswith((".", "?"))
+        assert "\n" not in sentence
+        return
+    whole = to_mapping(config)
+    for section, own in mapping.items():
+        assert whole[section] == {**whole[section], **own}, "nothing that was set is lost"
+    assert from_mapping(json.loads(json.dumps(whole))) == config
+    assert from_mapping(whole) == config
 
 
 @pytest.mark.parametrize("kind", connections.KINDS)
