@@ -13,6 +13,7 @@ from mhc_jax.model import Decoder
 
 MODEL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
 TOKENS = jnp.arange(24).reshape(2, 12) % 31
+RESIDUAL = connections.parse("residual")
 MLA = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
 EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 8, "num_dense_layers": 1}
 
@@ -29,15 +30,15 @@ def randomized(params, seed=0, spread=0.3):
 
 
 def drawn(function, *arguments, seed=0, spread=0.3):
-    """What the initialiser `function(key, *arguments)` gives, random instead: 1 and noise for norms, noise elsewhere."""
-    shapes = jax.eval_shape(function, jax.random.key(0), *arguments)
-    return randomized(
-        jax.tree_util.tree_map_with_path(
-            lambda path, a: np.full(a.shape, float("norm" in jax.tree_util.keystr(path)), a.dtype), shapes
-        ),
-        seed,
-        spread,
-    )
+    """What the initialiser `function(key, *arguments)` gives, but random: noise around 1 for norms, none for routers' biases."""
+    random = np.random.default_rng(seed)
+
+    def draw(path, a):
+        name = jax.tree_util.keystr(path)
+        noise = random.normal(size=a.shape) * (0 if "router_bias" in name else spread)
+        return jnp.asarray(float("norm" in name) + noise, a.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(function, jax.random.key(0), *arguments))
 
 
 def drawn_decoder(config, **how):
@@ -46,9 +47,14 @@ def drawn_decoder(config, **how):
 
 
 @functools.cache
+def started(config, sample=0):
+    """((logits, what else the decoder tells), parameters): connections as they are initialised, one draw of the branches."""
+    run = functools.partial(Decoder(config).apply, sample=sample, mutable="params", rngs={"params": jax.random.key(0)})
+    out, made = jax.jit(run)({"params": drawn_decoder(dataclasses.replace(config, connection=RESIDUAL))}, TOKENS)
+    return out, made["params"]
+
+
 def logits_of(spec):
-    """(logits, parameters) with the connection as it is initialised and branches that are the same for all of them."""
-    config = decoder_of(spec)
-    run = functools.partial(Decoder(config).apply, mutable="params", rngs={"params": jax.random.key(0)})
-    (logits, _), made = jax.jit(run)({"params": drawn_decoder(decoder_of("residual"))}, TOKENS)
-    return logits, made["params"]
+    """(logits, parameters) of `started`."""
+    (logits, _), params = started(decoder_of(spec))
+    return logits, params
