@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.decoders import decoder_of, logits_of, randomized
+from support.thinned import thin
 
 from mhc_jax import connections
 from mhc_jax.diagnostics import summarize
@@ -17,7 +18,7 @@ TOKENS = jnp.arange(12)[None]
 SPECS = [f"{kind}:t_max=2" if kind in ("mhc", "single_pass") else kind for kind in connections.KINDS]
 ALIKE = ("identity", "mhc_lite", "kromhc", "circulant")
 """Kinds of which one, `identity`, stands for the others in the fast suite."""
-KINDS = [pytest.param(s, marks=pytest.mark.full if s in ALIKE[1:] else ()) for s in SPECS]
+KINDS = thin(SPECS, lambda spec: spec not in (*ALIKE[1:], "residual", "scalar_gated"))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import mhc_kernels
 import numpy as np
 import pytest
-from support.decoders import EXPERTS, MLA, TOKENS, decoder_of, drawn, drawn_decoder, logits_of
+from support.decoders import EXPERTS, MLA, OPTIMIZED, TOKENS, decoder_of, drawn, drawn_decoder, logits_of
 from support.oracles_moe import swiglu
 from support.tolerances import assert_close
 
@@ -26,8 +26,6 @@ from mhc_jax.model import Decoder, branches
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_train_step
 
 MODEL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=24)
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-"""The compiler's own options, which tests/conftest.py turns down."""
 
 
 def test_rms_norm_against_numpy():
@@ -144,7 +142,7 @@ def test_train_step_is_the_same_program_with_diagnostics_on_or_off():
     batch = {"inputs": TOKENS, "targets": TOKENS}
     texts = []
     for every in (0, 50):
-        config = experiment("mhc:t_max=1", diagnostics_every=every)
+        config = experiment("residual", diagnostics_every=every)
         state = jax.eval_shape(lambda c=config: init_state(c))
         texts.append(jax.jit(make_train_step(config)).lower(state, batch).as_text())
     assert texts[0] == texts[1]
@@ -175,7 +173,7 @@ def test_step_that_is_not_finite_changes_nothing():
 @pytest.mark.parametrize(
     ("kind", "num_layers"),
     [
-        ("mhc:t_max=5", 64),
+        ("mhc:t_max=2", 64),
         pytest.param("mhc", 512, marks=pytest.mark.full),
         pytest.param("hc", 512, marks=pytest.mark.slow),
     ],
