@@ -52,21 +52,21 @@ def assert_decodes_alike(config, steps=200, slots=256):
         assert len(set(made[row])) > 5, "a sequence that shows something"
 
 
-@pytest.mark.parametrize(("kind", "attention"), [("mhc:t_max=2", "gqa"), ("single_pass:t_max=2", "mla")])
-def test_decoding_with_cache_equals_decoding_without(kind, attention):
-    assert_decodes_alike(decoder_of(kind, MODEL, **ATTENTION[attention]), 40, 64)
-
-
-@pytest.mark.slow
-@each_attention
-@pytest.mark.parametrize("kind", connections.KINDS)
-def test_decoding_with_cache_equals_decoding_without_for_every_kind(kind, attention):
-    assert_decodes_alike(decoder_of(kind, MODEL, **attention))
-
-
-@pytest.mark.full
-def test_decoding_with_experts_and_a_leading_dense_block():
-    assert_decodes_alike(decoder_of("mhc", MODEL, **ATTENTION["mla"], **MOE))
+@pytest.mark.parametrize(
+    ("kind", "settings", "how"),
+    [
+        ("mhc:t_max=2", {}, (40, 64)),
+        ("single_pass:t_max=2", ATTENTION["mla"], (40, 64)),
+        pytest.param("mhc", ATTENTION["mla"] | MOE, (), marks=pytest.mark.full, id="experts and a leading dense block"),
+        *(
+            pytest.param(kind, attention, (), marks=pytest.mark.slow)
+            for kind in connections.KINDS
+            for attention in ATTENTION.values()
+        ),
+    ],
+)
+def test_decoding_with_cache_equals_decoding_without(kind, settings, how):
+    assert_decodes_alike(decoder_of(kind, MODEL, **settings), *how)
 
 
 @each_attention

@@ -9,6 +9,7 @@ import mhc_kernels
 import numpy as np
 import pytest
 from support.decoders import drawn
+from support.oracles_mla import mla_oracle
 from support.tolerances import assert_close
 
 from mhc_jax.config import ModelConfig
@@ -18,43 +19,7 @@ from mhc_jax.layers.attention import attend
 from mhc_jax.layers.mla import LatentAttention
 
 H, D, R, RANK, C, T = 2, 6, 4, 5, 8, 5
-SHAPES = {
-    "W_q": (C, H * (D + R)),
-    "W_kv_down": (C, RANK + R),
-    "W_kv_up": (RANK, H * 2 * D),
-    "W_o": (H * D, C),
-}
-
-
-def rotated(v, t):
-    """Pairs (d, d + R/2) turned by t 1e4^(-2d/R)."""
-    out = np.zeros(R)
-    for d in range(R // 2):
-        angle = t * 1e4 ** (-2 * d / R)
-        a, b = v[d], v[d + R // 2]
-        out[d], out[d + R // 2] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
-    return out
-
-
-def normed(v, weight):
-    return v / np.sqrt((v**2).mean() + 1e-20) * weight
-
-
-def mla_oracle(p, h):
-    """One sequence [T, C], one position and one head after another; float64."""
-    x = [normed(row, p["norm"]) for row in h]
-    latent = [normed((row @ p["W_kv_down"])[:RANK], p["kv_norm"]) for row in x]
-    k_R = [rotated((row @ p["W_kv_down"])[RANK:], t) for t, row in enumerate(x)]
-    out = np.zeros((len(h), H * D))
-    for t, row in enumerate(x):
-        for head in range(H):
-            q = (row @ p["W_q"])[head * (D + R) : (head + 1) * (D + R)]
-            kv = [(c @ p["W_kv_up"])[head * 2 * D : (head + 1) * 2 * D] for c in latent]
-            scores = np.array([(q[:D] @ kv[s][:D] + rotated(q[D:], t) @ k_R[s]) / np.sqrt(D + R) for s in range(t + 1)])
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            out[t, head * D : (head + 1) * D] = sum(weights[s] * kv[s][D:] for s in range(t + 1))
-    return out @ p["W_o"]
+SHAPES = {"W_q": (C, H * (D + R)), "W_kv_down": (C, RANK + R), "W_kv_up": (RANK, H * 2 * D), "W_o": (H * D, C)}
 
 
 def as_float64(p):
@@ -87,7 +52,7 @@ def test_mla_against_loops():
     _, h, p, _, (y, _, _) = setup()
     assert {name: p[name].shape for name in SHAPES} == SHAPES
     assert set(p) == {*SHAPES, "norm", "kv_norm"}
-    assert_close(y[0], mla_oracle(as_float64(p), np.asarray(h[0], np.float64)), 5e-6)
+    assert_close(y[0], mla_oracle(as_float64(p), np.asarray(h[0], np.float64), H), 5e-6)
 
 
 def test_mla_gradients_against_differences_of_the_loops():
@@ -101,7 +66,7 @@ def test_mla_gradients_against_differences_of_the_loops():
 
         def loss(t, name=name, direction=direction):
             moved = {**at, name: at[name] + t * direction}
-            return (mla_oracle(moved, moved["h"]) * w).sum()
+            return (mla_oracle(moved, moved["h"], H) * w).sum()
 
         slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
         # float32 sums of up to 100 terms.

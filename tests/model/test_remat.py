@@ -28,7 +28,6 @@ TOKENS = jnp.arange(64).reshape(2, 32) % 31
 ROUNDING = 3e-6
 """1.8e-6 of a leaf's largest entry was seen of a compiled hc on a CPU, 7.9e-7 of mhc; without XLA's fusion it is bitwise equal."""
 model = functools.partial(decoder_of, base=MODEL)
-remat_plan_sizes = remat_plan._sizes
 
 
 def loss(params, config):
@@ -174,38 +173,34 @@ def temporary(L_r, L=60):
     return compiled.memory_analysis().temp_size_in_bytes / (4 * T * C)
 
 
-def check_eq_20(lengths):
+def equation_20(L_r):
+    return recompute_elements(L_r, 60, 4, 1)
+
+
+def test_memory_falls_with_equation_20():
+    """From 2 to the best 6 sub-layers at a time; what does not depend on L_r drops out of the difference."""
+    saved, predicted = (of(2) - of(6) for of in (temporary, equation_20))
+    assert saved == pytest.approx(predicted, rel=0.15)
+    assert predicted > 0
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([1, 2, 6, 10], marks=pytest.mark.full),
+        pytest.param([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 24, 30], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_memory_follows_equation_20(lengths):
     """Measured less a constant is Eq. 20 within 15 %; the constant is the one with the smallest largest error of the whole."""
-    measured = np.array([temporary(L_r) for L_r in lengths])
-    predicted = np.array([recompute_elements(L_r, 60, 4, 1) for L_r in lengths])
+    measured, predicted = (np.array([of(L_r) for L_r in lengths]) for of in (temporary, equation_20))
     errors = {c: np.abs((predicted + c) / measured - 1).max() for c in range(400)}
     constant = min(errors, key=errors.__getitem__)
     print(dict(zip(lengths, measured.round(1), strict=True)), "constant", constant, "error", errors[constant])
     assert np.abs((measured - constant) / predicted - 1).max() < 0.15
     # What y and the branch keep does not depend on L_r: 2 C a sub-layer.
     assert 2 * 60 < constant < 5 * 60
-    return measured
-
-
-def test_memory_falls_with_equation_20():
-    """From 2 to the best 6 sub-layers at a time; what does not depend on L_r drops out of the difference."""
-    saved = [of(2) - of(6) for of in (temporary, lambda L_r: recompute_elements(L_r, 60, 4, 1))]
-    assert saved[0] == pytest.approx(saved[1], rel=0.15)
-    assert saved[1] > 0
-
-
-@pytest.mark.full
-def test_memory_follows_equation_20():
-    lengths = [1, 2, 6, 10]
-    measured = check_eq_20(lengths)
-    assert best_recompute(60, 4) == 6
-    assert measured[2] < measured[[0, 1, 3]].min()
-
-
-@pytest.mark.slow
-def test_memory_follows_equation_20_up_to_30():
-    lengths = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 24, 30]
-    measured = check_eq_20(lengths)
     # Where L_r does not divide L the last sub-layers stand outside the scan, and what they keep is freed before it turns back: 7
     # takes 4 % less than 6.
     dividing = [k for k, L_r in enumerate(lengths) if 60 % L_r == 0]
@@ -242,9 +237,7 @@ def limited(config, size):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat_budget_gb=size / 1e9))
 
 
-@functools.cache
-def sizes_of(config, sequence_length):
-    return remat_plan_sizes(config, sequence_length)
+sizes_of = functools.cache(remat_plan._sizes)
 
 
 @pytest.fixture
