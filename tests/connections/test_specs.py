@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from support.properties import reproducible
 
 from mhc_jax import connections
 from mhc_jax.errors import InputError
@@ -41,7 +42,7 @@ def any_settings(draw):
     return kind, {f.name: draw(FITTING.get(f.name, VALUES[f.type]) | VALUES[f.type]) for f in fields}
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@reproducible(400)
 @given(any_settings())
 @example(("circulant", {"beta": 1 / 3}))
 @example(("mhc", {"num_streams": 2, "disable": ("pre", "post"), "entry": "scaled", "alpha_init": 1e-30, "t_max": 7}))

@@ -4,8 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from support import decoders
+from support.properties import reproducible
 
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.errors import InputError
@@ -63,7 +65,7 @@ def any_mapping(draw):
     return out
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@reproducible(400)
 @given(any_mapping())
 @example({"model": {"rope_theta": 1 / 3}, "optimizer": {"b1": 0.1 + 0.2}})
 def test_an_accepted_configuration_comes_back_exactly_and_a_refused_one_is_named(mapping):
@@ -119,6 +121,41 @@ def test_missing_keys_have_their_defaults():
 def test_a_mapping_that_does_not_fit_is_told(mapping, sentence):
     with pytest.raises(InputError, match=sentence):
         from_mapping(mapping)
+
+
+EXPERTS = decoders.EXPERTS | {"num_layers": 3}
+LATENT = {"attention_kind": "mla"}
+BLOCKS = {"num_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "sentence"),
+    [
+        (EXPERTS, {"num_experts": -1}, "model.num_experts is -1"),
+        (EXPERTS, {"num_active_experts": 5}, "num_active_experts is 5; it must lie between 1 and model.num_experts, 4"),
+        (EXPERTS, {"num_active_experts": 0}, "model.num_active_experts is 0"),
+        (EXPERTS, {"num_shared_experts": -1}, "model.num_shared_experts is -1"),
+        (EXPERTS, {"expert_width": 0}, "model.expert_width is 0"),
+        (EXPERTS, {"num_dense_layers": 3}, "num_dense_layers is 3; it must lie between 0 and model.num_layers - 1, 2"),
+        (EXPERTS, {"routed_scale": 0.0}, "model.routed_scale is 0.0"),
+        (EXPERTS, {"balancing_rate": -1.0}, "model.balancing_rate is -1.0"),
+        (EXPERTS, {"expert_buffer": 0.5}, "expert_buffer is 0.5; use 0 .* multiple of the even share .* at least 1"),
+        (LATENT, {"attention_kind": "mha"}, "model.attention_kind is 'mha'; it must be one of 'gqa', 'mla'"),
+        (LATENT, {"kv_rank": 0}, "model.kv_rank is 0"),
+        (LATENT, {"rope_width": 5}, "model.rope_width is 5; rotary embeddings need an even width"),
+        (LATENT, {"attention": "cudnn", "compute_dtype": "bfloat16"}, "model.attention is 'cudnn'.*'xla' or 'splash'"),
+        (BLOCKS, {"remat": "True"}, "model.remat is 'True'; it must be one of 'none', 'connection', 'full', 'auto'"),
+        (BLOCKS, {"remat": "conection"}, "Did you mean 'connection'"),
+        (BLOCKS, {"remat": "connection", "remat_block": 9}, "model.remat_block is 9; it must lie between 1 and the 8"),
+        (BLOCKS, {"remat": "connection", "remat_block": -1}, "model.remat_block is -1"),
+        (BLOCKS, {"remat": "full", "remat_block": 2}, "remat_block is 2, and model.remat 'full' has no use for it"),
+        (BLOCKS, {"remat": "full", "remat_budget_gb": 1.0}, "model.remat 'full' has no use for it"),
+        (BLOCKS, {"remat": "auto", "remat_budget_gb": -1.0}, "it must not be negative"),
+    ],
+)
+def test_a_model_that_cannot_be_is_told(base, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        ModelConfig(**base | settings)
 
 
 def test_an_int_is_a_float():

@@ -1,6 +1,5 @@
 """Multi-head latent attention against loops in float64: values, gradients, causality."""
 
-import dataclasses
 import functools
 
 import jax
@@ -109,17 +108,3 @@ def test_values_are_refused_where_they_cannot_be(T, D, E, implementation, senten
     q, v = jnp.ones((1, T, 2, D)), jnp.ones((1, T, 2, E))
     with mhc_kernels.settings(platform="tpu"), pytest.raises(InputError, match=sentence):
         attend(q, q, v, implementation)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"attention_kind": "mha"}, "model.attention_kind is 'mha'; it must be one of 'gqa', 'mla'"),
-        ({"kv_rank": 0}, "model.kv_rank is 0"),
-        ({"rope_width": 5}, "model.rope_width is 5; rotary embeddings need an even width"),
-        ({"attention": "cudnn", "compute_dtype": "bfloat16"}, "model.attention is 'cudnn'.*'xla' or 'splash'"),
-    ],
-)
-def test_mla_that_cannot_be_is_told(settings, sentence):
-    with pytest.raises(InputError, match=sentence):
-        dataclasses.replace(ModelConfig(attention_kind="mla"), **settings)

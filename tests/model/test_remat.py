@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from support import decoders
 from support.decoders import MLA, decoder_of, drawn_decoder
+from support.recompute_memory import temporary
 from support.thinned import thin
 from support.tolerances import assert_close
 
-from mhc_jax import compiled, connections, cost, remat, remat_plan
+from mhc_jax import compiled, cost, remat, remat_plan
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
-from mhc_jax.connections import connection_module
-from mhc_jax.errors import InputError
 from mhc_jax.mapping import completed, to_mapping
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import MeshConfig
@@ -144,33 +143,6 @@ def test_what_depends_on_parameters_alone_is_not_kept():
     pull = jax.eval_shape(lambda p, h: jax.tree.leaves(jax.vjp(kept, p, h)[1]), params, h)
     # W as it came, and what was computed from h; neither the cast of W nor h, which no gradient here wants.
     assert {(a.shape, str(a.dtype)) for a in pull} == {((C, C), "float32"), ((1, T, C), "bfloat16")}
-
-
-def temporary(L_r, L=60):
-    """Temporary bytes of the gradient of L boundaries of mHC around h^2 w, as multiples of one y."""
-    C, T = 128, 2048
-    config = connections.parse("mhc:t_max=1")
-    link, ends = (connection_module(config)(config, C, L, l) for l in (1, None))
-
-    def branch(params, h):
-        return jnp.square(h) * params["w"][None, None, :], {}
-
-    def sublayer(_, params, carry, __):
-        streams, c, h = link.apply({"params": params["link"]}, *carry, method="write_read")
-        y, aux = remat.keep_branch(branch, params["branch"], h)
-        return (streams, c, y), aux
-
-    def loss(params, x):
-        carry = (*ends.start(x), jnp.zeros_like(x))
-        (streams, c, y), _ = remat.recomputed(sublayer, params, carry, jnp.arange(L), 1, L_r)
-        return jnp.square(ends.collapse(ends.write(streams, c, y), c)).sum()
-
-    x = jax.ShapeDtypeStruct((1, T, C), jnp.float32)
-    own = jax.eval_shape(lambda k, x: link.init(k, *ends.start(x), x, method="write_read"), jax.random.key(0), x)
-    one = {"link": own["params"], "branch": {"w": jax.ShapeDtypeStruct((C,), jnp.float32)}}
-    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct((L, *a.shape), a.dtype), one)
-    compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / (4 * T * C)
 
 
 def equation_20(L_r):
@@ -302,23 +274,6 @@ def test_auto_plans_for_one_device_of_the_mesh(mesh):
     enough = limited(config, estimates["none"] + 1)
     assert remat_plan.resolve(enough)[0].model.remat == "none"
     assert remat_plan.resolve(dataclasses.replace(enough, mesh=MeshConfig()))[0].model.remat != "none"
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"remat": "True"}, "model.remat is 'True'; it must be one of 'none', 'connection', 'full', 'auto'"),
-        ({"remat": "conection"}, "Did you mean 'connection'"),
-        ({"remat": "connection", "remat_block": 9}, "model.remat_block is 9; it must lie between 1 and the 8"),
-        ({"remat": "connection", "remat_block": -1}, "model.remat_block is -1"),
-        ({"remat": "full", "remat_block": 2}, "model.remat_block is 2, and model.remat 'full' has no use for it"),
-        ({"remat": "full", "remat_budget_gb": 1.0}, "model.remat 'full' has no use for it"),
-        ({"remat": "auto", "remat_budget_gb": -1.0}, "it must not be negative"),
-    ],
-)
-def test_settings_that_cannot_be_are_told(settings, sentence):
-    with pytest.raises(InputError, match=sentence):
-        model("mhc", **settings)
 
 
 def test_runs_from_before_go_on():
