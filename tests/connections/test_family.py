@@ -98,8 +98,8 @@ def test_step_and_gradients_against_the_oracle(spec, settings):
 
 
 @pytest.mark.parametrize(("convention", "eps"), [("paper", (0, 0)), ("v4", (1e-6, 0)), ("hy_v4", (1e-6, 1e-6))])
-def test_which_gates_get_an_eps(convention, eps):
-    """Seen where the sigmoids vanish; elsewhere 1e-6 is below float32's tolerance."""
+def test_hy_v4_adds_eps_to_both_gates(convention, eps):
+    """And v4 to pre alone.  Seen where the sigmoids vanish; elsewhere 1e-6 is below float32's tolerance."""
     link = sublayer_of(f"identity:eps_convention={convention}:num_streams=2")
     params = {"phi": jnp.zeros((2 * C, 4)), "alpha": jnp.ones(2), "bias": jnp.full(4, -40.0)}
     c = link.apply({"params": params}, jnp.ones((1, 1, 2 * C)), method="coefficients")
