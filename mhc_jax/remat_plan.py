@@ -70,7 +70,10 @@ def table(config: ModelConfig, sequence_length: int) -> list[Row]:
     n and C are those of what is carried, whatever the kind of connection.  The y of all sub-layers and what the branches keep are
     the same for every L_r and left out.
     """
-    sizes, L = _sizes(config, sequence_length), config.num_sublayers
+    return _rows(_sizes(config, sequence_length), config.num_sublayers)
+
+
+def _rows(sizes: _Sizes, L: int) -> list[Row]:
     stored, transient = sizes.streams + sizes.coefficients, sizes.streams + sizes.coefficients + 2 * sizes.width
     return [Row(L_r, stored * math.ceil(L / L_r), transient * L_r) for L_r in range(1, L + 1)]
 
@@ -88,8 +91,9 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
       the plan; `full` where nothing fits, and its sentence says so.  Estimates leave out what lives for a moment only, and take
       what branches keep as whole, also where mesh.tensor splits heads and hidden channels.
     """
-    sizes, rows = _sizes(config, sequence_length), table(config, sequence_length)
+    sizes = _sizes(config, sequence_length)
     L, L_r = config.num_sublayers, _length(config)
+    rows = _rows(sizes, L)
     boundary = sizes.streams + sizes.coefficients
     kept = {
         "none": sum(sizes.blocks),

@@ -24,10 +24,17 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["mhc_jax", "mhc_kernels"], "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples at every run, nothing kept, and no verdict on how fast the machine is.
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW
+)
+hypothesis.settings.load_profile("repeatable")
 
 MEMORY_LIMIT = 1.2 * 2**30
 """Bytes of a test process above which it forgets compiled programs."""

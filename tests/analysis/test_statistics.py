@@ -21,7 +21,7 @@ LOSSES = st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min
 """Hundredths of a nat above 20, of a setting and its baseline."""
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30)
 @given(LOSSES, st.integers(-500, 500), st.sampled_from([0.5, 2.0, 64.0]))
 def test_p_values_and_interval_are_those_of_the_paired_test(losses, shift, scale):
     """Whatever the seeds; they move with what all runs have in common and scale with the unit of the loss."""

@@ -1,19 +1,16 @@
 """DeepSeek-V4's names and layouts to ours and back, and the golden values through the converted parameters."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.decoders import MODEL, TOKENS, randomized
+from support.decoders import EXPERTS, decoder_of, drawn_decoder
 from support.golden_values import load
 from support.tolerances import GOLDEN, assert_close
 
 from mhc_jax import connections
 from mhc_jax.convert import from_deepseek_v4, to_deepseek_v4
 from mhc_jax.errors import InputError
-from mhc_jax.model import Decoder
 
 N, n, C = 3, 4, 24  # at n = 2 doubly stochastic matrices are symmetric, and a lost transpose would not show
 
@@ -33,8 +30,9 @@ def golden_weights():
     return weights, g, head
 
 
-def test_there_and_back_is_bitwise():
-    weights, _, _ = golden_weights()
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_there_and_back_is_bitwise(dtype):
+    weights = {name: a.astype(dtype) for name, a in golden_weights()[0].items()}
     back = to_deepseek_v4(from_deepseek_v4({**weights, "embed.weight": np.ones(3)}, N, n, C))
     assert set(back) == set(weights)
     for name in weights:
@@ -56,34 +54,21 @@ def test_converted_parameters_give_the_golden_values():
     assert_close(out, head["out"], GOLDEN, "out")
 
 
-def test_the_tree_is_the_decoders():
-    config = dataclasses.replace(MODEL, connection=connections.parse("mhc:eps_convention=v4:exit=head:num_streams=2"))
-    params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS))["params"]
-    weights = to_deepseek_v4(params)
-    assert weights["layers.2.hc_attn_fn"].shape == (8, 2 * MODEL.width)
-    again = from_deepseek_v4(weights, MODEL.num_layers, 2, MODEL.width)
-    for part in ("layers", "ends"):
-        for name, tree in again[part].items():
-            jax.tree.map(np.testing.assert_array_equal, tree, params[part][name])
-
-
-def test_leading_dense_blocks_keep_their_place():
-    """With experts the first blocks lie apart, and the checkpoint counts through."""
-    experts = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_dense_layers": 1}
-    connection = connections.parse("mhc:eps_convention=v4:exit=head:num_streams=2")
-    config = dataclasses.replace(MODEL, connection=connection, **experts)
-    params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS))["params"]
+@pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense", "experts"])
+def test_the_tree_is_the_decoders(settings):
+    """With experts the first blocks lie apart and keep their place: the checkpoint counts through."""
+    config = decoder_of("mhc:eps_convention=v4:exit=head:num_streams=2", **settings)
+    params = drawn_decoder(config)
     weights = to_deepseek_v4(params)
     assert {name.split(".")[1] for name in weights if name.startswith("layers.")} == set("012")
+    assert weights["layers.2.hc_attn_fn"].shape == (8, 2 * config.width)
+    own = [params[part]["mlp_connection"]["alpha"] for part in ("dense_layers", "layers") if part in params]
+    np.testing.assert_array_equal([weights[f"layers.{i}.hc_ffn_scale"] for i in range(3)], np.concatenate(own))
     again = from_deepseek_v4(weights, config.num_layers, 2, config.width, config.num_leading)
-    assert set(again) == {"dense_layers", "layers", "ends"}
-    np.testing.assert_array_equal(
-        weights["layers.0.hc_ffn_scale"], params["dense_layers"]["mlp_connection"]["alpha"][0]
-    )
-    np.testing.assert_array_equal(weights["layers.2.hc_ffn_scale"], params["layers"]["mlp_connection"]["alpha"][1])
-    for blocks in ("dense_layers", "layers"):
-        for name, tree in again[blocks].items():
-            jax.tree.map(np.testing.assert_array_equal, tree, params[blocks][name])
+    assert set(again) == {"layers", "ends"} | ({"dense_layers"} if settings else set())
+    for part, trees in again.items():
+        for name, tree in trees.items():
+            jax.tree.map(np.testing.assert_array_equal, tree, params[part][name])
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_documents_without_text_are_skipped(tmp_path):
     assert [document.text for document in read_files([path])] == ["x"]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: text.encode(errors="ignore")))
 def test_any_bytes_are_read_as_they_are_or_refused_in_a_sentence(tmp_path_factory, content):
     """A .txt file is UTF-8 with any line ends; a .jsonl file of the same text holds it; nothing else is read."""

@@ -27,7 +27,7 @@ def assert_lossless(tokenizer, texts):
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(texts=st.lists(TEXT, max_size=3))
 @example(EXAMPLES)
 def test_encoding_is_lossless_and_counts_bytes(bpe, texts):

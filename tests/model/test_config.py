@@ -1,54 +1,37 @@
 """Settings: every refused value is told with its name, its value and what is allowed."""
 
-import contextlib
 import dataclasses
 import json
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support import decoders
 
-from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import from_mapping, to_mapping
 
-REFUSED = [
-    *((ModelConfig, name, 0) for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")),
-    (ModelConfig, "num_heads", 3),
-    (ModelConfig, "num_heads", 128),
-    (ModelConfig, "num_kv_heads", 3),
-    (ModelConfig, "vocab_size", -1),
-    (ModelConfig, "embedding_init_std", 0.0),
-    (ModelConfig, "compute_dtype", "float64"),
-    (ModelConfig, "stream_dtype", "bf16"),
-    (ModelConfig, "head_width", -1),
-    (ModelConfig, "attention", "flash"),
-    (ModelConfig, "attention", "cudnn"),
-    (DataConfig, "sequence_length", 1),
-    (DataConfig, "batch_size", 0),
-    (DataConfig, "validation_fraction", 0.0),
-    (DataConfig, "validation_fraction", 1.0),
-    (DataConfig, "source", ""),
-    (DataConfig, "tokenizer", "bytes"),
-    (OptimizerConfig, "schedule", "linear"),
-    (OptimizerConfig, "learning_rate", 0.0),
-    (OptimizerConfig, "learning_rate", float("nan")),
-    (OptimizerConfig, "warmup_steps", -1),
-    (OptimizerConfig, "final_fraction", 1.5),
-    (OptimizerConfig, "b1", 1.0),
-    (OptimizerConfig, "b2", -0.1),
-    (OptimizerConfig, "grad_clip", -1.0),
-    (OptimizerConfig, "weight_decay", -0.1),
-    (OptimizerConfig, "accumulation_steps", 0),
-    (OptimizerConfig, "connection_lr_multiplier", -1.0),
-    *((TrainConfig, name, 0) for name in ("steps", "log_every", "keep_checkpoints", "validation_batches")),
-    *((TrainConfig, name, 0) for name in ("diagnostics_tokens", "spike_window")),
-    *((TrainConfig, name, -1) for name in ("validate_every", "checkpoint_every", "diagnostics_every")),
-    (TrainConfig, "divergence_loss", -1.0),
-    (TrainConfig, "spike_threshold", 0.0),
-]
+ZERO = dict.fromkeys(("width", "num_layers", "num_kv_heads", "mlp_width", "unroll"), (0,))
+LOOP = ("steps", "log_every", "keep_checkpoints", "validation_batches", "diagnostics_tokens", "spike_window")
+REFUSED = {
+    ModelConfig: ZERO
+    | {"num_heads": (0, 3, 128), "num_kv_heads": (0, 3), "vocab_size": (-1,), "head_width": (-1,)}
+    | {"embedding_init_std": (0.0,), "compute_dtype": ("float64",), "stream_dtype": ("bf16",)}
+    | {"attention": ("flash", "cudnn")},
+    DataConfig: {"sequence_length": (1,), "batch_size": (0,), "source": ("",), "tokenizer": ("bytes",)}
+    | {"validation_fraction": (0.0, 1.0)},
+    OptimizerConfig: {"schedule": ("linear",), "learning_rate": (0.0, float("nan")), "warmup_steps": (-1,)}
+    | {"final_fraction": (1.5,), "b1": (1.0,), "b2": (-0.1,), "grad_clip": (-1.0,), "weight_decay": (-0.1,)}
+    | {"accumulation_steps": (0,), "connection_lr_multiplier": (-1.0,)},
+    TrainConfig: dict.fromkeys(LOOP, (0,))
+    | dict.fromkeys(("validate_every", "checkpoint_every", "diagnostics_every"), (-1,))
+    | {"divergence_loss": (-1.0,), "spike_threshold": (0.0,)},
+}
+CASES = [(cls, name, value) for cls, own in REFUSED.items() for name, values in own.items() for value in values]
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), REFUSED, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(("cls", "name", "value"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_a_refused_value_is_named(cls, name, value):
     with pytest.raises(InputError) as caught:
         cls(**{name: value})
@@ -59,125 +42,59 @@ def test_a_refused_value_is_named(cls, name, value):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        ("mch", "connection.kind is 'mch'.*Did you mean 'mhc'"),
-        ("mhc:init", "'init' in the connection 'mhc:init' is not of the form key=value"),
-        ("mhc:innit=paper", "'innit'.*Did you mean 'init'"),
-        ("mhc:init=hme", "connection.init is 'hme'.*Did you mean 'home'"),
-        ("mhc:t_max=many", "t_max is 'many'; it must be a int"),
-        ("mhc:t_max=0", "connection.t_max is 0"),
-        ("hc:dynamic=yes", "dynamic is 'yes'; it must be a bool"),
-        ("hc:num_streams=0", "connection.num_streams is 0"),
-        ("mhc:exit=last", "connection.exit is 'last'; it must be one of 'sum', 'mean', 'head'"),
-        ("mhc:disable=pre+pots", "'pots'.*Did you mean 'post'"),
-        ("mhc:disable=pre+post+res", "nothing of `mhc` is left"),
-        ("hc:disable=pre+post+res", "nothing of `hc` is left"),
-    ],
-)
-def test_a_connection_that_cannot_be_is_told(spec, sentence):
-    with pytest.raises(InputError, match=sentence):
-        connections.parse(spec)
-
-
-def test_parse_reads_every_type():
-    spec = "mhc:init=home:num_streams=2:alpha_init=0.5:disable=pre+post"
-    assert connections.parse(spec) == connections.default_config(
-        "mhc", init="home", num_streams=2, alpha_init=0.5, disable=("pre", "post")
-    )
-    assert connections.parse("hc:dynamic=False").dynamic is False
-    assert connections.parse("hc:tanh=true").tanh is True
-    for kind in connections.KINDS:
-        assert connections.parse(kind) == connections.default_config(kind)
-
-
-OTHER = {
-    "num_streams": (2,),
-    "exit": ("mean", "head"),
-    "entry": ("scaled",),
-    "disable": (("post",), ("pre", "post")),
-    "init": ("paper", "home"),
-    "eps_convention": ("v4", "hy_v4"),
-    **{
-        name: (0.1, 1 / 3, 1e-30)
-        for name in ("alpha_init", "phi_init_std", "gate_init", "init_std", "eps_norm", "beta")
-    },
-    **{name: (7,) for name in ("t_max", "rank", "block_size")},
-    **{name: (False,) for name in ("dynamic", "tanh")},
+GENERIC = {
+    "int": st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 64, 1000]),
+    "float": st.sampled_from([-1.0, 0.0, 1e-3, 1 / 3, 0.5, 1.0, 2.0, float("inf")]) | st.floats(allow_nan=False),
+    "bool": st.booleans(),
+    "str": st.sampled_from(["", "nowhere", "auto"]),
 }
-"""Values of each setting, of which at least one is no kind's default."""
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+LEAVES = [
+    (section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls) if field.type in GENERIC
+]
 
 
-def every_setting():
-    """Every setting of every kind, each at a value of its own, where the kind takes it; then all of mHC's together."""
-    for kind in connections.KINDS:
-        for field in dataclasses.fields(connections.config_class(kind)):
-            for value in OTHER[field.name]:
-                with contextlib.suppress(InputError):
-                    connections.default_config(kind, **{field.name: value})
-                    yield kind, {field.name: value}
-    yield "mhc", {name: OTHER[name][-1] for name in ("num_streams", "exit", "entry", "disable", "alpha_init", "t_max")}
+@st.composite
+def any_mapping(draw):
+    """A few settings of a config file, of the right types."""
+    out = {}
+    for section, field in draw(st.lists(st.sampled_from(LEAVES), max_size=4)):
+        value = GENERIC[field.type] if field.type == "bool" else GENERIC[field.type] | st.just(field.default)
+        out.setdefault(section, {})[field.name] = draw(value)
+    return out
 
 
-@pytest.mark.parametrize(("kind", "settings"), list(every_setting()))
-def test_a_connection_is_spelled_as_it_is_read(kind, settings):
-    config = connections.default_config(kind, **settings)
-    assert connections.parse(connections.spec(config)) == config
-    # As config.json holds it, whole and with nothing but what was set.
-    saved = json.loads(json.dumps(to_mapping(config)))
-    assert connections.spec_of_mapping(saved) == connections.spec(config)
-    assert connections.spec_of_mapping({"kind": kind, **settings}) == connections.spec(config)
+@settings(max_examples=400)
+@given(any_mapping())
+@example({"model": {"rope_theta": 1 / 3}, "optimizer": {"b1": 0.1 + 0.2}})
+def test_an_accepted_configuration_comes_back_exactly_and_a_refused_one_is_named(mapping):
+    try:
+        config = from_mapping(mapping)
+    except InputError as refused:
+        sentence = str(refused)
+        assert any(name in sentence for own in mapping.values() for name in own), sentence
+        assert sentence.endswith((".", "?"))
+        assert "\n" not in sentence
+        return
+    whole = to_mapping(config)
+    for section, own in mapping.items():
+        assert whole[section] == {**whole[section], **own}, "nothing that was set is lost"
+    assert from_mapping(json.loads(json.dumps(whole))) == config
+    assert from_mapping(whole) == config
 
 
-@pytest.mark.parametrize(
-    ("given", "canonical"),
-    [
-        ("residual", "residual"),
-        ("hc", "hc"),
-        ("hc:tanh=False", "hc:tanh=False"),
-        ("hc:tanh=True:num_streams=4", "hc"),
-        ("mhc", "mhc:init=paper"),
-        ("mhc:t_max=5:init=home", "mhc:init=home:t_max=5"),
-        ("mhc:alpha_init=1:disable=pre+post", "mhc:disable=pre+post:init=paper:alpha_init=1.0"),
-        ("mhc_lite", "mhc_lite:init=paper"),
-        ("kromhc", "kromhc:init=paper"),
-        ("circulant", "circulant:init=residual"),
-        ("single_pass", "single_pass:init=paper"),
-        ("identity", "identity:init=residual"),
-    ],
-)
-def test_a_label_says_the_start_and_what_is_not_a_default(given, canonical):
-    assert connections.spec(connections.parse(given)) == canonical
-
-
-def test_a_record_of_another_version_has_a_label():
-    """Settings that have no default here are named; nothing is refused."""
-    assert connections.spec_of_mapping({"kind": "mhc", "alpha_init": 1}) == "mhc:init=paper:alpha_init=1.0"
-    assert connections.spec_of_mapping({"kind": "mhc", "gone": 3}) == "mhc:init=paper:gone=3"
-    assert connections.spec_of_mapping({"kind": "mine", "size": 0.5, "parts": ["a", "b"]}) == "mine:size=0.5:parts=a+b"
-
-
-@pytest.mark.parametrize("kind", connections.KINDS)
-def test_mapping_and_back_through_json(kind):
-    config = ExperimentConfig(
-        model=ModelConfig(width=64, connection=connections.default_config(kind)),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        train=TrainConfig(seed=5),
-    )
-    mapping = to_mapping(config)
-    assert mapping["model"]["connection"]["kind"] == kind
-    assert from_mapping(json.loads(json.dumps(mapping))) == config
-    leaves = [f.name for part in (DataConfig, OptimizerConfig, TrainConfig) for f in dataclasses.fields(part)]
-    assert leaves == [key for part in ("data", "optimizer", "train") for key in mapping[part]]
+def test_a_mapping_has_every_setting_in_its_order():
+    mapping = to_mapping(ExperimentConfig())
+    for section, cls in SECTIONS.items():
+        assert [*mapping[section]] == [field.name for field in dataclasses.fields(cls)]
+    assert mapping["model"]["connection"]["kind"] == "mhc"
 
 
 def test_missing_keys_have_their_defaults():
     assert from_mapping({}) == ExperimentConfig()
     assert from_mapping({"train": {"steps": 30}}).train == TrainConfig(steps=30)
-    assert from_mapping({"model": {"connection": {"kind": "mhc", "disable": "pre"}}}).model.connection.disable == (
-        "pre",
-    )
+    mapping = {"model": {"connection": {"kind": "mhc", "disable": "pre"}}}
+    assert from_mapping(mapping).model.connection.disable == ("pre",)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +120,41 @@ def test_missing_keys_have_their_defaults():
 def test_a_mapping_that_does_not_fit_is_told(mapping, sentence):
     with pytest.raises(InputError, match=sentence):
         from_mapping(mapping)
+
+
+EXPERTS = decoders.EXPERTS | {"num_layers": 3}
+LATENT = {"attention_kind": "mla"}
+BLOCKS = {"num_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "sentence"),
+    [
+        (EXPERTS, {"num_experts": -1}, "model.num_experts is -1"),
+        (EXPERTS, {"num_active_experts": 5}, "num_active_experts is 5; it must lie between 1 and model.num_experts, 4"),
+        (EXPERTS, {"num_active_experts": 0}, "model.num_active_experts is 0"),
+        (EXPERTS, {"num_shared_experts": -1}, "model.num_shared_experts is -1"),
+        (EXPERTS, {"expert_width": 0}, "model.expert_width is 0"),
+        (EXPERTS, {"num_dense_layers": 3}, "num_dense_layers is 3; it must lie between 0 and model.num_layers - 1, 2"),
+        (EXPERTS, {"routed_scale": 0.0}, "model.routed_scale is 0.0"),
+        (EXPERTS, {"balancing_rate": -1.0}, "model.balancing_rate is -1.0"),
+        (EXPERTS, {"expert_buffer": 0.5}, "expert_buffer is 0.5; use 0 .* multiple of the even share .* at least 1"),
+        (LATENT, {"attention_kind": "mha"}, "model.attention_kind is 'mha'; it must be one of 'gqa', 'mla'"),
+        (LATENT, {"kv_rank": 0}, "model.kv_rank is 0"),
+        (LATENT, {"rope_width": 5}, "model.rope_width is 5; rotary embeddings need an even width"),
+        (LATENT, {"attention": "cudnn", "compute_dtype": "bfloat16"}, "model.attention is 'cudnn'.*'xla' or 'splash'"),
+        (BLOCKS, {"remat": "True"}, "model.remat is 'True'; it must be one of 'none', 'connection', 'full', 'auto'"),
+        (BLOCKS, {"remat": "conection"}, "Did you mean 'connection'"),
+        (BLOCKS, {"remat": "connection", "remat_block": 9}, "model.remat_block is 9; it must lie between 1 and the 8"),
+        (BLOCKS, {"remat": "connection", "remat_block": -1}, "model.remat_block is -1"),
+        (BLOCKS, {"remat": "full", "remat_block": 2}, "remat_block is 2, and model.remat 'full' has no use for it"),
+        (BLOCKS, {"remat": "full", "remat_budget_gb": 1.0}, "model.remat 'full' has no use for it"),
+        (BLOCKS, {"remat": "auto", "remat_budget_gb": -1.0}, "it must not be negative"),
+    ],
+)
+def test_a_model_that_cannot_be_is_told(base, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        ModelConfig(**base | settings)
 
 
 def test_an_int_is_a_float():

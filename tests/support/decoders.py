@@ -1,30 +1,63 @@
-"""A decoder of three blocks for every connection, and its logits at initialisation."""
+"""A decoder of three blocks for every connection, its logits at initialisation, and parameters that need no compile."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mhc_jax import connections
 from mhc_jax.config import ModelConfig
 from mhc_jax.model import Decoder
 
 MODEL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
-
-
 TOKENS = jnp.arange(24).reshape(2, 12) % 31
+RESIDUAL = connections.parse("residual")
+MLA = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 8, "num_dense_layers": 1}
+
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+"""The compiler's own options, which tests/conftest.py turns down, for tests of what it makes."""
 
 
-def randomized(params, seed=0):
+def decoder_of(spec, base=MODEL, **settings):
+    """The configuration of a decoder with that connection."""
+    return dataclasses.replace(base, connection=connections.parse(spec), **settings)
+
+
+def randomized(params, seed=0, spread=0.3):
     """Parameters moved off their initial values, so that nothing is zero or equal by construction."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
-    return tree.unflatten([p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=False)])
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(p + spread * random.normal(size=p.shape), p.dtype), params)
+
+
+def drawn(function, *arguments, seed=0, spread=0.3):
+    """What the initialiser `function(key, *arguments)` gives, but random: noise around 1 for norms, none for routers' biases."""
+    random = np.random.default_rng(seed)
+
+    def draw(path, a):
+        name = jax.tree_util.keystr(path)
+        noise = random.normal(size=a.shape) * (0 if "router_bias" in name else spread)
+        return jnp.asarray(float("norm" in name) + noise, a.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(function, jax.random.key(0), *arguments))
+
+
+def drawn_decoder(config, **how):
+    """`drawn` parameters of a decoder, as under `params`."""
+    return drawn(Decoder(config).init, jnp.zeros((1, 8), jnp.int32), **how)["params"]
 
 
 @functools.cache
+def started(config, sample=0):
+    """((logits, what else the decoder tells), parameters): connections as they are initialised, one draw of the branches."""
+    run = functools.partial(Decoder(config).apply, sample=sample, mutable="params", rngs={"params": jax.random.key(0)})
+    out, made = jax.jit(run)({"params": drawn_decoder(dataclasses.replace(config, connection=RESIDUAL))}, TOKENS)
+    return out, made["params"]
+
+
 def logits_of(spec):
-    model = Decoder(dataclasses.replace(MODEL, connection=connections.parse(spec)))
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)
-    return jax.jit(lambda p: model.apply(p, TOKENS)[0])(params), params
+    """(logits, parameters) of `started`."""
+    (logits, _), params = started(decoder_of(spec))
+    return logits, params

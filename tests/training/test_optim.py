@@ -46,7 +46,7 @@ def by_hand(name, step, steps, warmup, final):
 @example("wsd", (7, 0), 0.2)  # shorter than five steps after the decay has begun
 @example("wsd", (2, 1), 0.2)
 @example("cosine", (100, 99), 0.2)
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 def test_every_step_of_every_schedule(name, lengths, final):
     """It rises to the peak, is never above it, falls without a jump (but the table's), and ends at its fraction."""
     steps, warmup = lengths

@@ -1,0 +1,160 @@
+"""Connections as text and as mappings: what is accepted comes back exactly, what is refused is told in one sentence."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mhc_jax import connections
+from mhc_jax.errors import InputError
+from mhc_jax.mapping import from_mapping, to_mapping
+from mhc_jax.plots.style import LOOKS
+
+FIELDS = {kind: dataclasses.fields(connections.config_class(kind)) for kind in connections.KINDS}
+NAMES = (*connections.dynamic.PRESETS, *connections.dynamic.EPS_CONVENTIONS)
+EXITS = ("sum", "mean", "head", "gate", "last_read", "attention", "copy", "scaled")
+VALUES = {
+    "int": st.integers(-1, 9),
+    "float": st.sampled_from([0.0, 0.01, 1 / 3, 1e-30, -2.5, 4.0, 100.0]) | st.floats(allow_nan=False),
+    "bool": st.booleans(),
+    "str": st.sampled_from([*NAMES, *EXITS, "nowhere"]),
+    "tuple[str, ...]": st.lists(st.sampled_from(["pre", "post", "res"] * 3 + ["prre"]), min_size=1, max_size=3).map(
+        tuple
+    ),
+}
+FITTING = {
+    "init": st.sampled_from(connections.dynamic.PRESETS),
+    "eps_convention": st.sampled_from([*connections.dynamic.EPS_CONVENTIONS]),
+    "exit": st.sampled_from(EXITS),
+    "entry": st.sampled_from(["copy", "scaled"]),
+    "num_streams": st.sampled_from([1, 2, 3, 4, 8]),
+}
+
+
+@st.composite
+def any_settings(draw):
+    """(kind, some of its settings): most are accepted."""
+    kind = draw(st.sampled_from([*connections.KINDS]))
+    fields = draw(st.lists(st.sampled_from(FIELDS[kind]), max_size=4))
+    return kind, {f.name: draw(FITTING.get(f.name, VALUES[f.type]) | VALUES[f.type]) for f in fields}
+
+
+@settings(max_examples=400)
+@given(any_settings())
+@example(("circulant", {"beta": 1 / 3}))
+@example(("mhc", {"num_streams": 2, "disable": ("pre", "post"), "entry": "scaled", "alpha_init": 1e-30, "t_max": 7}))
+def test_a_connection_is_read_as_it_is_spelled_or_refused_in_a_sentence(case):
+    kind, own = case
+    text = ":".join([kind, *(f"{key}={'+'.join(v) if isinstance(v, tuple) else v}" for key, v in own.items())])
+    try:
+        config = connections.default_config(kind, **own)
+    except InputError as refused:
+        sentence = str(refused)
+        assert any(name in sentence for name in own), "it says which setting"
+        assert sentence.endswith((".", "?"))
+        assert "\n" not in sentence
+        with pytest.raises(InputError) as again:
+            connections.parse(text)
+        assert str(again.value) == sentence
+        return
+    spec = connections.spec(config)
+    assert connections.parse(spec) == config == connections.parse(text)
+    # As config.json holds it, whole and with nothing but what was set.
+    saved = json.loads(json.dumps(to_mapping(config)))
+    assert connections.spec_of_mapping(saved) == connections.spec_of_mapping({"kind": kind, **own}) == spec
+    assert from_mapping({"model": {"connection": saved}}).model.connection == config
+
+
+REFUSED = [
+    ("mhcc", "connection.kind is 'mhcc'.*Did you mean 'mhc'"),
+    ("mhc:innit=paper", "'innit'.*Did you mean 'init'"),
+    ("mhc:init=pper", "connection.init is 'pper'.*Did you mean 'paper'"),
+    ("mhc:init", "'init' in the connection 'mhc:init' is not of the form key=value"),
+    ("mhc:exit=mena", "Did you mean 'mean'"),
+    ("mhc:exit=last", "connection.exit is 'last'; it must be one of 'sum', 'mean', 'head'"),
+    ("mhc:num_streams=0", "connection.num_streams is 0; a connection needs at least 1 stream"),
+    ("mhc:num_streams=1:init=home", "gated residual"),
+    ("mhc:num_streams=1:disable=pre+post", "nothing is learned"),
+    ("mhc:t_max=0", "connection.t_max is 0; Sinkhorn needs at least 1 iteration"),
+    ("mhc:t_max=many", "t_max is 'many'; it must be a int"),
+    ("mhc:eps_convention=hy_v4", "connection.eps_convention is 'hy_v4'"),
+    ("mhc:disable=pre+pots", "'pots'.*Did you mean 'post'"),
+    ("mhc:disable=pre+post+res", "nothing of `mhc` is left: use kind 'residual'"),
+    ("hc:disable=pre+post+res", "nothing of `hc` is left"),
+    ("hc:tanh=maybe", "tanh is 'maybe'; it must be a bool"),
+    ("residual:num_streams=4", "use `hc` or `mhc`"),
+    ("residual:exit=head", "nothing to weigh"),
+    ("residual:entry=scaled", "entry"),
+    ("scalar_gated:num_streams=2", "has one stream"),
+    ("scalar_gated:disable=post+res", "nothing of `scalar_gated` is left"),
+    ("scalar_gated:exit=head", "connection.exit is 'head'"),
+    ("identity:disable=res", "'res'; it must be one of 'pre', 'post'"),
+    ("identity:disable=pre+post", "nothing of `identity` is left"),
+    ("identity:num_streams=1:init=home", "`identity` is a gated residual at most"),
+    ("mhc_lite:num_streams=6", "6! = 720 permutations.*use `kromhc`"),
+    ("mhc_lite:num_streams=1", "needs 2 to 5"),
+    ("kromhc:num_streams=6", "a power of two from 2 on: use 4 or 8"),
+    ("kromhc:num_streams=1", "a power of two from 2 on: use 2 or 2"),
+    ("circulant:beta=0", "kind 'identity' has no mixing"),
+    ("circulant:num_streams=1", "needs 2 or more"),
+    ("single_pass:disable=pre", "use `mhc:disable=pre`"),
+    ("gated:num_streams=1", "needs 2 or more"),
+    ("gated:rank=0", "at least 1"),
+    ("gated:init_std=0", "no gradient"),
+    ("gated:disable=pre", "share their norm"),
+    ("attnres_block:num_streams=4", "set block_size"),
+    ("attnres_block:block_size=0", "at least 1"),
+    ("attnres_block:exit=sum", "connection.exit is 'sum'"),
+]
+
+
+@pytest.mark.parametrize(("spec", "sentence"), REFUSED)
+def test_a_connection_that_cannot_be_is_told(spec, sentence):
+    with pytest.raises(InputError, match=sentence):
+        connections.parse(spec)
+
+
+def test_parse_reads_every_type():
+    settings = {"init": "home", "num_streams": 2, "alpha_init": 0.5, "disable": ("pre", "post")}
+    spec = "mhc:init=home:num_streams=2:alpha_init=0.5:disable=pre+post"
+    assert connections.parse(spec) == connections.default_config("mhc", **settings)
+    assert connections.parse("hc:dynamic=False").dynamic is False
+    assert connections.parse("hc:tanh=true").tanh is True
+    for kind in connections.KINDS:
+        assert connections.parse(kind) == connections.default_config(kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("residual", "residual"),
+        ("hc", "hc"),
+        ("hc:tanh=False", "hc:tanh=False"),
+        ("hc:tanh=True:num_streams=4", "hc"),
+        ("mhc", "mhc:init=paper"),
+        ("mhc:t_max=5:init=home", "mhc:init=home:t_max=5"),
+        ("mhc:alpha_init=1:disable=pre+post", "mhc:disable=pre+post:init=paper:alpha_init=1.0"),
+        ("mhc_lite", "mhc_lite:init=paper"),
+        ("kromhc", "kromhc:init=paper"),
+        ("circulant", "circulant:init=residual"),
+        ("single_pass", "single_pass:init=paper"),
+        ("identity", "identity:init=residual"),
+    ],
+)
+def test_a_label_says_the_start_and_what_is_not_a_default(text, canonical):
+    assert connections.spec(connections.parse(text)) == canonical
+
+
+def test_a_record_of_another_version_has_a_label():
+    """Settings that have no default here are named; nothing is refused."""
+    assert connections.spec_of_mapping({"kind": "mhc", "alpha_init": 1}) == "mhc:init=paper:alpha_init=1.0"
+    assert connections.spec_of_mapping({"kind": "mhc", "gone": 3}) == "mhc:init=paper:gone=3"
+    assert connections.spec_of_mapping({"kind": "mine", "size": 0.5, "parts": ["a", "b"]}) == "mine:size=0.5:parts=a+b"
+
+
+def test_every_kind_has_a_look_of_its_own():
+    looks = [LOOKS[kind] for kind in connections.KINDS]
+    assert len({(color, dashes) for color, dashes, _ in looks}) == len(looks)
+    assert len({marker for *_, marker in looks}) == len(looks)
