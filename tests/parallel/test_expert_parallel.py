@@ -191,12 +191,17 @@ EXPERTS = {
 LATENT = {"attention_kind": "mla", "kv_rank": 16, "rope_width": 4}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("residual", marks=pytest.mark.slow), "mhc"])
-@pytest.mark.parametrize(
-    "mesh", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"data": 2, "tensor": 2, "expert": 2}], ids=name_of
-)
+FULL = pytest.mark.full
+SPLIT = [
+    {"data": 2, "tensor": 2, "expert": 2},
+    *(pytest.param({axis: 2, "expert": 4}, marks=FULL) for axis in ("data", "fsdp")),
+]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("residual", marks=pytest.mark.slow), "mhc:t_max=2"])
+@pytest.mark.parametrize("mesh", SPLIT, ids=name_of)
 def test_a_decoder_of_latent_attention_and_experts_is_that_of_one_device(kind, mesh):
-    assert_same_step(kind, mesh, **EXPERTS, **LATENT, remat="full" if kind == "mhc" else "none")
+    assert_same_step(kind, mesh, **EXPERTS, **LATENT, remat="none" if kind == "residual" else "full")
 
 
 def train_step(mesh, expert_buffer=0.0):
@@ -204,7 +209,7 @@ def train_step(mesh, expert_buffer=0.0):
     config = tiny("residual", mesh, **EXPERTS, expert_buffer=expert_buffer)
     devices = make_mesh(config.mesh)
     state = jax.jit(lambda: init_state(config))()
-    inputs = batch()
+    inputs = batch(config)
     if devices is not None:
         state = jax.device_put(state, state_shardings(devices, state))
         inputs = jax.device_put(inputs, batch_sharding(devices))
@@ -233,7 +238,7 @@ def test_without_an_axis_of_experts_each_device_sorts_its_own_tokens():
     mesh = make_mesh(config.mesh)
     with using(mesh):
         variables = {"params": jax.device_put(random_params(config), NamedSharding(mesh, PartitionSpec()))}
-        tokens = jax.device_put(batch()["inputs"], batch_sharding(mesh))
+        tokens = jax.device_put(batch(config)["inputs"], batch_sharding(mesh))
         found = collectives(jax.jit(Decoder(config.model).apply), variables, tokens)
     assert {kind for kind, _ in found} == {"all-reduce"}, found
     assert not any(re.search(r",\d+,", shape) for _, shape in found), "only loads and entropies are added up"
@@ -242,7 +247,7 @@ def test_without_an_axis_of_experts_each_device_sorts_its_own_tokens():
 def test_one_sequence_that_the_mesh_does_not_divide():
     """As diagnostics have it: GSPMD places it."""
     config = tiny("residual", {"data": 2, "expert": 4}, **EXPERTS)
-    params, tokens = random_params(config), batch()["inputs"][:1]
+    params, tokens = random_params(config), batch(config)["inputs"][:1]
     mesh = make_mesh(config.mesh)
     with using(mesh):
         own = jax.device_put(params, state_shardings(mesh, params))

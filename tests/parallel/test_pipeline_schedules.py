@@ -1,13 +1,14 @@
 """Schedules of pipelines: proofs of generated tables, refusals of broken ones, published bubbles, costs, the picture."""
 
 import dataclasses
-import json
+import itertools
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.in_process import run_here
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
@@ -21,32 +22,119 @@ from mhc_jax.pipeline.validate import messages, operations, peak_activations, va
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
 
+ALIKE = {"deadline": None, "derandomize": True, "database": None}
+NAMES = ("microbatch", "chunk", "stage")
 
-def random_arguments(name, r):
+
+@st.composite
+def arguments(draw, name):
     """(stages, microbatches, chunks, latency) that the schedule accepts."""
-    P, chunks = int(r.integers(2, 6)), 0
-    M = int(r.integers(1 if name == "gpipe" else P, 2 * P + 3))
+    P, chunks, latency = draw(st.integers(2, 5)), 0, draw(st.integers(1, 2))
     if name == "interleaved":
-        M, chunks = P * int(r.integers(1, 3)), int(r.integers(2, 4))
+        return P, P * draw(st.integers(1, 3)), draw(st.integers(2, 3)), latency
     if name.startswith("dualpipe"):
-        P = P + P % 2 if name == "dualpipe" else P
-        M = 2 * P + 2 * int(r.integers(0, 3))
-    return P, M, chunks, int(r.integers(1, 3))
+        P += P % 2 if name == "dualpipe" else 0
+        return P, 2 * P + 2 * draw(st.integers(0, 3)), chunks, latency
+    return P, draw(st.integers(1 if name == "gpipe" else P, 2 * P + 3)), chunks, latency
+
+
+def replay(schedule, program):
+    """Follow the columns as the executor does, with (microbatch, stage) for arrays; what was done, in order.
+
+    Whatever is read must be what was meant to lie there; activations and what W waits for are written at once, the rest when a
+    tick ends.
+    """
+    column, done = program.columns, []
+    lies = {what: {} for what in ("inputs", "gradients", "activations", "deferrals")}
+    late = [{} for _ in range(schedule.latency)]  # of a tick: (device, kind) -> what it sends
+    for tick in range(len(schedule.table)):
+        made, landed = {}, {}
+        for d in range(schedule.devices):
+
+            def at(name, d=d, tick=tick):
+                return int(column[name][d, tick])
+
+            def holds(what, name, expected, d=d, at=at):
+                found = lies[what].get((d, at(name)))
+                assert found == expected, f"tick {tick}, device {d}: {found} in {name} {at(name)}, not {expected}"
+
+            for k, each in enumerate(program.phases):
+                op = each[at(f"operation_{k}")]
+                of = {half: tuple(at(f"{half}_{name}") for name in NAMES) for half in ("forward", "backward")}
+                for half, kind in (
+                    ("backward", op.backward),
+                    ("forward", op.forward),
+                ):  # F&B: read before it is written
+                    if not kind:
+                        continue
+                    m, chunk, stage = of[half]
+                    assert schedule.routes[schedule.route_of[m]][stage] == Place(d, chunk)
+                    if kind == "F":
+                        if stage > 0:
+                            holds("inputs", "forward_read", (m, stage))
+                        lies["activations"][d, at("keep")] = (m, stage)
+                        made[d, "F"] = (m, stage + 1)
+                        landed |= {
+                            ("inputs", d, at("to_self")): (m, stage + 1),
+                            ("gradients", d, at("from_loss")): (m, stage),
+                        }
+                    else:
+                        holds("gradients", "backward_read", (m, stage))
+                        holds("activations", "kept", (m, stage))
+                        if kind == "W":
+                            holds("deferrals", "deferred", (m, stage))
+                        else:
+                            made[d, "B"] = (m, stage - 1)
+                            landed["gradients", d, at("to_own_gradients")] = (m, stage - 1)
+                        if kind == "I":
+                            lies["deferrals"][d, at("defer")] = (m, stage)
+                    done.append((kind, m, stage))
+        late = [made, *late][: schedule.latency]
+        for k, channel in enumerate(program.channels):
+            for source, target in channel.pairs:
+                for kind in channel.kinds:
+                    where = (
+                        "inputs" if kind == "F" else "gradients",
+                        target,
+                        int(column[f"arrives_{k}_{kind}"][target, tick]),
+                    )
+                    landed[where] = late[-1].get((source, kind))
+        for (what, d, slot), value in landed.items():
+            if slot >= 0:
+                lies[what][d, slot] = value
+    for what, slots in lies.items():
+        assert max((slot for _, slot in slots), default=-1) < max(getattr(program, what), 1)
+    return done
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_200_tables_of_each_generator_are_valid(name):
-    r = np.random.default_rng(0)
-    for _ in range(200):
-        P, M, chunks, latency = random_arguments(name, r)
-        schedule = make(name, P, M, chunks, latency)
-        validate(schedule)
-        assert (schedule.devices, schedule.microbatches) == (P, M)
-        assert schedule.stages == stage_count(name, P, chunks)
-        # Independent of the validator: forwards and gradients of all stages and microbatches.
-        done = [op.kind for _, _, op in operations(schedule)]
-        assert done.count("F") == done.count("B") + done.count("I") == M * schedule.stages
-        assert done.count("I") == done.count("W")
+@settings(max_examples=25, **ALIKE)
+@given(st.data())
+def test_any_generated_table_is_valid_and_its_program_reads_what_it_wrote(name, data):
+    P, M, chunks, latency = data.draw(arguments(name))
+    schedule = make(name, P, M, chunks, latency)
+    validate(schedule)
+    assert (schedule.devices, schedule.microbatches) == (P, M)
+    assert schedule.stages == stage_count(name, P, chunks)
+    # Independent of the validator: forwards and gradients of all stages and microbatches, once and in order.
+    kinds = [op.kind for _, _, op in operations(schedule)]
+    assert kinds.count("F") == kinds.count("B") + kinds.count("I") == M * schedule.stages
+    assert kinds.count("I") == kinds.count("W")
+    program = compile_table(schedule)
+    done = replay(schedule, program)
+    assert len(set(done)) == len(done) == len(kinds)
+    at = {("B" if kind == "I" else kind, *what): k for k, (kind, *what) in enumerate(done)}
+    every = list(itertools.product(range(M), range(schedule.stages)))
+    assert all(at["F", m, s] < at["B", m, s] <= at.get(("W", m, s), at["B", m, s]) for m, s in every)
+    assert all(
+        at["F", m, s] < at["F", m, s + 1] and at["B", m, s + 1] < at["B", m, s]
+        for m, s in every
+        if s + 1 < schedule.stages
+    )
+    assert program.activations == max(schedule.bound)
+
+
+WAYS = ("dropped", "twice", "microbatch", "kind", "receives", "sends", "chunk", "early", "late", "room")
 
 
 def replaced(schedule, tick, device, cell) -> Schedule:
@@ -55,32 +143,31 @@ def replaced(schedule, tick, device, cell) -> Schedule:
     return dataclasses.replace(schedule, table=(*schedule.table[:tick], row, *schedule.table[tick + 1 :]))
 
 
-def corrupted(schedule, r):
-    """(what was done, the schedule with one thing wrong)."""
-    all_of_them = list(operations(schedule))
-    tick, device, op = all_of_them[r.integers(len(all_of_them))]
-    others = [one for one in schedule.table[tick][device] if one != op]
-    how = r.choice(["dropped", "twice", "microbatch", "kind", "receives", "sends", "chunk", "early", "late", "room"])
+def corrupted(schedule, how, pick):
+    """The schedule with one thing wrong; `pick`: a number that chooses where."""
+    some = [
+        found
+        for found in operations(schedule)
+        if not (how == "late" and found[2].kind in "BW" and found[2].sends is None)  # nothing needs it
+        and not (how == "early" and found[2].kind == "F" and found[2].receives is None)  # needs nothing
+    ]
+    tick, device, op = some[pick % len(some)]
+    others, empty = [one for one in schedule.table[tick][device] if one != op], ((),) * schedule.devices
+    end = len(schedule.table)
+    longer = dataclasses.replace(schedule, table=(*schedule.table, empty))
     if how == "dropped":
-        return how, replaced(schedule, tick, device, others)
+        return replaced(schedule, tick, device, others)
     if how == "twice":
-        again = int(r.integers(tick + 1, len(schedule.table) + 1))
-        longer = dataclasses.replace(schedule, table=(*schedule.table, ((),) * schedule.devices))
-        return how, replaced(longer, again, device, [op])
-    if how == "late":  # behind all that needs it
-        if op.kind in "BW" and op.sends is None:
-            return corrupted(schedule, r)
-        longer = dataclasses.replace(schedule, table=(*schedule.table, ((),) * schedule.devices))
-        return how, replaced(replaced(longer, tick, device, others), len(schedule.table), device, [op])
-    if how == "early":  # before all there is
-        if op.kind == "F" and op.receives is None:
-            return corrupted(schedule, r)
-        longer = dataclasses.replace(schedule, table=(((),) * schedule.devices, *schedule.table))
-        return how, replaced(replaced(longer, tick + 1, device, others), 0, device, [op])
+        return replaced(longer, tick + 1 + pick // len(some) % (end - tick), device, [op])
+    if how == "late":
+        return replaced(replaced(longer, tick, device, others), end, device, [op])
+    if how == "early":
+        longer = dataclasses.replace(schedule, table=(empty, *schedule.table))
+        return replaced(replaced(longer, tick + 1, device, others), 0, device, [op])
     if how == "room":
         tight = list(schedule.bound)
         tight[device] = peak_activations(schedule)[device][0] - 1
-        return how, dataclasses.replace(schedule, bound=tuple(tight))
+        return dataclasses.replace(schedule, bound=tuple(tight))
     wrong = {
         "microbatch": (op.microbatch + 1) % (schedule.microbatches + 1),
         "kind": {"F": "B", "B": "W", "I": "F", "W": "I"}[op.kind],
@@ -89,20 +176,18 @@ def corrupted(schedule, r):
         "chunk": op.chunk + 1,
     }
     cell = [op._replace(**{how: wrong[how]}) if one == op else one for one in schedule.table[tick][device]]
-    return how, replaced(schedule, tick, device, cell)
+    return replaced(schedule, tick, device, cell)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_200_corrupted_tables_are_refused(name):
-    r = np.random.default_rng(1)
-    ways = set()
-    for _ in range(200):
-        P, M, chunks, latency = random_arguments(name, r)
-        how, schedule = corrupted(make(name, P, M, chunks, latency), r)
-        ways.add(how)
+@settings(max_examples=20, **ALIKE)
+@given(st.data())
+def test_any_table_with_one_thing_wrong_is_refused(name, data):
+    P, M, chunks, latency = data.draw(arguments(name))
+    schedule, pick = make(name, P, M, chunks, latency), data.draw(st.integers(0, 10**6))
+    for how in WAYS:
         with pytest.raises(InputError):
-            validate(schedule)
-    assert len(ways) == 10
+            validate(corrupted(schedule, how, pick))
 
 
 def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
@@ -202,7 +287,7 @@ def test_what_does_not_fit_is_refused(name, P, M, sentence):
         make(name, P, M)
 
 
-def paper(kind="mhc"):
+def paper(kind="mhc:t_max=2"):
     from experiments.configs.paper import get_config
 
     return from_mapping(get_config(f"27b:{kind}").to_dict())
@@ -263,8 +348,8 @@ def test_costs_of_a_report():
 
 def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
     rates = costs.chip_rates("v5p")
-    rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc"], rates, 1.0)
-    labels = ["residual", "mhc:init=paper", "mhc:init=paper, recompute"]
+    rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
+    labels = ["residual", "mhc:t_max=2:init=paper", "mhc:t_max=2:init=paper, recompute"]
     assert [row.label for row in rows] == 2 * labels
     for plain, mhc, again in (rows[:3], rows[3:]):
         assert plain.over is None
@@ -277,12 +362,13 @@ def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
         tables.of_model(["1f1b"], 4, 8, ExperimentConfig(), ["residual"], rates, 1.0)
 
 
-def test_the_picture_shows_every_operation(tmp_path):
-    runs = [simulate(make(name, 8, 20), by_hand(8)) for name in ("1f1b", "dualpipe")]
+@pytest.mark.parametrize(("P", "M"), [(4, 8), pytest.param(8, 20, marks=pytest.mark.full)])
+def test_the_picture_shows_every_operation(P, M, tmp_path):
+    runs = [simulate(make(name, P, M), by_hand(P)) for name in ("1f1b", "dualpipe")]
     figure = timeline(runs, ["one", "two"])
     for axis, run in zip(figure.axes, runs, strict=True):
         assert len(axis.texts) == len(list(operations(run.schedule)))
-        assert axis.get_ylim()[0] > 7
+        assert axis.get_ylim()[0] > P - 1
     # Of the narrowest cell, an F of one unit: three times the width of its number, 6 points high.
     figure.draw_without_rendering()
     unit = figure.axes[0].transData.transform([[0, 0], [1, 0]])
@@ -294,19 +380,16 @@ def test_the_picture_shows_every_operation(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "experiments/pipeline.py", "--stages=4", "--microbatches=8"]
-    done = subprocess.run(
-        [*command, f"--picture={tmp_path}/a.png", "--schedules=1f1b,zb1p"], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert lines[2].startswith("| 1f1b |  | 4 x 4 | 33 | 9 | 27.3 |")
+    command = ("pipeline", "--stages=4", "--microbatches=8")
+    status, out, _ = run_here(*command, f"--picture={tmp_path}/a.png", "--schedules=1f1b,zb1p")
+    assert status == 0
+    assert out.splitlines()[2].startswith("| 1f1b |  | 4 x 4 | 33 | 9 | 27.3 |")
     assert (tmp_path / "a.png").exists()
     assert (tmp_path / "a.svg").exists()
-    refused = subprocess.run([*command, "--schedules=dualpipe", "--stages=3"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "even number" in refused.stderr + refused.stdout
-    assert "Traceback" not in refused.stderr
-    assert json.dumps(refused.stdout) == '""'
+    status, out, err = run_here(*command, "--schedules=dualpipe", "--stages=3")
+    assert (status, out) == (2, "")
+    assert "even number" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("leading", [False, True])

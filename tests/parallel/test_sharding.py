@@ -13,7 +13,7 @@ import mhc_kernels
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from support.meshes import QUICK, B, T, assert_same_step, batch, compiled_gradients, name_of, shapes, tiny
+from support.meshes import QUICK, B, T, assert_same_step, compiled_gradients, lowered_gradients, name_of, tiny
 from support.tiny_runs import data_of, final_state, lines, write_text
 from support.tiny_runs import tiny as tiny_run
 from support.tolerances import assert_close
@@ -26,7 +26,7 @@ from mhc_jax.layers.attention import attend
 from mhc_jax.mapping import to_mapping
 from mhc_jax.paths import path_of
 from mhc_jax.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
-from mhc_jax.train_step import gradients, init_state
+from mhc_jax.train_step import init_state
 
 MESHES = [
     {"data": 8},
@@ -36,51 +36,50 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "tensor": 2, "sequence": 2},
 ]
-MIXED = MESHES[-1]
-FEWER = [pytest.param(mesh, marks=() if "fsdp" in mesh or mesh is MIXED else pytest.mark.slow) for mesh in MESHES]
-"""What runs by default where another kind runs on all."""
+LATENT = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+SHARED = {"num_shared_experts": 1, "expert_width": 16}
+FSDP, MIXED = MESHES[1], MESHES[-1]
+PAIRS = [pytest.param(mesh, marks=() if mesh in (FSDP, MIXED) else pytest.mark.full) for mesh in MESHES]
+"""By default every axis of a mesh beside another; one by one in the full suite."""
 MHC = "mhc:t_max=2"  # fewer steps of Sinkhorn, which a device does by itself, compile in less time
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
-def test_mhc_is_that_of_one_device(mesh):
-    assert_same_step(MHC, mesh)
+@pytest.mark.parametrize("mesh", PAIRS, ids=name_of)
+@pytest.mark.parametrize("kind", ["residual", MHC])
+def test_a_step_is_that_of_one_device(kind, mesh):
+    assert_same_step(kind, mesh)
 
 
-@pytest.mark.parametrize("mesh", FEWER, ids=name_of)
-def test_residual_is_that_of_one_device(mesh):
-    assert_same_step("residual", mesh)
+EVERY_KIND = sorted(set(connections.KINDS) - {"residual", "mhc"})
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(m, marks=() if m is MIXED else pytest.mark.slow) for m in MESHES], ids=name_of
-)
-def test_hyper_connections_are_those_of_one_device(mesh):
-    assert_same_step("hc", mesh)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(set(connections.KINDS) - {"residual", "hc", "mhc"}))
+@pytest.mark.parametrize("kind", [k if k == "hc" else pytest.param(k, marks=pytest.mark.slow) for k in EVERY_KIND])
 def test_every_kind_on_a_mixed_mesh(kind):
     assert_same_step(kind, MIXED)
 
 
 @pytest.mark.slow
-def test_latent_attention_tied_embeddings_and_an_odd_vocabulary():
-    """57 words, which tensor does not divide; blocks computed again in the backward pass."""
-    mla = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
-    assert_same_step(MHC, MIXED, vocab_size=57, tied_embeddings=True, remat="full", **mla)
+@pytest.mark.parametrize("mesh", MESHES[:-1], ids=name_of)
+def test_hyper_connections_are_those_of_one_device(mesh):
+    assert_same_step("hc", mesh)
+
+
+OTHERS = {
+    # 57 words, which tensor does not divide; blocks computed again in the backward pass.
+    "mla, tied, odd vocabulary": (MHC, MIXED, {"vocab_size": 57, "tied_embeddings": True, "remat": "full", **LATENT}),
+    "experts": (
+        "residual",
+        {"data": 2, "tensor": 2, "expert": 2},
+        {"num_experts": 4, "num_active_experts": 2, **SHARED},
+    ),
+    "accumulated gradients": (MHC, {"data": 2, "fsdp": 2}, {"accumulation_steps": 2}),
+}
 
 
 @pytest.mark.slow
-def test_experts():
-    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 16}
-    assert_same_step("residual", {"data": 2, "tensor": 2, "expert": 2}, **experts)
-
-
-@pytest.mark.slow
-def test_accumulated_gradients():
-    assert_same_step(MHC, {"data": 2, "fsdp": 2}, accumulation_steps=2)
+@pytest.mark.parametrize(("kind", "mesh", "settings"), OTHERS.values(), ids=OTHERS)
+def test_other_models_are_those_of_one_device(kind, mesh, settings):
+    assert_same_step(kind, mesh, **settings)
 
 
 # -------------------------------------------------------------------------------------------------- what is communicated
@@ -89,15 +88,13 @@ def test_accumulated_gradients():
 def collectives(config):
     """(kind, shape) -> how often it stands in the compiled gradient."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    text = compiled_gradients(config)[0].as_text()
     found = collections.Counter()
-    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled_gradients(config).as_text()):
         for shape in re.findall(r"\w+\[([\d,]*)\]", result):
             found[kind, tuple(int(size) for size in shape.split(",") if size)] += 1
     return found
 
 
-@pytest.mark.parametrize("mesh", FEWER, ids=name_of)
 def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh):
     residual, mhc = (collectives(tiny(kind, mesh)) for kind in ("residual", MHC))
     assert residual
@@ -110,24 +107,24 @@ def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh)
 
 
 def test_weights_are_gathered_layer_by_layer_and_activations_never():
-    config = tiny(MHC, {"data": 2, "fsdp": 4})
-    weights = {a.shape[-2:] for a in jax.tree.leaves(shapes(config)) if len(a.shape) > 1}
+    config = tiny(MHC, FSDP)
+    params = jax.eval_shape(lambda: init_state(config).params)
+    weights = {a.shape[-2:] for a in jax.tree.leaves(params) if len(a.shape) > 1}
     gathered = {shape for kind, shape in collectives(config) if kind == "all-gather"}
     assert gathered
     assert gathered <= weights
 
 
-def test_over_sequence_only_keys_and_values_are_gathered():
-    config = tiny(MHC, {"sequence": 2})
+@pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=pytest.mark.full)])
+def test_over_sequence_only_keys_and_values_are_gathered(kind):
+    config = tiny(kind, {"sequence": 2})
     K, D = config.model.num_kv_heads, config.model.head_dim
     moved = [(kind, math.prod(shape)) for kind, shape in collectives(config).elements() if kind != "all-reduce"]
     assert moved == [("all-gather", B * T * K * D)] * 2
 
 
 def test_streams_lie_over_batch_and_sequence():
-    config = tiny(MHC, MIXED)
-    with using(make_mesh(config.mesh)):
-        text = jax.jit(gradients(config)).lower(shapes(config), batch()).as_text()
+    text = lowered_gradients(tiny(MHC, MIXED))[1].as_text()
     streams = re.findall(r"sharding_constraint %\S+ <@mesh, (\[.*?\])> : tensor<8x32x32xf32>", text)
     assert set(streams) == {'[{"data"}, {"sequence"}, {}]'}
     # Inside the operations: a device's 4 sequences of 16 tokens, and all channels of all streams.
@@ -136,11 +133,8 @@ def test_streams_lie_over_batch_and_sequence():
 
 
 def test_flops_are_those_of_one_device():
-    def count(config):
-        with using(make_mesh(config.mesh)):
-            return cost.flops(gradients(config), shapes(config), batch())
-
-    assert count(tiny(MHC, MIXED)) == pytest.approx(count(tiny(MHC)), rel=1e-3)
+    split, alone = (cost.jaxpr_flops(lowered_gradients(tiny(MHC, mesh))[0].jaxpr) for mesh in (MIXED, {}))
+    assert split == pytest.approx(alone, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- operations
@@ -268,10 +262,7 @@ def test_one_device_is_no_mesh():
     assert make_mesh(MeshConfig()) is None
     x = jnp.ones((2, 4))
     assert constrain(x, "batch", "sequence") is x
-    config = tiny(MHC)
-    with using(make_mesh(config.mesh)):
-        text = jax.jit(gradients(config)).lower(shapes(config), batch()).as_text()
-    assert not re.search("sdy|sharding|manual", text)
+    assert not re.search("sdy|sharding|manual", lowered_gradients(tiny(MHC))[1].as_text())
 
 
 def test_a_mesh_axis_is_used_once():
@@ -326,6 +317,7 @@ def test_what_does_not_fit_is_told_when_the_configuration_is_built(mesh, setting
         tiny("mhc", mesh, **settings)
 
 
-def test_more_devices_than_there_are():
+def test_a_mesh_of_experts_splits_the_batch_and_has_no_more_devices_than_there_are():
+    assert MeshConfig(data=2, fsdp=3, tensor=5, expert=7, sequence=11).batch == 2 * 3 * 7
     with pytest.raises(InputError, match=r"The mesh \(data 4, tensor 4\) asks for 16 devices, and there are 8"):
         make_mesh(MeshConfig(data=4, tensor=4))

@@ -16,6 +16,8 @@ from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerC
 from mhc_jax.data import load_data
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 1200
+"""With a process, however busy the machine: beyond it a test fails instead of hanging; none waits for it to pass."""
 TIMES = ("step_time_s", "tokens_per_s")
 WORDS = ("stream", "gate", "norm", "layer", "width", "depth", "token", "loss", "rate", "decay")
 
@@ -105,9 +107,18 @@ def flags_of(config: ExperimentConfig) -> list[str]:
     return out
 
 
+def at_step(signals: dict[str, tuple[int, int, str]]) -> dict[str, str]:
+    """The environment in which runs send themselves, or their parent, a signal at a step: see startup/sitecustomize.py."""
+    path = os.pathsep.join([str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path.rstrip(os.pathsep), "SIGNAL_AT_STEP": json.dumps(signals)}
+
+
 def script(name: str, *args: str, **popen) -> subprocess.Popen:
-    """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes.
+
+    `env`, if given, is added to that of the tests.
+    """
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | popen.pop("env", {})
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
@@ -117,5 +128,5 @@ def script(name: str, *args: str, **popen) -> subprocess.Popen:
 def run_script(name: str, *args: str, **popen) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of a script that ends by itself."""
     process = script(name, *args, **popen)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
