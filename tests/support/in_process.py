@@ -1,7 +1,6 @@
 """A script of experiments/ run in this process: a new one would spend seconds on importing JAX."""
 
 import contextlib
-import copy
 import io
 import runpy
 import sys
@@ -15,9 +14,8 @@ from mhc_jax import cli
 
 
 def run_here(name: str, *args: object) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of experiments/<name>.py; absl's flags are left as they were."""
-    script, known = ROOT / "experiments" / f"{name}.py", vars(flags.FLAGS)
-    before = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in known.items()}
+    """(exit status, standard output, standard error) of experiments/<name>.py; absl forgets the flags of the script."""
+    script, known = ROOT / "experiments" / f"{name}.py", set(flags.FLAGS)
     out, err = io.StringIO(), io.StringIO()
     try:
         with (
@@ -34,6 +32,8 @@ def run_here(name: str, *args: object) -> tuple[int, str, str]:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
-        known.clear()
-        known.update(before)
+        for flag in set(flags.FLAGS) - known:
+            module = flags.FLAGS.find_module_defining_flag(flag)
+            if module in (str(script), "mhc_jax.cli") or module.startswith("ml_collections"):  # libraries keep theirs
+                delattr(flags.FLAGS, flag)
     return status, out.getvalue(), err.getvalue()
