@@ -84,7 +84,7 @@ def processes(count, config, folder, *flags, signals=None, own=None):
     for process in range(count):
         env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         if process in (signals or {}):
-            env |= at_step({"train": (*signals[process], "self")})
+            env |= at_step({folder.name: (*signals[process], "self")})
         started.append(script("train", *common, f"--process_id={process}", *(own or {}).get(process, ()), env=env))
     try:
         told = [process.communicate(timeout=PATIENCE_S) for process in started]

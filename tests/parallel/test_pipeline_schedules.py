@@ -312,6 +312,17 @@ def test_costs_of_a_model_add_up():
     assert sum(plain.W) == pytest.approx(sum(plain.F) - 2 * blocks * 4 * C * 2 * T / 2e12)
 
 
+def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward():
+    """A product of V C weights and T tokens in F, its two gradients in B, the one of the weights in W."""
+    rates = costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
+    model = dataclasses.replace(paper("residual").model, vocab_size=1000, width=256, num_layers=8)
+    one, more = (costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, rates) for V in (1000, 1100))
+    product = 2 * 100 * 256 * 64 / 1e14
+    for kind, times in (("F", 1), ("B", 2), ("W", 1)):
+        added = np.subtract(getattr(more, kind), getattr(one, kind))
+        np.testing.assert_allclose(added, [0, 0, 0, times * product], rtol=1e-6, atol=1e-6 * product)
+
+
 def test_blocks_go_where_there_is_least_work():
     assert costs.blocks_of_stages(8, 4) == [2, 2, 2, 2]
     assert costs.blocks_of_stages(8, 4, head=2.5) == [3, 3, 2, 0]

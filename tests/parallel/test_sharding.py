@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from support.meshes import QUICK, B, T, assert_same_step, compiled_gradients, lowered_gradients, name_of, tiny
+from support.thinned import thin
 from support.tiny_runs import data_of, final_state, lines, write_text
 from support.tiny_runs import tiny as tiny_run
 from support.tolerances import assert_close
@@ -28,6 +29,7 @@ from mhc_jax.paths import path_of
 from mhc_jax.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
 from mhc_jax.train_step import init_state
 
+FULL, SLOW = pytest.mark.full, pytest.mark.slow
 MESHES = [
     {"data": 8},
     {"data": 2, "fsdp": 4},
@@ -39,29 +41,27 @@ MESHES = [
 LATENT = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
 SHARED = {"num_shared_experts": 1, "expert_width": 16}
 FSDP, MIXED = MESHES[1], MESHES[-1]
-PAIRS = [pytest.param(mesh, marks=() if mesh in (FSDP, MIXED) else pytest.mark.full) for mesh in MESHES]
-"""By default every axis of a mesh beside another; one by one in the full suite."""
 MHC = "mhc:t_max=2"  # fewer steps of Sinkhorn, which a device does by itself, compile in less time
+FAST = (("residual", FSDP), ("residual", MIXED), (MHC, MIXED))
+CASES = thin([(kind, mesh) for kind in ("residual", MHC) for mesh in MESHES], FAST.__contains__)
 
 
-@pytest.mark.parametrize("mesh", PAIRS, ids=name_of)
-@pytest.mark.parametrize("kind", ["residual", MHC])
+@pytest.mark.parametrize(("kind", "mesh"), CASES, ids=name_of)
 def test_a_step_is_that_of_one_device(kind, mesh):
     assert_same_step(kind, mesh)
 
 
-EVERY_KIND = sorted(set(connections.KINDS) - {"residual", "mhc"})
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=(FULL if mesh is MIXED else SLOW)) for mesh in MESHES], ids=name_of
+)
+def test_hyper_connections_are_those_of_one_device(mesh):
+    assert_same_step("hc", mesh, fused=True)
 
 
-@pytest.mark.parametrize("kind", [k if k == "hc" else pytest.param(k, marks=pytest.mark.slow) for k in EVERY_KIND])
+@SLOW
+@pytest.mark.parametrize("kind", sorted(set(connections.KINDS) - {"residual", "hc", "mhc"}))
 def test_every_kind_on_a_mixed_mesh(kind):
     assert_same_step(kind, MIXED)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES[:-1], ids=name_of)
-def test_hyper_connections_are_those_of_one_device(mesh):
-    assert_same_step("hc", mesh)
 
 
 OTHERS = {
@@ -76,7 +76,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(("kind", "mesh", "settings"), OTHERS.values(), ids=OTHERS)
 def test_other_models_are_those_of_one_device(kind, mesh, settings):
     assert_same_step(kind, mesh, **settings)
@@ -106,8 +106,9 @@ def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh)
     assert mhc - residual == {("all-reduce", shape): count for shape, count in own.items()}
 
 
-def test_weights_are_gathered_layer_by_layer_and_activations_never():
-    config = tiny(MHC, FSDP)
+@pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])
+def test_weights_are_gathered_layer_by_layer_and_activations_never(kind):
+    config = tiny(kind, FSDP)
     params = jax.eval_shape(lambda: init_state(config).params)
     weights = {a.shape[-2:] for a in jax.tree.leaves(params) if len(a.shape) > 1}
     gathered = {shape for kind, shape in collectives(config) if kind == "all-gather"}
@@ -115,7 +116,7 @@ def test_weights_are_gathered_layer_by_layer_and_activations_never():
     assert gathered <= weights
 
 
-@pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])
 def test_over_sequence_only_keys_and_values_are_gathered(kind):
     config = tiny(kind, {"sequence": 2})
     K, D = config.model.num_kv_heads, config.model.head_dim
@@ -141,29 +142,33 @@ def test_flops_are_those_of_one_device():
 
 
 def all_operations(x, y, post, res, phi, alpha, bias):
-    n = post.shape[0]
-    new, c, h = mhc_kernels.write_read(
-        x, mhc_kernels.Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n, num_iters=3
-    )
-    c = mhc_kernels.coefficients(new, phi, alpha, bias, num_streams=n, num_iters=3)
-    new = mhc_kernels.write(new, h, c.post, mhc_kernels.sinkhorn(c.res, 3), n)
+    settings = {"num_streams": post.shape[0], "num_iters": 3}
+    given = mhc_kernels.Coefficients(None, post, res)
+    new, c, h = mhc_kernels.write_read(x, given, y, phi, alpha, bias, **settings)
+    c = mhc_kernels.coefficients(new, phi, alpha, bias, **settings)
+    new = mhc_kernels.write(new, h, c.post, mhc_kernels.sinkhorn(c.res, 3), post.shape[0])
     z = mhc_kernels.projection(new, phi, 1e-20)
-    return (mhc_kernels.read(new, c.pre, n) ** 2).sum() + (new**2).sum() + (z**2).sum()
+    return (mhc_kernels.read(new, c.pre, post.shape[0]) ** 2).sum() + (new**2).sum() + (z**2).sum()
+
+
+@pytest.fixture(scope="module")
+def operations():
+    """(values and gradients of all operations for [B, T], arguments, what they are on one device)."""
+    n, C, B, T = 2, 128, 2, 16
+    r, k = np.random.default_rng(0), n * n + 2 * n
+    sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, k), (3,), (k,)]
+    arguments = [np.float32(0.3 * r.normal(size=size)) for size in sizes]
+    program = jax.value_and_grad(all_operations, argnums=tuple(range(7)))
+    with mhc_kernels.settings(implementation="xla"):
+        return program, arguments, jax.jit(program)(*arguments)
 
 
 @pytest.mark.parametrize(
     "how", [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}], ids=str
 )
-def test_operations_run_on_own_tokens(how):
-    """Every operation, the kernels included, for [B, T] over (data, sequence)."""
-    n, C, B, T = 2, 128, 2, 16
-    keys = iter(jax.random.split(jax.random.key(0), 7))
-    k = n * n + 2 * n
-    sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, k), (3,), (k,)]
-    arguments = [0.3 * jax.random.normal(next(keys), size) for size in sizes]
-    program = jax.value_and_grad(all_operations, argnums=tuple(range(7)))
-    with mhc_kernels.settings(implementation="xla"):
-        expected = jax.jit(program)(*arguments)
+def test_operations_run_on_own_tokens(how, operations):
+    """Every operation, the kernels included, over (data, sequence)."""
+    program, arguments, expected = operations
     mesh = make_mesh(MeshConfig(data=2, sequence=2))
     with using(mesh), mhc_kernels.settings(**how, token_axes=PartitionSpec("data", "sequence")):
         traced = jax.jit(program).trace(*arguments)
@@ -175,9 +180,8 @@ def test_operations_run_on_own_tokens(how):
 
 
 def test_flash_attention_runs_on_own_sequences_and_heads():
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (2, 128, heads, 128)) for key, heads in zip(keys, (4, 2, 2), strict=False))
-    weights = jax.random.normal(keys[3], q.shape)
+    r = np.random.default_rng(0)
+    q, k, v, weights = (np.float32(r.normal(size=(2, 128, heads, 128))) for heads in (4, 2, 2, 4))
 
     def run(implementation):
         return jax.jit(jax.value_and_grad(lambda *a: (attend(*a, implementation) * weights).sum(), (0, 1, 2)))

@@ -18,10 +18,12 @@ from mhc_jax.train_step import gradients, init_state
 B, T, V = 8, 32, 56
 QUICK = {"xla_backend_optimization_level": 0}
 """Half the time to compile on a CPU; what is communicated is the same."""
+FUSED = QUICK | {"xla_cpu_use_fusion_emitters": True}
+"""Three times as long, for comparisons whose tolerance is that of programs which XLA's CPU backend fuses as it does by default."""
 
 
 def name_of(mesh):
-    return "-".join(f"{axis}{size}" for axis, size in mesh.items())
+    return "-".join(f"{axis}{size}" for axis, size in mesh.items()) if isinstance(mesh, dict) else mesh
 
 
 def tiny(kind, mesh=None, accumulation_steps=1, **model) -> ExperimentConfig:
@@ -68,27 +70,28 @@ def lowered_gradients(config):
 
 
 @functools.cache
-def compiled_gradients(config):
-    return lowered_gradients(config)[1].compile(QUICK)
+def compiled_gradients(config, fused=False):
+    return lowered_gradients(config)[1].compile(FUSED if fused else QUICK)
 
 
-def run_gradients(config):
+def run_gradients(config, fused=False):
     """(loss, what routers tell, gradients by path)."""
     arguments, own = (random_params(config), batch(config)), lowered_gradients(config)[2]
-    (loss, router), grads = compiled_gradients(config)(*(arguments if own is None else jax.device_put(arguments, own)))
+    arguments = arguments if own is None else jax.device_put(arguments, own)
+    (loss, router), grads = compiled_gradients(config, fused)(*arguments)
     by_path = {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
     return float(loss), jax.device_get(router), by_path
 
 
 @functools.cache
-def on_one_device(config):
-    return run_gradients(dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig()))
+def on_one_device(config, fused=False):
+    return run_gradients(dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig()), fused)
 
 
-def assert_same_step(kind, mesh, **settings):
+def assert_same_step(kind, mesh, fused=False, **settings):
     config = tiny(kind, mesh, **settings)
-    loss, _, grads = run_gradients(config)
-    expected_loss, _, expected = on_one_device(tiny(kind, **settings))
+    loss, _, grads = run_gradients(config, fused)
+    expected_loss, _, expected = on_one_device(tiny(kind, **settings), fused)
     assert loss == pytest.approx(expected_loss, rel=2e-6)
     for path, g in expected.items():
         assert_close(grads[path], g, 2e-5, f"gradient of {path}")
