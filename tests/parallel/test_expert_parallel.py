@@ -235,6 +235,7 @@ def train_step(mesh, expert_buffer=0.0):
     return np.asarray(after.params["layers"]["mlp"]["router_bias"]), jax.device_get(metrics)
 
 
+@pytest.mark.full
 def test_biases_move_by_the_loads_of_all_devices_and_what_is_dropped_is_recorded():
     bias, alone = train_step({})
     moved, metrics = train_step({"data": 2, "expert": 4}, expert_buffer=1.0)

@@ -360,7 +360,7 @@ def test_costs_of_a_report():
 def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
     rates = costs.chip_rates("v5p")
     rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
-    labels = ["residual", "mhc:t_max=2:init=paper", "mhc:t_max=2:init=paper, recompute"]
+    labels = ["residual", "mhc:init=paper:t_max=2", "mhc:init=paper:t_max=2, recompute"]
     assert [row.label for row in rows] == 2 * labels
     for plain, mhc, again in (rows[:3], rows[3:]):
         assert plain.over is None

@@ -163,9 +163,10 @@ def operations():
         return program, arguments, jax.jit(program)(*arguments)
 
 
-@pytest.mark.parametrize(
-    "how", [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}], ids=str
-)
+HOW = [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}]
+
+
+@pytest.mark.parametrize("how", thin(HOW, HOW[1].__eq__), ids=str)
 def test_operations_run_on_own_tokens(how, operations):
     """Every operation, the kernels included, over (data, sequence)."""
     program, arguments, expected = operations
@@ -236,6 +237,7 @@ def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
             np.testing.assert_array_equal(a, b)
 
 
+@FULL
 def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     config, before = run
     folder = shutil.copytree(before, tmp_path / "run")
