@@ -95,6 +95,7 @@ def collectives(config):
     return found
 
 
+@pytest.mark.parametrize("mesh", thin(MESHES, MIXED.__eq__), ids=name_of)
 def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh):
     residual, mhc = (collectives(tiny(kind, mesh)) for kind in ("residual", MHC))
     assert residual
