@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 
@@ -89,7 +90,9 @@ def workers_here():
         patch.setattr(loop._Run, "_read", reading)
         patch.setattr(sweep_runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
         patch.setattr(sweep_runner, "time", Clock())
-        patch.setattr(sweep_worker, "watch", lambda parent: None)
+        patch.setattr(
+            sweep_worker, "threading", mock.MagicMock()
+        )  # nobody watches for the end of a sweep that is this process
         patch.setattr(sweep_worker, "cpu_alone", lambda: False)
         patch.setattr(sweep_worker.logging, "set_verbosity", lambda level: None)
         yield

@@ -19,7 +19,7 @@ from support.tiny_runs import ROOT, assert_same_run, at_step, data_of, lines, ru
 from support.tiny_sweep import base, write_sweep
 from support.workers_here import Clock, Worker, workers_here
 
-from mhc_jax import sweep_runner
+from mhc_jax import sweep_runner, sweep_worker
 from mhc_jax.data import resolve_vocabulary
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
@@ -192,6 +192,15 @@ def run_lock_waited(workdir, name):
     file = (workdir / ".sweep" / "locks" / name).open()
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
+
+
+def test_a_worker_whose_sweep_has_gone_asks_itself_to_stop(monkeypatch):
+    parents, sent, clock = iter([7, 7, 1]), [], Clock()
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "kill", lambda *what: sent.append((clock.now, *what)))
+    monkeypatch.setattr(sweep_worker, "time", clock)
+    sweep_worker.watch(7)
+    assert sent == [(2 * 0.5, os.getpid(), signal.SIGTERM)]
 
 
 def test_a_divergence_is_a_result_and_no_failure(tmp_path):
