@@ -5,7 +5,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from support.tiny_runs import run_here, run_script, tiny, write_text
+from support.in_process import run_here
+from support.tiny_runs import run_script, tiny, write_text
 
 from mhc_jax import checkpoint
 from mhc_jax.data import load_data

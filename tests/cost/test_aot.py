@@ -10,7 +10,8 @@ import types
 from typing import Any
 
 import pytest
-from support.tiny_runs import ROOT, run_here
+from support.in_process import run_here
+from support.tiny_runs import ROOT
 
 from mhc_jax import aot, cost, pod, topology
 from mhc_jax.compiled import Collective, Instruction, Program, arrays

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from mhc_kernels.ops.arg_specs import SPECS
-from support.tiny_runs import ROOT, flags_of, run_here, script_here, tiny, write_text
+from support.in_process import run_here, script_here
+from support.tiny_runs import ROOT, flags_of, tiny, write_text
 
 from mhc_jax import aot, cost, device_record, pod, remat_plan, topology
 from mhc_jax.compiled import Instruction

@@ -5,15 +5,25 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from support.tiny_runs import ROOT, data_of, final_state, flags_of, lines, measured, tiny, write_text
+from support.tiny_runs import (
+    PATIENCE_S,
+    ROOT,
+    at_step,
+    data_of,
+    final_state,
+    flags_of,
+    lines,
+    measured,
+    script,
+    tiny,
+    write_text,
+)
 
 from mhc_jax import distributed
 from mhc_jax.config import MeshConfig
@@ -22,7 +32,6 @@ from mhc_jax.loop import train
 from mhc_jax.sharding import global_batch, make_mesh, own_rows
 
 KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
-WAIT_S = 600  # of a process, on a machine that has other things to do
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +77,17 @@ def free_port() -> int:
 
 def processes(count, config, folder, *flags, signals=None, own=None):
     """(exit status, standard output, standard error) of each; `signals`: process -> (step, signal); `own`: flags of one."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     spec = KINDS[config.model.connection.kind]  # `flags_of` gives the kind alone
-    common = [f"--config={ROOT}/experiments/configs/demo.py:{spec}", *flags_of(config)[1:]]
-    common += [f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}"]
+    common = [f"--config={ROOT}/experiments/configs/demo.py:{spec}", *flags_of(config)[1:], *flags]
+    common += [f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
     started = []
     for process in range(count):
-        step, number = (signals or {}).get(process, (0, 0))
-        command = [
-            sys.executable,
-            str(ROOT / "tests/support/one_process.py"),
-            str(step),
-            str(int(number)),
-            *common,
-            *flags,
-        ]
-        command += [f"--num_processes={count}", f"--process_id={process}", *(own or {}).get(process, ())]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipe))
+        env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        if process in (signals or {}):
+            env |= at_step({folder.name: (*signals[process], "self")})
+        started.append(script("train", *common, f"--process_id={process}", *(own or {}).get(process, ()), env=env))
     try:
-        told = [process.communicate(timeout=WAIT_S) for process in started]
+        told = [process.communicate(timeout=PATIENCE_S) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -102,36 +102,42 @@ def checkpoints_of(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdigit())
 
 
-def test_a_run_of_four_processes_goes_on_with_two_and_with_one(configuration, alone, tmp_path):
-    """Stopped by SIGTERM to one of four, then by kill -9 of one of two, ended by one."""
+@pytest.mark.parametrize(
+    ("count", "axes"), [(2, {"data": 2}), pytest.param(4, {"data": 2, "fsdp": 2}, marks=pytest.mark.full)]
+)
+def test_a_run_of_processes_goes_on_with_fewer(count, axes, configuration, alone, tmp_path):
+    """Stopped by SIGTERM to the last of them, then, if four, by kill -9 of one of two; ended by one."""
     config, folder = configuration("residual"), tmp_path / "run"
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-    ends = processes(4, config, folder, *mesh, signals={2: (4, signal.SIGTERM)})
-    assert [status for status, _, _ in ends] == [130] * 4, ends[0][2]
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
+    ends = processes(count, config, folder, *mesh, signals={count - 1: (4, signal.SIGTERM)})
+    assert [status for status, _, _ in ends] == [130] * count, ends[0][2]
     summary = json.loads(ends[0][1])
     stopped = summary["steps"]
-    assert (summary["status"], summary["processes"], summary["mesh"]) == ("interrupted", 4, "data 2, fsdp 2")
+    assert (summary["status"], summary["processes"]) == ("interrupted", count)
+    assert summary["mesh"] == ", ".join(f"{axis} {size}" for axis, size in axes.items())
     assert 5 <= stopped <= 7
     assert checkpoints_of(folder)[-1] == stopped
     assert f"stopped by signal {int(signal.SIGTERM)} after step {stopped}; saved." in ends[0][2]
-    assert "4 processes with 4 devices" in ends[0][2]
+    assert f"{count} processes with {count} devices" in ends[0][2]
     for _, out, err in ends[1:]:
         assert (out, [line for line in err.splitlines() if "[Gloo]" not in line]) == ("", [])
 
-    ends = processes(2, config, folder, "--config.mesh.data=2", signals={1: (10, signal.SIGKILL)})
-    assert [status for status, _, _ in ends] == [distributed.LOST, -signal.SIGKILL], ends[0][2]
-    (sentence,) = sentences(ends[0][2])
-    assert sentence.startswith("error: Another process of the run has gone or cannot be reached, noticed at step 1")
-    assert f"to go on from the checkpoint of step {checkpoints_of(folder)[-1]} in {folder}" in sentence
-    assert "Traceback" not in ends[0][2]
-    assert not (folder / "summary.json").exists()
+    if count == 4:
+        ends = processes(2, config, folder, "--config.mesh.data=2", signals={1: (10, signal.SIGKILL)})
+        assert [status for status, _, _ in ends] == [distributed.LOST, -signal.SIGKILL], ends[0][2]
+        (sentence,) = sentences(ends[0][2])
+        assert sentence.startswith("error: Another process of the run has gone or cannot be reached, noticed at step 1")
+        assert f"to go on from the checkpoint of step {checkpoints_of(folder)[-1]} in {folder}" in sentence
+        assert "Traceback" not in ends[0][2]
+        assert not (folder / "summary.json").exists()
 
     assert train(config, folder)["status"] == "finished"
     assert_same_losses(losses_of(folder), alone("residual"))
     resumed = [(line["event"], line.get("processes")) for line in lines(folder, "event")]
-    assert resumed == [("interrupted", None), ("resumed", 2), ("resumed", None)]
+    assert resumed == [("interrupted", None), *[("resumed", 2)] * (count == 4), ("resumed", None)]
 
 
+@pytest.mark.full
 def test_mhc_over_two_processes_that_share_every_sequence(configuration, alone, tmp_path):
     config, folder = configuration("mhc"), tmp_path / "run"
     ends = processes(2, config, folder, "--config.mesh.sequence=2")
@@ -152,17 +158,42 @@ def test_the_others_end_when_the_coordinator_is_killed(configuration, tmp_path):
     assert checkpoints_of(folder)[:1] == [3]
 
 
+@pytest.mark.full
 def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
     """Process 1 looks at another folder, as on a host that does not share it."""
-    elsewhere = tmp_path / "elsewhere"
-    ends = processes(
-        2, configuration("residual"), tmp_path / "run", "--config.mesh.data=2", own={1: [f"--workdir={elsewhere}"]}
-    )
+    elsewhere, mesh = tmp_path / "elsewhere", "--config.mesh.data=2"
+    own = {1: [f"--workdir={elsewhere}"]}
+    ends = processes(2, configuration("residual"), tmp_path / "run", mesh, own=own)
     assert [status for status, _, _ in ends] == [2, 2], ends[0][2]
     told = f"{elsewhere} is not the folder that the first process writes to; give a run folder that all hosts share."
     assert sentences(ends[1][2]) == [f"error: {told}"]
     assert sentences(ends[0][2]) == [f"error: process 1 said: {told}"]
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_mistake_of_one_process_is_raised_by_all(monkeypatch):
+    """In one process, to which the other's words are given."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def refuse():
+        raise InputError("mine")
+
+    for other, function, sentence in (("", refuse, "^mine$"), ("theirs", int, "^process 1 said: theirs$")):
+        monkeypatch.setattr(distributed, "gathered", lambda text, other=other: [text, other])
+        with pytest.raises(InputError, match=sentence):
+            distributed.together(function)
+    monkeypatch.setattr(distributed, "gathered", lambda text: [text, ""])
+    assert distributed.together(lambda: 5) == 5
+    distributed.same("", "differ")
+    with pytest.raises(InputError, match="differ"):
+        distributed.same("a", "differ")
+
+
+def test_processes_agree_on_the_largest_number_one_call_later(monkeypatch):
+    """On eight devices, as if another process had some of them."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    agreement = distributed.Agreement(make_mesh(MeshConfig(data=8)))
+    assert [agreement.ask(number) for number in (2, 15, 0, 9)] == [0, 2, 15, 0]
 
 
 def test_a_coordinator_that_does_not_answer(configuration, tmp_path):
@@ -182,9 +213,7 @@ GIVEN: dict[str, Any] = {"address": "host:1234", "processes": 2, "process": 1}
 def bare(monkeypatch):
     """An environment that tells nothing, and a `_join` that returns what it was given."""
     for name in list(os.environ):
-        if name.startswith(
-            ("JAX_COORD", "JAX_NUM", "JAX_PROC", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_")
-        ):
+        if re.match("JAX_(COORD|NUM|PROC)|SLURM_|OMPI_|TPU_|MEGASCALE_|KUBERNETES_", name):
             monkeypatch.delenv(name)
     joined = []
     monkeypatch.setattr(distributed, "_join", lambda *args: joined.append(args))
@@ -221,9 +250,8 @@ def test_settings_come_from_the_environment_too(bare, monkeypatch):
         distributed.start()
 
 
-SLURM = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"
-}  # fmt: skip
+SLURM = {"JOB_ID": "7", "STEP_NODELIST": "n[1-2]", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}
+SLURM = {f"SLURM_{name}": value for name, value in SLURM.items()}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 
 
@@ -286,9 +314,10 @@ def test_own_rows_are_placed_where_the_sharding_wants_them():
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("UNKNOWN: Gloo all-reduce failed"), RuntimeError("UNAVAILABLE: Socket closed")]
-)
+LOSSES = [ValueError("UNKNOWN: Gloo all-reduce failed"), RuntimeError("UNAVAILABLE: Socket closed")]
+
+
+@pytest.mark.parametrize("error", LOSSES)
 def test_what_counts_as_a_loss(error, monkeypatch):
     assert not distributed.is_loss(error), "one process cannot lose another"
     monkeypatch.setattr(jax, "process_count", lambda: 2)

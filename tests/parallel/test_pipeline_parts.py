@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from support.thinned import thin
 
 from mhc_jax import aot, connections
 from mhc_jax.compiled import Program, flops
@@ -33,44 +34,53 @@ def model_of(kind, **changes):
     return dataclasses.replace(MODEL, connection=connections.parse(kind), **changes)
 
 
+def params_of(model):
+    """(random weights outside the stacked blocks, those of these), as arrays of NumPy."""
+    r = np.random.default_rng(0)
+    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda a: (0.3 * r.normal(size=a.shape)).astype(a.dtype), params)
+    return params, params.pop("layers")
+
+
 def stage_of(model):
     """(a stage of two, weights of its blocks)."""
-    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
-    r = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: jnp.asarray(0.3 * r.normal(size=a.shape), a.dtype), params)
-    layers = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), params.pop("layers"))
-    stage = Stage(model, 2, params, TOKENS, layers, halves=True)
+    params, layers = params_of(model)
+    layers = jax.tree.map(lambda a: jnp.asarray(a.reshape(2, 2, *a.shape[1:])), layers)
+    stage = Stage(model, 2, jax.tree.map(jnp.asarray, params), TOKENS, layers, halves=True)
     return stage, (jax.tree.map(lambda a: a[0], layers), jnp.int32(1))
 
 
 def multiplied(function, *arguments):
-    return flops(Program(jax.jit(function).lower(*arguments).compile().as_text()), lambda one: 0.0)
+    """(what it gives, its products)."""
+    program = jax.jit(function).lower(*arguments).compile()
+    return program(*arguments), flops(Program(program.as_text()), lambda one: 0.0)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "connection"])
-@pytest.mark.parametrize("kind", ["residual", "mhc:t_max=2"])
+MHC = "mhc:t_max=2"
+EVERY = [(kind, remat) for kind in ("residual", MHC) for remat in ("none", "full", "connection")]
+FAST = (("residual", "full"), (MHC, "connection"))
+
+
+@pytest.mark.parametrize(("kind", "remat"), thin(EVERY, FAST.__contains__))
 def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
     """What they make is what the whole makes, and their products together are the products of the whole."""
     stage, free = stage_of(model_of(kind, remat=remat))
     r = np.random.default_rng(1)
     random = functools.partial(jax.tree.map, lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype))
-    kept = jax.jit(
-        lambda layers, x, at: stage.forward(False, layers, {"inputs": TOKENS, "targets": TOKENS}, at, x, stage.outer)[
-            0
-        ]["held"]
-    )
-    held = kept(free[0], random(stage.boundary.like), jnp.int32(0))
-    given = held, random(stage.boundary.tree)
-    halves = stage.halves[False]
-    whole = jax.jit(lambda f, g: stage.pulled(False, f, g))(free, given)
-    now, between = jax.jit(halves.now)(free, given)
-    later = jax.jit(halves.later)(free, given, between)
+    batch = {"inputs": TOKENS, "targets": TOKENS}
+
+    def kept(layers, x, at):
+        return stage.forward(False, layers, batch, at, x, stage.outer)[0]["held"]
+
+    held = jax.jit(kept)(free[0], random(stage.boundary.like), jnp.int32(0))
+    given, halves = (held, random(stage.boundary.tree)), stage.halves[False]
+    whole, all_of_it = multiplied(lambda f, g: stage.pulled(False, f, g), free, given)
+    (now, between), first = multiplied(halves.now, free, given)
+    later, second = multiplied(halves.later, free, given, between)
     for name, a, b in zip(("input", "weights"), (now, later), whole, strict=True):
         # Some gradients cancel to nothing: one scale for all.
         scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(b))
         jax.tree.map(lambda x, y, s=scale, n=name: np.testing.assert_allclose(x, y, atol=1e-6 * s, err_msg=n), a, b)
-    all_of_it = multiplied(lambda f, g: stage.pulled(False, f, g), free, given)
-    first, second = multiplied(halves.now, free, given), multiplied(halves.later, free, given, between)
     assert first + second == pytest.approx(all_of_it, rel=0.02)
     assert second > 0.25 * all_of_it, "W is a good part of it"
 
@@ -86,9 +96,10 @@ def test_what_lies_between_is_little():
     W, x = jnp.ones((4, 3)), jnp.ones((4, 4), jnp.bfloat16)
     halves = split(lambda W, x: function(W, x), W, x)
     assert [a.size for a in halves.between] == [12]
-    now, between = halves.now(W, x)
-    np.testing.assert_array_equal(halves.later(W, x, between), function(W, x)[1])
-    np.testing.assert_array_equal(now, function(W, x)[0])
+    now, between = jax.jit(halves.now)(W, x)
+    expected = jax.jit(function)(W, x)
+    np.testing.assert_array_equal(jax.jit(halves.later)(W, x, between), expected[1])
+    np.testing.assert_array_equal(now, expected[0])
 
 
 def test_unrolled_loops_are_opened_and_others_are_not():
@@ -141,34 +152,41 @@ def test_what_elementwise_operations_make_again_is_not_kept():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "connection"])
-def test_weights_that_are_cast_are_cast_before_the_first_tick(remat):
+EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 12}
+
+
+CAST = [(kind, remat) for kind in ("hc", MHC) for remat in ("none", "full", "connection")]
+
+
+@pytest.mark.parametrize(("kind", "remat"), thin(CAST[2:], ("hc", "connection").__eq__))
+def test_weights_that_are_cast_are_cast_before_the_first_tick(kind, remat):
     """Matrices of the branches are; norms, the router and the connections compute in float32."""
-    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 12}
     types = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
-    model = model_of("mhc:t_max=2", remat=remat, num_dense_layers=1, **types, **experts)
-    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
-    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
-    layers = jax.tree.map(lambda a: jnp.zeros((2, 2, *a.shape[1:]), a.dtype), params.pop("layers"))
-    stage = Stage(model, 2, params, TOKENS, layers)
-    for tree in (stage.layers, stage.outer):
-        for path, a in jax.tree_util.tree_leaves_with_path(tree):
-            name = path_of(path)
-            wide = re.search("norm|router|connection|ends|^embedding", name)
-            assert a.dtype == (jnp.float32 if wide else jnp.bfloat16), name
+    model = model_of(kind, remat=remat, num_dense_layers=1, **types, **EXPERTS)
+
+    def made(params, layers):
+        layers = jax.tree.map(lambda a: jnp.concatenate([a[:1], a]).reshape(2, 2, *a.shape[1:]), layers)
+        stage = Stage(model, 2, params, TOKENS, layers)
+        return stage.layers, stage.outer
+
+    for path, a in jax.tree_util.tree_leaves_with_path(jax.eval_shape(made, *params_of(model))):
+        name = path_of(path)
+        wide = re.search("norm|router|connection|ends|embedding", name) and "unembedding" not in name
+        assert a.dtype == (jnp.float32 if wide else jnp.bfloat16), name
 
 
 def test_dense_blocks_may_fill_the_first_stage():
-    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 12}
-    model = model_of("residual", num_dense_layers=2, **experts)
-    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
-    params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), params)
-    layers = jax.tree.map(lambda a: a[None], params.pop("layers"))
-    stage = Stage(model, 2, params, TOKENS, layers)
-    carry = stage.enter(stage.head(), TOKENS)
-    own = jax.tree.map(lambda a: a[0], stage.layers)
-    _, aux = stage.blocks(True, own, stage.dense(True), carry, jnp.int32(0))
-    _, other = stage.blocks(False, own, {}, carry, jnp.int32(1))
+    model = model_of("residual", num_dense_layers=2, **EXPERTS)
+    params, layers = params_of(model)
+
+    @jax.jit
+    def told(params, layers):
+        stage = Stage(model, 2, params, TOKENS, jax.tree.map(lambda a: a[None], layers))
+        carry, own = stage.enter(stage.head(), TOKENS), jax.tree.map(lambda a: a[0], stage.layers)
+        first = stage.blocks(True, own, stage.dense(True), carry, jnp.int32(0))
+        return first[1], stage.blocks(False, own, {}, carry, jnp.int32(1))[1]
+
+    aux, other = told(params, layers)
     assert all(a.shape == b.shape and not a.any() for a, b in zip(*map(jax.tree.leaves, (aux, other)), strict=True))
     assert any(a.any() for a in jax.tree.leaves(other))
 
@@ -192,8 +210,12 @@ def test_a_weight_that_has_another_use_is_not_cast():
     assert {a.dtype.name for a in cast(params, found).values()} == {"bfloat16", "float32", "int32"}
 
 
-@pytest.mark.parametrize("stream_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", connections.KINDS)
+DTYPES = [(kind, dtype) for kind in connections.KINDS for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stream_dtype"), thin(DTYPES, lambda case: (case[0] == "hc") == (case[1] == "float32"))
+)
 def test_a_boundary_is_packed_bit_by_bit(kind, stream_dtype):
     """B = T = n = 4, so that shapes alone do not tell the axes."""
     model = model_of(kind, stream_dtype=stream_dtype, compute_dtype=stream_dtype)

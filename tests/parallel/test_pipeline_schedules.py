@@ -1,13 +1,15 @@
 """Schedules of pipelines: proofs of generated tables, refusals of broken ones, published bubbles, costs, the picture."""
 
 import dataclasses
-import json
+import itertools
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.in_process import run_here
+from support.pipeline_tables import WAYS, arguments, corrupted, replay
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
@@ -21,88 +23,45 @@ from mhc_jax.pipeline.validate import messages, operations, peak_activations, va
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
 
-
-def random_arguments(name, r):
-    """(stages, microbatches, chunks, latency) that the schedule accepts."""
-    P, chunks = int(r.integers(2, 6)), 0
-    M = int(r.integers(1 if name == "gpipe" else P, 2 * P + 3))
-    if name == "interleaved":
-        M, chunks = P * int(r.integers(1, 3)), int(r.integers(2, 4))
-    if name.startswith("dualpipe"):
-        P = P + P % 2 if name == "dualpipe" else P
-        M = 2 * P + 2 * int(r.integers(0, 3))
-    return P, M, chunks, int(r.integers(1, 3))
+ALIKE = {"deadline": None, "derandomize": True, "database": None}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_200_tables_of_each_generator_are_valid(name):
-    r = np.random.default_rng(0)
-    for _ in range(200):
-        P, M, chunks, latency = random_arguments(name, r)
-        schedule = make(name, P, M, chunks, latency)
-        validate(schedule)
-        assert (schedule.devices, schedule.microbatches) == (P, M)
-        assert schedule.stages == stage_count(name, P, chunks)
-        # Independent of the validator: forwards and gradients of all stages and microbatches.
-        done = [op.kind for _, _, op in operations(schedule)]
-        assert done.count("F") == done.count("B") + done.count("I") == M * schedule.stages
-        assert done.count("I") == done.count("W")
-
-
-def replaced(schedule, tick, device, cell) -> Schedule:
-    row = schedule.table[tick]
-    row = (*row[:device], tuple(cell), *row[device + 1 :])
-    return dataclasses.replace(schedule, table=(*schedule.table[:tick], row, *schedule.table[tick + 1 :]))
-
-
-def corrupted(schedule, r):
-    """(what was done, the schedule with one thing wrong)."""
-    all_of_them = list(operations(schedule))
-    tick, device, op = all_of_them[r.integers(len(all_of_them))]
-    others = [one for one in schedule.table[tick][device] if one != op]
-    how = r.choice(["dropped", "twice", "microbatch", "kind", "receives", "sends", "chunk", "early", "late", "room"])
-    if how == "dropped":
-        return how, replaced(schedule, tick, device, others)
-    if how == "twice":
-        again = int(r.integers(tick + 1, len(schedule.table) + 1))
-        longer = dataclasses.replace(schedule, table=(*schedule.table, ((),) * schedule.devices))
-        return how, replaced(longer, again, device, [op])
-    if how == "late":  # behind all that needs it
-        if op.kind in "BW" and op.sends is None:
-            return corrupted(schedule, r)
-        longer = dataclasses.replace(schedule, table=(*schedule.table, ((),) * schedule.devices))
-        return how, replaced(replaced(longer, tick, device, others), len(schedule.table), device, [op])
-    if how == "early":  # before all there is
-        if op.kind == "F" and op.receives is None:
-            return corrupted(schedule, r)
-        longer = dataclasses.replace(schedule, table=(((),) * schedule.devices, *schedule.table))
-        return how, replaced(replaced(longer, tick + 1, device, others), 0, device, [op])
-    if how == "room":
-        tight = list(schedule.bound)
-        tight[device] = peak_activations(schedule)[device][0] - 1
-        return how, dataclasses.replace(schedule, bound=tuple(tight))
-    wrong = {
-        "microbatch": (op.microbatch + 1) % (schedule.microbatches + 1),
-        "kind": {"F": "B", "B": "W", "I": "F", "W": "I"}[op.kind],
-        "receives": schedule.devices if op.receives is None else (op.receives + 1) % (schedule.devices + 1),
-        "sends": schedule.devices if op.sends is None else None,
-        "chunk": op.chunk + 1,
-    }
-    cell = [op._replace(**{how: wrong[how]}) if one == op else one for one in schedule.table[tick][device]]
-    return how, replaced(schedule, tick, device, cell)
+@settings(max_examples=25, **ALIKE)
+@given(st.data())
+def test_any_generated_table_is_valid_and_its_program_reads_what_it_wrote(name, data):
+    P, M, chunks, latency = data.draw(arguments(name))
+    schedule = make(name, P, M, chunks, latency)
+    validate(schedule)
+    assert (schedule.devices, schedule.microbatches) == (P, M)
+    assert schedule.stages == stage_count(name, P, chunks)
+    # Independent of the validator: forwards and gradients of all stages and microbatches, once and in order.
+    kinds = [op.kind for _, _, op in operations(schedule)]
+    assert kinds.count("F") == kinds.count("B") + kinds.count("I") == M * schedule.stages
+    assert kinds.count("I") == kinds.count("W")
+    program = compile_table(schedule)
+    done = replay(schedule, program)
+    assert len(set(done)) == len(done) == len(kinds)
+    at = {("B" if kind == "I" else kind, *what): k for k, (kind, *what) in enumerate(done)}
+    every = list(itertools.product(range(M), range(schedule.stages)))
+    assert all(at["F", m, s] < at["B", m, s] <= at.get(("W", m, s), at["B", m, s]) for m, s in every)
+    assert all(
+        at["F", m, s] < at["F", m, s + 1] and at["B", m, s + 1] < at["B", m, s]
+        for m, s in every
+        if s + 1 < schedule.stages
+    )
+    assert program.activations == max(schedule.bound)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_200_corrupted_tables_are_refused(name):
-    r = np.random.default_rng(1)
-    ways = set()
-    for _ in range(200):
-        P, M, chunks, latency = random_arguments(name, r)
-        how, schedule = corrupted(make(name, P, M, chunks, latency), r)
-        ways.add(how)
+@settings(max_examples=20, **ALIKE)
+@given(st.data())
+def test_any_table_with_one_thing_wrong_is_refused(name, data):
+    P, M, chunks, latency = data.draw(arguments(name))
+    schedule, pick = make(name, P, M, chunks, latency), data.draw(st.integers(0, 10**6))
+    for how in WAYS:
         with pytest.raises(InputError):
-            validate(schedule)
-    assert len(ways) == 10
+            validate(corrupted(schedule, how, pick))
 
 
 def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
@@ -202,7 +161,7 @@ def test_what_does_not_fit_is_refused(name, P, M, sentence):
         make(name, P, M)
 
 
-def paper(kind="mhc"):
+def paper(kind="mhc:t_max=2"):
     from experiments.configs.paper import get_config
 
     return from_mapping(get_config(f"27b:{kind}").to_dict())
@@ -225,6 +184,17 @@ def test_costs_of_a_model_add_up():
         assert found.send == 4 * plain.send == 4 * C * 2 * T / 1e11
         assert sum(again.activations) < sum(found.activations) / 2
     assert sum(plain.W) == pytest.approx(sum(plain.F) - 2 * blocks * 4 * C * 2 * T / 2e12)
+
+
+def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward():
+    """A product of V C weights and T tokens in F, its two gradients in B, the one of the weights in W."""
+    rates = costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
+    model = dataclasses.replace(paper("residual").model, vocab_size=1000, width=256, num_layers=8)
+    one, more = (costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, rates) for V in (1000, 1100))
+    product = 2 * 100 * 256 * 64 / 1e14
+    for kind, times in (("F", 1), ("B", 2), ("W", 1)):
+        added = np.subtract(getattr(more, kind), getattr(one, kind))
+        np.testing.assert_allclose(added, [0, 0, 0, times * product], rtol=1e-6, atol=1e-6 * product)
 
 
 def test_blocks_go_where_there_is_least_work():
@@ -263,8 +233,8 @@ def test_costs_of_a_report():
 
 def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
     rates = costs.chip_rates("v5p")
-    rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc"], rates, 1.0)
-    labels = ["residual", "mhc:init=paper", "mhc:init=paper, recompute"]
+    rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
+    labels = ["residual", "mhc:init=paper:t_max=2", "mhc:init=paper:t_max=2, recompute"]
     assert [row.label for row in rows] == 2 * labels
     for plain, mhc, again in (rows[:3], rows[3:]):
         assert plain.over is None
@@ -277,12 +247,13 @@ def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
         tables.of_model(["1f1b"], 4, 8, ExperimentConfig(), ["residual"], rates, 1.0)
 
 
-def test_the_picture_shows_every_operation(tmp_path):
-    runs = [simulate(make(name, 8, 20), by_hand(8)) for name in ("1f1b", "dualpipe")]
+@pytest.mark.parametrize(("P", "M"), [(4, 8), pytest.param(8, 20, marks=pytest.mark.full)])
+def test_the_picture_shows_every_operation(P, M, tmp_path):
+    runs = [simulate(make(name, P, M), by_hand(P)) for name in ("1f1b", "dualpipe")]
     figure = timeline(runs, ["one", "two"])
     for axis, run in zip(figure.axes, runs, strict=True):
         assert len(axis.texts) == len(list(operations(run.schedule)))
-        assert axis.get_ylim()[0] > 7
+        assert axis.get_ylim()[0] > P - 1
     # Of the narrowest cell, an F of one unit: three times the width of its number, 6 points high.
     figure.draw_without_rendering()
     unit = figure.axes[0].transData.transform([[0, 0], [1, 0]])
@@ -294,19 +265,16 @@ def test_the_picture_shows_every_operation(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "experiments/pipeline.py", "--stages=4", "--microbatches=8"]
-    done = subprocess.run(
-        [*command, f"--picture={tmp_path}/a.png", "--schedules=1f1b,zb1p"], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert lines[2].startswith("| 1f1b |  | 4 x 4 | 33 | 9 | 27.3 |")
+    command = ("pipeline", "--stages=4", "--microbatches=8")
+    status, out, _ = run_here(*command, f"--picture={tmp_path}/a.png", "--schedules=1f1b,zb1p")
+    assert status == 0
+    assert out.splitlines()[2].startswith("| 1f1b |  | 4 x 4 | 33 | 9 | 27.3 |")
     assert (tmp_path / "a.png").exists()
     assert (tmp_path / "a.svg").exists()
-    refused = subprocess.run([*command, "--schedules=dualpipe", "--stages=3"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "even number" in refused.stderr + refused.stdout
-    assert "Traceback" not in refused.stderr
-    assert json.dumps(refused.stdout) == '""'
+    status, out, err = run_here(*command, "--schedules=dualpipe", "--stages=3")
+    assert (status, out) == (2, "")
+    assert "even number" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("leading", [False, True])

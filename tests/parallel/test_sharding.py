@@ -13,7 +13,8 @@ import mhc_kernels
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from support.meshes import QUICK, B, T, assert_same_step, batch, compiled_gradients, name_of, shapes, tiny
+from support.meshes import QUICK, B, T, assert_same_step, compiled_gradients, lowered_gradients, name_of, tiny
+from support.thinned import thin
 from support.tiny_runs import data_of, final_state, lines, write_text
 from support.tiny_runs import tiny as tiny_run
 from support.tolerances import assert_close
@@ -26,8 +27,9 @@ from mhc_jax.layers.attention import attend
 from mhc_jax.mapping import to_mapping
 from mhc_jax.paths import path_of
 from mhc_jax.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
-from mhc_jax.train_step import gradients, init_state
+from mhc_jax.train_step import init_state
 
+FULL, SLOW = pytest.mark.full, pytest.mark.slow
 MESHES = [
     {"data": 8},
     {"data": 2, "fsdp": 4},
@@ -36,51 +38,48 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "tensor": 2, "sequence": 2},
 ]
-MIXED = MESHES[-1]
-FEWER = [pytest.param(mesh, marks=() if "fsdp" in mesh or mesh is MIXED else pytest.mark.slow) for mesh in MESHES]
-"""What runs by default where another kind runs on all."""
+LATENT = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+SHARED = {"num_shared_experts": 1, "expert_width": 16}
+FSDP, MIXED = MESHES[1], MESHES[-1]
 MHC = "mhc:t_max=2"  # fewer steps of Sinkhorn, which a device does by itself, compile in less time
+FAST = (("residual", FSDP), ("residual", MIXED), (MHC, MIXED))
+CASES = thin([(kind, mesh) for kind in ("residual", MHC) for mesh in MESHES], FAST.__contains__)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
-def test_mhc_is_that_of_one_device(mesh):
-    assert_same_step(MHC, mesh)
-
-
-@pytest.mark.parametrize("mesh", FEWER, ids=name_of)
-def test_residual_is_that_of_one_device(mesh):
-    assert_same_step("residual", mesh)
+@pytest.mark.parametrize(("kind", "mesh"), CASES, ids=name_of)
+def test_a_step_is_that_of_one_device(kind, mesh):
+    assert_same_step(kind, mesh)
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(m, marks=() if m is MIXED else pytest.mark.slow) for m in MESHES], ids=name_of
+    "mesh", [pytest.param(mesh, marks=(FULL if mesh is MIXED else SLOW)) for mesh in MESHES], ids=name_of
 )
 def test_hyper_connections_are_those_of_one_device(mesh):
-    assert_same_step("hc", mesh)
+    assert_same_step("hc", mesh, fused=True)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("kind", sorted(set(connections.KINDS) - {"residual", "hc", "mhc"}))
 def test_every_kind_on_a_mixed_mesh(kind):
     assert_same_step(kind, MIXED)
 
 
-@pytest.mark.slow
-def test_latent_attention_tied_embeddings_and_an_odd_vocabulary():
-    """57 words, which tensor does not divide; blocks computed again in the backward pass."""
-    mla = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
-    assert_same_step(MHC, MIXED, vocab_size=57, tied_embeddings=True, remat="full", **mla)
+OTHERS = {
+    # 57 words, which tensor does not divide; blocks computed again in the backward pass.
+    "mla, tied, odd vocabulary": (MHC, MIXED, {"vocab_size": 57, "tied_embeddings": True, "remat": "full", **LATENT}),
+    "experts": (
+        "residual",
+        {"data": 2, "tensor": 2, "expert": 2},
+        {"num_experts": 4, "num_active_experts": 2, **SHARED},
+    ),
+    "accumulated gradients": (MHC, {"data": 2, "fsdp": 2}, {"accumulation_steps": 2}),
+}
 
 
-@pytest.mark.slow
-def test_experts():
-    experts = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 16}
-    assert_same_step("residual", {"data": 2, "tensor": 2, "expert": 2}, **experts)
-
-
-@pytest.mark.slow
-def test_accumulated_gradients():
-    assert_same_step(MHC, {"data": 2, "fsdp": 2}, accumulation_steps=2)
+@SLOW
+@pytest.mark.parametrize(("kind", "mesh", "settings"), OTHERS.values(), ids=OTHERS)
+def test_other_models_are_those_of_one_device(kind, mesh, settings):
+    assert_same_step(kind, mesh, **settings)
 
 
 # -------------------------------------------------------------------------------------------------- what is communicated
@@ -89,15 +88,14 @@ def test_accumulated_gradients():
 def collectives(config):
     """(kind, shape) -> how often it stands in the compiled gradient."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    text = compiled_gradients(config)[0].as_text()
     found = collections.Counter()
-    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled_gradients(config).as_text()):
         for shape in re.findall(r"\w+\[([\d,]*)\]", result):
             found[kind, tuple(int(size) for size in shape.split(",") if size)] += 1
     return found
 
 
-@pytest.mark.parametrize("mesh", FEWER, ids=name_of)
+@pytest.mark.parametrize("mesh", thin(MESHES, MIXED.__eq__), ids=name_of)
 def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh):
     residual, mhc = (collectives(tiny(kind, mesh)) for kind in ("residual", MHC))
     assert residual
@@ -109,25 +107,26 @@ def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh)
     assert mhc - residual == {("all-reduce", shape): count for shape, count in own.items()}
 
 
-def test_weights_are_gathered_layer_by_layer_and_activations_never():
-    config = tiny(MHC, {"data": 2, "fsdp": 4})
-    weights = {a.shape[-2:] for a in jax.tree.leaves(shapes(config)) if len(a.shape) > 1}
+@pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])
+def test_weights_are_gathered_layer_by_layer_and_activations_never(kind):
+    config = tiny(kind, FSDP)
+    params = jax.eval_shape(lambda: init_state(config).params)
+    weights = {a.shape[-2:] for a in jax.tree.leaves(params) if len(a.shape) > 1}
     gathered = {shape for kind, shape in collectives(config) if kind == "all-gather"}
     assert gathered
     assert gathered <= weights
 
 
-def test_over_sequence_only_keys_and_values_are_gathered():
-    config = tiny(MHC, {"sequence": 2})
+@pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])
+def test_over_sequence_only_keys_and_values_are_gathered(kind):
+    config = tiny(kind, {"sequence": 2})
     K, D = config.model.num_kv_heads, config.model.head_dim
     moved = [(kind, math.prod(shape)) for kind, shape in collectives(config).elements() if kind != "all-reduce"]
     assert moved == [("all-gather", B * T * K * D)] * 2
 
 
 def test_streams_lie_over_batch_and_sequence():
-    config = tiny(MHC, MIXED)
-    with using(make_mesh(config.mesh)):
-        text = jax.jit(gradients(config)).lower(shapes(config), batch()).as_text()
+    text = lowered_gradients(tiny(MHC, MIXED))[1].as_text()
     streams = re.findall(r"sharding_constraint %\S+ <@mesh, (\[.*?\])> : tensor<8x32x32xf32>", text)
     assert set(streams) == {'[{"data"}, {"sequence"}, {}]'}
     # Inside the operations: a device's 4 sequences of 16 tokens, and all channels of all streams.
@@ -136,40 +135,42 @@ def test_streams_lie_over_batch_and_sequence():
 
 
 def test_flops_are_those_of_one_device():
-    def count(config):
-        with using(make_mesh(config.mesh)):
-            return cost.flops(gradients(config), shapes(config), batch())
-
-    assert count(tiny(MHC, MIXED)) == pytest.approx(count(tiny(MHC)), rel=1e-3)
+    split, alone = (cost.jaxpr_flops(lowered_gradients(tiny(MHC, mesh))[0].jaxpr) for mesh in (MIXED, {}))
+    assert split == pytest.approx(alone, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- operations
 
 
 def all_operations(x, y, post, res, phi, alpha, bias):
-    n = post.shape[0]
-    new, c, h = mhc_kernels.write_read(
-        x, mhc_kernels.Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n, num_iters=3
-    )
-    c = mhc_kernels.coefficients(new, phi, alpha, bias, num_streams=n, num_iters=3)
-    new = mhc_kernels.write(new, h, c.post, mhc_kernels.sinkhorn(c.res, 3), n)
+    settings = {"num_streams": post.shape[0], "num_iters": 3}
+    given = mhc_kernels.Coefficients(None, post, res)
+    new, c, h = mhc_kernels.write_read(x, given, y, phi, alpha, bias, **settings)
+    c = mhc_kernels.coefficients(new, phi, alpha, bias, **settings)
+    new = mhc_kernels.write(new, h, c.post, mhc_kernels.sinkhorn(c.res, 3), post.shape[0])
     z = mhc_kernels.projection(new, phi, 1e-20)
-    return (mhc_kernels.read(new, c.pre, n) ** 2).sum() + (new**2).sum() + (z**2).sum()
+    return (mhc_kernels.read(new, c.pre, post.shape[0]) ** 2).sum() + (new**2).sum() + (z**2).sum()
 
 
-@pytest.mark.parametrize(
-    "how", [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}], ids=str
-)
-def test_operations_run_on_own_tokens(how):
-    """Every operation, the kernels included, for [B, T] over (data, sequence)."""
+@pytest.fixture(scope="module")
+def operations():
+    """(values and gradients of all operations for [B, T], arguments, what they are on one device)."""
     n, C, B, T = 2, 128, 2, 16
-    keys = iter(jax.random.split(jax.random.key(0), 7))
-    k = n * n + 2 * n
+    r, k = np.random.default_rng(0), n * n + 2 * n
     sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, k), (3,), (k,)]
-    arguments = [0.3 * jax.random.normal(next(keys), size) for size in sizes]
+    arguments = [np.float32(0.3 * r.normal(size=size)) for size in sizes]
     program = jax.value_and_grad(all_operations, argnums=tuple(range(7)))
     with mhc_kernels.settings(implementation="xla"):
-        expected = jax.jit(program)(*arguments)
+        return program, arguments, jax.jit(program)(*arguments)
+
+
+HOW = [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}]
+
+
+@pytest.mark.parametrize("how", thin(HOW, HOW[1].__eq__), ids=str)
+def test_operations_run_on_own_tokens(how, operations):
+    """Every operation, the kernels included, over (data, sequence)."""
+    program, arguments, expected = operations
     mesh = make_mesh(MeshConfig(data=2, sequence=2))
     with using(mesh), mhc_kernels.settings(**how, token_axes=PartitionSpec("data", "sequence")):
         traced = jax.jit(program).trace(*arguments)
@@ -181,9 +182,8 @@ def test_operations_run_on_own_tokens(how):
 
 
 def test_flash_attention_runs_on_own_sequences_and_heads():
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (2, 128, heads, 128)) for key, heads in zip(keys, (4, 2, 2), strict=False))
-    weights = jax.random.normal(keys[3], q.shape)
+    r = np.random.default_rng(0)
+    q, k, v, weights = (np.float32(r.normal(size=(2, 128, heads, 128))) for heads in (4, 2, 2, 4))
 
     def run(implementation):
         return jax.jit(jax.value_and_grad(lambda *a: (attend(*a, implementation) * weights).sum(), (0, 1, 2)))
@@ -238,6 +238,7 @@ def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
             np.testing.assert_array_equal(a, b)
 
 
+@FULL
 def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     config, before = run
     folder = shutil.copytree(before, tmp_path / "run")
@@ -268,10 +269,7 @@ def test_one_device_is_no_mesh():
     assert make_mesh(MeshConfig()) is None
     x = jnp.ones((2, 4))
     assert constrain(x, "batch", "sequence") is x
-    config = tiny(MHC)
-    with using(make_mesh(config.mesh)):
-        text = jax.jit(gradients(config)).lower(shapes(config), batch()).as_text()
-    assert not re.search("sdy|sharding|manual", text)
+    assert not re.search("sdy|sharding|manual", lowered_gradients(tiny(MHC))[1].as_text())
 
 
 def test_a_mesh_axis_is_used_once():
@@ -326,6 +324,7 @@ def test_what_does_not_fit_is_told_when_the_configuration_is_built(mesh, setting
         tiny("mhc", mesh, **settings)
 
 
-def test_more_devices_than_there_are():
+def test_a_mesh_of_experts_splits_the_batch_and_has_no_more_devices_than_there_are():
+    assert MeshConfig(data=2, fsdp=3, tensor=5, expert=7, sequence=11).batch == 2 * 3 * 7
     with pytest.raises(InputError, match=r"The mesh \(data 4, tensor 4\) asks for 16 devices, and there are 8"):
         make_mesh(MeshConfig(data=4, tensor=4))

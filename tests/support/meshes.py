@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support.tolerances import assert_close
 
 from mhc_jax import connections
-from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
 from mhc_jax.paths import path_of
 from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.train_step import gradients, init_state
@@ -18,10 +18,12 @@ from mhc_jax.train_step import gradients, init_state
 B, T, V = 8, 32, 56
 QUICK = {"xla_backend_optimization_level": 0}
 """Half the time to compile on a CPU; what is communicated is the same."""
+FUSED = QUICK | {"xla_cpu_use_fusion_emitters": True}
+"""Three times as long, for comparisons whose tolerance is that of programs which XLA's CPU backend fuses as it does by default."""
 
 
 def name_of(mesh):
-    return "-".join(f"{axis}{size}" for axis, size in mesh.items())
+    return "-".join(f"{axis}{size}" for axis, size in mesh.items()) if isinstance(mesh, dict) else mesh
 
 
 def tiny(kind, mesh=None, accumulation_steps=1, **model) -> ExperimentConfig:
@@ -35,9 +37,10 @@ def tiny(kind, mesh=None, accumulation_steps=1, **model) -> ExperimentConfig:
     return dataclasses.replace(config, optimizer=optimizer)
 
 
-def batch():
-    r = np.random.default_rng(0)
-    return {key: r.integers(0, V, (B, T)).astype(np.int32) for key in ("inputs", "targets")}
+def batch(config, seed=0):
+    """Random tokens of the configuration's shape."""
+    r, shape = np.random.default_rng(seed), (config.data.batch_size, config.data.sequence_length)
+    return {key: r.integers(0, config.model.vocab_size, shape).astype(np.int32) for key in ("inputs", "targets")}
 
 
 def shapes(config):
@@ -52,35 +55,43 @@ def random_params(config):
 
 
 @functools.cache
-def compiled_gradients(config):
-    """(the compiled function, shardings of parameters and of a batch; None without a mesh)."""
-    mesh = make_mesh(config.mesh)
-    examples = shapes(config), batch()
-    if mesh is None:
-        return jax.jit(gradients(config)).lower(*examples).compile(QUICK), None
+def lowered_gradients(config):
+    """(traced, lowered, shardings of parameters and of a batch; None without a mesh)."""
+    mesh, examples = make_mesh(config.mesh), (shapes(config), batch(config))
     with using(mesh):
-        own, tokens = state_shardings(mesh, examples[0]), batch_sharding(mesh)
-        results = NamedSharding(mesh, PartitionSpec()), own
-        step = jax.jit(gradients(config), in_shardings=(own, tokens), out_shardings=results)
-        return step.lower(*examples).compile(QUICK), (own, tokens)
-
-
-def run_gradients(config):
-    """(loss, gradients by path)."""
-    step, shardings = compiled_gradients(config)
-    arguments = random_params(config), batch()
-    (loss, _), grads = step(*(arguments if shardings is None else jax.device_put(arguments, shardings)))
-    return float(loss), {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+        if mesh is None:
+            own, step = None, jax.jit(gradients(config))
+        else:
+            own = state_shardings(mesh, examples[0]), batch_sharding(mesh)
+            results = NamedSharding(mesh, PartitionSpec()), own[0]
+            step = jax.jit(gradients(config), in_shardings=own, out_shardings=results)
+        traced = step.trace(*examples)
+        return traced, traced.lower(), own
 
 
 @functools.cache
-def on_one_device(kind, **settings):
-    return run_gradients(tiny(kind, **settings))
+def compiled_gradients(config, fused=False):
+    return lowered_gradients(config)[1].compile(FUSED if fused else QUICK)
 
 
-def assert_same_step(kind, mesh, **settings):
-    loss, grads = run_gradients(tiny(kind, mesh, **settings))
-    expected_loss, expected = on_one_device(kind, **settings)
+def run_gradients(config, fused=False):
+    """(loss, what routers tell, gradients by path)."""
+    arguments, own = (random_params(config), batch(config)), lowered_gradients(config)[2]
+    arguments = arguments if own is None else jax.device_put(arguments, own)
+    (loss, router), grads = compiled_gradients(config, fused)(*arguments)
+    by_path = {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+    return float(loss), jax.device_get(router), by_path
+
+
+@functools.cache
+def on_one_device(config, fused=False):
+    return run_gradients(dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig()), fused)
+
+
+def assert_same_step(kind, mesh, fused=False, **settings):
+    config = tiny(kind, mesh, **settings)
+    loss, _, grads = run_gradients(config, fused)
+    expected_loss, _, expected = on_one_device(tiny(kind, **settings), fused)
     assert loss == pytest.approx(expected_loss, rel=2e-6)
     for path, g in expected.items():
         assert_close(grads[path], g, 2e-5, f"gradient of {path}")

@@ -1,29 +1,23 @@
 """The smallest run that trains: 1 block, width 16, on words drawn from a short list; the scripts as processes and in this one."""
 
-import contextlib
 import dataclasses
-import importlib.machinery
-import importlib.util
-import io
 import json
 import os
 import random
 import subprocess
 import sys
-import unittest.mock
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl.flags import FLAGS
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.data import load_data
-from mhc_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 1200
+"""With a process, however busy the machine: beyond it a test fails instead of hanging; none waits for it to pass."""
 TIMES = ("step_time_s", "tokens_per_s")
 WORDS = ("stream", "gate", "norm", "layer", "width", "depth", "token", "loss", "rate", "decay")
 
@@ -114,9 +108,18 @@ def flags_of(config: ExperimentConfig) -> list[str]:
     return out
 
 
-def script(name: str, *args: str, XLA_FLAGS: str = "", **popen) -> subprocess.Popen:
-    """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes."""
-    env = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+def at_step(signals: dict[str, tuple[int, int, str]]) -> dict[str, str]:
+    """The environment in which runs send themselves, or their parent, a signal at a step: see startup/sitecustomize.py."""
+    path = os.pathsep.join([str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path.rstrip(os.pathsep), "SIGNAL_AT_STEP": json.dumps(signals)}
+
+
+def script(name: str, *args: str, **popen) -> subprocess.Popen:
+    """experiments/<name>.py as a process with one CPU device; its output is text and comes through pipes.
+
+    `env`, if given, is added to that of the tests.
+    """
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | popen.pop("env", {})
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
@@ -126,41 +129,5 @@ def script(name: str, *args: str, XLA_FLAGS: str = "", **popen) -> subprocess.Po
 def run_script(name: str, *args: str, **popen) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of a script that ends by itself."""
     process = script(name, *args, **popen)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
-
-
-@contextlib.contextmanager
-def script_here(name: str, *args: str):
-    """experiments/<name>.py as a module with its flags parsed; flags of other scripts in this process are away meanwhile."""
-    declared = {flag: FLAGS[flag] for flag in _scripts_flags()}
-    FLAGS.remove_flag_values(declared)
-    loader = importlib.machinery.SourceFileLoader(f"script_{name}", str(ROOT / "experiments" / f"{name}.py"))
-    try:
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        loader.exec_module(module)
-        argv = unittest.mock.patch.object(sys, "argv", [name, *map(str, args)])  # where it looks for --config.a.b=...
-        with argv, warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' load_module
-            FLAGS(sys.argv)
-        yield module
-    finally:
-        FLAGS.remove_flag_values(_scripts_flags())
-        for flag, value in declared.items():
-            FLAGS[flag] = value
-
-
-def run_here(name: str, *args: str) -> tuple[int, str, str]:
-    """As `run_script`, but in this process: for what a script computes and says, not for how its process ends."""
-    out, err = io.StringIO(), io.StringIO()
-    with script_here(name, *args) as module, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = module.main() or 0
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-    return status, out.getvalue(), err.getvalue()
-
-
-def _scripts_flags() -> list[str]:
-    """Names of all flags but absl's own."""
-    return [flag for flag in FLAGS if FLAGS.find_module_defining_flag(flag) not in ("absl.app", "absl.logging")]

@@ -1,15 +1,23 @@
 """A grid of runs: points, names, configurations, mistakes, the plan on disk, the shipped sweeps."""
 
+import itertools
 import json
+import math
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
-from support.tiny_runs import ROOT, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.in_process import run_here
+from support.tiny_runs import ROOT
 from support.tiny_sweep import base, write_sweep
 
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import to_mapping
+from mhc_jax.mapping import from_mapping, to_mapping
+from mhc_jax.records import flatten
 from mhc_jax.results import write_results
 from mhc_jax.run_folder import read_json
 from mhc_jax.sweep import (
@@ -58,6 +66,38 @@ def test_a_point_becomes_a_configuration(tmp_path):
     assert run.config.optimizer.learning_rate == 1e-2
 
 
+AXES = {
+    "connection": ["residual", "hc", "mhc", "mhc:t_max=2"],
+    "optimizer.learning_rate": [1e-3, 2e-3, 0.1, 1.0],
+    "train.steps": [20, 21, 30],
+    "model.width": [64, 128],
+    "model.tied_embeddings": [False, True],
+}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.data(), st.sets(st.sampled_from(sorted(AXES))), st.integers(0, 3))
+def test_any_grid_has_every_point_once_under_names_of_its_own_and_is_read_back_from_disk(data, keys, k):
+    few = {
+        key: data.draw(st.lists(st.sampled_from(AXES[key]), min_size=1, max_size=2, unique=True))
+        for key in sorted(keys)
+    }
+    few |= {"seed": list(range(k))} if k else {}
+    points = product(*(over(key, values) for key, values in few.items()))
+    runs = plan(to_mapping(ExperimentConfig()), points)
+    assert len({run.name for run in runs}) == len(runs) == math.prod(map(len, few.values()))
+    assert [tuple(run.point.values()) for run in runs] == list(itertools.product(*few.values()))
+    for run in runs:
+        found = flatten(to_mapping(run.config))
+        assert all(found[key] == value for key, value in run.point.items() if "." in key)
+        assert run.config.train.seed == run.config.data.seed == run.point.get("seed", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_plan(Path(folder), Grid("title", runs))
+        read = read_plan(Path(folder))
+    assert {name: from_mapping(entry["config"]) for name, entry in read.items()} == {r.name: r.config for r in runs}
+    assert [entry["point"] for entry in read.values()] == points
+
+
 @pytest.mark.parametrize(
     ("points", "sentence"),
     [
@@ -83,7 +123,7 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(tmp_path, points, sent
 
 
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(file, tmp_path):
-    status, _, err = run_script("sweep", file, f"--workdir={tmp_path / 'w'}", "--set=train.step=4")
+    status, _, err = run_here("sweep", file, f"--workdir={tmp_path / 'w'}", "--set=train.step=4")
     assert (status, err.count("\n")) == (2, 1)
     assert "Did you mean 'train.steps'?" in err
     assert not (tmp_path / "w").exists()
@@ -108,13 +148,9 @@ def test_sweep_files_that_cannot_be_used(tmp_path):
 
 def test_overrides_are_read_as_python_spells_them(tmp_path):
     path = write_sweep(tmp_path)
-    given = [
-        "train.steps=50",
-        "optimizer.learning_rate=1e-4",
-        "model.tied_embeddings=True",
-        "data.source=texts/*.jsonl.zst",
-    ]
-    config = load_sweep(path, given).runs[0].config
+    texts = "data.source=texts/*.jsonl.zst"
+    told = ["train.steps=50", "optimizer.learning_rate=1e-4", "model.tied_embeddings=True", texts]
+    config = load_sweep(path, told).runs[0].config
     assert (config.train.steps, config.optimizer.learning_rate, config.model.tied_embeddings) == (50, 1e-4, True)
     assert config.data.source == "texts/*.jsonl.zst"
     with pytest.raises(InputError, match="give key=value"):
@@ -143,7 +179,7 @@ SHIPPED = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_sweeps_are_valid_and_say_their_command(path):
+def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connections_again(path):
     runs = load_sweep(path).runs
     text = path.read_text()
     assert f"python experiments/sweep.py experiments/sweeps/{path.name} --workdir=runs/{path.stem}" in text
@@ -153,11 +189,7 @@ def test_shipped_sweeps_are_valid_and_say_their_command(path):
     for run in runs:
         starts = "init" in to_mapping(run.config)["model"]["connection"]
         assert starts == ("init=" in run.point["connection"]), "a sweep says which start it means"
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_sweeps_make_the_recorded_connections_again(path):
-    made = [to_mapping(run.config)["model"]["connection"] for run in load_sweep(path).runs]
+    made = [to_mapping(run.config)["model"]["connection"] for run in runs]
     for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}/*/config.json"):
         # Records from before there was `entry` have its default.
         assert {"entry": "copy", **read_json(record)["model"]["connection"]} in made

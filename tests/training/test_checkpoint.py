@@ -196,13 +196,13 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_with_more_room
     try:
         config = with_train(residual, keep_checkpoints=9, checkpoint_every=1)
         command = [*flags_of(config), f"--workdir={disk / 'run'}"]
-        status, _, err = run_script("train", *command, XLA_FLAGS=os.environ["XLA_FLAGS"])
+        status, _, err = run_script("train", *command, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]})
         assert status == 2, err
         told = "\n".join(line for line in err.splitlines() if not line.startswith("run: "))
         whole = "is whole. Make room and run the same command again to go on."
         assert re.fullmatch(f"error: Could not save a checkpoint in .*the disk is full.*{whole}", told), err
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        status, out, err = run_script("train", *command, XLA_FLAGS=os.environ["XLA_FLAGS"])
+        status, out, err = run_script("train", *command, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]})
         assert status == 0, err
         assert "going on from the checkpoint of step" in err
         assert json.loads(out)["status"] == "finished"

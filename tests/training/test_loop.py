@@ -282,7 +282,7 @@ def test_a_signal_to_the_script(residual, alone, tmp_path):
 def test_ctrl_c_in_the_script_and_the_same_command_again(residual, alone, tmp_path):
     interrupted_script(residual, tmp_path / "run", signal.SIGINT)
     command = [*flags_of(residual), f"--workdir={tmp_path / 'run'}"]
-    status, _, err = run_script("train", *command, XLA_FLAGS=os.environ["XLA_FLAGS"])
+    status, _, err = run_script("train", *command, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]})
     assert status == 0, err
     assert_same_run(alone, tmp_path / "run")
     status, out, err = run_script("train", *command)

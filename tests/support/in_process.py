@@ -1,0 +1,62 @@
+"""A script of experiments/ run in this process: a new one would spend seconds on importing JAX."""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import io
+import runpy
+import sys
+import warnings
+from unittest import mock
+
+from absl.flags import FLAGS
+from support.tiny_runs import ROOT
+
+from mhc_jax import cli
+
+
+def run_here(name: str, *args: object) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of experiments/<name>.py."""
+    script, out, err = str(ROOT / "experiments" / f"{name}.py"), io.StringIO(), io.StringIO()
+    with (
+        _own_flags(),
+        warnings.catch_warnings(action="ignore"),  # as in a process of its own: libraries warn of each other
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(ROOT),
+        mock.patch.object(sys, "argv", [script, *map(str, args)]),
+        mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
+        mock.patch.object(cli, "cpu_alone", return_value=False),  # it would change malloc
+    ):
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return status, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def script_here(name: str, *args: str):
+    """experiments/<name>.py as a module with its flags parsed."""
+    loader = importlib.machinery.SourceFileLoader(f"script_{name}", str(ROOT / "experiments" / f"{name}.py"))
+    with _own_flags():
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        loader.exec_module(module)
+        argv = mock.patch.object(sys, "argv", [name, *map(str, args)])  # where it looks for --config.a.b=...
+        with argv, warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' load_module
+            FLAGS(sys.argv)
+        yield module
+
+
+@contextlib.contextmanager
+def _own_flags():
+    """The flags that a script declares are away afterwards; those of libraries, which are imported once, stay."""
+    known = set(FLAGS)
+    try:
+        yield
+    finally:
+        for flag in set(FLAGS) - known:
+            module = FLAGS.find_module_defining_flag(flag)
+            if flag.startswith("config") or module.startswith(("mhc_jax", "ml_collections", "script_", str(ROOT))):
+                delattr(FLAGS, flag)

@@ -1,0 +1,98 @@
+"""Workers of a sweep in the process of the tests, which end, or are ended, where a test says."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+from unittest import mock
+
+import pytest
+
+from mhc_jax import loop, sweep_runner, sweep_worker
+
+
+class Killed(BaseException):
+    """Ends a run where kill -9 would: nothing is saved behind it."""
+
+
+class Worker:
+    """In place of `subprocess.Popen`: runs the worker here when it is first asked how it ended.
+
+    `at`: run -> (step, what happens while its metrics are read), once: a signal to the worker, SIGKILL among them.
+    `asleep`: runs that do nothing until they are asked to stop.
+    """
+
+    at: ClassVar[dict[str, tuple[int, int]]] = {}
+    asleep: ClassVar[set[str]] = set()
+
+    def __init__(self, command, env, stdin, stdout, stderr, start_new_session):
+        *python, self.workdir, self.name, _ = command
+        assert python == [sys.executable, "-m", "mhc_jax.sweep_worker"]
+        assert (stdin, stdout, start_new_session) == (subprocess.DEVNULL, stderr, True)
+        self.env, self.log, self.code = env, Path(stdout.name), None
+
+    def poll(self):
+        if self.code is None and self.name not in self.asleep:
+            with self.log.open("a") as log, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["worker", self.workdir, self.name, "1"])
+                for name, value in self.env.items():
+                    patch.setenv(name, value)
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                    try:
+                        self.code = sweep_worker.main()
+                    except Killed:
+                        self.code = -signal.SIGKILL
+        return self.code
+
+    def terminate(self):
+        self.code = 130
+
+    def kill(self):
+        assert self.code is not None, f"{self.name} was left running"
+
+    def wait(self):
+        return self.code
+
+
+class Clock:
+    """Moves when someone sleeps; `at`: time -> what happens then."""
+
+    def __init__(self, at=None):
+        self.now, self.at = 0.0, at or {}
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        for when in [when for when in self.at if when <= self.now]:
+            self.at.pop(when)()
+
+
+@contextlib.contextmanager
+def workers_here():
+    """Runs of a sweep are trained in this process, and its clock moves when it sleeps."""
+    read = loop._Run._read
+
+    def reading(self, step, metrics):
+        at, number = Worker.at.get(self.label, (0, 0))
+        if step == at:
+            del Worker.at[self.label]
+            if number == signal.SIGKILL:
+                raise Killed
+            signal.raise_signal(number)
+        return read(self, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "_read", reading)
+        patch.setattr(sweep_runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
+        patch.setattr(sweep_runner, "time", Clock())
+        patch.setattr(
+            sweep_worker, "threading", mock.MagicMock()
+        )  # nobody watches for the end of a sweep that is this process
+        patch.setattr(sweep_worker, "cpu_alone", lambda: False)
+        patch.setattr(sweep_worker.logging, "set_verbosity", lambda level: None)
+        yield
