@@ -222,7 +222,7 @@ FINE = b'{"text": "fine"}\n'
     [
         ("a.txt", b"", " is empty"),
         ("a.jsonl", b"", " is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), " is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), " is empty"),
         ("a.parquet", encoded(".parquet", []), " is empty"),
         (
             "a.parquet",

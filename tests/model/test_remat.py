@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import decoders
-from support.decoders import MLA, decoder_of, drawn_decoder
+from support.decoders import MLA, decoder_of, randomized
 from support.recompute_memory import temporary
 from support.thinned import thin
 from support.tolerances import assert_close
@@ -24,8 +24,9 @@ from mhc_jax.train_step import gradients, init_state
 MODEL = ModelConfig(vocab_size=31, width=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_width=48)
 EXPERTS = decoders.EXPERTS | {"expert_width": 16}
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
-ROUNDING = 3e-6
-"""1.8e-6 of a leaf's largest entry was seen of a compiled hc on a CPU, 7.9e-7 of mhc; without XLA's fusion it is bitwise equal."""
+ROUNDING = 1e-5
+"""5.6e-6 of a leaf's largest entry was seen (alpha of mhc with experts): two programs, which XLA fuses and so rounds otherwise.  Operation by
+operation they are bitwise equal, which a test below holds; a value that is recomputed wrongly is off by far more."""
 model = functools.partial(decoder_of, base=MODEL)
 
 
@@ -40,11 +41,10 @@ def shapes(config):
 
 def both_gradients(config, L_r):
     """With and without recompute."""
-    params = drawn_decoder(config, spread=0.15)
+    params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS)["params"], spread=0.1)
     kept = dataclasses.replace(config, remat="connection", remat_block=L_r)
-    expected, actual = (
-        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params, own) for own in (config, kept)
-    )
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    expected, actual = (run(params, own) for own in (config, kept))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
     return zip(paths, jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
