@@ -25,8 +25,8 @@ MODEL = ModelConfig(vocab_size=31, width=32, num_layers=4, num_heads=4, num_kv_h
 EXPERTS = decoders.EXPERTS | {"expert_width": 16}
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
 ROUNDING = 1e-5
-"""5.6e-6 of a leaf's largest entry was seen (alpha of mhc with experts): two programs, which XLA fuses and so rounds otherwise.  Operation by
-operation they are bitwise equal, which a test below holds; a value that is recomputed wrongly is off by far more."""
+"""5.6e-6 of a leaf's largest entry was seen, for alpha of mhc with experts: XLA fuses two programs differently, and so rounds them
+differently.  Operation by operation they are bitwise equal, which a test below holds."""
 model = functools.partial(decoder_of, base=MODEL)
 
 
