@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import types
 
 import jax
@@ -14,8 +12,8 @@ import pytest
 from support import stress_kill
 from support.ends import Poisoned, kill_at, poisoned, stop_at, train_until_killed
 from support.tiny_runs import (
-    ROOT,
     assert_same_run,
+    at_step,
     final_state,
     flags_of,
     lines,
@@ -254,13 +252,10 @@ def tensorboard_scalars(folder):
 
 def interrupted_script(config, folder, number):
     """experiments/train.py with the flags of `config`, which at step 4 sends itself a signal."""
-    one_process = [sys.executable, str(ROOT / "tests/support/one_process.py"), "4", str(int(number))]
-    process = subprocess.run(
-        [*one_process, *flags_of(config), f"--workdir={folder}"], cwd=ROOT, capture_output=True, text=True
-    )
-    err = process.stderr
-    assert process.returncode == 130, err
-    summary = json.loads(process.stdout)
+    env = {"XLA_FLAGS": os.environ["XLA_FLAGS"], **at_step({folder.name: (4, number, "self")})}
+    status, out, err = run_script("train", *flags_of(config), f"--workdir={folder}", env=env)
+    assert status == 130, err
+    summary = json.loads(out)
     assert summary["status"] == "interrupted"
     assert [line for line in err.splitlines() if "stopped" in line] == [
         f"run: stopped by signal {int(number)} after step {summary['steps']}; saved. Run the same command to go on."
