@@ -8,15 +8,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from support import meshes
 from support.float64 import in_float64
-from support.meshes import batch, compiled_gradients, lowered_gradients, on_one_device, random_params, run_gradients
+from support.meshes import EXPERTS, batch, lowered_gradients, on_one_device, random_params, run_gradients, trained
 from support.thinned import thin
 from support.tiny_runs import lines, write_text
 from support.tiny_runs import tiny as tiny_run
 from support.tolerances import assert_close
 
 from mhc_jax import connections, loop
-from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
+from mhc_jax.config import MeshConfig, PipelineConfig
 from mhc_jax.errors import InputError
 from mhc_jax.paths import path_of
 from mhc_jax.pipeline.executor import pipelined
@@ -24,38 +25,18 @@ from mhc_jax.pipeline.program import compile_table
 from mhc_jax.pipeline.schedules import SCHEDULES, Place, lay_out, make, stage_count
 from mhc_jax.pipeline.validate import validate
 from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
-from mhc_jax.train_step import gradients, init_state, make_train_step
+from mhc_jax.train_step import gradients
 
-V, T = 40, 8
-MHC = "mhc:t_max=2"
-EXPERTS = {
-    "num_experts": 4,
-    "num_active_experts": 2,
-    "num_shared_experts": 1,
-    "expert_width": 12,
-    "num_dense_layers": 1,
-}
-"""12 wide: where weights and tokens have one shape, XLA may split one as the other in the midst of an operation, and CPUs hang."""
+T, MHC = 8, "mhc:t_max=2"
+DENSE_FIRST, COPIES = EXPERTS | {"num_dense_layers": 1}, {"data": 2, "expert": 2}
 
 
 def tiny(kind, schedule, stages, microbatches, mesh=None, sequences=1, overlap=False, **model):
     """One block a stage; `sequences` a microbatch."""
-    blocks = stage_count(schedule, stages)
-    sizes = {"vocab_size": V, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16, "num_layers": blocks}
-    config = ExperimentConfig(
-        model=ModelConfig(**sizes | {"connection": connections.parse(kind)} | model),
-        data=DataConfig(sequence_length=T, batch_size=microbatches * sequences),
-    )
-    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=microbatches, warmup_steps=2)
-    config = dataclasses.replace(config, optimizer=optimizer)
-    if stages == 1:
-        return config
-    pipeline = PipelineConfig(schedule=schedule, overlap=overlap)
-    return dataclasses.replace(config, mesh=MeshConfig(stage=stages, **mesh or {}), pipeline=pipeline)
-
-
-def unpipelined(config):
-    return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig())
+    blocks, pipeline = stage_count(schedule, stages), PipelineConfig(schedule=schedule, overlap=overlap)
+    sizes = {"vocab_size": 40, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16, "num_layers": blocks}
+    mesh, size = {"stage": stages, **(mesh or {})}, (microbatches * sequences, T)
+    return meshes.tiny(kind, mesh, microbatches, size, pipeline, **sizes | model)
 
 
 @functools.cache
@@ -76,7 +57,7 @@ def assert_same_step(config, fused=True):
     for path, g in expected_grads.items():
         tolerance = 1e-6
         if np.abs(grads[path] - g).max() > tolerance * np.abs(g).max():
-            g, rounded = exact(unpipelined(config))[path], g
+            g, rounded = exact(meshes.alone(config))[path], g
             scale = np.abs(g).max()
             errors = [np.abs(a - g).max() / scale for a in (grads[path], rounded)]
             print(f"gradient of {path}: {errors[0]:.2e} from float64; without a pipeline {errors[1]:.2e}")
@@ -87,10 +68,9 @@ def assert_same_step(config, fused=True):
         assert_close(router[name], value, 1e-6, name)
 
 
-SPARSE = EXPERTS | {"num_dense_layers": 0}
 CASES = {
     "dualpipe": ("residual", 2, 4, {"mesh": {"data": 2}, "sequences": 2, "overlap": True}),
-    "zb1p": ("attnres_block", 2, 3, SPARSE),  # its blocks count themselves
+    "zb1p": ("attnres_block", 2, 3, EXPERTS),  # its blocks count themselves
     "1f1b": (MHC, 2, 2, {}),
 }
 
@@ -102,20 +82,33 @@ def test_a_pipeline_changes_nothing(schedule):
     assert_same_step(tiny(kind, schedule, stages, microbatches, **others), fused=kind == MHC)
 
 
+@pytest.mark.full
+def test_stages_copies_and_owners_of_experts():
+    """A dense block leads the first stage, and its stage has fewer blocks with experts."""
+    assert_same_step(tiny("residual", "zb1p", 2, 3, COPIES, sequences=4, **DENSE_FIRST, num_layers=4))
+
+
 ALL_CASES = [
-    (schedule, kind, stages, least * times)
+    (kind, schedule, stages, times * (2 * stages if schedule.startswith("dual") else stages), {})
     for schedule in SCHEDULES
     for kind in ("residual", "hc", MHC)
     for stages in (2, 4, 8)
-    for least in [2 * stages if schedule.startswith("dual") else stages]
     for times in (1, 2)
 ]
+ALL_CASES += [(kind, "zb1p", 2, 3, {}) for kind in sorted({*connections.KINDS} - {"residual", "hc", "mhc"})]
+ALL_CASES += [(MHC, "1f1b", 2, 4, {"num_layers": 4, "remat": remat}) for remat in ("full", "connection")]
+TIED = {"tied_embeddings": True, "attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+ALL_CASES += [(MHC, "dualpipev", 2, 4, TIED)]
+ALL_CASES += [("residual", "dualpipe", 2, 4, {"mesh": COPIES, "sequences": 4, **DENSE_FIRST})]
+for mesh in ({"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"data": 2, "fsdp": 2}):
+    ALL_CASES += [(MHC, "1f1b", 2, 4, {"mesh": mesh, "sequences": 4, "num_kv_heads": 2})]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "kind", "stages", "microbatches"), ALL_CASES)
-def test_no_pipeline_changes_anything(schedule, kind, stages, microbatches):
-    assert_same_step(tiny(kind, schedule, stages, microbatches))
+@pytest.mark.parametrize(("kind", "schedule", "stages", "microbatches", "others"), ALL_CASES, ids=str)
+def test_no_pipeline_changes_anything(kind, schedule, stages, microbatches, others):
+    """Every schedule, kind, axis of the mesh beside stages, and way to recompute."""
+    assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 
 
 @pytest.mark.parametrize("schedule", thin(["zb1p", "1f1b"], "zb1p".__eq__))
@@ -126,7 +119,7 @@ def test_streams_that_overflow_are_seen(schedule):
     params = random_params(config)
     params["embedding"] *= np.float32(1e25)
     placed = jax.device_put((params, batch(config)), lowered_gradients(config)[2])
-    (loss, _), _ = compiled_gradients(config, fused=kind == MHC)(*placed)
+    (loss, _), _ = meshes.compiled_gradients(config, fused=kind == MHC)(*placed)
     assert np.isnan(loss)
 
 
@@ -134,8 +127,7 @@ def test_embeddings_lie_on_all_stages():
     """Each a part; 40 rows on 4 stages, 41 on every one, 42 on the two of tensor alone."""
     for rows, mesh, spec in ((40, {}, "stage"), (41, {}, None), (42, {"tensor": 2}, "tensor")):
         config = tiny("residual", "1f1b", 4, 4, mesh, vocab_size=rows, num_kv_heads=2)
-        params = jax.eval_shape(lambda config=config: init_state(config).params)
-        own = state_shardings(make_mesh(config.mesh), params)
+        own = state_shardings(make_mesh(config.mesh), meshes.shapes(config))
         assert own["embedding"].spec[0] == own["unembedding"].spec[1] == spec, rows
 
 
@@ -157,9 +149,7 @@ def test_in_bfloat16_it_rounds_as_without():
     def errors(found):
         return np.array([np.linalg.norm(found[path] - g) / np.linalg.norm(g) for path, g in exactly.items()])
 
-    grads = run_gradients(config, fused=True)[2]
-    staged, without = errors(grads), errors(on_one_device(config, fused=True)[2])
-    assert all(g.dtype == np.float32 for g in grads.values())
+    staged, without = (errors(run(config, fused=True)[2]) for run in (run_gradients, on_one_device))
     assert 1e-3 < np.median(without) < 3e-2
     assert (staged < 1.5 * without + 1e-3).all()
     assert np.median(staged) < 1.1 * np.median(without)
@@ -182,70 +172,23 @@ def test_a_table_written_by_hand():
         assert_close(g, expected_grads[path_of(path)], 1e-6, path_of(path))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "microbatches"),
-    [pytest.param("dualpipe", 4, marks=pytest.mark.slow), pytest.param("zb1p", 3, marks=pytest.mark.full)],
-)
-def test_stages_copies_and_owners_of_experts(schedule, microbatches):
-    """A dense block leads the first stage, and its stage has fewer blocks with experts."""
-    mesh = {"data": 2, "expert": 2}
-    blocks = {"num_layers": 4} if schedule == "zb1p" else {}
-    assert_same_step(tiny("residual", schedule, 2, microbatches, mesh, sequences=4, **EXPERTS, **blocks))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"data": 2, "fsdp": 2}])
-def test_stages_beside_every_other_axis(mesh):
-    assert_same_step(tiny(MHC, "1f1b", 2, 4, mesh, sequences=4, num_kv_heads=2))
-
-
-OTHERS = {kind: (kind, "zb1p", 3, {}) for kind in sorted({*connections.KINDS} - {"residual", "hc", "mhc"})}
-OTHERS |= {f"remat {remat}": (MHC, "1f1b", 4, {"num_layers": 4, "remat": remat}) for remat in ("full", "connection")}
-TIED = {"tied_embeddings": True, "attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*OTHERS.values(), (MHC, "dualpipev", 4, TIED)], ids=[*OTHERS, "tied, mla"])
-def test_other_models_are_changed_by_no_pipeline(case):
-    kind, schedule, microbatches, model = case
-    assert_same_step(tiny(kind, schedule, 2, microbatches, **model))
-
-
-def curve(config, steps):
-    """(losses, gradient norms before clipping, biases of routers at the end)."""
-    mesh = make_mesh(config.mesh)
-    state = jax.jit(lambda: init_state(config))()
-    own = None if mesh is None else state_shardings(mesh, state)
-    state = state if own is None else jax.device_put(state, own)
-    losses, norms = [], []
-    with using(mesh):
-        step = jax.jit(make_train_step(config), out_shardings=None if own is None else (own, None))
-        for seed in range(steps):
-            tokens = batch(config, seed % 5)
-            tokens = tokens if mesh is None else jax.device_put(tokens, batch_sharding(mesh))
-            state, metrics = step(state, tokens)
-            losses.append(float(metrics["loss"]))
-            norms.append(float(metrics["grad_norm"]))
-    return losses, norms, np.asarray(state.params["layers"]["mlp"]["router_bias"])
-
-
 @pytest.mark.slow
 def test_50_steps_give_the_curve_without_a_pipeline():
     """With clipping and balancing; the norm of the first step is clipped."""
-    config = tiny("residual", "1f1b", 2, 2, {"data": 2}, sequences=2, **SPARSE)
-    losses, norms, bias = curve(config, 50)
-    expected_losses, expected_norms, expected_bias = curve(unpipelined(config), 50)
-    assert norms[0] > config.optimizer.grad_clip > 0
-    assert expected_losses[-1] < expected_losses[0] - 0.3
-    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
-    np.testing.assert_allclose(norms, expected_norms, rtol=2e-3)
+    config = tiny("residual", "1f1b", 2, 2, {"data": 2}, sequences=2, **EXPERTS)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=2))
+    (found, bias), (expected, expected_bias) = trained(config, 50), trained(meshes.alone(config), 50)
+    assert found[0]["grad_norm"] > config.optimizer.grad_clip > 0
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.3
+    for name, rtol in (("loss", 2e-5), ("grad_norm", 2e-3)):
+        np.testing.assert_allclose([m[name] for m in found], [m[name] for m in expected], rtol=rtol)
     np.testing.assert_allclose(bias, expected_bias, atol=1e-7)
     assert np.any(bias)
 
 
 def temporary(schedule, microbatches):
     """(bytes the compiled step needs beside its arguments and results, its program)."""
-    step = compiled_gradients(tiny("residual", schedule, 2, microbatches, sequences=64))
+    step = meshes.compiled_gradients(tiny("residual", schedule, 2, microbatches, sequences=64))
     return step.memory_analysis().temp_size_in_bytes, compile_table(make(schedule, 2, microbatches))
 
 
@@ -271,33 +214,23 @@ def test_a_run_goes_on_with_and_without_stages(tmp_path):
     config = tiny_run(write_text(tmp_path / "text.txt"), "residual", **settings)
     staged = dataclasses.replace(config, mesh=MeshConfig(stage=2))
     loop.train(config, tmp_path / "whole")
-    before, after = _from_step(2, staged, tmp_path / "whole", tmp_path / "staged")
-    assert after == pytest.approx(before, rel=1e-5)
-    before, after = _from_step(4, config, tmp_path / "staged", tmp_path / "again")
-    assert after == pytest.approx(before, rel=1e-5)
-
-
-def _from_step(step, config, folder, copy):
-    """Losses of a run of 6 steps, and of its copy that goes on from a checkpoint with another configuration."""
-    shutil.copytree(folder, copy)
-    for later in range(step + 2, 8, 2):
-        shutil.rmtree(copy / "checkpoints" / str(later))
-    (copy / "summary.json").unlink()
-    summary = loop.train(config, copy)
-    assert (summary["status"], summary["steps"]) == ("finished", 6)
-    assert [event["step"] for event in lines(copy, "event")][-1] == step
-    return ([line["loss"] for line in lines(each, "train")] for each in (folder, copy))
+    for step, other, name, source in ((2, staged, "staged", "whole"), (4, config, "again", "staged")):
+        folder, copy = tmp_path / source, shutil.copytree(tmp_path / source, tmp_path / name)
+        for later in range(step + 2, 8, 2):
+            shutil.rmtree(copy / "checkpoints" / str(later))
+        (copy / "summary.json").unlink()
+        summary = loop.train(other, copy)
+        assert (summary["status"], summary["steps"]) == ("finished", 6)
+        assert [event["step"] for event in lines(copy, "event")][-1] == step
+        before, after = ([line["loss"] for line in lines(each, "train")] for each in (folder, copy))
+        assert after == pytest.approx(before, rel=1e-5)
 
 
 REFUSED = {
     "blocks": ({"num_layers": 3}, {}, "model.num_layers is 3, which does not divide into the 2 stages of '1f1b'"),
     "dense": ({"num_layers": 4, **EXPERTS, "num_dense_layers": 3}, {}, "3, more than the 2 blocks of the first stage."),
     "schedule": ({}, {"schedule": "1f2b"}, "pipeline.schedule is '1f2b'"),
-    "microbatches": (
-        {},
-        {"schedule": "dualpipe"},
-        "2 microbatches are too few for 'dualpipe' with 2 stages; use at least 4.",
-    ),
+    "microbatches": ({}, {"schedule": "dualpipe"}, "2 microbatches are too few for 'dualpipe' with 2 stages"),
     "chunks": ({}, {"chunks": 3}, "The number of chunks of '1f1b' is fixed"),
 }
 

@@ -1,6 +1,5 @@
 """The parts of a pipelined step: a backward pass cut in two, weights cast once, boundary tensors as one array."""
 
-import dataclasses
 import functools
 import re
 
@@ -9,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from support.meshes import EXPERTS, tiny
 from support.thinned import thin
 
 from mhc_jax import aot, connections
 from mhc_jax.compiled import Program, flops
-from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
+from mhc_jax.config import PipelineConfig
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
 from mhc_jax.paths import path_of
@@ -26,12 +26,12 @@ from mhc_jax.pipeline.stage import Stage
 from mhc_jax.pod import pipelines
 from mhc_jax.topology import get_slice
 
-MODEL = ModelConfig(vocab_size=40, width=32, num_layers=4, num_heads=2, num_kv_heads=2, mlp_width=64)
+SIZES = {"vocab_size": 40, "num_layers": 4, "num_heads": 2, "mlp_width": 64}
 TOKENS = jnp.zeros((2, 16), jnp.int32)
 
 
 def model_of(kind, **changes):
-    return dataclasses.replace(MODEL, connection=connections.parse(kind), **changes)
+    return tiny(kind, **SIZES | changes).model
 
 
 def params_of(model):
@@ -40,6 +40,10 @@ def params_of(model):
     params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
     params = jax.tree.map(lambda a: (0.3 * r.normal(size=a.shape)).astype(a.dtype), params)
     return params, params.pop("layers")
+
+
+def leaves_of(*trees):
+    return zip(*map(jax.tree.leaves, trees), strict=True)
 
 
 def stage_of(model):
@@ -67,9 +71,9 @@ def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
     stage, free = stage_of(model_of(kind, remat=remat))
     r = np.random.default_rng(1)
     random = functools.partial(jax.tree.map, lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype))
-    batch = {"inputs": TOKENS, "targets": TOKENS}
 
     def kept(layers, x, at):
+        batch = {"inputs": TOKENS, "targets": TOKENS}
         return stage.forward(False, layers, batch, at, x, stage.outer)[0]["held"]
 
     held = jax.jit(kept)(free[0], random(stage.boundary.like), jnp.int32(0))
@@ -146,13 +150,9 @@ def test_what_elementwise_operations_make_again_is_not_kept():
     assert all(a.dtype == jnp.bfloat16 for a in kept if a.shape != (6, 1)), "no float32 copies"
     np.testing.assert_array_equal(y, function(W, x))
     leaves, (_, own) = cut.later(W, None, kept), whole(W, x)
-    for a, b in zip(leaves, own, strict=True):
+    pulled = (backward(W, 0 * x, each, g) for each in (leaves, own))
+    for a, b in (*leaves_of(leaves, own), *leaves_of(*pulled)):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(*(jax.tree.leaves(backward(W, 0 * x, each, g)) for each in (leaves, own)), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 12}
 
 
 CAST = [(kind, remat) for kind in ("hc", MHC) for remat in ("none", "full", "connection")]
@@ -162,7 +162,7 @@ CAST = [(kind, remat) for kind in ("hc", MHC) for remat in ("none", "full", "con
 def test_weights_that_are_cast_are_cast_before_the_first_tick(kind, remat):
     """Matrices of the branches are; norms, the router and the connections compute in float32."""
     types = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
-    model = model_of(kind, remat=remat, num_dense_layers=1, **types, **EXPERTS)
+    model = model_of(kind, remat=remat, **types, **EXPERTS | {"num_dense_layers": 1})
 
     def made(params, layers):
         layers = jax.tree.map(lambda a: jnp.concatenate([a[:1], a]).reshape(2, 2, *a.shape[1:]), layers)
@@ -176,7 +176,7 @@ def test_weights_that_are_cast_are_cast_before_the_first_tick(kind, remat):
 
 
 def test_dense_blocks_may_fill_the_first_stage():
-    model = model_of("residual", num_dense_layers=2, **EXPERTS)
+    model = model_of("residual", **EXPERTS | {"num_dense_layers": 2})
     params, layers = params_of(model)
 
     @jax.jit
@@ -187,7 +187,7 @@ def test_dense_blocks_may_fill_the_first_stage():
         return first[1], stage.blocks(False, own, {}, carry, jnp.int32(1))[1]
 
     aux, other = told(params, layers)
-    assert all(a.shape == b.shape and not a.any() for a, b in zip(*map(jax.tree.leaves, (aux, other)), strict=True))
+    assert all(a.shape == b.shape and not a.any() for a, b in leaves_of(aux, other))
     assert any(a.any() for a in jax.tree.leaves(other))
 
 
@@ -213,16 +213,12 @@ def test_a_weight_that_has_another_use_is_not_cast():
 DTYPES = [(kind, dtype) for kind in connections.KINDS for dtype in ("float32", "bfloat16")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "stream_dtype"), thin(DTYPES, lambda case: (case[0] == "hc") == (case[1] == "float32"))
-)
-def test_a_boundary_is_packed_bit_by_bit(kind, stream_dtype):
+@pytest.mark.parametrize(("kind", "dtype"), thin(DTYPES, lambda case: (case[0] == "hc") == (case[1] == "float32")))
+def test_a_boundary_is_packed_bit_by_bit(kind, dtype):
     """B = T = n = 4, so that shapes alone do not tell the axes."""
-    model = model_of(kind, stream_dtype=stream_dtype, compute_dtype=stream_dtype)
-    params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
     stage = object.__new__(Stage)
-    stage.model = model
-    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+    stage.model = model_of(kind, stream_dtype=dtype, compute_dtype=dtype)
+    params = jax.tree.map(jnp.asarray, params_of(stage.model)[0])
     boundary = Boundary(lambda tokens: stage.enter(params, tokens), jnp.zeros((4, 4), jnp.int32))
     r = np.random.default_rng(0)
     tree = jax.tree.map(lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype), boundary.tree)
@@ -231,35 +227,28 @@ def test_a_boundary_is_packed_bit_by_bit(kind, stream_dtype):
     assert all(a.shape[:2] == (4, 4) for a in packed.values())
     back = boundary.unpack(packed)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+    for a, b in leaves_of(back, tree):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    one = jax.tree.map(lambda a: a.at[1, 2].set(0), packed)
-    changed = [
-        np.argwhere(np.asarray(a) != np.asarray(b))
-        for a, b in zip(*map(jax.tree.leaves, (boundary.unpack(one), tree)), strict=True)
-    ]
-    for where, axes in zip(changed, boundary.axes, strict=True):
-        assert {tuple(row[list(axes)]) for row in where} == {(1, 2)}, "one token is one row"
+    one = boundary.unpack(jax.tree.map(lambda a: a.at[1, 2].set(0), packed))
+    for (a, b), axes in zip(leaves_of(one, tree), boundary.axes, strict=True):
+        changed = np.argwhere(np.asarray(a) != np.asarray(b))
+        assert {tuple(row[list(axes)]) for row in changed} == {(1, 2)}, "one token is one row"
 
 
 @pytest.fixture(scope="module")
 def row():
     """A step of four stages, ZB1P, eight microbatches, two copies."""
-    config = ExperimentConfig(model=model_of("residual"), data=DataConfig(sequence_length=16, batch_size=32))
-    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=8)
-    config = dataclasses.replace(config, optimizer=optimizer, pipeline=PipelineConfig(schedule="zb1p", overlap=True))
-    config = dataclasses.replace(config, mesh=MeshConfig(stage=4, data=2))
+    pipeline = PipelineConfig(schedule="zb1p", overlap=True)
+    config = tiny("residual", {"stage": 4, "data": 2}, 8, (32, 16), pipeline, **SIZES)
     return {**aot.estimate(config, get_slice("cpu:8"), None), "connection": "residual"}
 
 
 def test_operations_count_as_often_as_a_device_does_them(row):
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.1), "no branch twice, no pass twice"
-    messages = row["pipeline"]["messages"]
-    assert (messages["a tick"], messages["bytes"]) == (2, 2 * 2 * 16 * 2 * 32 * 4), (
-        "x and y of two sequences, up and down"
-    )
-    seconds = row["seconds"]
+    messages, seconds = row["pipeline"]["messages"], row["seconds"]
+    # x and y of two sequences, up and down
+    assert (messages["a tick"], messages["bytes"]) == (2, 2 * 2 * 16 * 2 * 32 * 4)
     assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["collectives"] + seconds["waiting"])
     assert seconds["waiting"] == row["pipeline"]["bubble"] > 0
     assert all((one["kind"], one["axes"]) != ("collective-permute", "stage") for one in row["collectives"])
@@ -275,24 +264,26 @@ def test_costs_of_a_compiled_step(row):
     np.testing.assert_allclose(costs.B, [found["B"][1] - found["tick"] + found["tick"]] * 4)
     more = from_compiled(row, stages=2, blocks=12, leveled=False)
     assert more.F[0] - costs.F[0] == pytest.approx(5 * (costs.F[1] - found["tick"]))
-    heavy = {**found, "F": [*found["F"][:3], found["F"][1] + 3 * (found["F"][1] + found["B"][1] - 2 * found["tick"])]}
+    loss = 3 * (found["F"][1] + found["B"][1] - 2 * found["tick"])  # as dear as 3 blocks
+    heavy = {**found, "F": [*found["F"][:3], found["F"][1] + loss]}
     leveled = from_compiled({"pipeline": {**row["pipeline"], "seconds": heavy}}, stages=4, blocks=41)
-    assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"]), (
-        "a loss as dear as 3 blocks"
-    )
+    assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"])
     files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]
     run, other = tables.of_compiled(["zb1p"], 4, 8, files, 4)
     assert (run.label, other.label, other.over) == ("residual", "residual, remat connection", 0.0)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
-    with pytest.raises(InputError, match=r"not of experiments/compile\.py"):
-        tables.of_compiled(["zb1p"], 4, 8, [{"env": {}}], 4)
-    with pytest.raises(InputError, match="two rows 'residual'; leave one out"):
-        tables.of_compiled(["zb1p"], 4, 8, files[:1] * 2, 4)
-    with pytest.raises(InputError, match="compile it with --mesh=stage=4"):
-        from_compiled({"connection": "mhc"}, 4, 4)
-    with pytest.raises(InputError, match="2 stages, so none in the middle"):
-        from_compiled({"pipeline": {**row["pipeline"], "stages": 2}}, 4, 4)
-    whole = {"pipeline": {**row["pipeline"], "schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}}
-    with pytest.raises(InputError, match="'1f1b' has no W of its own; compile 'zb1p' or 'dualpipe'"):
-        from_compiled(whole, 4, 4)
+    for wrong, sentence in (
+        ([{"env": {}}], r"not of experiments/compile\.py"),
+        (files[:1] * 2, "two rows 'residual'; leave one out"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            tables.of_compiled(["zb1p"], 4, 8, wrong, 4)
+    whole = {"schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}
+    for wrong, sentence in (
+        ({"connection": "mhc"}, "compile it with --mesh=stage=4"),
+        ({"pipeline": row["pipeline"] | {"stages": 2}}, "2 stages, so none in the middle"),
+        ({"pipeline": row["pipeline"] | whole}, "'1f1b' has no W of its own; compile 'zb1p' or 'dualpipe'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            from_compiled(wrong, 4, 4)
     assert "| residual | zb1p | 4 |" in "\n".join(pipelines([row]))

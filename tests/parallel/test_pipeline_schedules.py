@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from support.in_process import run_here
 from support.pipeline_tables import WAYS, arguments, corrupted, replay
 
+from experiments.configs.paper import get_config
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import from_mapping
@@ -23,11 +23,9 @@ from mhc_jax.pipeline.validate import messages, operations, peak_activations, va
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
 
-ALIKE = {"deadline": None, "derandomize": True, "database": None}
-
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(max_examples=25, **ALIKE)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_generated_table_is_valid_and_its_program_reads_what_it_wrote(name, data):
     P, M, chunks, latency = data.draw(arguments(name))
@@ -43,18 +41,19 @@ def test_any_generated_table_is_valid_and_its_program_reads_what_it_wrote(name, 
     done = replay(schedule, program)
     assert len(set(done)) == len(done) == len(kinds)
     at = {("B" if kind == "I" else kind, *what): k for k, (kind, *what) in enumerate(done)}
-    every = list(itertools.product(range(M), range(schedule.stages)))
-    assert all(at["F", m, s] < at["B", m, s] <= at.get(("W", m, s), at["B", m, s]) for m, s in every)
-    assert all(
-        at["F", m, s] < at["F", m, s + 1] and at["B", m, s + 1] < at["B", m, s]
-        for m, s in every
-        if s + 1 < schedule.stages
-    )
+    for m, s in itertools.product(range(M), range(schedule.stages)):
+        assert at["F", m, s] < at["B", m, s] <= at.get(("W", m, s), at["B", m, s])
+        assert s == 0 or (at["F", m, s - 1] < at["F", m, s] and at["B", m, s] < at["B", m, s - 1])
     assert program.activations == max(schedule.bound)
+    # Two messages for each boundary and microbatch; those of dualpipev's turn stay on their device.
+    found = messages(schedule)
+    assert len(found) == 2 * M * (schedule.stages - 1)
+    assert all(one.used > one.sent for one in found)
+    assert sum(one.source == one.target for one in found) == (2 * M if name == "dualpipev" else 0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(max_examples=20, **ALIKE)
+@settings(max_examples=20)
 @given(st.data())
 def test_any_table_with_one_thing_wrong_is_refused(name, data):
     P, M, chunks, latency = data.draw(arguments(name))
@@ -72,11 +71,8 @@ def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
         ((Op("B", 0, 0, 1, None),), ()),
     )
     schedule = Schedule("mine", 2, 1, (route,), (0,), (1, 1), rows)
-    sentence = (
-        "tick 0, device 1: F of microbatch 0, chunk 0, stage 1, needs F of stage 0, which device 0 does in tick 0; "
-        "it is there from tick 1 on."
-    )
-    with pytest.raises(InputError, match=re.escape(sentence)):
+    told = "tick 0, device 1: F of microbatch 0, chunk 0, stage 1, needs F of stage 0, .* it is there from tick 1 on."
+    with pytest.raises(InputError, match=told):
         validate(schedule)
     late = dataclasses.replace(schedule, table=((rows[0][0], ()), ((), rows[0][1]), *rows[1:]))
     validate(late)
@@ -127,55 +123,40 @@ def test_messages_show_where_nothing_runs_beside_them():
     assert simulate(make("gpipe", 4, 8), by_hand(4, send=0.25)).exposed == pytest.approx(2 * 3 * 0.25)
 
 
-def test_messages_of_a_table():
-    """Two for each boundary and microbatch; those of dualpipev's turn stay on their device."""
-    for name in SCHEDULES:
-        schedule = make(name, 4, 8)
-        found = messages(schedule)
-        assert len(found) == 2 * 8 * (schedule.stages - 1)
-        assert all(one.used > one.sent for one in found)
-        assert sum(one.source == one.target for one in found) == (16 if name == "dualpipev" else 0)
-
-
-REFUSED = {
-    "1f1b 4 3": ("1f1b", 4, 3, "3 microbatches are too few for '1f1b' with 4 stages; use at least 4."),
-    "zb1p 4 3": ("zb1p", 4, 3, "use at least 4"),
-    "interleaved 4 6": (
-        "interleaved",
-        4,
-        6,
-        "6 microbatches are no multiple of 4 stages, which 'interleaved' needs; use 8.",
-    ),
-    "dualpipe 3 8": ("dualpipe", 3, 8, "'dualpipe' has 3 stages; it needs an even number"),
-    "dualpipe 4 9": ("dualpipe", 4, 9, "'dualpipe' has 9 microbatches; it needs an even number"),
-    "dualpipe 4 6": ("dualpipe", 4, 6, "6 microbatches are too few for 'dualpipe' with 4 stages; use at least 8."),
-    "dualpipev 4 6": ("dualpipev", 4, 6, "too few"),
-    "gpipe 1 4": ("gpipe", 1, 4, "a pipeline needs at least 2"),
-    "1f2b": ("1f2b", 4, 4, "Did you mean '1f1b'?"),
-}
-
-
-@pytest.mark.parametrize(("name", "P", "M", "sentence"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(
+    ("name", "P", "M", "sentence"),
+    [
+        ("1f1b", 4, 3, "3 microbatches are too few for '1f1b' with 4 stages; use at least 4."),
+        ("zb1p", 4, 3, "use at least 4"),
+        ("interleaved", 4, 6, "6 microbatches are no multiple of 4 stages, which 'interleaved' needs; use 8."),
+        ("dualpipe", 3, 8, "'dualpipe' has 3 stages; it needs an even number"),
+        ("dualpipe", 4, 9, "'dualpipe' has 9 microbatches; it needs an even number"),
+        ("dualpipe", 4, 6, "6 microbatches are too few for 'dualpipe' with 4 stages; use at least 8."),
+        ("dualpipev", 4, 6, "too few"),
+        ("gpipe", 1, 4, "a pipeline needs at least 2"),
+        ("1f2b", 4, 4, r"Did you mean '1f1b'\?"),
+    ],
+)
 def test_what_does_not_fit_is_refused(name, P, M, sentence):
-    with pytest.raises(InputError, match=re.escape(sentence)):
+    with pytest.raises(InputError, match=sentence):
         make(name, P, M)
 
 
-def paper(kind="mhc:t_max=2"):
-    from experiments.configs.paper import get_config
+RATES = costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
 
+
+def paper(kind="mhc:t_max=2"):
     return from_mapping(get_config(f"27b:{kind}").to_dict())
 
 
 def test_costs_of_a_model_add_up():
     """Over all stages: a third of the FLOPs of `cost.model_cost` in F, the connection's bytes, nC a message."""
-    config, rates = paper(), costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
-    model, T = config.model, 4096
+    model, T = paper().model, 4096
+    C, blocks = model.width, model.num_layers
     for stages in (8, 16):
-        found = costs.from_model(model, T, stages, rates)
-        again = costs.from_model(model, T, stages, rates, recompute=True)
-        plain = costs.from_model(paper("residual").model, T, stages, rates)
-        C, blocks = model.width, model.num_layers
+        found = costs.from_model(model, T, stages, RATES)
+        again = costs.from_model(model, T, stages, RATES, recompute=True)
+        plain = costs.from_model(paper("residual").model, T, stages, RATES)
         more = 2 * blocks * (10 - 4) * C * 2 * T / 2e12
         assert sum(found.F) - sum(plain.F) == pytest.approx(more)
         assert sum(found.B) - sum(plain.B) == pytest.approx(2.5 * more)
@@ -188,9 +169,8 @@ def test_costs_of_a_model_add_up():
 
 def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward():
     """A product of V C weights and T tokens in F, its two gradients in B, the one of the weights in W."""
-    rates = costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
-    model = dataclasses.replace(paper("residual").model, vocab_size=1000, width=256, num_layers=8)
-    one, more = (costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, rates) for V in (1000, 1100))
+    model = dataclasses.replace(paper("residual").model, width=256, num_layers=8)
+    one, more = (costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, RATES) for V in (1000, 1100))
     product = 2 * 100 * 256 * 64 / 1e14
     for kind, times in (("F", 1), ("B", 2), ("W", 1)):
         added = np.subtract(getattr(more, kind), getattr(one, kind))
@@ -206,16 +186,10 @@ def test_blocks_go_where_there_is_least_work():
 
 
 def test_costs_of_a_report():
-    step = {
-        "shape": {"width": 64, "num_layers": 2, "sequence_length": 32, "dtype": "bfloat16"},
-        "batch_size": 2,
-        "steps": [
-            {"name": "residual", "status": "ok", "ms": 120.0},
-            {"name": "mhc xla", "status": "ok", "ms": 134.0},
-            {"name": "mhc triton", "status": "needs a GPU"},
-        ],
-    }
-    report = {"parts": {"step/27b": step}}
+    shape = {"width": 64, "num_layers": 2, "sequence_length": 32, "dtype": "bfloat16"}
+    steps = [{"name": name, "status": "ok", "ms": ms} for name, ms in (("residual", 120.0), ("mhc xla", 134.0))]
+    steps += [{"name": "mhc triton", "status": "needs a GPU"}]
+    report = {"parts": {"step/27b": {"shape": shape, "batch_size": 2, "steps": steps}}}
     found = costs.from_report(report, "27b", "mhc xla", stages=4, blocks=8, link=1e6)
     # 2 of 2 blocks, 1 of 2 sequences: half of 134 ms, whose 7 more are 2 and 5.
     np.testing.assert_allclose(found.F, 0.022)
@@ -272,9 +246,8 @@ def test_the_command(tmp_path):
     assert (tmp_path / "a.png").exists()
     assert (tmp_path / "a.svg").exists()
     status, out, err = run_here(*command, "--schedules=dualpipe", "--stages=3")
-    assert (status, out) == (2, "")
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert "even number" in err
-    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("leading", [False, True])
@@ -283,20 +256,13 @@ def test_a_phase_has_what_writes_an_array_behind_what_does_not(name, leading):
     """Or XLA copies it."""
     schedule = make(name, 4, 16)
     program = compile_table(schedule, leading)
-    does = [op for each in program.phases for op in each]
+    does, done = [op for each in program.phases for op in each], []
     assert all(each[0] == Operation() for each in program.phases)
     assert len(set(does)) == len(does) - len(program.phases) + 1, "an operation is in one phase"
-    for each in program.phases:
+    for k, each in enumerate(program.phases):
         for array in SUMS:
-            if array == "outer":  # its parts are written by the ends of the pipeline, in conditionals of their own
-                continue
             writing = [array in writes(op) for op in each]
-            assert writing == sorted(writing), f"{array}: {each}"
-    done = sum(int((column > 0).sum()) for key, column in program.columns.items() if key.startswith("operation_"))
-    pairs = sum(
-        int((program.columns[f"operation_{k}"] == each.index(op)).sum())
-        for k, each in enumerate(program.phases)
-        for op in each
-        if op.forward and op.backward
-    )
-    assert done + pairs == len(list(operations(schedule)))
+            # The parts of the outer sum are written by the ends of the pipeline, in conditionals of their own.
+            assert array == "outer" or writing == sorted(writing), f"{array}: {each}"
+        done += [each[number] for number in program.columns[f"operation_{k}"].flat]
+    assert sum(bool(op.forward) + bool(op.backward) for op in done) == len(list(operations(schedule)))

@@ -1,8 +1,8 @@
 """Over a mesh of simulated devices a step is the step of one device; what is communicated; checkpoints between meshes."""
 
 import collections
+import contextlib
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -13,6 +13,7 @@ import mhc_kernels
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from support import meshes
 from support.meshes import QUICK, B, T, assert_same_step, compiled_gradients, lowered_gradients, name_of, tiny
 from support.thinned import thin
 from support.tiny_runs import data_of, final_state, lines, write_text
@@ -26,52 +27,29 @@ from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import attend
 from mhc_jax.mapping import to_mapping
 from mhc_jax.paths import path_of
+from mhc_jax.run_folder import read_json, write_json
 from mhc_jax.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
 from mhc_jax.train_step import init_state
 
 FULL, SLOW = pytest.mark.full, pytest.mark.slow
-MESHES = [
-    {"data": 8},
-    {"data": 2, "fsdp": 4},
-    {"tensor": 2},
-    {"sequence": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"data": 2, "tensor": 2, "sequence": 2},
-]
-LATENT = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
-SHARED = {"num_shared_experts": 1, "expert_width": 16}
-FSDP, MIXED = MESHES[1], MESHES[-1]
+FSDP, MIXED = {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 2, "sequence": 2}
+MESHES = [{"data": 8}, FSDP, {"tensor": 2}, {"sequence": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, MIXED]
 MHC = "mhc:t_max=2"  # fewer steps of Sinkhorn, which a device does by itself, compile in less time
 FAST = (("residual", FSDP), ("residual", MIXED), (MHC, MIXED))
 CASES = thin([(kind, mesh) for kind in ("residual", MHC) for mesh in MESHES], FAST.__contains__)
+CASES += [pytest.param("hc", mesh, marks=FULL if mesh is MIXED else SLOW) for mesh in MESHES]
+CASES += [pytest.param(kind, MIXED, marks=SLOW) for kind in sorted({*connections.KINDS} - {"residual", "hc", "mhc"})]
 
 
 @pytest.mark.parametrize(("kind", "mesh"), CASES, ids=name_of)
 def test_a_step_is_that_of_one_device(kind, mesh):
-    assert_same_step(kind, mesh)
+    assert_same_step(kind, mesh, fused=kind == "hc")
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(mesh, marks=(FULL if mesh is MIXED else SLOW)) for mesh in MESHES], ids=name_of
-)
-def test_hyper_connections_are_those_of_one_device(mesh):
-    assert_same_step("hc", mesh, fused=True)
-
-
-@SLOW
-@pytest.mark.parametrize("kind", sorted(set(connections.KINDS) - {"residual", "hc", "mhc"}))
-def test_every_kind_on_a_mixed_mesh(kind):
-    assert_same_step(kind, MIXED)
-
-
+LATENT = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
 OTHERS = {
     # 57 words, which tensor does not divide; blocks computed again in the backward pass.
     "mla, tied, odd vocabulary": (MHC, MIXED, {"vocab_size": 57, "tied_embeddings": True, "remat": "full", **LATENT}),
-    "experts": (
-        "residual",
-        {"data": 2, "tensor": 2, "expert": 2},
-        {"num_experts": 4, "num_active_experts": 2, **SHARED},
-    ),
     "accumulated gradients": (MHC, {"data": 2, "fsdp": 2}, {"accumulation_steps": 2}),
 }
 
@@ -82,14 +60,10 @@ def test_other_models_are_those_of_one_device(kind, mesh, settings):
     assert_same_step(kind, mesh, **settings)
 
 
-# -------------------------------------------------------------------------------------------------- what is communicated
-
-
 def collectives(config):
     """(kind, shape) -> how often it stands in the compiled gradient."""
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = collections.Counter()
-    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled_gradients(config).as_text()):
+    for kind, result in meshes.collectives(compiled_gradients(config)):
         for shape in re.findall(r"\w+\[([\d,]*)\]", result):
             found[kind, tuple(int(size) for size in shape.split(",") if size)] += 1
     return found
@@ -103,15 +77,14 @@ def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh)
     n, C = 4, 32
     k = n * n + 2 * n
     # The body of the scan over blocks has two sub-layers; over tensor alone every device has all tokens.
-    own = {} if set(mesh) == {"tensor"} else {(3,): 2, (k,): 2, (n * C, k): 2}
-    assert mhc - residual == {("all-reduce", shape): count for shape, count in own.items()}
+    own = [] if set(mesh) == {"tensor"} else [(3,), (k,), (n * C, k)]
+    assert mhc - residual == {("all-reduce", shape): 2 for shape in own}
 
 
 @pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])
 def test_weights_are_gathered_layer_by_layer_and_activations_never(kind):
     config = tiny(kind, FSDP)
-    params = jax.eval_shape(lambda: init_state(config).params)
-    weights = {a.shape[-2:] for a in jax.tree.leaves(params) if len(a.shape) > 1}
+    weights = {a.shape[-2:] for a in jax.tree.leaves(meshes.shapes(config)) if len(a.shape) > 1}
     gathered = {shape for kind, shape in collectives(config) if kind == "all-gather"}
     assert gathered
     assert gathered <= weights
@@ -139,9 +112,6 @@ def test_flops_are_those_of_one_device():
     assert split == pytest.approx(alone, rel=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------- operations
-
-
 def all_operations(x, y, post, res, phi, alpha, bias):
     settings = {"num_streams": post.shape[0], "num_iters": 3}
     given = mhc_kernels.Coefficients(None, post, res)
@@ -152,68 +122,58 @@ def all_operations(x, y, post, res, phi, alpha, bias):
     return (mhc_kernels.read(new, c.pre, post.shape[0]) ** 2).sum() + (new**2).sum() + (z**2).sum()
 
 
-@pytest.fixture(scope="module")
-def operations():
-    """(values and gradients of all operations for [B, T], arguments, what they are on one device)."""
+@pytest.mark.parametrize("implementation", thin(["xla", "pallas_tpu"], "pallas_tpu".__eq__))
+def test_operations_run_on_own_tokens(implementation):
+    """Every operation, the kernels included, over (data, sequence): values and gradients."""
     n, C, B, T = 2, 128, 2, 16
     r, k = np.random.default_rng(0), n * n + 2 * n
     sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, k), (3,), (k,)]
     arguments = [np.float32(0.3 * r.normal(size=size)) for size in sizes]
     program = jax.value_and_grad(all_operations, argnums=tuple(range(7)))
     with mhc_kernels.settings(implementation="xla"):
-        return program, arguments, jax.jit(program)(*arguments)
-
-
-HOW = [{"implementation": "xla"}, {"implementation": "pallas_tpu", "interpret": True}]
-
-
-@pytest.mark.parametrize("how", thin(HOW, HOW[1].__eq__), ids=str)
-def test_operations_run_on_own_tokens(how, operations):
-    """Every operation, the kernels included, over (data, sequence)."""
-    program, arguments, expected = operations
-    mesh = make_mesh(MeshConfig(data=2, sequence=2))
-    with using(mesh), mhc_kernels.settings(**how, token_axes=PartitionSpec("data", "sequence")):
+        expected = jax.jit(program)(*arguments)
+    how = {"implementation": implementation, "interpret": implementation == "pallas_tpu"}
+    with (
+        using(make_mesh(MeshConfig(data=2, sequence=2))),
+        mhc_kernels.settings(**how, token_axes=PartitionSpec("data", "sequence")),
+    ):
         traced = jax.jit(program).trace(*arguments)
         actual = traced.lower().compile(QUICK)(*arguments)
-    for mine, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(mine, theirs, 1e-5)
-    maps = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map"]
-    assert len(maps) >= 12, "six operations and their gradients"
+    jax.tree.map(lambda mine, theirs: assert_close(mine, theirs, 1e-5), actual, expected)
+    primitives = [eqn.primitive.name for eqn in traced.jaxpr.eqns]
+    assert primitives.count("shard_map") >= 12, "six operations and their gradients"
 
 
 def test_flash_attention_runs_on_own_sequences_and_heads():
     r = np.random.default_rng(0)
-    q, k, v, weights = (np.float32(r.normal(size=(2, 128, heads, 128))) for heads in (4, 2, 2, 4))
+    *given, weights = (np.float32(r.normal(size=(2, 128, heads, 128))) for heads in (4, 2, 2, 4))
 
     def run(implementation):
         return jax.jit(jax.value_and_grad(lambda *a: (attend(*a, implementation) * weights).sum(), (0, 1, 2)))
 
     with using(make_mesh(MeshConfig(data=2, tensor=2))), mhc_kernels.settings(platform="tpu", interpret=True):
-        compiled = run("splash").lower(q, k, v).compile(QUICK)
-        flash = compiled(q, k, v)
+        compiled = run("splash").lower(*given).compile(QUICK)
+        flash = compiled(*given)
     assert "1,128,2,128" in compiled.as_text()
-    for mine, expected in zip(jax.tree.leaves(flash), jax.tree.leaves(run("xla")(q, k, v)), strict=True):
-        assert_close(mine, expected, 1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------------------ runs
+    jax.tree.map(lambda mine, expected: assert_close(mine, expected, 1e-5), flash, run("xla")(*given))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(configuration, folder) of a run on (data 2, fsdp 4)."""
-    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
-    config = tiny_run(text, "hc:dynamic=False", data={"batch_size": 8}, train={"diagnostics_every": 4})
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_run(
+        write_text(folder / "text.txt"), "hc:dynamic=False", data={"batch_size": 8}, train={"diagnostics_every": 4}
+    )
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4))
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    loop.train(config, folder)
-    return config, folder
+    loop.train(config, folder / "run")
+    return config, folder / "run"
 
 
 def test_a_run_names_its_mesh(run):
     _, folder = run
     for file in ("env.json", "summary.json"):
-        assert json.loads((folder / file).read_text())["mesh"] == "data 2, fsdp 4"
+        assert read_json(folder / file)["mesh"] == "data 2, fsdp 4"
     assert [line["step"] for line in lines(folder, "diagnostics")] == [0, 4, 8]
 
 
@@ -221,16 +181,12 @@ def test_a_run_names_its_mesh(run):
 def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
     config, folder = run
     config = loop.resolve_vocabulary(config, data_of(config))
-    state = jax.eval_shape(lambda: init_state(config))
+    state, here = jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mesh = make_mesh(MeshConfig(**mesh))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = state_shardings(mesh, state) if mesh else jax.tree.map(lambda _: here, state)
     wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    checkpoints = Checkpoints(folder, 3)
-    try:
+    with contextlib.closing(Checkpoints(folder, 3)) as checkpoints:
         restored, _, _ = checkpoints.restore_newest(wanted, to_mapping(config))
-    finally:
-        checkpoints.close()
     assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding == s, restored, shardings)))
     saved = final_state(folder)
     for mine, theirs in ((restored.params, saved["params"]), (restored.opt_state, saved["opt_state"])):
@@ -238,31 +194,13 @@ def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
             np.testing.assert_array_equal(a, b)
 
 
-@FULL
-def test_a_run_goes_on_on_another_mesh(run, tmp_path):
-    config, before = run
-    folder = shutil.copytree(before, tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "8")
-    (folder / "summary.json").unlink()
-    summary = loop.train(dataclasses.replace(config, mesh=MeshConfig(data=2, sequence=2)), folder)
-    assert (summary["status"], summary["mesh"]) == ("finished", "data 2, sequence 2")
-    events = lines(folder, "event")
-    assert [(e["event"], e["step"], e["mesh"]) for e in events] == [("resumed", 6, "data 2, sequence 2")]
-    losses = [[line["loss"] for line in lines(each, "train")] for each in (before, folder)]
-    assert losses[0][:6] == losses[1][:6]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
 def test_an_older_run_folder_without_a_mesh_is_recognised(run, tmp_path):
     config, before = run
     folder = shutil.copytree(before, tmp_path / "run")
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
     del saved["mesh"]
-    (folder / "config.json").write_text(json.dumps(saved))
+    write_json(folder / "config.json", saved)
     assert loop.train(dataclasses.replace(config, mesh=MeshConfig()), folder)["status"] == "finished"
-
-
-# ------------------------------------------------------------------------------------------------------ rules and mistakes
 
 
 def test_one_device_is_no_mesh():
@@ -274,12 +212,13 @@ def test_one_device_is_no_mesh():
 
 def test_a_mesh_axis_is_used_once():
     assert RULES.spec("batch", "sequence", None) == PartitionSpec(("data", "fsdp", "expert"), ("sequence",), None)
-    with pytest.raises(ValueError, match="would use the mesh axis tensor more than once"):
-        RULES.spec("batch", "heads", "hidden")
-    with pytest.raises(ValueError, match="would use the mesh axis fsdp more than once"):
-        RULES.spec("batch", "sequence", "embed")
-    with pytest.raises(ValueError, match="mesh axis sequence"):
-        Rules(batch=("data", "sequence")).spec("batch", "sequence")
+    for rules, names, axis in (
+        (RULES, ("batch", "heads", "hidden"), "tensor"),
+        (RULES, ("batch", "sequence", "embed"), "fsdp"),
+        (Rules(batch=("data", "sequence")), ("batch", "sequence"), "sequence"),
+    ):
+        with pytest.raises(ValueError, match=f"would use the mesh axis {axis} more than once"):
+            rules.spec(*names)
 
 
 def test_every_parameter_has_logical_axes_and_an_unknown_one_raises():
@@ -297,7 +236,7 @@ def test_moments_lie_like_their_parameters_and_connections_everywhere():
     state = jax.eval_shape(lambda: init_state(config))
     specs = state_shardings(make_mesh(config.mesh), state)
     by_path = {path_of(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(specs)}
-    moments = [path for path in by_path if "nu/layers/attention/W_q" in path or "mu/layers/attention/W_q" in path]
+    moments = [path for path in by_path if re.search("[mn]u/layers/attention/W_q", path)]
     assert len(moments) == 2
     for path in (".params/layers/attention/W_q", *moments):
         assert by_path[path] == PartitionSpec(None, ("fsdp",), ("tensor",))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -10,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support.tolerances import assert_close
 
 from mhc_jax import connections
-from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, PipelineConfig
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from mhc_jax.paths import path_of
 from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
-from mhc_jax.train_step import gradients, init_state
+from mhc_jax.train_step import gradients, init_state, make_train_step
 
 B, T, V = 8, 32, 56
 QUICK = {"xla_backend_optimization_level": 0}
@@ -21,20 +22,29 @@ QUICK = {"xla_backend_optimization_level": 0}
 FUSED = QUICK | {"xla_cpu_use_fusion_emitters": True}
 """Three times as long, for comparisons whose tolerance is that of programs which XLA's CPU backend fuses as it does by default."""
 
+EXPERTS = {
+    "num_experts": 4,
+    "num_active_experts": 2,
+    "num_shared_experts": 1,
+    "expert_width": 12,
+    "num_dense_layers": 0,
+}
+"""12 wide: where weights and tokens have one shape, XLA may split one as the other in the midst of an operation, and CPUs hang."""
+
 
 def name_of(mesh):
     return "-".join(f"{axis}{size}" for axis, size in mesh.items()) if isinstance(mesh, dict) else mesh
 
 
-def tiny(kind, mesh=None, accumulation_steps=1, **model) -> ExperimentConfig:
+def tiny(kind, mesh=None, accumulation_steps=1, size=(B, T), pipeline=None, **model) -> ExperimentConfig:
     settings = {"vocab_size": V, "width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48}
-    config = ExperimentConfig(
+    return ExperimentConfig(
         model=ModelConfig(**settings | {"connection": connections.parse(kind)} | model),
-        data=DataConfig(sequence_length=T, batch_size=B),
+        data=DataConfig(sequence_length=size[1], batch_size=size[0]),
+        optimizer=OptimizerConfig(accumulation_steps=accumulation_steps),
         mesh=MeshConfig(**mesh or {}),
+        pipeline=pipeline or PipelineConfig(),
     )
-    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=accumulation_steps)
-    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def batch(config, seed=0):
@@ -49,9 +59,8 @@ def shapes(config):
 
 def random_params(config):
     """Off the initial values, where many gradients are zero; the same for every mesh."""
-    leaves, tree = jax.tree.flatten(shapes(config))
     r = np.random.default_rng(1)
-    return tree.unflatten([np.float32(0.3 * r.normal(size=a.shape)) for a in leaves])
+    return jax.tree.map(lambda a: np.float32(0.3 * r.normal(size=a.shape)), shapes(config))
 
 
 @functools.cache
@@ -76,16 +85,41 @@ def compiled_gradients(config, fused=False):
 
 def run_gradients(config, fused=False):
     """(loss, what routers tell, gradients by path)."""
-    arguments, own = (random_params(config), batch(config)), lowered_gradients(config)[2]
-    arguments = arguments if own is None else jax.device_put(arguments, own)
+    arguments = jax.device_put((random_params(config), batch(config)), lowered_gradients(config)[2])
     (loss, router), grads = compiled_gradients(config, fused)(*arguments)
     by_path = {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
     return float(loss), jax.device_get(router), by_path
 
 
+def alone(config):
+    """Of one device."""
+    return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig())
+
+
 @functools.cache
 def on_one_device(config, fused=False):
-    return run_gradients(dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig()), fused)
+    return run_gradients(alone(config), fused)
+
+
+def collectives(compiled):
+    """(name, type and shape of the result) of every collective of a compiled program."""
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    found = re.findall(rf"= (\S+|\(.*?\)) ({kinds})(?:-start)?\(", compiled.as_text())
+    return [(kind, shape) for shape, kind in found]
+
+
+def trained(config, steps):
+    """(metrics of each step, biases of the routers at the end)."""
+    mesh, found = make_mesh(config.mesh), []
+    state = jax.jit(lambda: init_state(config))()
+    own, rows = (state_shardings(mesh, state), batch_sharding(mesh)) if mesh else (None, None)
+    state = jax.device_put(state, own)
+    with using(mesh):
+        step = jax.jit(make_train_step(config), out_shardings=own and (own, None))
+        for seed in range(steps):
+            state, metrics = step(state, jax.device_put(batch(config, seed % 5), rows))
+            found.append(jax.device_get(metrics))
+    return found, np.asarray(state.params["layers"]["mlp"]["router_bias"])
 
 
 def assert_same_step(kind, mesh, fused=False, **settings):

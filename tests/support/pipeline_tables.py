@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from mhc_jax.pipeline.schedules import Place, Schedule
 from mhc_jax.pipeline.validate import operations, peak_activations
 
-NAMES = ("microbatch", "chunk", "stage")
-
 
 @st.composite
 def arguments(draw, name):
@@ -44,32 +42,25 @@ def replay(schedule, program):
 
             for k, each in enumerate(program.phases):
                 op = each[at(f"operation_{k}")]
-                of = {half: tuple(at(f"{half}_{name}") for name in NAMES) for half in ("forward", "backward")}
-                for half, kind in (
-                    ("backward", op.backward),
-                    ("forward", op.forward),
-                ):  # F&B: read before it is written
+                for half in ("backward", "forward"):  # F&B: read before it is written
+                    kind = getattr(op, half)
                     if not kind:
                         continue
-                    m, chunk, stage = of[half]
+                    m, chunk, stage = (at(f"{half}_{name}") for name in ("microbatch", "chunk", "stage"))
                     assert schedule.routes[schedule.route_of[m]][stage] == Place(d, chunk)
                     if kind == "F":
                         if stage > 0:
                             holds("inputs", "forward_read", (m, stage))
                         lies["activations"][d, at("keep")] = (m, stage)
-                        made[d, "F"] = (m, stage + 1)
-                        landed |= {
-                            ("inputs", d, at("to_self")): (m, stage + 1),
-                            ("gradients", d, at("from_loss")): (m, stage),
-                        }
+                        made[d, "F"] = landed["inputs", d, at("to_self")] = (m, stage + 1)
+                        landed["gradients", d, at("from_loss")] = (m, stage)
                     else:
                         holds("gradients", "backward_read", (m, stage))
                         holds("activations", "kept", (m, stage))
                         if kind == "W":
                             holds("deferrals", "deferred", (m, stage))
                         else:
-                            made[d, "B"] = (m, stage - 1)
-                            landed["gradients", d, at("to_own_gradients")] = (m, stage - 1)
+                            made[d, "B"] = landed["gradients", d, at("to_own_gradients")] = (m, stage - 1)
                         if kind == "I":
                             lies["deferrals"][d, at("defer")] = (m, stage)
                     done.append((kind, m, stage))
@@ -77,12 +68,8 @@ def replay(schedule, program):
         for k, channel in enumerate(program.channels):
             for source, target in channel.pairs:
                 for kind in channel.kinds:
-                    where = (
-                        "inputs" if kind == "F" else "gradients",
-                        target,
-                        int(column[f"arrives_{k}_{kind}"][target, tick]),
-                    )
-                    landed[where] = late[-1].get((source, kind))
+                    what, slot = "inputs" if kind == "F" else "gradients", column[f"arrives_{k}_{kind}"][target, tick]
+                    landed[what, target, int(slot)] = late[-1].get((source, kind))
         for (what, d, slot), value in landed.items():
             if slot >= 0:
                 lies[what][d, slot] = value
@@ -102,12 +89,11 @@ def replaced(schedule, tick, device, cell) -> Schedule:
 
 def corrupted(schedule, how, pick):
     """The schedule with one thing wrong; `pick`: a number that chooses where."""
-    some = [
-        found
-        for found in operations(schedule)
-        if not (how == "late" and found[2].kind in "BW" and found[2].sends is None)  # nothing needs it
-        and not (how == "early" and found[2].kind == "F" and found[2].receives is None)  # needs nothing
-    ]
+    some = list(operations(schedule))
+    if how == "late":  # something needs it
+        some = [found for found in some if found[2].kind not in "BW" or found[2].sends is not None]
+    if how == "early":  # needs something
+        some = [found for found in some if found[2].kind != "F" or found[2].receives is not None]
     tick, device, op = some[pick % len(some)]
     others, empty = [one for one in schedule.table[tick][device] if one != op], ((),) * schedule.devices
     end = len(schedule.table)

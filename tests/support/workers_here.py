@@ -40,11 +40,9 @@ class Worker:
                 patch.setattr(sys, "argv", ["worker", self.workdir, self.name, "1"])
                 for name, value in self.env.items():
                     patch.setenv(name, value)
-                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                    try:
-                        self.code = sweep_worker.main()
-                    except Killed:
-                        self.code = -signal.SIGKILL
+                self.code = -signal.SIGKILL
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), contextlib.suppress(Killed):
+                    self.code = sweep_worker.main()
         return self.code
 
     def terminate(self):
@@ -90,9 +88,7 @@ def workers_here():
         patch.setattr(loop._Run, "_read", reading)
         patch.setattr(sweep_runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
         patch.setattr(sweep_runner, "time", Clock())
-        patch.setattr(
-            sweep_worker, "threading", mock.MagicMock()
-        )  # nobody watches for the end of a sweep that is this process
+        patch.setattr(sweep_worker, "threading", mock.MagicMock())  # nobody watches for the end of this process
         patch.setattr(sweep_worker, "cpu_alone", lambda: False)
         patch.setattr(sweep_worker.logging, "set_verbosity", lambda level: None)
         yield

@@ -1,16 +1,17 @@
 """A comparison: what is done is not repeated, and every end gives a report."""
 
 import dataclasses
-import json
 import signal
 
 import jax
 import numpy as np
 import pytest
 from support.tiny_runs import lines, tiny, with_train, write_text
+from support.workers_here import Worker, workers_here
 
-from mhc_jax import loop, paired
+from mhc_jax import paired
 from mhc_jax.errors import InputError
+from mhc_jax.run_folder import read_json
 from mhc_jax.train_step import init_state
 
 
@@ -47,44 +48,33 @@ def test_plan_refuses(specs, sentence, base):
 
 
 def test_an_interrupted_comparison_goes_on_and_repeats_nothing(base, tmp_path, monkeypatch, capsys):
-    runs = paired.plan(base, ["residual", "hc:num_streams=2"])
-    read = loop._Run._read
+    runs, report = paired.plan(base, ["residual", "hc:dynamic=False"]), tmp_path / "report.html"
+    Worker.at = {"hc-dynamic-False": (1, signal.SIGINT)}
+    with workers_here():
+        assert paired.run_all(runs, tmp_path, "t") == 130
+    assert not report.exists()
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "residual").rglob("*")}
 
-    def reading(self, step, metrics):
-        if self.label.startswith("hc") and step == 1:
-            signal.raise_signal(signal.SIGINT)
-        return read(self, step, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_read", reading)
-        assert paired.run_all(runs, tmp_path / "demo", "t") == 130
-    assert not (tmp_path / "demo" / "report.html").exists()
-    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo" / "residual").rglob("*")}
-
-    assert paired.run_all(runs, tmp_path / "demo", "t") == 0
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "demo" / "residual").rglob("*")} == finished
-    assert [e["event"] for e in lines(tmp_path / "demo" / "hc-num_streams-2", "event")] == ["interrupted", "resumed"]
-    assert "residual has finished at step 3 already" in capsys.readouterr().out.replace(
-        str(tmp_path / "demo") + "/", ""
-    )
-    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
-
-    (tmp_path / "demo" / "report.html").unlink()  # killed between the last summary and the report
-    assert paired.run_all(runs, tmp_path / "demo", "t") == 0
-    assert (tmp_path / "demo" / "report.html").exists()
+    with monkeypatch.context() as patch, pytest.raises(NameError, match="write_report"):
+        patch.delattr(paired, "write_report")  # as if killed between the last summary and the report
+        paired.run_all(runs, tmp_path, "t")
+    assert [e["event"] for e in lines(tmp_path / "hc-dynamic-False", "event")] == ["interrupted", "resumed"]
+    assert paired.run_all(runs, tmp_path, "t") == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "residual").rglob("*")} == finished
+    assert f"{tmp_path}/residual has finished at step 3 already" in capsys.readouterr().out
+    assert "<html" in report.read_text()
 
     longer = {name: with_train(config, steps=4) for name, config in runs.items()}
-    first = {"new": with_train(base, seed=9), **longer}
     with pytest.raises(InputError, match=r"train.steps: 3 -> 4"):
-        paired.run_all(first, tmp_path / "demo", "t")
-    assert not (tmp_path / "demo" / "new").exists(), "the folders are checked before the first run starts"
+        paired.run_all({"new": with_train(base, seed=9), **longer}, tmp_path, "t")
+    assert not (tmp_path / "new").exists(), "the folders are checked before the first run starts"
 
 
 def test_a_run_that_diverges_still_yields_a_report(base, tmp_path):
     runs = paired.plan(with_train(base, divergence_loss=1.0), ["residual"])
-    assert paired.run_all(runs, tmp_path / "demo", "t") == 0
-    assert json.loads((tmp_path / "demo" / "residual" / "summary.json").read_text())["status"] == "diverged"
-    assert "diverged" in (tmp_path / "demo" / "report.html").read_text()
+    assert paired.run_all(runs, tmp_path, "t") == 0
+    assert read_json(tmp_path / "residual" / "summary.json")["status"] == "diverged"
+    assert "diverged" in (tmp_path / "report.html").read_text()
 
 
 def test_branches_start_alike_and_see_the_same_text(base):

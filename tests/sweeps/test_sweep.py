@@ -1,12 +1,13 @@
-"""A sweep: done runs are not repeated, failed, killed and stopped ones go on, and the table tells; workers run in this process.
+"""A sweep: done runs are not repeated, failed, killed and stopped ones go on, and table and record tell.
 
-Only the tests marked `full` start real ones.
+Workers run in this process; only the tests marked `full` start real ones.
 """
 
 import csv
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,21 +15,26 @@ from pathlib import Path
 import jax
 import pyarrow.parquet
 import pytest
+from support import meshes
 from support.in_process import run_here
-from support.tiny_runs import ROOT, assert_same_run, at_step, data_of, lines, run_script, tiny, with_train, write_text
+from support.synthetic_runs import write_run
+from support.tiny_runs import ROOT, assert_same_run, at_step, lines, run_script, write_text
 from support.tiny_sweep import base, write_sweep
 from support.workers_here import Clock, Worker, workers_here
 
 from mhc_jax import sweep_runner, sweep_worker
-from mhc_jax.data import resolve_vocabulary
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
+from mhc_jax.results import result_rows
 from mhc_jax.run_folder import read_json, write_json
-from mhc_jax.sweep import Busy, Grid, over, plan, run_lock, seeds, write_plan
+from mhc_jax.settings import group
+from mhc_jax.sweep import Busy, Grid, over, plan, product, run_lock, seeds, write_plan
+from mhc_jax.sweep_record import newest_record, read_record, shortened, write_record
 from mhc_jax.train_step import init_state, make_eval_step, make_train_step
 
 FAILS = "residual-compute_dtypefloat16"
-RUNS = ["residual-seed0", "mhc-num_streams-2-seed0", "residual-seed1", "mhc-num_streams-2-seed1"]
+RUNS = ["residual-seed0", "mhc-num_streams-2-t_max-2-seed0", "residual-seed1", "mhc-num_streams-2-t_max-2-seed1"]
 TIMES = ("step_time_s", "date", "commit")
 
 
@@ -67,34 +73,31 @@ def test_a_sweep_runs_all_its_points_and_names_the_one_that_fails(done):
     assert [row["status"] for row in rows.values()] == ["failed"] + 4 * ["finished"]
     assert "does not run on a CPU" in rows[FAILS]["error"]
     assert {rows[run]["seed"] for run in RUNS} == {"0", "1"}
-    row = rows[RUNS[3]]
-    summary = read_json(workdir / RUNS[3] / "summary.json")
-    assert (row["connection"], row["kind"]) == ("mhc:num_streams=2:init=paper", "mhc")
+    row, summary = rows[RUNS[3]], read_json(workdir / RUNS[3] / "summary.json")
+    assert (row["connection"], row["kind"]) == ("mhc:num_streams=2:init=paper:t_max=2", "mhc")
     assert (row["seed"], row["data_seed"], row["model.connection.num_streams"]) == ("1", "1", "2")
     typed = [
         "python",
-        ROOT / "experiments" / "sweep.py",
-        workdir.parent / "tiny.py",
+        f"{ROOT}/experiments/sweep.py",
+        f"{workdir.parent}/tiny.py",
         f"--workdir={workdir}",
         "--workers=1",
     ]
-    assert read_json(workdir / RUNS[3] / "env.json")["command"] == shlex.join(map(str, typed))
+    assert read_json(workdir / RUNS[3] / "env.json")["command"] == shlex.join(typed)
     assert float(row["validation_loss"]) == summary["validation_loss"]
     assert int(row["parameters"]) == summary["parameters"]
     assert row["device"].startswith("cpu")
-    trained = [line for line in lines(workdir / "residual-seed0", "train") if line["step"] > 2]
-    assert float(rows["residual-seed0"]["max_grad_norm"]) == max(line["grad_norm"] for line in trained)
+    norms = [line["grad_norm"] for line in lines(workdir / "residual-seed0", "train") if line["step"] > 2]
+    assert float(rows["residual-seed0"]["max_grad_norm"]) == max(norms)
     parquet = pyarrow.parquet.read_table(workdir / "results.parquet").to_pylist()
     assert [r["validation_loss"] for r in parquet[1:]] == [float(rows[run]["validation_loss"]) for run in RUNS]
 
 
 def test_seeds_share_their_programs(tmp_path):
     """Of the first and of the second seed the training and the validation step are one program each."""
-    config = tiny(write_text(tmp_path / "text.txt"), "residual")
-    config = resolve_vocabulary(config, data_of(config))
-    shape = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), "int32")
-    tokens, found = {"inputs": shape, "targets": shape}, set()
-    for run in plan(to_mapping(config), seeds(2)):
+    config = to_mapping(meshes.tiny("residual"))
+    tokens, found = meshes.batch(meshes.tiny("residual")), set()
+    for run in plan(config, seeds(2)):
         state = jax.eval_shape(lambda run=run: init_state(run.config))
         train, validate = jax.jit(make_train_step(run.config)), jax.jit(make_eval_step(run.config))
         found.add((train.lower(state, tokens).as_text(), validate.lower(state.params, tokens).as_text()))
@@ -120,7 +123,7 @@ def test_killed_and_stopped_at_will_the_table_is_the_same(file, done):
     first, second = RUNS[0], RUNS[2]
     Worker.at = {first: (5, signal.SIGKILL), second: (4, signal.SIGTERM)}
     status, _, err = run_here(*command)
-    assert status == 1
+    assert status == 1, err
     assert f"{first} failed (killed by SIGKILL, perhaps for want of memory)" in err
     assert read_json(workdir / ".sweep" / "failed" / f"{first}.json")["error"].startswith("killed by SIGKILL")
     assert table(workdir)[first]["status"] == "failed"
@@ -169,7 +172,8 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
     status, _, _ = run_script(*command, env=at_step(at))
     assert status == -signal.SIGKILL
     assert "killed by SIGKILL" in read_json(workdir / ".sweep" / "failed" / f"{first}.json")["error"]
-    with run_lock_waited(workdir, second):  # its worker outlived the sweep, and has saved
+    with (workdir / ".sweep" / "locks" / second).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its worker outlived the sweep, and has saved
         assert read_json(workdir / second / "summary.json")["status"] == "interrupted"
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited; a preexec_fn would fork, which JAX warns of
@@ -187,13 +191,6 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
     check_gone_on(workdir, tmp_path / "done")
 
 
-def run_lock_waited(workdir, name):
-    """The lock of a run, waited for."""
-    file = (workdir / ".sweep" / "locks" / name).open()
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
 def test_a_worker_whose_sweep_has_gone_asks_itself_to_stop(monkeypatch):
     parents, sent, clock = iter([7, 7, 1]), [], Clock()
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
@@ -203,49 +200,60 @@ def test_a_worker_whose_sweep_has_gone_asks_itself_to_stop(monkeypatch):
     assert sent == [(2 * 0.5, os.getpid(), signal.SIGTERM)]
 
 
-def test_a_divergence_is_a_result_and_no_failure(tmp_path):
-    config = with_train(tiny(write_text(tmp_path / "text.txt"), "residual"), divergence_loss=1.0)
-    runs = plan(to_mapping(config), [{}])
-    assert sweep_runner.run_local(tmp_path / "w", Grid("title", runs), runs, 1) == 0
-    assert table(tmp_path / "w")["base"]["status"] == "diverged"
-
-
-def test_a_run_that_another_process_has_is_left_alone(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def grid(tmp_path) -> Grid:
+    """Of one run, whose folder is `tmp_path`/w/residual."""
     write_text(tmp_path / "text.txt")
-    runs = plan(base(tmp_path), over("connection", ["residual"]))
-    grid = Grid("title", runs)
+    return Grid("title", plan(base(tmp_path), over("connection", ["residual"])))
+
+
+def test_a_divergence_is_a_result_and_no_failure(grid, tmp_path, capsys):
+    runs = plan(base(tmp_path), over("connection", ["residual"]), [{"train.divergence_loss": 1.0}])
+    assert sweep_runner.run_local(tmp_path / "w", Grid("title", runs), runs, 1) == 0
+    row = table(tmp_path / "w")["residual"]
+    assert (row["status"], row["error"]) == ("diverged", "")
+    assert "failed" not in capsys.readouterr().err
+
+
+def test_a_success_takes_an_earlier_failure_off_the_table(grid, tmp_path, monkeypatch):
+    write_plan(tmp_path, grid)
+    write_json(tmp_path / ".sweep" / "failed" / "residual.json", {"exit": 1, "error": "killed"})
+    assert [row["error"] for row in result_rows(tmp_path)] == ["killed"]
+    monkeypatch.setattr(sweep_worker, "train", lambda config, folder, label: {"status": "finished"})
+    assert sweep_worker.run(tmp_path, "residual") == 0
+    assert [row["error"] for row in result_rows(tmp_path)] == [None]
+
+
+def test_a_run_that_another_process_has_is_left_alone(grid, tmp_path, monkeypatch, capsys):
     write_plan(tmp_path / "w", grid)
     clock = Clock()
     monkeypatch.setattr(sweep_runner, "time", clock)
     with run_lock(tmp_path / "w", "residual"):
         with pytest.raises(Busy, match=f"process {os.getpid()} on "), run_lock(tmp_path / "w", "residual"):
             pass
-        assert sweep_runner.run_local(tmp_path / "w", grid, runs, 1) == 1
+        assert sweep_runner.run_local(tmp_path / "w", grid, grid.runs, 1) == 1
     assert clock.now > sweep_runner.PATIENCE_S
     assert f"residual was left to another sweep (process {os.getpid()} on " in capsys.readouterr().err
     assert not (tmp_path / "w" / "residual").exists()
 
 
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    write_plan(tmp_path, Grid("title", plan(base(tmp_path), [{}])))
-    lock = tmp_path / ".sweep" / "locks" / "base"
+def test_the_lock_of_a_dead_process_is_taken_over(grid, tmp_path):
+    write_plan(tmp_path, grid)
+    lock = tmp_path / ".sweep" / "locks" / "residual"
     lock.write_text("process 999999999 on elsewhere\n")
-    with run_lock(tmp_path, "base"):
+    with run_lock(tmp_path, "residual"):
         assert lock.read_text().startswith(f"process {os.getpid()} on ")
 
 
 # Submitit's debug job leaves its logs open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_slurm_task_is_the_same_run(tmp_path):
+def test_a_slurm_task_is_the_same_run(grid, tmp_path):
     pytest.importorskip("submitit")
-    write_text(tmp_path / "text.txt")
-    runs = plan(base(tmp_path), over("connection", ["residual"]))
-    grid = Grid("title", runs)
-    jobs = sweep_runner.submit(tmp_path / "w", grid, runs, "debug", {"timeout_min": 1, "slurm_partition": "p"})
+    jobs = sweep_runner.submit(tmp_path / "w", grid, grid.runs, "debug", {"timeout_min": 1, "slurm_partition": "p"})
     assert [job.result() for job in jobs] == [0]
     assert table(tmp_path / "w")["residual"]["status"] == "finished"
     with pytest.raises(InputError, match="submitit refuses cluster"):
-        sweep_runner.submit(tmp_path / "w", grid, runs, "nowhere", {})
+        sweep_runner.submit(tmp_path / "w", grid, grid.runs, "nowhere", {})
 
 
 def test_without_submitit_a_slurm_array_is_refused_in_one_sentence(tmp_path, monkeypatch):
@@ -254,13 +262,102 @@ def test_without_submitit_a_slurm_array_is_refused_in_one_sentence(tmp_path, mon
         sweep_runner.submit(tmp_path, Grid("title", []), [], "slurm", {})
 
 
-def test_a_run_that_was_begun_with_another_text_stops_the_sweep_before_its_first_start(tmp_path):
-    write_text(tmp_path / "text.txt")
-    runs = plan(base(tmp_path), over("connection", ["residual", "hc"]))
-    begun = tmp_path / "w" / "residual"
+def test_a_run_that_was_begun_with_another_text_stops_the_sweep_before_its_first_start(grid, tmp_path):
+    begun, others = tmp_path / "w" / "residual", plan(base(tmp_path), over("connection", ["hc"]))
     begun.mkdir(parents=True)
-    write_json(begun / "config.json", to_mapping(runs[0].config))
+    write_json(begun / "config.json", to_mapping(grid.runs[0].config))
     write_json(begun / "env.json", {"data": {"train_sha256": "0" * 64}})
     with pytest.raises(InputError, match=r"The training text is not the one that .*residual was trained with"):
-        sweep_runner.prepare(tmp_path / "w", Grid("title", runs), runs[1:])
+        sweep_runner.prepare(tmp_path / "w", Grid("title", [*grid.runs, *others]), others)
     assert not (tmp_path / "w" / "sweep.json").exists()
+
+
+SOURCE = "/x/texts/train.jsonl.zst"
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    """Folder of a sweep whose runs read a file of this machine, four of four ended."""
+    folder, points = tmp_path / "runs" / "pair", product(over("connection", ["residual", "hc"]), seeds(2))
+    runs = plan(to_mapping(ExperimentConfig()), points, [{"data.source": SOURCE}])
+    write_plan(folder, Grid("Two kinds, two seeds.", runs))
+    for run in runs:
+        place = write_run(folder, run.name, run.config.model.connection.kind, seed=run.config.train.seed)
+        write_json(place / "config.json", to_mapping(run.config))
+        env = {"packages": {"jax": "0.10.2"}, "python": "3.11.7", "device_count": 1, "data": {"source": SOURCE}}
+        env["command"] = f"python experiments/sweep.py {tmp_path}/pair.py --set=data.source={SOURCE}"
+        write_json(place / "env.json", read_json(place / "env.json") | env)
+        (place / "checkpoints").mkdir()
+    return folder
+
+
+def test_record_of_a_sweep(ended, tmp_path):
+    folder = write_record(ended, tmp_path / "records" / "2026-01-02-sweep-pair", metrics=True, note="A note.")
+    names = {"README.md", "results.csv", "results.parquet", "residual-seed0", "residual-seed1", "hc-seed0", "hc-seed1"}
+    assert {path.name for path in folder.iterdir()} == names
+    names = {"config.json", "env.json", "summary.json", "metrics.jsonl"}
+    assert {path.name for path in (folder / "hc-seed0").iterdir()} == names
+    for path in folder.rglob("*.*"):
+        assert not any(place in path.read_bytes() for place in (b"/home", str(tmp_path).encode())), path
+    readme = (folder / "README.md").read_text()
+    for part in (
+        "\n    python experiments/sweep.py pair.py --set=data.source=train.jsonl.zst\n",
+        "Shared settings that are not defaults: data.source=train.jsonl.zst.",
+        "4 runs: 4 finished",
+        "| hc | 2 | 1.6",
+        "A note.",
+    ):
+        assert part in readme
+    settings = group(read_record(folder))
+    assert [setting.label for setting in settings] == ["hc", "residual"]
+    assert len(settings[0].any_run.train["step"]) == 100
+    assert newest_record(folder.parent, "pair") == folder
+    assert newest_record(folder.parent, "width") is None
+
+
+def test_record_without_metrics_has_summaries_alone(ended, tmp_path):
+    runs = read_record(write_record(ended, tmp_path / "record"))
+    assert [len(run.train["step"]) for run in runs] == [0, 0, 0, 0]
+    assert all(run.result("validation_loss") for run in runs)
+    assert runs[0].tokens == 200 * runs[0].config["data"]["batch_size"] * runs[0].config["data"]["sequence_length"]
+    assert pyarrow.parquet.read_table(tmp_path / "record" / "results.parquet").num_rows == 4
+
+
+def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp_path):
+    begun, interrupted, pending = ("hc-seed1", "hc-seed0", "residual-seed1")
+    (ended / begun / "summary.json").unlink()
+    summary = ended / interrupted / "summary.json"
+    write_json(summary, read_json(summary) | {"status": "interrupted"})
+    shutil.rmtree(ended / pending)
+    with pytest.raises(InputError, match=rf"3 of 4 runs .*\({pending}, {interrupted}, {begun}\); .*--unfinished"):
+        write_record(ended, tmp_path / "record")
+    assert not (tmp_path / "record").exists()
+    write_record(ended, tmp_path / "record", unfinished=True)
+    readme = (tmp_path / "record" / "README.md").read_text()
+    assert all(f"1 {status}" in readme for status in ("finished", "begun", "interrupted", "pending"))
+    assert [place.name for place in (tmp_path / "record").glob("*-seed*")] == ["residual-seed0"]
+    with pytest.raises(InputError, match="there already"):
+        write_record(ended, tmp_path / "record", unfinished=True)
+
+
+def test_nothing_to_record(ended, tmp_path):
+    for place in ended.glob("*-seed*"):
+        shutil.rmtree(place)
+    with pytest.raises(InputError, match="No run of"):
+        write_record(ended, tmp_path / "record", unfinished=True)
+    with pytest.raises(InputError, match="is no record"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("/x/a b/c.txt", "a b/c.txt"),
+        ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
+        ("--set=data.source=/x/y.txt", "--set=data.source=y.txt"),
+        ("https://host/path/file", "https://host/path/file"),
+        ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
+    ],
+)
+def test_shortened(text, short):
+    assert shortened(text) == short
