@@ -1,6 +1,5 @@
 """Several real processes on loopback: the losses of one process, checkpoints between numbers of processes, and their ends."""
 
-import functools
 import json
 import os
 import re
@@ -30,25 +29,14 @@ def configuration(tmp_path_factory):
     return lambda kind: tiny(text, KINDS[kind], train=every)
 
 
-@pytest.fixture(scope="module")
-def alone(configuration, tmp_path_factory):
-    """The losses of one process, by connection."""
-
-    @functools.cache
-    def losses(kind):
-        folder = tmp_path_factory.mktemp(kind)
-        train(configuration(kind), folder / "run")
-        return losses_of(folder / "run")
-
-    return losses
-
-
 def losses_of(folder: Path) -> dict[tuple[str, str, int], float]:
     values = ("loss", "bits_per_byte")
     return {(v, line["kind"], line["step"]): line[v] for line in measured(folder) for v in values if v in line}
 
 
-def assert_same_losses(found, expected):
+def assert_losses_are_those_of_one_process(config, folder):
+    train(config, folder.with_name("alone"))
+    found, expected = losses_of(folder), losses_of(folder.with_name("alone"))
     assert list(found) == list(expected)
     assert found == pytest.approx(expected, rel=2e-5)
 
@@ -89,7 +77,7 @@ def checkpoints_of(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("count", "axes"), [(2, {"data": 2}), pytest.param(4, {"data": 2, "fsdp": 2}, marks=pytest.mark.full)]
 )
-def test_a_run_of_processes_goes_on_with_fewer(count, axes, configuration, alone, tmp_path):
+def test_a_run_of_processes_goes_on_with_fewer(count, axes, configuration, tmp_path):
     """Stopped by SIGTERM to the last of them, then, if four, by kill -9 of one of two; ended by one."""
     config, folder = configuration("residual"), tmp_path / "run"
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
@@ -115,18 +103,18 @@ def test_a_run_of_processes_goes_on_with_fewer(count, axes, configuration, alone
 
     checkpoint = checkpoints_of(folder)[-1]
     assert train(config, folder)["status"] == "finished"
-    assert_same_losses(losses_of(folder), alone("residual"))
+    assert_losses_are_those_of_one_process(config, folder)
     resumed = [[line.get(key) for key in ("step", "mesh", "processes")] for line in lines(folder, "event")[1:]]
     assert resumed == [*[[stopped, "data 2", 2]] * (count == 4), [checkpoint, None, None]]
 
 
 @pytest.mark.full
-def test_mhc_over_two_processes_that_share_every_sequence(configuration, alone, tmp_path):
+def test_mhc_over_two_processes_that_share_every_sequence(configuration, tmp_path):
     config, folder = configuration("mhc"), tmp_path / "run"
     ends = processes(2, config, folder, "--config.mesh.sequence=2")
     assert [status for status, _, _ in ends] == [0, 0], ends[0][2]
     assert json.loads(ends[0][1])["status"] == "finished"
-    assert_same_losses(losses_of(folder), alone("mhc"))
+    assert_losses_are_those_of_one_process(config, folder)
     assert checkpoints_of(folder)[-1] == 12
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import meshes
 from support.meshes import assert_same_step, batch, collectives, name_of, random_params, tiny, trained
 from support.oracles_moe import moe_oracle
 from support.thinned import thin
@@ -169,8 +170,7 @@ def test_tokens_go_to_owners_and_back_and_nowhere_else():
         assert kinds.count("reduce-scatter") == (3 if ways == 4 else 0), found
 
 
-SIZES = {"num_experts": 8, "num_active_experts": 3, "num_shared_experts": 1, "expert_width": 16}
-EXPERTS = SIZES | {"num_dense_layers": 0}
+EXPERTS = meshes.EXPERTS | {"num_experts": 8, "num_active_experts": 3, "expert_width": 16}
 LATENT = {"attention_kind": "mla", "kv_rank": 16, "rope_width": 4}
 
 

@@ -8,12 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from support import meshes
+from support import meshes, tiny_runs
 from support.float64 import in_float64
 from support.meshes import EXPERTS, batch, lowered_gradients, on_one_device, random_params, run_gradients, trained
 from support.thinned import thin
 from support.tiny_runs import lines, write_text
-from support.tiny_runs import tiny as tiny_run
 from support.tolerances import assert_close
 
 from mhc_jax import connections, loop
@@ -211,7 +210,7 @@ def test_a_run_goes_on_with_and_without_stages(tmp_path):
     """A checkpoint has the blocks in one piece."""
     settings = {"model": {"num_layers": 2}, "optimizer": {"accumulation_steps": 2}}
     settings |= {"train": {"steps": 6, "checkpoint_every": 2, "validate_every": 0}}
-    config = tiny_run(write_text(tmp_path / "text.txt"), "residual", **settings)
+    config = tiny_runs.tiny(write_text(tmp_path / "text.txt"), "residual", **settings)
     staged = dataclasses.replace(config, mesh=MeshConfig(stage=2))
     loop.train(config, tmp_path / "whole")
     for step, other, name, source in ((2, staged, "staged", "whole"), (4, config, "again", "staged")):

@@ -13,11 +13,10 @@ import mhc_kernels
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from support import meshes
+from support import meshes, tiny_runs
 from support.meshes import QUICK, B, T, assert_same_step, compiled_gradients, lowered_gradients, name_of, tiny
 from support.thinned import thin
 from support.tiny_runs import data_of, final_state, lines, write_text
-from support.tiny_runs import tiny as tiny_run
 from support.tolerances import assert_close
 
 from mhc_jax import connections, cost, loop
@@ -162,9 +161,8 @@ def test_flash_attention_runs_on_own_sequences_and_heads():
 def run(tmp_path_factory):
     """(configuration, folder) of a run on (data 2, fsdp 4)."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_run(
-        write_text(folder / "text.txt"), "hc:dynamic=False", data={"batch_size": 8}, train={"diagnostics_every": 4}
-    )
+    text, settings = write_text(folder / "text.txt"), {"data": {"batch_size": 8}, "train": {"diagnostics_every": 4}}
+    config = tiny_runs.tiny(text, "hc:dynamic=False", **settings)
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4))
     loop.train(config, folder / "run")
     return config, folder / "run"

@@ -21,14 +21,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 """Half the time to compile on a CPU; what is communicated is the same."""
 FUSED = QUICK | {"xla_cpu_use_fusion_emitters": True}
 """Three times as long, for comparisons whose tolerance is that of programs which XLA's CPU backend fuses as it does by default."""
-
-EXPERTS = {
-    "num_experts": 4,
-    "num_active_experts": 2,
-    "num_shared_experts": 1,
-    "expert_width": 12,
-    "num_dense_layers": 0,
-}
+EXPERTS = dict(num_experts=4, num_active_experts=2, num_shared_experts=1, expert_width=12, num_dense_layers=0)
 """12 wide: where weights and tokens have one shape, XLA may split one as the other in the midst of an operation, and CPUs hang."""
 
 
@@ -68,13 +61,9 @@ def lowered_gradients(config):
     """(traced, lowered, shardings of parameters and of a batch; None without a mesh)."""
     mesh, examples = make_mesh(config.mesh), (shapes(config), batch(config))
     with using(mesh):
-        if mesh is None:
-            own, step = None, jax.jit(gradients(config))
-        else:
-            own = state_shardings(mesh, examples[0]), batch_sharding(mesh)
-            results = NamedSharding(mesh, PartitionSpec()), own[0]
-            step = jax.jit(gradients(config), in_shardings=own, out_shardings=results)
-        traced = step.trace(*examples)
+        own = (state_shardings(mesh, examples[0]), batch_sharding(mesh)) if mesh else None
+        results = (NamedSharding(mesh, PartitionSpec()), own[0]) if mesh else None
+        traced = jax.jit(gradients(config), in_shardings=own, out_shardings=results).trace(*examples)
         return traced, traced.lower(), own
 
 

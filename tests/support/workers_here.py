@@ -10,12 +10,9 @@ from typing import ClassVar
 from unittest import mock
 
 import pytest
+from support.ends import Killed
 
 from mhc_jax import loop, sweep_runner, sweep_worker
-
-
-class Killed(BaseException):
-    """Ends a run where kill -9 would: nothing is saved behind it."""
 
 
 class Worker:

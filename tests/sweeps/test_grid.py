@@ -134,9 +134,8 @@ def test_overrides_are_read_as_python_spells_them(tmp_path):
 def test_a_baseline_is_spelled_as_the_runs_are_and_one_that_no_point_is_is_refused(tmp_path):
     runs = plan(base(tmp_path), product(over("connection", ["hc", "mhc"]), over("optimizer.warmup_steps", [2, 3])))
     assert sweep.canonical_baseline({"connection": "mhc"}, runs) == {"connection": "mhc:init=paper"}
-    assert (
-        json.dumps(sweep.canonical_baseline({"optimizer.warmup_steps": 2.0}, runs)) == '{"optimizer.warmup_steps": 2}'
-    )
+    found = sweep.canonical_baseline({"optimizer.warmup_steps": 2.0}, runs)
+    assert json.dumps(found) == '{"optimizer.warmup_steps": 2}'
     for wrong, sentence in (
         ({"connection": "residual"}, "No point of the sweep is its baseline"),
         ({"optimizer.warmup_steps": 9}, "No point of the sweep is its baseline"),
@@ -150,10 +149,7 @@ def test_a_baseline_is_spelled_as_the_runs_are_and_one_that_no_point_is_is_refus
             sweep.canonical_baseline(wrong, runs)
 
 
-SHIPPED = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/sweeps").glob("*.py")), ids=lambda path: path.stem)
 def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connections_again(path):
     runs = load_sweep(path).runs
     text = path.read_text()
