@@ -104,8 +104,9 @@ def test_a_run_of_processes_goes_on_with_fewer(count, axes, configuration, tmp_p
     checkpoint = checkpoints_of(folder)[-1]
     assert train(config, folder)["status"] == "finished"
     assert_losses_are_those_of_one_process(config, folder)
-    resumed = [[line.get(key) for key in ("step", "mesh", "processes")] for line in lines(folder, "event")[1:]]
-    assert resumed == [*[[stopped, "data 2", 2]] * (count == 4), [checkpoint, None, None]]
+    told = [[line.get(key) for key in ("event", "step", "mesh", "processes")] for line in lines(folder, "event")]
+    resumed = [["resumed", stopped, "data 2", 2]] * (count == 4) + [["resumed", checkpoint, None, None]]
+    assert told == [["interrupted", stopped, None, None], *resumed]
 
 
 @pytest.mark.full
