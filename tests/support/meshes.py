@@ -81,7 +81,6 @@ def run_gradients(config, fused=False):
 
 
 def alone(config):
-    """Of one device."""
     return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig())
 
 

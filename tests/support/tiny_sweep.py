@@ -1,4 +1,4 @@
-"""A sweep of five tiny runs, the first of which cannot train on a CPU."""
+"""A sweep file and its config file: five tiny runs, the first of which cannot train on a CPU."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,6 @@ def get_sweep():
 
 
 def write_sweep(folder: Path) -> Path:
-    """A sweep file and its config file: five runs, of which the first cannot train on a CPU."""
     write_text(folder / "text.txt")
     (folder / "config.py").write_text(
         "import json\nfrom ml_collections import ConfigDict\n\n"
