@@ -5,11 +5,10 @@ import json
 import re
 
 import pytest
-from support.synthetic_runs import write_run
+from support.synthetic_runs import make_run
 from support.tiny_runs import ROOT
 
 from mhc_jax import plots
-from mhc_jax.records import read_run
 from mhc_jax.report import write_report
 from mhc_jax.settings import group, mean_record
 
@@ -25,26 +24,22 @@ def runs(tmp_path_factory):
     root, out = tmp_path_factory.mktemp("runs"), []
     for kind, config in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
         config = {f"model.connection.{key}": value for key, value in config.items()}
-        out += [read_run(write_run(root, f"{len(out) + k}", kind, seed=k, config=config)) for k in range(3)]
+        out += [make_run(root, f"{len(out) + k}", kind, seed=k, config=config) for k in range(3)]
     return out
 
 
 def rows_without_init(text):
     """Rows of Markdown tables that name mHC, in their first cells or in the heading row, and not its init."""
-    wrong, lines = [], text.splitlines()
-    for k, line in enumerate(lines):
-        if not line.startswith("|") or set(line) <= set("|-: "):
-            continue
-        top = k
-        while top and lines[top - 1].startswith("|"):
-            top -= 1
-        head = [cell.strip() for cell in lines[top].strip("|").split("|")]
-        if head[0] in KEEPS_ITS_NAME or any(cell in KEEPS_ITS_NAME for cell in head):
-            continue
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        named = cells if k == top else cells[:2]
-        if any(MHC.search(cell) for cell in named) and "init=" not in line and "`home`" not in line:
-            wrong.append(line)
+    wrong = []
+    for table in re.findall(r"^\|.*(?:\n\|.*)*", text, re.MULTILINE):
+        for k, line in enumerate(table.splitlines()):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            head = cells if k == 0 else head
+            named = not set(head) & set(KEEPS_ITS_NAME) and any(
+                MHC.search(cell) for cell in cells[: None if k == 0 else 2]
+            )
+            if named and "init=" not in line and "`home`" not in line:
+                wrong.append(line)
     return wrong
 
 

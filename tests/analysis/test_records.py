@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from support.synthetic_runs import STEPS, SUBLAYERS, write_run
+from support.synthetic_runs import STEPS, SUBLAYERS, make_run, write_run
+from support.tiny_runs import lines
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
@@ -25,23 +26,20 @@ def train_line(step, loss):
 
 
 def test_reads_back_what_was_written(tmp_path):
-    record = read_run(write_run(tmp_path, "hc", "hc", spikes=(90,)))
-    lines = [json.loads(s) for s in (tmp_path / "hc/metrics.jsonl").read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
+    record = make_run(tmp_path, "hc", "hc", spikes=(90,))
     steps, loss = series(record, "train", "loss")
-    assert steps.tolist() == [line["step"] for line in train]
-    assert loss.tolist() == [line["loss"] for line in train]
+    expected = [(line["step"], line["loss"]) for line in lines(record.folder, "train")]
+    assert list(zip(steps, loss, strict=True)) == expected
     steps, gain = series(record, "diagnostics", "composite_forward")
     assert steps.tolist() == [50, 100, 150, 200]
     assert gain.shape == (4, SUBLAYERS)
-    assert gain.tolist() == [s["composite_forward"] for s in lines if s["kind"] == "diagnostics"]
+    assert gain.tolist() == [line["composite_forward"] for line in lines(record.folder, "diagnostics")]
     assert (record.name, record.kind, record.num_streams, record.status) == ("hc", "hc", 4, "finished")
-    assert record.spike_steps == [90]
-    assert record.diverged_at is None
+    assert (record.spike_steps, record.diverged_at) == ([90], None)
 
 
 def test_null_is_nan_and_a_diverged_run_says_where(tmp_path):
-    record = read_run(write_run(tmp_path, "run", "hc", diverged_at=84))
+    record = make_run(tmp_path, "run", "hc", diverged_at=84)
     steps, loss = series(record, "train", "loss")
     assert steps[-1] == 84
     assert np.isnan(loss[-1])
@@ -56,12 +54,11 @@ def test_null_is_nan_and_a_diverged_run_says_where(tmp_path):
 @pytest.mark.parametrize("broken", ['{"kind": "train", "st', "3", '{"kind": "train"}', "\xff"])
 def test_a_broken_line_is_left_out_at_the_end_and_named_by_its_number_in_the_middle(tmp_path, broken):
     folder = write_run(tmp_path, "run", "mhc")
-    count = len((folder / "metrics.jsonl").read_text().splitlines())
+    whole = (folder / "metrics.jsonl").read_text()
     append(folder, train_line(STEPS + 2, 1.0)[:-9])
     assert series(read_run(folder), "train", "step")[0][-1] == STEPS
-    (folder / "metrics.jsonl").write_text("".join((folder / "metrics.jsonl").read_text().splitlines(True)[:count]))
-    append(folder, broken + "\n" + train_line(STEPS + 2, 1.0))
-    with pytest.raises(InputError, match=rf"^Line {count + 1} of .*metrics\.jsonl"):
+    (folder / "metrics.jsonl").write_text(whole + broken + "\n" + train_line(STEPS + 2, 1.0))
+    with pytest.raises(InputError, match=rf"^Line {len(whole.splitlines()) + 1} of .*metrics\.jsonl"):
         read_run(folder)
 
 
@@ -85,15 +82,14 @@ def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
         with pytest.raises(InputError, match=f"is not a run folder: it has no {missing}"):
             read_run(tmp_path / missing)
     folder = write_run(tmp_path, "run", "mhc")
-    (folder / "summary.json").write_text("{")
-    with pytest.raises(InputError, match=r"summary\.json' is not valid JSON"):
-        read_run(folder)
-    (folder / "summary.json").write_text("[]")
-    with pytest.raises(InputError, match=r"summary\.json' must hold a JSON object"):
-        read_run(folder)
-    (folder / "config.json").write_text('{"model": {}}')
-    with pytest.raises(InputError, match=r"has no model\.connection\.kind"):
-        read_run(folder)
+    for name, text, sentence in (
+        ("summary", "{", r"summary\.json' is not valid JSON"),
+        ("summary", "[]", r"summary\.json' must hold a JSON object"),
+        ("config", '{"model": {}}', r"has no model\.connection\.kind"),
+    ):
+        (folder / f"{name}.json").write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            read_run(folder)
 
 
 def test_optional_files_and_keys_may_be_missing(tmp_path):
@@ -101,10 +97,8 @@ def test_optional_files_and_keys_may_be_missing(tmp_path):
     (folder / "env.json").unlink()
     (folder / "summary.json").unlink()
     record = read_run(folder)
-    assert record.env == {}
-    assert record.status == "no summary"
-    steps, values = series(record, "train", "grad_norm")
-    assert len(steps) == len(values) == 0
+    assert (record.env, record.status) == ({}, "no summary")
+    assert [len(values) for values in series(record, "train", "grad_norm")] == [0, 0]
     assert len(series(record, "diagnostics", "h_res")[0]) == 0
     assert last_diagnostics(record, "h_res") is None
     with pytest.raises(InputError, match="must be one of 'train', 'validation', 'diagnostics'"):
@@ -115,17 +109,15 @@ def test_last_diagnostics_skips_lines_without_a_finite_number(tmp_path):
     folder = write_run(tmp_path, "run", "hc")
     append(folder, '{"kind": "diagnostics", "step": 250, "row_error": [null, null]}\n')
     append(folder, '{"kind": "diagnostics", "step": 300, "row_error": null}\n')
-    record = read_run(folder)
-    assert last_diagnostics(record, "row_error")[0] == 200
+    assert last_diagnostics(read_run(folder), "row_error")[0] == 200
     append(folder, '{"kind": "diagnostics", "step": 350, "row_error": [null, 2.0]}\n')
     step, value = last_diagnostics(read_run(folder), "row_error")
     assert step == 350
-    assert np.isnan(value[0])
-    assert value[1] == 2.0
+    np.testing.assert_array_equal(value, [np.nan, 2.0])
 
 
 def test_the_largest_norm_is_that_of_the_steps_after_the_warm_up(tmp_path):
-    record = read_run(write_run(tmp_path, "run", "hc", config={"optimizer.warmup_steps": 4}))
+    record = make_run(tmp_path, "run", "hc", config={"optimizer.warmup_steps": 4})
     train = {"step": np.arange(1.0, 7), "grad_norm": np.asarray([9.0, 8, 7, 6, 2, np.nan]), "clipped": np.ones(6) * 0.5}
     found = measurements(dataclasses.replace(record, train=train))
     assert (found["max_grad_norm"], found["clipped_fraction"]) == (2, 0.5)
@@ -137,8 +129,7 @@ def test_numbers_of_a_record_are_read_back_as_they_were():
 
 
 def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
-    base = read_run(write_run(tmp_path, "residual", "residual"))
-    run = read_run(write_run(tmp_path, "hc", "hc", diverged_at=120))
+    base, run = make_run(tmp_path, "residual", "residual"), make_run(tmp_path, "hc", "hc", diverged_at=120)
     steps, gap = paired_gap(run, base, "validation")
     assert steps.tolist() == [50, 100]
     np.testing.assert_allclose(gap, [-0.06 * 50 / STEPS, -0.06 * 100 / STEPS], rtol=1e-9)
@@ -155,9 +146,5 @@ def test_flattened_settings_and_those_that_are_no_defaults():
 
 
 def test_labels_tell_folders_of_one_name_apart(tmp_path):
-    runs = [
-        read_run(write_run(tmp_path / "a", "hc", "hc")),
-        read_run(write_run(tmp_path / "b", "hc", "hc")),
-        read_run(write_run(tmp_path / "b", "mhc", "mhc")),
-    ]
+    runs = [make_run(tmp_path / folder, kind, kind) for folder, kind in (("a", "hc"), ("b", "hc"), ("b", "mhc"))]
     assert labels(runs) == ["hc", "hc'", "mhc:init=paper"]

@@ -1,11 +1,10 @@
 """The page of runs is self-contained, holds what they say, escapes their text, and appears whole or not at all."""
 
 import dataclasses
-import json
 import re
 
 import pytest
-from support.synthetic_runs import write_four, write_run
+from support.synthetic_runs import make_four, make_run, write_run
 
 from mhc_jax import plots
 from mhc_jax.comparison import rows
@@ -16,7 +15,7 @@ from mhc_jax.report import find_runs, header, markdown_table, write_folder_repor
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return [read_run(folder) for folder in write_four(tmp_path_factory.mktemp("runs"))]
+    return make_four(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module", params=["three figures", pytest.param("all figures", marks=pytest.mark.full)])
@@ -57,8 +56,7 @@ def test_page_is_self_contained(page, runs):
     inside = {link for link in links if link.startswith(("#", "data:image/png;base64,"))}
     assert {(page.parent / link).resolve() for link in links - inside} == {run.folder.resolve() for run in runs}
     assert text.count("<svg") == 13
-    targets = set(re.findall(r'<a href="#([^"]+)"', text))
-    assert targets <= set(re.findall(r'id="([^"]+)"', text))
+    assert set(re.findall(r'<a href="#([^"]+)"', text)) <= set(re.findall(r'id="([^"]+)"', text))
     drawn = list((page.parent / "figures").glob("*.png"))
     assert len(drawn) == 13
     assert {path.read_bytes()[:4] for path in drawn} == {b"\x89PNG"}
@@ -91,8 +89,7 @@ def test_page_holds_header_notes_table_settings_and_events(page):
 def test_text_from_runs_is_escaped(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "FIGURES", {"loss": plots.FIGURES["loss"]})
     folder = write_run(tmp_path, "<script>alert(1)<", "mhc", spikes=(90,))
-    env = {"command": "<script>alert(2)</script>", "commit": "0123abc", "dirty": True}
-    (folder / "env.json").write_text(json.dumps(env))
+    (folder / "env.json").write_text('{"command": "<script>alert(2)</script>", "commit": "0123abc", "dirty": true}')
     text = write_report([read_run(folder)], tmp_path / "out", "one").read_text()
     assert text.count("<script") == 1
     assert "&lt;script&gt;alert(1)&lt;" in text
@@ -101,8 +98,7 @@ def test_text_from_runs_is_escaped(tmp_path, monkeypatch):
 
 
 def test_one_run_with_little_in_it_still_gets_a_report(tmp_path, monkeypatch):
-    kept = {name: plots.FIGURES[name] for name in ("loss", "grad_norm")}
-    monkeypatch.setattr(plots, "FIGURES", kept)
+    monkeypatch.setattr(plots, "FIGURES", {name: plots.FIGURES[name] for name in ("loss", "grad_norm")})
     folder = write_run(tmp_path, "alone", "residual", drop=("grad_norm",))
     (folder / "summary.json").unlink()
     (folder / "env.json").unlink()
@@ -130,11 +126,8 @@ def test_a_report_that_fails_leaves_the_old_one(page, monkeypatch, runs):
 
 
 def test_the_header_of_many_runs_stays_short(runs):
-    many = [
-        dataclasses.replace(runs[0], env={**runs[0].env, "date": f"2026-01-{day:02}", "command": f"run {day}"})
-        for day in (3, 2, 5, 4)
-    ]
-    text = header(many)
+    envs = [{**runs[0].env, "date": f"2026-01-{day:02}", "command": f"run {day}"} for day in (3, 2, 5, 4)]
+    text = header(many := [dataclasses.replace(runs[0], env=env) for env in envs])
     assert "<dt>date</dt><dd>2026-01-02 to 2026-01-05</dd>" in text
     assert text.count("<dt>command</dt>") == 1
     assert "run 3 and 3 more" in text
@@ -145,8 +138,7 @@ def test_a_page_says_which_runs_of_the_grid_it_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "FIGURES", {})
     write_run(tmp_path, "b", "residual")
     write_run(tmp_path, "a", "hc")
-    sweep = {"title": "A sweep", "baseline": {"connection": "hc"}, "runs": ["b", "c"]}
-    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    (tmp_path / "sweep.json").write_text('{"title": "A sweep", "baseline": {"connection": "hc"}, "runs": ["b", "c"]}')
     page = write_folder_report(tmp_path).read_text()
     assert "This page holds 1 of the 2 runs of the grid; not begun: c, and 1 runs of earlier grids." in page
     assert "residual: loss minus hc&#x27;s +0.0600; one seed, no claim." in page
@@ -154,9 +146,7 @@ def test_a_page_says_which_runs_of_the_grid_it_holds(tmp_path, monkeypatch):
 
 
 def test_a_page_of_several_seeds_has_figures_and_statistics_over_them(tmp_path, monkeypatch):
-    runs = [
-        read_run(write_run(tmp_path, f"{kind}-{k}", kind, seed=k)) for kind in ("residual", "mhc") for k in range(3)
-    ]
+    runs = [make_run(tmp_path, f"{kind}-{k}", kind, seed=k) for kind in ("residual", "mhc") for k in range(3)]
     saved = {}
     monkeypatch.setattr(plots, "save", lambda figure, path, vector: saved.update({path: vector}))
     monkeypatch.setattr(plots, "svg", lambda figure: "")
@@ -177,10 +167,8 @@ def test_a_page_of_several_seeds_has_figures_and_statistics_over_them(tmp_path, 
 def test_folders_are_searched_for_runs(tmp_path):
     for name in ("b", "a"):
         write_run(tmp_path, name, "hc")
-    assert [run.name for run in find_runs(tmp_path)] == ["a", "b"]
-    assert [run.name for run in find_runs(tmp_path / "a")] == ["a"]
+    assert [[run.name for run in find_runs(folder)] for folder in (tmp_path, tmp_path / "a")] == [["a", "b"], ["a"]]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no run folder"):
-        find_runs(tmp_path / "empty")
-    with pytest.raises(InputError, match="There is no folder"):
-        find_runs(tmp_path / "none")
+    for folder, sentence in (("empty", "holds no run folder"), ("none", "There is no folder")):
+        with pytest.raises(InputError, match=sentence):
+            find_runs(tmp_path / folder)

@@ -1,22 +1,30 @@
-"""FLOPs counted by hand for small programs, parameter counts, and the sizes of mHC Table 5."""
+"""FLOPs by hand for small programs, parameters, sizes of mHC Table 5; traffic of Table 2, section 4.3 and Equation 20."""
 
 import dataclasses
 import itertools
+import math
 import runpy
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from support.thinned import thin
+from support.tiny_runs import ROOT
 
-from mhc_jax import connections
+from mhc_jax import connections, traffic
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.cost import flops, model_cost, parameter_counts
+from mhc_jax.errors import InputError
 from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder
+from mhc_jax.pipeline.schedules import make
+from mhc_jax.pipeline.simulate import by_hand, simulate
+from mhc_jax.plots import NothingToDraw
+from mhc_jax.plots import cost as figures
+from mhc_jax.plots.pipeline import timeline
 from mhc_jax.train_step import gradients, init_state
 
 
@@ -71,11 +79,8 @@ def test_a_pallas_kernel_counts_every_program():
 
 
 def test_parameters_of_connections_are_counted_apart():
-    params = {
-        "embedding": array(10, 4),
-        "layers": {"mlp": {"W": array(2, 4, 4)}, "mlp_connection": {"phi": array(2, 8, 3), "alpha": array(2, 3)}},
-        "ends": {"head_bias": array(4)},
-    }
+    layers = {"mlp": {"W": array(2, 4, 4)}, "mlp_connection": {"phi": array(2, 8, 3), "alpha": array(2, 3)}}
+    params = {"embedding": array(10, 4), "layers": layers, "ends": {"head_bias": array(4)}}
     assert parameter_counts(params) == (40 + 32 + 48 + 6 + 4, 48 + 6 + 4)
 
 
@@ -96,14 +101,18 @@ FAST = {"residual": "gqa", "hc": "mla", "mhc:exit=head:t_max=2": "moe", "gated":
 """Connection to the model that the fast suite counts it in."""
 
 
+def counted(config):
+    """Parameters of the model, and those of its connections."""
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    return parameter_counts(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"])
+
+
 @pytest.mark.parametrize(("kind", "model"), thin(itertools.product(FAST, SETTINGS), FAST.items().__contains__))
 def test_parameters_from_the_configuration_are_those_of_the_model(kind, model):
-    settings = SETTINGS[model]
-    config = dataclasses.replace(SMALL, connection=connections.parse(kind), **settings)
-    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    config = dataclasses.replace(SMALL, connection=connections.parse(kind), **SETTINGS[model])
     cost = model_cost(config, 4)
-    assert (cost.total, cost.connection) == parameter_counts(params)
-    unseen = 3 * 3 * 16 * 7 * 2 if settings.get("num_experts") else 0  # 3 experts a token does not see, in 2 layers
+    assert (cost.total, cost.connection) == counted(config)
+    unseen = 3 * 3 * 16 * 7 * 2 if model == "moe" else 0  # 3 experts a token does not see, in 2 layers
     assert cost.active == cost.total - unseen - (0 if config.tied_embeddings else 31 * 16)
 
 
@@ -116,7 +125,7 @@ TABLE_5 = {
 
 
 def config_of(file, arg):
-    module = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "configs" / f"{file}.py"))
+    module = runpy.run_path(f"{ROOT}/experiments/configs/{file}.py")
     return from_mapping(module["get_config"](arg).to_dict())
 
 
@@ -130,8 +139,7 @@ def test_the_papers_models_have_the_papers_sizes(size):
     assert cost.active == pytest.approx(active, rel=1e-2)
     assert cost.total == pytest.approx(total, rel=1e-2)
     assert config.train.steps * config.data.batch_size * config.data.sequence_length == pytest.approx(tokens, rel=5e-3)
-    params = jax.eval_shape(Decoder(config.model).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    assert parameter_counts(params)[0] == cost.total
+    assert counted(config.model)[0] == cost.total
 
 
 @pytest.mark.parametrize("rung", ["w160", "w320", "w640", "w960"])
@@ -153,10 +161,81 @@ def test_training_flops_are_those_of_the_gradient(settings):
     experiment = ExperimentConfig(model=config, data=DataConfig(sequence_length=128, batch_size=2))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     params = jax.eval_shape(lambda: init_state(experiment)).params
-    counted = flops(gradients(experiment), params, {"inputs": tokens, "targets": tokens}) / 256
-    assert model_cost(config, 128).training_flops == pytest.approx(counted, rel=0.05)
+    whole = flops(gradients(experiment), params, {"inputs": tokens, "targets": tokens})
+    assert model_cost(config, 128).training_flops == pytest.approx(whole / 256, rel=0.05)
 
 
 def test_streams_move_twice_a_sublayer():
     config = dataclasses.replace(SMALL, connection=connections.parse("mhc:num_streams=4"), stream_dtype="bfloat16")
     assert model_cost(config, 4).stream_bytes == 6 * 2 * (4 * 16 * 2 + 16 * 4)
+
+
+@pytest.mark.parametrize(("n", "C"), [(1, 8), (4, 128), (8, 2560)])
+def test_tables_of_the_paper(n, C):
+    small, unfused, merged = n * n + 2 * n, traffic.unfused(n, C), traffic.merged(n, C)
+    assert traffic.total(unfused) == ((5 * n + 1) * C + small, (3 * n + 1) * C + small)
+    write = [unfused[key] for key in ("apply H_post", "apply H_res", "merge")]
+    assert sum(row.read for row in write) == (3 * n + 1) * C + n * n + n
+    assert merged["write"] == ((n + 1) * C + n * n + n, n * C)
+    assert sum(row.written for row in write) == 3 * n * C
+
+
+def test_boundary_at_four_streams():
+    # mHC section 4.3 with n = 4: 20C in three kernels, 14C, and 10C as the floor.
+    assert list(traffic.boundary(4, 1).values()) == [20, 14, 10]
+    assert traffic.residual(7) == (14, 7)
+
+
+@pytest.mark.parametrize(("L", "n"), [(60, 4), (24, 2), (1, 4), (128, 8)])
+def test_best_recompute_is_near_the_root(L, n):
+    best = traffic.best_recompute(L, n)
+    kept = [traffic.recompute_elements(L_r, L, n, 3) for L_r in range(1, L + 1)]
+    assert kept[best - 1] == min(kept)
+    assert best == pytest.approx((n * L / (n + 2)) ** 0.5, abs=1.5)
+
+
+def test_recompute_counts_by_hand():
+    # n = 4, L = 60: 4 stored 60 times and 6 while one sub-layer is recomputed; 4 stored 9 times and 6 x 7.
+    assert traffic.recompute_elements(1, 60, 4, 1) == 4 * 60 + 6
+    assert traffic.recompute_elements(7, 60, 4, 10) == 10 * (4 * 9 + 6 * 7)
+    with pytest.raises(InputError, match="from 1 to L = 4"):
+        traffic.recompute_elements(5, 4, 4, 8)
+
+
+def test_figures_of_cost():
+    """Traffic of mHC Table 2 at n = 4, in C: 21 read and 13 written; fused 13 and 5; with the pre-norm 20, 14 and 10.
+
+    Memory is nC ceil(L / L_r) + (n + 2) C L_r elements of two bytes, in KiB.
+    """
+    bars = figures.traffic_bars(4, 10_000).axes[0]
+    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [2, 21, 13, 1, 13, 5, 20, 14, 10], atol=0.003)
+    assert "C = 10000" in bars.get_xlabel()
+    assert [text.get_text().strip() for text in bars.texts][:2] == ["3.0", "34.0"]
+    curves = figures.recompute(60, (4, 2), 2560).axes[0]
+    expected = [(4 * math.ceil(60 / k) + 6 * k) * 2560 * 2 / 1024 for k in range(1, 61)]
+    np.testing.assert_allclose(curves.lines[0].get_ydata(), expected)
+    assert (curves.lines[1].get_xdata()[0], curves.lines[1].get_ydata()[0]) == (6, min(expected))
+    assert curves.get_ylabel() == "KiB per token (C = 2560, 2 bytes)"
+    labels = [label for line in curves.lines if not (label := str(line.get_label())).startswith("_")]
+    assert labels == ["n = 4: best L_r = 6", "n = 2: best L_r = 5"]
+    ratios = figures.overhead({"parameters": {"hc": 1.25, "mhc": 1.5}, "time": {"hc": 2.0}}).axes[0]
+    np.testing.assert_allclose([bar.get_height() for bar in ratios.patches], [1.25, 2.0, 1.5, np.nan])
+    assert [text.get_text() for text in ratios.texts][:2] == ["1.25", "2.00"]
+    with pytest.raises(NothingToDraw, match="no ratios"):
+        figures.overhead({})
+
+
+def test_cells_of_a_timeline_are_as_long_as_their_operations():
+    run = simulate(make("1f1b", 2, 2), by_hand(2, 1.0, 3.0, 1.0))
+    widths = sorted(patch.get_width() for patch in timeline([run], ["one"]).axes[0].patches)
+    assert widths == pytest.approx([1.0] * 4 + [3.0] * 4)
+
+
+def test_roofline_of_a_device_record():
+    row = {"op": "read", "pass": "forward", "spec": {"name": "tiny"}, "implementation": "xla", "status": "ok"}
+    report = {"copy_bytes_per_s": 2e11, "parts": {"bench/tiny/read": [{**row, "copy_share": 0.8}], "step/tiny": {}}}
+    axis = figures.roofline(report).axes[0]
+    assert axis.lines[0].get_xdata()[0] == pytest.approx(80)
+    assert "200 GB/s" in axis.get_xlabel()
+    with pytest.raises(NothingToDraw, match="no timed kernel"):
+        figures.roofline({"parts": {"bench/tiny/read": [{**row, "status": "no GPU"}]}})
