@@ -180,12 +180,6 @@ def test_tables_of_the_paper(n, C):
     assert sum(row.written for row in write) == 3 * n * C
 
 
-def test_boundary_at_four_streams():
-    # mHC section 4.3 with n = 4: 20C in three kernels, 14C, and 10C as the floor.
-    assert list(traffic.boundary(4, 1).values()) == [20, 14, 10]
-    assert traffic.residual(7) == (14, 7)
-
-
 @pytest.mark.parametrize(("L", "n"), [(60, 4), (24, 2), (1, 4), (128, 8)])
 def test_best_recompute_is_near_the_root(L, n):
     best = traffic.best_recompute(L, n)
@@ -194,19 +188,13 @@ def test_best_recompute_is_near_the_root(L, n):
     assert best == pytest.approx((n * L / (n + 2)) ** 0.5, abs=1.5)
 
 
-def test_recompute_counts_by_hand():
-    # n = 4, L = 60: 4 stored 60 times and 6 while one sub-layer is recomputed; 4 stored 9 times and 6 x 7.
-    assert traffic.recompute_elements(1, 60, 4, 1) == 4 * 60 + 6
-    assert traffic.recompute_elements(7, 60, 4, 10) == 10 * (4 * 9 + 6 * 7)
-    with pytest.raises(InputError, match="from 1 to L = 4"):
-        traffic.recompute_elements(5, 4, 4, 8)
-
-
 def test_figures_of_cost():
     """Traffic of mHC Table 2 at n = 4, in C: 21 read and 13 written; fused 13 and 5; with the pre-norm 20, 14 and 10.
 
     Memory is nC ceil(L / L_r) + (n + 2) C L_r elements of two bytes, in KiB.
     """
+    assert list(traffic.boundary(4, 1).values()) == [20, 14, 10]
+    assert traffic.residual(7) == (14, 7)
     bars = figures.traffic_bars(4, 10_000).axes[0]
     np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [2, 21, 13, 1, 13, 5, 20, 14, 10], atol=0.003)
     assert "C = 10000" in bars.get_xlabel()
@@ -223,6 +211,8 @@ def test_figures_of_cost():
     assert [text.get_text() for text in ratios.texts][:2] == ["1.25", "2.00"]
     with pytest.raises(NothingToDraw, match="no ratios"):
         figures.overhead({})
+    with pytest.raises(InputError, match="from 1 to L = 4"):
+        traffic.recompute_elements(5, 4, 4, 8)
 
 
 def test_cells_of_a_timeline_are_as_long_as_their_operations():

@@ -36,18 +36,15 @@ def bpe(split_words: bool) -> BPETokenizer:
 def texts_of(tokenizer, ids) -> list[bytes]:
     """The bytes of each token of a byte-level BPE, whose entries write a byte as one character."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    printable = [b for b in range(256) if chr(b) in alphabet]
-    character = {b: chr(b) for b in printable}
-    character |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
-    byte = {c: b for b, c in character.items()}
+    others = [b for b in range(256) if chr(b) not in alphabet]
+    byte = {chr(b): b for b in range(256) if b not in others} | {chr(256 + i): b for i, b in enumerate(others)}
     return [bytes(byte[c] for c in tokenizer._backend.id_to_token(i)) for i in ids]
 
 
-def bigram(tokenizer, config=MODEL):
+def bigram(tokenizer):
     """Parameters whose logits depend on the last token alone, and their log-probabilities [before, after] in float64."""
-    config = dataclasses.replace(
-        config, vocab_size=tokenizer.vocab_size, connection=connections.parse("residual"), norm_eps=1e-6
-    )
+    residual = connections.parse("residual")
+    config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, connection=residual, norm_eps=1e-6)
     random = np.random.default_rng(3)
     zero = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes(config))  # every branch writes zero
     embedding = random.normal(size=(config.vocab_size, config.width)).astype(np.float32)
@@ -74,9 +71,8 @@ def harness_model(tmp_path, tokenizer, context):
 def item(context, continuations, task="invented", doc_id=0):
     from lm_eval.api.instance import Instance
 
-    return [
-        Instance("loglikelihood", {}, (context, text), i, (task, doc_id, 1)) for i, text in enumerate(continuations)
-    ]
+    about = (task, doc_id, 1)
+    return [Instance("loglikelihood", {}, (context, text), i, about) for i, text in enumerate(continuations)]
 
 
 def test_bits_are_those_of_a_float64_bigram():
@@ -192,14 +188,27 @@ def test_a_context_that_is_cut_is_cut_alike_for_every_choice(tmp_path):
 
 
 @harness
+def test_rolling_scores_every_byte_once_and_the_first_after_the_end_of_a_document(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    lm, logp = harness_model(tmp_path, ByteTokenizer(), 10)
+    text = "Vier Fenster: zehn Bytes für jedes."
+    [nats] = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    [(short, _)] = lm.loglikelihood(item("", ["ab"]))
+    for found, scored in ((nats, text), (short, "ab")):
+        ids = [ByteTokenizer().end_of_document, *scored.encode()]
+        assert found == pytest.approx(sum(logp[a, b] for a, b in itertools.pairwise(ids)), rel=1e-5)
+    lm.store.close()
+
+
+@harness
 def test_answers_that_cannot_be_scored_are_refused_by_task(tmp_path):
     from lm_eval.api.instance import Instance
 
     lm, _ = harness_model(tmp_path, ByteTokenizer(), 10)
-    with pytest.raises(InputError, match="An answer of invented, item 0, has 11 tokens to score and the context 10"):
-        lm.scored(item("ab", ["c", "d" * 11]))
-    with pytest.raises(InputError, match="An answer of invented, item 7, is empty"):
-        lm.scored(item("ab", ["c", ""], doc_id=7))
+    for number, answer, wrong in ((0, "d" * 11, "has 11 tokens to score and the context 10"), (7, "", "is empty")):
+        with pytest.raises(InputError, match=f"An answer of invented, item {number}, {wrong}"):
+            lm.scored(item("ab", ["c", answer], doc_id=number))
     request = Instance("generate_until", {}, ("ab", {"until": ["."]}), 0, ("reasoned", 0, 1))
     with pytest.raises(InputError, match="The context of 10 tokens is too short for reasoned"):
         lm.generate_until([request])
@@ -224,12 +233,11 @@ def test_differences_and_intervals_are_those_of_resampled_items():
     for _ in range(20000):
         i = random.integers(0, 40, 40)
         draws.append(a[i].sum() / s[i].sum() - b[i].sum() / t[i].sum())
-    low, high = found["bits_interval"]
-    np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.06 * (high - low))
     scores = np.asarray([x["score"] - y["score"] for x, y in zip(one, base, strict=True)])
     means = scores[random.integers(0, 40, (20000, 40))].mean(1)
-    low, high = found["score_interval"]
-    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975]), atol=0.06 * (high - low))
+    for key, resampled in (("bits_interval", draws), ("score_interval", means)):
+        expected = np.quantile(resampled, [0.025, 0.975])
+        np.testing.assert_allclose(found[key], expected, atol=0.06 * np.ptp(found[key]))
 
 
 def test_one_item_has_no_interval():
@@ -267,28 +275,26 @@ def cells(*results):
     return dict(zip(lines[0], lines[-1], strict=True))
 
 
+def joined(*results):
+    return "".join(cells(*results).values())
+
+
 def test_what_is_bold():
     enough = cells(result(30), result(30, gain=1.0))
     assert enough["difference"].startswith("**-")
     assert enough["difference (points)"].startswith("**+")
-    cut = cells(result(30), result(30, gain=1.0, cut=3))
-    assert "*" not in "".join(cut.values())
-    assert cut["cut"] == "3"
-    assert "*" not in "".join(cells(result(30, cut=3), result(30, gain=1.0)).values()), "the first one's prompts"
+    assert "*" not in joined(result(30), result(30, gain=1.0, cut=3))
+    assert cells(result(30), result(30, cut=3))["cut"] == "3"
+    assert "*" not in joined(result(30, cut=3), result(30, gain=1.0)), "the first one's prompts"
     few_bits = cells(result(30), result(30, gain=1.0, without_bits=1))
     assert few_bits["difference (points)"].startswith("**+")
     assert few_bits["difference"].startswith("-"), "29 items have bits"
-    few = cells(result(29), result(29, gain=1.0))
-    assert "*" not in "".join(few.values())
-    assert "[" in few["difference"]
-    one = cells(result(1), result(1, gain=1.0))
-    assert "*" not in "".join(one.values())
-    assert "[" not in "".join(one.values())
-    assert one["difference"].startswith("-")
-    for base, own in ((64, 512), (512, 64)):
-        beyond = cells(result(30, base), result(30, own, gain=1.0))
-        assert "*" not in "".join(beyond.values())
-        assert "[" in beyond["difference"]
+    assert not set("*[") & set(joined(result(1), result(1, gain=1.0)))
+    assert cells(result(1), result(1, gain=1.0))["difference"].startswith("-")
+    for count, base, own in ((29, 64, 64), (30, 64, 512), (30, 512, 64)):  # too few, and contexts beyond training
+        both = result(count, base), result(count, own, gain=1.0)
+        assert "*" not in joined(*both)
+        assert "[" in cells(*both)["difference"]
     assert cells(result(9), result(9, 512))["context"] == "512 (trained: 64)"
     assert (enough["context"], enough["shots"], enough["cut"], enough["items"]) == ("64", "0 (paper: 5)", "0", "30")
     assert (enough["score (%)"], enough["gold bits/byte"]) == ("50.0 ± 10.0", "2.500")
@@ -307,9 +313,8 @@ def test_a_benchmark_is_the_mean_of_its_items():
     rows = enumerate(zip(scores, bits, sizes, strict=True))
     own = [sample(i, a, b, c, "other" if i == 5 else "piqa", truncated=a == 0) for i, (a, b, c) in rows]
     found = summarise(own, {"piqa": 0, "other": 0})["piqa"]
-    assert found["score"] == pytest.approx(3 / 6)
-    assert found["stderr"] == pytest.approx(math.sqrt(6 * 0.5**2 / 5) / math.sqrt(6))
-    assert found["gold_bits_per_byte"] == pytest.approx(25 / 15)
+    means = [found[key] for key in ("score", "stderr", "gold_bits_per_byte")]
+    assert means == pytest.approx([3 / 6, math.sqrt(6 * 0.5**2 / 5) / math.sqrt(6), 25 / 15])
     assert (found["items"], found["truncated"], found["tasks"]) == (6, 3, 2)
     assert summarise(own[:1], {"piqa": 0})["piqa"]["stderr"] is None
 
