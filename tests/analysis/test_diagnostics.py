@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import types
 
 import jax
@@ -9,10 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracles
+from support.in_process import run_here
 from support.thinned import thin
+from support.tiny_runs import run_script, tiny, write_text
 from support.tolerances import FP32_RELATIVE, assert_close
 
+from mhc_jax import checkpoint
+from mhc_jax.data import load_data
 from mhc_jax.diagnostics import STREAM_MEASURES, rank_one, root_mean_square, sample_sublayer, stream_measures, summarize
+from mhc_jax.loop import train
+from mhc_jax.mapping import from_mapping, to_mapping
+from mhc_jax.train_step import init_state, make_eval_step
 
 measure = jax.jit(stream_measures)
 U, V, W, Z = np.eye(4, 16)
@@ -67,15 +75,6 @@ def test_random_streams_are_the_oracle(dtype, n):
     sizes = 10.0 ** np.random.default_rng(n).uniform(-2, 2, (5, n, 1))
     x = np.asarray(jnp.asarray(np.random.default_rng(n).normal(size=(5, n, 24)) * sizes, dtype), np.float64)
     assert_close(measured(x, dtype), oracles.stream_measures(x))
-
-
-def test_independent_gaussian_streams():
-    """In C dimensions E|cos| is close to sqrt(2 / (pi C)); E(tr G)^2 / E tr(G^2) = (n C + 2) / (C + n + 1)."""
-    n, C = 4, 256
-    signed, absolute, rank = measured(np.random.default_rng(0).normal(size=(400, n, C)))
-    assert abs(signed) < 0.005
-    assert absolute == pytest.approx(np.sqrt(2 / (np.pi * C)), rel=0.03)
-    assert rank == pytest.approx((n * C + 2) / (C + n + 1), rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [1e15, 1e38, 1e-19, 1e-30])
@@ -210,9 +209,7 @@ def test_reads_writes_and_streams(collected):
             squares = [x**2 for one in streams for x in one[i]]
             assert out["stream_rms"][l, i] == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-6)
         assert out["branch_rms"][l] == pytest.approx(math.sqrt(np.mean([x**2 for x in raw["y"][l].flat])), rel=1e-6)
-        pairs = [(x[i], x[j]) for x in streams for i in range(N) for j in range(i)]
-        cosines = [sum(a * b) / math.sqrt(sum(a**2)) / math.sqrt(sum(b**2)) for a, b in pairs]
-        assert out["stream_cosine"][l] == pytest.approx(np.mean(cosines), abs=1e-6)
+        assert_close([out[key][l] for key in STREAM_MEASURES], oracles.stream_measures(streams))
 
 
 def test_gains_beyond_float32_are_numbers():
@@ -224,3 +221,50 @@ def test_gains_beyond_float32_are_numbers():
     one = 2 * float(np.float32(1e20))
     np.testing.assert_allclose(out["composite_forward"], [one, one**2, one**3], rtol=1e-12)
     np.testing.assert_allclose(out["composite_backward"], [one**3, one**2, one], rtol=1e-12)
+
+
+def losses(out, config, params):
+    """What experiments/collapse.py prints: the loss of this model, and with its streams one vector from a sub-layer on."""
+    found = {name: float(loss) for name, loss in re.findall(r"(unchanged|from \d) ([\d.]+)", out)}
+    assert list(found) == ["unchanged", "from 1", "from 2", "from 3", "from 4"]
+    step = jax.jit(make_eval_step(config))
+    own = [step(params, batch) for batch in load_data(config.data).validation_batches(2)]
+    assert found["unchanged"] == pytest.approx(np.mean(own), abs=1e-4)
+    return found
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "text.txt")
+
+
+def test_every_sub_layer_from_the_first_replaced_reads_one_vector(text, monkeypatch):
+    """Four sub-layers of mHC whose streams differ: the first reads the entry, the others what was written before them."""
+    config = tiny(text, "mhc:init=home:t_max=2", model={"num_layers": 2, "vocab_size": 264})
+    params = jax.jit(lambda: init_state(config).params)()
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: a + random.normal(0, 0.3, a.shape).astype(np.float32), params)
+    monkeypatch.setattr(checkpoint, "load_params", lambda folder: (to_mapping(config), params))
+    status, out, _ = run_here("collapse", "--checkpoint=run", "--batches=2")
+    found = losses(out, config, params)
+    assert status == 0
+    assert found["from 1"] == found["from 2"], "no write comes before the first"
+    assert len(set(found.values())) == 4, "the others are all different"
+
+
+@pytest.mark.full
+def test_losses_of_a_run(text, tmp_path):
+    """HC's streams are one vector after two steps, so that nothing moves."""
+    train(tiny(text, "hc", model={"num_layers": 2}, train={"steps": 2, "validate_every": 0}), tmp_path / "run")
+    status, out, err = run_script("collapse", f"--checkpoint={tmp_path / 'run'}", "--batches=2")
+    assert status == 0, err
+    mapping, params = checkpoint.load_params(tmp_path / "run")
+    found = losses(out, from_mapping(mapping), params)
+    assert max(abs(loss - found["unchanged"]) for loss in found.values()) < 2e-4
+
+
+def test_a_run_of_one_stream_is_refused(text, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_params", lambda folder: (to_mapping(tiny(text, "residual")), {}))
+    status, _, err = run_here("collapse", "--checkpoint=run")
+    assert status == 2
+    assert "has one stream" in err

@@ -11,8 +11,7 @@ from support.tiny_runs import lines
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import to_mapping
-from mhc_jax.metrics import plain
-from mhc_jax.records import flatten, labels, last_diagnostics, not_defaults, paired_gap, read_run, series
+from mhc_jax.records import flatten, labels, last_diagnostics, not_defaults, read_run, series
 from mhc_jax.results import measurements
 
 
@@ -121,18 +120,6 @@ def test_the_largest_norm_is_that_of_the_steps_after_the_warm_up(tmp_path):
     train = {"step": np.arange(1.0, 7), "grad_norm": np.asarray([9.0, 8, 7, 6, 2, np.nan]), "clipped": np.ones(6) * 0.5}
     found = measurements(dataclasses.replace(record, train=train))
     assert (found["max_grad_norm"], found["clipped_fraction"]) == (2, 0.5)
-
-
-def test_numbers_of_a_record_are_read_back_as_they_were():
-    values = np.random.default_rng(0).normal(size=200).astype(np.float32)
-    assert [np.float32(plain(float(value))) for value in values] == values.tolist()
-
-
-def test_gap_is_the_run_minus_the_baseline_at_common_steps(tmp_path):
-    base, run = make_run(tmp_path, "residual", "residual"), make_run(tmp_path, "hc", "hc", diverged_at=120)
-    steps, gap = paired_gap(run, base, "validation")
-    assert steps.tolist() == [50, 100]
-    np.testing.assert_allclose(gap, [-0.06 * 50 / STEPS, -0.06 * 100 / STEPS], rtol=1e-9)
 
 
 def test_flattened_settings_and_those_that_are_no_defaults():

@@ -1,16 +1,20 @@
-"""The page of runs is self-contained, holds what they say, escapes their text, and appears whole or not at all."""
+"""The page of runs is whole and self-contained, holds and escapes what they say; wherever mHC stands, its init does too."""
 
 import dataclasses
+import html
+import json
 import re
 
 import pytest
 from support.synthetic_runs import make_four, make_run, write_run
+from support.tiny_runs import ROOT
 
 from mhc_jax import plots
 from mhc_jax.comparison import rows
 from mhc_jax.errors import InputError
 from mhc_jax.records import read_run
 from mhc_jax.report import find_runs, header, markdown_table, write_folder_report, write_report
+from mhc_jax.settings import group, mean_record
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +67,25 @@ def test_page_is_self_contained(page, runs):
     assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]
 
 
+def missing(text, *parts):
+    return [part for part in parts if part not in text]
+
+
 def test_page_holds_header_notes_table_settings_and_events(page):
     text = page.read_text()
-    assert "<title>A &lt;b&gt;title&lt;/b&gt;</title>" in text
-    assert "<p>Seen &amp; noted.</p>" in text
-    assert "<dd>2026-01-02 03:04</dd>" in text
-    assert "<code>python experiments/compare.py --seed 0</code>" in text
-    assert "<dt>commit</dt><dd>0123abc</dd>" in text
-    assert '<td data-value="38.25">38.25</td>' in text
-    assert '<td data-value="">–</td>' in text
-    assert "<tr><td>hc dtype=float16</td><td>hc</td><td>4</td><td>float16</td></tr>" in text
+    header = "<title>A &lt;b&gt;title&lt;/b&gt;</title>", "<p>Seen &amp; noted.</p>", "<dd>2026-01-02 03:04</dd>"
+    run = "<code>python experiments/compare.py --seed 0</code>", "<dt>commit</dt><dd>0123abc</dd>"
+    setting = "<tr><td>hc dtype=float16</td><td>hc</td><td>4</td><td>float16</td></tr>"
+    numbers = '<td data-value="38.25">38.25</td>', '<td data-value="">–</td>', "one seed, no claim"
+    events = "<td>hc</td><td>150</td><td>spike</td>", "<td>hc dtype=float16</td><td>120</td><td>diverged</td>"
+    looks = "prefers-color-scheme: dark", "@media print"
+    assert missing(text, *header, *run, setting, *numbers, *events, *looks) == []
     _, changed = text.split("Shared settings that are not defaults: ")
     assert "model.width=64, data.batch_size=16" in changed.split("</p>")[0]
     differing, shared = text.split("shared settings</summary>")
     assert "<td>train.steps</td><td>200</td>" in shared
     assert "train.steps" not in differing
     assert "model.connection.kind" not in shared.split("Environments")[0]
-    assert "<td>hc</td><td>150</td><td>spike</td>" in text
-    assert "<td>hc dtype=float16</td><td>120</td><td>diverged</td>" in text
-    assert "one seed, no claim" in text
-    assert "prefers-color-scheme: dark" in text
-    assert "@media print" in text
 
 
 def test_text_from_runs_is_escaped(tmp_path, monkeypatch):
@@ -92,9 +94,9 @@ def test_text_from_runs_is_escaped(tmp_path, monkeypatch):
     (folder / "env.json").write_text('{"command": "<script>alert(2)</script>", "commit": "0123abc", "dirty": true}')
     text = write_report([read_run(folder)], tmp_path / "out", "one").read_text()
     assert text.count("<script") == 1
-    assert "&lt;script&gt;alert(1)&lt;" in text
-    assert "&lt;script&gt;alert(2)" in text
-    assert "0123abc with uncommitted changes" in text
+    assert (
+        missing(text, "&lt;script&gt;alert(1)&lt;", "&lt;script&gt;alert(2)", "0123abc with uncommitted changes") == []
+    )
 
 
 def test_one_run_with_little_in_it_still_gets_a_report(tmp_path, monkeypatch):
@@ -172,3 +174,75 @@ def test_folders_are_searched_for_runs(tmp_path):
     for folder, sentence in (("empty", "holds no run folder"), ("none", "There is no folder")):
         with pytest.raises(InputError, match=sentence):
             find_runs(tmp_path / folder)
+
+
+MHC = re.compile(r"\bm[hH][cC]\b(?![_\w]*\.|-|'s paper| (?:Table|Figure|Eq|section|ICML))")
+"""mHC as a run or a result: neither a file name nor a place in the paper."""
+KEEPS_ITS_NAME = ("Kind", "What to change", "Formula", "Letter", "`model.remat`", "Notebook")
+"""Heads of tables of what there is, without a result in them."""
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Three seeds of each connection, and mHC with two inits."""
+    root, out = tmp_path_factory.mktemp("runs"), []
+    for kind, config in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
+        config = {f"model.connection.{key}": value for key, value in config.items()}
+        out += [make_run(root, f"{len(out) + k}", kind, seed=k, config=config) for k in range(3)]
+    return out
+
+
+def rows_without_init(text):
+    """Rows of Markdown tables that name mHC, in their first cells or in the heading row, and not its init."""
+    wrong = []
+    for table in re.findall(r"^\|.*(?:\n\|.*)*", text, re.MULTILINE):
+        for k, line in enumerate(table.splitlines()):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            head = cells if k == 0 else head
+            named = not set(head) & set(KEEPS_ITS_NAME) and any(
+                MHC.search(cell) for cell in cells[: None if k == 0 else 2]
+            )
+            if named and "init=" not in line and "`home`" not in line:
+                wrong.append(line)
+    return wrong
+
+
+def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
+    """What a page says outside its figures, and every text in them; they are drawn and not rendered."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path, vector: figures.append((path.stem, figure)))
+    monkeypatch.setattr(plots, "svg", lambda figure: "")
+    page = write_report(seeds, tmp_path, "Runs").read_text()
+    page = re.sub(r"<script.*?</script>|<style.*?</style>|<details.*?</details>", "", page, flags=re.DOTALL)
+    for block in re.findall(r"<(?:tr|li|figcaption)>(.*?)</(?:tr|li|figcaption)>", page, re.DOTALL):
+        text = html.unescape(re.sub(r"<[^>]*>", " ", block))
+        assert not MHC.search(text) or "init=" in text, text
+    assert "mhc:init=paper" in page
+    assert "mhc:init=home:t_max=5" in page
+    drawn = [name for name, _ in figures]
+    assert set(drawn) == {*plots.FIGURES, "gap_curves", "seed_bands", "seed_strip"} - {"loss_gap"}
+    means = [mean_record(setting) for setting in group(seeds)]
+    for name, figure in [*figures, ("loss_gap", plots.FIGURES["loss_gap"].draw(means))]:
+        for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
+            assert not MHC.search(text.get_text()) or "init=" in text.get_text(), (name, text.get_text())
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/records/*/README.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
+def test_the_readme_and_records_name_the_init(path):
+    assert rows_without_init(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_name_the_init(path):
+    cells = json.loads(path.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            texts += ["".join(output.get("data", {}).get("text/markdown", "")), "".join(output.get("text", ""))]
+    for text in texts:
+        assert rows_without_init(text) == []
+        for paragraph in re.findall(r"(?:^|\n)\*[^*\s].*?\*(?=\n\n|\n#|$)", text, re.DOTALL):  # captions of figures
+            assert not MHC.search(paragraph) or "init=" in paragraph or "paper's" in paragraph, paragraph

@@ -14,20 +14,17 @@ from mhc_jax.device_groups import axes_of, groups
 
 RECORDED = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
-
 %fused_computation.1 (param_0: bf16[6,64,128], param_1: s32[]) -> bf16[1,64,128] {
   %param_0 = bf16[6,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
   %param_1 = s32[]{:T(128)} parameter(1)
   ROOT %dynamic-slice.1 = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1), \
 dynamic_slice_sizes={1,64,128}
 }
-
 %all-reduce-scatter.3 (p.7: f32[128,128]) -> f32[32,128] {
   %p.7 = f32[128,128]{1,0:T(8,128)} parameter(0)
   %all-reduce.9 = f32[128,128]{1,0:T(8,128)} all-reduce(%p.7), channel_id=7, replica_groups=[2,4]<=[8], to_apply=%add
   ROOT %dynamic-slice.5 = f32[32,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={32,128}
 }
-
 %inner_body (t.1: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
   %t.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %x.1 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t.1), index=1
@@ -37,12 +34,10 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"50","transcenden
 backend_config={"window_config":{"estimated_cycles":"10"}}
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%i, %fusion.2)
 }
-
 %inner_condition (t.2: (s32[], bf16[64,128])) -> pred[] {
   %constant.2 = s32[]{:T(128)} constant(3)
   ROOT %compare.2 = pred[]{:T(512)} compare(%i.2, %constant.2), direction=LT
 }
-
 %body (t.3: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
   %all-gather.2 = bf16[1,256,128]{2,1,0:T(8,128)(2,1)} all-gather(%fusion.1), channel_id=1, \
 replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_3'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={1}
@@ -54,16 +49,13 @@ backend_config={"window_config":{"estimated_cycles":"100"}}
   %while.1 = (s32[]{:T(128)}, /*index=1*/bf16[64,128]{1,0:T(8,128)(2,1)}) while(%t.3), condition=%inner_condition, \
 body=%inner_body
 }
-
 %condition (t.4: (s32[], bf16[64,128])) -> pred[] {
   %constant.4 = s32[]{:T(128)} constant(6)
   ROOT %compare.4 = pred[]{:T(512)} compare(%i.4, %constant.4), direction=LT
 }
-
 %fused_computation.9 (param_0.9: bf16[64,128]) -> bf16[64,128] {
   ROOT %param_0.9 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
 }
-
 ENTRY %main.1 (p: bf16[64,128]) -> bf16[64,128] {
   %p = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
   %while.2 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) while(%tuple.9), condition=%condition, body=%body
@@ -113,11 +105,9 @@ ASYNCHRONOUS = """\
 %step.1 (p.1: bf16[32,128]) -> bf16[128,128] {
   %gather.1 = bf16[128,128]{1,0} all-gather(%p.1), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
 }
-
 %step.2 (p.2: bf16[32,128]) -> bf16[128,128] {
   %gather.2 = bf16[128,128]{1,0} all-gather(%p.2), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
 }
-
 ENTRY %main (p: bf16[32,128]) -> bf16[32,128] {
   %start = bf16[128,128]{1,0} fusion(%p), kind=kCustom, calls=%step.1
   %end = bf16[128,128]{1,0} fusion(%start), kind=kCustom, calls=%step.2

@@ -20,11 +20,8 @@ from mhc_jax.cost import flops, model_cost, parameter_counts
 from mhc_jax.errors import InputError
 from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder
-from mhc_jax.pipeline.schedules import make
-from mhc_jax.pipeline.simulate import by_hand, simulate
 from mhc_jax.plots import NothingToDraw
 from mhc_jax.plots import cost as figures
-from mhc_jax.plots.pipeline import timeline
 from mhc_jax.train_step import gradients, init_state
 
 
@@ -213,12 +210,6 @@ def test_figures_of_cost():
         figures.overhead({})
     with pytest.raises(InputError, match="from 1 to L = 4"):
         traffic.recompute_elements(5, 4, 4, 8)
-
-
-def test_cells_of_a_timeline_are_as_long_as_their_operations():
-    run = simulate(make("1f1b", 2, 2), by_hand(2, 1.0, 3.0, 1.0))
-    widths = sorted(patch.get_width() for patch in timeline([run], ["one"]).axes[0].patches)
-    assert widths == pytest.approx([1.0] * 4 + [3.0] * 4)
 
 
 def test_roofline_of_a_device_record():

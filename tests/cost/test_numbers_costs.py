@@ -34,9 +34,6 @@ def printed(text):
     return [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2 : end - 1]]
 
 
-# -- pipelines
-
-
 def test_a_row_of_a_pipeline_by_hand():
     """1F1B on 4 devices: 8 microbatches of F + B = 3 each, and 3 (F + B) that a device waits; at most 4 are alive."""
     rows = tables.of_hand(["1f1b"], 4, 8, 1.0, 2.0, 1.0, 1.0, 0.0)
@@ -44,7 +41,9 @@ def test_a_row_of_a_pipeline_by_hand():
     expected = {"schedule": "1f1b", "connection": "", "devices x stages": "4 x 4", "step": f"{8 * 3 + 3 * 3}"}
     expected |= {"longest wait": f"{3 * 3}", "waiting (%)": f"{100 * 9 / 33:.1f}", "messages exposed": "0"}
     assert row == {**expected, "activations (stages)": "4", "kept by connections (GB)": "", "over the first": ""}
-    assert timeline([rows[0].run], ["one"], rows[0].unit).axes[0].get_xlabel() == "time"
+    axis = timeline([rows[0].run], ["one"], rows[0].unit).axes[0]
+    assert axis.get_xlabel() == "time"
+    assert sorted(cell.get_width() for cell in axis.patches) == pytest.approx([1.0] * 32 + [2.0] * 32)
     (many,) = printed(tables.markdown(tables.of_hand(["gpipe"], 2, 1500, 1.0, 2.0, 1.0, 1.0, 0.0)))
     assert (many["activations (stages)"], many["kept by connections (GB)"]) == ("1500", "")
 
@@ -70,9 +69,6 @@ def test_operations_of_a_compiled_pipeline():
     assert "waiting (%)" in row
 
 
-# -- slices and kernels
-
-
 def test_chips_are_those_of_the_published_pages():
     """Of a chip: bfloat16 TFLOP/s, GB/s and GiB of memory, Gbit/s of all its ports; ports; devices."""
     published = {
@@ -84,12 +80,9 @@ def test_chips_are_those_of_the_published_pages():
     assert set(published) == set(topology.CHIPS)
     for name, (flops, bandwidth, memory, bits, ports, devices) in published.items():
         chip = topology.CHIPS[name]
-        assert chip.devices == devices
-        assert chip.flops * devices == pytest.approx(flops * 1e12)
-        assert chip.bandwidth * devices == pytest.approx(bandwidth * 1e9)
-        assert chip.hbm * devices == memory * 2**30
-        assert chip.link * devices * ports * 8 == pytest.approx(bits * 1e9)
-        assert 2 * chip.dimensions == ports
+        assert (chip.devices, 2 * chip.dimensions, chip.hbm * devices) == (devices, ports, memory * 2**30)
+        rates = [devices * rate for rate in (chip.flops, chip.bandwidth, chip.link * ports * 8)]
+        assert rates == pytest.approx([flops * 1e12, bandwidth * 1e9, bits * 1e9])
 
 
 def test_estimated_cycles_of_attention_are_those_of_the_chip():
@@ -110,9 +103,6 @@ def test_the_textbook_table_has_medians_and_their_ratio(monkeypatch):
         assert row["largest_relative_error"] < 1e-5
     row = cells(bench.textbook_table(rows).splitlines()[2])
     assert row == ["sinkhorn", "forward", "2", "16", "2.00", "6.00", "3.0"]
-
-
-# -- one device
 
 
 def test_the_page_of_a_device():

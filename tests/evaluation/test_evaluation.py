@@ -1,6 +1,5 @@
 """Scores against a plain forward pass, responses that survive a stop, tables; with lm-eval installed, benchmarks end to end."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -26,8 +25,8 @@ from mhc_jax.metrics import plain
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import make_mesh, state_shardings
 
-MODEL = ModelConfig(vocab_size=264, width=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=16)
-MHC = dataclasses.replace(MODEL, connection=connections.parse("mhc:t_max=2"))
+SIZES = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
+RESIDUAL, MHC = (ModelConfig(**SIZES, connection=connections.parse(kind)) for kind in ("residual", "mhc:t_max=2"))
 WITHOUT = "lm-evaluation-harness is not installed: pip install 'mhc-jax[eval]'"
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=WITHOUT)
 
@@ -78,14 +77,13 @@ def test_scores_are_those_of_a_plain_forward_pass_whatever_the_batch_and_padding
 
 
 def test_a_program_that_does_not_fit_is_made_for_fewer_rows(monkeypatch):
-    config = dataclasses.replace(MODEL, connection=connections.parse("residual"))
-    random, params = np.random.default_rng(0), random_params(config)
+    random, params = np.random.default_rng(0), random_params(RESIDUAL)
     sequences = [Scored(random.integers(0, 264, 20).tolist(), 3) for _ in range(40)]
-    plenty = dict(Scorer(config, params).scores(sequences))
+    plenty = dict(Scorer(RESIDUAL, params).scores(sequences))
     estimates = iter([100, 49])  # of 64 rows, which do not fit, then of 32
     monkeypatch.setattr(scoring.cost, "compiled_memory", lambda _: next(estimates))
     monkeypatch.setattr(scoring, "memory_budget", lambda: 50)
-    scorer = Scorer(config, params)
+    scorer = Scorer(RESIDUAL, params)
     tight = dict(scorer.scores(sequences))
     assert list(scorer.programs) == [(32, 32)], "the 8 that are left take the same program"
     assert scorer.compilations == 2
@@ -102,8 +100,7 @@ def test_responses_survive_a_kill_and_belong_to_one_identity(tmp_path):
     store.close()
     path.write_bytes(path.read_bytes()[:-9])  # killed in the middle of a line
     again = Responses(path, {"step": 3})
-    assert again.known[key] == {"key": key, "response": [-1.5, True], "truncated": 4}
-    assert len(again.known) == 1
+    assert again.known == {key: {"key": key, "response": [-1.5, True], "truncated": 4}}
     again.add(again.key("generate", ["x", {}]), "z")
     again.close()
     last, other = Responses(path, {"step": 3}), Responses(path, {"step": 4})
