@@ -57,12 +57,10 @@ def test_runs_that_differ_in_seeds_alone_are_one_setting(connections, rates):
     settings = group(rates)
     assert [s.label for s in settings] == [f"{name} lr={rate}" for name in names for rate in RATES]
     assert dict(settings[0].varying) == {"optimizer.learning_rate": 1e-3}
-    assert settings[3].diverged == 1
-    assert settings[3].results("validation_loss") == {(0, 0): 1.98}
-    with pytest.raises(InputError, match="is the same run as"):
-        group([connections[0], connections[0]])
-    with pytest.raises(InputError, match="no runs"):
-        group([])
+    assert (settings[3].diverged, settings[3].results("validation_loss")) == (1, {(0, 0): 1.98})
+    for runs, sentence in (([connections[0]] * 2, "is the same run as"), ([], "no runs")):
+        with pytest.raises(InputError, match=sentence):
+            group(runs)
 
 
 def test_runs_that_differ_in_the_seed_of_the_data_alone_are_runs_of_one_setting(tmp_path):
@@ -161,8 +159,7 @@ def test_one_seed_ranks_nothing(singles):
     assert "mhc:init=paper: loss minus residual's -0.0300; one seed, no claim." in said
     assert not any(word in sentence for sentence in said for word in ("lowest loss", "resolved", "interval", "best"))
     assert "Loss spikes, a number a run: hc 2." in said
-    gains = next(s for s in said if s.startswith("Largest composite gain"))
-    assert "hc 38.25 forward, 52 backward" in gains
+    assert any("hc 38.25 forward, 52 backward" in s for s in said if s.startswith("Largest composite gain"))
 
 
 def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_have_not_ended(rates):

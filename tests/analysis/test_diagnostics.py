@@ -137,11 +137,6 @@ def collected():
     return {key: np.float64(value) for key, value in raw.items()}, stacked
 
 
-def of_token(values, token):
-    """Values [..., B, T] of one of the B T tokens."""
-    return values[..., token // T, token % T]
-
-
 def product(factors):
     """The last factor times ... times the first, by loops."""
     out = np.eye(N)
@@ -169,7 +164,7 @@ def entropy(P):
 def test_gains_marginals_and_entropy(collected):
     raw, stacked = collected
     out = summarize(stacked)
-    H = [[of_token(raw["res"][l], token) for l in range(L)] for token in SHOWN]
+    H = [[raw["res"][l].reshape(N, N, -1)[..., token] for l in range(L)] for token in SHOWN]
     mean_H = [sum(matrices) / len(SHOWN) for matrices in zip(*H, strict=True)]
     for l in range(L):
         single = [matrices[l] for matrices in H]
@@ -201,14 +196,12 @@ def test_reads_writes_and_streams(collected):
     raw, stacked = collected
     out = summarize(stacked)
     for l in range(L):
-        for key, i in itertools.product(("pre", "post"), range(N)):
-            expected = np.mean([of_token(raw[key][l, i], token) for token in SHOWN])
-            np.testing.assert_allclose(out[f"h_{key}"][l, i], expected, rtol=1e-6)
-        streams = [raw["streams"][l].reshape(-1, N, C)[token] for token in SHOWN]
-        for i in range(N):
-            squares = [x**2 for one in streams for x in one[i]]
-            assert out["stream_rms"][l, i] == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-6)
-        assert out["branch_rms"][l] == pytest.approx(math.sqrt(np.mean([x**2 for x in raw["y"][l].flat])), rel=1e-6)
+        for key in ("pre", "post"):
+            shown = raw[key][l].reshape(N, -1)[:, SHOWN]
+            np.testing.assert_allclose(out[f"h_{key}"][l], shown.mean(1), rtol=1e-6)
+        streams = raw["streams"][l].reshape(-1, N, C)[SHOWN]
+        np.testing.assert_allclose(out["stream_rms"][l], np.sqrt((streams**2).mean((0, 2))), rtol=1e-6)
+        assert out["branch_rms"][l] == pytest.approx(np.sqrt((raw["y"][l] ** 2).mean()), rel=1e-6)
         assert_close([out[key][l] for key in STREAM_MEASURES], oracles.stream_measures(streams))
 
 

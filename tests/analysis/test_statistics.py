@@ -90,8 +90,7 @@ def test_fewer_seeds_than_three_and_equal_differences_have_no_interval():
     same = paired(series(1.0, 2.0, 3.0, 4.0, 5.0, 7.0), series(*[20.1] * 6))  # whose deviation rounds to 4e-15
     assert (same.effect, same.t_interval is None) == (None, False)
     few = paired(series(1.0, 1.1), series(2.0, 2.2))
-    assert (few.t_interval, few.p_t, few.p_sign_flip, few.effect) == (None,) * 4
-    assert not few.resolved
+    assert (few.t_interval, few.p_t, few.p_sign_flip, few.effect, few.resolved) == (*[None] * 4, False)
     assert MIN_SEEDS == 3
     assert paired(series(1.0, 1.1, 1.05), series(2.0, 2.2, 2.1)).resolved
 

@@ -26,12 +26,9 @@ from mhc_jax.pipeline.estimates import Step
 from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.sharding import MeshConfig
 
-MODEL = ModelConfig(
-    vocab_size=64, width=32, num_layers=3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual")
-)
-CONFIG = ExperimentConfig(
-    model=MODEL, data=DataConfig(sequence_length=16, batch_size=16), mesh=MeshConfig(data=2, fsdp=4)
-)
+MODEL = ModelConfig(64, 32, 3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual"))
+DATA = DataConfig(sequence_length=16, batch_size=16)
+CONFIG = ExperimentConfig(model=MODEL, data=DATA, mesh=MeshConfig(data=2, fsdp=4))
 V5P = topology.CHIPS["v5p"]
 
 
@@ -120,12 +117,10 @@ def row():
 def test_estimate_holds_what_shapes_and_shardings_say(row):
     shapes, total = row["by_shape"], cost.model_cost(MODEL, 16).total * 4
     norms = 7 * 32 * 4
-    assert shapes["parameters"] == (total - norms) / 4 + norms, "fsdp splits all but the norms"
-    assert shapes["gradients"] == shapes["parameters"]
+    assert shapes["gradients"] == shapes["parameters"] == (total - norms) / 4 + norms, "fsdp splits all but the norms"
     assert shapes["optimizer state"] == pytest.approx(2 * shapes["parameters"], abs=100)
     # 2 of 16 sequences on a device; 6 sub-layers of one stream of 32, float32.
-    assert shapes["streams"] == 2 * 16 * 6 * 32 * 4
-    assert shapes["logits"] == 2 * 16 * 64 * 4
+    assert (shapes["streams"], shapes["logits"]) == (2 * 16 * 6 * 32 * 4, 2 * 16 * 64 * 4)
     assert row["memory"]["arguments"] == pytest.approx(shapes["parameters"] + shapes["optimizer state"], abs=2000)
     assert row["needs"] == row["memory"]["total"] > shapes["parameters"] * 3
     assert row["fits"]
@@ -150,10 +145,8 @@ def test_streams_that_are_kept(remat, kept):
     """Four streams of bfloat16, on 2 of 16 sequences, in two accumulation steps."""
     model = dataclasses.replace(MODEL, connection=parse("mhc:t_max=2"), stream_dtype="bfloat16", remat=remat)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OptimizerConfig(accumulation_steps=2))
-    nothing = types.SimpleNamespace(params={}, opt_state={})
-    sizes = aot.by_shape(config, aot.Step(None, None, nothing))
-    assert sizes["streams"] == kept * 16 * 4 * 32 * 2
-    assert sizes["logits"] == 16 * 64 * 4
+    sizes = aot.by_shape(config, aot.Step(None, None, types.SimpleNamespace(params={}, opt_state={})))
+    assert (sizes["streams"], sizes["logits"]) == (kept * 16 * 4 * 32 * 2, 16 * 64 * 4)
 
 
 def test_kernels_are_priced():
@@ -316,7 +309,7 @@ def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path):
 
 def test_a_mesh_that_is_no_part_of_the_torus_is_told():
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
-    data = DataConfig(sequence_length=16, batch_size=64)
+    data = dataclasses.replace(DATA, batch_size=64)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, fsdp=16), data=data)
     with pytest.raises(InputError, match=r"mesh \(data 4, fsdp 16\) cannot be laid on v6e:8x8.*whole sides of 8 x 8"):
         aot.lower(config, topology.get_slice("v6e:8x8"), None)
