@@ -352,11 +352,12 @@ def test_a_pipeline_on_v5p(schedule, monkeypatch):
     """Messages, one up and one down a tick, are under way while the operation computes; sums and buffers are changed in place."""
     programs = []
 
-    def remembered(text):
-        programs.append(Program(text))
-        return programs[-1]
+    class Remembered(Program):
+        def __init__(self, text):
+            super().__init__(text)
+            programs.append(self)
 
-    monkeypatch.setattr(aot, "Program", remembered)
+    monkeypatch.setattr(aot, "Program", Remembered)
     more = {"optimizer": OptimizerConfig(accumulation_steps=8)}
     more |= {"pipeline": PipelineConfig(schedule=schedule, overlap=True)}
     config, row = tpu_row("v5p:2x2x1", "xla", 128, 8, MeshConfig(stage=4), {"num_layers": 4}, **more)
