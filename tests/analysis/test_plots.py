@@ -1,15 +1,21 @@
 """Every figure shows the numbers of its runs, names its axes and runs, and says what it needs where it has nothing to show."""
 
+import contextlib
+import itertools
+import math
 import re
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from support.synthetic_runs import STEPS, SUBLAYERS, write_run
+from support.synthetic_runs import STEPS, SUBLAYERS, make_four, make_run
+from support.tiny_runs import lines
 
 from mhc_jax import plots
 from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
-from mhc_jax.records import labels, last_diagnostics, read_run, series
+from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.records import labels, last_diagnostics, series
+from mhc_jax.settings import group
 
 MHC, LOST = "mhc:init=paper", "hc dtype=float16"
 """Labels of the third and the fourth run."""
@@ -17,25 +23,16 @@ MHC, LOST = "mhc:init=paper", "hc dtype=float16"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Residual, hc, mhc and an hc that diverges at step 120."""
-    root = tmp_path_factory.mktemp("runs")
-    return [
-        read_run(write_run(root, "residual", "residual")),
-        read_run(write_run(root, "hc", "hc", spikes=(90, 150))),
-        read_run(write_run(root, "mhc", "mhc")),
-        read_run(write_run(root, "hc-fp16", "hc", diverged_at=120, config={"model.dtype": "float16"})),
-    ]
+    return make_four(tmp_path_factory.mktemp("runs"), "differ")
 
 
-def line(axis, label):
-    """The curve of a run in a panel; the last one, which holds validation where there are two."""
-    found = [item for item in axis.lines if item.get_label() == label]
-    assert found, f"no line {label!r}"
-    return found[-1]
+def lines_of(axis, label):
+    return [line for line in axis.lines if line.get_label() == label]
 
 
 def data(axis, label):
-    return np.asarray(line(axis, label).get_xdata()), np.asarray(line(axis, label).get_ydata())
+    """The curve of a run in a panel; the last one, which holds validation where there are two."""
+    return lines_of(axis, label)[-1].get_data()
 
 
 def legend_texts(figure):
@@ -70,7 +67,7 @@ def test_loss_shows_smoothed_training_validation_divergence_and_spikes(runs, tmp
     figure = plots.loss(runs)
     whole, half = figure.axes
     for run, label in list(zip(runs, labels(runs), strict=True))[:3]:
-        train, validation = [item for item in whole.lines if item.get_label() == label]
+        train, validation = lines_of(whole, label)
         steps, values = series(run, "train", "loss")
         np.testing.assert_array_equal(train.get_xdata(), steps)
         np.testing.assert_array_equal(train.get_ydata(), plots.smooth(values))
@@ -84,7 +81,7 @@ def test_loss_shows_smoothed_training_validation_divergence_and_spikes(runs, tmp
     assert [90, 150] in [list(item.get_xdata()) for item in whole.lines if item.get_marker() == "v"]
     assert legend_texts(figure)[-1] == f"{LOST} (diverged at step 120)"
     assert whole.get_yscale() == "linear"
-    wide = read_run(write_run(tmp_path, "run", "hc"))
+    wide = make_run(tmp_path, "run", "hc")
     wide.train["loss"][-1] = 900.0
     assert plots.loss([wide]).axes[0].get_yscale() == "log"
 
@@ -106,20 +103,17 @@ def test_gap_is_run_minus_residual(runs):
     steps, gap = data(axis, "hc")
     assert steps.tolist() == [50, 100, 150, 200]
     np.testing.assert_allclose(gap, -0.06 * steps / STEPS, rtol=1e-9)
-    train = next(item for item in axis.lines if item.get_label() == MHC)
     # The gap is a straight line; the last smoothed point is the median of the last five steps.
-    np.testing.assert_allclose(train.get_ydata()[-1], -0.03 * (STEPS - 2) / STEPS, rtol=1e-9)
+    assert lines_of(axis, MHC)[0].get_ydata()[-1] == pytest.approx(-0.03 * (STEPS - 2) / STEPS, rel=1e-9)
     assert "loss − baseline's loss" in axis.get_ylabel()
-    assert not [item for item in axis.lines if item.get_label() == "residual"]
-    assert axis.get_ylim()[0] < -0.06
-    assert axis.get_ylim()[1] > 0
+    assert not lines_of(axis, "residual")
+    assert axis.get_ylim()[0] < -0.06 < 0 < axis.get_ylim()[1]
 
 
 def test_gradient_norms_are_logarithmic_with_the_clipping_threshold(runs):
     axis = plots.grad_norm(runs).axes[0]
     assert axis.get_yscale() == "log"
-    expected = plots.smooth(series(runs[2], "train", "grad_norm")[1])
-    np.testing.assert_array_equal(data(axis, MHC)[1], expected)
+    np.testing.assert_array_equal(data(axis, MHC)[1], plots.smooth(series(runs[2], "train", "grad_norm")[1]))
     assert [1.0, 1.0] in [list(item.get_ydata()) for item in axis.lines]
 
 
@@ -132,36 +126,31 @@ def test_gains_against_depth_are_the_last_diagnostics_and_against_steps_of_the_w
             depth, gain = data(axis, label)
             assert depth.tolist() == list(range(1, SUBLAYERS + 1))
             np.testing.assert_array_equal(gain, last_diagnostics(run, key)[1])
-        assert axis.get_ylim()[0] < 0.6
-        assert axis.get_ylim()[1] > max(data(axis, "hc")[1])
-    assert len(figure.axes[0].collections) == 0
-    assert len(figure.axes[2].collections) == len(runs)
+        assert axis.get_ylim()[0] < 0.6 < max(data(axis, "hc")[1]) < axis.get_ylim()[1]
+    assert [len(axis.collections) for axis in figure.axes[:3:2]] == [0, len(runs)]
     assert figure.axes[2].get_ylim() == figure.axes[3].get_ylim()
     forward, backward = plots.gain_step(runs).axes
-    expected = series(runs[1], "diagnostics", "composite_forward")[1][:, -1]
-    np.testing.assert_array_equal(data(forward, "hc")[1], expected)
-    expected = series(runs[1], "diagnostics", "composite_backward")[1][:, 0]
-    np.testing.assert_array_equal(data(backward, "hc")[1], expected)
+    for axis, side, end in ((forward, "forward", -1), (backward, "backward", 0)):
+        expected = series(runs[1], "diagnostics", f"composite_{side}")[1][:, end]
+        np.testing.assert_array_equal(data(axis, "hc")[1], expected)
     assert data(forward, "hc")[0].tolist() == [50, 100, 150, 200]
     assert forward.get_yscale() == backward.get_yscale() == "log"
 
 
 def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(runs, tmp_path):
-    opposite = read_run(
-        write_run(tmp_path, "opposite", "hc", opposite_streams=True, config={"model.dtype": "opposite"})
-    )
+    opposite = make_run(tmp_path, "opposite", "hc", streams="opposite", config={"model.dtype": "opposite"})
     figure = plots.stream_similarity([*runs, opposite])
     cosine, cosine_steps, rank, rank_steps = figure.axes
     for name, absolute, signed, ranks in (
         (MHC, c := 1 - 0.3 * np.linspace(0, 1, SUBLAYERS), c, 4 / (1 + 3 * c**2)),
         ("hc dtype=opposite", np.ones(SUBLAYERS), np.full(SUBLAYERS, -1 / 3), np.ones(SUBLAYERS)),
     ):
-        thick, thin = [item for item in cosine.lines if item.get_label() == name]
+        thick, thin = lines_of(cosine, name)
         assert thick.get_linewidth() > 2 * thin.get_linewidth()
         np.testing.assert_allclose(thick.get_ydata(), absolute)
         np.testing.assert_allclose(thin.get_ydata(), signed)
         np.testing.assert_allclose(data(rank, name)[1], ranks)
-        thick, thin = [item for item in cosine_steps.lines if item.get_label() == name]
+        thick, thin = lines_of(cosine_steps, name)
         np.testing.assert_allclose(thick.get_ydata(), [absolute.mean()] * 4)
         np.testing.assert_allclose(thin.get_ydata(), [signed.mean()] * 4)
         np.testing.assert_allclose(data(rank_steps, name)[1], [ranks.mean()] * 4)
@@ -174,13 +163,12 @@ def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(r
 
 def test_similarity_draws_what_a_record_has(tmp_path):
     """Of two measures that are missing nothing, and of sub-layers without a number the mean of the others."""
-    run = read_run(write_run(tmp_path, "run", "hc", drop=("stream_cosine_abs", "stream_rank")))
+    run = make_run(tmp_path, "run", "hc", drop=("stream_cosine_abs", "stream_rank"))
     for line in run.diagnostics:
         line["stream_cosine"][1:] = np.nan
         line["stream_cosine"][3] = 0.5
     cosine, steps, rank, _ = plots.stream_similarity([run]).axes
-    assert len(cosine.lines) == 1
-    assert not rank.lines
+    assert (len(cosine.lines), len(rank.lines)) == (1, 0)
     np.testing.assert_allclose(steps.lines[0].get_ydata(), [(1 + 0.5) / 2] * 4)
 
 
@@ -189,8 +177,7 @@ def test_stream_sizes_are_means_with_a_band_over_streams(runs):
     rms = last_diagnostics(runs[2], "stream_rms")[1]
     np.testing.assert_allclose(data(axis, MHC)[1], rms.mean(1))
     band = axis.collections[2].get_paths()[0].vertices[:, 1]
-    assert np.isin(rms.min(1), band).all()
-    assert np.isin(rms.max(1), band).all()
+    assert np.isin([rms.min(1), rms.max(1)], band).all()
 
 
 def test_heat_maps_show_matrices_on_their_scales_sums_products_and_gates(runs):
@@ -201,26 +188,18 @@ def test_heat_maps_show_matrices_on_their_scales_sums_products_and_gates(runs):
     for axis, l in zip(row, (0, 4, 8, 11, 15), strict=False):
         assert axis.get_title() == f"l = {l + 1}"
         np.testing.assert_array_equal(np.ravel(axis.collections[0].get_array()), matrices[l].ravel())
-    product = np.eye(4)
-    for matrix in matrices:
-        product = matrix @ product
-    shown = np.ravel(row[5].collections[0].get_array())
-    np.testing.assert_allclose(shown, product.ravel(), rtol=1e-12)
-    texts = [text.get_text() for text in row[0].texts]
-    assert texts[:16] == [f"{abs(v):.2f}" for v in matrices[0].ravel()]
-    assert len(texts) == 16 + 8
+    product = np.linalg.multi_dot(matrices[::-1])
+    np.testing.assert_allclose(np.ravel(row[5].collections[0].get_array()), product.ravel(), rtol=1e-12)
+    assert [text.get_text() for text in row[0].texts[:16]] == [f"{abs(v):.2f}" for v in matrices[0].ravel()]
+    assert len(row[0].texts) == 16 + 8
     by_place = {text.get_position(): float(text.get_text()) for text in figure.axes[0].texts[16:]}
     signed = last_diagnostics(runs[1], "h_res")[1][0]
     for i in range(4):
         assert by_place[4.12, i + 0.5] == pytest.approx(signed.sum(1)[i], abs=0.006)
         assert by_place[i + 0.5, 4.12] == pytest.approx(signed.sum(0)[i], abs=0.006)
-
-    # Signed matrices have a scale centred at zero.
     hc, mhc = (figure.axes[k].collections[0] for k in (0, 6))
-    assert hc.get_cmap().name == "RdBu_r"
-    assert hc.norm.vmin == -hc.norm.vmax
-    assert mhc.get_cmap().name == "Blues"
-    assert mhc.norm.vmin == 0
+    assert (hc.get_cmap().name, hc.norm.vmin) == ("RdBu_r", -hc.norm.vmax), "signed"
+    assert (mhc.get_cmap().name, mhc.norm.vmin) == ("Blues", 0)
     axes = [a for a in plots.gates(runs).axes if a.get_label() != "<colorbar>"]
     assert len(axes) == 3 * 2
     shown = np.asarray(axes[0].collections[0].get_array()).reshape(4, SUBLAYERS)
@@ -229,22 +208,21 @@ def test_heat_maps_show_matrices_on_their_scales_sums_products_and_gates(runs):
 
 def test_kinds_keep_colours_and_runs_differ_in_style(runs):
     axis = plots.gain_depth(runs).axes[0]
-    looks = {label: line(axis, label) for label in labels(runs)}
+    looks = {label: lines_of(axis, label)[-1] for label in labels(runs)}
     assert to_hex(looks["hc"].get_color()) == to_hex(looks[LOST].get_color()) == "#d55e00"
     assert to_hex(looks[MHC].get_color()) == "#0072b2"
-    assert to_hex(line(plots.gain_depth(runs[2:3]).axes[0], MHC).get_color()) == "#0072b2"
+    assert to_hex(lines_of(plots.gain_depth(runs[2:3]).axes[0], MHC)[-1].get_color()) == "#0072b2"
     assert len({looks[name].get_marker() for name in ("residual", "hc", MHC)}) == 3
     assert looks["hc"].get_linestyle() != looks[LOST].get_linestyle()
     assert looks["hc"].get_fillstyle() != looks[LOST].get_fillstyle()
 
 
 def test_figures_without_data_say_what_they_need(runs):
-    alone = runs[:1]
     for name in ("h_res", "gates", "mixing", "stream_similarity", "loss_gap"):
         with pytest.raises(plots.NothingToDraw, match="Nothing to draw"):
-            plots.FIGURES[name].draw(alone)
+            plots.FIGURES[name].draw(runs[:1])
     for name in ("loss", "loss_cost", "grad_norm", "gain_depth", "gain_step", "layer_grad_norm"):
-        assert legend_texts(plots.FIGURES[name].draw(alone)) == ["residual"]
+        assert legend_texts(plots.FIGURES[name].draw(runs[:1])) == ["residual"]
     with pytest.raises(plots.NothingToDraw):
         plots.loss_gap(runs[1:2])
 
@@ -252,17 +230,13 @@ def test_figures_without_data_say_what_they_need(runs):
 def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path):
     keys = ("composite_forward_max", "single_backward", "tokens", "grad_norm", *STREAM_MEASURES)
     new = {"model.connection.kind": "brand_new"}
-    run = read_run(write_run(tmp_path, "_mine $x", "mhc", drop=(*keys, "h_post"), config=new))
-    missing = []
+    run = make_run(tmp_path, "_mine $x", "mhc", drop=(*keys, "h_post"), config=new)
     for name, plot in plots.FIGURES.items():
-        try:
+        missing = name in ("grad_norm", "loss_gap", "stream_similarity")
+        with pytest.raises(plots.NothingToDraw) if missing else contextlib.nullcontext():
             figure = plot.draw([run])
-        except plots.NothingToDraw:
-            missing.append(name)
-            continue
         if name in ("loss", "gates"):
             assert "<svg" in plots.svg(figure)
-    assert sorted(missing) == ["grad_norm", "loss_gap", "stream_similarity"]
 
 
 def test_second_eigenvalue_of_known_matrices_and_of_the_last_ones(runs):
@@ -278,3 +252,109 @@ def test_second_eigenvalue_of_known_matrices_and_of_the_last_ones(runs):
     whole = np.linalg.multi_dot(matrices[::-1])
     assert data(product, MHC)[1][-1] == pytest.approx(second_eigenvalue(whole[None])[0], rel=1e-6)
     assert "residual" not in legend_texts(plots.eigenvalues(runs))
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory):
+    """Residual and HC at two learning rates, two seeds each; one of HC's is lost."""
+    root, out = tmp_path_factory.mktemp("rates"), []
+    for kind, rate, seed in itertools.product(("residual", "hc"), (1e-3, 1e-2), (0, 1)):
+        lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
+        loss = {} if lost else {"validation_loss": 2.0 + 0.1 * seed + rate - 0.5 * (kind == "hc")}
+        more = {"config": {"optimizer.learning_rate": rate}, "results": loss, "diverged_at": lost}
+        out.append(make_run(root, f"{kind}-{rate}-{seed}", kind, seed=seed, **more))
+    return group(out)
+
+
+def test_loss_against_cost(runs):
+    """FLOPs: tokens x FLOPs per token; seconds: steps x median step time."""
+    arithmetic, time = plots.loss_cost(runs).axes
+    assert arithmetic.get_xlabel() == "training arithmetic (FLOPs)"
+    assert time.get_xlabel() == "training time (s)"
+    steps = np.arange(2, STEPS + 1, 2)
+    (line,) = lines_of(arithmetic, "hc")
+    np.testing.assert_allclose(line.get_xdata(), steps * 16 * 128 * (2.4e6 + 403_000))
+    (line,) = lines_of(time, "hc")
+    np.testing.assert_allclose(line.get_xdata(), steps * 0.15)
+    losses = [one["loss"] for one in lines(runs[1].folder, "train")]
+    # 100 points: a window of two on each side, one-sided from the last but one on.
+    expected = [np.median(losses[max(0, k - min(2, k)) : k + min(2, k) + 1]) for k in range(100)]
+    np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_gradient_norm_of_blocks(runs):
+    axis = plots.layer_grad_norm(runs).axes[0]
+    (line,) = lines_of(axis, MHC)
+    np.testing.assert_array_equal(line.get_ydata(), lines(runs[2].folder, "diagnostics")[-1]["grad_norm_per_layer"])
+    assert list(line.get_xdata()) == list(range(1, 9))
+    assert axis.get_yscale() == "log"
+
+
+def test_marginals_entropy_and_distance(runs):
+    matrices = last_diagnostics(runs[1], "h_res")[1]
+    rows, columns, entropy, distance = plots.mixing(runs).axes
+    expected = [max(abs(sum(row) - 1) for row in H) for H in matrices]
+    np.testing.assert_allclose(np.ma.filled(lines_of(rows, "hc")[0].get_ydata(), 0), expected, atol=1e-12)
+    expected = [max(abs(sum(column) - 1) for column in H.T) for H in matrices]
+    np.testing.assert_allclose(np.ma.filled(lines_of(columns, "hc")[0].get_ydata(), 0), expected, atol=1e-12)
+    one = abs(matrices[3]) / abs(matrices[3]).sum(1, keepdims=True)
+    assert lines_of(entropy, "hc")[0].get_ydata()[3] == pytest.approx(-(one * np.log(one)).sum() / 4 / math.log(4))
+    product = np.linalg.multi_dot(matrices[::-1])
+    assert lines_of(distance, "hc")[0].get_ydata()[-1] == pytest.approx(np.linalg.norm(product - 0.25))
+    assert rows.get_ylabel() == "max |row sum − 1|"
+
+
+def test_points_of_a_sweep(rates):
+    """Dots are the seeds' losses at their learning rate, lines the means over the seeds that ended."""
+    figure = SWEEP_FIGURES["swept"].draw(rates)
+    assert [axis.get_xscale() for axis in figure.axes] == ["log"] * 3
+    axis = figure.axes[0]
+    assert {line.get_label() for line in axis.lines if line.get_label()[0] != "_"} == {"residual", "hc"}
+    dots = [line.get_data() for line in axis.lines if line.get_marker() == "."]
+    residual, hc = (
+        [(1e-3, 2.001), (1e-3, 2.101), (1e-2, 2.01), (1e-2, 2.11)],
+        [(1e-3, 1.501), (1e-3, 1.601), (1e-2, 1.51)],
+    )
+    assert {(x, round(y, 6)) for xs, ys in dots for x, y in zip(xs, ys, strict=True)} == {*residual, *hc}
+    (line,) = lines_of(axis, "hc")
+    np.testing.assert_allclose(line.get_data(), [[1e-3, 1e-2], [1.551, 1.51]])
+
+
+def test_rows_of_seeds(tmp_path, rates):
+    """Dots, a bar at the mean, and a band of one standard deviation of the baseline around its mean."""
+    runs = []
+    for kind, seed in itertools.product(("residual", "hc"), range(3)):
+        loss = {"validation_loss": 2.0 + 0.1 * seed + (kind == "hc")}
+        runs.append(make_run(tmp_path, f"{kind}-{seed}", kind, seed=seed, results=loss))
+    axis = SWEEP_FIGURES["seed_strip"].draw(group(runs)).axes[0]
+    for line, expected in zip(axis.lines[:3], ([2.0, 2.1, 2.2], [2.1] * 2, [3.0, 3.1, 3.2]), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), expected)
+    for band in axis.patches:  # of residual, in both rows
+        assert (band.get_x(), band.get_width()) == pytest.approx((2.0, 0.2))
+    (axis,) = SWEEP_FIGURES["seed_strip"].draw(rates).axes
+    assert [text.get_text() for text in axis.texts] == ["1 of 2 without a loss"]
+    assert not axis.patches, "two seeds have no band"
+    (axis,) = SWEEP_FIGURES["gap_curves"].draw(group(runs)).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["hc (3)"]
+    assert len(axis.lines) == 3 + 1 + 1  # seeds, mean, zero
+    for name in ("swept", "frontier", "ladder"):
+        with pytest.raises(plots.NothingToDraw):
+            SWEEP_FIGURES[name].draw(group(runs))
+
+
+def test_marks_of_the_frontier(rates):
+    """Filled up to 0.5 nats above the best mean, 1.51; a lost seed is hollow with a cross."""
+    axis = SWEEP_FIGURES["frontier"].draw(rates).axes[0]
+    marks = [(line.get_xdata()[0], line.get_fillstyle()) for line in axis.lines if line.get_marker() == "o"]
+    assert marks == [(1e-3, "none"), (1e-2, "none"), (1e-3, "full"), (1e-2, "none")]
+    assert sum(line.get_marker() == "x" for line in axis.lines) == 3
+    (bar,) = [line for line in axis.lines if line.get_linewidth() == 6]
+    assert list(bar.get_xdata()) == [1e-3, 1e-3]
+
+
+def test_gaps_of_seeds_and_their_mean(rates):
+    """HC's loss minus residual's of the same seed and step; the noise of a seed is in both and goes."""
+    (line,) = lines_of(SWEEP_FIGURES["gap_curves"].draw(rates).axes[0], "hc lr=0.001 (2)")
+    steps, gap = line.get_data()
+    # A straight line, -0.06 of the share of the steps done; medians of it are its middle.
+    np.testing.assert_allclose(gap[5:-5], -0.06 * np.asarray(steps)[5:-5] / STEPS, atol=1e-9)

@@ -1,5 +1,7 @@
 """The parser of compiled programs, on lines recorded from libtpu and on programs of eight CPU devices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,20 +14,17 @@ from mhc_jax.device_groups import axes_of, groups
 
 RECORDED = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
-
 %fused_computation.1 (param_0: bf16[6,64,128], param_1: s32[]) -> bf16[1,64,128] {
   %param_0 = bf16[6,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
   %param_1 = s32[]{:T(128)} parameter(1)
   ROOT %dynamic-slice.1 = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1), \
 dynamic_slice_sizes={1,64,128}
 }
-
 %all-reduce-scatter.3 (p.7: f32[128,128]) -> f32[32,128] {
   %p.7 = f32[128,128]{1,0:T(8,128)} parameter(0)
   %all-reduce.9 = f32[128,128]{1,0:T(8,128)} all-reduce(%p.7), channel_id=7, replica_groups=[2,4]<=[8], to_apply=%add
   ROOT %dynamic-slice.5 = f32[32,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={32,128}
 }
-
 %inner_body (t.1: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
   %t.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %x.1 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t.1), index=1
@@ -35,12 +34,10 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"50","transcenden
 backend_config={"window_config":{"estimated_cycles":"10"}}
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%i, %fusion.2)
 }
-
 %inner_condition (t.2: (s32[], bf16[64,128])) -> pred[] {
   %constant.2 = s32[]{:T(128)} constant(3)
   ROOT %compare.2 = pred[]{:T(512)} compare(%i.2, %constant.2), direction=LT
 }
-
 %body (t.3: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
   %all-gather.2 = bf16[1,256,128]{2,1,0:T(8,128)(2,1)} all-gather(%fusion.1), channel_id=1, \
 replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_3'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={1}
@@ -52,16 +49,13 @@ backend_config={"window_config":{"estimated_cycles":"100"}}
   %while.1 = (s32[]{:T(128)}, /*index=1*/bf16[64,128]{1,0:T(8,128)(2,1)}) while(%t.3), condition=%inner_condition, \
 body=%inner_body
 }
-
 %condition (t.4: (s32[], bf16[64,128])) -> pred[] {
   %constant.4 = s32[]{:T(128)} constant(6)
   ROOT %compare.4 = pred[]{:T(512)} compare(%i.4, %constant.4), direction=LT
 }
-
 %fused_computation.9 (param_0.9: bf16[64,128]) -> bf16[64,128] {
   ROOT %param_0.9 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
 }
-
 ENTRY %main.1 (p: bf16[64,128]) -> bf16[64,128] {
   %p = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
   %while.2 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) while(%tuple.9), condition=%condition, body=%body
@@ -87,9 +81,7 @@ def test_cycles_count_loops_by_their_turns():
 
 def test_turns_that_are_not_known_are_told():
     program = Program(RECORDED.replace("compare(%i.4, %constant.4)", "compare(%i.4, s32[] constant(5))"))
-    with pytest.raises(
-        ValueError, match=r"turns of while.2 are not known: its condition has the constants \['5', '6'\]"
-    ):
+    with pytest.raises(ValueError, match=r"turns of while.2 are not known: .* has the constants \['5', '6'\]"):
         compiled.cycles(program, lambda one: 0.0)
 
 
@@ -113,11 +105,9 @@ ASYNCHRONOUS = """\
 %step.1 (p.1: bf16[32,128]) -> bf16[128,128] {
   %gather.1 = bf16[128,128]{1,0} all-gather(%p.1), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
 }
-
 %step.2 (p.2: bf16[32,128]) -> bf16[128,128] {
   %gather.2 = bf16[128,128]{1,0} all-gather(%p.2), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
 }
-
 ENTRY %main (p: bf16[32,128]) -> bf16[32,128] {
   %start = bf16[128,128]{1,0} fusion(%p), kind=kCustom, calls=%step.1
   %end = bf16[128,128]{1,0} fusion(%start), kind=kCustom, calls=%step.2
@@ -136,13 +126,12 @@ def test_an_asynchronous_collective_counts_once_and_one_of_a_single_device_not()
 
 
 def test_bytes_are_of_slices_and_of_hbm():
-    slice_, one = 64 * 128 * 2, 64 * 128 * 2
-    a_turn = 2 * slice_ + 4  # the slice read and written, and the index
-    a_turn += slice_ + 256 * 128 * 2  # gathered
+    one = 64 * 128 * 2
+    a_turn = 2 * one + 4  # the slice read and written, and the index
+    a_turn += one + 256 * 128 * 2  # gathered
     a_turn += 32 * 128 * 4  # scattered, its operand has no shape here
-    kernel, fusion = 2 * one, 2 * one
     entry = one + 4 + 2 * one + (3 * one + 2 * 4 - 2 * 4)  # copy to VMEM reads; all-reduce; fusion; permute
-    assert compiled.bytes_accessed(Program(RECORDED)) == entry + 6 * a_turn + 18 * (kernel + fusion)
+    assert compiled.bytes_accessed(Program(RECORDED)) == entry + 6 * a_turn + 18 * (2 * one + 2 * one)  # kernel, fusion
 
 
 @pytest.mark.parametrize(
@@ -179,10 +168,7 @@ def test_flops_of_products(shape):
     *batch, m, k, n = shape
     f = jax.jit(lambda a, b: jnp.tanh(a @ b))
     program = f.lower(jnp.ones((*batch, m, k)), jnp.ones((*batch, k, n))).compile()
-    expected = 2 * m * k * n
-    for size in batch:
-        expected *= size
-    assert compiled.flops(Program(program.as_text()), lambda one: 0.0) == expected
+    assert compiled.flops(Program(program.as_text()), lambda one: 0.0) == 2 * math.prod(shape)
 
 
 @pytest.mark.parametrize(
@@ -231,17 +217,14 @@ def sharded():
 
 
 def test_collectives_of_a_real_program(sharded):
-    found = compiled.collectives(Program(sharded.as_text()), MESH)
-    by_kind = {(c.kind, c.axes): c for c in found}
-    gathers = [c for c in found if c.kind == "all-gather"]
+    found, weight = compiled.collectives(Program(sharded.as_text()), MESH), 64 * 64 * 4
+    gathers, sums = ([c for c in found if c.kind == kind] for kind in ("all-gather", "all-reduce"))
     assert {c.axes for c in gathers} == {"fsdp"}
-    assert sum(c.count * c.bytes for c in gathers) in (5 * 64 * 64 * 4, 10 * 64 * 64 * 4), (
-        "forward, perhaps backward again"
-    )
-    gradient = by_kind["all-reduce", "data+fsdp"]
-    assert max(c.bytes for c in found if c.kind == "all-reduce") == 64 * 64 * 4
-    assert gradient.group == tuple(range(8))
-    assert sum(c.count for c in found if c.kind == "all-reduce" and c.bytes == 64 * 64 * 4) == 5
+    # Forward, perhaps backward again.
+    assert sum(c.count * c.bytes for c in gathers) in (5 * weight, 10 * weight)
+    assert [c.group for c in sums if c.axes == "data+fsdp"][-1] == tuple(range(8))
+    assert max(c.bytes for c in sums) == weight
+    assert sum(c.count for c in sums if c.bytes == weight) == 5
 
 
 def test_flops_of_a_real_program_count_every_layer(sharded):

@@ -1,6 +1,5 @@
 """Scores against a plain forward pass, responses that survive a stop, tables; with lm-eval installed, benchmarks end to end."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -14,8 +13,7 @@ from support import tiny_runs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mhc_jax import connections
-from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
-from mhc_jax.data import ByteTokenizer
+from mhc_jax.config import MeshConfig, ModelConfig
 from mhc_jax.data.tokenizers import END
 from mhc_jax.errors import InputError
 from mhc_jax.evaluation import scoring, table, tasks
@@ -26,9 +24,9 @@ from mhc_jax.loop import train
 from mhc_jax.metrics import plain
 from mhc_jax.model import Decoder
 from mhc_jax.sharding import make_mesh, state_shardings
-from mhc_jax.trained import Trained
 
-MODEL = ModelConfig(vocab_size=264, width=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=16)
+SIZES = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
+RESIDUAL, MHC = (ModelConfig(**SIZES, connection=connections.parse(kind)) for kind in ("residual", "mhc:t_max=2"))
 WITHOUT = "lm-evaluation-harness is not installed: pip install 'mhc-jax[eval]'"
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=WITHOUT)
 
@@ -47,15 +45,6 @@ def random_params(config):
     return jax.tree.map(lambda a: jnp.asarray(0.3 * random.normal(size=a.shape), a.dtype), shapes(config))
 
 
-def uniform_params(config):
-    """Every byte has probability 1/256 after any text: x is 1 in channel 0, which gives the ids that are no bytes -1e9."""
-    params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes(config))
-    params["embedding"][:] = 1
-    params["final_norm"]["weight"][0] = 1
-    params["unembedding"][0, 256:] = -1e9
-    return jax.tree.map(jnp.asarray, params)
-
-
 def train_bpe(texts, split_words):
     """Byte-level BPE of `texts`, nine times each; without word splitting its tokens reach over spaces."""
     backend = Tokenizer(models.BPE())
@@ -68,19 +57,18 @@ def train_bpe(texts, split_words):
 
 
 def test_scores_are_those_of_a_plain_forward_pass_whatever_the_batch_and_padding():
-    config = dataclasses.replace(MODEL, connection=connections.parse("mhc:t_max=2"))
-    params, random = random_params(config), np.random.default_rng(1)
+    params, random = random_params(MHC), np.random.default_rng(1)
     sizes = ((23, 1), (23, 7), (40, 39), (40, 2), (23, 22))
     sequences = [Scored(random.integers(0, 264, n).tolist(), k) for n, k in sizes]
     sequences.append(sequences[1])
-    forward = jax.jit(lambda tokens: jax.nn.log_softmax(Decoder(config).apply({"params": params}, tokens)[0]))
+    forward = jax.jit(lambda tokens: jax.nn.log_softmax(Decoder(MHC).apply({"params": params}, tokens)[0]))
     expected = []
     for ids, k in sequences:
         logp = np.asarray(forward(jnp.asarray([ids[:-1]])))[0]  # unpadded, alone
         own = logp[np.arange(len(ids) - 1), ids[1:]][-k:]
         expected.append((float(own.astype(np.float64).sum()), bool((logp.argmax(-1)[-k:] == ids[-k:]).all())))
     for batch_size in (0, 2):
-        scorer = Scorer(config, params, batch_size=batch_size)
+        scorer = Scorer(MHC, params, batch_size=batch_size)
         found = dict(scorer.scores(sequences))
         assert scorer.compilations == 2, "one program a bucket: 32 and 64 tokens"
         for index, (nats, greedy) in enumerate(expected):
@@ -89,28 +77,18 @@ def test_scores_are_those_of_a_plain_forward_pass_whatever_the_batch_and_padding
 
 
 def test_a_program_that_does_not_fit_is_made_for_fewer_rows(monkeypatch):
-    config = dataclasses.replace(MODEL, connection=connections.parse("residual"))
-    random, params = np.random.default_rng(0), random_params(config)
+    random, params = np.random.default_rng(0), random_params(RESIDUAL)
     sequences = [Scored(random.integers(0, 264, 20).tolist(), 3) for _ in range(40)]
-    plenty = dict(Scorer(config, params).scores(sequences))
+    plenty = dict(Scorer(RESIDUAL, params).scores(sequences))
     estimates = iter([100, 49])  # of 64 rows, which do not fit, then of 32
     monkeypatch.setattr(scoring.cost, "compiled_memory", lambda _: next(estimates))
     monkeypatch.setattr(scoring, "memory_budget", lambda: 50)
-    scorer = Scorer(config, params)
+    scorer = Scorer(RESIDUAL, params)
     tight = dict(scorer.scores(sequences))
     assert list(scorer.programs) == [(32, 32)], "the 8 that are left take the same program"
     assert scorer.compilations == 2
     assert [tight[i].greedy for i in range(40)] == [plenty[i].greedy for i in range(40)]
     np.testing.assert_allclose([tight[i].bits for i in range(40)], [plenty[i].bits for i in range(40)], rtol=1e-6)
-
-
-def test_a_uniform_model_has_eight_bits_a_byte():
-    config = dataclasses.replace(MODEL, connection=connections.parse("mhc:t_max=2"))
-    text = ByteTokenizer().encode("Ein Text über Ströme, 文 🙂.").tolist()
-    sequences = [Scored([256, *text], len(text)), Scored(text, 3)]
-    found = dict(Scorer(config, uniform_params(config)).scores(sequences))
-    assert found[0].bits / len(text) == 8.0
-    assert found[1].bits / 3 == 8.0
 
 
 def test_responses_survive_a_kill_and_belong_to_one_identity(tmp_path):
@@ -122,8 +100,7 @@ def test_responses_survive_a_kill_and_belong_to_one_identity(tmp_path):
     store.close()
     path.write_bytes(path.read_bytes()[:-9])  # killed in the middle of a line
     again = Responses(path, {"step": 3})
-    assert again.known[key] == {"key": key, "response": [-1.5, True], "truncated": 4}
-    assert len(again.known) == 1
+    assert again.known == {key: {"key": key, "response": [-1.5, True], "truncated": 4}}
     again.add(again.key("generate", ["x", {}]), "z")
     again.close()
     last, other = Responses(path, {"step": 3}), Responses(path, {"step": 4})
@@ -138,13 +115,12 @@ def test_responses_survive_a_kill_and_belong_to_one_identity(tmp_path):
 
 @pytest.mark.slow
 def test_scores_on_a_mesh():
-    config = dataclasses.replace(MODEL, connection=connections.parse("mhc:t_max=2"))
-    params, random = random_params(config), np.random.default_rng(1)
+    params, random = random_params(MHC), np.random.default_rng(1)
     sequences = [Scored(random.integers(0, 264, n).tolist(), 3) for n in (5, 20, 30)]
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert mesh is not None
     placed = jax.device_put(params, state_shardings(mesh, params))
-    expected, found = (dict(s.scores(sequences)) for s in (Scorer(config, params), Scorer(config, placed, mesh)))
+    expected, found = (dict(s.scores(sequences)) for s in (Scorer(MHC, params), Scorer(MHC, placed, mesh)))
     np.testing.assert_allclose([found[i].bits for i in range(3)], [expected[i].bits for i in range(3)], rtol=1e-5)
 
 
@@ -158,8 +134,7 @@ def test_paired_differences_are_over_common_items():
     base = [sample(i, 0.0, 4.0 + i, 2) for i in range(4)] + [sample(9, 1.0, 0.0)]
     base += [sample(i, 1.0, 9.0, 2, "other") for i in range(6)]
     found = table.paired_differences(one, base, "piqa")
-    assert found["items"] == 4
-    assert found["score"] == 0.5
+    assert (found["items"], found["score"]) == (4, 0.5)
     assert found["bits"] == -0.5  # four times -1 bit over eight bytes
     assert found["bits_interval"] == (-0.5, -0.5), "the same difference in every item"
     low, high = found["score_interval"]
@@ -172,10 +147,9 @@ def test_names_of_tasks(tmp_path):
     chosen = tasks.choose(["mmlu_anatomy", "bbh_direct", "piqa"])
     assert (chosen["mmlu"], len(chosen["bbh_direct"]), chosen["piqa"]) == (["mmlu_anatomy"], 27, ["piqa"])
     assert sum(map(len, tasks.choose(["paper"]).values())) == 27 + 57 + 7 + 5
-    with pytest.raises(InputError, match="Did you mean 'hellaswag'"):
-        tasks.choose(["helaswag"])
-    with pytest.raises(InputError, match="Did you mean 'mmlu_anatomy'"):
-        tasks.choose(["mmlu_anatomi"])
+    for wrong, right in (("helaswag", "hellaswag"), ("mmlu_anatomi", "mmlu_anatomy")):
+        with pytest.raises(InputError, match=f"Did you mean '{right}'"):
+            tasks.choose([wrong])
     with pytest.raises(InputError, match=r"piqa\.jsonl is missing, which piqa reads"):
         tasks.harness_tasks(tasks.choose(["piqa"]), tmp_path)
     [group] = tasks.harness_tasks(tasks.choose(["paper"]), None)
@@ -190,20 +164,13 @@ def test_names_of_tasks(tmp_path):
 _ANSWER = {"number": "7", "date": {"day": "", "month": "", "year": ""}, "spans": [], "worker_id": "", "hit_id": ""}
 DROP = {"section_id": "", "query_id": "", "passage": "There are 7.", "answer": _ANSWER}
 DROP["validated_answers"] = {name: [] for name in _ANSWER}
+PIQA = {"sol1": "add a gate", "sol2": "drop the norm of it"}
+MMLU = {"subject": "anatomy", "choices": list("abcd")}
 ITEMS = {
-    "piqa.jsonl": [
-        {"goal": f"Make stream {i} wide", "sol1": "add a gate", "sol2": "drop the norm of it", "label": i % 2}
-        for i in range(5)
-    ],
-    "mmlu_dev/anatomy.jsonl": [
-        {"question": f"Which was {i}?", "subject": "anatomy", "choices": list("abcd"), "answer": i % 4}
-        for i in range(5)
-    ],
+    "piqa.jsonl": [{**PIQA, "goal": f"Make stream {i} wide", "label": i % 2} for i in range(5)],
+    "mmlu_dev/anatomy.jsonl": [{**MMLU, "question": f"Which was {i}?", "answer": i % 4} for i in range(5)],
     "bbh/navigate.jsonl": [{"input": f"Turn {i} times. Do you return?", "target": "No"} for i in range(3)],
-    "mmlu/anatomy.jsonl": [
-        {"question": f"Which is {i}?", "subject": "anatomy", "choices": [str(i + j) for j in range(4)], "answer": 0}
-        for i in range(4)
-    ],
+    "mmlu/anatomy.jsonl": [{**MMLU, "question": f"Which is {i}?", "answer": 0} for i in range(4)],
     "drop_fewshot.jsonl": [{**DROP, "question": f"How many gates are {name}?"} for name in ("red", "wet", "new")],
     "drop.jsonl": [{**DROP, "question": f"How many norms are {name}?"} for name in ("red", "wet", "new")],
     "gsm8k.jsonl": [{"question": f"What is {i} + 1?", "answer": f"It is one more.\n#### {i + 1}"} for i in range(3)],
@@ -259,30 +226,13 @@ def test_a_run_is_evaluated_and_a_stopped_evaluation_goes_on(items, tmp_path):
     for name, expected in own.items():
         for key, value in expected.items():
             assert resumed["benchmarks"][name][key] == pytest.approx(value), (name, key)
-    rows = table.comparison([first, resumed]).splitlines()
-    assert len(rows) == 2 + 4
-    with pytest.raises(InputError, match="The context of 16 tokens is too short for gsm8k_cot"):
-        evaluate(run, ["gsm8k"], items)
-    with pytest.raises(InputError, match="--limit is -1"):
-        evaluate(run, ["gsm8k"], items, limit=-1)
-
-
-@quiet_harness
-def test_rolling_bits_per_byte_of_a_uniform_model(items, tmp_path):
-    from lm_eval.api.instance import Instance
-
-    from mhc_jax.evaluation.harness import DecoderLM
-
-    config = dataclasses.replace(MODEL, connection=connections.parse("mhc:t_max=2"))
-    model = Trained(tmp_path, 0, ExperimentConfig(model=config), uniform_params(config), ByteTokenizer(), None)
-    store = Responses(tmp_path / "responses.jsonl", {})
-    lm = DecoderLM(model, store, context=10)
-    text = "Three windows of ten bytes or so."
-    [nats] = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    assert -nats / math.log(2) / len(text) == 8.0
-    [(empty, _)] = lm.loglikelihood([Instance("loglikelihood", {}, ("", "ab"), 0)])
-    assert -empty / math.log(2) / 2 == 8.0, "after the end of a document"
-    store.close()
+    assert len(table.comparison([first, resumed]).splitlines()) == 2 + 4
+    for more, sentence in (
+        ({}, "The context of 16 tokens is too short for gsm8k_cot"),
+        ({"limit": -1}, "--limit is -1"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            evaluate(run, ["gsm8k"], items, **more)
 
 
 @quiet_harness

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from test_evaluation import MODEL, harness, sample, shapes, train_bpe
+from test_evaluation import RESIDUAL, harness, sample, shapes, train_bpe
 from tokenizers import pre_tokenizers
 
-from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig
 from mhc_jax.data import ByteTokenizer
 from mhc_jax.data.tokenizers import BPETokenizer
@@ -36,18 +35,14 @@ def bpe(split_words: bool) -> BPETokenizer:
 def texts_of(tokenizer, ids) -> list[bytes]:
     """The bytes of each token of a byte-level BPE, whose entries write a byte as one character."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    printable = [b for b in range(256) if chr(b) in alphabet]
-    character = {b: chr(b) for b in printable}
-    character |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
-    byte = {c: b for b, c in character.items()}
+    others = [b for b in range(256) if chr(b) not in alphabet]
+    byte = {chr(b): b for b in range(256) if b not in others} | {chr(256 + i): b for i, b in enumerate(others)}
     return [bytes(byte[c] for c in tokenizer._backend.id_to_token(i)) for i in ids]
 
 
-def bigram(tokenizer, config=MODEL):
+def bigram(tokenizer):
     """Parameters whose logits depend on the last token alone, and their log-probabilities [before, after] in float64."""
-    config = dataclasses.replace(
-        config, vocab_size=tokenizer.vocab_size, connection=connections.parse("residual"), norm_eps=1e-6
-    )
+    config = dataclasses.replace(RESIDUAL, vocab_size=tokenizer.vocab_size, norm_eps=1e-6)
     random = np.random.default_rng(3)
     zero = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes(config))  # every branch writes zero
     embedding = random.normal(size=(config.vocab_size, config.width)).astype(np.float32)
@@ -71,12 +66,11 @@ def harness_model(tmp_path, tokenizer, context):
     return DecoderLM(Trained(tmp_path, 0, whole, params, tokenizer, None), store, context), logp
 
 
-def item(context, continuations, task="invented", doc_id=0):
+def item(context, continuations, doc_id=0):
     from lm_eval.api.instance import Instance
 
-    return [
-        Instance("loglikelihood", {}, (context, text), i, (task, doc_id, 1)) for i, text in enumerate(continuations)
-    ]
+    about = ("invented", doc_id, 1)
+    return [Instance("loglikelihood", {}, (context, text), i, about) for i, text in enumerate(continuations)]
 
 
 def test_bits_are_those_of_a_float64_bigram():
@@ -192,14 +186,27 @@ def test_a_context_that_is_cut_is_cut_alike_for_every_choice(tmp_path):
 
 
 @harness
+def test_rolling_scores_every_byte_once_and_the_first_after_the_end_of_a_document(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    lm, logp = harness_model(tmp_path, ByteTokenizer(), 10)
+    text = "Vier Fenster: zehn Bytes für jedes."
+    [nats] = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    [(short, _)] = lm.loglikelihood(item("", ["ab"]))
+    for found, scored in ((nats, text), (short, "ab")):
+        ids = [ByteTokenizer().end_of_document, *scored.encode()]
+        assert found == pytest.approx(sum(logp[a, b] for a, b in itertools.pairwise(ids)), rel=1e-5)
+    lm.store.close()
+
+
+@harness
 def test_answers_that_cannot_be_scored_are_refused_by_task(tmp_path):
     from lm_eval.api.instance import Instance
 
     lm, _ = harness_model(tmp_path, ByteTokenizer(), 10)
-    with pytest.raises(InputError, match="An answer of invented, item 0, has 11 tokens to score and the context 10"):
-        lm.scored(item("ab", ["c", "d" * 11]))
-    with pytest.raises(InputError, match="An answer of invented, item 7, is empty"):
-        lm.scored(item("ab", ["c", ""], doc_id=7))
+    for number, answer, wrong in ((0, "d" * 11, "has 11 tokens to score and the context 10"), (7, "", "is empty")):
+        with pytest.raises(InputError, match=f"An answer of invented, item {number}, {wrong}"):
+            lm.scored(item("ab", ["c", answer], doc_id=number))
     request = Instance("generate_until", {}, ("ab", {"until": ["."]}), 0, ("reasoned", 0, 1))
     with pytest.raises(InputError, match="The context of 10 tokens is too short for reasoned"):
         lm.generate_until([request])
@@ -207,11 +214,11 @@ def test_answers_that_cannot_be_scored_are_refused_by_task(tmp_path):
     lm.store.close()
 
 
-def samples(count, seed, size=None):
+def samples(count, seed):
     """`count` items with random scores, bits and bytes."""
     random = np.random.default_rng(seed)
     rows = zip(random.integers(0, 2, count), random.uniform(5, 30, count), random.integers(2, 9, count), strict=True)
-    return [sample(i, float(a), float(b), int(size or c)) for i, (a, b, c) in enumerate(rows)]
+    return [sample(i, float(a), float(b), int(c)) for i, (a, b, c) in enumerate(rows)]
 
 
 def test_differences_and_intervals_are_those_of_resampled_items():
@@ -220,16 +227,12 @@ def test_differences_and_intervals_are_those_of_resampled_items():
     a, s, b, t = (np.asarray([x[k] for x in own]) for own in (one, base) for k in ("gold_bits", "gold_bytes"))
     assert found["bits"] == pytest.approx(a.sum() / s.sum() - b.sum() / t.sum(), rel=1e-12), "each over its own bytes"
     assert (found["items"], found["bits_items"]) == (40, 40)
-    random, draws = np.random.default_rng(9), []
-    for _ in range(20000):
-        i = random.integers(0, 40, 40)
-        draws.append(a[i].sum() / s[i].sum() - b[i].sum() / t[i].sum())
-    low, high = found["bits_interval"]
-    np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.06 * (high - low))
+    drawn = np.random.default_rng(9).integers(0, 40, (20000, 40))
+    a, s, b, t = (values[drawn].sum(1) for values in (a, s, b, t))
     scores = np.asarray([x["score"] - y["score"] for x, y in zip(one, base, strict=True)])
-    means = scores[random.integers(0, 40, (20000, 40))].mean(1)
-    low, high = found["score_interval"]
-    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975]), atol=0.06 * (high - low))
+    for key, resampled in (("bits_interval", a / s - b / t), ("score_interval", scores[drawn].mean(1))):
+        expected = np.quantile(resampled, [0.025, 0.975])
+        np.testing.assert_allclose(found[key], expected, atol=0.06 * np.ptp(found[key]))
 
 
 def test_one_item_has_no_interval():
@@ -249,16 +252,22 @@ def test_coverage_of_the_fewest_bold_items():
     assert np.mean(covered) == pytest.approx(0.936, abs=3 * math.sqrt(0.936 * 0.064 / 400))
 
 
-def result(count, context=64, trained=64, gain=0.0, name="a", cut=0, without_bits=0):
+def result(count, context=64, trained=64, gain=0.0, cut=0, without_bits=0):
     """`count` items, the last few `without_bits`; a gain in score and in bits of every item."""
     own = [{**s, "score": min(1.0, s["score"] + gain), "gold_bits": s["gold_bits"] - gain} for s in samples(count, 1)]
     for one in own[count - without_bits :]:
         one |= {"gold_bits": None, "gold_bytes": None}
     benchmark = {"metric": "acc", "score": 0.5, "stderr": 0.1, "items": count, "tasks": 1, "shots": 0, "paper_shots": 5}
     benchmark |= {"truncated": cut, "gold_bits_per_byte": 2.5}
-    out = {"checkpoint": name, "connection": "residual", "benchmarks": {"piqa": benchmark}, "samples": own}
-    out["settings"] = {"context": context, "trained_context": trained}
-    return {**out, "wall_clock_s": 1.0, "compilations": 2, "folder": "f"}
+    out = {
+        "checkpoint": "a",
+        "connection": "residual",
+        "benchmarks": {"piqa": benchmark},
+        "samples": own,
+        "folder": "f",
+    }
+    settings = {"context": context, "trained_context": trained}
+    return {**out, "settings": settings, "wall_clock_s": 1.0, "compilations": 2}
 
 
 def cells(*results):
@@ -267,28 +276,24 @@ def cells(*results):
     return dict(zip(lines[0], lines[-1], strict=True))
 
 
+def joined(*results):
+    return "".join(cells(*results).values())
+
+
 def test_what_is_bold():
     enough = cells(result(30), result(30, gain=1.0))
-    assert enough["difference"].startswith("**-")
-    assert enough["difference (points)"].startswith("**+")
-    cut = cells(result(30), result(30, gain=1.0, cut=3))
-    assert "*" not in "".join(cut.values())
-    assert cut["cut"] == "3"
-    assert "*" not in "".join(cells(result(30, cut=3), result(30, gain=1.0)).values()), "the first one's prompts"
+    assert (enough["difference"][:3], enough["difference (points)"][:3]) == ("**-", "**+")
+    assert "*" not in joined(result(30), result(30, gain=1.0, cut=3))
+    assert cells(result(30), result(30, cut=3))["cut"] == "3"
+    assert "*" not in joined(result(30, cut=3), result(30, gain=1.0)), "the first one's prompts"
     few_bits = cells(result(30), result(30, gain=1.0, without_bits=1))
-    assert few_bits["difference (points)"].startswith("**+")
-    assert few_bits["difference"].startswith("-"), "29 items have bits"
-    few = cells(result(29), result(29, gain=1.0))
-    assert "*" not in "".join(few.values())
-    assert "[" in few["difference"]
-    one = cells(result(1), result(1, gain=1.0))
-    assert "*" not in "".join(one.values())
-    assert "[" not in "".join(one.values())
-    assert one["difference"].startswith("-")
-    for base, own in ((64, 512), (512, 64)):
-        beyond = cells(result(30, base), result(30, own, gain=1.0))
-        assert "*" not in "".join(beyond.values())
-        assert "[" in beyond["difference"]
+    assert (few_bits["difference"][0], few_bits["difference (points)"][:3]) == ("-", "**+"), "29 items have bits"
+    assert not set("*[") & set(joined(result(1), result(1, gain=1.0)))
+    assert cells(result(1), result(1, gain=1.0))["difference"].startswith("-")
+    for count, base, own in ((29, 64, 64), (30, 64, 512), (30, 512, 64)):  # too few, and contexts beyond training
+        both = result(count, base), result(count, own, gain=1.0)
+        assert "*" not in joined(*both)
+        assert "[" in cells(*both)["difference"]
     assert cells(result(9), result(9, 512))["context"] == "512 (trained: 64)"
     assert (enough["context"], enough["shots"], enough["cut"], enough["items"]) == ("64", "0 (paper: 5)", "0", "30")
     assert (enough["score (%)"], enough["gold bits/byte"]) == ("50.0 ± 10.0", "2.500")
@@ -307,9 +312,8 @@ def test_a_benchmark_is_the_mean_of_its_items():
     rows = enumerate(zip(scores, bits, sizes, strict=True))
     own = [sample(i, a, b, c, "other" if i == 5 else "piqa", truncated=a == 0) for i, (a, b, c) in rows]
     found = summarise(own, {"piqa": 0, "other": 0})["piqa"]
-    assert found["score"] == pytest.approx(3 / 6)
-    assert found["stderr"] == pytest.approx(math.sqrt(6 * 0.5**2 / 5) / math.sqrt(6))
-    assert found["gold_bits_per_byte"] == pytest.approx(25 / 15)
+    means = [found[key] for key in ("score", "stderr", "gold_bits_per_byte")]
+    assert means == pytest.approx([3 / 6, math.sqrt(6 * 0.5**2 / 5) / math.sqrt(6), 25 / 15])
     assert (found["items"], found["truncated"], found["tasks"]) == (6, 3, 2)
     assert summarise(own[:1], {"piqa": 0})["piqa"]["stderr"] is None
 
@@ -319,13 +323,8 @@ def test_scores_and_their_errors_are_lm_evals(tmp_path):
     from lm_eval.api.metrics import aggregate_subtask_metrics, mean_stderr
 
     own = samples(13, 1) + [{**s, "task": "other"} for s in samples(40, 3)]
-    own[4] |= {"gold_bits": None, "gold_bytes": None}
     found = summarise(own, {"piqa": 0, "other": 0})["piqa"]
     each = [[s["score"] for s in own if s["task"] == task] for task in ("piqa", "other")]
     weighted = aggregate_subtask_metrics([np.mean(e) for e in each], [13, 40], weight_by_size=True)
     assert found["score"] == pytest.approx(weighted, rel=1e-12), "by items, as lm-eval's mmlu, bbh and minerva_math"
     assert found["stderr"] == pytest.approx(mean_stderr(each[0] + each[1]), rel=1e-12)
-    scored = [s for s in own if s["gold_bits"] is not None]
-    expected = math.fsum(s["gold_bits"] for s in scored) / sum(s["gold_bytes"] for s in scored)
-    assert found["gold_bits_per_byte"] == pytest.approx(expected, rel=1e-12)
-    assert (found["items"], found["tasks"]) == (53, 2)

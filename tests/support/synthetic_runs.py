@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mhc_jax.diagnostics import STREAM_MEASURES
+from mhc_jax.records import RunRecord, read_run
 
 STEPS = 200
 SUBLAYERS = 16
@@ -25,8 +26,7 @@ def write_run(
     *,
     seed: int = 0,
     diverged_at: int | None = None,
-    equal_streams: bool = False,
-    opposite_streams: bool = False,
+    streams: str = "differ",
     spikes: tuple[int, ...] = (),
     drop: tuple[str, ...] = (),
     n: int = 4,
@@ -35,8 +35,8 @@ def write_run(
 ) -> Path:
     """Write a run folder and return it; `drop`: keys to leave out of every line.
 
-    `config` has settings by dotted key, and `results` numbers of the summary, other than those below.  Streams differ more with
-    depth, unless they are `equal_streams` or `opposite_streams`: half of them one vector, half its negative.
+    `config` has settings by dotted key, and `results` numbers of the summary, other than those below.  `streams`: "differ", more
+    with depth, or "equal", or "opposite": half of them one vector, half its negative.
     """
     folder = root / name
     folder.mkdir(parents=True)
@@ -60,31 +60,15 @@ def write_run(
         loss += 1.2 * (step in spikes)
         norm = np.exp(rng.normal(0, 0.2)) * (0.6 + 2 * np.exp(-8 * done)) * (1 + 9 * (kind == "hc"))
         lost = step == diverged_at
-        lines.append(
-            {
-                "kind": "train",
-                "step": step,
-                "loss": None if lost else loss,
-                "grad_norm": None if lost else norm,
-                "clipped": int(norm > 1),
-                "learning_rate": 3e-3 * (1 - done),
-                "tokens": step * 2048,
-                "step_time_s": 0.1,
-                "tokens_per_s": 20480.0,
-            }
-        )
+        train = {"kind": "train", "step": step, "loss": None if lost else loss, "grad_norm": None if lost else norm}
+        train |= {"clipped": int(norm > 1), "learning_rate": 3e-3 * (1 - done), "tokens": step * 2048}
+        lines.append(train | {"step_time_s": 0.1, "tokens_per_s": 20480.0})
         if step in spikes:
             lines.append({"kind": "event", "step": step, "event": "spike", "loss": loss})
         if step % 50 == 0:
-            lines.append(
-                {
-                    "kind": "validation",
-                    "step": step,
-                    "loss": 1.7 + 3.9 * np.exp(-6 * done) + LOSS_OFFSET[kind] * done,
-                    "bits_per_byte": (1.7 + LOSS_OFFSET[kind]) / np.log(2),
-                }
-            )
-            streams = "equal" if equal_streams else "opposite" if opposite_streams else "differ"
+            loss = 1.7 + 3.9 * np.exp(-6 * done) + LOSS_OFFSET[kind] * done
+            bits = (1.7 + LOSS_OFFSET[kind]) / np.log(2)
+            lines.append({"kind": "validation", "step": step, "loss": loss, "bits_per_byte": bits})
             lines.append(_diagnostics(kind, step, 1 if kind == "residual" else n, streams, rng))
     if diverged_at:
         lines.append({"kind": "event", "step": diverged_at, "event": "diverged"})
@@ -112,14 +96,8 @@ def write_run(
         "wall_clock_s": 25.0,
         **results,
     }
-    env = {
-        "date": "2026-01-02 03:04",
-        "command": f"python experiments/compare.py --seed {seed}",
-        "commit": "0123abc",
-        "dirty": False,
-        "device": "cpu",
-        "versions": {"jax": "0.10.2"},
-    }
+    env = {"date": "2026-01-02 03:04", "command": f"python experiments/compare.py --seed {seed}", "commit": "0123abc"}
+    env |= {"dirty": False, "device": "cpu", "versions": {"jax": "0.10.2"}}
     kept = [{k: v for k, v in line.items() if k not in drop} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     for file, value in (("config", whole), ("env", env), ("summary", summary)):
@@ -138,13 +116,18 @@ def _stream_measures(n: int, streams: str) -> dict[str, list[float]]:
     }
 
 
-def write_four(root: Path) -> list[Path]:
-    """Residual, HC with two spikes, mHC with equal streams, and an HC with float16 streams that diverges at step 120."""
+def make_run(root: Path, name: str, kind: str, **more: Any) -> RunRecord:
+    """What `read_run` reads of such a folder."""
+    return read_run(write_run(root, name, kind, **more))
+
+
+def make_four(root: Path, streams: str = "equal") -> list[RunRecord]:
+    """Residual, HC with two spikes, mHC with such streams, and an HC with float16 streams that diverges at step 120."""
     return [
-        write_run(root, "residual", "residual"),
-        write_run(root, "hc", "hc", spikes=(90, 150)),
-        write_run(root, "mhc", "mhc", equal_streams=True),
-        write_run(root, "fp16", "hc", diverged_at=120, config={"model.dtype": "float16"}),
+        make_run(root, "residual", "residual"),
+        make_run(root, "hc", "hc", spikes=(90, 150)),
+        make_run(root, "mhc", "mhc", streams=streams),
+        make_run(root, "fp16", "hc", diverged_at=120, config={"model.dtype": "float16"}),
     ]
 
 
