@@ -5,7 +5,7 @@ import re
 
 import pytest
 from support.ends import kill_at, train_until_killed
-from support.shared_programs import shared_programs
+from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import data_of, tiny, with_train, write_text
 
 from mhc_jax import data, loop
@@ -14,12 +14,6 @@ from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.paired import run_all
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_made_once():
-    with shared_programs():
-        yield
 
 
 def warned(settings, count=1) -> list[str]:

@@ -24,6 +24,7 @@ from mhc_kernels import (
 from mhc_kernels.ops.arg_specs import SPECS
 from mhc_kernels.ops.exact import exact
 from support import kernel_checks, oracles
+from support.golden_values import check_deepseek_v4, check_head, check_hy_v4, load
 from support.kernel_checks import f64
 from support.thinned import thin
 from support.tolerances import BF16_RELATIVE, DIFFERENCES, FLOAT64, FORMS_FP32, FP32_RELATIVE, REORDERED, assert_close
@@ -45,8 +46,7 @@ def test_sinkhorn_and_its_gradient(n, t_max):
 
 # At eps = 0.05 the terms of its gradient that pass through eps are visible; at V4's 1e-6 they are rounding.
 @pytest.mark.parametrize(
-    ("n", "t_max", "eps"),
-    thin([(2, 1, 1e-6), (3, 2, 1e-6), (4, 5, 0.05), (4, 20, 1e-6)], lambda case: case[1] < 20),
+    ("n", "t_max", "eps"), thin([(2, 1, 1e-6), (3, 2, 1e-6), (4, 5, 0.05), (4, 20, 1e-6)], lambda case: case[1] < 20)
 )
 def test_sinkhorn_in_the_convention_of_v4(n, t_max, eps):
     logits = 3 * np.random.default_rng([n, t_max]).normal(size=(n, n, 5))
@@ -253,6 +253,18 @@ def test_permuting_streams_permutes_results(n):
 )
 def test_transformations_change_nothing(transform):
     kernel_checks.check_every_operation(kernel_checks.TRANSFORMED[transform], FORMS_FP32, 8, 8, 4)
+
+
+GOLDEN = {"deepseek_v4": check_deepseek_v4, "deepseek_v4_head": check_head, "hy_v4": check_hy_v4}
+CASES = [(module, n) for module in GOLDEN for n in (2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("module", "n"), thin(CASES, lambda case: case[1] == {"deepseek_v4": 4, "hy_v4": 2}.get(case[0], case[1]))
+)
+def test_modules_of_deepseek_v4_and_hy_v4_are_their_golden_values(module, n):
+    """The same modules run live where torch and transformers are installed (`pip install -e .[hf]`)."""
+    GOLDEN[module](load(f"{module}_n{n}"), n)
 
 
 def test_the_gate_pulls_back_other_numbers_for_every_output():
