@@ -1,5 +1,7 @@
 """Bad input is refused with its shapes, and the backend that runs is the one that was named or that fits the platform."""
 
+import functools
+
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -8,14 +10,7 @@ from mhc_kernels.choice import choose
 
 X = jnp.ones((3, 8))
 PHI, ALPHA, BIAS = jnp.ones((8, 8)), jnp.ones(3), jnp.ones(8)
-
-
-@pytest.fixture
-def unannotated():
-    """What a user meets, who does not check the annotations."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+boundary = functools.partial(coefficients, X, PHI, ALPHA, BIAS, num_streams=2)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +22,8 @@ def unannotated():
         (lambda: read(X, jnp.ones((2, 4)), 2), r"pre must be \[2, \*tokens of x\] .*pre float32\[2, 4\]"),
         (lambda: read(jnp.ones((0, 8)), jnp.ones((2, 0)), 2), "there are no tokens"),
         (lambda: read(X, jnp.ones((0, 3)), 0), "num_streams is 0"),
+        (lambda: read(X.astype(int), jnp.ones((2, 3)), 2), r"streams must have a float dtype \(got x int32\[3, 8\]\)"),
+        (lambda: write_read(X, boundary(), X, PHI, ALPHA, BIAS, num_streams=2), "y must have the tokens of x"),
         (lambda: write(X, jnp.ones((3, 8)), None, None, 2), "y must have the tokens of x and 1/n of its channels"),
         (lambda: write(X, X[:, :4], jnp.ones((2, 2)), None, 2), r"post must be \[2, \*tokens of x\]"),
         (lambda: write(X, X[:, :4], None, jnp.ones((2, 1, 3)), 2), r"res must be \[2, 2, \*tokens of x\]"),
@@ -35,24 +32,18 @@ def unannotated():
             lambda: coefficients(X, PHI, ALPHA, BIAS[:7], num_streams=2),
             r"phi must be \[8, 8\], bias \[8\] and alpha \[3\] for parts pre, post, res .*bias float32\[7\]",
         ),
-        (
-            lambda: coefficients(X, PHI, ALPHA, BIAS, num_streams=2, parts=("pre",)),
-            r"phi must be \[8, 2\], bias \[2\] and alpha \[1\]",
-        ),
-        (
-            lambda: sinkhorn(jnp.ones((2, 2, 3)), implementation="cuda"),
-            "implementation is 'cuda'; it must be None or one of",
-        ),
+        (lambda: boundary(parts=("pre",)), r"phi must be \[8, 2\], bias \[2\] and alpha \[1\]"),
+        (lambda: sinkhorn(jnp.ones((2, 2, 3)), implementation="cuda"), "is 'cuda'; it must be None or one of"),
     ],
 )
-def test_bad_input_is_refused_with_shapes(call, message, unannotated):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_integer_streams_are_refused(unannotated):
-    with pytest.raises(ValueError, match=r"streams must have a float dtype \(got x int32\[3, 8\]\)"):
-        read(jnp.ones((3, 8), jnp.int32), jnp.ones((2, 3)), 2)
+def test_bad_input_is_refused_with_shapes(call, message):
+    """As a user meets it, who does not check the annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=message):
+            call()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_named_implementation_runs_or_raises():
@@ -65,9 +56,7 @@ def test_a_named_implementation_runs_or_raises():
         assert choose("read", "xla", obstacles) == "xla"
         with settings(implementation="pallas_tpu"), settings(implementation="xla"):
             assert choose("read", None, obstacles) == "xla", "the inner setting counts"
-        with pytest.raises(
-            ValueError, match=r"'triton' cannot run this: it does not have this operation. Here xla, pallas_tpu"
-        ):
+        with pytest.raises(ValueError, match=r"'triton' .* does not have this operation. Here xla, pallas_tpu"):
             choose("read", "triton", obstacles)
     with settings(interpret=True):
         assert choose("read", "pallas_tpu", obstacles) == "pallas_tpu"
@@ -79,21 +68,12 @@ def test_a_named_implementation_runs_or_raises():
 def test_falling_back_is_said_once():
     obstacles = {"pallas_gpu": lambda: "C must be a multiple of 48"}
     with settings(platform="gpu"):
-        with pytest.warns(
-            UserWarning, match=r"mhc_kernels.read runs as plain XLA, not pallas_gpu: C must be a multiple of 48"
-        ):
+        with pytest.warns(UserWarning, match=r"read runs as plain XLA, not pallas_gpu: C must be a multiple of 48"):
             assert choose("read", None, obstacles) == "xla"
         assert choose("read", None, obstacles) == "xla"  # a second warning would be an error here
 
 
-def test_settings_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match="platform is 'mars'"), settings(platform="mars"):
+@pytest.mark.parametrize("name", ["platform", "implementation"])
+def test_settings_refuse_what_they_do_not_know(name):
+    with pytest.raises(ValueError, match=f"{name} is 'mars'"), settings(**{name: "mars"}):
         pass
-    with pytest.raises(ValueError, match="implementation is 'mars'"), settings(implementation="mars"):
-        pass
-
-
-def test_write_read_refuses_mismatched_coefficients(unannotated):
-    c = coefficients(X, PHI, ALPHA, BIAS, num_streams=2)
-    with pytest.raises(ValueError, match="y must have the tokens of x"):
-        write_read(X, c, X, PHI, ALPHA, BIAS, num_streams=2)

@@ -9,18 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from mhc_kernels import (
-    Coefficients,
-    coefficients,
-    columns,
-    measure,
-    projection,
-    read,
-    settings,
-    sinkhorn,
-    write,
-    write_read,
-)
+from mhc_kernels import Coefficients, coefficients, columns, projection, read, settings, sinkhorn, write, write_read
+from mhc_kernels.measure import make_sets
 from mhc_kernels.ops.arg_specs import SPECS
 from mhc_kernels.ops.exact import exact
 from support import kernel_checks, oracles
@@ -53,11 +43,7 @@ def test_sinkhorn_in_the_convention_of_v4(n, t_max, eps):
     kernel_checks.check_sinkhorn(logits, t_max=t_max, eps=eps)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def settled(logits, t_max):
-    return sinkhorn(logits, t_max)
-
-
+settled = jax.jit(sinkhorn, static_argnums=1)
 EIGHTHS = st.integers(-640, 640).map(lambda k: k / 8)
 """Between -80 and 80; sums of two are exact."""
 
@@ -112,8 +98,7 @@ def test_marginal_error_of_twenty_steps(std, mean, most):
     """The figures of the docstring, which maths and the choice of t_max rest on."""
     twenty, three = (f64(settled(std * standard_logits(), t_max)) for t_max in (20, 3))
     error = np.abs(twenty.sum(0) - 1).max(0)
-    assert error.mean() == pytest.approx(mean, rel=0.3)
-    assert error.max() == pytest.approx(most, rel=0.3)
+    assert (error.mean(), error.max()) == pytest.approx((mean, most), rel=0.3)
     assert np.abs(three.sum(0) - 1).max(0).mean() > 3 * mean, "fewer steps leave more"
 
 
@@ -160,25 +145,21 @@ def test_write_read_and_its_gradients(platform, dtype):
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 def test_the_form_for_tpus_and_gpus_is_the_form_for_cpus(eps):
     """XLA's reference has one form a platform; both are the same operation, gradients included."""
-    n = 4
-    a = kernel_checks.inputs(n, 32, 48)
+    n, options = 4, {"num_streams": 4, "num_iters": 3, "eps": eps}
+    a = {name: value for name, value in kernel_checks.inputs(n, 32, 48).items() if name != "pre"}
 
     def loss(x, y, post, res, phi, alpha, bias):
-        options = {"num_streams": n, "num_iters": 3, "eps": eps}
         new, c, h = write_read(x, Coefficients(None, post, res), y, phi, alpha, bias, **options)
         new = write(new, h, c.post, None, n) + write(new, h, c.post, c.res, n)
         first = jnp.sin(new).sum() + (h**2).sum() + read(new, None, n).sum()
-        c = coefficients(new, phi, alpha, bias, **options)
-        z = projection(new, phi, 1e-6)
+        c, z = coefficients(new, phi, alpha, bias, **options), projection(new, phi, 1e-6)
         return first + (read(new, c.pre, n) ** 2).sum() + (c.res**2).sum() + jnp.cos(z).sum()
 
     def run(platform):
         with settings(platform=platform, implementation="xla"):
-            args = [a[name] for name in ("x", "y", "post", "res", "phi", "alpha", "bias")]
-            return jax.jit(jax.value_and_grad(loss, range(7)))(*args)
+            return jax.jit(jax.value_and_grad(lambda a: loss(**a)))(a)
 
-    for form, same in zip(jax.tree.leaves(run("tpu")), jax.tree.leaves(run("cpu")), strict=True):
-        assert_close(form, same)
+    jax.tree.map(assert_close, run("tpu"), run("cpu"))
 
 
 def test_disabled_components_and_the_order_of_h_res():
@@ -205,11 +186,9 @@ def test_the_rest_of_the_coefficients_is_as_if_none_were_disabled(parts):
         return whole, coefficients(x, *some, num_streams=2, num_iters=2, parts=parts)
 
     whole, some = run(a["x"], *(a[name] for name in kernel_checks.PARAMETERS))
-    for part in order:
-        if part not in parts:
-            assert getattr(some, part) is None
-        else:
-            assert_close(getattr(some, part), getattr(whole, part), what=part)
+    assert [part for part in order if getattr(some, part) is not None] == list(parts)
+    for part in parts:
+        assert_close(getattr(some, part), getattr(whole, part), what=part)
 
 
 @every_implementation
@@ -268,12 +247,12 @@ def test_modules_of_deepseek_v4_and_hy_v4_are_their_golden_values(module, n):
 
 
 def test_the_gate_pulls_back_other_numbers_for_every_output():
-    ((_, (pre, post, _)),) = measure.make_sets("coefficients", SPECS["tiny"], 1)
+    ((_, (pre, post, _)),) = make_sets("coefficients", SPECS["tiny"], 1)
     assert np.abs(pre - post).max() > 0.1
 
 
 def test_the_exact_boundary_hands_on_streams_in_their_own_dtype():
     """Coefficients are checked against those streams in `test_bench`."""
-    ((given, bars),) = measure.make_sets("write_read", SPECS["tiny-bf16"], 1)
+    ((given, bars),) = make_sets("write_read", SPECS["tiny-bf16"], 1)
     new = exact("write_read", SPECS["tiny-bf16"], given, bars)[0]
     assert_close(new, new.astype(jnp.bfloat16), FLOAT64)

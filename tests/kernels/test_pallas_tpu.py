@@ -99,14 +99,8 @@ def test_kernels_are_what_runs():
         assert f"name=mhc_{name}\n" in program or f"mhc_{name} " in program, name
 
 
-@pytest.mark.parametrize(
-    ("tokens", "block"),
-    [
-        pytest.param(24, 32, id="four_steps_share_a_block_of_coefficients", marks=pytest.mark.full),
-        pytest.param(300, 128, id="three_blocks_one_after_the_other", marks=pytest.mark.full),
-        pytest.param(500, 64, id="two_cores_two_blocks_of_two_steps_each"),
-    ],
-)
+# Four steps share a block of coefficients; three blocks one after the other; two cores, two blocks of two steps each.
+@pytest.mark.parametrize(("tokens", "block"), thin([(24, 32), (300, 128), (500, 64)], lambda case: case[0] == 500))
 def test_results_do_not_depend_on_the_blocks(tokens, block, monkeypatch):
     monkeypatch.setattr(tpu, "block_tokens", lambda *_: block)
     kernel_checks.check_every_operation(kernel_checks.every_operation, SPLIT_SUMS, C, tokens)
@@ -137,15 +131,11 @@ def test_pieces_are_exact_in_bfloat16_and_add_up():
     ],
 )
 def test_what_the_kernels_cannot_run_is_refused(x, n, reason):
-    with pytest.raises(
-        ValueError, match=f"read: implementation 'pallas_tpu' cannot run this: {reason}.*Here xla.* can"
-    ):
+    with pytest.raises(ValueError, match=f"implementation 'pallas_tpu' cannot run this: {reason}.*Here xla.* can"):
         read(x, jnp.ones((n, 2)), n)
 
 
 def test_the_kernels_are_refused_on_another_device():
-    with (
-        settings(interpret=False),
-        pytest.raises(ValueError, match=r"it needs a TPU and the program is traced for a CPU\. Here xla.* can"),
-    ):
+    sentence = r"it needs a TPU and the program is traced for a CPU\. Here xla.* can"
+    with settings(interpret=False), pytest.raises(ValueError, match=sentence):
         sinkhorn(jnp.ones((2, 2, 3)))
