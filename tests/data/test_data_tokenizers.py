@@ -71,24 +71,18 @@ def test_bpe_merges_and_is_reproducible(tmp_path, bpe, texts):
 
 def test_tokenizer_mistakes(tmp_path, bpe):
     other = tmp_path / "other.json"
-    for spec, sentence in (
-        ("gpt5", "or 'bpe:<tokenizer.json>'"),
-        ("bpe:", "or 'bpe:<tokenizer.json>'"),
-        (f"bpe:{other}", "experiments/tokenizer.py"),  # it is not there yet
-    ):
-        with pytest.raises(InputError, match=sentence):
-            data.load_tokenizer(spec)
-    for content, sentence in (
-        ("{}", "is not a file of the tokenizers library"),
-        (
-            json.dumps({**json.loads(bpe.read_text()), "normalizer": {"type": "Lowercase"}}),
-            "not lossless byte-level BPE",
-        ),
-        (bpe.read_text().replace(END, "<end>"), f"has no token {re.escape(repr(END))}"),
+    lower = json.dumps(json.loads(bpe.read_text()) | {"normalizer": {"type": "Lowercase"}})
+    for spec, content, sentence in (
+        ("gpt5", "", "or 'bpe:<tokenizer.json>'"),
+        ("bpe:", "", "or 'bpe:<tokenizer.json>'"),
+        (f"bpe:{tmp_path}/none.json", "", "experiments/tokenizer.py"),
+        (f"bpe:{other}", "{}", "is not a file of the tokenizers library"),
+        (f"bpe:{other}", lower, "not lossless byte-level BPE"),
+        (f"bpe:{other}", bpe.read_text().replace(END, "<end>"), f"has no token {re.escape(repr(END))}"),
     ):
         other.write_text(content)
         with pytest.raises(InputError, match=sentence):
-            data.load_tokenizer(f"bpe:{other}")
+            data.load_tokenizer(spec)
     for text, size, path, sentence in (
         ("text", 256, other, "at least 257"),
         ("aa b", 4096, other, r"gives only \d+ entries"),

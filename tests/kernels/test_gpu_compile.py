@@ -53,15 +53,10 @@ def with_gradient(*case):
     return lower(run, *arguments)
 
 
-SINKHORN = ["mhc_sinkhorn_forward", "mhc_sinkhorn_backward"]
-KERNELS = {
-    "sinkhorn": SINKHORN,
-    "coefficients": ["mhc_coefficients_forward", "mhc_coefficients_backward", *SINKHORN],
-    "read": ["mhc_read_forward", "mhc_read_backward"],
-    "write": ["mhc_write_forward", "mhc_write_backward"],
-    "write_read": ["mhc_write_read_forward", "mhc_read_products", "mhc_write_read_backward", "mhc_coefficients_dphi"],
-}
-KERNELS["write_read"] += SINKHORN
+OPERATIONS = ("sinkhorn", "coefficients", "read", "write", "write_read")
+KERNELS = {op: [f"mhc_{op}_forward", f"mhc_{op}_backward"] for op in OPERATIONS}
+KERNELS["coefficients"] += KERNELS["sinkhorn"]
+KERNELS["write_read"] += ["mhc_read_products", "mhc_coefficients_dphi", *KERNELS["sinkhorn"]]
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 

@@ -171,8 +171,6 @@ def check_write_read(n, C, T, dtype, t_max=None, *, streams, small, sums, parame
             assert_close(grads[k], np.stack(of_tokens, -1 if k > 1 else 0), sums if k > 1 else streams, f"d{name}")
 
 
-# -------------------------------------------------------------------------------------------------- transformations
-
 N_STREAMS, T_MAX, EPS = 2, 3, 0.05
 """EPS is large enough that an H_pre without it, or a lost term of its gradient, is seen."""
 

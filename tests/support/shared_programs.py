@@ -19,8 +19,8 @@ def _of_the_settings(make):
     return shared
 
 
-MAKERS = ("make_train_step", "make_eval_step", "make_diagnostics_step")
-_SHARED = {name: _of_the_settings(functools.cache(getattr(loop, name))) for name in MAKERS}
+_MAKERS = ("make_train_step", "make_eval_step", "make_diagnostics_step")
+_SHARED = {name: _of_the_settings(functools.cache(getattr(loop, name))) for name in _MAKERS}
 _SHARED["init_state"] = _of_the_settings(jax.jit(loop.init_state, static_argnums=0))
 
 

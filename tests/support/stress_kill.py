@@ -70,9 +70,6 @@ class Watch:
     def saving(self) -> bool:
         return any((self.folder / "checkpoints").glob("*orbax-checkpoint-tmp*"))
 
-    def doing(self) -> str:
-        return ("saving" if self.saving() else "steps") if self.training() else "start"
-
 
 def kill_at(process: subprocess.Popen, folder: Path, wanted: str, rng: random.Random, start_s: float) -> str:
     """Kill -9 at a random moment of the wanted sort; what the run was doing then."""
@@ -85,7 +82,7 @@ def kill_at(process: subprocess.Popen, folder: Path, wanted: str, rng: random.Ra
         while wanted == "saving" and process.poll() is None and not watch.saving():
             time.sleep(0.0002)
         time.sleep(rng.uniform(0, 0.05))
-    place = watch.doing()
+    place = ("saving" if watch.saving() else "steps") if watch.training() else "start"
     process.kill()
     return place
 

@@ -108,11 +108,9 @@ def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
     assert logged[0] == ({"train/loss": 2.0}, 1)
 
 
-# Progress, on a clock that is set by hand
-
-
 @pytest.fixture
 def clock(monkeypatch):
+    """Set by hand."""
     own = types.SimpleNamespace(now=100.0, monotonic=lambda: own.now)
     monkeypatch.setattr(progress, "time", own)
     return own

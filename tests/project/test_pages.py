@@ -1,6 +1,8 @@
-"""The README's example works as printed and what it names exists; the notebooks are in step, clean, and execute."""
+"""The README's example works and what it names exists; notebooks are in step and execute; tests/numbers.md has every number."""
 
+import ast
 import dataclasses
+import functools
 import importlib
 import math
 import re
@@ -13,21 +15,22 @@ import jax.numpy as jnp
 import jupytext
 import nbformat
 import pytest
+from support import numbers_page
+from support.synthetic_runs import write_run
 from support.tiny_runs import ROOT
 from support.tolerances import assert_close
 
-from mhc_jax import connections
+from mhc_jax import comparison, connections, plots, results
 from mhc_jax.config import ModelConfig
+from mhc_jax.cost import ModelCost
 from mhc_jax.model import Decoder
+from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.records import read_run
+from mhc_jax.settings import group
 
 README = (ROOT / "README.md").read_text()
-CONTRACT = (
-    "contract_shapes_and_dtypes",
-    "boundary_is_write_coefficients_read",
-    "start_writes_nothing",
-    "every_parameter_has_a_gradient",
-    "dense_fills_in_disabled_components",
-)
+CONTRACT = ["contract_shapes_and_dtypes", "boundary_is_write_coefficients_read", "start_writes_nothing"]
+CONTRACT += ["every_parameter_has_a_gradient", "dense_fills_in_disabled_components"]
 
 
 def test_the_example_connection_works_as_printed(monkeypatch):
@@ -64,8 +67,6 @@ def test_every_file_it_names_exists():
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
-
-# Notebooks
 
 NOTEBOOKS = runpy.run_path(str(ROOT / "notebooks" / "execute.py"))
 SOURCES = NOTEBOOKS["sources"]()
@@ -111,3 +112,26 @@ def test_a_failing_cell_is_an_error(tmp_path):
     source.write_text("# %%\nprint(1)\n\n# %%\n1 / 0\n")
     with pytest.raises(Exception, match="ZeroDivisionError"):
         NOTEBOOKS["execute"](source)
+
+
+@functools.cache
+def functions(file):
+    (path,) = Path(__file__).parents[1].rglob(f"{file}.py")
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("cells", numbers_page.rows(), ids=lambda cells: cells[0])
+def test_a_row_has_a_definition_and_tests_that_exist(cells):
+    number, definition, _, pinned = cells
+    assert number != "" != definition
+    named = re.findall(r"(\w+)::(\w+)", pinned)
+    assert ", ".join("::".join(one) for one in named) == pinned != ""
+    assert [f"{file}::{name}" for file, name in named if name not in functions(file)] == []
+
+
+def test_every_column_heading_figure_and_cost_has_a_row(tmp_path):
+    runs = [read_run(write_run(tmp_path, kind, kind)) for kind in ("residual", "mhc")]
+    names = {"run", "status", "connection", "kind", "seed", "data_seed", "error", *results.measurements(None)}
+    names |= {*comparison.rows(runs)[0], *comparison.statistics_rows(group(runs))[0]}
+    names |= {*plots.FIGURES, *SWEEP_FIGURES, *(field.name for field in dataclasses.fields(ModelCost))}
+    assert names - numbers_page.names() == set()
