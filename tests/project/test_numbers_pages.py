@@ -63,11 +63,9 @@ def test_the_demos_table_is_its_record():
     (record,) = set(re.findall(r"`experiments/records/([\w-]+)/`", text))
     names = [name.lower().replace(", init=", "-init-") for name in row(text, "")]
     runs = [read(RECORDS / record / name / "summary.json") for name in names]
-    base = runs[0]
-    more = [f" (+{100 * (run['parameters'] / base['parameters'] - 1):.1f} %)" for run in runs]
-    assert row(text, "parameters") == [
-        f"{r['parameters'] / 1e6:.3f}M{m * (r is not base)}" for r, m in zip(runs, more, strict=True)
-    ]
+    first, *rest = (run["parameters"] for run in runs)
+    more = [f"{count / 1e6:.3f}M (+{100 * (count / first - 1):.1f} %)" for count in rest]
+    assert row(text, "parameters") == [f"{first / 1e6:.3f}M", *more]
     for name, shown in {
         "training FLOPs per token": lambda run: f"{run['flops_per_token'] / 1e6:.2f}M",
         "compiled peak memory": lambda run: f"{run['peak_memory_bytes'] / 2**20:.0f} MiB",
@@ -77,15 +75,12 @@ def test_the_demos_table_is_its_record():
         "loss spikes": lambda run: str(run["spikes"]),
     }.items():
         assert row(text, name) == [shown(run) for run in runs]
-    cosines, ranks = ([run[f"final_stream_{key}"] for run in runs[1:]] for key in ("cosine_abs", "rank"))
-    assert row(text, "mean absolute cosine of the streams at the end") == ["–", *(f"{x:.3f}" for x in cosines)]
-    assert row(text, "rank of the streams at the end (1: one vector, 4: orthogonal)") == [
-        "–",
-        *(f"{x:.2f}" for x in ranks),
-    ]
+    cosines = [f"{run['final_stream_cosine_abs']:.3f}" for run in runs[1:]]
+    assert row(text, "mean absolute cosine of the streams at the end") == ["–", *cosines]
+    ranks = [f"{run['final_stream_rank']:.2f}" for run in runs[1:]]
+    assert row(text, "rank of the streams at the end (1: one vector, 4: orthogonal)") == ["–", *ranks]
     for side in ("forward", "backward"):
-        shown = row(text, f"largest composite gain, {side}")
-        for cell, run in zip(shown, runs, strict=True):
+        for cell, run in zip(row(text, f"largest composite gain, {side}"), runs, strict=True):
             places = len(cell.partition(".")[2])
             assert cell == f"{run[f'max_composite_{side}']:.{places}f}"
 
@@ -172,13 +167,12 @@ def test_step_times_are_those_of_the_log():
 
 
 def test_notebook_01_has_the_gains_of_the_record():
-    shown = outputs("01_gain_curves")
-    for kind, runs in summaries("connections").items():
-        if kind != "residual":
-            cells = row(shown, f"{kind}, here: mean of {len(runs)} seeds (range)")
-            for cell, side in zip(cells, ("forward", "backward"), strict=True):
-                gains = [run[f"max_composite_{side}"] for run in runs]
-                assert cell == f"{sum(gains) / len(gains):.4g} ({min(gains):.4g} to {max(gains):.4g})"
+    runs = summaries("connections")
+    for kind in runs.keys() - {"residual"}:
+        cells = row(outputs("01_gain_curves"), f"{kind}, here: mean of {len(runs[kind])} seeds (range)")
+        for cell, side in zip(cells, ("forward", "backward"), strict=True):
+            gains = [run[f"max_composite_{side}"] for run in runs[kind]]
+            assert cell == f"{sum(gains) / len(gains):.4g} ({min(gains):.4g} to {max(gains):.4g})"
 
 
 def test_notebook_02_has_the_losses_and_spikes_of_the_record():
@@ -202,17 +196,14 @@ def test_notebook_03_has_the_shares_of_the_record():
             each = [max(map(abs, gates)) / sum(map(abs, gates)) for gates in line[key]]
             shares.setdefault((kind, key), []).append(sum(each) / len(each))
     for kind in ("hc", "mhc:init=paper", "mhc:init=home"):
-        expected = [f"{sum(shares[kind, key]) / 3:.2f}" for key in ("h_pre", "h_post")]
-        assert row(shown, kind)[:2] == expected
+        assert row(shown, kind)[:2] == [f"{sum(shares[kind, key]) / 3:.2f}" for key in ("h_pre", "h_post")]
 
 
 def test_notebook_03_has_the_streams_of_the_record():
-    shown = [cells for cells in rows_of(outputs("03_streams")) if len(cells) == 4]
-    for kind, runs in summaries("connections").items():
-        if kind != "residual":
-            keys = ("stream_cosine", "stream_cosine_abs", "stream_rank")
-            expected = [f"{sum(run[f'final_{key}'] for run in runs) / 3:.3f}" for key in keys]
-            assert [kind, *expected] in shown
+    runs, keys = summaries("connections"), ("stream_cosine", "stream_cosine_abs", "stream_rank")
+    for kind in runs.keys() - {"residual"}:
+        expected = [f"{sum(run[f'final_{key}'] for run in runs[kind]) / 3:.3f}" for key in keys]
+        assert [kind, *expected] in rows_of(outputs("03_streams"))
 
 
 def test_notebook_04_has_the_traffic_of_table_2():

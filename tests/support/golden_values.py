@@ -1,5 +1,6 @@
 """DeepSeek-V4's and HY-V4's connections through ours, and the checks of their golden values."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -13,7 +14,12 @@ from mhc_jax.connections.base import head_weights
 from mhc_jax.connections.dynamic import EPS_CONVENTIONS
 
 EPS_NORM, EPS = EPS_CONVENTIONS["v4"]
-FOLDER = Path(__file__).parent / "golden"
+INPUTS = ("x", "y", "fn", "base", "scale")
+
+
+def load(name):
+    path = Path(__file__).parent / "golden" / f"{name}.npz"
+    return {k: jnp.asarray(v) for k, v in np.load(path).items()}
 
 
 def transposed_res(rows, n):
@@ -22,63 +28,49 @@ def transposed_res(rows, n):
     return jnp.concatenate([rows[: 2 * n], jnp.swapaxes(comb, 0, 1).reshape(n * n, *rows.shape[1:])])
 
 
-def connection(x, y, fn, base, scale, n):
+def flattened(x):
+    return x.reshape(*x.shape[:2], -1)
+
+
+def deepseek_v4(x, y, fn, base, scale, n):
     """V4's layouts in, V4's results out: x [B, T, n, C], fn [k, n C]."""
-    flat = x.reshape(*x.shape[:2], -1)
-    phi, bias = transposed_res(fn, n).T, transposed_res(base, n)
+    flat, phi, bias = flattened(x), transposed_res(fn, n).T, transposed_res(base, n)
     c = coefficients(flat, phi, scale, bias, num_streams=n, num_iters=20, eps_norm=EPS_NORM, eps=EPS)
-    x_out = write(flat, y, c.post, c.res, n).reshape(x.shape)
-    return c, read(flat, c.pre, n), x_out
+    comb = {"comb": jnp.moveaxis(c.res, (0, 1), (-1, -2))}
+    return comb | _of_link(c, read(flat, c.pre, n), write(flat, y, c.post, c.res, n).reshape(x.shape))
 
 
-def load(name):
-    return {k: jnp.asarray(v) for k, v in np.load(FOLDER / f"{name}.npz").items()}
-
-
-def results(module, inputs, g):
-    """(coefficients, h and x' of a module, the gradients of its inputs), from one program."""
-
-    def loss(*a):
-        c, h, x_out = module(*a)
-        return (h * g["w_h"]).sum() + (x_out * g["w_x"]).sum(), (c, h, x_out)
-
-    grads, out = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(*inputs)
-    return out, grads
-
-
-def check_deepseek_v4(g, n):
-    inputs = [g[k] for k in ("x", "y", "fn", "base", "scale")]
-    (c, h, x_out), grads = results(lambda *a: connection(*a, n), inputs, g)
-    assert_close(jnp.moveaxis(c.post, 0, -1), g["post"], GOLDEN, "post")
-    assert_close(jnp.moveaxis(c.res, (0, 1), (-1, -2)), g["comb"], GOLDEN, "comb")
-    assert_close(h, g["h"], GOLDEN, "h")
-    assert_close(x_out, g["x_out"], GOLDEN, "x_out")
-    for name, grad in zip(("x", "y", "fn", "base", "scale"), grads, strict=True):
-        assert_close(grad, g[f"grad_{name}"], GOLDEN, f"gradient of {name}")
-
-
-def check_head(g, n):
-    flat = g["x"].reshape(*g["x"].shape[:2], -1)
-    weights = head_weights(flat, g["hc_fn"].T, g["hc_scale"], g["hc_base"], eps_norm=EPS_NORM, eps=EPS)
-    assert_close(read(flat, weights, n), g["out"], GOLDEN, "out")
-
-
-def identity(x, y, fn, base, scale, n):
+def hy_v4(x, y, fn, base, scale, n):
     """HY-V4's layouts in and out, through the module of kind `identity`."""
     config = connections.parse(f"identity:eps_convention=hy_v4:num_streams={n}")
-    link = connections.connection_module(config)(config, x.shape[-1], 2, 0)
-    flat = x.reshape(*x.shape[:2], -1)
+    link, flat = connections.connection_module(config)(config, x.shape[-1], 2, 0), flattened(x)
     params = {"params": {"phi": fn.T, "alpha": scale, "bias": base}}
     c = link.apply(params, flat, method="coefficients")
     h = link.apply(params, flat, c, method="read")
-    return c, h, link.apply(params, flat, c, y, method="write").reshape(x.shape)
+    return _of_link(c, h, link.apply(params, flat, c, y, method="write").reshape(x.shape))
 
 
-def check_hy_v4(g, n):
-    inputs = [g[k] for k in ("x", "y", "fn", "base", "scale")]
-    (c, h, x_out), grads = results(lambda *a: identity(*a, n), inputs, g)
-    assert_close(jnp.moveaxis(c.post, 0, -1), g["post"], GOLDEN, "post")
-    assert_close(h, g["h"], GOLDEN, "h")
-    assert_close(x_out, g["x_out"], GOLDEN, "x_out")
-    for name, grad in zip(("x", "y", "fn", "base", "scale"), grads, strict=True):
-        assert_close(grad, g[f"grad_{name}"], GOLDEN, f"gradient of {name}")
+def _of_link(c, h, x_out):
+    return {"post": jnp.moveaxis(c.post, 0, -1), "h": h, "x_out": x_out}
+
+
+def _check(module, g, n):
+    """Results and the gradients of all inputs, from one program."""
+
+    def loss(*inputs):
+        out = module(*inputs, n)
+        return (out["h"] * g["w_h"]).sum() + (out["x_out"] * g["w_x"]).sum(), out
+
+    grads, out = jax.jit(jax.grad(loss, range(5), has_aux=True))(*(g[k] for k in INPUTS))
+    for name, value in (out | {f"grad_{k}": grad for k, grad in zip(INPUTS, grads, strict=True)}).items():
+        assert_close(value, g[name], GOLDEN, name)
+
+
+check_deepseek_v4 = functools.partial(_check, deepseek_v4)
+check_hy_v4 = functools.partial(_check, hy_v4)
+
+
+def check_head(g, n):
+    flat = flattened(g["x"])
+    weights = head_weights(flat, g["hc_fn"].T, g["hc_scale"], g["hc_base"], eps_norm=EPS_NORM, eps=EPS)
+    assert_close(read(flat, weights, n), g["out"], GOLDEN, "out")

@@ -56,6 +56,7 @@ def _own_flags():
     try:
         yield
     finally:
+        sys.modules.pop("config_config", None)  # the config file: the next would be loaded on top of it
         for flag in set(FLAGS) - known:
             module = FLAGS.find_module_defining_flag(flag)
             if flag.startswith("config") or module.startswith(("mhc_jax", "ml_collections", "script_", str(ROOT))):

@@ -1,6 +1,5 @@
 """Programs that runs of one configuration share, so that a test which trains again neither traces nor compiles again."""
 
-import contextlib
 import dataclasses
 import functools
 
@@ -20,14 +19,14 @@ def _of_the_settings(make):
     return shared
 
 
-MAKERS = ("make_train_step", "make_eval_step", "make_diagnostics_step")
-_SHARED = {name: _of_the_settings(functools.cache(getattr(loop, name))) for name in MAKERS}
+_MAKERS = ("make_train_step", "make_eval_step", "make_diagnostics_step")
+_SHARED = {name: _of_the_settings(functools.cache(getattr(loop, name))) for name in _MAKERS}
 _SHARED["init_state"] = _of_the_settings(jax.jit(loop.init_state, static_argnums=0))
 
 
-@contextlib.contextmanager
+@pytest.fixture(scope="module", autouse=True)
 def shared_programs():
-    """Within it, runs of `loop.train` make each of their programs once."""
+    """In every module that imports it, runs of `loop.train` make each of their programs once."""
     with pytest.MonkeyPatch.context() as patch:
         for name, make in _SHARED.items():
             patch.setattr(loop, name, make)

@@ -29,14 +29,6 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def write_corpus(path: Path) -> Path:
-    """60 documents of 40 to 99 words each: a small file whose windows are all different."""
-    draw = random.Random(0)
-    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(40 + i)) for i in range(60)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 def tiny(text: Path, kind: str = "mhc", **settings) -> ExperimentConfig:
     """A configuration of 8 steps with a checkpoint every 3; `settings` by section, as train={"steps": 4}."""
     model = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}

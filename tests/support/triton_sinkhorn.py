@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from mhc_kernels import sinkhorn, triton_sinkhorn
 from mhc_kernels.gpu_inspect import lower
-from support import oracles
+from support.kernel_checks import sinkhorn_oracle
 from support.tolerances import assert_close
 
 
@@ -37,33 +37,22 @@ class OnHost:
 
 def interpret():
     r = np.random.default_rng(0)
-    for n, real, block, N, t_max, eps in (
-        (4, 4, 16, 21, 20, 0),
-        (4, 3, 16, 5, 7, 0),
-        (8, 8, 8, 9, 20, 0),
-        (4, 3, 16, 3, 3, 1e-6),
-    ):
+    cases = (4, 4, 16, 21, 20, 0), (4, 3, 16, 5, 7, 0), (8, 8, 8, 9, 20, 0), (4, 3, 16, 3, 3, 1e-6)
+    for n, real, block, N, t_max, eps in cases:
         logits, G = np.full((n, n, N), -np.inf, np.float32), np.zeros((n, n, N), np.float32)
         logits[np.arange(n), np.arange(n)] = 0
         logits[:real, :real] = 2 * r.normal(size=(real, real, N))
         G[:real, :real] = r.normal(size=(real, real, N))
         out, grad = np.zeros_like(logits), np.zeros_like(logits)
-        pairs = t_max if eps == 0 else t_max - 1
-        options = {"N": N, "n": n, "real": real, "TOKENS": block, "pairs": pairs, "eps": float(eps)}
+        options = {"N": N, "n": n, "real": real, "TOKENS": block, "pairs": t_max - (eps > 0), "eps": float(eps)}
         grid = (-(-N // block),)
         triton_sinkhorn.mhc_sinkhorn_forward[grid](OnHost(logits), OnHost(out), **options)
         triton_sinkhorn.mhc_sinkhorn_backward[grid](OnHost(logits), OnHost(G), OnHost(grad), **options)
         out, grad, logits, G = (a[:real, :real].astype(np.float64) for a in (out, grad, logits, G))
 
-        def textbook(L, t_max=t_max, eps=eps):
-            return oracles.sinkhorn_v4(L.T, t_max, eps).T if eps else oracles.sinkhorn_log(L, t_max)
-
-        def gradient(L, G, textbook=textbook):
-            return oracles.numerical_gradient(lambda L: (G * textbook(L)).sum(), [L])[0]
-
-        expected = np.stack([textbook(logits[..., t]) for t in range(N)], -1)
+        pairs = [sinkhorn_oracle(logits[..., t], G[..., t], t_max, eps) for t in range(N)]
+        expected, expected_grad = (np.stack(a, -1) for a in zip(*pairs, strict=True))
         assert_close(out, expected, what=f"H_res, n = {real}, eps = {eps}")
-        expected_grad = np.stack([gradient(logits[..., t], G[..., t]) for t in range(N)], -1)
         assert_close(grad, expected_grad, what=f"gradient, n = {real}, eps = {eps}", terms=G * expected)
 
 

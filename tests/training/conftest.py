@@ -1,16 +1,10 @@
 """What the tests of runs share: the text, one finished run, and the programs that runs of one configuration compile."""
 
 import pytest
-from support.shared_programs import shared_programs
+from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import tiny, write_text
 
 from mhc_jax import loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_made_once():
-    with shared_programs():
-        yield
 
 
 @pytest.fixture(scope="session")

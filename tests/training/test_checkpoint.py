@@ -1,11 +1,11 @@
 """Checkpoints: a broken one is passed over, none is lost, a full disk and a foreign model are told in a sentence."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import subprocess
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,8 @@ def toy_shapes(device=0):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), toy(0))
 
 
-@contextlib.contextmanager
 def opened(folder, keep=3):
-    checkpoints = Checkpoints(folder, keep)
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.close()
+    return contextlib.closing(Checkpoints(folder, keep))
 
 
 def save(folder, *steps, keep=3):
@@ -52,9 +47,9 @@ def restored(folder, config=CONFIG, device=0):
         return checkpoints.restore_newest(toy_shapes(device), config), checkpoints.steps()
 
 
-def truncate(step_folder):
-    """Cut every file of a checkpoint to half its size, as a crash of the machine may."""
-    for file in step_folder.rglob("*"):
+def truncate(folder):
+    """Cut every file of a checkpoint, or of all, to half its size, as a crash of the machine may."""
+    for file in folder.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -92,8 +87,7 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
 
 def test_all_broken_is_a_sentence_at_every_start_and_moves_nothing(tmp_path):
     save(tmp_path, 1, 2)
-    for step in ("1", "2"):
-        truncate(tmp_path / "checkpoints" / step)
+    truncate(tmp_path / "checkpoints")
     for _ in range(2):
         with pytest.raises(InputError, match=r"No checkpoint in .* can be read \(2: .*; 1: "):
             restored(tmp_path)
@@ -109,12 +103,11 @@ def test_another_architecture_is_refused_with_what_differs(tmp_path):
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     save(tmp_path, 1)
-    leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
-    leftover.mkdir()
-    (leftover / "half").write_text("...")
+    leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "half"
+    leftover.mkdir(parents=True)
     assert int(restored(tmp_path)[0][0].step) == 1
     save(tmp_path, 2)
-    assert not leftover.exists()
+    assert not leftover.parent.exists()
     assert restored(tmp_path)[1] == [1, 2]
 
 
@@ -126,9 +119,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
 
 @pytest.mark.parametrize("how", ["save", "wait", "close"])
 def test_a_save_that_failed_in_the_background_is_told_once(how, tmp_path, monkeypatch):
-    def fail():
-        raise OSError(28, "No space left on device")
-
+    fail = mock.Mock(side_effect=OSError(28, "No space left on device"))
     checkpoints = Checkpoints(tmp_path, 3)
     checkpoints.save(1, toy(1), {"at": 1}, CONFIG)
     checkpoints.wait()
@@ -151,9 +142,8 @@ def undone(alone, folder):
 def test_a_run_whose_checkpoints_are_truncated_goes_on_from_one_that_is_not(residual, alone, tmp_path, capsys):
     """Or, where there is none, ends with a sentence and keeps its metrics."""
     some, none = (undone(alone, tmp_path / name) for name in ("some", "none"))
-    for folder, steps in ((some, (8,)), (none, (3, 6, 8))):
-        for step in steps:
-            truncate(folder / "checkpoints" / str(step))
+    truncate(some / "checkpoints/8")
+    truncate(none / "checkpoints")
     train(residual, some)
     assert "checkpoint 8 cannot be read" in capsys.readouterr().err
     events = [(e["event"], e["step"]) for e in lines(some, "event")]
@@ -194,18 +184,17 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_with_more_room
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        config = with_train(residual, keep_checkpoints=9, checkpoint_every=1)
-        command = [*flags_of(config), f"--workdir={disk / 'run'}"]
-        status, _, err = run_script("train", *command, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+        config, flags = with_train(residual, keep_checkpoints=9, checkpoint_every=1), os.environ["XLA_FLAGS"]
+        command = ["train", *flags_of(config), f"--workdir={disk / 'run'}"]
+        status, _, err = run_script(*command, env={"XLA_FLAGS": flags})
         assert status == 2, err
         told = "\n".join(line for line in err.splitlines() if not line.startswith("run: "))
         whole = "is whole. Make room and run the same command again to go on."
         assert re.fullmatch(f"error: Could not save a checkpoint in .*the disk is full.*{whole}", told), err
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        status, out, err = run_script("train", *command, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+        status, _, err = run_script(*command, env={"XLA_FLAGS": flags})
         assert status == 0, err
         assert "going on from the checkpoint of step" in err
-        assert json.loads(out)["status"] == "finished"
         assert_same_run(alone, disk / "run")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

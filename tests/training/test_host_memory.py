@@ -27,32 +27,25 @@ def f(x):  # 64 MiB for what the first loop leaves to the second
 f = jax.jit(f)
 x = jnp.ones(1 << 18)
 """
-CASES = {
-    "a string of bytes": ("", "b'x' * (1 << 26)", "1 << 26"),
-    "a compiled program": (
-        PROGRAM,
-        "jax.block_until_ready(f(x))",
-        "f.lower(x).compile().memory_analysis().temp_size_in_bytes",
-    ),
-}
+SIZE = "f.lower(x).compile().memory_analysis().temp_size_in_bytes"
+BYTES = ("", "b'x' * (1 << 26)", "1 << 26")
+COMPILED = pytest.param((PROGRAM, "jax.block_until_ready(f(x))", SIZE), marks=pytest.mark.full)
 
 
-def faults(case: str, how: str) -> int:
+def faults(setup: str, call: str, size: str, how: str) -> int:
     """Median of the page faults of a call, which takes at least 64 MiB."""
-    setup, call, size = CASES[case]
-    program = COUNT.format(setup=setup, call=call, size=size)
-    command = [sys.executable, "-c", program, how, host_memory.__file__]
+    command = [sys.executable, "-c", COUNT.format(setup=setup, call=call, size=size), how, host_memory.__file__]
     found, taken = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert taken >= 2**26
     return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-@pytest.mark.parametrize("case", ["a string of bytes", pytest.param("a compiled program", marks=pytest.mark.full)])
+@pytest.mark.parametrize("case", [BYTES, COMPILED], ids=["a string of bytes", "a compiled program"])
 def test_freed_memory_stays(case):
-    if faults(case, "give back") < 1000:
+    if faults(*case, "give back") < 1000:
         pytest.skip("this system hands out memory without faults")
-    assert faults(case, "keep") < 1000
+    assert faults(*case, "keep") < 1000
 
 
 @pytest.mark.parametrize(("asked", "alone"), [("cpu", True), ("cuda,cpu", False), ("tpu", False)])

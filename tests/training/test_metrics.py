@@ -1,4 +1,4 @@
-"""The record: spikes counted once, no line lost or doubled when a run goes on, a full disk told in a sentence."""
+"""The record: spikes counted once, no line lost or doubled when a run goes on; and what is printed while something runs."""
 
 import json
 import math
@@ -8,7 +8,9 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.tiny_runs import lines
 
+from mhc_jax import progress
 from mhc_jax.errors import InputError
 from mhc_jax.metrics import MetricsWriter, SpikeDetector, plain
 
@@ -48,21 +50,12 @@ def test_state_through_json_goes_on_exactly():
 
 
 def test_plain_values():
-    value = {
-        "nan": math.nan,
-        "inf": np.float32(np.inf),
-        "array": np.array([[1.0, math.nan]]),
-        "tuple": (1, "a", None, True),
-    }
-    assert plain(value) == {"nan": None, "inf": None, "array": [[1.0, None]], "tuple": [1, "a", None, True]}
-    assert plain(jnp.float32(0.1)) == pytest.approx(0.1, rel=1e-7)
+    value = {"nan": math.nan, "inf": np.float32(np.inf), "array": np.array([[1.0, math.nan]]), "tuple": (1, "a", None)}
+    assert plain(value) == {"nan": None, "inf": None, "array": [[1.0, None]], "tuple": [1, "a", None]}
+    assert plain(True) is True
     assert np.float32(plain(jnp.float32(0.1))) == np.float32(0.1), "9 digits are enough for a float32"
     assert plain([0.123456789, np.float32(16777215)]) == [0.123456789, 16777215.0], "and fewer are not"
     json.dumps(plain(value), allow_nan=False)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def write_steps(folder, keep_until, steps):
@@ -75,9 +68,9 @@ def write_steps(folder, keep_until, steps):
 def test_lines_after_the_restored_step_are_dropped(tmp_path):
     write_steps(tmp_path, -1, [0, 1, 2, 3, 4])
     write_steps(tmp_path, 2, [3, 4, 5])
-    assert [r["step"] for r in records(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
     write_steps(tmp_path, -1, [0])
-    assert [r["step"] for r in records(tmp_path)] == [0], "a run that starts anew keeps nothing"
+    assert [line["step"] for line in lines(tmp_path)] == [0], "a run that starts anew keeps nothing"
 
 
 @pytest.mark.parametrize("half", ['{"kind": "train", "st', '{"kind": "train", "step": 1, "loss": 1.0}', "\0\0\0"])
@@ -86,13 +79,13 @@ def test_a_half_written_last_line_is_dropped_and_a_whole_one_kept(half, tmp_path
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + half)
     write_steps(tmp_path, 5, [6])
-    assert [r["step"] for r in records(tmp_path)] == ([0, 1, 6] if half.endswith("}") else [0, 6])
+    assert [line["step"] for line in lines(tmp_path)] == ([0, 1, 6] if half.endswith("}") else [0, 6])
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written_and_a_full_disk_is_a_sentence(tmp_path):
     writer = MetricsWriter(tmp_path, -1)
     writer.write("train", 1, {"loss": math.nan})
-    assert records(tmp_path) == [{"kind": "train", "step": 1, "loss": None}]
+    assert lines(tmp_path) == [{"kind": "train", "step": 1, "loss": None}]
     writer._file.close()
     with open("/dev/full", "w") as writer._file:  # every write fails with "No space left on device"
         with pytest.raises(InputError, match=r"Cannot write .*metrics.jsonl: No space left on device.*make room"):
@@ -113,3 +106,56 @@ def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
         writer.close()
     assert begun[0] == begun[1] != begun[2]
     assert logged[0] == ({"train/loss": 2.0}, 1)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Set by hand."""
+    own = types.SimpleNamespace(now=100.0, monotonic=lambda: own.now)
+    monkeypatch.setattr(progress, "time", own)
+    return own
+
+
+def test_a_line_of_a_run_says_what_is_left_without_compilation(clock, capsys):
+    """Compilation takes 90 s, of which the first step waits for 60; then a step takes 2 s."""
+    shown = progress.RunProgress("run", 10, start=3, every_s=0.0)
+    for step, now in ((4, 190.0), (5, 192.0), (8, 198.0), (10, 202.0)):
+        clock.now = now
+        shown.update(step, 2.34567, 12345.6)
+    assert capsys.readouterr().err.splitlines() == [
+        "run: step 4/10  loss 2.3457  12,346 tokens/s",
+        "run: step 5/10  loss 2.3457  12,346 tokens/s  10 s left",
+        "run: step 8/10  loss 2.3457  12,346 tokens/s  4 s left",
+        "run: step 10/10  loss 2.3457  12,346 tokens/s  0 s left",
+    ]
+
+
+def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path, capsys):
+    """5 runs, 1 done before; of the 4, two took 60 s side by side: 30 s a run, so that 60 are left."""
+    shown = progress.SweepProgress(tmp_path, 5, 1, 2)
+    shown.started("a")
+    shown.started("b")
+    clock.now = 150.0
+    shown.ended("a", "finished")
+    clock.now = 160.0
+    shown.ended("b", "failed")
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        "a: finished after 50 s (2 of 5 runs done, about 0:02:30 left)",
+        "b: failed after 60 s (2 of 5 runs done, about 0:01:00 left)",
+    ]
+
+
+def test_the_bar_of_a_running_run_shows_the_newest_whole_line(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert progress.last_train_line(metrics) is None
+    line = '{{"kind": "train", "step": {}, "loss": 1.0}}\n'.format
+    metrics.write_text("".join(map(line, range(3000))) + '{"kind": "event", "step": 2999}\n' + line(3000)[:30])
+    assert progress.last_train_line(metrics)["step"] == 2999
+
+
+def test_a_line_of_items(clock, capsys):
+    shown = progress.ItemProgress("run", "answers", 40, every_s=0.0)
+    shown.advance(10)
+    clock.now = 120.0
+    shown.advance(10)
+    assert capsys.readouterr().err == "run: answers 10/40\nrun: answers 20/40  40 s left\n"

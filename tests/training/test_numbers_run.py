@@ -13,13 +13,12 @@ import pytest
 from scipy import special
 from support import numbers_page
 from support.ends import Poisoned, poisoned
-from support.tiny_runs import data_of, final_state, tiny
+from support.tiny_runs import final_state, tiny
 from support.tiny_runs import lines as read_lines
 
 from mhc_jax import cost, loop, train_step
 from mhc_jax.checkpoint import load_params
 from mhc_jax.config import MeshConfig
-from mhc_jax.cost import model_cost
 from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
 from mhc_jax.loop import train
 from mhc_jax.mapping import from_mapping
@@ -58,10 +57,8 @@ def test_numbers_of_the_summary(run):
     for key in ("stream_cosine", "stream_cosine_abs", "stream_rank"):
         assert summary[f"final_{key}"] == pytest.approx(np.mean(last[key]), rel=1e-8)
     assert summary["spikes"] == len(summary["spike_steps"])
-    sizes = {
-        jax.tree_util.keystr(path): np.asarray(leaf).size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(run.folder)["params"])
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(final_state(run.folder)["params"])
+    sizes = {jax.tree_util.keystr(path): np.size(leaf) for path, leaf in leaves}
     assert summary["parameters"] == sum(sizes.values())
     # 4 sub-layers: phi [64, 24], alpha [3] and bias [24].
     assert summary["connection_parameters"] == 4 * (4 * 16 * 24 + 3 + 24)
@@ -73,15 +70,6 @@ def test_every_key_is_on_the_page_of_numbers(run):
     assert {key for line in run.diagnostics for key in line} > {"router_load_cv", "h_res"}
     assert keys > {"router_dropped", "mesh"}
     assert keys - numbers_page.names() - {"kind"} == set()
-
-
-def test_flops_of_a_token(config, run):
-    """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
-    products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
-    assert products < run.summary["flops_per_token"] < 2 * products
-    elementwise = run.summary["flops_per_token"] - products
-    # AdamW and the norm of the gradient take about 20 operations a parameter and step.
-    assert elementwise > 15 * run.summary["parameters"] / (4 * 16)
 
 
 def test_measurements_of_the_table_of_results(run):
@@ -115,26 +103,18 @@ def test_gradient_norms_are_those_of_the_gradient(config, monkeypatch):
 HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏"
 
 
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    """A run on a mix of scripts under BPE: (configuration, held-out documents); a part of the held-out text is validated."""
-    folder = tmp_path_factory.mktemp("scripts")
+def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(tmp_path):
+    """A run on a mix of scripts under BPE; a part of the held-out text is validated."""
     draw = random.Random(1)
     chinese = ["".join(draw.choice(HAN) for _ in range(150)) for _ in range(20)]
     english = [" ".join(draw.choice(("stream", "gate", "norm", "loss")) for _ in range(80)) for _ in range(20)]
-    train_bpe([*english, *chinese[:3]], 320, folder / "bpe.json")
+    tokenizer = train_bpe([*english, *chinese[:3]], 320, tmp_path / "bpe.json")
     held_out = [english[0], chinese[0], english[1], *chinese[1:9]]
     for name, texts in (("train", [*english[2:], *chinese[9:]]), ("held-out", held_out)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    data = {"validation_source": str(folder / "held-out.jsonl"), "tokenizer": f"bpe:{folder / 'bpe.json'}"}
-    config = tiny(folder / "train.jsonl", "residual", data=data, train={"steps": 2, "validation_batches": 10})
-    return config, held_out
-
-
-def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(scripts, tmp_path):
-    config, held_out = scripts
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    data = {"validation_source": str(tmp_path / "held-out.jsonl"), "tokenizer": f"bpe:{tmp_path / 'bpe.json'}"}
+    config = tiny(tmp_path / "train.jsonl", "residual", data=data, train={"steps": 2, "validation_batches": 10})
     summary = train(config, tmp_path / "run")
-    tokenizer = data_of(config).tokenizer
     ids = [id for text in held_out for id in (*tokenizer.encode(text).tolist(), tokenizer.end_of_document)]
     windows = [ids[16 * i : 16 * i + 17] for i in range(40)]
     read = tokenizer.decode(id for window in windows for id in window[1:])
@@ -147,12 +127,10 @@ def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(scripts, tmp_p
     logits = jax.jit(Decoder(from_mapping(saved).model).apply)({"params": params}, inputs)[0]
     logp = special.log_softmax(np.asarray(logits, np.float64), -1)
     nats = -np.take_along_axis(logp, targets[..., None], -1).sum()
-    wanted = nats / math.log(2) / len(read.encode())
-
+    found = summary["validation_loss"], summary["bits_per_byte"]
+    assert found == pytest.approx((nats / 640, nats / math.log(2) / len(read.encode())), rel=1e-6)
     last = read_lines(tmp_path / "run", "validation")[-1]
-    assert summary["validation_loss"] == pytest.approx(nats / 640, rel=1e-6)
-    assert summary["bits_per_byte"] == pytest.approx(wanted, rel=1e-6)
-    assert (last["loss"], last["bits_per_byte"]) == (summary["validation_loss"], summary["bits_per_byte"])
+    assert (last["loss"], last["bits_per_byte"]) == found
 
 
 def test_the_train_lines_and_the_summary(text, tmp_path):
@@ -161,8 +139,7 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     read = loop._Run._read
 
     def reading(self, step, metrics):
-        before = self.clock["train_s"]
-        out = read(self, step, metrics)
+        before, out = self.clock["train_s"], read(self, step, metrics)
         times.append(self.clock["train_s"] - before)
         losses.append(float(metrics["loss"]))
         grads.append(float(metrics["grad_norm"]))
@@ -175,17 +152,14 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
         summary = train(config, tmp_path / "run")
     logged = read_lines(tmp_path / "run", "train", times=True)
     steps = [3, 6, 9, 12, 13]
-    assert [line["step"] for line in logged] == steps
-    assert [line["tokens"] for line in logged] == [4 * 16 * step for step in steps]
+    assert [(line["step"], line["tokens"]) for line in logged] == [(step, 4 * 16 * step) for step in steps]
     assert [line["loss"] for line in logged] == pytest.approx([losses[step - 1] for step in steps], rel=1e-8)
     assert [line["clipped"] for line in logged] == [int(grads[step - 1] > 0.7) for step in steps]
-    peak = config.optimizer.learning_rate
-    rates = [line["learning_rate"] / peak for line in logged]
+    rates = [line["learning_rate"] / config.optimizer.learning_rate for line in logged]
     assert rates == pytest.approx([0.75, 1, 1, 0.55, 0.1], rel=1e-6)
     for line in logged:
         assert line["step_time_s"] == pytest.approx(times[line["step"] - 1], rel=1e-5)
         assert line["tokens_per_s"] == pytest.approx(64 / times[line["step"] - 1], rel=1e-5)
-    assert len(losses) == 13
     assert summary["train_loss"] == pytest.approx(sum(losses[3:]) / 10, rel=1e-8)
     assert summary["step_time_s"] == pytest.approx(sorted(times)[6], rel=1e-5)
     parts = [f"{name}_s" for name in ("compile", "train", "validation", "diagnostics", "checkpoint")]
@@ -194,13 +168,14 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     # Embedding and head of 264 tokens, three norms, attention of 2 query and 1 key-value heads of 8, gated MLP of 16.
     assert summary["parameters"] == 2 * 264 * 16 + 3 * 16 + (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 16
     assert summary["connection_parameters"] == 0
-    unmeasured = [key for key in summary if key.startswith(("max_", "final_"))]
-    assert len(unmeasured) == 6
-    assert [summary[key] for key in unmeasured] == [None] * 6, "without diagnostics"
+    assert [value for key, value in summary.items() if key.startswith(("max_", "final_"))] == [None] * 6, (
+        "no diagnostics"
+    )
     # Products of 2 operations a weight and token, three times (forward, and two backward), and attention's two over 16 tokens.
     products = 264 * 16 + (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 16
     hand = 3 * (2 * products + 2 * 2 * 16 * 16)
-    assert hand < summary["flops_per_token"] < 1.25 * hand, "norms, softmax and Adam come on top"
+    adamw = 15 * summary["parameters"] / 64  # and the norm of the gradient: about 20 operations a parameter and step
+    assert hand + adamw < summary["flops_per_token"] < 1.25 * hand, "norms and softmax come on top"
 
 
 def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):

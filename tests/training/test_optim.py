@@ -66,12 +66,6 @@ def test_every_step_of_every_schedule(name, lengths, final):
         assert np.abs(np.diff(got[top:])).max() <= math.pi / 2 / span + 1e-6
 
 
-@functools.cache
-def shapes(kind):
-    config = tiny_config(kind)
-    return jax.eval_shape(lambda: init_state(config)).params
-
-
 def tiny_config(kind, **sections):
     return tiny(Path("unused.txt"), kind, model={"vocab_size": 32}, **sections)
 
@@ -80,8 +74,10 @@ def paths(tree):
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@functools.cache
 def ones(kind, value=1.0):
-    return jax.tree.map(lambda a: np.full(a.shape, value, a.dtype), shapes(kind))
+    shapes = jax.eval_shape(lambda: init_state(tiny_config(kind))).params
+    return jax.tree.map(lambda a: np.full(a.shape, value, a.dtype), shapes)
 
 
 def updates(config, kind, gradient):
