@@ -147,11 +147,10 @@ def test_draw_keeps_to_the_nucleus_of_what_it_draws_from(temperature, top_p, nuc
     np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 1500, expected / expected.sum(), atol=0.05)
 
 
-def test_sampling_refuses_what_it_cannot_do():
-    with pytest.raises(InputError, match="temperature is -1"):
-        Sampling(temperature=-1.0)
-    with pytest.raises(InputError, match="top_p is 0"):
-        Sampling(top_p=0.0)
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("top_p", 0.0)])
+def test_sampling_refuses_what_it_cannot_do(name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        Sampling(**{name: value})
 
 
 def test_buckets():
@@ -179,13 +178,12 @@ def trained(tmp_path_factory):
     return text, root / "run"
 
 
-ASK = ("--context=64", "--max_new=20")
+def generate(run, *flags):
+    return tiny_runs.run_script("generate", f"--checkpoint={run}", "--context=64", "--max_new=20", *flags)
 
 
 def test_generate_script(trained):
-    status, out, err = tiny_runs.run_script(
-        "generate", f"--checkpoint={trained[1]}", *ASK, "--prompt=the stream", "--temperature=0"
-    )
+    status, out, err = generate(trained[1], "--prompt=the stream", "--temperature=0")
     assert status == 0, err
     assert out.startswith("the stream")
     assert "20 tokens" in err
@@ -193,7 +191,7 @@ def test_generate_script(trained):
 
 @pytest.mark.full
 def test_generate_script_tells_mistakes_in_a_sentence(trained):
-    status, _, err = tiny_runs.run_script("generate", f"--checkpoint={trained[1]}", *ASK, "--prompt=" + "x" * 70)
+    status, _, err = generate(trained[1], "--prompt=" + "x" * 70)
     assert status == 2
     assert "The prompt has 70 tokens and the context 64" in err
     assert len(err.splitlines()) == 2
@@ -217,9 +215,8 @@ def test_a_run_is_loaded_with_its_own_tokenizer_and_no_other(trained, tmp_path):
 def test_a_bpe_run_needs_its_file_no_more_and_does_not_go_on_with_another(tmp_path):
     text, file = tiny_runs.write_text(tmp_path / "text.txt"), tmp_path / "bpe.json"
     original = train_bpe([text.read_text()], 270, file)
-    config = tiny_runs.tiny(
-        text, "residual", data={"tokenizer": f"bpe:{file}"}, train={"steps": 3, "checkpoint_every": 2}
-    )
+    steps = {"steps": 3, "checkpoint_every": 2}
+    config = tiny_runs.tiny(text, "residual", data={"tokenizer": f"bpe:{file}"}, train=steps)
     train(config, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")  # as if it had been stopped

@@ -42,7 +42,7 @@ def results(module, inputs, g):
         c, h, x_out = module(*a)
         return (h * g["w_h"]).sum() + (x_out * g["w_x"]).sum(), (c, h, x_out)
 
-    grads, out = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(*inputs)
+    grads, out = jax.jit(jax.grad(loss, argnums=range(len(inputs)), has_aux=True))(*inputs)
     return out, grads
 
 
