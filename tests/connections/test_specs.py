@@ -45,9 +45,7 @@ def any_settings(draw):
 @given(any_settings())
 @example(("circulant", {"beta": 1 / 3}))
 @example(("hc", {"dynamic": False}))
-@example(
-    ("mhc", {"init": "home", "num_streams": 2, "disable": ("pre", "post"), "entry": "scaled", "alpha_init": 1e-30})
-)
+@example(("mhc", {"init": "home", "num_streams": 2, "disable": ("pre", "post"), "alpha_init": 1e-30}))
 def test_a_connection_is_read_as_it_is_spelled_or_refused_in_a_sentence(case):
     kind, own = case
     text = ":".join([kind, *(f"{key}={'+'.join(v) if isinstance(v, tuple) else v}" for key, v in own.items())])
@@ -75,7 +73,7 @@ REFUSED = [
     *((f"{kind}:disable={parts}", f"nothing of `{kind}` is left") for kind, parts in NOTHING_LEFT),
     *((f"{kind}:num_streams=1", "needs 2 (or more|to 5)") for kind in ("circulant", "gated", "mhc_lite")),
     *((f"{kind}=0", "at least 1") for kind in ("gated:rank", "attnres_block:block_size")),
-    *((f"{kind}:num_streams=1:init=home", "gated residual") for kind in ("mhc", "identity")),
+    *((f"{kind}:num_streams=1:init=home", f"`{kind}` is a gated residual") for kind in ("mhc", "identity")),
     *(
         (f"{kind}:exit={exit}", f"exit is '{exit}'")
         for kind, exit in (("scalar_gated", "head"), ("attnres_block", "sum"))

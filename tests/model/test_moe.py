@@ -146,7 +146,7 @@ def test_nan_stays_visible_and_in_its_token():
 
 
 def experiment(kind, **settings):
-    model = dataclasses.replace(MODEL, connection=connections.parse(kind), **settings.pop("model", {}))
+    model = decoder_of(kind, MODEL, **settings.pop("model", {}))
     return dataclasses.replace(tiny_runs.tiny(Path("unused.txt"), kind, **settings), model=model)
 
 
