@@ -74,10 +74,8 @@ REFUSED = [
     *((f"{kind}:num_streams=1", "needs 2 (or more|to 5)") for kind in ("circulant", "gated", "mhc_lite")),
     *((f"{kind}=0", "at least 1") for kind in ("gated:rank", "attnres_block:block_size")),
     *((f"{kind}:num_streams=1:init=home", f"`{kind}` is a gated residual") for kind in ("mhc", "identity")),
-    *(
-        (f"{kind}:exit={exit}", f"exit is '{exit}'")
-        for kind, exit in (("scalar_gated", "head"), ("attnres_block", "sum"))
-    ),
+    ("scalar_gated:exit=head", "connection.exit is 'head'"),
+    ("attnres_block:exit=sum", "connection.exit is 'sum'"),
     ("mhcc", "connection.kind is 'mhcc'.*Did you mean 'mhc'"),
     ("mhc:innit=paper", "'innit'.*Did you mean 'init'"),
     ("mhc:init=pper", "connection.init is 'pper'.*Did you mean 'paper'"),
