@@ -1,4 +1,4 @@
-"""Every registered kind is held to the contract, and the presets to what they promise."""
+"""Every registered kind is held to the contract, in a decoder too, and the presets to what they promise."""
 
 import dataclasses
 import functools
@@ -7,31 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mhc_kernels import Coefficients
 from support import oracles
-from support.contract import B, C, L, T, found, make
 from support.decoders import TOKENS, decoder_of, drawn, logits_of, randomized
 from support.thinned import thin
 from support.tolerances import STEP_ZERO, assert_close
 
 from mhc_jax import connections
 from mhc_jax.connections.dynamic import PRESETS, bias_init
+from mhc_jax.diagnostics import summarize
 from mhc_jax.model import Decoder
 
+C, B, T, L = 8, 2, 5, 6
 SPECS = [
     "residual",
-    "hc",
-    "hc:dynamic=False",
-    "hc:tanh=False:num_streams=2",
-    "hc:disable=res",
-    "mhc",
-    "mhc:num_streams=1:t_max=2",
-    "mhc:num_streams=3:exit=head:t_max=2",
-    "mhc:disable=pre+post:t_max=2",
+    *("hc", "hc:dynamic=False", "hc:tanh=False:num_streams=2", "hc:disable=res"),
+    *("mhc", "mhc:num_streams=1:t_max=2", "mhc:num_streams=3:exit=head:t_max=2", "mhc:disable=pre+post:t_max=2"),
     "mhc:init=home:eps_convention=v4:exit=sum:t_max=2",
     "scalar_gated",
-    "identity",
-    "identity:eps_convention=hy_v4:exit=head",
+    *("identity", "identity:eps_convention=hy_v4:exit=head"),
     "mhc_lite",
     "kromhc:num_streams=8:exit=sum",
     "circulant:num_streams=3",
@@ -43,6 +36,39 @@ NO_READ_MATRIX = ("gated", "attnres_block")
 """Kinds whose read is not a mix of what diagnostics see; their `dense` says what stands for it."""
 MULTIPLIED = {"phi", "head_phi", "W", "down", "up", "inject", "w"}
 """Parameters that the streams are multiplied with; all others are static."""
+
+
+def make(spec, sublayer=1):
+    config = connections.parse(spec)
+    return connections.connection_module(config)(config, C, L, sublayer)
+
+
+@functools.cache
+def found(spec):
+    """(module of sub-layer 1, streams, y, {what the contract speaks of: its value}), by one compiled program."""
+    link, ends = make(spec), make(spec, None)
+    draw = np.random.default_rng(1)
+    x, y, weights = (jnp.asarray(draw.normal(size=(B, T, C)), jnp.float32) for _ in range(3))
+    streams, c = jax.eval_shape(ends.start, x)
+    streams = jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s.shape), s.dtype), streams)
+    params = drawn(functools.partial(link.init, method="write_read"), streams, c, y)
+    ends_params = drawn(functools.partial(ends.init, method="collapse"), streams, c, seed=1)
+
+    def loss(params, ends_params):
+        out = {"params": params, "ends": ends_params, "start": ends.start(x)}
+        out["unwritten"] = ends.write(*out["start"], jnp.zeros_like(x))
+        out["c"] = c = link.apply(params, streams, method="coefficients")
+        out["h"] = h = link.apply(params, streams, c, method="read")
+        out["written"] = written = link.apply(params, streams, c, y, method="write")
+        out["left"] = left = ends.apply(ends_params, written, c, method="collapse")
+        out["boundary"] = link.apply(params, streams, c, y, method="write_read")
+        after = link.apply(params, written, method="coefficients")
+        out["in parts"] = written, after, link.apply(params, written, after, method="read")
+        out["dense"] = link.dense(c, y)
+        return (h * weights).sum() + (left**2).sum() + (link.flat(written) ** 3).sum(), out
+
+    grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, ends_params)
+    return link, streams, y, {**out, "gradient": grads}
 
 
 def test_every_kind_is_in_the_specs():
@@ -69,16 +95,11 @@ def test_contract_shapes_and_dtypes(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_boundary_is_write_coefficients_read(spec):
-    *_, out = found(spec)
-    for a, b in zip(jax.tree.leaves(out["boundary"]), jax.tree.leaves(out["in parts"]), strict=True):
-        assert_close(a, b, 1e-6)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_start_writes_nothing(spec):
+def test_boundary_is_write_coefficients_read_and_start_writes_nothing(spec):
     *_, out = found(spec)
     jax.tree.map(np.testing.assert_array_equal, out["unwritten"], out["start"][0])
+    for a, b in zip(jax.tree.leaves(out["boundary"]), jax.tree.leaves(out["in parts"]), strict=True):
+        assert_close(a, b, 1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -114,9 +135,6 @@ def test_static_parameters_are_those_that_the_streams_are_not_multiplied_with(sp
     assert names - set(link.static_params) == names & MULTIPLIED
 
 
-LEAVE = {"sum": np.sum, "mean": np.mean}
-
-
 @pytest.mark.parametrize("spec", ["mhc:exit=sum:t_max=2", "hc:exit=mean", "single_pass:t_max=2", *SPECS])
 def test_streams_leave_as_the_exit_says(spec):
     """Sum, mean, or what the last sub-layer predicted for a next one; heads and gates have tests of their own."""
@@ -124,31 +142,8 @@ def test_streams_leave_as_the_exit_says(spec):
     streams = np.asarray(link.flat(out["written"]), np.float64).reshape(B, T, -1, C)
     if link.config.exit == "last_read":
         assert_close(out["left"], np.einsum("nbt,btnc->btc", np.asarray(out["c"].next_pre, np.float64), streams))
-    elif link.config.exit in LEAVE:
-        assert_close(out["left"], LEAVE[link.config.exit](streams, 2))
-
-
-EVERY_HC = [f"hc:num_streams={n}:tanh={tanh}" for n in (1, 2, 3, 4, 5, 8) for tanh in (True, False)]
-EVERY_MHC = ["mhc:num_streams=3:t_max=1", "mhc:num_streams=4:t_max=3"]
-
-
-@pytest.mark.parametrize("spec", thin([*EVERY_HC, *EVERY_MHC], lambda spec: spec not in EVERY_HC[1::4]))
-def test_coefficients_against_the_oracle(spec):
-    config = connections.parse(spec)
-    link, n = connections.connection_module(config)(config, C, L, 1), config.num_streams
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, n * C)), jnp.float32)
-    params = drawn(functools.partial(link.init, method="coefficients"), x, spread=0.5)
-    c = jax.jit(lambda p: link.apply(p, x, method="coefficients"))(params)
-    p = {k: np.asarray(v, np.float64) for k, v in params["params"].items()}
-    for t, token in enumerate(np.asarray(x[0], np.float64).reshape(3, n, C)):
-        if config.kind == "hc":
-            W = p["W"]
-            args = p["A_m"], p["B"], p["A_r"], W[:, 0], W[:, 1], W[:, 2:], p["s_a"], p["s_b"], config.tanh
-            expected = oracles.hc_coefficients(token, *args)
-        else:
-            expected = oracles.mhc_coefficients(token, p["phi"], p["alpha"], p["bias"], config.t_max)
-        for k, name in enumerate(Coefficients._fields):
-            assert_close(c[k][..., 0, t], expected[k], what=name)
+    elif link.config.exit in ("sum", "mean"):
+        assert_close(out["left"], getattr(streams, link.config.exit)(2))
 
 
 CHANGES = {
@@ -192,14 +187,14 @@ def test_a_decoder_under_unroll_remat_and_bfloat16_is_the_same(kind, change):
 
 
 PRE_NORM = [
+    *("hc", "mhc", "mhc:init=zeros:t_max=2", "mhc:init=hc:t_max=2:exit=head", "attnres_block", "mhc_lite:init=zeros"),
     *(
-        "hc",
-        "mhc",
-        "mhc:init=zeros:t_max=2",
-        "mhc:init=hc:t_max=2:exit=head",
         "mhc:init=residual:num_streams=1:t_max=2",
+        "identity:num_streams=2",
+        "kromhc",
+        "circulant",
+        "single_pass:t_max=2",
     ),
-    *("attnres_block", "identity:num_streams=2", "mhc_lite:init=zeros", "kromhc", "circulant", "single_pass:t_max=2"),
 ]
 REST = [
     *(f"{spec}:num_streams={n}" for spec in ("hc", "mhc", "mhc:init=residual") for n in (1, 2, 4, 8)),
@@ -229,16 +224,14 @@ def test_branches_start_with_the_same_values_whatever_the_connection(kind):
     jax.tree.map(np.testing.assert_array_equal, params, reference)
 
 
-BROKEN = {"mhc:t_max=2:init=home": 1e-2, "gated": 1e-4}
-BROKEN |= {f"{kind}:init=home": 1e-4 for kind in ("identity", "mhc_lite", "kromhc", "circulant", "single_pass")}
+BROKEN = {"mhc:t_max=2:init=home": 1e-2, "gated": 1e-4, "identity:init=home": 1e-4}
+LIKE_IDENTITY = {f"{kind}:init=home": 1e-4 for kind in ("mhc_lite", "kromhc", "circulant", "single_pass")}
 
 
-@pytest.mark.parametrize(
-    "spec", thin(BROKEN, lambda spec: spec in ("mhc:t_max=2:init=home", "gated", "identity:init=home"))
-)
-def test_step_zero_with_broken_symmetry_is_not_pre_norm(spec):
+@pytest.mark.parametrize(("spec", "least"), thin([*(BROKEN | LIKE_IDENTITY).items()], lambda case: case[0] in BROKEN))
+def test_step_zero_with_broken_symmetry_is_not_pre_norm(spec, least):
     """`home` and the random gates of `gated` tell the streams apart from the start."""
-    assert float(np.abs(logits_of(spec)[0] - logits_of("residual")[0]).max()) > BROKEN[spec]
+    assert float(np.abs(logits_of(spec)[0] - logits_of("residual")[0]).max()) > least
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -255,11 +248,17 @@ def test_preset_marginals(preset):
     np.testing.assert_allclose(post, 2 * pre if preset == "home" else 1)
 
 
-def test_layer_dependent_initialisers_are_scanned():
-    layers = initial("hc")["layers"]
-    A_m = {name: layers[f"{name}_connection"]["A_m"].argmax(-1) for name in ("attention", "mlp")}
-    np.testing.assert_array_equal(A_m["attention"], [0, 2, 0])  # sub-layers 0, 2, 4 of 4 streams
-    np.testing.assert_array_equal(A_m["mlp"], [1, 3, 1])
+@pytest.mark.parametrize(
+    ("spec", "branch", "name", "home"),
+    [
+        ("hc", "attention", "A_m", [0, 2, 0]),  # sub-layers 0, 2, 4 of 4 streams
+        ("hc", "mlp", "A_m", [1, 3, 1]),
+        ("single_pass:t_max=2", "mlp", "bias", [2, 0, 2]),  # sub-layers 1, 3, 5 predict the reads of 2, 4, 6
+    ],
+)
+def test_initialisers_that_depend_on_the_layer_are_scanned(spec, branch, name, home):
+    layers = logits_of(spec)[1]["layers"]
+    np.testing.assert_array_equal(layers[f"{branch}_connection"][name][:, :4].argmax(-1), home)
 
 
 def test_scaled_entry_tells_streams_apart_in_their_dtype():
@@ -273,3 +272,76 @@ def test_scaled_entry_tells_streams_apart_in_their_dtype():
     expected = np.concatenate([np.asarray(x) * np.asarray(row) for row in s], axis=-1)
     assert_close(jax.jit(expand)(variables, x), expected)
     assert jax.eval_shape(expand, variables, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+SENTENCE = jnp.arange(12)[None]
+"""Every position has an embedding row of its own."""
+EVERY = [f"{kind}:t_max=2" if kind in ("mhc", "single_pass") else kind for kind in connections.KINDS]
+ALIKE = ("identity", "mhc_lite", "kromhc", "circulant")
+"""Kinds of which one, `identity`, stands for the others in the fast suite."""
+DECODERS = thin(EVERY, lambda spec: spec not in (*ALIKE[1:], "residual", "scalar_gated"))
+
+
+@functools.cache
+def program(spec):
+    """parameters -> (logits, diagnostics), and the gradient of the logits of position 5, compiled."""
+
+    def loss(params):
+        logits, collected = Decoder(decoder_of(spec)).apply({"params": params}, SENTENCE, 5)
+        return (logits[0, 5] ** 2).sum(), (logits, collected)
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+@functools.cache
+def run(spec):
+    """Diagnostics and gradient at parameters that are not the initial ones."""
+    gradient, (_, collected) = program(spec)(randomized(logits_of(spec)[1], spread=0.1))
+    return gradient, collected
+
+
+@pytest.mark.parametrize("spec", DECODERS)
+def test_no_logit_depends_on_a_later_token(spec):
+    """The gradient of position t with respect to embeddings after t is exactly zero."""
+    gradient, _ = run(spec)
+    per_token = np.abs(gradient["embedding"]).max(-1)
+    assert (per_token[:6] > 0).all(), "position 5 sees tokens 0 to 5"
+    np.testing.assert_array_equal(per_token[6:12], 0)
+
+
+@pytest.mark.parametrize("spec", DECODERS)
+def test_every_kind_gives_the_diagnostics(spec):
+    _, collected = run(spec)
+    config = connections.parse(spec)
+    n = config.num_streams
+    assert collected["res"].shape == (6, 5, n, n)
+    record = summarize(collected)
+    assert record["stream_rms"].shape == (6, n)
+    assert all(np.isfinite(v).all() for v in record.values())
+    if config.kind in (*ALIKE, "gated", "attnres_block"):
+        np.testing.assert_allclose(record["composite_forward"], 1, atol=1e-5)
+        np.testing.assert_allclose(record["composite_backward"], 1, atol=1e-5)
+
+
+def test_h_res_is_applied_and_streams_persist():
+    """The bugs that silently void a comparison: a computed but unused H_res, streams collapsed in every block."""
+    spec = "mhc:init=home:t_max=2"
+    params = randomized(logits_of(spec)[1])
+    link = params["layers"]["attention_connection"]
+    res = np.random.default_rng(1).normal(size=16).astype(np.float32)
+    moved = {**link, "bias": link["bias"].at[1, 8:].set(res)}  # H_res of block 1 alone
+    _, (base, diagnostics) = program(spec)(params)
+    _, (other, _) = program(spec)({**params, "layers": {**params["layers"], "attention_connection": moved}})
+    assert float(np.abs(other - base).max()) > 1e-3
+    assert diagnostics["stream_rms"].shape == (6, 4)
+    assert float(diagnostics["stream_rms"].std(-1).max()) > 1e-2, "streams differ between blocks"
+
+
+@pytest.mark.parametrize("spec", ["mhc:init=home:t_max=2", "mhc:entry=scaled:disable=pre+post:t_max=2"])
+def test_step_zero_gradient_of_h_res_logits_is_alive_once_streams_differ(spec):
+    """By where branches write, or by the scaled entry, with which H_res alone has something to mix and the scales learn."""
+    gradient, _ = program(spec)(logits_of(spec)[1])
+    bias = gradient["layers"]["mlp_connection"]["bias"][:, -16:]
+    assert float(np.abs(bias).max()) > 1e-6
+    if "scaled" in spec:
+        assert float(np.abs(gradient["ends"]["entry_scale"]).max()) > 0

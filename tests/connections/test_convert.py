@@ -19,14 +19,11 @@ def golden_weights():
     """A checkpoint of N layers: the golden module in layer 1, feed-forward; random ones elsewhere."""
     g, head = load(f"deepseek_v4_n{n}"), load(f"deepseek_v4_head_n{n}")
     rng = np.random.default_rng(0)
-    weights = {
-        f"layers.{i}.hc_{branch}_{part}": rng.normal(size=g[part].shape).astype(np.float32)
-        for i in range(N)
-        for branch in ("attn", "ffn")
-        for part in ("fn", "base", "scale")
-    }
-    weights |= {f"layers.1.hc_ffn_{part}": np.asarray(g[part]) for part in ("fn", "base", "scale")}
-    weights |= {f"hc_head_{part}": np.asarray(head[f"hc_{part}"]) for part in ("fn", "base", "scale")}
+    weights = {}
+    for part in ("fn", "base", "scale"):
+        names = [f"layers.{i}.hc_{branch}_{part}" for i in range(N) for branch in ("attn", "ffn")]
+        weights |= {name: rng.normal(size=g[part].shape).astype(np.float32) for name in names}
+        weights |= {f"layers.1.hc_ffn_{part}": np.asarray(g[part]), f"hc_head_{part}": np.asarray(head[f"hc_{part}"])}
     return weights, g, head
 
 
@@ -76,14 +73,11 @@ def test_the_tree_is_the_decoders(settings):
     [
         (lambda w: w.pop("layers.2.hc_attn_base"), r"layers.2.hc_attn_base is missing .* shape \[24\]"),
         (lambda w: w.update(hc_head_scale=np.ones(2)), r"hc_head_scale has the shape \[2\], and \[1\] was expected"),
-        (
-            lambda w: w.update({"layers.0.hc_ffn_fn": np.ones((96, 24))}),
-            r"hc_ffn_fn has the shape \[96, 24\], and \[24, 96\]",
-        ),
+        (lambda w: w.update({"layers.0.hc_ffn_fn": np.ones((96, 24))}), r"shape \[96, 24\], and \[24, 96\]"),
     ],
 )
 def test_weights_that_do_not_fit_are_told(change, sentence):
-    weights, _, _ = golden_weights()
+    weights = golden_weights()[0]
     change(weights)
     with pytest.raises(InputError, match=sentence):
         from_deepseek_v4(weights, N, n, C)

@@ -1,6 +1,7 @@
 """Decoding over a cache against the decoder on the whole sequence, for every connection; sampling; what a person meets."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny_runs
-from support.decoders import decoder_of, drawn_decoder
+from support.decoders import EXPERTS, decoder_of, drawn_decoder
 
 from mhc_jax import connections
 from mhc_jax.cache import empty_cache, grown
@@ -24,19 +25,35 @@ from mhc_jax.trained import load_trained
 
 MODEL = ModelConfig(vocab_size=67, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=32)
 ATTENTION = {"gqa": {}, "mla": {"attention_kind": "mla", "kv_rank": 12, "rope_width": 6}}
-MOE = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 16, "num_dense_layers": 1}
 PROMPTS = (np.arange(5), np.arange(7, 30))
 DRAW = jax.jit(draw)
+parameters = functools.partial(drawn_decoder, spread=0.25)
+"""Random everywhere, so that coefficients differ between tokens."""
 each_attention = pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 
 
-def parameters(config):
-    """Random everywhere, so that coefficients differ between tokens."""
-    return drawn_decoder(config, spread=0.25)
-
-
-def assert_decodes_alike(config, steps=200, slots=256):
-    """`steps` greedy tokens over a cache are, token for token, those of the decoder on the whole sequence."""
+@pytest.mark.parametrize(
+    ("kind", "settings", "length"),
+    [
+        ("mhc:t_max=2", {}, (40, 64)),
+        ("single_pass:t_max=2", ATTENTION["mla"], (40, 64)),
+        pytest.param(
+            "mhc",
+            ATTENTION["mla"] | EXPERTS,
+            (200, 256),
+            marks=pytest.mark.full,
+            id="experts and a leading dense block",
+        ),
+        *(
+            pytest.param(kind, attention, (200, 256), marks=pytest.mark.slow)
+            for kind in connections.KINDS
+            for attention in ATTENTION.values()
+        ),
+    ],
+)
+def test_decoding_with_cache_equals_decoding_without(kind, settings, length):
+    """Greedy tokens over a cache are, token for token, those of the decoder on the whole sequence."""
+    config, (steps, slots) = decoder_of(kind, MODEL, **settings), length
     params = parameters(config)
     generator = Generator(config, params, slots, shortest=slots)
     made = generator.generate(PROMPTS, steps)
@@ -50,23 +67,6 @@ def assert_decodes_alike(config, steps=200, slots=256):
         expected = np.asarray(logits)[row].argmax(-1)[len(prompt) - 1 : len(prompt) + steps - 1]
         np.testing.assert_array_equal(made[row], expected)
         assert len(set(made[row])) > 5, "a sequence that shows something"
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "how"),
-    [
-        ("mhc:t_max=2", {}, (40, 64)),
-        ("single_pass:t_max=2", ATTENTION["mla"], (40, 64)),
-        pytest.param("mhc", ATTENTION["mla"] | MOE, (), marks=pytest.mark.full, id="experts and a leading dense block"),
-        *(
-            pytest.param(kind, attention, (), marks=pytest.mark.slow)
-            for kind in connections.KINDS
-            for attention in ATTENTION.values()
-        ),
-    ],
-)
-def test_decoding_with_cache_equals_decoding_without(kind, settings, how):
-    assert_decodes_alike(decoder_of(kind, MODEL, **settings), *how)
 
 
 @each_attention
@@ -147,11 +147,10 @@ def test_draw_keeps_to_the_nucleus_of_what_it_draws_from(temperature, top_p, nuc
     np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 1500, expected / expected.sum(), atol=0.05)
 
 
-def test_sampling_refuses_what_it_cannot_do():
-    with pytest.raises(InputError, match="temperature is -1"):
-        Sampling(temperature=-1.0)
-    with pytest.raises(InputError, match="top_p is 0"):
-        Sampling(top_p=0.0)
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("top_p", 0.0)])
+def test_sampling_refuses_what_it_cannot_do(name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        Sampling(**{name: value})
 
 
 def test_buckets():
@@ -179,13 +178,12 @@ def trained(tmp_path_factory):
     return text, root / "run"
 
 
-ASK = ("--context=64", "--max_new=20")
+def generate(run, *flags):
+    return tiny_runs.run_script("generate", f"--checkpoint={run}", "--context=64", "--max_new=20", *flags)
 
 
 def test_generate_script(trained):
-    status, out, err = tiny_runs.run_script(
-        "generate", f"--checkpoint={trained[1]}", *ASK, "--prompt=the stream", "--temperature=0"
-    )
+    status, out, err = generate(trained[1], "--prompt=the stream", "--temperature=0")
     assert status == 0, err
     assert out.startswith("the stream")
     assert "20 tokens" in err
@@ -193,7 +191,7 @@ def test_generate_script(trained):
 
 @pytest.mark.full
 def test_generate_script_tells_mistakes_in_a_sentence(trained):
-    status, _, err = tiny_runs.run_script("generate", f"--checkpoint={trained[1]}", *ASK, "--prompt=" + "x" * 70)
+    status, _, err = generate(trained[1], "--prompt=" + "x" * 70)
     assert status == 2
     assert "The prompt has 70 tokens and the context 64" in err
     assert len(err.splitlines()) == 2
@@ -217,9 +215,8 @@ def test_a_run_is_loaded_with_its_own_tokenizer_and_no_other(trained, tmp_path):
 def test_a_bpe_run_needs_its_file_no_more_and_does_not_go_on_with_another(tmp_path):
     text, file = tiny_runs.write_text(tmp_path / "text.txt"), tmp_path / "bpe.json"
     original = train_bpe([text.read_text()], 270, file)
-    config = tiny_runs.tiny(
-        text, "residual", data={"tokenizer": f"bpe:{file}"}, train={"steps": 3, "checkpoint_every": 2}
-    )
+    steps = {"steps": 3, "checkpoint_every": 2}
+    config = tiny_runs.tiny(text, "residual", data={"tokenizer": f"bpe:{file}"}, train=steps)
     train(config, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")  # as if it had been stopped

@@ -1,4 +1,4 @@
-"""DeepSeekMoE against loops in float64, its balancing, and decoders with experts: parameters, training, resuming."""
+"""DeepSeekMoE against loops in float64, its balancing, decoders with experts, and the grouped products of TPUs, interpreted."""
 
 import dataclasses
 import functools
@@ -8,17 +8,25 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mhc_kernels
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from support import decoders, tiny_runs
 from support.decoders import EXPERTS, MLA, TOKENS, decoder_of, drawn, started
+from support.oracles import as_float64, assert_slopes
 from support.oracles_moe import moe_oracle
+from support.thinned import thin
 from support.tolerances import assert_close
 
 from mhc_jax import connections
-from mhc_jax.layers.moe import MoE, balanced_bias, mix_experts, route, router_health, score_entropy
+from mhc_jax.config import MeshConfig
+from mhc_jax.layers import grouped
+from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gradient
+from mhc_jax.layers.moe import MoE, balanced_bias, route, router_health, score_entropy
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder
+from mhc_jax.sharding import make_mesh, using
 from mhc_jax.train_step import init_state, make_train_step
 
 E, K, F, C = 5, 2, 3, 6
@@ -42,93 +50,41 @@ def layer_of(num_shared=2, dtype=jnp.float32):
     return layer, run
 
 
-def setup(num_shared=2, bias=None):
-    """(h, parameters, w): inputs of the layer, and random weights of its output."""
+def normal(*shapes):
     random = np.random.default_rng(0)
-    h, w = (jnp.asarray(random.normal(size=(2, 5, C)), jnp.float32) for _ in range(2))
-    p = drawn(layer_of(num_shared)[0].init, h, spread=0.4)["params"]
-    return h, {**p, "router_bias": jnp.zeros(E) if bias is None else jnp.asarray(bias, jnp.float32)}, w
-
-
-UNEVEN = {
-    "as it starts": None,
-    "an expert without tokens": (0.0, 0.0, -9.0, 0.0, 0.0),
-    "all tokens to two": (0.0, 9.0, 0.0, 9.0, 0.0),
-}
-
-
-@pytest.mark.parametrize(
-    ("num_shared", "bias"), [(0, UNEVEN["as it starts"]), *((2, bias) for bias in UNEVEN.values())]
-)
-def test_moe_and_its_gradients_against_loops(num_shared, bias):
-    """Values, and central differences of the float64 loops along random directions, for every parameter and the input."""
-    h, p, w = setup(num_shared, bias)
-    y, aux, grads = layer_of(num_shared)[1](p, h, w)
-    expected, load = moe_oracle(p, np.asarray(h), K, 1.5)
-    assert_close(y, expected, 5e-6)
-    np.testing.assert_array_equal(aux["expert_load"], load)
-    if bias == UNEVEN["an expert without tokens"]:
-        assert load[2] == 0
-    if bias == UNEVEN["all tokens to two"]:
-        assert load[1] == load[3] == 10
-
-    np.testing.assert_array_equal(grads[0]["router_bias"], 0)
-    p64, h64 = jax.tree.map(lambda a: np.asarray(a, np.float64), (p, h))
-    random = np.random.default_rng(1)
-    for name in [*(name for name in p if name != "router_bias"), "h"]:
-        grad = {"h": grads[1], "norm": grads[0]["norm"]["weight"]}.get(name, grads[0].get(name))
-        direction = random.normal(size=grad.shape)
-
-        def loss(t, name=name, direction=direction):
-            step = t * direction
-            moved = (
-                {"norm": {"weight": p64["norm"]["weight"] + step}}
-                if name == "norm"
-                else {name: p64.get(name, 0) + step}
-            )
-            at, x = ({}, h64 + step) if name == "h" else (moved, h64)
-            return (moe_oracle({**p64, **at}, x, K, 1.5)[0] * np.asarray(w, np.float64)).sum()
-
-        slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
-        # float32 sums of up to 36 terms against differences exact to 1e-8.
-        along = (np.asarray(grad, np.float64) * direction).sum()
-        assert_close(along, slope, 2e-5, name, terms=np.asarray(grad) * direction)
-
-
-def normal(seed, *shapes):
-    random = np.random.default_rng(seed)
     return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def test_sorted_groups_equal_the_sum_over_chosen_experts():
-    """`mix_experts` against a dense sum that masks, values and gradients."""
-    x, *W, W_router = normal(0, (9, C), (E, C, F), (E, C, F), (E, F, C), (C, E))
-    experts, gates, _ = jax.jit(route, static_argnums=(3, 4))(x, W_router, jnp.zeros(E), K, 1.0)
-
-    def grouped(x, gates, *W):
-        return mix_experts(x, experts, gates, *W)[0]
-
-    def dense(x, gates, A, B, D):
-        hidden = jax.nn.silu(jnp.einsum("nc,ecf->nef", x, A)) * jnp.einsum("nc,ecf->nef", x, B)
-        mask = (jax.nn.one_hot(experts, E) * gates[:, :, None]).sum(1)
-        return jnp.einsum("nef,efc,ne->nc", hidden, D, mask)
-
-    def both(f, *args):
-        out, pull = jax.vjp(f, *args)
-        return out, pull(2 * out)
-
-    (y, got), (y2, expected) = (jax.jit(both, static_argnums=0)(f, x, gates, *W) for f in (grouped, dense))
-    assert_close(y, y2, 5e-6)
-    for a, b in zip(got, expected, strict=True):
-        assert_close(a, b, 1e-5)
+def setup(num_shared=2, bias=(0.0,) * E):
+    """(parameters, h, w): inputs of the layer, and random weights of its output."""
+    h, w = normal((2, 5, C), (2, 5, C))
+    p = drawn(layer_of(num_shared)[0].init, h, spread=0.4)["params"]
+    return {**p, "router_bias": jnp.asarray(bias)}, h, w
 
 
-def test_the_bias_chooses_and_does_not_weigh():
-    experts, gates, scores = route(*normal(0, (8, C), (C, E)), jnp.array([5.0, 0, 0, 0, 0]), K, 2.0)
-    np.testing.assert_array_equal(experts[:, 0], 0)
-    np.testing.assert_allclose(gates.sum(-1), 2, rtol=1e-6)
-    chosen = np.take_along_axis(np.asarray(scores), np.asarray(experts), -1)
-    np.testing.assert_allclose(gates, 2 * chosen / chosen.sum(-1, keepdims=True), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("num_shared", "bias", "loads"),
+    [
+        (0, (0.0,) * E, {}),
+        (2, (0.0,) * E, {}),
+        (2, (0.0, 0.0, -9.0, 0.0, 0.0), {2: 0}),
+        (2, (0.0, 9.0, 0.0, 9.0, 0.0), {1: 10, 3: 10}),
+    ],
+    ids=["none shared", "as it starts", "an expert without tokens", "all tokens to two"],
+)
+def test_moe_and_its_gradients_against_loops(num_shared, bias, loads):
+    """Values, and central differences of the float64 loops along random directions, for every parameter and the input."""
+    p, h, w = setup(num_shared, bias)
+    y, aux, (grads, dh) = layer_of(num_shared)[1](p, h, w)
+    expected, load = moe_oracle(p, np.asarray(h), K, 1.5)
+    assert_close(y, expected, 5e-6)
+    np.testing.assert_array_equal(aux["expert_load"], load)
+    assert {e: load[e] for e in loads} == loads
+
+    def loss(at):
+        return (moe_oracle(at | {"norm": {"weight": at["norm"]}}, at["h"], K, 1.5)[0] * np.asarray(w, np.float64)).sum()
+
+    assert_slopes(loss, as_float64({**p, "h": h}), as_float64({**grads, "h": dh}))
 
 
 def test_gates_of_scores_that_all_underflow_are_zero():
@@ -139,7 +95,7 @@ def test_gates_of_scores_that_all_underflow_are_zero():
 
 def test_balancing_evens_out_a_skewed_router():
     """A router that sends most tokens to a few experts: the load's coefficient of variation falls below 0.1."""
-    x, W = normal(0, (2048, 8), (8, 8))
+    x, W = normal((2048, 8), (8, 8))
     # Scores of x W + skew: the bias has to undo the skew.
     x1, W1 = jnp.concatenate([x, jnp.ones((2048, 1))], 1), jnp.concatenate([W, jnp.linspace(-2.0, 2.0, 8)[None]])
 
@@ -173,8 +129,7 @@ def test_entropy_of_known_scores():
 
 
 def test_bfloat16_stays_near_float32():
-    h, p, w = setup()
-    (y, aux, _), (full, full_aux, _) = (layer_of(2, dtype)[1](p, h, w) for dtype in (jnp.bfloat16, jnp.float32))
+    (y, aux, _), (full, full_aux, _) = (layer_of(2, dtype)[1](*setup()) for dtype in (jnp.bfloat16, jnp.float32))
     assert y.dtype == jnp.bfloat16
     # The router is float32 in both.
     np.testing.assert_array_equal(aux["expert_load"], full_aux["expert_load"])
@@ -183,16 +138,15 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_nan_stays_visible_and_in_its_token():
-    h, p, w = setup()
+    p, h, w = setup()
     y = np.asarray(layer_of()[1](p, h.at[0, 2, 1].set(jnp.nan), w)[0])
     bad = np.isnan(y).all(-1)
-    assert bad[0, 2]
-    assert bad.sum() == 1
+    assert np.argwhere(bad).tolist() == [[0, 2]]
     assert not np.isnan(y[~bad]).any()
 
 
 def experiment(kind, **settings):
-    model = dataclasses.replace(MODEL, connection=connections.parse(kind), **settings.pop("model", {}))
+    model = decoder_of(kind, MODEL, **settings.pop("model", {}))
     return dataclasses.replace(tiny_runs.tiny(Path("unused.txt"), kind, **settings), model=model)
 
 
@@ -283,3 +237,111 @@ def test_a_run_resumes_bitwise_and_records_the_routers(tmp_path):
         del saved["model"][name]
     (tmp_path / "dense" / "config.json").write_text(json.dumps(saved))
     assert train(dense, tmp_path / "dense")["status"] == "finished"
+
+
+def arguments(sizes, M, C=256, F=128):
+    x, W, g = normal((M, C), (len(sizes), C, F), (M, F))
+    return x, W, jnp.asarray(sizes, jnp.int32), g
+
+
+def both(x, W, sizes, g):
+    """(rows, dx, dW) of the groups."""
+    inside = (jnp.arange(len(x)) < sizes.sum())[:, None]
+    y, pull = jax.vjp(lambda x, W: grouped_matmul(x, W, sizes), x, W)
+    dx, dW = pull(jnp.where(inside, g, 0))
+    return jnp.where(inside, y, 0), jnp.where(inside, dx, 0), dW
+
+
+GROUPS = {
+    "ragged": ([100, 1, 155], 256),
+    "empty ones": ([0, 0, 130, 0, 126, 0], 256),
+    "all to one": ([0, 384, 0], 384),
+    "rows beyond the groups": ([70, 0, 90], 256),
+    "rows that fill no tile": ([40, 33, 2], 75),
+    "none": ([0, 0], 128),
+}
+
+
+@pytest.mark.parametrize("groups", thin(GROUPS, lambda name: name in ("empty ones", "rows that fill no tile")))
+def test_kernels_are_ragged_dot(groups):
+    args = arguments(*GROUPS[groups])
+    expected = jax.jit(both)(*args)
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        actual = jax.jit(lambda *a: both(*a))(*args)
+    for name, a, b in zip(("y", "dx", "dW"), expected, actual, strict=True):
+        assert_close(b, a, 1e-5, name)
+
+
+def test_devices_that_share_weights_add_up_their_gradients(monkeypatch):
+    """Rows differ along `data`, the weights do not.  Within `shard_map` the kernels cannot be interpreted: stand-ins multiply."""
+
+    def product(a, b, sizes, dtype, tiling, transpose_rhs=False, interpret=False):
+        return jax.lax.ragged_dot(a, b.swapaxes(1, 2) if transpose_rhs else b, sizes).astype(dtype)
+
+    def of_weights(a, b, sizes, dtype, tiling, interpret=False):
+        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(b)), side="right")
+        return jnp.einsum("cm,me,mf->ecf", a, jax.nn.one_hot(group, len(sizes)), b).astype(dtype)
+
+    monkeypatch.setattr(grouped, "gmm", product)
+    monkeypatch.setattr(grouped, "tgmm", of_weights)
+    x, W, sizes, g = arguments([100, 28], 128)
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradients(x, W, sizes, g):
+        def local(x, W, sizes, g):
+            return jax.lax.psum((grouped_matmul(x, W, sizes) * g).sum(), "data")
+
+        product = jax.shard_map(local, mesh=mesh, in_specs=(rows, whole, whole, rows), out_specs=whole)
+        return jax.grad(lambda x, W: product(x, W, sizes, g), (0, 1))(x, W)
+
+    twice = jnp.concatenate([x, -x]), W, sizes, jnp.concatenate([g, 2 * g])
+    expected = jax.jit(gradients)(*twice)
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        actual = jax.jit(lambda *a: gradients(*a))(*twice)
+    for name, a, b in zip(("dx", "dW"), expected, actual, strict=True):
+        assert_close(b, a, 1e-5, name)
+    assert_close(actual[1], -jax.jit(both)(x, W, sizes, g)[2], 1e-5, "1 - 2 of that of one device")
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"stage": 2}, {"data": 2}], ids=str)
+def test_kernels_lower_where_a_mesh_does_not_divide_the_rows(sizes):
+    """XLA's partitioner refuses them; one sequence of diagnostics, or a pipeline whose devices share no batch."""
+    x, W, groups, _ = arguments([60, 40], 100)
+
+    def gradient(x, W):
+        return jax.grad(lambda x, W: grouped_matmul(x, W, groups).sum(), (0, 1))(x, W)
+
+    mesh = make_mesh(MeshConfig(**sizes))
+    with using(mesh), mhc_kernels.settings(platform="tpu"):
+        specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(), "check_vma": False}
+        run = jax.shard_map(gradient, axis_names={"stage"}, **specs) if "stage" in sizes else gradient
+        text = jax.jit(run).trace(x, W).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 2, "dx and dW"
+
+
+def test_a_gradient_of_the_weights_sees_its_group_alone():
+    """NaN in rows of other groups, and in rows of none, stays out of dW."""
+    x, W, sizes, g = arguments([60, 68], 256)
+    x = x.at[:60].set(jnp.nan).at[128:].set(jnp.nan)
+    with mhc_kernels.settings(platform="tpu", interpret=True):
+        (dW,) = jax.jit(lambda W, g: jax.vjp(lambda W: grouped_matmul(x, W, sizes), W)[1](g))(W, g)
+    assert np.isnan(dW[0]).all()
+    expected = np.asarray(x[60:128], np.float64).T @ np.asarray(g[60:128], np.float64)
+    assert_close(dW[1], expected, 1e-5, "dW")
+
+
+@pytest.mark.parametrize(("k", "n"), [(1280, 896), (896, 1280), (2560, 1536), (1536, 2560), (64, 48), (7168, 2048)])
+def test_tiles_fill_vmem_and_no_more(k, n):
+    rows, depth, columns = tiling(98304, k, n)
+    assert (rows, k % depth, n % columns) == (512, 0, 0)
+    assert 4 * (rows * depth + depth * columns + rows * columns) + 4 * rows * columns <= 12 * 2**20
+    assert depth == k or k > 2560
+    _, down, across = tiling_of_gradient(98304, k, n)
+    assert 4 * 512 * (down + across) + 4 * down * across + 4 * down * across <= 14 * 2**20
+
+
+def test_the_largest_tile():
+    """The last one of 1000 rows is cut."""
+    for size, limit, tile in ((98304, 512, 512), (384, 512, 384), (1280, 1024, 640), (48, 512, 48), (1000, 512, 512)):
+        assert largest(size, limit) == tile

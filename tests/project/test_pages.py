@@ -29,7 +29,7 @@ from mhc_jax.records import read_run
 from mhc_jax.settings import group
 
 README = (ROOT / "README.md").read_text()
-CONTRACT = ["contract_shapes_and_dtypes", "boundary_is_write_coefficients_read", "start_writes_nothing"]
+CONTRACT = ["contract_shapes_and_dtypes", "boundary_is_write_coefficients_read_and_start_writes_nothing"]
 CONTRACT += ["every_parameter_has_a_gradient", "dense_fills_in_disabled_components"]
 
 

@@ -7,6 +7,7 @@ itself held against central differences.
 import math
 
 import numpy as np
+from support.tolerances import assert_close
 
 
 def sigmoid(v):
@@ -164,3 +165,19 @@ def numerical_gradient(f, arrays, step=1e-6):
             g[index] = (shifted[0] - shifted[1]) / (2 * step)
         grads.append(g)
     return grads
+
+
+def as_float64(params):
+    """Parameters of a layer, norms as their weight alone."""
+    plain = {name: value["weight"] if isinstance(value, dict) else value for name, value in params.items()}
+    return {name: np.asarray(value, np.float64) for name, value in plain.items()}
+
+
+def assert_slopes(f, at, grads):
+    """float32 gradients of f, each along a random direction, against central differences of the float64 f at a dict of arrays."""
+    random = np.random.default_rng(1)
+    for name, grad in grads.items():
+        direction = random.normal(size=grad.shape)
+        above, below = (f({**at, name: at[name] + step * direction}) for step in (1e-6, -1e-6))
+        # Sums of up to 100 float32 terms.
+        assert_close((grad * direction).sum(), (above - below) / 2e-6, 2e-5, name, terms=grad * direction)

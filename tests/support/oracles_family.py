@@ -7,7 +7,7 @@ import itertools
 import math
 
 import numpy as np
-from support.oracles import read, rms, sigmoid, sinkhorn_log, write
+from support.oracles import hc_coefficients, read, rms, sigmoid, sinkhorn_log, write
 
 
 def softmax(v):
@@ -54,6 +54,13 @@ def circulant_mixing(logits, n, g):
     return H
 
 
+def hc_step(x, y, p, tanh):
+    W = p["W"]
+    columns = W[:, 0], W[:, 1], W[:, 2:]
+    pre, post, res = hc_coefficients(x, p["A_m"], p["B"], p["A_r"], *columns, p["s_a"], p["s_b"], tanh)
+    return read(x, pre), write(x, y, post, res)
+
+
 def step_with(mixing):
     def step(x, y, p, eps=(1e-20, 0.0, 0.0), **settings):
         pre, post, logits = gates(x, p, *eps)
@@ -94,6 +101,8 @@ def attnres_block_step(V, y, p, sublayer, block_size, eps_norm=1e-20):
 
 
 STEP = {
+    "hc": hc_step,
+    "mhc": step_with(lambda logits, n, t_max: sinkhorn_log(np.reshape(logits, (n, n)), t_max)),
     "scalar_gated": scalar_gated_step,
     "identity": step_with(lambda logits, n: np.eye(n)),
     "mhc_lite": step_with(permutation_mixing),
