@@ -140,11 +140,12 @@ def experiment(kind, **train):
     )
 
 
-def test_train_step_is_the_same_program_with_diagnostics_on_or_off():
+@pytest.mark.parametrize("kind", ["residual", pytest.param("mhc", marks=pytest.mark.full)])
+def test_train_step_is_the_same_program_with_diagnostics_on_or_off(kind):
     batch = {"inputs": TOKENS, "targets": TOKENS}
     texts = []
     for every in (0, 50):
-        config = experiment("residual", diagnostics_every=every)
+        config = experiment(kind, diagnostics_every=every)
         state = jax.eval_shape(lambda c=config: init_state(c))
         texts.append(jax.jit(make_train_step(config)).lower(state, batch).as_text())
     assert texts[0] == texts[1]

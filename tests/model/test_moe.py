@@ -67,10 +67,9 @@ def setup(num_shared=2, bias=(0.0,) * E):
     [
         (0, (0.0,) * E, {}),
         (2, (0.0,) * E, {}),
-        (2, (0.0, 0.0, -9.0, 0.0, 0.0), {2: 0}),
-        (2, (0.0, 9.0, 0.0, 9.0, 0.0), {1: 10, 3: 10}),
+        *((num, (0.0, 0.0, -9.0, 0.0, 0.0), {2: 0}) for num in (0, 2)),
+        *((num, (0.0, 9.0, 0.0, 9.0, 0.0), {1: 10, 3: 10}) for num in (0, 2)),
     ],
-    ids=["none shared", "as it starts", "an expert without tokens", "all tokens to two"],
 )
 def test_moe_and_its_gradients_against_loops(num_shared, bias, loads):
     """Values, and central differences of the float64 loops along random directions, for every parameter and the input."""
