@@ -71,8 +71,8 @@ def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
         ((Op("B", 0, 0, 1, None),), ()),
     )
     schedule = Schedule("mine", 2, 1, (route,), (0,), (1, 1), rows)
-    told = "tick 0, device 1: F of microbatch 0, chunk 0, stage 1, needs F of stage 0, .* it is there from tick 1 on."
-    with pytest.raises(InputError, match=told):
+    told = "tick 0, device 1: F of microbatch 0, chunk 0, stage 1, needs F of stage 0, which device 0 does in tick 0; "
+    with pytest.raises(InputError, match=told + "it is there from tick 1 on."):
         validate(schedule)
     late = dataclasses.replace(schedule, table=((rows[0][0], ()), ((), rows[0][1]), *rows[1:]))
     validate(late)
