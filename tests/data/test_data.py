@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +104,27 @@ def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
     one, two, three = found
     assert one.counts == two.counts == three.counts
     assert np.array_equal(one.tokens, three.tokens)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
+def build(source: str, cache: str, results) -> None:
+    array = arrays.token_array(source, "train", data.ByteTokenizer(), cache=Path(cache))
+    results.put((array.counts.tokens, int(array.tokens.astype(np.int64).sum())))
+
+
+@pytest.mark.full
+def test_processes_may_build_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=build, args=("shakespeare", str(tmp_path), results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    assert len({results.get(timeout=600) for _ in workers}) == 1
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    results.close()
+    results.join_thread()
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 

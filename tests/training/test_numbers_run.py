@@ -19,6 +19,7 @@ from support.tiny_runs import lines as read_lines
 from mhc_jax import cost, loop, train_step
 from mhc_jax.checkpoint import load_params
 from mhc_jax.config import MeshConfig
+from mhc_jax.cost import model_cost
 from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
 from mhc_jax.loop import train
 from mhc_jax.mapping import from_mapping
@@ -70,6 +71,15 @@ def test_every_key_is_on_the_page_of_numbers(run):
     assert {key for line in run.diagnostics for key in line} > {"router_load_cv", "h_res"}
     assert keys > {"router_dropped", "mesh"}
     assert keys - numbers_page.names() - {"kind"} == set()
+
+
+def test_flops_of_a_token(config, run):
+    """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
+    products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
+    assert products < run.summary["flops_per_token"] < 2 * products
+    elementwise = run.summary["flops_per_token"] - products
+    # AdamW and the norm of the gradient take about 20 operations a parameter and step.
+    assert elementwise > 15 * run.summary["parameters"] / (4 * 16)
 
 
 def test_measurements_of_the_table_of_results(run):
