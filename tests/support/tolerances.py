@@ -18,7 +18,7 @@ DIFFERENCES = 1e-8
 """Central differences of an O(1) float64 function at a step of 1e-6, whose rounding is 1e-16 / 1e-6."""
 GOLDEN = 1e-5
 """Golden values of other implementations, which themselves compute in float32."""
-FLOAT64 = 1e-12
+FLOAT64_SUMS = 1e-12
 """float64 sums of a few terms in another order."""
 FLOAT64_CHAIN = 1e-10
 """The same through a projection, a root and twenty Sinkhorn iterations."""
