@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 import types
 
@@ -166,8 +167,7 @@ def test_rotation_exceeds_every_cache():
 
 def test_layouts_of_peers_come_back(scripts):
     _, peers = scripts
-    spec = SPECS["tiny"]
-    rng = np.random.default_rng(0)
+    spec, rng = SPECS["tiny"], np.random.default_rng(0)
     for op in ("sinkhorn", "write_read"):
         given, cotangents = measure.make_sets(op, spec, 1)[0]
         named = [(name, a.shape, False) for name, a in zip(ARGUMENTS[op], given, strict=True)]
@@ -288,8 +288,8 @@ def test_device_report_of_this_cpu(tmp_path):
     assert steps["mhc pallas_gpu"]["status"].startswith("it needs a GPU")
     assert report["parts"]["gradient/tiny"] == {"mhc xla": []}
     assert report["parts"]["repeat/tiny/write_read"] == {"xla": []}
-    lines = (tmp_path / "README.md").read_text().splitlines()
-    assert {"## Against float64", "## Operations", "## Train step", "## Repeated calls"} <= set(lines)
+    headings = re.findall(r"^## ([^:\n]*)", (tmp_path / "README.md").read_text(), re.MULTILINE)
+    assert set(headings) >= {"Against float64", "Operations", "Train step", "Repeated calls"}
 
 
 def test_device_report_names_only_known_parts_and_the_papers_layers():
