@@ -24,14 +24,16 @@ PYTEST := $(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=workst
 test: $(VENV)/.installed
 	$(PYTEST)
 
-# What CI runs: the fast tests, full products of what they try in pairs, and kernels compiled for devices that are not here.
-test-all: test test-rest test-aot
+# What CI runs: the fast tests, full products of what they try in pairs, and kernels compiled for devices that are not here (where .ci
+# has the compilers for this Python).
+test-all: test test-rest $(if $(wildcard .ci/aot-$(VERSION).txt),test-aot)
 
 test-rest: $(VENV)/.installed
 	$(PYTEST) -m 'full and not slow and not gpu and not tpu'
 
+# With the compilers of `make aot`, where they are installed.
 test-slow: $(VENV)/.installed
-	$(RUN) -m pytest -m slow
+	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(RUN) -m pytest -m slow
 
 aot: $(AOT)/.installed
 

@@ -227,7 +227,8 @@ def test_figures_without_data_say_what_they_need(runs):
         plots.loss_gap(runs[1:2])
 
 
-def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)], ids=["two", "all"])
+def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path, every):
     keys = ("composite_forward_max", "single_backward", "tokens", "grad_norm", *STREAM_MEASURES)
     new = {"model.connection.kind": "brand_new"}
     run = make_run(tmp_path, "_mine $x", "mhc", drop=(*keys, "h_post"), config=new)
@@ -235,7 +236,7 @@ def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path):
         missing = name in ("grad_norm", "loss_gap", "stream_similarity")
         with pytest.raises(plots.NothingToDraw) if missing else contextlib.nullcontext():
             figure = plot.draw([run])
-        if name in ("loss", "gates"):
+        if every or name in ("loss", "gates"):
             assert "<svg" in plots.svg(figure)
 
 

@@ -141,7 +141,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["three figures", pytest.param("all figures", marks=pytest.mark.full)])
 def page(runs, tmp_path_factory, request):
-    """The page of the four runs; of the figures that are not rendered there are the heads of their files."""
+    """The page of the four runs.  A figure that is not rendered is a file with the signature of PNG alone."""
     folder = tmp_path_factory.mktemp("report")
     save, svg, rendered = plots.save, plots.svg, []
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import pytest
 from support.in_process import run_here
-from support.tiny_runs import ROOT
+from support.tiny_runs import PATIENCE_S, ROOT
 
 from mhc_jax import aot, cost, pod, topology
 from mhc_jax.compiled import Collective, Instruction, Program, arrays
@@ -44,7 +44,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_names_that_are_none_are_told(name):
+def test_unknown_topologies_are_refused(name):
     jax.devices()  # from here on there are 8, and no setting makes more
     with pytest.raises(InputError, match=WRONG[name].replace("(", r"\(")):
         topology.get_slice(name)
@@ -299,9 +299,12 @@ def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path):
     env = {**os.environ, "XLA_FLAGS": "", "MHC_JAX_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", STUCK, f"{ROOT}/experiments/compile.py", *FLAGS, "--connections=mhc"]
     process = subprocess.Popen([*command, "--topology=cpu:1"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    assert any(line == "compiling\n" for line in process.stderr)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    try:
+        assert any(line == "compiling\n" for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.glob("compiled/*")) == []

@@ -68,7 +68,7 @@ SPOILT = [("coefficients", 4), ("read", 0), ("write", 3)]
 
 
 @pytest.mark.parametrize(("op", "spoil"), thin(SPOILT, lambda case: case[0] == "read"))
-def test_what_is_wrong_not_finite_or_broken_fails_is_not_timed_and_costs_no_other_row(op, spoil):
+def test_a_failing_contestant_is_not_timed_and_costs_no_other_row(op, spoil):
     first, last = [Broken(0, name="broken"), Wrong(0, np.nan, name="nan")], Wrong(spoil, backward_only=True)
     rows = list(measure.measure(op, SPECS["tiny"], [*first, measure.Ours("xla"), last], 1, 1e9))
     names = [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])]

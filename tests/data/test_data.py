@@ -84,7 +84,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, corpus, damage):
 
 
 def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
-    """Both the prepared set and the token array: the second process begins and ends while the first writes."""
+    """Of the prepared set and of the token array: a second build begins and ends while the first one writes."""
     inner, found = [], []
 
     def interrupted(owner, name):

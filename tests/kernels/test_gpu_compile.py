@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from mhc_kernels import Coefficients, coefficients, read, settings, sinkhorn, write, write_read
 from mhc_kernels.gpu_inspect import lower, missing, resources
-from support.tiny_runs import ROOT
+from support.tiny_runs import PATIENCE_S, ROOT
 
 TOKENS = 8192 - 3  # the last block is ragged
 
@@ -118,5 +118,5 @@ def test_triton_sinkhorn_is_that_of_the_loops_and_lowers(how):
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1" if how == "interpret" else "0"}
     command = [sys.executable, "-m", "support.triton_sinkhorn", how]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr

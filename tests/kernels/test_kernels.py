@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from mhc_kernels import Coefficients, coefficients, columns, projection, read, settings, sinkhorn, write, write_read
+from mhc_kernels import (
+    Coefficients,
+    choice,
+    coefficients,
+    columns,
+    projection,
+    read,
+    settings,
+    sinkhorn,
+    write,
+    write_read,
+)
 from mhc_kernels.choice import choose
 from mhc_kernels.measure import make_sets
 from mhc_kernels.ops.arg_specs import SPECS
@@ -50,7 +61,7 @@ EIGHTHS = st.integers(-640, 640).map(lambda k: k / 8)
 """Between -80 and 80; sums of two are exact."""
 
 
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(st.data(), st.sampled_from((2, 3, 5)), st.sampled_from((1, 2, 40)))
 def test_any_logits_have_the_marginals_and_symmetries_of_the_iteration(data, n, t_max):
     logits = data.draw(arrays(np.float32, (n, n), elements=EIGHTHS, fill=st.nothing()), "logits")
@@ -289,7 +300,8 @@ def test_a_named_implementation_runs_or_raises():
     assert choose("read", None, obstacles) == "xla"
 
 
-def test_falling_back_is_said_once():
+def test_falling_back_is_said_once(monkeypatch):
+    monkeypatch.setattr(choice, "_warned", set())
     obstacles = {"pallas_gpu": lambda: "C must be a multiple of 48"}
     with settings(platform="gpu"):
         with pytest.warns(UserWarning, match=r"read runs as plain XLA, not pallas_gpu: C must be a multiple of 48"):

@@ -7,7 +7,7 @@ import pytest
 from mhc_kernels import projection, read, settings, sinkhorn, tpu
 from mhc_kernels.ops.coefficients import pallas_gpu as statistics
 from support import kernel_checks, oracles
-from support.kernel_checks import f64, value_and_pull
+from support.kernel_checks import f64, pulled
 from support.thinned import thin
 from support.tolerances import BF16_RELATIVE, FORMS_FP32, FP32_RELATIVE, SPLIT_SUMS, assert_close
 
@@ -116,7 +116,7 @@ def test_projection_of_one_stream_and_its_gradients(backend, dtype):
 
 
 def check_projection(x, phi, g, bound):
-    z, (dx, dphi) = value_and_pull(lambda x, phi: projection(x, phi, 1e-6), (x, phi), g)
+    z, (dx, dphi) = pulled(lambda x, phi: projection(x, phi, 1e-6))((x, phi), g)
     X, P, G = f64(x), f64(phi), f64(g).T
     inverse = 1 / np.array([oracles.rms(row, 1e-6) for row in X])[:, None]
     Z = X @ P * inverse

@@ -25,6 +25,7 @@ from mhc_jax.trained import load_trained
 
 MODEL = ModelConfig(vocab_size=67, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=32)
 ATTENTION = {"gqa": {}, "mla": {"attention_kind": "mla", "kv_rank": 12, "rope_width": 6}}
+LONG = (("mhc", "gqa"), ("single_pass", "mla"))
 PROMPTS = (np.arange(5), np.arange(7, 30))
 DRAW = jax.jit(draw)
 parameters = functools.partial(drawn_decoder, spread=0.25)
@@ -37,17 +38,13 @@ each_attention = pytest.mark.parametrize("attention", ATTENTION.values(), ids=AT
     [
         ("mhc:t_max=2", {}, (40, 64)),
         ("single_pass:t_max=2", ATTENTION["mla"], (40, 64)),
-        pytest.param(
-            "mhc",
-            ATTENTION["mla"] | EXPERTS,
-            (200, 256),
-            marks=pytest.mark.full,
-            id="experts and a leading dense block",
-        ),
+        pytest.param("mhc", ATTENTION["mla"] | EXPERTS, (200, 256), marks=pytest.mark.full, id="mhc with experts"),
         *(
-            pytest.param(kind, attention, (200, 256), marks=pytest.mark.slow)
+            pytest.param(
+                kind, settings, (200, 256), marks=pytest.mark.full if (kind, name) in LONG else pytest.mark.slow
+            )
             for kind in connections.KINDS
-            for attention in ATTENTION.values()
+            for name, settings in ATTENTION.items()
         ),
     ],
 )

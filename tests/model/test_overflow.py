@@ -9,6 +9,7 @@ import mhc_kernels
 import numpy as np
 import pytest
 from mhc_kernels import Coefficients, projection, write_read
+from support.kernel_checks import pulled
 from support.thinned import thin
 from support.tiny_runs import lines, tiny, write_text
 from support.tolerances import assert_close
@@ -58,22 +59,12 @@ def assert_sound(values, expected, sound, what):
     assert_close(np.asarray(values)[sound], expected[sound], what=what)
 
 
-def value_and_pull(f, x):
-    """f(x) and the gradient of its sum, compiled."""
-
-    def run(x):
-        out, pull = jax.vjp(f, x)
-        return out, pull(jnp.ones_like(out))[0]
-
-    return jax.jit(run)(x)
-
-
 @form_and_dtype
 def test_projection(form, dtype):
     x, exact, sound = tokens(C, dtype)
     phi = jnp.asarray(np.random.default_rng(1).normal(size=(C, 24)) / np.sqrt(C), jnp.float32)
     with mhc_kernels.settings(**FORMS[form]):
-        z, dx = value_and_pull(lambda x: projection(x, phi, EPS), x)
+        z, (dx,) = pulled(lambda x: projection(x, phi, EPS))((x,), jnp.ones((24, len(x))))
     assert_sound(z.T, normal(exact) @ np.asarray(phi, np.float64), sound, form)
     assert np.isfinite(np.asarray(dx, np.float32)[sound]).all()
 
@@ -105,7 +96,7 @@ def norms(weight):
 @pytest.mark.parametrize("norm", norms(None))
 def test_norms(norm, dtype):
     x, exact, sound = tokens(C, dtype)
-    out, dx = value_and_pull(norms(jnp.ones(C))[norm], x)
+    out, (dx,) = pulled(norms(jnp.ones(C))[norm])((x,), jnp.ones(x.shape))
     assert_sound(out, normal(exact), sound, norm)
     assert np.isfinite(np.asarray(dx, np.float32)[sound]).all()
 

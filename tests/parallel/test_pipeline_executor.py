@@ -1,7 +1,6 @@
 """The pipeline on simulated devices: losses, gradients and curves of the decoder without one, memory, checkpoints, refusals."""
 
 import dataclasses
-import functools
 import re
 import shutil
 
@@ -9,11 +8,10 @@ import jax
 import numpy as np
 import pytest
 from support import meshes, tiny_runs
-from support.float64 import in_float64
-from support.meshes import EXPERTS, batch, lowered_gradients, on_one_device, random_params, run_gradients, trained
+from support.meshes import EXPERTS, assert_same_step, batch, on_one_device, random_params, run_gradients
 from support.thinned import thin
 from support.tiny_runs import lines, write_text
-from support.tolerances import assert_close
+from support.tolerances import ANOTHER_PROGRAM, assert_close
 
 from mhc_jax import connections, loop
 from mhc_jax.config import MeshConfig, PipelineConfig
@@ -38,35 +36,6 @@ def tiny(kind, schedule, stages, microbatches, mesh=None, sequences=1, overlap=F
     return meshes.tiny(kind, mesh, microbatches, size, pipeline, **sizes | model)
 
 
-@functools.cache
-def exact(config):
-    """Gradients by path, in float64."""
-    _, grads = in_float64(gradients(config))(random_params(config), batch(config))
-    return {path_of(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads)}
-
-
-def assert_same_step(config, fused=True):
-    """Within 1e-6 of the step without pipeline, or of that in float64, or no further from the latter than the former.
-
-    Two float32 programs of one function may round otherwise.
-    """
-    loss, router, grads = run_gradients(config, fused)
-    expected_loss, expected_router, expected_grads = on_one_device(config, fused)
-    assert loss == pytest.approx(expected_loss, rel=1e-6)
-    for path, g in expected_grads.items():
-        tolerance = 1e-6
-        if np.abs(grads[path] - g).max() > tolerance * np.abs(g).max():
-            g, rounded = exact(meshes.alone(config))[path], g
-            scale = np.abs(g).max()
-            errors = [np.abs(a - g).max() / scale for a in (grads[path], rounded)]
-            print(f"gradient of {path}: {errors[0]:.2e} from float64; without a pipeline {errors[1]:.2e}")
-            tolerance = max(tolerance, errors[1])
-        assert_close(grads[path], g, tolerance, f"gradient of {path}")
-    assert router.keys() == expected_router.keys()
-    for name, value in expected_router.items():
-        assert_close(router[name], value, 1e-6, name)
-
-
 CASES = {
     "dualpipe": ("residual", 2, 4, {"mesh": {"data": 2}, "sequences": 2, "overlap": True}),
     "zb1p": ("attnres_block", 2, 3, EXPERTS),  # its blocks count themselves
@@ -77,8 +46,7 @@ CASES = {
 @pytest.mark.parametrize("schedule", thin(CASES, "1f1b".__ne__))
 def test_a_pipeline_changes_nothing(schedule):
     kind, stages, microbatches, others = CASES[schedule]
-    # The fast ones round alike whatever is fused, and compile in a third of the time.
-    assert_same_step(tiny(kind, schedule, stages, microbatches, **others), fused=kind == MHC)
+    assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 
 
 @pytest.mark.full
@@ -93,6 +61,8 @@ ALL_CASES = [
     for kind in ("residual", "hc", MHC)
     for stages in (2, 4, 8)
     for times in (1, 2)
+    if kind != "hc"
+    or stage_count(schedule, stages) <= 8  # through 32 sub-layers HC leaves float32 no gradient to compare
 ]
 ALL_CASES += [(kind, "zb1p", 2, 3, {}) for kind in sorted({*connections.KINDS} - {"residual", "hc", "mhc"})]
 ALL_CASES += [(MHC, "1f1b", 2, 4, {"num_layers": 4, "remat": remat}) for remat in ("full", "connection")]
@@ -112,13 +82,13 @@ def test_no_pipeline_changes_anything(kind, schedule, stages, microbatches, othe
 
 @pytest.mark.parametrize("schedule", thin(["zb1p", "1f1b"], "zb1p".__eq__))
 def test_streams_that_overflow_are_seen(schedule):
-    """Their squares do, and rsqrt(inf) = 0 would hide it."""
+    """The squares of these streams overflow, and rsqrt(inf) = 0 would hide that."""
     kind, stages, microbatches, others = CASES[schedule]
     config = tiny(kind, schedule, stages, microbatches, **others)
     params = random_params(config)
     params["embedding"] *= np.float32(1e25)
-    placed = jax.device_put((params, batch(config)), lowered_gradients(config)[2])
-    (loss, _), _ = meshes.compiled_gradients(config, fused=kind == MHC)(*placed)
+    placed = jax.device_put((params, batch(config)), meshes.lowered_gradients(config)[2])
+    (loss, _), _ = meshes.compiled_gradients(config)(*placed)
     assert np.isnan(loss)
 
 
@@ -143,12 +113,12 @@ def test_sums_of_gradients_are_float32():
 @pytest.mark.full
 def test_in_bfloat16_it_rounds_as_without():
     """Together the gradients are no further from those of float32 than without a pipeline."""
-    config, exactly = tiny(MHC, "zb1p", 2, 2, **BFLOAT16), on_one_device(tiny(MHC, "zb1p", 2, 2), fused=True)[2]
+    config, exactly = tiny(MHC, "zb1p", 2, 2, **BFLOAT16), on_one_device(tiny(MHC, "zb1p", 2, 2))[2]
 
     def errors(found):
         return np.array([np.linalg.norm(found[path] - g) / np.linalg.norm(g) for path, g in exactly.items()])
 
-    staged, without = (errors(run(config, fused=True)[2]) for run in (run_gradients, on_one_device))
+    staged, without = (errors(run(config)[2]) for run in (run_gradients, on_one_device))
     assert 1e-3 < np.median(without) < 3e-2
     assert (staged < 1.5 * without + 1e-3).all()
     assert np.median(staged) < 1.1 * np.median(without)
@@ -165,10 +135,10 @@ def test_a_table_written_by_hand():
     with using(mesh):
         own = jax.device_put((params, batch(config)), (state_shardings(mesh, params), batch_sharding(mesh)))
         (loss, _), grads = jax.jit(pipelined(config, schedule))(*own)
-    expected_loss, _, expected_grads = on_one_device(config, fused=True)
+    expected_loss, _, expected_grads = on_one_device(config)
     assert float(loss) == pytest.approx(expected_loss, rel=1e-6)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        assert_close(g, expected_grads[path_of(path)], 1e-6, path_of(path))
+        assert_close(g, expected_grads[path_of(path)], ANOTHER_PROGRAM, path_of(path))
 
 
 @pytest.mark.slow
@@ -176,7 +146,7 @@ def test_50_steps_give_the_curve_without_a_pipeline():
     """With clipping and balancing; the norm of the first step is clipped."""
     config = tiny("residual", "1f1b", 2, 2, {"data": 2}, sequences=2, **EXPERTS)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=2))
-    (found, bias), (expected, expected_bias) = trained(config, 50), trained(meshes.alone(config), 50)
+    (found, bias), (expected, expected_bias) = meshes.trained(config, 50), meshes.trained(meshes.alone(config), 50)
     assert found[0]["grad_norm"] > config.optimizer.grad_clip > 0
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.3
     for name, rtol in (("loss", 2e-5), ("grad_norm", 2e-3)):

@@ -1,8 +1,8 @@
 """Plant single faults in copies of the checkout, one at a time, and see which of them the tests catch.
 
-    python tests/planted/plant.py                     # every fault of the tables, about 40 minutes on two cores
-    python tests/planted/plant.py kernels data        # the faults of two tables
-    python tests/planted/plant.py circulant-transposed --whole
+    .venv/bin/python tests/planted/plant.py           # every fault of the tables, about 40 minutes on two cores
+    .venv/bin/python tests/planted/plant.py kernels data   # the faults of two tables
+    .venv/bin/python tests/planted/plant.py circulant-transposed --whole
 
 The tables are the .toml files beside this script.  Every fault names the tests that should see it.  They run as part of
 the fast suite (`make test`) first; where they pass, those of `make test-all` run; where these pass too, the fault has

@@ -186,8 +186,8 @@ def test_notebook_02_has_the_losses_and_spikes_of_the_record():
         assert row(shown, kind)[1:3] == [f"{mean:.4f}", f"{deviation:.4f}"]
 
 
-def test_notebook_03_has_the_shares_of_the_record():
-    """Of the last diagnostics: the largest |entry| of each sub-layer over the sum of its |entries|, means."""
+def test_notebook_03_has_the_streams_and_shares_of_the_record():
+    """A share is the largest |entry| of a sub-layer over the sum of its |entries|; means over the last diagnostics."""
     shown, shares = outputs("03_streams"), {}
     for path in newest("connections").glob("*/metrics.jsonl"):
         kind = connection(path.parent)
@@ -195,15 +195,11 @@ def test_notebook_03_has_the_shares_of_the_record():
         for key in ("h_pre", "h_post"):
             each = [max(map(abs, gates)) / sum(map(abs, gates)) for gates in line[key]]
             shares.setdefault((kind, key), []).append(sum(each) / len(each))
+    runs, keys = summaries("connections"), ("stream_cosine", "stream_cosine_abs", "stream_rank")
     for kind in ("hc", "mhc:init=paper", "mhc:init=home"):
         assert row(shown, kind)[:2] == [f"{sum(shares[kind, key]) / 3:.2f}" for key in ("h_pre", "h_post")]
-
-
-def test_notebook_03_has_the_streams_of_the_record():
-    runs, keys = summaries("connections"), ("stream_cosine", "stream_cosine_abs", "stream_rank")
-    for kind in runs.keys() - {"residual"}:
         expected = [f"{sum(run[f'final_{key}'] for run in runs[kind]) / 3:.3f}" for key in keys]
-        assert [kind, *expected] in rows_of(outputs("03_streams"))
+        assert [kind, *expected] in rows_of(shown)
 
 
 def test_notebook_04_has_the_traffic_of_table_2():

@@ -29,16 +29,11 @@ def inputs(n, C, T, dtype=jnp.float32, seed=0):
 def pulled(f):
     """(arguments, cotangent) -> (value, gradients of the arguments): one compiled program, as a user runs it."""
 
-    @jax.jit
     def run(args, cotangent):
         out, pull = jax.vjp(f, *args)
         return out, pull(cotangent)
 
-    return run
-
-
-def value_and_pull(f, args, cotangent):
-    return pulled(f)(args, cotangent)
+    return jax.jit(run)
 
 
 def sinkhorn_oracle(logits, G, t_max, eps):
@@ -57,7 +52,7 @@ def check_sinkhorn(*groups, t_max=None, eps=0.0):
     logits = np.concatenate(groups, -1).astype(np.float32)
     G = np.random.default_rng(len(logits)).normal(size=logits.shape).astype(np.float32)
     named = {} if t_max is None else {"num_iters": t_max}
-    out, (grad,) = value_and_pull(lambda L: sinkhorn(L, eps=eps, **named), (logits,), G)
+    out, (grad,) = pulled(lambda L: sinkhorn(L, eps=eps, **named))((logits,), G)
     first, t_max = 0, t_max or 20
     for group in groups:
         T = group.shape[-1]
@@ -84,7 +79,7 @@ def extreme_logits(n):
 
 def check_read(n, C, T, dtype=jnp.float32):
     a, g = inputs(n, C, T, dtype), inputs(n, C, T, dtype, 1)["y"]
-    h, (dx, dpre) = value_and_pull(lambda x, pre: read(x, pre, n), (a["x"], a["pre"]), g)
+    h, (dx, dpre) = pulled(lambda x, pre: read(x, pre, n))((a["x"], a["pre"]), g)
     X, pre, G = f64(a["x"]).reshape(T, n, C), f64(a["pre"]).T, f64(g)
     close = assert_close if dtype == jnp.float32 else assert_rounded
     assert h.dtype == dx.dtype == dtype
@@ -96,7 +91,7 @@ def check_read(n, C, T, dtype=jnp.float32):
 def check_write(n, C, T, dtype=jnp.float32, with_res=True):
     a, g = inputs(n, C, T, dtype), inputs(n, C, T, dtype, 1)["x"]
     args = [a["x"], a["y"], a["post"], a["res"] if with_res else None]
-    new, (dx, dy, dpost, dres) = value_and_pull(lambda *args: write(*args, n), args, g)
+    new, (dx, dy, dpost, dres) = pulled(lambda *args: write(*args, n))(args, g)
     X, G, Y, post = f64(a["x"]).reshape(T, n, C), f64(g).reshape(T, n, C), f64(a["y"]), f64(a["post"]).T
     res = [f64(a["res"])[..., t] if with_res else np.eye(n) for t in range(T)]
     close = assert_close if dtype == jnp.float32 else assert_rounded
@@ -123,7 +118,7 @@ def check_coefficients(n, C, T, dtype=jnp.float32, t_max=None, streams=FP32_RELA
     def f(*args):
         return tuple(coefficients(*args, num_streams=n, **named))
 
-    c, grads = value_and_pull(f, [a[name] for name in ("x", *PARAMETERS)], Gs)
+    c, grads = pulled(f)([a[name] for name in ("x", *PARAMETERS)], Gs)
     X, exact, t_max = f64(a["x"]).reshape(T, n, C), [f64(a[name]) for name in PARAMETERS], t_max or 20
     expected = [oracles.mhc_coefficients(v, *exact, t_max) for v in X]
     parts = [oracles.mhc_coefficients_vjp(v, *exact, *(f64(G[..., t]) for G in Gs), t_max) for t, v in enumerate(X)]
@@ -136,7 +131,7 @@ def check_coefficients(n, C, T, dtype=jnp.float32, t_max=None, streams=FP32_RELA
 
 
 def check_write_read(n, C, T, dtype, t_max=None, *, streams, small, sums, parameters, cancelling):
-    """Bounds: `streams` of x', h and their gradients, `small` of coefficients, `sums` of dpost and dres, `parameters` of theirs.
+    """Relative errors: `streams` for x', h and their gradients, `small` for coefficients, `sums` for dpost and dres, `parameters`.
 
     With `cancelling`, gradients of parameters are held against the largest token's part of them.
     """
@@ -148,7 +143,7 @@ def check_write_read(n, C, T, dtype, t_max=None, *, streams, small, sums, parame
         return new, *c, h
 
     names = ("x", "y", "post", "res", *PARAMETERS)
-    (new, *c, h), grads = value_and_pull(f, [a[name] for name in names], (g["x"], *Gs, g["y"]))
+    (new, *c, h), grads = pulled(f)([a[name] for name in names], (g["x"], *Gs, g["y"]))
     X, G, stored = (f64(b).reshape(T, n, C) for b in (a["x"], g["x"], new))
     Y, post, res, G_h = f64(a["y"]), f64(a["post"]).T, np.moveaxis(f64(a["res"]), -1, 0), f64(g["y"])
     exact, values, parts = [f64(a[name]) for name in PARAMETERS], [], []
@@ -220,7 +215,7 @@ def arguments(C, *tokens):
 def by_xla(C, *tokens):
     """Value and gradients of `every_operation` in XLA's form for CPUs."""
     with settings(implementation="xla"):
-        return jax.tree.leaves(value_and_pull(every_operation, arguments(C, *tokens), np.ones(tokens, np.float32)))
+        return jax.tree.leaves(pulled(every_operation)(arguments(C, *tokens), np.ones(tokens, np.float32)))
 
 
 def check_every_operation(f, bound, C, *tokens, repeat=False):

@@ -7,7 +7,7 @@ itself held against central differences.
 import math
 
 import numpy as np
-from support.tolerances import assert_close
+from support.tolerances import SLOPES, assert_close
 
 
 def sigmoid(v):
@@ -179,5 +179,4 @@ def assert_slopes(f, at, grads):
     for name, grad in grads.items():
         direction = random.normal(size=grad.shape)
         above, below = (f({**at, name: at[name] + step * direction}) for step in (1e-6, -1e-6))
-        # Sums of up to 100 float32 terms.
-        assert_close((grad * direction).sum(), (above - below) / 2e-6, 2e-5, name, terms=grad * direction)
+        assert_close((grad * direction).sum(), (above - below) / 2e-6, SLOPES, name, terms=grad * direction)

@@ -90,9 +90,9 @@ def replaced(schedule, tick, device, cell) -> Schedule:
 def corrupted(schedule, how, pick):
     """The schedule with one thing wrong; `pick`: a number that chooses where."""
     some = list(operations(schedule))
-    if how == "late":  # something needs it
+    if how == "late":  # only what another operation needs can be too late
         some = [found for found in some if found[2].kind not in "BW" or found[2].sends is not None]
-    if how == "early":  # needs something
+    if how == "early":  # only what needs another operation can be too early
         some = [found for found in some if found[2].kind != "F" or found[2].receives is not None]
     tick, device, op = some[pick % len(some)]
     others, empty = [one for one in schedule.table[tick][device] if one != op], ((),) * schedule.devices

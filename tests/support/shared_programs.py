@@ -1,4 +1,7 @@
-"""Programs that runs of one configuration share, so that a test which trains again neither traces nor compiles again."""
+"""Programs that runs of one configuration share, so that a test which trains again neither traces nor compiles again.
+
+They live as long as the process: a test that changes what a step computes must not train with this fixture.
+"""
 
 import dataclasses
 import functools

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.diagnostics import STREAM_MEASURES
+from mhc_jax.diagnostics import STREAM_MEASURES, backward_gain, composites, forward_gain, row_entropy
 from mhc_jax.records import RunRecord, read_run
 
 STEPS = 200
@@ -106,7 +106,7 @@ def write_run(
 
 
 def _stream_measures(n: int, streams: str) -> dict[str, list[float]]:
-    """Over depth, of streams of equal norm: each pair's cosine is c, or those of the halves 1 and between them -1."""
+    """Streams of equal norm: every pair has one cosine; with `opposite`, 1 within each half of them and -1 between the halves."""
     cosine = 1 - 0.3 * np.linspace(0, 1, SUBLAYERS) if streams == "differ" and n > 1 else np.ones(SUBLAYERS)
     signed = np.full(SUBLAYERS, -1 / (n - 1)) if streams == "opposite" and n > 1 else cosine
     return {
@@ -142,39 +142,27 @@ def _diagnostics(kind: str, step: int, n: int, streams: str, rng: np.random.Gene
         for _ in range(20):
             matrices /= matrices.sum(1, keepdims=True)
             matrices /= matrices.sum(2, keepdims=True)
-    forward, backward = [], []
-    product = np.eye(n)
-    for matrix in matrices:
-        product = matrix @ product
-        forward.append(product)
-    product = np.eye(n)
-    for matrix in matrices[::-1]:
-        product = product @ matrix
-        backward.insert(0, product)
-    absolute = np.abs(matrices)
-    rows = [np.abs(p).sum(1).max() for p in forward]
-    columns = [np.abs(p).sum(0).max() for p in backward]
+    up, down = composites(matrices)
+    forward, backward = forward_gain(up), backward_gain(down)
     home = np.arange(S) % n
     pre = np.full((S, n), 0.05)
     pre[np.arange(S), home] = 0.95
-    share = absolute / absolute.sum(2, keepdims=True)
-    entropy = -(share * np.log(share + 1e-30)).sum(2).mean(1)
     depth = np.linspace(0, 1, S)
     return {
         "kind": "diagnostics",
         "step": step,
-        "single_forward": absolute.sum(2).max(1).tolist(),
-        "single_backward": absolute.sum(1).max(1).tolist(),
-        "composite_forward": rows,
-        "composite_backward": columns,
-        "composite_forward_max": (np.asarray(rows) ** 1.2).tolist(),
-        "composite_backward_max": (np.asarray(columns) ** 1.2).tolist(),
-        "composite_mean_forward": rows,
-        "composite_mean_backward": columns,
+        "single_forward": forward_gain(matrices).tolist(),
+        "single_backward": backward_gain(matrices).tolist(),
+        "composite_forward": forward.tolist(),
+        "composite_backward": backward.tolist(),
+        "composite_forward_max": (forward**1.2).tolist(),
+        "composite_backward_max": (backward**1.2).tolist(),
+        "composite_mean_forward": forward.tolist(),
+        "composite_mean_backward": backward.tolist(),
         "row_error": np.abs(matrices.sum(2) - 1).max(1).tolist(),
         "column_error": np.abs(matrices.sum(1) - 1).max(1).tolist(),
-        "entropy": (entropy / np.log(n) if n > 1 else np.zeros(S)).tolist(),
-        "uniform_distance": [float(np.linalg.norm(p - 1 / n)) for p in forward],
+        "entropy": row_entropy(matrices).tolist(),
+        "uniform_distance": np.linalg.norm(up - 1 / n, axis=(1, 2)).tolist(),
         "h_res": matrices.tolist(),
         "h_pre": (np.ones((S, 1)) if n == 1 else pre).tolist(),
         "h_post": (1 + 0.1 * rng.normal(size=(S, n))).tolist(),

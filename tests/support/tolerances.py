@@ -12,6 +12,18 @@ SPLIT_SUMS = 1e-5
 """float32 sums over channels or tokens: of products of bfloat16 pieces to order 2^-16, or whose largest entry has cancelled."""
 REORDERED = 1e-6
 """float32 results of the same numbers, added up in another order."""
+ANOTHER_PROGRAM = 1e-5
+"""float32, two programs of one function, which XLA fuses, and so rounds, differently; 6.4e-6 was seen."""
+SLOPES = 2e-5
+"""float32 gradients along a random direction, which are sums of up to 100 terms, against central differences in float64."""
+AMPLIFIED = 2e-4
+"""The same for HC with random parameters, whose gain enlarges a rounding too: through 16 sub-layers to 1e-4."""
+WHOLE_GRADIENT = 1e-4
+"""float32 gradients of a whole model with another layout of its parameters or another implementation of its operations."""
+BF16_CHAIN = 3e-2
+"""Five or six roundings to bfloat16, each by up to 2^-8 = 4e-3, in a row."""
+ORACLE_GRADIENT = 1e-5
+"""float32 gradients against central differences of a float64 oracle, whose own error is about 1e-8."""
 FLOAT64 = 1e-13
 """Two ways to write the same float64 formula."""
 DIFFERENCES = 1e-8

@@ -18,7 +18,7 @@ from mhc_jax import loop, sweep_runner, sweep_worker
 class Worker:
     """In place of `subprocess.Popen`: runs the worker here when it is first asked how it ended.
 
-    `at`: run -> (step, what happens while its metrics are read), once: a signal to the worker, SIGKILL among them.
+    `at` maps a run to (step, signal): the worker gets the signal once, while the metrics of that step are read.
     `asleep`: runs that do nothing until they are asked to stop.
     """
 
@@ -68,8 +68,8 @@ class Clock:
 
 
 @contextlib.contextmanager
-def workers_here():
-    """Runs of a sweep are trained in this process, and its clock moves when it sleeps."""
+def workers_here(at=None):
+    """Runs of a sweep are trained in this process, and its clock moves when it sleeps; `at` is that of Worker."""
     read = loop._Run._read
 
     def reading(self, step, metrics):
@@ -82,6 +82,7 @@ def workers_here():
         return read(self, step, metrics)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "at", dict(at or {}))
         patch.setattr(loop._Run, "_read", reading)
         patch.setattr(sweep_runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
         patch.setattr(sweep_runner, "time", Clock())

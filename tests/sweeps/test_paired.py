@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support.tiny_runs import lines, tiny, with_train, write_text
-from support.workers_here import Worker, workers_here
+from support.workers_here import workers_here
 
 from mhc_jax import paired
 from mhc_jax.errors import InputError
@@ -33,24 +33,9 @@ def test_plan_changes_the_connection_and_the_seeds_alone(base):
     assert list(paired.plan(base, ["hc"])) == ["hc"]
 
 
-@pytest.mark.parametrize(
-    ("specs", "sentence"),
-    [
-        (["mhc", "mhc"], "'mhc' and 'mhc' are the same"),
-        (["hc", "hc:num_streams=4"], "'hc' and 'hc:num_streams=4' are the same"),
-        (["mch"], "connection.kind is 'mch'"),
-        ([], "No connection is given"),
-    ],
-)
-def test_plan_refuses(specs, sentence, base):
-    with pytest.raises(InputError, match=sentence):
-        paired.plan(base, specs)
-
-
 def test_an_interrupted_comparison_goes_on_and_repeats_nothing(base, tmp_path, monkeypatch, capsys):
     runs, report = paired.plan(base, ["residual", "hc:dynamic=False"]), tmp_path / "report.html"
-    Worker.at = {"hc-dynamic-False": (1, signal.SIGINT)}
-    with workers_here():
+    with workers_here({"hc-dynamic-False": (1, signal.SIGINT)}):
         assert paired.run_all(runs, tmp_path, "t") == 130
     assert not report.exists()
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "residual").rglob("*")}

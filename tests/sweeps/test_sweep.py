@@ -121,7 +121,7 @@ def test_killed_and_stopped_at_will_the_table_is_the_same(file, done):
     workdir = file.parent / "killed"
     command = ("sweep", file, f"--workdir={workdir}", "--workers=1", "--select=2/2")
     first, second = RUNS[0], RUNS[2]
-    Worker.at = {first: (5, signal.SIGKILL), second: (4, signal.SIGTERM)}
+    Worker.at |= {first: (5, signal.SIGKILL), second: (4, signal.SIGTERM)}
     status, _, err = run_here(*command)
     assert status == 1, err
     assert f"{first} failed (killed by SIGKILL, perhaps for want of memory)" in err

@@ -140,7 +140,7 @@ def undone(alone, folder):
 
 
 def test_a_run_whose_checkpoints_are_truncated_goes_on_from_one_that_is_not(residual, alone, tmp_path, capsys):
-    """Or, where there is none, ends with a sentence and keeps its metrics."""
+    """Where all checkpoints are truncated, the run ends with a sentence and its metrics stay."""
     some, none = (undone(alone, tmp_path / name) for name in ("some", "none"))
     truncate(some / "checkpoints/8")
     truncate(none / "checkpoints")

@@ -29,7 +29,7 @@ TRAIN = {
 
 COMPARE = {
     "twice": (["--connections=mhc,mhc"], "Connections 'mhc' and 'mhc' are the same"),
-    "twice in other words": (["--connections=mhc,mhc:init=paper"], "'mhc' and 'mhc:init=paper' are the same"),
+    "twice in other words": (["--connections=hc,hc:num_streams=4"], "'hc' and 'hc:num_streams=4' are the same"),
     "unknown": (["--connections=residual,hyper"], "connection.kind is 'hyper'"),
     "none": (["--connections="], "No connection is given"),
     "no seeds": (["--seeds=0"], "--seeds is 0; it must be at least 1."),
@@ -49,8 +49,6 @@ FILES = {
         "A key of config is 'modle'",
     ),
 }
-
-
 TABLES = {"train": TRAIN, "compare": COMPARE}
 
 

@@ -143,7 +143,7 @@ def test_accumulated_gradients_are_those_of_the_full_batch():
 
 @pytest.mark.parametrize("clip", [0.0, 5e-4, 1e-3, 1.0])  # none, of all three gradients, of the last, of none
 def test_three_updates_are_adamw_by_hand(clip):
-    """In float64, from gradients so small that epsilon matters; `clip` bounds the norm over all arrays, and 0 does not."""
+    """In float64, from gradients so small that epsilon matters; `clip` bounds the norm over all arrays; 0 turns it off."""
     config = OptimizerConfig(0.1, "constant", 0, weight_decay=0.25, b1=0.7, b2=0.9, eps=1e-3, grad_clip=clip)
     tx = optimizer(config, 10, connection_module(tiny_config("residual").model.connection))
     by_hand, m, v = np.array([1.0, -2.0, 0.5]), 0.0, 0.0

@@ -1,7 +1,7 @@
 """What Python runs when it starts with this folder on its path: a process that trains sends a signal when it reads a step.
 
 $SIGNAL_AT_STEP is JSON: label of the run -> [step, signal, "self" or "parent"].  The signal is sent while the metrics of the step
-are read.  One that its parent got, it outlives until it is asked to stop itself, so that nothing depends on who is quicker.
+are read.  A process that has signalled its parent waits until it is asked to stop, so that speed does not matter.
 """
 
 import json
