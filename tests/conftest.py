@@ -29,6 +29,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+pytest.register_assert_rewrite("support")  # so that a failed assertion there shows its values
+hypothesis.configuration.set_hypothesis_home_dir(CACHE / "hypothesis")
 # The same examples at every run, nothing kept, and no verdict on how fast the machine is.
 SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile(

@@ -113,7 +113,8 @@ def build(source: str, cache: str, results) -> None:
 
 
 @pytest.mark.full
-def test_processes_may_build_at_once(tmp_path):
+def test_processes_may_build_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # tfds leaves empty folders there
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [context.Process(target=build, args=("shakespeare", str(tmp_path), results)) for _ in range(3)]

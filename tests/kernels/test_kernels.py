@@ -63,7 +63,7 @@ EIGHTHS = st.integers(-640, 640).map(lambda k: k / 8)
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(st.data(), st.sampled_from((2, 3, 5)), st.sampled_from((1, 2, 40)))
-def test_any_logits_have_the_marginals_and_symmetries_of_the_iteration(data, n, t_max):
+def test_sinkhorn_of_any_logits_has_the_marginals_and_symmetries_of_the_iteration(data, n, t_max):
     logits = data.draw(arrays(np.float32, (n, n), elements=EIGHTHS, fill=st.nothing()), "logits")
     shift = data.draw(arrays(np.float32, n, elements=EIGHTHS), "shift")
     p, q = (np.array(data.draw(st.permutations(range(n)), "order")) for _ in range(2))

@@ -112,17 +112,14 @@ def test_balancing_evens_out_a_skewed_router():
     assert float(last) < 0.1
 
 
-def test_health_of_known_loads():
+def test_health_and_entropy_of_known_loads_and_scores():
     health = router_health(
         jnp.array([[2.0, 2, 2], [6, 0, 0]]), jnp.array([1.0, 0]), jnp.array([[0.0, 0, 0], [1, -2, 0]])
     )
     np.testing.assert_allclose(health["router_load_cv"], [0, np.sqrt(2)], rtol=1e-6)
     np.testing.assert_allclose(health["router_max_load"], [1, 3])
     np.testing.assert_allclose(health["router_bias_range"], [0, 3])
-
-
-def test_entropy_of_known_scores():
-    """A mean over tokens: 1 for one that prefers nothing, 1/2 for one between two of four experts, 0 for one with one."""
+    # Entropy is a mean over tokens: 1 for one that prefers nothing, 1/2 for one between two of four experts, 0 for one with one.
     scores = jnp.array([[0.3, 0.3, 0.3, 0.3], [0.6, 0.6, 0, 0], [0.9, 0, 0, 0]])
     np.testing.assert_allclose(score_entropy(scores), (1 + 0.5 + 0) / 3, rtol=1e-6)
 

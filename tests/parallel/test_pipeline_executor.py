@@ -75,7 +75,7 @@ for mesh in ({"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"data": 2, "fsdp": 2}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "schedule", "stages", "microbatches", "others"), ALL_CASES, ids=str)
-def test_no_pipeline_changes_anything(kind, schedule, stages, microbatches, others):
+def test_a_pipeline_of_any_schedule_and_kind_changes_nothing(kind, schedule, stages, microbatches, others):
     """Every schedule, kind, axis of the mesh beside stages, and way to recompute."""
     assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 

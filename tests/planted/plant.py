@@ -13,6 +13,7 @@ status is 1 when a fault survived.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import queue
 import re
@@ -114,7 +115,9 @@ def main() -> int:
     asked = parser.parse_args()
     known = faults()
     if unknown := set(asked.which) - {name for fault in known for name in (fault.table, fault.name)}:
-        parser.error(f"there is no table and no fault named {', '.join(sorted(unknown))}.")
+        near = difflib.get_close_matches(min(unknown), [fault.name for fault in known], 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        parser.error(f"there is no table and no fault named {', '.join(sorted(unknown))}.{hint}")
     chosen = [fault for fault in known if not asked.which or {fault.table, fault.name} & set(asked.which)]
 
     with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(asked.jobs) as pool:
@@ -148,4 +151,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

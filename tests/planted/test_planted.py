@@ -1,4 +1,4 @@
-"""The tables of planted faults fit the code: every text that a fault changes is there once, and so are the tests it names."""
+"""The tables of planted faults fit the code: each text to change occurs once in its file, and each test that is named exists."""
 
 import ast
 import collections

@@ -90,7 +90,7 @@ def test_every_notebook_is_known():
 
 @pytest.mark.full
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_executes(source: Path, monkeypatch):
+def test_notebooks_execute(source: Path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_TINY", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves the compile of the live run

@@ -48,7 +48,7 @@ def sinkhorn_oracle(logits, G, t_max, eps):
 
 
 def check_sinkhorn(*groups, t_max=None, eps=0.0):
-    """Value and gradient, each group of logits [n, n, T] for itself; of many tokens the first, the fourth and the last."""
+    """Value and gradient of each group of logits [n, n, T] by itself, at all tokens of few and at three of many."""
     logits = np.concatenate(groups, -1).astype(np.float32)
     G = np.random.default_rng(len(logits)).normal(size=logits.shape).astype(np.float32)
     named = {} if t_max is None else {"num_iters": t_max}

@@ -22,5 +22,5 @@ def residual(text):
 def alone(residual, tmp_path_factory):
     """A finished run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    loop.train(residual, folder)
+    assert loop.train(residual, folder)["status"] == "finished", "a signal stopped this run; all tests of it fail"
     return folder
