@@ -31,6 +31,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 pytest.register_assert_rewrite("support")  # so that a failed assertion there shows its values
 hypothesis.configuration.set_hypothesis_home_dir(CACHE / "hypothesis")
+gc.set_threshold(50_000, 20, 20)  # tracing makes objects that stay: the usual threshold costs a tenth of the time
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # The same examples at every run, nothing kept, and no verdict on how fast the machine is.
 SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile(
