@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import shutil
@@ -92,7 +93,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    loop=ocp.args.JsonSave(loop),
+                    # Orbax writes it while the run goes on and appends to its lists.
+                    loop=ocp.args.JsonSave(copy.deepcopy(loop)),
                     config=ocp.args.JsonSave(config),
                     **({"tokenizer": ocp.args.JsonSave(tokenizer)} if tokenizer else {}),
                 ),

@@ -30,8 +30,6 @@ MODEL = ModelConfig(64, 32, 3, num_heads=2, num_kv_heads=2, mlp_width=64, connec
 DATA = DataConfig(sequence_length=16, batch_size=16)
 CONFIG = ExperimentConfig(model=MODEL, data=DATA, mesh=MeshConfig(data=2, fsdp=4))
 V5P = topology.CHIPS["v5p"]
-
-
 WRONG = {
     "v5f:4x4": "chip of --topology is 'v5f'; it must be one of 'v4', 'v5e', 'v5p', 'v6e', 'cpu'. Did you mean 'v5",
     "v5p": "--topology is 'v5p'; v5p has 3 sides, as in v5p:4x4x4",

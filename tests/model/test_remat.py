@@ -24,8 +24,6 @@ MODEL = ModelConfig(vocab_size=31, width=32, num_layers=4, num_heads=4, num_kv_h
 EXPERTS = decoders.EXPERTS | {"expert_width": 16}
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
 model = functools.partial(decoder_of, base=MODEL)
-
-
 sizes_of = functools.cache(remat_plan._sizes)
 
 

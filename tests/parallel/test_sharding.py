@@ -199,8 +199,9 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     shutil.rmtree(folder / "checkpoints" / "8")
     (folder / "summary.json").unlink()
     loop.train(dataclasses.replace(config, mesh=MeshConfig(data=2, sequence=2)), folder)
-    events = [(e["event"], e["step"], e["mesh"]) for e in lines(folder, "event")]
-    assert events == [("resumed", 6, "data 2, sequence 2")]
+    assert [(e["event"], e["step"], e["mesh"]) for e in lines(folder, "event")] == [
+        ("resumed", 6, "data 2, sequence 2")
+    ]
     losses = [[line["loss"] for line in lines(each, "train")] for each in (before, folder)]
     assert losses[0][:6] == losses[1][:6]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -65,6 +65,10 @@ def test_round_trip_keeps_the_newest_and_the_first_of_a_step_saved_twice(tmp_pat
     save(tmp_path, 1, 2, 3, keep=2)
     with opened(tmp_path) as checkpoints:
         checkpoints.save(3, toy(30), {"at": 30}, CONFIG)
+        with mock.patch.object(checkpoints._manager, "save") as written:
+            checkpoints.save(4, toy(4), given := {"at": [4]}, CONFIG)
+        given["at"].append(5)  # as a run does while Orbax still writes
+        assert written.call_args.kwargs["args"].loop.item == {"at": [4]}
     (state, loop, remarks), steps = restored(tmp_path, device=3)
     assert (int(state.step), loop, remarks, steps) == (3, {"at": 3}, [], [2, 3])
     np.testing.assert_array_equal(state.params["w"], [3, 3, 3])
