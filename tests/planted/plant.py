@@ -1,6 +1,6 @@
 """Plant single faults in copies of the checkout, one at a time, and see which of them the tests catch.
 
-    .venv/bin/python tests/planted/plant.py           # every fault of the tables, about 40 minutes on two cores
+    .venv/bin/python tests/planted/plant.py           # every fault of the tables, about 20 minutes on two cores
     .venv/bin/python tests/planted/plant.py kernels data   # the faults of two tables
     .venv/bin/python tests/planted/plant.py circulant-transposed --whole
 
