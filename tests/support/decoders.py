@@ -20,7 +20,7 @@ EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "
 
 OPTIMIZED = {"xla_backend_optimization_level": 3}
 """The compiler's own options, which tests/conftest.py turns down, for tests of what it makes."""
-if "fusion_emitters" in os.environ["XLA_FLAGS"]:
+if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
 
