@@ -43,6 +43,7 @@ test-aot: $(AOT)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/pyright --pythonpath $(RUN)
 
 format: $(VENV)/.installed

@@ -17,12 +17,12 @@ import numpy as np
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.checkpoint import load_params
+from mhc_jax.config.mapping import from_mapping
 from mhc_jax.connections import Connection, spec
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import rank_one
 from mhc_jax.errors import require
-from mhc_jax.mapping import from_mapping
+from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.train_step import make_eval_step
 
 CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders.")

@@ -13,7 +13,7 @@ from absl import flags
 
 from mhc_jax import cli
 from mhc_jax.errors import require
-from mhc_jax.paired import plan, run_all
+from mhc_jax.sweeps.paired import plan, run_all
 
 CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list(

@@ -5,8 +5,9 @@
         --connections=residual,mhc --config.data.batch_size=64 --json=3b.json
 
 Memory is the compiler's, beside what shapes and shardings say: parameters, optimizer state, gradients, kept streams, logits.  Times
-are estimates of a step whose collectives hide behind nothing (`mhc_jax/aot.py` says how they are made); their ratios mean more than
-they do.  MFU is the FLOPs of `cost.model_cost` over time and peak, without and with all collectives hidden.  `--topology=cpu:8`
+are estimates of a step whose collectives hide behind nothing (`mhc_jax/planning/compile_ahead.py` says how they are made);
+their ratios mean more than they do.  MFU is the FLOPs of `cost.counts.model_cost` over time and peak, without and with all
+collectives hidden.  `--topology=cpu:8`
 tries the command out without libtpu.  A result is kept in the cache folder ($MHC_JAX_CACHE) until configuration, versions or
 sources change.  Exit status: 0 all fit, 1 one does not, 2 a mistake in the settings, 130 stopped by Ctrl-C (what is compiled is
 kept).
@@ -22,12 +23,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax
 
 from absl import flags
 
-from mhc_jax import aot, cli
+from mhc_jax import cli
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data.cache import cache_folder
-from mhc_jax.environment import environment
-from mhc_jax.mapping import to_mapping
-from mhc_jax.pod import estimates, table
-from mhc_jax.topology import get_slice
+from mhc_jax.planning import compile_ahead
+from mhc_jax.planning.slices import get_slice
+from mhc_jax.planning.table import estimates, table
+from mhc_jax.runs.environment import environment
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string(
@@ -48,9 +50,9 @@ def main() -> int:
     """Compile, print, write."""
     where = get_slice(TOPOLOGY.value)
     given = CONFIG()
-    mesh = aot.parse_mesh(MESH.value, len(where.devices))
-    config = aot.best_attention(dataclasses.replace(given, mesh=mesh), where.platform)
-    implementation = aot.check_implementation(IMPLEMENTATION.value)
+    mesh = compile_ahead.parse_mesh(MESH.value, len(where.devices))
+    config = compile_ahead.best_attention(dataclasses.replace(given, mesh=mesh), where.platform)
+    implementation = compile_ahead.check_implementation(IMPLEMENTATION.value)
     rows = estimates(config, CONNECTIONS.value, where, implementation, cache_folder() / "compiled", LARGEST.value)
     model, data = config.model, config.data
     steps = config.optimizer.accumulation_steps

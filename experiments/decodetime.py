@@ -17,7 +17,7 @@ from mhc_jax import cli
 from mhc_jax.connections import spec
 from mhc_jax.generation import CHUNK, Generator
 from mhc_jax.model import Decoder
-from mhc_jax.paired import plan
+from mhc_jax.sweeps.paired import plan
 from mhc_jax.train_step import init_state
 
 CONFIG = cli.define_config()

@@ -14,8 +14,8 @@ import re
 import time
 from pathlib import Path
 
-from mhc_jax.device_record import plan, readme, run, write
-from mhc_jax.environment import environment
+from mhc_jax.benchmarks.record import plan, readme, run, write
+from mhc_jax.runs.environment import environment
 
 NEEDS = 30
 """Seconds that must be left for a part to begin."""

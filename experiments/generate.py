@@ -13,7 +13,7 @@ from absl import flags
 from mhc_jax import cli
 from mhc_jax.errors import require
 from mhc_jax.generation import Generator, Sampling
-from mhc_jax.trained import beyond_training, load_trained
+from mhc_jax.runs.trained import beyond_training, load_trained
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")

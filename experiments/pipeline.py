@@ -6,7 +6,7 @@
     python experiments/pipeline.py --report=REPORT/report.json --workload=27b --connections=residual,"mhc triton" --blocks=32
 
 Without --chip, --compiled or --report a stage takes --F, --B (both gradients) and --W, and --send a message.  With --chip, seconds
-from `mhc_jax/pipeline/costs.py` for --config: bytes and FLOPs at shares of the chip's peaks, which are assumptions.  With
+from `mhc_jax/planning/pipeline_costs.py` for --config: bytes and FLOPs at shares of the chip's peaks, which are assumptions.  With
 --compiled, those that the compiler estimates, in files of `experiments/compile.py --mesh=stage=4 --json=FILE`.  `--stages` are
 devices; dualpipev and interleaved cut the model into twice as many.  Nothing is trained.  Exit status: 0, or 2 for a mistake in
 the settings.
@@ -17,12 +17,12 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.pipeline import tables
-from mhc_jax.pipeline.costs import chip_rates
-from mhc_jax.pipeline.schedules import SCHEDULES
+from mhc_jax.planning import pipeline_tables
+from mhc_jax.planning.pipeline_costs import chip_rates
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save
-from mhc_jax.run_folder import read_json
+from mhc_jax.runs.folder import read_json
+from mhc_jax.schedules.tables import SCHEDULES
 
 CONFIG = cli.define_config()
 STAGES = flags.DEFINE_integer("stages", 8, "Devices along the stage axis.")
@@ -49,16 +49,16 @@ def main() -> int:
     where = (NAMES.value, STAGES.value, MICROBATCHES.value)
     if REPORT.value:
         report = read_json(Path(REPORT.value))
-        rows = tables.of_report(*where, report, WORKLOAD.value, CONNECTIONS.value, BLOCKS.value)
+        rows = pipeline_tables.of_report(*where, report, WORKLOAD.value, CONNECTIONS.value, BLOCKS.value)
     elif COMPILED.value:
-        rows = tables.of_compiled(*where, [read_json(Path(path)) for path in COMPILED.value], BLOCKS.value)
+        rows = pipeline_tables.of_compiled(*where, [read_json(Path(path)) for path in COMPILED.value], BLOCKS.value)
     elif CHIP.value:
         rates = chip_rates(CHIP.value, *(flag.value for flag in SHARES))
-        rows = tables.of_model(*where, CONFIG(), CONNECTIONS.value, rates, PAIR.value)
+        rows = pipeline_tables.of_model(*where, CONFIG(), CONNECTIONS.value, rates, PAIR.value)
     else:
         F, B, W, send = (flag.value for flag in UNITS)
-        rows = tables.of_hand(*where, F, B, W, PAIR.value, send)
-    print(tables.markdown(rows))
+        rows = pipeline_tables.of_hand(*where, F, B, W, PAIR.value, send)
+    print(pipeline_tables.markdown(rows))
     if PICTURE.value:
         figure = timeline([row.run for row in rows], [row.title for row in rows], rows[0].unit)
         save(figure, PICTURE.value, vector=True)

@@ -12,8 +12,8 @@ from absl import flags
 
 from mhc_jax import cli
 from mhc_jax.errors import require
-from mhc_jax.results import result_rows
-from mhc_jax.sweep_record import write_record
+from mhc_jax.reports.record import write_record
+from mhc_jax.sweeps.results import result_rows
 
 METRICS = flags.DEFINE_bool("metrics", False, "Keep metrics.jsonl of every run, too.")
 UNFINISHED = flags.DEFINE_bool("unfinished", False, "Record a sweep some of whose runs have not ended.")

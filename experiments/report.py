@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.report import write_folder_report
+from mhc_jax.reports.page import write_folder_report
 
 TITLE = flags.DEFINE_string("title", "", "Title of the page (default: the sweep's, else the folder's name).")
 OUTPUT = flags.DEFINE_string("output", "", "Folder to write to (default: FOLDER).")

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from mhc_jax import cli, cost
+from mhc_jax import cli
 from mhc_jax.connections import spec
-from mhc_jax.paired import plan
+from mhc_jax.cost import counts
+from mhc_jax.sweeps.paired import plan
 from mhc_jax.train_step import init_state, make_train_step
 
 CONFIG = cli.define_config()
@@ -35,12 +36,12 @@ def main() -> None:
         name = spec(config.model.connection)
         state = jax.jit(lambda c=config: init_state(c))()
         step = make_train_step(config)
-        flops = cost.flops(step, state, batch) / tokens.size
+        flops = counts.flops(step, state, batch) / tokens.size
         began = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
         compile_s = time.perf_counter() - began
         fusions = str(compiled.as_text()).count(" fusion(")
-        rows[name] = [compile_s, fusions, flops, (cost.compiled_memory(compiled) or 0) / 2**20]
+        rows[name] = [compile_s, fusions, flops, (counts.compiled_memory(compiled) or 0) / 2**20]
         runs[name] = [compiled, state, []]
     for k in range(ROUNDS.value + 1):
         for name in list(runs) if k % 2 else list(runs)[::-1]:

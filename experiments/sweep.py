@@ -14,10 +14,10 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.report import write_folder_report
-from mhc_jax.results import run_status
-from mhc_jax.sweep import load_sweep, select
-from mhc_jax.sweep_runner import default_workers, run_local, submit
+from mhc_jax.reports.page import write_folder_report
+from mhc_jax.sweeps.grid import load_sweep, select
+from mhc_jax.sweeps.results import run_status
+from mhc_jax.sweeps.runner import default_workers, run_local, submit
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run folders and the results (default runs/<sweep file>).")
 WORKERS = flags.DEFINE_integer("workers", 0, "Runs side by side; 0: one per two cores, one alone with a GPU or TPU.")

@@ -19,10 +19,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax
 import jax
 from absl import flags
 
-from mhc_jax import cli, compiled, connections
-from mhc_jax.aot import compile_lowered, layers_gradient
+from mhc_jax import cli, connections
 from mhc_jax.config import ModelConfig
-from mhc_jax.topology import Chip, get_slice
+from mhc_jax.cost import hlo
+from mhc_jax.planning.compile_ahead import compile_lowered, layers_gradient
+from mhc_jax.planning.slices import Chip, get_slice
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "The first of its chips is compiled for.")
 WIDTH = flags.DEFINE_integer("width", 2560, "C.")
@@ -40,9 +41,9 @@ def attention_cycles(chip: Chip) -> float:
     return chip.flops_cycles(7.0 * LAYERS * BATCH * HEADS.value * TOKENS**2 * HEAD)
 
 
-def kernel_cycles(chip: Chip, one: compiled.Instruction) -> float:
+def kernel_cycles(chip: Chip, one: hlo.Instruction) -> float:
     """By bytes; attention has none and is added whole."""
-    estimate = compiled.kernel_estimate(one)
+    estimate = hlo.kernel_estimate(one)
     return chip.bytes_cycles(estimate[1]) if estimate else 0.0
 
 
@@ -69,12 +70,12 @@ def main() -> None:
         began = time.perf_counter()
         program = compile_lowered(lowered, options)
         seconds = time.perf_counter() - began
-        text = compiled.Program(program.as_text())
-        estimate = compiled.cycles(text, functools.partial(kernel_cycles, where.chip)) + attention_cycles(where.chip)
+        text = hlo.Program(program.as_text())
+        estimate = hlo.cycles(text, functools.partial(kernel_cycles, where.chip)) + attention_cycles(where.chip)
         baseline = baseline or estimate
-        moved, temporary = program.cost_analysis()["bytes accessed"], compiled.memory(program)["temporaries"]
+        moved, temporary = program.cost_analysis()["bytes accessed"], hlo.memory(program)["temporaries"]
         numbers = f"{estimate / 1e6:.1f} | {estimate / baseline:.3f} | {moved / 1e9:.1f} | {temporary / 1e9:.2f}"
-        print(f"| {name} | {numbers} | {compiled.fusions(text)} | {seconds:.0f} |", flush=True)
+        print(f"| {name} | {numbers} | {hlo.fusions(text)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from absl import flags
 
-from mhc_jax import cli, distributed
+from mhc_jax import cli
 from mhc_jax.loop import EXIT_CODES, train
+from mhc_jax.parallel import distributed
 
 CONFIG = cli.define_config()
 PROCESSES = cli.define_processes()

@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mhc_jax import distributed
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError, require
-from mhc_jax.host_memory import cpu_alone, keep_pages
-from mhc_jax.mapping import from_mapping
+from mhc_jax.parallel import distributed
+from mhc_jax.runs.host_memory import cpu_alone, keep_pages
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
 

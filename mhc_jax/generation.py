@@ -1,4 +1,4 @@
-"""Text from a decoder: prompts in one pass, then a token a step over the cache (`mhc_jax.cache`).
+"""Text from a decoder: prompts in one pass, then a token a step over the cache (`mhc_jax.kv_cache`).
 
 Shapes are few, so that programs are: a prompt is padded on the right to the next power of two, the cache holds a power of two of
 slots and doubles when it is full, and `CHUNK` tokens are made a call.  Padding changes nothing: it comes after the prompt, and the
@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.cache import Cache, empty_cache, grown
 from mhc_jax.config import ModelConfig
 from mhc_jax.errors import require
+from mhc_jax.kv_cache import Cache, empty_cache, grown
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import using
+from mhc_jax.parallel.sharding import using
 
 CHUNK = 8
 """Tokens a call of the decode program makes."""

@@ -18,22 +18,31 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mhc_jax import cost, distributed
-from mhc_jax.checkpoint import Checkpoints, check_text, check_tokenizer
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import connection_module
+from mhc_jax.cost import counts
 from mhc_jax.data import Data, load_data, resolve_vocabulary
 from mhc_jax.diagnostics import STREAM_MEASURES, all_finite, summarize
-from mhc_jax.environment import environment
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import to_mapping
-from mhc_jax.metrics import MetricsWriter, NoWriter, SpikeDetector, check_writers, plain
 from mhc_jax.optim import describe
-from mhc_jax.progress import NoProgress, RunProgress
+from mhc_jax.parallel import distributed
+from mhc_jax.parallel.sharding import (
+    batch_sharding,
+    everywhere,
+    global_batch,
+    make_mesh,
+    own_rows,
+    state_shardings,
+    using,
+)
 from mhc_jax.remat_plan import resolve
-from mhc_jax.run_folder import check_run_folder, create_run_folder, recorded_data, write_json
-from mhc_jax.sharding import batch_sharding, everywhere, global_batch, make_mesh, own_rows, state_shardings, using
-from mhc_jax.stop import StopRequest
+from mhc_jax.runs.checkpoint import Checkpoints, check_text, check_tokenizer
+from mhc_jax.runs.environment import environment
+from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
+from mhc_jax.runs.metrics import MetricsWriter, NoWriter, SpikeDetector, check_writers, plain
+from mhc_jax.runs.progress import NoProgress, RunProgress
+from mhc_jax.runs.stop import StopRequest
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step, make_unstaged_step
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
@@ -118,7 +127,7 @@ class _Run:
         self.diverged_at: int | None = None
         self.first_nonfinite: int | None = None
         self.compiled_bytes: int | None = None
-        self.peak_before = cost.device_peak()
+        self.peak_before = counts.device_peak()
 
     def run(self) -> dict[str, Any]:
         try:
@@ -161,7 +170,7 @@ class _Run:
         plain = (
             self.train_step if config.mesh.stage == 1 else jax.jit(make_unstaged_step(config)).trace(abstract, example)
         )
-        self.flops_per_token = cost.jaxpr_flops(plain.jaxpr) / self.tokens_per_step
+        self.flops_per_token = counts.jaxpr_flops(plain.jaxpr) / self.tokens_per_step
         env = environment()
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
         self.mesh_name |= {"processes": jax.process_count()} if distributed.several() else {}
@@ -213,7 +222,7 @@ class _Run:
         if self.diverged_at is not None or self.done == cfg.steps:  # killed between the last checkpoint and the summary
             return "finished" if self.diverged_at is None else "diverged"
         step_fn = self._compile("train", lambda: self.train_step)
-        self.compiled_bytes = cost.compiled_memory(step_fn)
+        self.compiled_bytes = counts.compiled_memory(step_fn)
         evaluate = jax.jit(make_eval_step(self.config), out_shardings=self.replicated)
         held_out = self._placed(self.validation[0])
         eval_fn = self._compile("validation", lambda: evaluate.trace(self.state.params, held_out))
@@ -360,8 +369,8 @@ class _Run:
         self.clock["checkpoint_s"] += time.perf_counter() - began
 
     def _summary(self, status: str) -> dict[str, Any]:
-        total, own = cost.parameter_counts(self.state.params)
-        peak = cost.device_peak()
+        total, own = counts.parameter_counts(self.state.params)
+        peak = counts.device_peak()
         finite = [x for x in self.losses if math.isfinite(x)]
         validated = self.validation_loss
         summary = {

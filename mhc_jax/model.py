@@ -13,16 +13,16 @@ from jaxtyping import Array, Float, Int
 from mhc_kernels import settings
 
 from mhc_jax import remat
-from mhc_jax.cache import Cache, written
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import Connection, connection_module
 from mhc_jax.diagnostics import sample_sublayer
+from mhc_jax.kv_cache import Cache, written
 from mhc_jax.layers.attention import Attention, Past
 from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
 from mhc_jax.layers.moe import MoE
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.sharding import constrain, token_axes
+from mhc_jax.parallel.sharding import constrain, token_axes
 
 Carry = tuple[Any, Any, Array]
 """(streams, c, y) between two blocks: the write of y with c is still pending."""
@@ -80,7 +80,7 @@ class Block(nn.Module):
     ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
         """(streams, c, y), layer index -> the same after this block, (diagnostics of its sub-layers ({} when off), aux).
 
-        With what attention kept of earlier tokens, aux has what it keeps of these (see `mhc_jax.cache`).
+        With what attention kept of earlier tokens, aux has what it keeps of these (see `mhc_jax.kv_cache`).
         """
         streams, c, y = carry
         past = () if kept is None or position is None else (Past(kept, position),)

@@ -11,7 +11,7 @@ import optax
 
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.connections import Connection
-from mhc_jax.paths import CONNECTION, path_of
+from mhc_jax.connections.parameter_paths import CONNECTION, path_of
 
 NO_DECAY = r"(^|/)(\w*norm/weight|router_bias)$"
 """Parameters outside connections that take no weight decay; a router's bias is moved by the train step alone."""

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.traffic import best_recompute
+from mhc_jax.cost.memory_io import best_recompute
 
 KEPT = "branch"
 """Name of the values that the policy `connection` keeps."""
@@ -27,7 +27,7 @@ Sublayer = Callable[[int, Any, Any, jax.Array], tuple[Any, dict[str, Any]]]
 
 
 def block_length(config: ModelConfig, streams: Any) -> int:
-    """L_r: model.remat_block, or the one with the least memory for these streams (`traffic.best_recompute`)."""
+    """L_r: model.remat_block, or the one with the least memory for these streams (`memory_io.best_recompute`)."""
     tokens = jax.tree.leaves(streams)[0].shape[:2]
     carried = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(streams))
     return config.remat_block or best_recompute(config.num_sublayers, carried // (math.prod(tokens) * config.width))

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from mhc_jax.config import ExperimentConfig, ModelConfig
+from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.model import Block, Decoder, branches, connection
+from mhc_jax.parallel.sharding import abstract_mesh, state_shardings
 from mhc_jax.remat import block_length, reached
-from mhc_jax.sharding import MeshConfig, abstract_mesh, state_shardings
 
 STATE_BYTES = 16
 """A parameter, its gradient and AdamW's two moments, float32."""

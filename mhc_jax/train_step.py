@@ -18,9 +18,9 @@ from mhc_jax.connections import connection_module
 from mhc_jax.layers.moe import balanced_bias, router_health
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
+from mhc_jax.parallel.sharding import constrain
 from mhc_jax.pipeline.executor import pipelined, schedule_of
 from mhc_jax.remat_plan import resolve
-from mhc_jax.sharding import constrain
 
 Batch = dict[str, Int[Array, "B T"]]
 

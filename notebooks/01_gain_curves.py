@@ -28,17 +28,17 @@ import numpy as np
 from IPython.display import Markdown, display
 
 from mhc_jax import plots
-from mhc_jax.checkpoint import load_params
+from mhc_jax.analysis.grouping import group, mean_record
+from mhc_jax.analysis.records import last_diagnostics, read_run
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mhc_jax.config.mapping import from_mapping
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import summarize
 from mhc_jax.loop import train
-from mhc_jax.mapping import from_mapping
-from mhc_jax.paired import plan
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.records import last_diagnostics, read_run
-from mhc_jax.settings import group, mean_record
-from mhc_jax.sweep_record import how_to_make, newest_record, read_record
+from mhc_jax.reports.record import how_to_make, newest_record, read_record
+from mhc_jax.runs.checkpoint import load_params
+from mhc_jax.sweeps.paired import plan
 from mhc_jax.train_step import make_diagnostics_step
 
 TINY = os.environ.get("MHC_JAX_TINY") == "1"  # shrinks the live run, for tests

@@ -22,12 +22,12 @@ from pathlib import Path
 from IPython.display import Markdown, display
 
 from mhc_jax import plots
-from mhc_jax.comparison import findings, statistics_rows
+from mhc_jax.analysis.comparison import findings, statistics_rows
+from mhc_jax.analysis.grouping import group, mean_record
+from mhc_jax.analysis.records import seed_name
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.records import seed_name
-from mhc_jax.report import markdown_table
-from mhc_jax.settings import group, mean_record
-from mhc_jax.sweep_record import how_to_make, newest_record, read_record
+from mhc_jax.reports.page import markdown_table
+from mhc_jax.reports.record import how_to_make, newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 settings = group(read_record(newest_record(RECORDS, "connections")))

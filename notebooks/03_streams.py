@@ -23,13 +23,13 @@ import numpy as np
 from IPython.display import Markdown, display
 
 from mhc_jax import plots
-from mhc_jax.comparison import Cell, statistics_rows
+from mhc_jax.analysis.comparison import Cell, statistics_rows
+from mhc_jax.analysis.grouping import group, mean_record
+from mhc_jax.analysis.records import last_diagnostics
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.records import last_diagnostics
-from mhc_jax.report import markdown_table
-from mhc_jax.settings import group, mean_record
-from mhc_jax.sweep_record import how_to_make, newest_record, read_record
+from mhc_jax.reports.page import markdown_table
+from mhc_jax.reports.record import how_to_make, newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 chosen = ("setting", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from IPython.display import Markdown, display
 
-from mhc_jax import traffic
+from mhc_jax.analysis.grouping import group, mean_record
+from mhc_jax.cost import memory_io
 from mhc_jax.plots import cost
-from mhc_jax.settings import group, mean_record
-from mhc_jax.sweep_record import newest_record, read_record
+from mhc_jax.reports.record import newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 n, C = 4, 2560  # mHC's 27B model
@@ -34,11 +34,11 @@ n, C = 4, 2560  # mHC's 27B model
 
 # %%
 lines = [f"| operation (n = {n}) | read (C) | written (C) |", "| --- | --- | --- |"]
-table = traffic.unfused(n, C)
-table |= {"**total, unfused**": traffic.total(table)}
+table = memory_io.unfused(n, C)
+table |= {"**total, unfused**": memory_io.total(table)}
 table |= {
-    "**total, H_post, H_res and merge fused**": traffic.total(traffic.merged(n, C)),
-    "residual": traffic.residual(C),
+    "**total, H_post, H_res and merge fused**": memory_io.total(memory_io.merged(n, C)),
+    "residual": memory_io.residual(C),
 }
 lines += [f"| {name} | {moved.read / C:.2f} | {moved.written / C:.2f} |" for name, moved in table.items()]
 display(Markdown("\n".join(lines)))

@@ -12,7 +12,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-from mhc_jax.sweep_record import shortened
+from mhc_jax.reports.record import shortened
 
 HERE = Path(__file__).parent
 TIMEOUT = 600

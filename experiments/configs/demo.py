@@ -12,8 +12,8 @@ run of minutes shows what a run of weeks shows at 27B.
 from ml_collections import ConfigDict
 
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
-from mhc_jax.mapping import to_mapping
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:

@@ -6,7 +6,7 @@
 table: 80 columns a head, heads of 128 + 64 (MLA), 64 experts of 0.7 width of which a token sees 6, and 2 shared ones, first block
 dense and 8 experts wide, 64 tokens an active parameter.  The latent is 0.4 width (512 at 3B).  The learning rate is the table's
 line through 3B and 27B, 8.6e-4 (active / 612M)^-0.4, at most 3e-3.  Parameters outside the vocabulary are counted
-(`mhc_jax.cost.model_cost`), because the vocabulary is the tokenizer's.
+(`mhc_jax.cost.counts.model_cost`), because the vocabulary is the tokenizer's.
 
 Losses: not measured.
 """
@@ -14,10 +14,10 @@ Losses: not measured.
 from ml_collections import ConfigDict
 
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.connections import parse
-from mhc_jax.cost import model_cost
+from mhc_jax.cost.counts import model_cost
 from mhc_jax.errors import one_of
-from mhc_jax.mapping import from_mapping, to_mapping
 
 # layers, heads, tokens of a sequence, sequences a step
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}

@@ -13,8 +13,8 @@ Losses: not measured.  Cost: 5e16 FLOPs a run, some minutes on an H100.
 from ml_collections import ConfigDict
 
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
-from mhc_jax.mapping import to_mapping
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:

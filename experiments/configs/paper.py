@@ -6,8 +6,8 @@
 alone is the paper's: n = 4, alpha 0.01, t_max 20 and the static biases of its appendix A.6 (`init=paper`) are the defaults.  The
 text is the caller's: give --config.data.source and a tokenizer of at most 129,280 tokens.
 
-Expected from `mhc_jax.cost.model_cost` (tests/cost/test_cost.py), with `residual`: 2.970 / 9.172 / 27.033 B parameters, of which
-0.609 / 1.654 / 4.124 B active; the table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  What the table leaves open, and
+Expected from `mhc_jax.cost.counts.model_cost` (tests/cost/test_cost.py), with `residual`: 2.970 / 9.172 / 27.033 B parameters,
+of which 0.609 / 1.654 / 4.124 B active; the table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  What the table leaves open, and
 this reading of it settles: embeddings untied, queries without a low rank, the dense first layer 8 experts wide.
 Losses: not measured.  Cost: thousands of accelerators' days; `experiments/compile.py` says what a step takes on a slice of TPUs.
 """
@@ -15,9 +15,9 @@ Losses: not measured.  Cost: thousands of accelerators' days; `experiments/compi
 from ml_collections import ConfigDict
 
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
 from mhc_jax.errors import one_of
-from mhc_jax.mapping import to_mapping
 
 # layers, width, heads, routed experts, expert width, sequences a step, steps, learning rate
 SIZES = {

@@ -9,8 +9,8 @@ rate 3e-3: settings at which HC's gain shows within a run of seconds on two core
 from ml_collections import ConfigDict
 
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
-from mhc_jax.mapping import to_mapping
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:

@@ -6,7 +6,7 @@ The ablation at a width of 48: a mapping that is disabled stays at its fixed val
 than at scale and of the size of the seeds' noise.  mHC and identity start from `init=home`. Cost: 15 runs of 10 to 90 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

@@ -9,7 +9,7 @@ of either sign.  With `init=paper` the streams stay nearly equal (cosine near 1)
 about a minute or two on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

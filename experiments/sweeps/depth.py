@@ -6,7 +6,7 @@ Expect: HC's composite gain grows with depth, mHC's stays at 1 forward and sligh
 several minutes on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

@@ -6,7 +6,7 @@ Learning rate 1e-2, warm-up 20, clipping 1. Expect: HC diverges within 100 steps
 (`init=home`) finish; with bf16 or float32 streams the same gain stays invisible. Cost: 9 runs of 10 to 60 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

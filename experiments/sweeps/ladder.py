@@ -6,7 +6,7 @@ Expect: loss falls with compute along nearly parallel curves; four points and on
 decide nothing about the exponents. Cost: 12 runs from 10 s to a few minutes on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds, zip_points
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds, zip_points
 
 
 def get_sweep() -> Sweep:

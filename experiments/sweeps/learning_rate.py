@@ -7,7 +7,7 @@ gain grows with the learning rate; at 1e-2 and above its gradient norm surges, w
 Cost: 54 runs of 10 to 60 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

@@ -6,7 +6,7 @@ Expect: mHC and identity differ by less than the seeds' noise at this size.  HC 
 of HC's gain in loss a scalar gain gives too. Cost: 15 runs of 10 to 60 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

@@ -9,7 +9,7 @@ minutes only, run it under `timeout --signal=INT`: the run in progress saves and
 Losses: not measured.  Cost: 6 runs of some minutes on an H100.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

@@ -8,7 +8,7 @@ diverge in float16 at a learning rate of 1 alone. No run that finishes has a gra
 Cost: 52 runs of 10 to 60 s on 2 cores.
 """
 
-from mhc_jax.sweep import Point, Sweep, over, product
+from mhc_jax.sweeps.grid import Point, Sweep, over, product
 
 
 def hyper(connection: str, blocks: int, clip: float, schedule: str) -> list[Point]:

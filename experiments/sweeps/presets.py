@@ -6,7 +6,7 @@ Expect: the presets differ in stream cosine (only `home` tells streams apart) mo
 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

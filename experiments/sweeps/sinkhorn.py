@@ -6,7 +6,7 @@ Learning rate 1e-2 without warm-up, where the logits leave the region in which f
 throughout (Sinkhorn ends on rows), backward gain above 1 and falling with t_max. Cost: 18 runs of 10 to 90 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

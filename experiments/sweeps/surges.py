@@ -7,7 +7,7 @@ after the warm-up and its loss is the highest; mHC (`init=home`) and residual st
 and the surge shows in the gradient norm alone. Cost: 18 runs of 10 to 60 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

@@ -6,7 +6,7 @@ Expect: mHC's forward gain is 1 at every n; differences in loss between n = 2, 4
 runs of 10 to 90 s on 2 cores.
 """
 
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:

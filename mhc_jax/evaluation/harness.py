@@ -12,13 +12,13 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows
 
-from mhc_jax.cache import empty_cache
 from mhc_jax.errors import require
 from mhc_jax.evaluation.scoring import FEW_ROWS, LN2, Scored, Scorer, memory_budget, split_texts
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.generation import Generator, Sampling, bucket
-from mhc_jax.progress import ItemProgress
-from mhc_jax.trained import Trained
+from mhc_jax.kv_cache import empty_cache
+from mhc_jax.runs.progress import ItemProgress
+from mhc_jax.runs.trained import Trained
 
 MAX_GEN_TOKS = 256
 """Tokens of an answer where the task names no limit, as in lm-eval's own models."""

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec
-from mhc_jax.environment import environment
 from mhc_jax.errors import InputError, require
 from mhc_jax.evaluation.scoring import LN2
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.evaluation.tasks import BENCHMARKS, choose, gold_answer, harness_tasks
-from mhc_jax.mapping import to_mapping
-from mhc_jax.run_folder import write_json
-from mhc_jax.trained import Trained, beyond_training, load_trained
+from mhc_jax.runs.environment import environment
+from mhc_jax.runs.folder import write_json
+from mhc_jax.runs.trained import Trained, beyond_training, load_trained
 
 
 def import_harness(local: bool) -> Any:

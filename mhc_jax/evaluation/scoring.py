@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mhc_jax import cost
 from mhc_jax.config import ModelConfig
+from mhc_jax.cost import counts
 from mhc_jax.data.tokenizers import Tokenizer
 from mhc_jax.generation import bucket
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import batch_sharding, using
+from mhc_jax.parallel.sharding import batch_sharding, using
 
 LN2 = math.log(2)
 TOKENS = {"cpu": 8192}
@@ -174,7 +174,7 @@ class Scorer:
             with using(self.mesh):
                 program = self._step.lower(self.params, shape, shape).compile()
             self.compilations += 1
-            if self.batch_size or self._least == B or (cost.compiled_memory(program) or 0) <= memory_budget():
+            if self.batch_size or self._least == B or (counts.compiled_memory(program) or 0) <= memory_budget():
                 self.programs[B, T] = program
                 return B
             self._most[T] = B // 2

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from mhc_jax.trained import beyond_training
+from mhc_jax.runs.trained import beyond_training
 
 RESAMPLES = 2000
 CHUNK = 200

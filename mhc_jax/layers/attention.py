@@ -14,9 +14,7 @@ from mhc_kernels import choice
 from mhc_jax.errors import require
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
-from mhc_jax.sharding import constrain, on_own_part
-
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+from mhc_jax.parallel.sharding import constrain, on_own_part
 
 
 def attend(
@@ -82,7 +80,7 @@ def _splash(q, k, v):
 
 
 class Past(NamedTuple):
-    """What attention keeps of earlier tokens, for one layer or (axes in front) for several; see `mhc_jax.cache`."""
+    """What attention keeps of earlier tokens, for one layer or (axes in front) for several; see `mhc_jax.kv_cache`."""
 
     kept: dict[str, Array]
     """Arrays [B, S, ...]: k and v (GQA), or the latent c and k_R (MLA).  S = 0: nothing yet."""

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from mhc_kernels import choice
 
-from mhc_jax.sharding import current
+from mhc_jax.parallel.sharding import current
 
 ROWS = 512
 """Of a tile.  With as many columns, 256 FLOPs a byte: v5p wants 166, v5e 240."""

@@ -8,7 +8,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.sharding import constrain
+from mhc_jax.parallel.sharding import constrain
 
 
 class SwiGLU(nn.Module):

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from mhc_jax.layers.exchange import exchange, plan, worst_case
 from mhc_jax.layers.grouped import grouped_matmul
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.sharding import RULES, constrain, current, token_axes
+from mhc_jax.parallel.sharding import RULES, constrain, current, token_axes
 
 
 def route(

@@ -35,10 +35,10 @@ from mhc_kernels import settings
 
 from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import require
+from mhc_jax.parallel.sharding import constrain, current, token_axes
 from mhc_jax.pipeline.program import Operation, Program, compile_table
-from mhc_jax.pipeline.schedules import Place, Schedule, make
 from mhc_jax.pipeline.stage import Stage
-from mhc_jax.sharding import constrain, current, token_axes
+from mhc_jax.schedules.tables import Place, Schedule, make
 
 AXIS = "stage"
 Tree = Any

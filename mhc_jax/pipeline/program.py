@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhc_jax.pipeline.schedules import Place, Schedule, wiring
-from mhc_jax.pipeline.validate import messages, operations, when
+from mhc_jax.schedules.tables import Place, Schedule, wiring
+from mhc_jax.schedules.validate import messages, operations, when
 
 
 class Operation(NamedTuple):
-    """What a device does in a tick: kinds of `schedules.KINDS`, empty for nothing."""
+    """What a device does in a tick: kinds of `schedules.tables.KINDS`, empty for nothing."""
 
     forward: str = ""
     backward: str = ""

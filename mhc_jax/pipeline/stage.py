@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.cost.memory_io import best_recompute
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import recomputed
-from mhc_jax.traffic import best_recompute
 
 Tree = Any
 

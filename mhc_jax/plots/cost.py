@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from mhc_jax import traffic
+from mhc_jax.cost import memory_io
 from mhc_jax.plots.style import INK, LOOKS, OTHER_LOOK, STYLE, NothingToDraw, log_axis, panels
 
 
@@ -28,11 +28,11 @@ def traffic_bars(n: int, C: int) -> Figure:
     """Elements moved per token and sub-layer, in units of C: unfused (mHC Table 2) down to one pass."""
     figure, (axis,) = panels(1, 1, height=2.6)
     split = {
-        "residual, merge": traffic.residual(C),
-        "unfused (Table 2)": traffic.total(traffic.unfused(n, C)),
-        "H_post, H_res, merge fused": traffic.total(traffic.merged(n, C)),
+        "residual, merge": memory_io.residual(C),
+        "unfused (Table 2)": memory_io.total(memory_io.unfused(n, C)),
+        "H_post, H_res, merge fused": memory_io.total(memory_io.merged(n, C)),
     }
-    whole = {f"{name}, with pre-norm": moved for name, moved in traffic.boundary(n, C).items()}
+    whole = {f"{name}, with pre-norm": moved for name, moved in memory_io.boundary(n, C).items()}
     names = [*split, *whole]
     read = [moved.read / C for moved in split.values()]
     written = [moved.written / C for moved in split.values()]
@@ -57,9 +57,9 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
     figure, (axis,) = panels(1, 1, height=2.9)
     L_r = range(1, L + 1)
     for k, n in enumerate(streams):
-        kib = [traffic.recompute_elements(r, L, n, C) * itemsize / 1024 for r in L_r]
+        kib = [memory_io.recompute_elements(r, L, n, C) * itemsize / 1024 for r in L_r]
         color = matplotlib.colormaps["viridis"](0.85 * k / max(1, len(streams) - 1))
-        best = traffic.best_recompute(L, n)
+        best = memory_io.best_recompute(L, n)
         axis.plot(L_r, kib, color=color, label=f"n = {n}: best L_r = {best}")
         axis.plot(best, kib[best - 1], "o", color=color)
     log_axis(axis)

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mhc_jax.analysis.grouping import baselines
+from mhc_jax.analysis.records import RunRecord, flatten, paired_gap, series
 from mhc_jax.plots.style import (
     INK,
     by_depth,
@@ -24,8 +26,6 @@ from mhc_jax.plots.style import (
     smooth,
     styled,
 )
-from mhc_jax.records import RunRecord, flatten, paired_gap, series
-from mhc_jax.settings import baselines
 
 WIDE_LOSS_RATIO = 10.0
 """Largest over smallest logged loss from which the loss axis is logarithmic."""

@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mhc_jax.analysis.records import RunRecord, last_diagnostics, series
 from mhc_jax.diagnostics import composites, second_eigenvalue
 from mhc_jax.plots.style import (
     GRID,
@@ -27,7 +28,6 @@ from mhc_jax.plots.style import (
     register,
     styled,
 )
-from mhc_jax.records import RunRecord, last_diagnostics, series
 
 CELL_TEXT_STREAMS = 4
 """Largest n whose matrices have their numbers written in the cells."""

@@ -8,9 +8,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from mhc_jax.pipeline.schedules import Op
-from mhc_jax.pipeline.simulate import Timeline
 from mhc_jax.plots.style import INK, STYLE, panels
+from mhc_jax.schedules.simulate import Timeline
+from mhc_jax.schedules.tables import Op
 
 COLORS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#8FC98F"}
 NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}

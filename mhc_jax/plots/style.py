@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, NullFormatter
 
+from mhc_jax.analysis.records import RunRecord, labels, last_diagnostics, series
 from mhc_jax.errors import InputError
-from mhc_jax.records import RunRecord, labels, last_diagnostics, series
 
 INK = "#1a1a1b"
 """Text and axes; used for nothing else, since `svg` turns it into the page's text colour."""

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from mhc_jax.analysis.grouping import Setting, frontier_lines, lines, loss_threshold
+from mhc_jax.analysis.records import paired_gap, series
+from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
 from mhc_jax.plots.style import GRID, INK, LOOKS, OTHER_LOOK, STYLE, NothingToDraw, Plot, log_axis, panels, smooth
-from mhc_jax.records import paired_gap, series
-from mhc_jax.settings import Setting, frontier_lines, lines, loss_threshold
-from mhc_jax.statistics import MIN_SEEDS, power_law, stability_frontier
 
 SWEEP_FIGURES: dict[str, Plot] = {}
 """Name to function of settings, title, caption."""

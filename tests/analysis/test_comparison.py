@@ -9,11 +9,11 @@ import pytest
 from support.synthetic_runs import make_four, make_run
 
 from mhc_jax import plots
-from mhc_jax.comparison import findings, rows, statistics_rows, validation_gap
+from mhc_jax.analysis.comparison import findings, rows, statistics_rows, validation_gap
+from mhc_jax.analysis.grouping import baselines, frontier_lines, group, loss_threshold, mean_record
+from mhc_jax.analysis.records import labels
 from mhc_jax.errors import InputError
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.records import labels
-from mhc_jax.settings import baselines, frontier_lines, group, loss_threshold, mean_record
 
 LOSS = {"residual": (2.00, 2.10, 2.05), "hc": (1.98, 2.13, 2.04), "mhc": (1.90, 2.01, 1.94)}
 RATES = (1e-3, 1e-2)

@@ -15,11 +15,11 @@ from support.thinned import thin
 from support.tiny_runs import run_script, tiny, write_text
 from support.tolerances import FP32_RELATIVE, assert_close
 
-from mhc_jax import checkpoint
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import STREAM_MEASURES, rank_one, root_mean_square, sample_sublayer, stream_measures, summarize
 from mhc_jax.loop import train
-from mhc_jax.mapping import from_mapping, to_mapping
+from mhc_jax.runs import checkpoint
 from mhc_jax.train_step import init_state, make_eval_step
 
 measure = jax.jit(stream_measures)

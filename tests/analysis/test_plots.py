@@ -12,10 +12,10 @@ from support.synthetic_runs import STEPS, SUBLAYERS, make_four, make_run
 from support.tiny_runs import lines
 
 from mhc_jax import plots
+from mhc_jax.analysis.grouping import group
+from mhc_jax.analysis.records import labels, last_diagnostics, series
 from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.records import labels, last_diagnostics, series
-from mhc_jax.settings import group
 
 MHC, LOST = "mhc:init=paper", "hc dtype=float16"
 """Labels of the third and the fourth run."""

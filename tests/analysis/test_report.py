@@ -11,14 +11,14 @@ from support.synthetic_runs import STEPS, SUBLAYERS, make_four, make_run, write_
 from support.tiny_runs import ROOT, lines
 
 from mhc_jax import plots
-from mhc_jax.comparison import rows
+from mhc_jax.analysis.comparison import rows
+from mhc_jax.analysis.grouping import group, mean_record
+from mhc_jax.analysis.records import flatten, labels, last_diagnostics, not_defaults, read_run, series
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import to_mapping
-from mhc_jax.records import flatten, labels, last_diagnostics, not_defaults, read_run, series
-from mhc_jax.report import find_runs, header, markdown_table, write_folder_report, write_report
-from mhc_jax.results import measurements
-from mhc_jax.settings import group, mean_record
+from mhc_jax.reports.page import find_runs, header, markdown_table, write_folder_report, write_report
+from mhc_jax.sweeps.results import measurements
 
 
 def append(folder, kind, step, **line):
@@ -234,7 +234,7 @@ def test_a_report_that_fails_leaves_the_old_one(page, monkeypatch, runs):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("mhc_jax.report.os.replace", fail)
+    monkeypatch.setattr("mhc_jax.reports.page.os.replace", fail)
     monkeypatch.setattr(plots, "FIGURES", {"loss": plots.FIGURES["loss"]})
     with pytest.raises(OSError, match="disk full"):
         write_report(runs[:1], page.parent, "new")

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from scipy import stats
 from support.thinned import thin
 
+from mhc_jax.analysis.statistics import (
+    MIN_SEEDS,
+    paired,
+    power_law,
+    sign_flip_p,
+    stability_frontier,
+    t_interval,
+    verdict,
+)
 from mhc_jax.errors import InputError
-from mhc_jax.statistics import MIN_SEEDS, paired, power_law, sign_flip_p, stability_frontier, t_interval, verdict
 
 
 def series(*values):

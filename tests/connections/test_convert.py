@@ -9,7 +9,7 @@ from support.golden_values import load
 from support.tolerances import GOLDEN, assert_close
 
 from mhc_jax import connections
-from mhc_jax.convert import from_deepseek_v4, to_deepseek_v4
+from mhc_jax.connections.convert import from_deepseek_v4, to_deepseek_v4
 from mhc_jax.errors import InputError
 
 N, n, C = 3, 4, 24  # at n = 2 doubly stochastic matrices are symmetric, and a lost transpose would not show

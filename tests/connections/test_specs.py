@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mhc_jax import connections
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import from_mapping, to_mapping
 from mhc_jax.plots.style import LOOKS
 
 FIELDS = {kind: dataclasses.fields(connections.config_class(kind)) for kind in connections.KINDS}

@@ -17,19 +17,19 @@ import pytest
 from support.in_process import run_here
 from support.tiny_runs import PATIENCE_S, ROOT
 
-from mhc_jax import aot, cost, pod, topology
-from mhc_jax.compiled import Collective, Instruction, Program, arrays
-from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PipelineConfig
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from mhc_jax.connections import parse
+from mhc_jax.cost import counts
+from mhc_jax.cost.hlo import Collective, Instruction, Program, arrays
 from mhc_jax.errors import InputError
-from mhc_jax.pipeline.estimates import Step
 from mhc_jax.pipeline.executor import schedule_of
-from mhc_jax.sharding import MeshConfig
+from mhc_jax.planning import compile_ahead, slices, table
+from mhc_jax.planning.pipeline_compiled import Step
 
 MODEL = ModelConfig(64, 32, 3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual"))
 DATA = DataConfig(sequence_length=16, batch_size=16)
 CONFIG = ExperimentConfig(model=MODEL, data=DATA, mesh=MeshConfig(data=2, fsdp=4))
-V5P = topology.CHIPS["v5p"]
+V5P = slices.CHIPS["v5p"]
 WRONG = {
     "v5f:4x4": "chip of --topology is 'v5f'; it must be one of 'v4', 'v5e', 'v5p', 'v6e', 'cpu'. Did you mean 'v5",
     "v5p": "--topology is 'v5p'; v5p has 3 sides, as in v5p:4x4x4",
@@ -45,16 +45,16 @@ WRONG = {
 def test_unknown_topologies_are_refused(name):
     jax.devices()  # from here on there are 8, and no setting makes more
     with pytest.raises(InputError, match=WRONG[name].replace("(", r"\(")):
-        topology.get_slice(name)
+        slices.get_slice(name)
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="libtpu, the TPU compiler, is not installed; run `make aot`"):
-        topology.get_slice("v6e:2x2")
+        slices.get_slice("v6e:2x2")
 
 
-@pytest.mark.parametrize("chip", topology.CHIPS.values(), ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", slices.CHIPS.values(), ids=lambda chip: chip.name)
 def test_clock_is_the_peak_over_the_matrix_units(chip):
     units = {"v4": 4 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2}[chip.name]
     assert chip.flops / (2 * units) == pytest.approx(chip.clock, rel=3e-3)
@@ -62,11 +62,11 @@ def test_clock_is_the_peak_over_the_matrix_units(chip):
 
 
 def test_bandwidth_is_that_of_the_ports_a_group_spans():
-    slice_ = topology.Slice("v5p:4x8x2", V5P, (4, 8, 2), ())
+    slice_ = slices.Slice("v5p:4x8x2", V5P, (4, 8, 2), ())
     assert slice_.bandwidth((4, 1, 1)) == pytest.approx(200e9)
     assert slice_.bandwidth((4, 8, 1)) == pytest.approx(400e9)
     assert slice_.bandwidth((1, 1, 2)) == pytest.approx(100e9), "a side of 2 is a line"
-    v6e = topology.Slice("v6e:8x8", topology.CHIPS["v6e"], (8, 8), ())
+    v6e = slices.Slice("v6e:8x8", slices.CHIPS["v6e"], (8, 8), ())
     assert v6e.bandwidth((8, 1)) == pytest.approx(112e9), "only sides of 16 close"
 
 
@@ -78,7 +78,7 @@ def test_devices_of_a_slice(name, devices):
     platform = "cpu" if name == "cpu:4" else "tpu"
     if platform == "tpu":
         pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
-    slice_ = topology.get_slice(name)
+    slice_ = slices.get_slice(name)
     assert (slice_.platform, len(slice_.devices)) == (platform, devices)
     chips = {slice_.coordinates(device) for device in slice_.devices}
     assert len(chips) * slice_.chip.devices == devices
@@ -86,34 +86,34 @@ def test_devices_of_a_slice(name, devices):
 
 
 def test_a_mesh_in_words():
-    assert aot.parse_mesh("data=2,fsdp=4", 8) == MeshConfig(data=2, fsdp=4)
-    assert aot.parse_mesh("", 8) == MeshConfig(fsdp=8)
+    assert compile_ahead.parse_mesh("data=2,fsdp=4", 8) == MeshConfig(data=2, fsdp=4)
+    assert compile_ahead.parse_mesh("", 8) == MeshConfig(fsdp=8)
     for text, sentence in (
         ("fdsp=8", "An axis of --mesh is 'fdsp'.*Did you mean 'fsdp'"),
         ("fsdp", "write axis=size"),
         ("fsdp=4", "4 devices, and the topology has 8"),
     ):
         with pytest.raises(InputError, match=sentence):
-            aot.parse_mesh(text, 8)
+            compile_ahead.parse_mesh(text, 8)
 
 
 def test_attention_of_a_tpu_is_splash_where_it_can_be():
     wide = dataclasses.replace(MODEL, head_width=128, attention_kind="mla", compute_dtype="bfloat16")
     config = dataclasses.replace(CONFIG, model=wide, data=DataConfig(sequence_length=256, batch_size=8))
-    assert aot.best_attention(config, "tpu").model.attention == "splash"
-    assert aot.best_attention(config, "cpu").model.attention == "xla"
+    assert compile_ahead.best_attention(config, "tpu").model.attention == "splash"
+    assert compile_ahead.best_attention(config, "cpu").model.attention == "xla"
     for model in (dataclasses.replace(wide, rope_width=32), dataclasses.replace(wide, head_width=64)):
-        assert aot.best_attention(dataclasses.replace(config, model=model), "tpu").model.attention == "xla"
-    assert aot.best_attention(CONFIG, "tpu").model.attention == "xla", "16 tokens"
+        assert compile_ahead.best_attention(dataclasses.replace(config, model=model), "tpu").model.attention == "xla"
+    assert compile_ahead.best_attention(CONFIG, "tpu").model.attention == "xla", "16 tokens"
 
 
 @pytest.fixture(scope="module")
 def row():
-    return aot.estimate(CONFIG, topology.get_slice("cpu:8"), None)
+    return compile_ahead.estimate(CONFIG, slices.get_slice("cpu:8"), None)
 
 
 def test_estimate_holds_what_shapes_and_shardings_say(row):
-    shapes, total = row["by_shape"], cost.model_cost(MODEL, 16).total * 4
+    shapes, total = row["by_shape"], counts.model_cost(MODEL, 16).total * 4
     norms = 7 * 32 * 4
     assert shapes["gradients"] == shapes["parameters"] == (total - norms) / 4 + norms, "fsdp splits all but the norms"
     assert shapes["optimizer state"] == pytest.approx(2 * shapes["parameters"], abs=100)
@@ -133,7 +133,7 @@ def test_estimate_counts_the_flops_of_the_model(row):
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.15)
     assert row["seconds"]["step"] == row["seconds"]["compute"] + row["seconds"]["collectives"]
     seconds = {key: row["seconds"][key] for key in ("compute", "collectives")}
-    work = cost.model_cost(MODEL, 16).training_flops * 16 * 16 / (8 * topology.CPU.flops)
+    work = counts.model_cost(MODEL, 16).training_flops * 16 * 16 / (8 * slices.CPU.flops)
     assert row["mfu"] == pytest.approx(work / sum(seconds.values()))
     assert row["mfu, collectives hidden"] == pytest.approx(work / max(seconds.values()))
 
@@ -143,7 +143,9 @@ def test_streams_that_are_kept(remat, kept):
     """Four streams of bfloat16, on 2 of 16 sequences, in two accumulation steps."""
     model = dataclasses.replace(MODEL, connection=parse("mhc:t_max=2"), stream_dtype="bfloat16", remat=remat)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OptimizerConfig(accumulation_steps=2))
-    sizes = aot.by_shape(config, aot.Step(None, None, types.SimpleNamespace(params={}, opt_state={})))
+    sizes = compile_ahead.by_shape(
+        config, compile_ahead.Step(None, None, types.SimpleNamespace(params={}, opt_state={}))
+    )
     assert (sizes["streams"], sizes["logits"]) == (kept * 16 * 4 * 32 * 2, 16 * 64 * 4)
 
 
@@ -155,22 +157,26 @@ def test_kernels_are_priced():
 
     for name, products in (("fwd_residuals", 2), ("dkv_fused", 5)):  # 2 sequences a device, 2 heads
         flops = 2 * 2 * products * 2 * (16 * 16 / 2) * 16
-        assert aot.kernel_cost(CONFIG, kernel(f"splash_mqa_{name}.1")) == (flops, 0.0)
+        assert compile_ahead.kernel_cost(CONFIG, kernel(f"splash_mqa_{name}.1")) == (flops, 0.0)
     own = kernel("mhc_read.1", ', backend_config={"flops":"8","bytes_accessed":"6"}')
-    assert aot.kernel_cost(CONFIG, own) == (8.0, 6.0)
-    assert aot.kernel_cost(CONFIG, kernel("other.1")) is None
-    assert aot.kernel_cycles(V5P, (459e12, 1.0)) == aot.kernel_cycles(V5P, (1.0, 2.765e12)) == V5P.clock
-    assert aot.kernel_cycles(V5P, None) == 0
+    assert compile_ahead.kernel_cost(CONFIG, own) == (8.0, 6.0)
+    assert compile_ahead.kernel_cost(CONFIG, kernel("other.1")) is None
+    assert (
+        compile_ahead.kernel_cycles(V5P, (459e12, 1.0))
+        == compile_ahead.kernel_cycles(V5P, (1.0, 2.765e12))
+        == V5P.clock
+    )
+    assert compile_ahead.kernel_cycles(V5P, None) == 0
 
 
 def test_links_are_those_of_the_torus():
     places = [(x, y, z) for z, y, x in itertools.product(range(4), repeat=3)]
     devices = tuple(types.SimpleNamespace(id=k, coords=list(at)) for k, at in enumerate(places))
-    where = topology.Slice("v5p:4x4x4", V5P, (4, 4, 4), devices)
+    where = slices.Slice("v5p:4x4x4", V5P, (4, 4, 4), devices)
     mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=devices))
 
     def seconds(kind, group):
-        return aot.collective_seconds(Collective(kind, "", tuple(group), 1, 8_000_000), where, mesh)
+        return compile_ahead.collective_seconds(Collective(kind, "", tuple(group), 1, 8_000_000), where, mesh)
 
     assert seconds("all-gather", range(4)) == pytest.approx(6e6 / 200e9), "one ring, both ways"
     assert seconds("all-gather", range(16)) == pytest.approx(7.5e6 / 400e9)
@@ -180,9 +186,9 @@ def test_links_are_those_of_the_torus():
 
 
 def test_what_does_not_fit_says_how_much_it_needs():
-    error = aot.DoesNotFitError("RESOURCE_EXHAUSTED: Ran out of memory. Used 120.50G of 95.74G hbm.")
+    error = compile_ahead.DoesNotFitError("RESOURCE_EXHAUSTED: Ran out of memory. Used 120.50G of 95.74G hbm.")
     assert (error.needs, error.has) == (int(120.5 * 2**30), int(95.74 * 2**30))
-    assert aot.DoesNotFitError("RESOURCE_EXHAUSTED").needs is None
+    assert compile_ahead.DoesNotFitError("RESOURCE_EXHAUSTED").needs is None
 
 
 def test_a_result_is_kept_until_something_changes(tmp_path, monkeypatch):
@@ -191,11 +197,11 @@ def test_a_result_is_kept_until_something_changes(tmp_path, monkeypatch):
     def work():
         return {"needs": next(calls)}
 
-    assert aot.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, False)
-    assert aot.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, True)
-    assert aot.cached({"a": 2}, tmp_path, work) == ({"needs": 2}, False)
-    monkeypatch.setattr(aot, "sources", lambda: "changed")
-    assert aot.cached({"a": 1}, tmp_path, work) == ({"needs": 3}, False)
+    assert compile_ahead.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, False)
+    assert compile_ahead.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, True)
+    assert compile_ahead.cached({"a": 2}, tmp_path, work) == ({"needs": 2}, False)
+    monkeypatch.setattr(compile_ahead, "sources", lambda: "changed")
+    assert compile_ahead.cached({"a": 1}, tmp_path, work) == ({"needs": 3}, False)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +220,7 @@ def test_the_largest_batch(base, slope, extra, expected):
         return {"needs": needs, "fits": needs <= 100}
 
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(accumulation_steps=2))
-    found = pod.largest_batch(config, 100, one)
+    found = table.largest_batch(config, 100, one)
     assert (found["per_device"], found["sequences"]) == (expected, 16 * expected)
     assert expected < 2 or expected in asked, "it is compiled"
     assert len(asked) == 2 + bool(base + slope * 3 <= 100) + bool(expected == 11), "and nothing that need not be"
@@ -243,7 +249,7 @@ def test_the_table():
         timed("mhc", 0.011, 0.008, 0.003, 0.022, collectives=gathers, largest_batch=largest),
         {"connection": "hc", **memory, "needs": None, "fits": False},
     ]
-    text = pod.table(rows, topology.get_slice("cpu:8"))
+    text = table.table(rows, slices.get_slice("cpu:8"))
     half = "0.50 | 0.50 | 0.50 | 0.50 | 0.50"
     for part in (
         f"| mhc | {half} | 3.00 of 4.00 | yes | 5.00 | 6.0 | 11.0 | 8.0 | 3.0 | 22.0 | +10.0 % | 40.0 to 50.0 % |",
@@ -280,13 +286,13 @@ def test_mistakes_in_the_command_are_told(tmp_path, monkeypatch):
 
 STUCK = """
 import runpy, sys, threading, types
-from mhc_jax import aot
+from mhc_jax.planning import compile_ahead
 class Lowered:
     def compile(self, compiler_options):
         print("compiling", file=sys.stderr, flush=True)
         threading.Event().wait()
-aot.lower = lambda *_: types.SimpleNamespace(lowered=Lowered())
-aot.by_shape = lambda *_: {}
+compile_ahead.lower = lambda *_: types.SimpleNamespace(lowered=Lowered())
+compile_ahead.by_shape = lambda *_: {}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -313,7 +319,7 @@ def test_a_mesh_that_is_no_part_of_the_torus_is_told():
     data = dataclasses.replace(DATA, batch_size=64)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, fsdp=16), data=data)
     with pytest.raises(InputError, match=r"mesh \(data 4, fsdp 16\) cannot be laid on v6e:8x8.*whole sides of 8 x 8"):
-        aot.lower(config, topology.get_slice("v6e:8x8"), None)
+        compile_ahead.lower(config, slices.get_slice("v6e:8x8"), None)
 
 
 TPU: dict[str, Any] = {"vocab_size": 256, "width": 128, "num_layers": 2, "num_heads": 1, "num_kv_heads": 1}
@@ -325,7 +331,7 @@ def tpu_row(name, implementation, sequence_length, batch_size, mesh, model, **mo
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
     data = DataConfig(sequence_length=sequence_length, batch_size=batch_size)
     config = ExperimentConfig(model=dataclasses.replace(MODEL, **TPU | model), data=data, mesh=mesh, **more)
-    return config, aot.estimate(config, topology.get_slice(name), implementation)
+    return config, compile_ahead.estimate(config, slices.get_slice(name), implementation)
 
 
 def test_a_step_for_tpus():
@@ -358,7 +364,7 @@ def test_a_pipeline_on_v5p(schedule, monkeypatch):
             super().__init__(text)
             programs.append(self)
 
-    monkeypatch.setattr(aot, "Program", Remembered)
+    monkeypatch.setattr(compile_ahead, "Program", Remembered)
     more = {"optimizer": OptimizerConfig(accumulation_steps=8)}
     more |= {"pipeline": PipelineConfig(schedule=schedule, overlap=True)}
     config, row = tpu_row("v5p:2x2x1", "xla", 128, 8, MeshConfig(stage=4), {"num_layers": 4}, **more)

@@ -19,7 +19,7 @@ from support.thinned import thin
 from support.tiny_runs import ROOT, run_script
 from support.tolerances import FLOAT64_CHAIN, FLOAT64_SUMS, ROUNDED, assert_close
 
-from mhc_jax import device, device_record
+from mhc_jax.benchmarks import record, steps
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_copy_bandwidth_counts_both_ways(monkeypatch):
 def test_a_cut_device_report_goes_on(tmp_path, monkeypatch, capsys):
     """By a clock on which a part takes the whole budget: one part a call, which the next call does not do again."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    report_script, now, run = importlib.import_module("device_report"), [0.0], device_record.run
+    report_script, now, run = importlib.import_module("device_report"), [0.0], record.run
 
     def part(key, rounds, report):
         now[0] += 480.0
@@ -293,15 +293,15 @@ def test_device_report_of_this_cpu(tmp_path):
 
 
 def test_device_report_names_only_known_parts_and_the_papers_layers():
-    for keys in map(device_record.plan, (True, False)):
+    for keys in map(record.plan, (True, False)):
         assert len(set(keys)) == len(keys)
         for key in keys:
             what, name, op = (*key.split("/"), "")[:3]
-            known = device.LAYERS if what in ("step", "gradient") else SPECS
+            known = steps.LAYERS if what in ("step", "gradient") else SPECS
             assert name in known
-            assert op in (("",) if known is device.LAYERS else OPS)
+            assert op in (("",) if known is steps.LAYERS else OPS)
     for name, width, expert in (("3b", 1280, 896), ("27b", 2560, 1536)):
-        model = device.config_of(device.LAYERS[name], "mhc", 1).model
+        model = steps.config_of(steps.LAYERS[name], "mhc", 1).model
         assert (model.width, model.mlp_width, model.head_dim) == (width, 8 * expert, 128)
         assert (model.compute_dtype, model.stream_dtype) == ("bfloat16", "bfloat16")
 
@@ -309,8 +309,8 @@ def test_device_report_names_only_known_parts_and_the_papers_layers():
 def test_results_that_differ_between_calls_are_named():
     first, second = iter((0.0, 0.0, 1.0)), iter((0.0, -0.0))
     run = lambda: [jnp.asarray([1.0, np.nan]), jnp.asarray([next(first)])]  # noqa: E731
-    assert device._differing(run, ["same", "changing"], 3) == ["changing"]
-    assert device._differing(lambda: [jnp.asarray([next(second)])], ["sign"], 2) == ["sign"]
+    assert steps._differing(run, ["same", "changing"], 3) == ["changing"]
+    assert steps._differing(lambda: [jnp.asarray([next(second)])], ["sign"], 2) == ["sign"]
 
 
 def test_compiled_table_has_registers_and_bytes(scripts):

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mhc_jax import compiled, cost
-from mhc_jax.compiled import Program
-from mhc_jax.device_groups import axes_of, groups
+from mhc_jax.cost import counts, hlo
+from mhc_jax.cost.device_groups import axes_of, groups
+from mhc_jax.cost.hlo import Program
 
 RECORDED = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -73,20 +73,20 @@ MESH = {"data": 2, "fsdp": 4}
 def test_cycles_count_loops_by_their_turns():
     program = Program(RECORDED)
     # once 1000, 6 turns of 100, 6 x 3 turns of 10 and of a kernel that moves 700 bytes.
-    by_bytes = compiled.cycles(program, lambda one: compiled.kernel_estimate(one)[1] / 100)
+    by_bytes = hlo.cycles(program, lambda one: hlo.kernel_estimate(one)[1] / 100)
     assert by_bytes == 1000 + 6 * 100 + 18 * (10 + 7)
-    assert compiled.flops(program, lambda one: compiled.kernel_estimate(one)[0]) == 18 * 50
-    assert compiled.fusions(program) == 4
+    assert hlo.flops(program, lambda one: hlo.kernel_estimate(one)[0]) == 18 * 50
+    assert hlo.fusions(program) == 4
 
 
 def test_turns_that_are_not_known_are_told():
     program = Program(RECORDED.replace("compare(%i.4, %constant.4)", "compare(%i.4, s32[] constant(5))"))
     with pytest.raises(ValueError, match=r"turns of while.2 are not known: .* has the constants \['5', '6'\]"):
-        compiled.cycles(program, lambda one: 0.0)
+        hlo.cycles(program, lambda one: 0.0)
 
 
 def test_collectives_of_a_recorded_program():
-    found = compiled.collectives(Program(RECORDED), MESH)
+    found = hlo.collectives(Program(RECORDED), MESH)
     assert [(c.kind, c.axes, c.group, c.count, c.bytes) for c in found] == [
         ("all-gather", "fsdp", (0, 1, 2, 3), 6, 256 * 128 * 2),
         ("reduce-scatter", "fsdp", (0, 1, 2, 3), 6, 128 * 128 * 4),
@@ -118,7 +118,7 @@ ENTRY %main (p: bf16[32,128]) -> bf16[32,128] {
 
 
 def test_an_asynchronous_collective_counts_once_and_one_of_a_single_device_not():
-    found = compiled.collectives(Program(ASYNCHRONOUS), MESH)
+    found = hlo.collectives(Program(ASYNCHRONOUS), MESH)
     assert [(c.kind, c.axes, c.count, c.bytes) for c in found] == [
         ("all-gather", "fsdp", 1, 128 * 128 * 2),
         ("reduce-scatter", "data+fsdp", 1, 8 * 16 * 128 * 2),
@@ -131,7 +131,7 @@ def test_bytes_are_of_slices_and_of_hbm():
     a_turn += one + 256 * 128 * 2  # gathered
     a_turn += 32 * 128 * 4  # scattered, its operand has no shape here
     entry = one + 4 + 2 * one + (3 * one + 2 * 4 - 2 * 4)  # copy to VMEM reads; all-reduce; fusion; permute
-    assert compiled.bytes_accessed(Program(RECORDED)) == entry + 6 * a_turn + 18 * (2 * one + 2 * one)  # kernel, fusion
+    assert hlo.bytes_accessed(Program(RECORDED)) == entry + 6 * a_turn + 18 * (2 * one + 2 * one)  # kernel, fusion
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_flops_of_products(shape):
     *batch, m, k, n = shape
     f = jax.jit(lambda a, b: jnp.tanh(a @ b))
     program = f.lower(jnp.ones((*batch, m, k)), jnp.ones((*batch, k, n))).compile()
-    assert compiled.flops(Program(program.as_text()), lambda one: 0.0) == 2 * math.prod(shape)
+    assert hlo.flops(Program(program.as_text()), lambda one: 0.0) == 2 * math.prod(shape)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_flops_of_products(shape):
 def test_flops_of_what_the_tpu_compiler_makes_of_products(line, left, right, expected):
     a, b = (f"  %{name} = f32[{','.join(map(str, shape))}] parameter(0)" for name, shape in (("a", left), ("b", right)))
     program = Program("\n".join(["ENTRY %m (a: f32[]) -> f32[] {", a, b, f"  {line}", "}"]))
-    assert compiled.flops(program, lambda one: 0.0) == expected
+    assert hlo.flops(program, lambda one: 0.0) == expected
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def sharded():
 
 
 def test_collectives_of_a_real_program(sharded):
-    found, weight = compiled.collectives(Program(sharded.as_text()), MESH), 64 * 64 * 4
+    found, weight = hlo.collectives(Program(sharded.as_text()), MESH), 64 * 64 * 4
     gathers, sums = ([c for c in found if c.kind == kind] for kind in ("all-gather", "all-reduce"))
     assert {c.axes for c in gathers} == {"fsdp"}
     # Forward, perhaps backward again.
@@ -229,20 +229,20 @@ def test_collectives_of_a_real_program(sharded):
 
 def test_flops_of_a_real_program_count_every_layer(sharded):
     """Forward, the gradient of x and that of W, on an eighth of the batch each."""
-    assert compiled.flops(Program(sharded.as_text()), lambda one: 0.0) == 5 * 3 * 2 * 2 * 64 * 64
+    assert hlo.flops(Program(sharded.as_text()), lambda one: 0.0) == 5 * 3 * 2 * 2 * 64 * 64
 
 
 def test_memory_counts_a_donated_argument_once():
     x = jnp.ones((256, 256))
     plain, donated = (jax.jit(lambda a: a + 1, donate_argnums=d).lower(x).compile() for d in ((), (0,)))
-    assert (cost.compiled_memory(plain), cost.compiled_memory(donated)) == (2 * x.nbytes, x.nbytes)
-    sizes = compiled.memory(donated)
+    assert (counts.compiled_memory(plain), counts.compiled_memory(donated)) == (2 * x.nbytes, x.nbytes)
+    sizes = hlo.memory(donated)
     assert sizes["aliased"] == sizes["arguments"] == sizes["outputs"] == x.nbytes
     assert sizes["total"] == x.nbytes + sizes["temporaries"]
 
 
 def test_memory_adds_up(sharded):
-    sizes = compiled.memory(sharded)
+    sizes = hlo.memory(sharded)
     assert sizes["arguments"] == 5 * 16 * 64 * 4 + 2 * 64 * 4
     assert sizes["total"] == sizes["arguments"] + sizes["outputs"] + sizes["temporaries"] - sizes["aliased"]
     assert sizes["temporaries"] > 0

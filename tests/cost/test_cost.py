@@ -19,14 +19,16 @@ from support.in_process import run_here, script_here
 from support.thinned import thin
 from support.tiny_runs import ROOT, flags_of, tiny, write_text
 
-from mhc_jax import connections, device_record, pod, remat_plan, topology, traffic
+from mhc_jax import connections, remat_plan
+from mhc_jax.benchmarks import record
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
-from mhc_jax.cost import flops, model_cost, parameter_counts
+from mhc_jax.config.mapping import from_mapping
+from mhc_jax.cost import memory_io
+from mhc_jax.cost.counts import flops, model_cost, parameter_counts
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder
-from mhc_jax.pipeline import tables
-from mhc_jax.pipeline.costs import Rates
+from mhc_jax.planning import pipeline_tables, slices, table
+from mhc_jax.planning.pipeline_costs import Rates
 from mhc_jax.plots import NothingToDraw
 from mhc_jax.plots import cost as figures
 from mhc_jax.plots.pipeline import timeline
@@ -174,8 +176,8 @@ def test_streams_move_twice_a_sublayer():
 
 @pytest.mark.parametrize(("n", "C"), [(1, 8), (4, 128), (8, 2560)])
 def test_tables_of_the_paper(n, C):
-    small, unfused, merged = n * n + 2 * n, traffic.unfused(n, C), traffic.merged(n, C)
-    assert traffic.total(unfused) == ((5 * n + 1) * C + small, (3 * n + 1) * C + small)
+    small, unfused, merged = n * n + 2 * n, memory_io.unfused(n, C), memory_io.merged(n, C)
+    assert memory_io.total(unfused) == ((5 * n + 1) * C + small, (3 * n + 1) * C + small)
     write = [unfused[key] for key in ("apply H_post", "apply H_res", "merge")]
     assert sum(row.read for row in write) == (3 * n + 1) * C + n * n + n
     assert merged["write"] == ((n + 1) * C + n * n + n, n * C)
@@ -184,8 +186,8 @@ def test_tables_of_the_paper(n, C):
 
 @pytest.mark.parametrize(("L", "n"), [(60, 4), (24, 2), (1, 4), (128, 8)])
 def test_best_recompute_is_near_the_root(L, n):
-    best = traffic.best_recompute(L, n)
-    kept = [traffic.recompute_elements(L_r, L, n, 3) for L_r in range(1, L + 1)]
+    best = memory_io.best_recompute(L, n)
+    kept = [memory_io.recompute_elements(L_r, L, n, 3) for L_r in range(1, L + 1)]
     assert kept[best - 1] == min(kept)
     assert best == pytest.approx((n * L / (n + 2)) ** 0.5, abs=1.5)
 
@@ -195,8 +197,8 @@ def test_figures_of_cost():
 
     Memory is nC ceil(L / L_r) + (n + 2) C L_r elements of two bytes, in KiB.
     """
-    assert list(traffic.boundary(4, 1).values()) == [20, 14, 10]
-    assert traffic.residual(7) == (14, 7)
+    assert list(memory_io.boundary(4, 1).values()) == [20, 14, 10]
+    assert memory_io.residual(7) == (14, 7)
     bars = figures.traffic_bars(4, 10_000).axes[0]
     np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [2, 21, 13, 1, 13, 5, 20, 14, 10], atol=0.003)
     assert "C = 10000" in bars.get_xlabel()
@@ -214,7 +216,7 @@ def test_figures_of_cost():
     with pytest.raises(NothingToDraw, match="no ratios"):
         figures.overhead({})
     with pytest.raises(InputError, match="from 1 to L = 4"):
-        traffic.recompute_elements(5, 4, 4, 8)
+        memory_io.recompute_elements(5, 4, 4, 8)
 
 
 def test_roofline_of_a_device_record():
@@ -245,22 +247,22 @@ def printed(text):
 
 def test_a_row_of_a_pipeline_by_hand():
     """1F1B on 4 devices: 8 microbatches of F + B = 3 each, and 3 (F + B) that a device waits; at most 4 are alive."""
-    rows = tables.of_hand(["1f1b"], 4, 8, 1.0, 2.0, 1.0, 1.0, 0.0)
-    (row,) = printed(tables.markdown(rows))
+    rows = pipeline_tables.of_hand(["1f1b"], 4, 8, 1.0, 2.0, 1.0, 1.0, 0.0)
+    (row,) = printed(pipeline_tables.markdown(rows))
     expected = {"schedule": "1f1b", "connection": "", "devices x stages": "4 x 4", "step": f"{8 * 3 + 3 * 3}"}
     expected |= {"longest wait": f"{3 * 3}", "waiting (%)": f"{100 * 9 / 33:.1f}", "messages exposed": "0"}
     assert row == {**expected, "activations (stages)": "4", "kept by connections (GB)": "", "over the first": ""}
     axis = timeline([rows[0].run], ["one"], rows[0].unit).axes[0]
     assert axis.get_xlabel() == "time"
     assert sorted(cell.get_width() for cell in axis.patches) == pytest.approx([1.0] * 32 + [2.0] * 32)
-    (many,) = printed(tables.markdown(tables.of_hand(["gpipe"], 2, 1500, 1.0, 2.0, 1.0, 1.0, 0.0)))
+    (many,) = printed(pipeline_tables.markdown(pipeline_tables.of_hand(["gpipe"], 2, 1500, 1.0, 2.0, 1.0, 1.0, 0.0)))
     assert (many["activations (stages)"], many["kept by connections (GB)"]) == ("1500", "")
 
 
 def test_a_row_of_a_pipeline_of_a_model_has_seconds_and_bytes():
     config = ExperimentConfig(model=PAPER, data=DataConfig(sequence_length=4096))
-    rows = tables.of_model(["1f1b"], 4, 8, config, ["residual", "mhc:t_max=2"], RATES, 1.0)
-    residual, mhc, _ = printed(tables.markdown(rows))
+    rows = pipeline_tables.of_model(["1f1b"], 4, 8, config, ["residual", "mhc:t_max=2"], RATES, 1.0)
+    residual, mhc, _ = printed(pipeline_tables.markdown(rows))
     assert mhc["step (s)"] == f"{rows[1].run.makespan:.4g}"
     assert mhc["over the first"] == f"{100 * (rows[1].run.makespan / rows[0].run.makespan - 1):+.2f} %"
     assert timeline([rows[0].run], ["one"], rows[0].unit).axes[0].get_xlabel() == "time (s)"
@@ -273,7 +275,7 @@ def test_operations_of_a_compiled_pipeline():
     seconds = {"F": [0.001, 0.004], "B": [0.002, 0.0], "W": [0.0005, 0.0], "message": 0.0003, "tick": 0.0}
     found = {"schedule": "zb1p", "stages": 4, "seconds": seconds, "pair": 0.94, "bubble_fraction": 0.125}
     found["messages"] = {"a tick": 2, "asynchronous": 1, "hidden": 0, "bytes": 10}
-    (row,) = printed("\n".join(pod.pipelines([{"connection": "mhc", "pipeline": found}])))
+    (row,) = printed("\n".join(table.pipelines([{"connection": "mhc", "pipeline": found}])))
     assert list(row.values()) == ["mhc", "zb1p", "4", "4.00", "2.00", "0.50", "0.94", "0.30", "12.5", "2", "1", "0"]
     assert "waiting (%)" in row
 
@@ -286,9 +288,9 @@ def test_chips_are_those_of_the_published_pages():
         "v5p": (459, 2765, 95, 4800, 6, 1),
         "v6e": (918, 1640, 32, 3584, 4, 1),
     }
-    assert set(published) == set(topology.CHIPS)
+    assert set(published) == set(slices.CHIPS)
     for name, (speed, bandwidth, memory, bits, ports, devices) in published.items():
-        chip = topology.CHIPS[name]
+        chip = slices.CHIPS[name]
         assert (chip.devices, 2 * chip.dimensions, chip.hbm * devices) == (devices, ports, memory * 2**30)
         rates = [devices * rate for rate in (chip.flops, chip.bandwidth, chip.link * ports * 8)]
         assert rates == pytest.approx([speed * 1e12, bandwidth * 1e9, bits * 1e9])
@@ -296,7 +298,7 @@ def test_chips_are_those_of_the_published_pages():
 
 def test_estimated_cycles_of_attention_are_those_of_the_chip():
     with script_here("tpu_estimate", "--topology=v6e:2x2") as tpu_estimate:
-        cycles = tpu_estimate.attention_cycles(topology.CHIPS["v6e"])
+        cycles = tpu_estimate.attention_cycles(slices.CHIPS["v6e"])
     # Two layers of 32 heads of 128, 2 x 4096 tokens: seven products over half of T x T, at 918 TFLOP/s and 1.75 GHz.
     assert cycles == pytest.approx(2 * 7 * 2 * 2 * 32 * 4096**2 / 2 * 128 / 918e12 * 1.75e9)
 
@@ -323,7 +325,7 @@ def test_the_page_of_a_device():
     correct = {"op": "read", "spec": dataclasses.asdict(SPECS["27b"]), "implementation": "xla", "status": "ok"} | gate
     env = {"device": "D", "command": "c", "date": "d", "commit": "0", "dirty": False, "python": "3", "packages": {}}
     parts = {"correct/27b/read": [correct], "step/27b": {**step, "attention": "cudnn", "steps": [mhc]}}
-    text = device_record.readme({"env": env, "parts": parts, "left": []})
+    text = record.readme({"env": env, "parts": parts, "left": []})
     assert "| read | 27b (16384 x 4 x 2560, bfloat16) | xla | ok | 8.0e-03 (dx, 2e-02) |" in text
     (row,) = printed(text[text.index("## Train step") :])
     expected = {"connection": "mhc xla", "step (ms)": "105.00", "over residual": "+5.0 %"}

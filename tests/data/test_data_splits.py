@@ -9,11 +9,11 @@ from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import data_of, tiny, with_train, write_text
 
 from mhc_jax import data, loop
-from mhc_jax.checkpoint import check_text
 from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
-from mhc_jax.paired import run_all
+from mhc_jax.runs.checkpoint import check_text
+from mhc_jax.sweeps.paired import run_all
 
 
 def warned(settings, count=1) -> list[str]:

@@ -21,9 +21,9 @@ from mhc_jax.evaluation.run import evaluate, gold_check, import_harness
 from mhc_jax.evaluation.scoring import Scored, Scorer
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.loop import train
-from mhc_jax.metrics import plain
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import make_mesh, state_shardings
+from mhc_jax.parallel.sharding import make_mesh, state_shardings
+from mhc_jax.runs.metrics import plain
 
 SIZES = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
 RESIDUAL, MHC = (ModelConfig(**SIZES, connection=connections.parse(kind)) for kind in ("residual", "mhc:t_max=2"))
@@ -81,7 +81,7 @@ def test_a_program_that_does_not_fit_is_made_for_fewer_rows(monkeypatch):
     sequences = [Scored(random.integers(0, 264, 20).tolist(), 3) for _ in range(40)]
     plenty = dict(Scorer(RESIDUAL, params).scores(sequences))
     estimates = iter([100, 49])  # of 64 rows, which do not fit, then of 32
-    monkeypatch.setattr(scoring.cost, "compiled_memory", lambda _: next(estimates))
+    monkeypatch.setattr(scoring.counts, "compiled_memory", lambda _: next(estimates))
     monkeypatch.setattr(scoring, "memory_budget", lambda: 50)
     scorer = Scorer(RESIDUAL, params)
     tight = dict(scorer.scores(sequences))

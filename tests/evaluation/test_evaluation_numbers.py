@@ -20,7 +20,7 @@ from mhc_jax.evaluation import table
 from mhc_jax.evaluation.run import summarise
 from mhc_jax.evaluation.scoring import Scored, Scorer, split_texts
 from mhc_jax.evaluation.store import Responses
-from mhc_jax.trained import Trained, beyond_training
+from mhc_jax.runs.trained import Trained, beyond_training
 
 QUESTION = "Which one is it?\nA. gate\nB. norm\nC. stream\nD. width\nAnswer:"
 LETTERS = [" A", " B", " C", " D"]

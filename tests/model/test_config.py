@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support import decoders
 
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import from_mapping, to_mapping
 
 EXPERTS = decoders.EXPERTS | {"num_layers": 3}
 LATENT = {"attention_kind": "mla"}

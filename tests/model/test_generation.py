@@ -12,16 +12,16 @@ from support import tiny_runs
 from support.decoders import EXPERTS, decoder_of, drawn_decoder
 
 from mhc_jax import connections
-from mhc_jax.cache import empty_cache, grown
-from mhc_jax.checkpoint import saved_tokenizer
 from mhc_jax.config import MeshConfig, ModelConfig
 from mhc_jax.data import ByteTokenizer, train_bpe
 from mhc_jax.errors import InputError
 from mhc_jax.generation import Generator, Sampling, bucket, draw
+from mhc_jax.kv_cache import empty_cache, grown
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import make_mesh, state_shardings
-from mhc_jax.trained import load_trained
+from mhc_jax.parallel.sharding import make_mesh, state_shardings
+from mhc_jax.runs.checkpoint import saved_tokenizer
+from mhc_jax.runs.trained import load_trained
 
 MODEL = ModelConfig(vocab_size=67, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=32)
 ATTENTION = {"gqa": {}, "mla": {"attention_kind": "mla", "kv_rank": 12, "rope_width": 6}}

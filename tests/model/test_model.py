@@ -17,7 +17,7 @@ from support.oracles_moe import swiglu
 from support.tolerances import ANOTHER_PROGRAM, BF16_CHAIN, FORMS_FP32, REORDERED, assert_close
 
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
-from mhc_jax.cost import model_cost
+from mhc_jax.cost.counts import model_cost
 from mhc_jax.diagnostics import STREAM_MEASURES, summarize
 from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import Attention, attend

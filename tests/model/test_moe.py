@@ -26,7 +26,7 @@ from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gr
 from mhc_jax.layers.moe import MoE, balanced_bias, route, router_health, score_entropy
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import make_mesh, using
+from mhc_jax.parallel.sharding import make_mesh, using
 from mhc_jax.train_step import init_state, make_train_step
 
 E, K, F, C = 5, 2, 3, 6

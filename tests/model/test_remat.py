@@ -12,12 +12,12 @@ from support.decoders import MLA, decoder_of, randomized
 from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, assert_close
 
-from mhc_jax import compiled, connections, cost, remat, remat_plan
-from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
-from mhc_jax.mapping import completed, to_mapping
+from mhc_jax import connections, remat, remat_plan
+from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
+from mhc_jax.config.mapping import completed, to_mapping
+from mhc_jax.cost import counts, hlo
+from mhc_jax.cost.memory_io import best_recompute, recompute_elements
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import MeshConfig
-from mhc_jax.traffic import best_recompute, recompute_elements
 from mhc_jax.train_step import gradients, init_state
 
 MODEL = ModelConfig(vocab_size=31, width=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_width=48)
@@ -97,7 +97,7 @@ def test_no_product_of_a_branch_is_multiplied_twice(spec, settings):
     for policy in ("none", "connection", "full"):
         own = dataclasses.replace(config, remat=policy)
         lowered = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1).lower(shapes(own), own)
-        counts[policy] = compiled.flops(compiled.Program(lowered.compile().as_text()), lambda kernel: 0.0)
+        counts[policy] = hlo.flops(hlo.Program(lowered.compile().as_text()), lambda kernel: 0.0)
     # Of a boundary, the product of nC channels with phi; XLA makes the sum of squares no product.
     n = config.connection.num_streams
     boundary = 2 * TOKENS.size * n * config.width * (n**2 + 2 * n) if "mhc" in spec else 0
@@ -201,7 +201,7 @@ def test_estimates_are_near_the_compiler(policy):
     params = jax.eval_shape(lambda: init_state(config)).params
     batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((16, 64), jnp.int32))
     compiled = jax.jit(gradients(config)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
-    state = remat_plan.STATE_BYTES * cost.model_cost(config.model, 64).total
+    state = remat_plan.STATE_BYTES * counts.model_cost(config.model, 64).total
     estimate = remat_plan.plan(config.model, tokens, 64).estimates[policy] - state
     assert estimate == pytest.approx(compiled, rel=0.3)
 
@@ -248,7 +248,7 @@ def test_auto_plans_for_one_device_of_the_mesh(mesh):
     )
     own = remat_plan.state_bytes(config.model, config.mesh)
     whole = remat_plan.state_bytes(config.model, MeshConfig())
-    assert whole == 16 * cost.model_cost(config.model, 64).total
+    assert whole == 16 * counts.model_cost(config.model, 64).total
     if "data" in mesh:
         assert own == whole
     else:  # norms and connections are whole, and over tensor this vocabulary

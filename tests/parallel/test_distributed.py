@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from support.tiny_runs import PATIENCE_S, ROOT, at_step, data_of, flags_of, lines, measured, script, tiny, write_text
 
-from mhc_jax import distributed
 from mhc_jax.config import MeshConfig
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
-from mhc_jax.sharding import global_batch, make_mesh, own_rows
+from mhc_jax.parallel import distributed
+from mhc_jax.parallel.sharding import global_batch, make_mesh, own_rows
 
 KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
 

@@ -17,7 +17,7 @@ from support.tolerances import ANOTHER_PROGRAM, FORMS_FP32, assert_close
 from mhc_jax.layers.exchange import plan
 from mhc_jax.layers.moe import mix_experts, route, routed_on_mesh, score_entropy
 from mhc_jax.model import Decoder
-from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 
 E, K, C, F, B, T = 8, 3, 16, 12, 8, 4
 SCALE = 1.5

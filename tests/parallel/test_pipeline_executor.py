@@ -15,13 +15,13 @@ from support.tolerances import ANOTHER_PROGRAM, assert_close
 
 from mhc_jax import connections, loop
 from mhc_jax.config import MeshConfig, PipelineConfig
+from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.errors import InputError
-from mhc_jax.paths import path_of
+from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.pipeline.executor import pipelined
 from mhc_jax.pipeline.program import compile_table
-from mhc_jax.pipeline.schedules import SCHEDULES, Place, lay_out, make, stage_count
-from mhc_jax.pipeline.validate import validate
-from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.schedules.tables import SCHEDULES, Place, lay_out, make, stage_count
+from mhc_jax.schedules.validate import validate
 from mhc_jax.train_step import gradients
 
 T, MHC = 8, "mhc:t_max=2"

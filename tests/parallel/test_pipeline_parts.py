@@ -11,20 +11,20 @@ from jax.ad_checkpoint import checkpoint_name
 from support.meshes import EXPERTS, tiny
 from support.thinned import thin
 
-from mhc_jax import aot, connections
-from mhc_jax.compiled import Program, flops
+from mhc_jax import connections
 from mhc_jax.config import PipelineConfig
+from mhc_jax.connections.parameter_paths import path_of
+from mhc_jax.cost.hlo import Program, flops
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
-from mhc_jax.paths import path_of
-from mhc_jax.pipeline import tables
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
-from mhc_jax.pipeline.costs import from_compiled
 from mhc_jax.pipeline.split import EXACT, split
 from mhc_jax.pipeline.stage import Stage
-from mhc_jax.pod import pipelines
-from mhc_jax.topology import get_slice
+from mhc_jax.planning import compile_ahead, pipeline_tables
+from mhc_jax.planning.pipeline_costs import from_compiled
+from mhc_jax.planning.slices import get_slice
+from mhc_jax.planning.table import pipelines
 
 SIZES = {"vocab_size": 40, "num_layers": 4, "num_heads": 2, "mlp_width": 64}
 TOKENS = jnp.zeros((2, 16), jnp.int32)
@@ -241,7 +241,7 @@ def row():
     """A step of four stages, ZB1P, eight microbatches, two copies."""
     pipeline = PipelineConfig(schedule="zb1p", overlap=True)
     config = tiny("residual", {"stage": 4, "data": 2}, 8, (32, 16), pipeline, **SIZES)
-    return {**aot.estimate(config, get_slice("cpu:8"), None), "connection": "residual"}
+    return {**compile_ahead.estimate(config, get_slice("cpu:8"), None), "connection": "residual"}
 
 
 def test_operations_count_as_often_as_a_device_does_them(row):
@@ -269,12 +269,12 @@ def test_costs_of_a_compiled_step(row):
     leveled = from_compiled({"pipeline": {**row["pipeline"], "seconds": heavy}}, stages=4, blocks=41)
     assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"])
     files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]
-    run, other = tables.of_compiled(["zb1p"], 4, 8, files, 4)
+    run, other = pipeline_tables.of_compiled(["zb1p"], 4, 8, files, 4)
     assert (run.label, other.label, other.over) == ("residual", "residual, remat connection", 0.0)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
     for wrong, sentence in (([{"env": {}}], r"not of experiments/compile\.py"), (files[:1] * 2, "two rows 'residual'")):
         with pytest.raises(InputError, match=sentence):
-            tables.of_compiled(["zb1p"], 4, 8, wrong, 4)
+            pipeline_tables.of_compiled(["zb1p"], 4, 8, wrong, 4)
     whole = {"schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}
     for wrong, sentence in (
         ({"connection": "mhc"}, "compile it with --mesh=stage=4"),

@@ -12,16 +12,16 @@ from support.pipeline_tables import WAYS, arguments, corrupted, replay
 
 from experiments.configs.paper import get_config
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import from_mapping
-from mhc_jax.pipeline import costs, tables
 from mhc_jax.pipeline.executor import SUMS, writes
 from mhc_jax.pipeline.program import Operation, compile_table
-from mhc_jax.pipeline.schedules import SCHEDULES, Op, Place, Schedule, make, stage_count
-from mhc_jax.pipeline.simulate import by_hand, published, simulate
-from mhc_jax.pipeline.validate import messages, operations, peak_activations, validate
+from mhc_jax.planning import pipeline_costs, pipeline_tables
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
+from mhc_jax.schedules.simulate import by_hand, published, simulate
+from mhc_jax.schedules.tables import SCHEDULES, Op, Place, Schedule, make, stage_count
+from mhc_jax.schedules.validate import messages, operations, peak_activations, validate
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(name, P, M, sentence):
         make(name, P, M)
 
 
-RATES = costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
+RATES = pipeline_costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
 
 
 def paper(kind="mhc:t_max=2"):
@@ -150,13 +150,13 @@ def paper(kind="mhc:t_max=2"):
 
 
 def test_costs_of_a_model_add_up():
-    """Over all stages: a third of the FLOPs of `cost.model_cost` in F, the connection's bytes, nC a message."""
+    """Over all stages: a third of the FLOPs of `cost.counts.model_cost` in F, the connection's bytes, nC a message."""
     model, T = paper().model, 4096
     C, blocks = model.width, model.num_layers
     for stages in (8, 16):
-        found = costs.from_model(model, T, stages, RATES)
-        again = costs.from_model(model, T, stages, RATES, recompute=True)
-        plain = costs.from_model(paper("residual").model, T, stages, RATES)
+        found = pipeline_costs.from_model(model, T, stages, RATES)
+        again = pipeline_costs.from_model(model, T, stages, RATES, recompute=True)
+        plain = pipeline_costs.from_model(paper("residual").model, T, stages, RATES)
         more = 2 * blocks * (10 - 4) * C * 2 * T / 2e12
         assert sum(found.F) - sum(plain.F) == pytest.approx(more)
         assert sum(found.B) - sum(plain.B) == pytest.approx(2.5 * more)
@@ -170,7 +170,9 @@ def test_costs_of_a_model_add_up():
 def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward():
     """A product of V C weights and T tokens in F, its two gradients in B, the one of the weights in W."""
     model = dataclasses.replace(paper("residual").model, width=256, num_layers=8)
-    one, more = (costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, RATES) for V in (1000, 1100))
+    one, more = (
+        pipeline_costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, RATES) for V in (1000, 1100)
+    )
     product = 2 * 100 * 256 * 64 / 1e14
     for kind, times in (("F", 1), ("B", 2), ("W", 1)):
         added = np.subtract(getattr(more, kind), getattr(one, kind))
@@ -178,11 +180,11 @@ def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward
 
 
 def test_blocks_go_where_there_is_least_work():
-    assert costs.blocks_of_stages(8, 4) == [2, 2, 2, 2]
-    assert costs.blocks_of_stages(8, 4, head=2.5) == [3, 3, 2, 0]
-    assert sum(costs.blocks_of_stages(30, 16, head=2.6)) == 30
+    assert pipeline_costs.blocks_of_stages(8, 4) == [2, 2, 2, 2]
+    assert pipeline_costs.blocks_of_stages(8, 4, head=2.5) == [3, 3, 2, 0]
+    assert sum(pipeline_costs.blocks_of_stages(30, 16, head=2.6)) == 30
     with pytest.raises(InputError, match="3 blocks do not divide into 4 stages"):
-        costs.blocks_of_stages(3, 4)
+        pipeline_costs.blocks_of_stages(3, 4)
 
 
 def test_costs_of_a_report():
@@ -190,35 +192,35 @@ def test_costs_of_a_report():
     steps = [{"name": name, "status": "ok", "ms": ms} for name, ms in (("residual", 120.0), ("mhc xla", 134.0))]
     steps += [{"name": "mhc triton", "status": "needs a GPU"}]
     report = {"parts": {"step/27b": {"shape": shape, "batch_size": 2, "steps": steps}}}
-    found = costs.from_report(report, "27b", "mhc xla", stages=4, blocks=8, link=1e6)
+    found = pipeline_costs.from_report(report, "27b", "mhc xla", stages=4, blocks=8, link=1e6)
     # 2 of 2 blocks, 1 of 2 sequences: half of 134 ms, whose 7 more are 2 and 5.
     np.testing.assert_allclose(found.F, 0.022)
     np.testing.assert_allclose(found.B, 0.045)
     np.testing.assert_allclose(found.W, 0.020)
     assert found.send == pytest.approx(4 * 64 * 32 * 2 / 1e6)
     with pytest.raises(InputError, match="'mhc triton'; it must be one of 'residual', 'mhc xla'"):
-        costs.from_report(report, "27b", "mhc triton", 4, 8)
+        pipeline_costs.from_report(report, "27b", "mhc triton", 4, 8)
     with pytest.raises(InputError, match="no train steps of '3b'; it has 27b"):
-        costs.from_report(report, "3b", "residual", 4, 8)
-    rows = tables.of_report(["1f1b", "zb1p"], 4, 8, report, "27b", ["residual", "mhc xla"], 8)
+        pipeline_costs.from_report(report, "3b", "residual", 4, 8)
+    rows = pipeline_tables.of_report(["1f1b", "zb1p"], 4, 8, report, "27b", ["residual", "mhc xla"], 8)
     # Equal stages: a schedule of B whole is longer by what a microbatch is.
     assert rows[1].over == pytest.approx(134 / 120 - 1)
 
 
 def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
-    rates = costs.chip_rates("v5p")
-    rows = tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
+    rates = pipeline_costs.chip_rates("v5p")
+    rows = pipeline_tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
     labels = ["residual", "mhc:init=paper:t_max=2", "mhc:init=paper:t_max=2, recompute"]
     assert [row.label for row in rows] == 2 * labels
     for plain, mhc, again in (rows[:3], rows[3:]):
         assert plain.over is None
         assert 0 < mhc.over < again.over < 0.2
         assert max(again.run.activations) < max(mhc.run.activations)
-    lines = tables.markdown(rows).splitlines()
+    lines = pipeline_tables.markdown(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert f"{100 * rows[1].over:+.2f} %" in lines[3]
     with pytest.raises(InputError, match="vocab_size"):
-        tables.of_model(["1f1b"], 4, 8, ExperimentConfig(), ["residual"], rates, 1.0)
+        pipeline_tables.of_model(["1f1b"], 4, 8, ExperimentConfig(), ["residual"], rates, 1.0)
 
 
 @pytest.mark.parametrize(("P", "M"), [(4, 8), pytest.param(8, 20, marks=pytest.mark.full)])

@@ -19,15 +19,16 @@ from support.thinned import thin
 from support.tiny_runs import data_of, final_state, lines, write_text
 from support.tolerances import ANOTHER_PROGRAM, assert_close
 
-from mhc_jax import connections, cost, loop
-from mhc_jax.checkpoint import Checkpoints
+from mhc_jax import connections, loop
 from mhc_jax.config import MeshConfig
+from mhc_jax.config.mapping import to_mapping
+from mhc_jax.connections.parameter_paths import path_of
+from mhc_jax.cost import counts
 from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import attend
-from mhc_jax.mapping import to_mapping
-from mhc_jax.paths import path_of
-from mhc_jax.run_folder import read_json, write_json
-from mhc_jax.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
+from mhc_jax.parallel.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
+from mhc_jax.runs.checkpoint import Checkpoints
+from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.train_step import init_state
 
 FULL, SLOW = pytest.mark.full, pytest.mark.slow
@@ -107,7 +108,7 @@ def test_streams_lie_over_batch_and_sequence():
 
 
 def test_flops_are_those_of_one_device():
-    split, alone = (cost.jaxpr_flops(lowered_gradients(tiny(MHC, mesh))[0].jaxpr) for mesh in (MIXED, {}))
+    split, alone = (counts.jaxpr_flops(lowered_gradients(tiny(MHC, mesh))[0].jaxpr) for mesh in (MIXED, {}))
     assert split == pytest.approx(alone, rel=1e-3)
 
 

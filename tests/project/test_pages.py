@@ -20,13 +20,15 @@ from support.synthetic_runs import write_run
 from support.tiny_runs import ROOT
 from support.tolerances import assert_close
 
-from mhc_jax import comparison, connections, plots, results
+from mhc_jax import connections, plots
+from mhc_jax.analysis import comparison
+from mhc_jax.analysis.grouping import group
+from mhc_jax.analysis.records import read_run
 from mhc_jax.config import ModelConfig
-from mhc_jax.cost import ModelCost
+from mhc_jax.cost.counts import ModelCost
 from mhc_jax.model import Decoder
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.records import read_run
-from mhc_jax.settings import group
+from mhc_jax.sweeps import results
 
 README = (ROOT / "README.md").read_text()
 CONTRACT = ["contract_shapes_and_dtypes", "boundary_is_write_coefficients_read_and_start_writes_nothing"]

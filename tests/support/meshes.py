@@ -11,8 +11,8 @@ from support.tolerances import AMPLIFIED, ANOTHER_PROGRAM, FP32_RELATIVE, REORDE
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig
-from mhc_jax.paths import path_of
-from mhc_jax.sharding import batch_sharding, make_mesh, state_shardings, using
+from mhc_jax.connections.parameter_paths import path_of
+from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.train_step import gradients, init_state, make_train_step
 
 B, T, V = 8, 32, 56

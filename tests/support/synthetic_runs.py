@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mhc_jax.analysis.records import RunRecord, read_run
 from mhc_jax.diagnostics import STREAM_MEASURES, backward_gain, composites, forward_gain, row_entropy
-from mhc_jax.records import RunRecord, read_run
 
 STEPS = 200
 SUBLAYERS = 16

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from support.tiny_runs import tiny, write_text
 
-from mhc_jax.mapping import to_mapping
+from mhc_jax.config.mapping import to_mapping
 
 SWEEP = '''"""A tiny sweep.
 
 It is for tests.
 """
-from mhc_jax.sweep import Sweep, over, product, seeds
+from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 def get_sweep():
     broken = [{"connection": "residual", "model.compute_dtype": "float16"}]

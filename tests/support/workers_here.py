@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 from support.ends import Killed
 
-from mhc_jax import loop, sweep_runner, sweep_worker
+from mhc_jax import loop
+from mhc_jax.sweeps import runner, worker
 
 
 class Worker:
@@ -27,7 +28,7 @@ class Worker:
 
     def __init__(self, command, env, stdin, stdout, stderr, start_new_session):
         *python, self.workdir, self.name, _ = command
-        assert python == [sys.executable, "-m", "mhc_jax.sweep_worker"]
+        assert python == [sys.executable, "-m", "mhc_jax.sweeps.worker"]
         assert (stdin, stdout, start_new_session) == (subprocess.DEVNULL, stderr, True)
         self.env, self.log, self.code = env, Path(stdout.name), None
 
@@ -39,7 +40,7 @@ class Worker:
                     patch.setenv(name, value)
                 self.code = -signal.SIGKILL
                 with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), contextlib.suppress(Killed):
-                    self.code = sweep_worker.main()
+                    self.code = worker.main()
         return self.code
 
     def terminate(self):
@@ -84,9 +85,9 @@ def workers_here(at=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "at", dict(at or {}))
         patch.setattr(loop._Run, "_read", reading)
-        patch.setattr(sweep_runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
-        patch.setattr(sweep_runner, "time", Clock())
-        patch.setattr(sweep_worker, "threading", mock.MagicMock())  # nobody watches for the end of this process
-        patch.setattr(sweep_worker, "cpu_alone", lambda: False)
-        patch.setattr(sweep_worker.logging, "set_verbosity", lambda level: None)
+        patch.setattr(runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
+        patch.setattr(runner, "time", Clock())
+        patch.setattr(worker, "threading", mock.MagicMock())  # nobody watches for the end of this process
+        patch.setattr(worker, "cpu_alone", lambda: False)
+        patch.setattr(worker.logging, "set_verbosity", lambda level: None)
         yield

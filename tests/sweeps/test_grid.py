@@ -15,31 +15,31 @@ from support.in_process import run_here
 from support.tiny_runs import ROOT
 from support.tiny_sweep import base, write_sweep
 
-from mhc_jax import sweep
+from mhc_jax.analysis.records import flatten
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import from_mapping, to_mapping
-from mhc_jax.records import flatten
-from mhc_jax.results import write_results
-from mhc_jax.run_folder import read_json
-from mhc_jax.sweep import Grid, load_sweep, over, plan, product, read_plan, seeds, select, write_plan
+from mhc_jax.runs.folder import read_json
+from mhc_jax.sweeps import grid
+from mhc_jax.sweeps.grid import Grid, load_sweep, over, plan, product, read_plan, seeds, select, write_plan
+from mhc_jax.sweeps.results import write_results
 
 
 def test_product_zip_and_seeds():
     axes = product(over("connection", ["hc", "mhc"]), seeds(2))
     assert axes == [{"connection": c, "seed": s} for c in ("hc", "mhc") for s in (0, 1)]
-    assert sweep.zip_points(over("a", [1, 2]), over("b", [3, 4])) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    assert grid.zip_points(over("a", [1, 2]), over("b", [3, 4])) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
     with pytest.raises(InputError, match="same length"):
-        sweep.zip_points(over("a", [1, 2]), over("b", [3]))
+        grid.zip_points(over("a", [1, 2]), over("b", [3]))
     with pytest.raises(InputError, match="both set seed"):
         product(seeds(2), seeds(3))
 
 
 def test_names_are_readable_and_made_of_the_point_alone():
-    assert sweep.run_name({"optimizer.learning_rate": 0.01, "seed": 2, "connection": "mhc"}) == "mhc-lr0.01-seed2"
-    assert sweep.run_name({"connection": "mhc:disable=pre+post"}) == "mhc-disable-pre+post"
-    assert sweep.run_name({"model.num_layers": 4, "model.width": 8}) == "layers4-width8"
-    assert sweep.run_name({}) == "base"
+    assert grid.run_name({"optimizer.learning_rate": 0.01, "seed": 2, "connection": "mhc"}) == "mhc-lr0.01-seed2"
+    assert grid.run_name({"connection": "mhc:disable=pre+post"}) == "mhc-disable-pre+post"
+    assert grid.run_name({"model.num_layers": 4, "model.width": 8}) == "layers4-width8"
+    assert grid.run_name({}) == "base"
 
 
 def test_a_point_becomes_a_configuration(tmp_path):
@@ -133,8 +133,8 @@ def test_overrides_are_read_as_python_spells_them(tmp_path):
 
 def test_a_baseline_is_spelled_as_the_runs_are_and_one_that_no_point_is_is_refused(tmp_path):
     runs = plan(base(tmp_path), product(over("connection", ["hc", "mhc"]), over("optimizer.warmup_steps", [2, 3])))
-    assert sweep.canonical_baseline({"connection": "mhc"}, runs) == {"connection": "mhc:init=paper"}
-    found = sweep.canonical_baseline({"optimizer.warmup_steps": 2.0}, runs)
+    assert grid.canonical_baseline({"connection": "mhc"}, runs) == {"connection": "mhc:init=paper"}
+    found = grid.canonical_baseline({"optimizer.warmup_steps": 2.0}, runs)
     assert json.dumps(found) == '{"optimizer.warmup_steps": 2}'
     for wrong, sentence in (
         ({"connection": "residual"}, "No point of the sweep is its baseline"),
@@ -146,7 +146,7 @@ def test_a_baseline_is_spelled_as_the_runs_are_and_one_that_no_point_is_is_refus
         (None, "give a mapping"),
     ):
         with pytest.raises(InputError, match=sentence):
-            sweep.canonical_baseline(wrong, runs)
+            grid.canonical_baseline(wrong, runs)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments/sweeps").glob("*.py")), ids=lambda path: path.stem)

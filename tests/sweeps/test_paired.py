@@ -9,9 +9,9 @@ import pytest
 from support.tiny_runs import lines, tiny, with_train, write_text
 from support.workers_here import workers_here
 
-from mhc_jax import paired
 from mhc_jax.errors import InputError
-from mhc_jax.run_folder import read_json
+from mhc_jax.runs.folder import read_json
+from mhc_jax.sweeps import paired
 from mhc_jax.train_step import init_state
 
 

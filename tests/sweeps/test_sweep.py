@@ -22,15 +22,15 @@ from support.tiny_runs import ROOT, assert_same_run, at_step, lines, run_script,
 from support.tiny_sweep import base, write_sweep
 from support.workers_here import Clock, Worker, workers_here
 
-from mhc_jax import sweep_runner, sweep_worker
+from mhc_jax.analysis.grouping import group
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.mapping import to_mapping
-from mhc_jax.results import result_rows
-from mhc_jax.run_folder import read_json, write_json
-from mhc_jax.settings import group
-from mhc_jax.sweep import Busy, Grid, over, plan, product, run_lock, seeds, write_plan
-from mhc_jax.sweep_record import newest_record, read_record, shortened, write_record
+from mhc_jax.reports.record import newest_record, read_record, shortened, write_record
+from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.sweeps import runner, worker
+from mhc_jax.sweeps.grid import Busy, Grid, over, plan, product, run_lock, seeds, write_plan
+from mhc_jax.sweeps.results import result_rows
 from mhc_jax.train_step import init_state, make_eval_step, make_train_step
 
 FAILS = "residual-compute_dtypefloat16"
@@ -132,7 +132,7 @@ def test_killed_and_stopped_at_will_the_table_is_the_same(file, done):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "asleep", {first})
-        patch.setattr(sweep_runner, "time", Clock({1.0: lambda: signal.raise_signal(signal.SIGINT)}))
+        patch.setattr(runner, "time", Clock({1.0: lambda: signal.raise_signal(signal.SIGINT)}))
         status, _, err = run_here(*command)
     assert status == 130, err
     assert "Run the same command to go on" in err
@@ -195,8 +195,8 @@ def test_a_worker_whose_sweep_has_gone_asks_itself_to_stop(monkeypatch):
     parents, sent, clock = iter([7, 7, 1]), [], Clock()
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(os, "kill", lambda *what: sent.append((clock.now, *what)))
-    monkeypatch.setattr(sweep_worker, "time", clock)
-    sweep_worker.watch(7)
+    monkeypatch.setattr(worker, "time", clock)
+    worker.watch(7)
     assert sent == [(2 * 0.5, os.getpid(), signal.SIGTERM)]
 
 
@@ -209,7 +209,7 @@ def grid(tmp_path) -> Grid:
 
 def test_a_divergence_is_a_result_and_no_failure(grid, tmp_path, capsys):
     runs = plan(base(tmp_path), over("connection", ["residual"]), [{"train.divergence_loss": 1.0}])
-    assert sweep_runner.run_local(tmp_path / "w", Grid("title", runs), runs, 1) == 0
+    assert runner.run_local(tmp_path / "w", Grid("title", runs), runs, 1) == 0
     row = table(tmp_path / "w")["residual"]
     assert (row["status"], row["error"]) == ("diverged", "")
     assert "failed" not in capsys.readouterr().err
@@ -219,20 +219,20 @@ def test_a_success_takes_an_earlier_failure_off_the_table(grid, tmp_path, monkey
     write_plan(tmp_path, grid)
     write_json(tmp_path / ".sweep" / "failed" / "residual.json", {"exit": 1, "error": "killed"})
     assert [row["error"] for row in result_rows(tmp_path)] == ["killed"]
-    monkeypatch.setattr(sweep_worker, "train", lambda config, folder, label: {"status": "finished"})
-    assert sweep_worker.run(tmp_path, "residual") == 0
+    monkeypatch.setattr(worker, "train", lambda config, folder, label: {"status": "finished"})
+    assert worker.run(tmp_path, "residual") == 0
     assert [row["error"] for row in result_rows(tmp_path)] == [None]
 
 
 def test_a_run_that_another_process_has_is_left_alone(grid, tmp_path, monkeypatch, capsys):
     write_plan(tmp_path / "w", grid)
     clock = Clock()
-    monkeypatch.setattr(sweep_runner, "time", clock)
+    monkeypatch.setattr(runner, "time", clock)
     with run_lock(tmp_path / "w", "residual"):
         with pytest.raises(Busy, match=f"process {os.getpid()} on "), run_lock(tmp_path / "w", "residual"):
             pass
-        assert sweep_runner.run_local(tmp_path / "w", grid, grid.runs, 1) == 1
-    assert clock.now > sweep_runner.PATIENCE_S
+        assert runner.run_local(tmp_path / "w", grid, grid.runs, 1) == 1
+    assert clock.now > runner.PATIENCE_S
     assert f"residual was left to another sweep (process {os.getpid()} on " in capsys.readouterr().err
     assert not (tmp_path / "w" / "residual").exists()
 
@@ -249,17 +249,17 @@ def test_the_lock_of_a_dead_process_is_taken_over(grid, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_slurm_task_is_the_same_run(grid, tmp_path):
     pytest.importorskip("submitit")
-    jobs = sweep_runner.submit(tmp_path / "w", grid, grid.runs, "debug", {"timeout_min": 1, "slurm_partition": "p"})
+    jobs = runner.submit(tmp_path / "w", grid, grid.runs, "debug", {"timeout_min": 1, "slurm_partition": "p"})
     assert [job.result() for job in jobs] == [0]
     assert table(tmp_path / "w")["residual"]["status"] == "finished"
     with pytest.raises(InputError, match="submitit refuses cluster"):
-        sweep_runner.submit(tmp_path / "w", grid, grid.runs, "nowhere", {})
+        runner.submit(tmp_path / "w", grid, grid.runs, "nowhere", {})
 
 
 def test_without_submitit_a_slurm_array_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"pip install 'mhc-jax\[slurm\]'"):
-        sweep_runner.submit(tmp_path, Grid("title", []), [], "slurm", {})
+        runner.submit(tmp_path, Grid("title", []), [], "slurm", {})
 
 
 def test_a_run_that_was_begun_with_another_text_stops_the_sweep_before_its_first_start(grid, tmp_path):
@@ -268,7 +268,7 @@ def test_a_run_that_was_begun_with_another_text_stops_the_sweep_before_its_first
     write_json(begun / "config.json", to_mapping(grid.runs[0].config))
     write_json(begun / "env.json", {"data": {"train_sha256": "0" * 64}})
     with pytest.raises(InputError, match=r"The training text is not the one that .*residual was trained with"):
-        sweep_runner.prepare(tmp_path / "w", Grid("title", [*grid.runs, *others]), others)
+        runner.prepare(tmp_path / "w", Grid("title", [*grid.runs, *others]), others)
     assert not (tmp_path / "w" / "sweep.json").exists()
 
 

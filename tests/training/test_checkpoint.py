@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run_script, with_train
 
-from mhc_jax.checkpoint import Checkpoints, differences, load_params
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
+from mhc_jax.runs.checkpoint import Checkpoints, differences, load_params
 from mhc_jax.train_step import TrainState
 
 CONFIG = {"model": {"width": 4}}

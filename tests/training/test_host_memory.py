@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mhc_jax import host_memory
+from mhc_jax.runs import host_memory
 
 COUNT = """
 import resource, runpy, sys

@@ -14,11 +14,11 @@ from support.ends import Poisoned, kill_at, poisoned, stop_at, train_until_kille
 from support.tiny_runs import assert_same_run, at_step, final_state, flags_of, lines, run_script, tiny, with_train
 
 from mhc_jax import loop
-from mhc_jax.checkpoint import load_params
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
-from mhc_jax.mapping import to_mapping
+from mhc_jax.runs.checkpoint import load_params
 
 
 def events(folder):
@@ -153,13 +153,13 @@ def test_float16_that_overflows_diverges(text, tmp_path):
 
 
 def test_diagnostics_change_no_loss_and_not_the_train_step(text, tmp_path, monkeypatch):
-    programs, count = [], loop.cost.jaxpr_flops
+    programs, count = [], loop.counts.jaxpr_flops
 
     def keeping(jaxpr):
         programs.append(re.sub("0x[0-9a-f]+", "", str(jaxpr)))
         return count(jaxpr)
 
-    monkeypatch.setattr(loop.cost, "jaxpr_flops", keeping)
+    monkeypatch.setattr(loop.counts, "jaxpr_flops", keeping)
     for every in (0, 1):
         settings = {"steps": 2, "validate_every": 2, "diagnostics_every": every}
         train(tiny(text, "hc:num_streams=2", train=settings), tmp_path / str(every))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support.tiny_runs import lines
 
-from mhc_jax import progress
 from mhc_jax.errors import InputError
-from mhc_jax.metrics import MetricsWriter, SpikeDetector, plain
+from mhc_jax.runs import progress
+from mhc_jax.runs.metrics import MetricsWriter, SpikeDetector, plain
 
 
 def fed(losses, window=4, threshold=0.5, state=None, start=1):

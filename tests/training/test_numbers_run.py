@@ -16,16 +16,17 @@ from support.ends import Poisoned, poisoned
 from support.tiny_runs import final_state, tiny
 from support.tiny_runs import lines as read_lines
 
-from mhc_jax import cost, loop, train_step
-from mhc_jax.checkpoint import load_params
+from mhc_jax import loop, train_step
+from mhc_jax.analysis.records import read_run
 from mhc_jax.config import MeshConfig
-from mhc_jax.cost import model_cost
+from mhc_jax.config.mapping import from_mapping
+from mhc_jax.cost import counts
+from mhc_jax.cost.counts import model_cost
 from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
 from mhc_jax.loop import train
-from mhc_jax.mapping import from_mapping
 from mhc_jax.model import Decoder, cross_entropy
-from mhc_jax.records import read_run
-from mhc_jax.results import measurements
+from mhc_jax.runs.checkpoint import load_params
+from mhc_jax.sweeps.results import measurements
 from mhc_jax.train_step import init_state
 
 EXPERTS = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_layers": 2, "num_dense_layers": 1}
@@ -211,7 +212,7 @@ def test_the_learning_rate_of_a_step_that_diverges_is_its_own(residual, tmp_path
 def test_the_peak_is_this_run_s_and_not_that_of_one_before_it(residual, alone, tmp_path, monkeypatch):
     """Against a stand-in for a GPU's counter, which keeps the peak of the whole process."""
     compiled = json.loads((alone / "summary.json").read_text())["peak_memory_bytes"]
-    for name, counts, wanted in (("first", [100, 5000], 5000), ("smaller", [5000, 5000], compiled)):
+    for name, peaks, wanted in (("first", [100, 5000], 5000), ("smaller", [5000, 5000], compiled)):
         with monkeypatch.context() as patch:
-            patch.setattr(cost, "device_peak", lambda counts=iter(counts): next(counts))
+            patch.setattr(counts, "device_peak", lambda peaks=iter(peaks): next(peaks))
             assert train(residual, tmp_path / name)["peak_memory_bytes"] == wanted

@@ -1,0 +1,1 @@
+"""Runs read back, and what they show: records, statistics, settings and comparisons."""

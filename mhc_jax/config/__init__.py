@@ -1,0 +1,16 @@
+"""Settings of a run: frozen dataclasses, checked when they are built; `mapping` turns them into plain mappings and back."""
+
+from mhc_jax.config.mesh import AXES, MeshConfig, PipelineConfig
+from mhc_jax.config.model import ModelConfig
+from mhc_jax.config.run import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "AXES",
+    "DataConfig",
+    "ExperimentConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,1 @@
+"""Costs that are counted: parameters, FLOPs and bytes of a model or of a compiled program."""

@@ -1,0 +1,1 @@
+"""Meshes of devices, shardings of arrays, and several processes."""

@@ -1,0 +1,1 @@
+"""Pages and records that are written from an analysis."""

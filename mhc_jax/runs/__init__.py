@@ -1,0 +1,1 @@
+"""One run on disk: folder, checkpoints, metrics, progress, stop and environment."""

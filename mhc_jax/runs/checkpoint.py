@@ -1,0 +1,316 @@
+"""Checkpoints: train state, data position, loop state and configuration in one Orbax folder a step, whole or absent."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mhc_jax.config.mapping import completed
+from mhc_jax.errors import InputError
+from mhc_jax.parallel import distributed
+from mhc_jax.train_step import TrainState
+
+ITEMS = ("state", "loop", "config", "tokenizer")
+"""Of a checkpoint; those written before there was evaluation have no tokenizer."""
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+"""What Orbax raises when the disk refuses: TensorStore's errors arrive as ValueError."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`model.width: 64 -> 128` for every leaf that two nested mappings do not share."""
+    out = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return out
+
+
+class Checkpoints:
+    """The checkpoints of one run, `folder/checkpoints/<step>/`.
+
+    Saving is asynchronous: `save` returns once the arrays are copied to the host.  A step folder gets its final name
+    only when it is complete, so a kill leaves at most a temporary folder, which the next start removes.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = (folder / "checkpoints").resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._failed = False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        except OSError as error:
+            raise InputError(f"Cannot use {self.folder} for checkpoints: {error.strerror or error}.") from error
+
+    def steps(self) -> list[int]:
+        """Steps saved, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def newest(self) -> str:
+        """The newest checkpoint that is whole on disk, in words; empty if there is none.  Asks no other process."""
+        steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
+        return f"the checkpoint of step {max(steps)}" if steps else ""
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict[str, Any],
+        config: dict[str, Any],
+        tokenizer: dict[str, str] | None = None,
+    ) -> None:
+        """Start saving.
+
+        Args:
+          step: updates done.
+          state: train state.
+          loop: JSON-serialisable: position of the data iterator, spike detector, clocks.
+          config: the run's configuration (`mapping.to_mapping`).
+          tokenizer: `Tokenizer.saved`.
+
+        Raises:
+          InputError: this or the previous save could not be written (disk full, folder gone).
+        """
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    # Orbax writes it while the run goes on and appends to its lists.
+                    loop=ocp.args.JsonSave(copy.deepcopy(loop)),
+                    config=ocp.args.JsonSave(config),
+                    **({"tokenizer": ocp.args.JsonSave(tokenizer)} if tokenizer else {}),
+                ),
+            )
+        except WRITE_ERRORS as error:
+            if distributed.is_loss(error):
+                raise
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Until everything started is on disk.
+
+        Raises:
+          InputError: a save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except WRITE_ERRORS as error:
+            if distributed.is_loss(error):
+                raise
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> InputError:
+        full = "no space left" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
+        reason = "the disk is full" if full else _reason(error)
+        self._failed = True
+        # Orbax leaves its other writes unstarted, and Python says so of each while it shuts down.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        newest = self.newest()
+        kept = f"{newest} is whole" if newest else "there is no earlier one"
+        return InputError(
+            f"Could not save a checkpoint in {self.folder}: {reason}; {kept}. {'Make room' if full else 'Mend that'} "
+            f"and run the same command again to go on."
+        )
+
+    def restore_newest(
+        self, abstract: TrainState, config: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """Newest checkpoint that can be read, or None if there is none.
+
+        Args:
+          abstract: shapes and dtypes of the state (`jax.eval_shape`), with shardings if it is to be placed.
+          config: of the run that wants to go on.
+
+        Returns:
+          (state, loop, remarks): the remarks name the broken checkpoints that were passed over and set aside.
+
+        Raises:
+          InputError: the newest readable checkpoint belongs to another architecture, or none can be read though some
+            exist.
+        """
+        broken: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            out, reason = None, ""
+            try:
+                out = self._read(step, abstract, config)
+            except InputError:
+                raise
+            except Exception as error:
+                reason = _reason(error)
+            # Of several processes one alone may miss its part.
+            reason = next(filter(None, distributed.gathered(reason)), "")
+            if out and not reason:
+                return *out, self._set_aside(broken)
+            broken[step] = reason
+        if broken:
+            listed = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
+            raise InputError(
+                f"No checkpoint in {self.folder} can be read ({listed}); restore one from a copy, or start in another "
+                f"run folder."
+            )
+        return None
+
+    def _read(self, step: int, abstract: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        changed = differences(completed(saved, config)["model"], config["model"], "model.")
+        if changed:
+            raise InputError(
+                f"The checkpoint {self.folder / str(step)} was made by another model ({'; '.join(changed)}); "
+                f"use its configuration or another run folder."
+            )
+        out = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore())
+        )
+        return out["state"], out["loop"]
+
+    def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
+        """Move broken checkpoints out of the way of the steps that will be saved again; one remark each."""
+        remarks = []
+        for step, reason in broken.items():
+            aside = self.folder.parent / f"broken-checkpoint-{step}"
+            distributed.together(
+                lambda step=step, aside=aside: self._move(step, aside) if distributed.first() else None
+            )
+            remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
+        self._manager.reload()
+        return remarks
+
+    def _move(self, step: int, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.move(self.folder / str(step), aside)
+        except OSError as error:
+            raise InputError(
+                f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
+            ) from error
+
+    def close(self) -> None:
+        """Wait for pending saves and release threads.
+
+        Raises:
+          InputError: a save failed, and neither `save` nor `wait` has said so.
+        """
+        try:
+            self._manager.close()
+        except WRITE_ERRORS as error:
+            if not self._failed:
+                raise self._failure(error) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def check_tokenizer(saved: str | None, given: str, folder: Path) -> None:
+    """Raise `InputError` where the fingerprint of a tokenizer is not the one that a run was trained with.
+
+    Args:
+      saved: of the run; None where it is not known.
+      given: of the tokenizer at hand.
+      folder: of the run.
+    """
+    if saved not in (None, given):
+        raise InputError(
+            f"The tokenizer is not the one that {folder} was trained with (SHA-256 {given[:12]}, not {saved[:12]}): its ids mean "
+            "other text; leave the tokenizer out to use the checkpoint's own, or restore the file."
+        )
+
+
+def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path) -> None:
+    """Raise `InputError` where the text is not the one that a run has read (`Data.identity`).
+
+    Args:
+      saved: of the run; what it lacks is not compared.
+      given: of the text at hand.
+      folder: of the run.
+    """
+    for name, new in given.items():
+        if (old := saved.get(name, new)) != new:
+            split = {"train_sha256": "training", "validation_sha256": "validation"}[name]
+            raise InputError(
+                f"The {split} text is not the one that {folder} was trained with (SHA-256 of its tokens {new[:12]}, not "
+                f"{old[:12]}); restore the files, or choose another run folder."
+            )
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint of a run folder.
+
+    Raises:
+      InputError: there is none.
+    """
+    root = folder / "checkpoints"
+    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit()] if root.is_dir() else []
+    if not steps:
+        raise InputError(
+            f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
+        )
+    return max(steps)
+
+
+def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> tuple[dict[str, Any], Any]:
+    """(configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
+
+    The configuration is the one the checkpoint holds: model.vocab_size has the tokenizer's size where the run left it
+    at 0.
+
+    Args:
+      folder: of the run.
+      shardings: shapes and dtypes of the parameters -> where they go (`sharding.state_shardings`); the first device if not given.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or the newest cannot be read.
+    """
+    step = newest_step(folder)
+    root = (folder / "checkpoints").resolve()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    # Not all are wanted, but Orbax warns of an item that has no handler.
+    handlers = {"state": ocp.StandardCheckpointHandler()}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
+    try:
+        with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
+            # The state was saved on the run's devices; it is wanted on ours.
+            saved = manager.item_metadata(step)["state"]
+            own = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
+            target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, own)
+            wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target), config=ocp.args.JsonRestore())
+            out = manager.restore(step, args=wanted)
+    except Exception as error:
+        raise InputError(
+            f"The checkpoint {root / str(step)} cannot be read ({_reason(error)}); remove it to use an earlier one."
+        ) from error
+    return out["config"], out["state"]["params"]
+
+
+def saved_tokenizer(folder: Path) -> dict[str, str] | None:
+    """What the newest checkpoint of a run folder holds of its tokenizer; None for those written before there was evaluation.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or its tokenizer cannot be read.
+    """
+    file = folder / "checkpoints" / str(newest_step(folder)) / "tokenizer" / "metadata"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise InputError(
+            f"{file} cannot be read ({_reason(error)}); remove that checkpoint to use an earlier one."
+        ) from error

@@ -1,0 +1,261 @@
+"""The runs of a sweep as processes: side by side here, or as a Slurm array."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mhc_jax.config import DataConfig
+from mhc_jax.config.mapping import to_mapping
+from mhc_jax.data import load_data
+from mhc_jax.errors import InputError, require
+from mhc_jax.loop import EXIT_CODES, StopRequest
+from mhc_jax.runs.checkpoint import check_text
+from mhc_jax.runs.environment import COMMAND
+from mhc_jax.runs.environment import command as typed_command
+from mhc_jax.runs.folder import check_run_folder, recorded_data, write_json
+from mhc_jax.runs.progress import SweepProgress
+from mhc_jax.sweeps.grid import Busy, Grid, Run, run_lock, write_plan
+from mhc_jax.sweeps.results import run_status, write_results
+from mhc_jax.sweeps.worker import BUSY
+from mhc_jax.sweeps.worker import run as run_one
+
+POLL_S = 0.2
+PATIENCE_S = 20.0
+"""How long to wait for runs that another process has: a killed sweep's workers save and end within seconds."""
+GRACE_S = 120.0
+"""From SIGTERM to SIGKILL: a worker finishes its step and saves."""
+ERROR_LINES = 8
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """One process per accelerator-less pair of cores; one alone where a GPU or TPU would be shared."""
+    accelerator = Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    return 1 if accelerator else max(1, cores() // 2)
+
+
+def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
+    """Check every run folder, write the plan, tokenize the data once, and return the runs that are not done.
+
+    A page of the sweep is removed where there is something to do, lest it show another grid than the folder holds.
+
+    Raises:
+      InputError: a run folder that cannot be used, data that cannot be read, or a run that was begun with another text; before
+        the first run starts.
+    """
+    ended = {run.name for run in selected if check_run_folder(workdir / run.name, to_mapping(run.config))}
+    todo = [run for run in selected if run.name not in ended]
+
+    def key(data: DataConfig) -> tuple[Any, ...]:
+        return data.source, data.validation_source, data.validation_fraction, data.tokenizer
+
+    texts = {}
+    for name, config in {key(run.config.data): run.config for run in todo}.items():
+        data = load_data(config.data)
+        texts[name] = data.identity
+        print("\n".join(data.describe(config.train.validation_batches)), file=sys.stderr)
+    for run in grid.runs:  # begun here or on another machine, ended or not
+        if text := texts.get(key(run.config.data)):
+            check_text(recorded_data(workdir / run.name), text, workdir / run.name)
+    write_plan(workdir, grid)
+    if todo:
+        (workdir / "report.html").unlink(missing_ok=True)
+    return todo
+
+
+def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) -> int:
+    """Train what is not done, `workers` processes side by side, and keep the results table up to date.
+
+    A run that fails is recorded and the others go on; SIGINT and SIGTERM make every process save and end, and the same
+    call goes on afterwards.
+
+    Returns:
+      Exit status: 0 all done (a divergence is a result), 1 some failed or are another process's, 130 stopped.
+
+    Raises:
+      InputError: before the first run starts.
+    """
+    require(workers >= 1, f"--workers is {workers}; it must be at least 1.")
+    todo = prepare(workdir, grid, selected)
+    pool = _Pool(workdir, todo, workers, len(selected) - len(todo))
+    try:
+        with pool.progress, StopRequest() as stop:
+            pool.work(stop)
+    finally:
+        pool.kill()
+        write_results(workdir)
+    for name, reason in pool.failed.items():
+        print(f"{name} failed ({reason}); see {workdir / 'logs' / name}.log", file=sys.stderr)
+    for name, holder in pool.waiting.items():
+        print(f"{name} was left to another sweep ({holder})", file=sys.stderr)
+    if stop.signal is not None:
+        print("Stopped; every run is saved. Run the same command to go on.", file=sys.stderr)
+        return EXIT_CODES["interrupted"]
+    return 1 if pool.failed or pool.waiting else 0
+
+
+class _Pool:
+    """Processes of one call of `run_local`."""
+
+    def __init__(self, workdir: Path, todo: Sequence[Run], workers: int, done: int):
+        self.workdir, self.workers = workdir, workers
+        self.queue = deque(todo)
+        self.active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        self.failed: dict[str, str] = {}
+        self.waiting: dict[str, str] = {}
+        self.progress = SweepProgress(workdir, len(todo) + done, done, workers)
+
+    def work(self, stop: StopRequest) -> None:
+        """Until nothing is left to do, or `stop`."""
+        patience = time.monotonic() + PATIENCE_S
+        while (self.queue or self.active) and stop.signal is None:
+            while self.queue and len(self.active) < self.workers:
+                run = self.queue.popleft()
+                if (holder := self._holder(run.name)) is None:
+                    self.waiting.pop(run.name, None)
+                    self._start(run)
+                    continue
+                self.waiting[run.name] = holder
+                self.queue.append(run)
+                if all(other.name in self.waiting for other in self.queue):
+                    break
+            if self.active:
+                patience = time.monotonic() + PATIENCE_S
+            elif time.monotonic() > patience:
+                return
+            time.sleep(POLL_S)
+            self._reap(stopping=False)
+            self.progress.update({name: run.config.train.steps for name, (run, _) in self.active.items()})
+        if stop.signal is not None:
+            for _, process in self.active.values():
+                process.terminate()
+            deadline = time.monotonic() + GRACE_S
+            while self.active and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+                self._reap(stopping=True)
+
+    def kill(self) -> None:
+        """End what still runs; after `work` that is only so when it was cut short."""
+        for _, process in self.active.values():
+            process.kill()
+            process.wait()
+
+    def _holder(self, name: str) -> str | None:
+        """Who has a run; None when nobody has."""
+        try:
+            with run_lock(self.workdir, name):
+                return None
+        except Busy as holder:
+            return str(holder)
+
+    def _start(self, run: Run) -> None:
+        share = str(max(1, cores() // self.workers))
+        env = {
+            **os.environ,
+            # Sizes the thread pool of XLA's CPU client.
+            "NPROC": share,
+            "OMP_NUM_THREADS": share,
+            "PYTHONUNBUFFERED": "1",
+            COMMAND: typed_command(),
+        }
+        env.setdefault("JAX_COMPILATION_CACHE_DIR", str((self.workdir / ".sweep" / "xla").resolve()))
+        env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        command = [sys.executable, "-m", "mhc_jax.sweeps.worker", str(self.workdir), run.name, str(os.getpid())]
+        with (self.workdir / "logs" / f"{run.name}.log").open("ab") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which then asks each worker once.
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.active[run.name] = (run, process)
+        self.progress.started(run.name)
+
+    def _reap(self, stopping: bool) -> None:
+        for name, (run, process) in list(self.active.items()):
+            if (code := process.poll()) is None:
+                continue
+            del self.active[name]
+            if code == BUSY:
+                self.queue.append(run)
+                continue
+            if code not in (EXIT_CODES["finished"], EXIT_CODES["diverged"]) and not stopping:
+                self.failed[name] = record_failure(self.workdir, name, code)
+            write_results(self.workdir)
+            self.progress.ended(name, run_status(self.workdir, name))
+
+
+def record_failure(workdir: Path, name: str, code: int) -> str:
+    """Write how a run's process ended and its last lines; return the reason in a few words."""
+    reason = f"exit status {code}"
+    if code < 0:
+        reason = f"killed by {signal.Signals(-code).name}"
+        reason += ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+    elif code == EXIT_CODES["interrupted"]:
+        reason = "stopped by a signal from elsewhere; saved"
+    lines = (workdir / "logs" / f"{name}.log").read_text(errors="replace").splitlines()[-ERROR_LINES:]
+    entry = {"exit": code, "error": "\n".join([reason, *lines])}
+    write_json(workdir / ".sweep" / "failed" / f"{name}.json", entry)
+    return f"{reason}: {lines[-1]}" if lines and code > 0 else reason
+
+
+class SlurmTask:
+    """What one task of a Slurm array does: the same run as a local worker, in the task's process."""
+
+    def __init__(self, workdir: Path):
+        self.workdir, self.command = workdir.resolve(), typed_command()
+
+    def __call__(self, name: str) -> int:
+        """Train one run; a failure is recorded, then raised."""
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
+        os.environ[COMMAND] = self.command
+        try:
+            return run_one(self.workdir, name)
+        except Busy:
+            return BUSY
+        except Exception as error:
+            entry = {"exit": 1, "error": f"{type(error).__name__}: {error}"}
+            write_json(self.workdir / ".sweep" / "failed" / f"{name}.json", entry)
+            with contextlib.suppress(OSError):
+                write_results(self.workdir)
+            raise
+        finally:
+            del os.environ[COMMAND]
+
+
+def submit(workdir: Path, grid: Grid, selected: Sequence[Run], cluster: str, parameters: dict[str, Any]) -> list[Any]:
+    """Submit what is not done as one array, a task a run; return submitit's jobs.
+
+    Args:
+      workdir: on a file system that the nodes share.
+      grid: the whole grid.
+      selected: what to run of it.
+      cluster: `slurm`, or submitit's `local` and `debug`.
+      parameters: of `submitit.AutoExecutor.update_parameters`, such as slurm_partition.
+
+    Raises:
+      InputError: submitit is missing, or refuses the cluster or a parameter.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("Slurm arrays need submitit: pip install 'mhc-jax[slurm]'.") from None
+    todo = prepare(workdir, grid, selected)
+    try:
+        executor = submitit.AutoExecutor(folder=str(workdir.resolve() / "logs" / "slurm"), cluster=cluster)
+        executor.update_parameters(**parameters)
+    except (RuntimeError, ValueError, NameError, TypeError) as error:
+        raise InputError(f"submitit refuses cluster {cluster!r} with {json.dumps(parameters)}: {error}") from error
+    return executor.map_array(SlurmTask(workdir), [run.name for run in todo])

@@ -1,0 +1,69 @@
+"""One run of a sweep, in a process of its own: `python -m mhc_jax.sweeps.worker WORKDIR NAME PARENT`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from absl import logging
+
+from mhc_jax.config.mapping import from_mapping
+from mhc_jax.errors import InputError
+from mhc_jax.loop import EXIT_CODES, train
+from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.host_memory import cpu_alone, keep_pages
+from mhc_jax.sweeps.grid import Busy, run_lock
+from mhc_jax.sweeps.results import write_results
+
+BUSY = 75
+"""Exit status: another process has the run (EX_TEMPFAIL)."""
+
+
+def run(workdir: Path, name: str) -> int:
+    """Train one run of the plan and bring the results up to date.
+
+    Returns:
+      Exit status: 0 finished, 3 diverged, 130 stopped (saved).
+
+    Raises:
+      Busy: another process has the run.
+      InputError: a run folder or data that cannot be used.
+    """
+    entry = read_json(workdir / ".sweep" / "runs" / f"{name}.json")
+    with run_lock(workdir, name):
+        (workdir / ".sweep" / "failed" / f"{name}.json").unlink(missing_ok=True)
+        summary = train(from_mapping(entry["config"]), workdir / name, label=name)
+    write_results(workdir)
+    return EXIT_CODES[summary["status"]]
+
+
+def watch(parent: int) -> None:
+    """Ask this process to save and stop once `parent` is gone: a killed sweep leaves nothing running."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    """Run what the command line names."""
+    workdir, name, parent = sys.argv[1:]
+    if cpu_alone():
+        keep_pages()
+    threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
+    logging.set_verbosity(logging.FATAL)  # as cli.main: Orbax logs a page a checkpoint
+    try:
+        return run(Path(workdir), name)
+    except Busy as holder:
+        print(f"{name}: {holder} has this run", file=sys.stderr)
+        return BUSY
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
