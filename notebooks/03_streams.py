@@ -64,7 +64,7 @@ display(plots.eigenvalues(means))
 # ## Specialisation: who reads and writes which stream
 
 # %%
-display(plots.gates(first))
+display(plots.reads_and_writes(first))
 
 # %% [markdown]
 # *H_pre and H_post over depth: diagonals are the home streams (l mod n) of the initial values; uniform columns would

@@ -1,17 +1,18 @@
-"""Figures of a comparison: pure functions from run records to matplotlib figures.
+"""Figures: pure functions from run records to matplotlib figures.
 
-`FIGURES` maps each name to its function, title and caption; `mhc_jax.plots` alone imports
-matplotlib, draws on its own Figure objects and never touches pyplot.
+`FIGURES` (single runs) and `sweeps.SWEEP_FIGURES` (runs grouped over seeds) map each name to a function, its title and its caption.
+This package alone imports matplotlib.  It draws on Figure objects of its own and never touches pyplot, so that no figure depends
+on another one or on a display.
 """
 
-from mhc_jax.plots.curves import grad_norm, layer_grad_norm, loss, loss_cost, loss_gap
+from mhc_jax.plots.curves import block_grad_norm, grad_norm, loss, loss_cost, loss_gap
 from mhc_jax.plots.mixing import (
     eigenvalues,
     gain_depth,
     gain_step,
-    gates,
     h_res,
     mixing,
+    reads_and_writes,
     stream_similarity,
     stream_size,
 )
@@ -21,17 +22,17 @@ __all__ = [
     "FIGURES",
     "NothingToDraw",
     "Plot",
+    "block_grad_norm",
     "eigenvalues",
     "gain_depth",
     "gain_step",
-    "gates",
     "grad_norm",
     "h_res",
-    "layer_grad_norm",
     "loss",
     "loss_cost",
     "loss_gap",
     "mixing",
+    "reads_and_writes",
     "save",
     "smooth",
     "stream_similarity",

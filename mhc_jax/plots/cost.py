@@ -1,31 +1,28 @@
-"""Figures of cost: traffic, recompute, measured overhead, kernels against the copy bandwidth."""
+"""Figures of cost: memory traffic, recompute, measured overhead, and kernels against the bandwidth of a copy."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mhc_jax.cost import memory_io
-from mhc_jax.plots.style import INK, LOOKS, OTHER_LOOK, STYLE, NothingToDraw, log_axis, panels
+from mhc_jax.plots.style import INK, LOOKS, NothingToDraw, color_of, house_style, log_axis, panels, ticks_at
 
 
-def _styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    @functools.wraps(function)
-    def draw(*args: Any, **kwargs: Any) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return function(*args, **kwargs)
-
-    return draw
-
-
-@_styled
+@house_style
 def traffic_bars(n: int, C: int) -> Figure:
-    """Elements moved per token and sub-layer, in units of C: unfused (mHC Table 2) down to one pass."""
+    """Draw the elements that a boundary moves per token and sub-layer, in units of C, as horizontal bars.
+
+    The bars go from the residual connection and the unfused operations (mHC Table 2) down to one pass. Grey bars include the
+    pre-norm.
+
+    Args:
+      n: streams.
+      C: width.
+    """
     figure, (axis,) = panels(1, 1, height=2.6)
     split = {
         "residual, merge": memory_io.residual(C),
@@ -51,9 +48,18 @@ def traffic_bars(n: int, C: int) -> Figure:
     return figure
 
 
-@_styled
+@house_style
 def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figure:
-    """Activations kept by the connection against L_r (mHC Eq. 20), the best L_r marked."""
+    r"""Draw the activations that recompute keeps against L_r, one line a number of streams, a dot at the best L_r.
+
+    $nC \lceil L / L_r \rceil + (n + 2) C L_r$ elements (mHC Eq. 20) times `itemsize`, in KiB per token; both axes logarithmic.
+
+    Args:
+      L: sub-layers.
+      streams: numbers n of streams.
+      C: width.
+      itemsize: bytes of an element.
+    """
     figure, (axis,) = panels(1, 1, height=2.9)
     L_r = range(1, L + 1)
     for k, n in enumerate(streams):
@@ -63,28 +69,32 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
         axis.plot(L_r, kib, color=color, label=f"n = {n}: best L_r = {best}")
         axis.plot(best, kib[best - 1], "o", color=color)
     log_axis(axis)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_locator(FixedLocator([r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r <= L]))
-    axis.set_xlabel(f"L_r: sub-layers between stored streams (L = {L})")
-    axis.set_ylabel(f"KiB per token (C = {C}, {itemsize} bytes)")
+    ticks_at(axis, [r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r <= L])
+    label = f"KiB per token (C = {C}, {itemsize} bytes)"
+    axis.set(xlabel=f"L_r: sub-layers between stored streams (L = {L})", ylabel=label)
     figure.legend(loc="outside upper center", ncols=min(4, len(streams)), frameon=False)
     return figure
 
 
-@_styled
+@house_style
 def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Grouped bars: measure to connection (a spec) to its ratio over residual's."""
+    """Draw ratios to the residual connection as grouped bars, one group a measure.
+
+    Args:
+      ratios: measure to connection (a spec) to the ratio of its value to residual's.
+
+    Raises:
+      NothingToDraw: `ratios` is empty.
+    """
     if not ratios:
-        raise NothingToDraw("Nothing to draw: no ratios are given.")
+        raise NothingToDraw("no ratios are given")
     figure, (axis,) = panels(1, 1, height=2.6)
     names = list(dict.fromkeys(name for row in ratios.values() for name in row))
     width = 0.8 / len(names)
     for k, name in enumerate(names):
         at = [row + (k - (len(names) - 1) / 2) * width for row in range(len(ratios))]
         values = [row.get(name, float("nan")) for row in ratios.values()]
-        axis.bar(at, values, 0.9 * width, color=LOOKS.get(name.partition(":")[0], OTHER_LOOK)[0], label=name)
+        axis.bar(at, values, 0.9 * width, color=color_of(name.partition(":")[0]), label=name)
         for x, value in zip(at, values, strict=True):
             axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
     axis.axhline(1, color=INK, linewidth=0.9)
@@ -95,9 +105,12 @@ def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-@_styled
+@house_style
 def roofline(report: Mapping[str, Any]) -> Figure:
-    """Share of the copy bandwidth that each kernel reaches, from report.json of `experiments/device_report.py`.
+    """Draw the share of the bandwidth of a copy that each kernel reaches, in %, one row a kernel, shape and pass.
+
+    Args:
+      report: report.json of `experiments/device_report.py`.
 
     Raises:
       NothingToDraw: the report has no timed kernel.
@@ -105,15 +118,18 @@ def roofline(report: Mapping[str, Any]) -> Figure:
     benches = [rows for part, rows in report["parts"].items() if part.startswith("bench/")]
     rows = [row for bench in benches for row in bench if row["status"] == "ok"]
     if not rows:
-        raise NothingToDraw("Nothing to draw: the report has no timed kernel.")
-    names = list(dict.fromkeys(f"{row['op']}, {row['spec']['name']}, {row['pass']}" for row in rows))
+        raise NothingToDraw("the report has no timed kernel")
+    labels = [f"{row['op']}, {row['spec']['name']}, {row['pass']}" for row in rows]
+    names = list(dict.fromkeys(labels))
     implementations = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, (axis,) = panels(1, 1, height=0.9 + 0.2 * len(names))
     for implementation, (color, _, marker) in zip(implementations, LOOKS.values(), strict=False):
-        mine = [row for row in rows if row["implementation"] == implementation]
-        shares = [100 * row["copy_share"] for row in mine]
-        at = [names.index(f"{row['op']}, {row['spec']['name']}, {row['pass']}") for row in mine]
-        axis.plot(shares, at, linestyle="", marker=marker, color=color, label=implementation)
+        mine = [
+            (row, label) for row, label in zip(rows, labels, strict=True) if row["implementation"] == implementation
+        ]
+        shares = [100 * row["copy_share"] for row, _ in mine]
+        heights = [names.index(label) for _, label in mine]
+        axis.plot(shares, heights, linestyle="", marker=marker, color=color, label=implementation)
     axis.axvline(100, color=INK, linewidth=0.9)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)

@@ -1,4 +1,4 @@
-"""Figures of the training run: loss, gap to residual, cost, gradient norms."""
+"""Figures of training: loss, gap to the baseline, cost and gradient norms."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mhc_jax.analysis.grouping import baselines
 from mhc_jax.analysis.records import RunRecord, flatten, paired_gap, series
 from mhc_jax.plots.style import (
+    FIGURES,
     INK,
     by_depth,
     by_step,
     curve,
     finish,
+    fit_y,
     log_axis,
     mark_divergence,
     mark_spikes,
@@ -31,51 +32,47 @@ WIDE_LOSS_RATIO = 10.0
 """Largest over smallest logged loss from which the loss axis is logarithmic."""
 
 
-@register(
-    "Loss",
-    "Training loss (faint: every logged step; line: moving median) and validation loss (markers) "
-    "against optimizer steps; lower is better. The second panel spans the moving medians and the "
-    "validation losses of the second half, so that single values may leave it. "
-    "Triangles at the top edge mark loss spikes; a dotted vertical line with a cross marks the "
-    "step at which a run diverged.",
-)
+@register(FIGURES, "Loss")
 def loss(records: Sequence[RunRecord]) -> Figure:
-    """Training and validation loss against steps."""
+    """Draw training and validation loss against steps.
+
+    Loss in nats/token against optimizer steps; lower is better. Training loss, a mean over the tokens of a step's batch: every
+    logged step (faint) and the moving median over a twentieth of them (line). Validation loss: markers. The second panel spans
+    the moving medians and the validation losses of the second half, so that single values may leave it. Triangles at the top
+    edge mark loss spikes, one row a run. A dotted vertical line with a cross marks the step at which a run diverged.
+    """
     figure, axes = panels(1, 2, height=3.4)
     latest = max((s[-1] for r in records if len(s := series(r, "train", "loss")[0])), default=0)
-    ends = []
-    for record, style in styled(records):
+    late: list[float] = []
+    for row, (record, style) in enumerate(styled(records)):
         steps, values = series(record, "train", "loss")
+        validated, held_out = series(record, "validation", "loss")
         for axis in axes:
             by_step(axis, record, style, "loss")
-            points(axis, *series(record, "validation", "loss"), style)
+            points(axis, validated, held_out, style)
             mark_divergence(axis, record, style)
-        ends += [v for v in smooth(values)[steps >= latest / 2] if np.isfinite(v)]
-        checked, held_out = series(record, "validation", "loss")
-        ends += [v for v in held_out[checked >= latest / 2] if np.isfinite(v)]
+            mark_spikes(axis, record.spike_steps, row, style["color"])
+        late += [*smooth(values)[steps >= latest / 2], *held_out[validated >= latest / 2]]
     seen = np.concatenate([positive(series(r, "train", "loss")[1]) for r in records])
     if np.isfinite(seen).any() and np.nanmax(seen) > WIDE_LOSS_RATIO * np.nanmin(seen):
         log_axis(axes[0])
-    if ends:
-        margin = 0.15 * (max(ends) - min(ends)) + 1e-3
-        axes[1].set_ylim(min(ends) - margin, max(ends) + margin)
+    fit_y(axes[1], late)
+    if np.isfinite(late).any():
         axes[1].set_xlim(latest / 2, latest * 1.02)
     for axis, title in zip(axes, ("Whole run", "Second half"), strict=True):
-        mark_spikes(axis, records)
-        axis.set_title(title, loc="left")
-        axis.set_xlabel("optimizer step")
-        axis.set_ylabel("loss (nats/token)")
+        axis.set(title=title, xlabel="optimizer step", ylabel="loss (nats/token)")
     return finish(figure, records, "no run has logged a loss")
 
 
-@register(
-    "Loss gap to the baseline",
-    "Loss of each run minus the loss of the baseline's run of the same seed at the same step, hence on the same batch "
-    "(line: moving median in training; markers: validation). The baseline is the residual run, else the first one. Below zero "
-    "is better. The axis spans medians and markers; single values may leave it.",
-)
+@register(FIGURES, "Loss gap to the baseline")
 def loss_gap(records: Sequence[RunRecord]) -> Figure:
-    """Paired difference of losses against steps."""
+    """Draw the paired difference of losses against steps.
+
+    Loss of each run minus the loss of the baseline's run of the same seed at the same step, hence on the same batch, in
+    nats/token against optimizer steps. Below zero is better. Faint: every logged step of training; line: moving median over a
+    twentieth of them; markers: validation. The baseline is the residual run, else the first one. The axis spans medians and
+    markers, so that single values may leave it.
+    """
     figure, (axis,) = panels(1, 1, height=3.4)
     for (record, style), baseline in zip(styled(records), baselines(records), strict=True):
         if baseline is None:
@@ -85,25 +82,21 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
         curve(axis, steps, smooth(gap), style, marker="")
         points(axis, *paired_gap(record, baseline, "validation"), style)
         mark_divergence(axis, record, style)
-    main = [l.get_ydata() for l in axis.lines if not str(l.get_label()).startswith("_")]
-    values = np.concatenate([*main, [0.0]])
-    values = values[np.isfinite(values)]
-    margin = 0.15 * np.ptp(values) + 1e-3
-    axis.set_ylim(values.min() - margin, values.max() + margin)
+    labelled = [line.get_ydata() for line in axis.lines if not str(line.get_label()).startswith("_")]
+    fit_y(axis, np.concatenate([*labelled, [0.0]]))
     axis.axhline(0, color=INK, linewidth=0.9)
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("loss − baseline's loss (nats/token)\n← better        worse →")
+    axis.set(xlabel="optimizer step", ylabel="loss − baseline's loss (nats/token)\n← better        worse →")
     need = "a gap takes two runs that differ in the connection and the settings of it alone, and log losses at the same steps"
     return finish(figure, records, need)
 
 
-@register(
-    "Loss against cost",
-    "Moving median of the training loss against arithmetic done (tokens × FLOPs per token) and "
-    "against time (steps × median step time, without compilation): what a gain in loss costs.",
-)
+@register(FIGURES, "Loss against cost")
 def loss_cost(records: Sequence[RunRecord]) -> Figure:
-    """Training loss against FLOPs and against time, for runs with a summary."""
+    """Draw training loss against FLOPs and against time, for runs with a summary.
+
+    Moving median of the training loss in nats/token, over a twentieth of the logged steps. Left: against the arithmetic done in
+    FLOPs, tokens × FLOPs per token. Right: against the training time in seconds, steps × median step time, without compilation.
+    """
     figure, axes = panels(1, 2, height=3.2)
     for record, style in styled(records):
         steps, values = series(record, "train", "loss")
@@ -113,22 +106,19 @@ def loss_cost(records: Sequence[RunRecord]) -> Figure:
             curve(axes[0], tokens * flops, smooth(values), style, markevery=0.15)
         if step_time:
             curve(axes[1], steps * step_time, smooth(values), style, markevery=0.15)
-    axes[0].set_xlabel("training arithmetic (FLOPs)")
-    axes[1].set_xlabel("training time (s)")
-    for axis in axes:
-        axis.set_ylabel("training loss (nats/token)")
-    need = "no run has a summary with flops_per_token or step_time_s"
-    return finish(figure, records, need)
+    for axis, label in zip(axes, ("training arithmetic (FLOPs)", "training time (s)"), strict=True):
+        axis.set(xlabel=label, ylabel="training loss (nats/token)")
+    return finish(figure, records, "no run has a summary with flops_per_token or step_time_s")
 
 
-@register(
-    "Gradient norm",
-    "Global gradient norm before clipping (faint: every logged step; line: moving median), "
-    "logarithmic. Surges that the loss does not show are the first sign of instability; the grey "
-    "dashed line is the clipping threshold where all runs share one.",
-)
+@register(FIGURES, "Gradient norm")
 def grad_norm(records: Sequence[RunRecord]) -> Figure:
-    """Gradient norm against steps."""
+    """Draw the gradient norm against steps.
+
+    Global norm of the gradient before clipping, in nats/token on a logarithmic axis, against optimizer steps. Faint: every
+    logged step; line: moving median over a twentieth of them. Surges that the loss does not show are the first sign of
+    instability. The grey dashed line is the clipping threshold where all runs share one.
+    """
     figure, (axis,) = panels(1, 1, height=3.2)
     for record, style in styled(records):
         by_step(axis, record, style, "grad_norm")
@@ -138,24 +128,21 @@ def grad_norm(records: Sequence[RunRecord]) -> Figure:
     threshold = clips.pop() if len(clips) == 1 else None
     if threshold:
         axis.axhline(threshold, color="#7f7f7f", linestyle=(0, (6, 4)), linewidth=1)
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("gradient norm before clipping")
+    axis.set(xlabel="optimizer step", ylabel="gradient norm before clipping")
     return finish(figure, records, "no run has logged grad_norm")
 
 
-@register(
-    "Gradient norm per block",
-    "Norm of the gradient of each block's parameters at the last diagnostics step, logarithmic: "
-    "a curve that climbs or falls by orders of magnitude shows gradients amplified or lost with "
-    "depth.",
-)
-def layer_grad_norm(records: Sequence[RunRecord]) -> Figure:
-    """Gradient norm against the index of the block."""
+@register(FIGURES, "Gradient norm per block")
+def block_grad_norm(records: Sequence[RunRecord]) -> Figure:
+    """Draw the gradient norm of each block against its number.
+
+    Norm of the gradient of each block's parameters (attention and feed-forward together) at the last diagnostics step, in
+    nats/token on a logarithmic axis. Blocks count from 1. A curve that climbs or falls by orders of magnitude shows gradients
+    that depth amplifies or loses.
+    """
     figure, (axis,) = panels(1, 1, height=3.0)
-    axis.set_title("Per block", loc="left")
+    axis.set_title("Per block")
     by_depth(axis, records, "grad_norm_per_layer")
     log_axis(axis)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("block (attention and feed-forward)")
-    axis.set_ylabel("gradient norm")
+    axis.set(xlabel="block", ylabel="gradient norm before clipping")
     return finish(figure, records, "no diagnostics with grad_norm_per_layer")

@@ -1,16 +1,19 @@
-"""What all figures share: looks of the runs, panels, legend, axes, saving.
+"""What all figures share: the house style, looks of the kinds, panels, legends, axes and saving.
 
-A kind of connection keeps its colour (Okabe-Ito, which colour-blind readers tell apart) in every
-figure; line style and marker differ too, so that the figures survive a black-and-white printer.
-Letters: S sub-layers (attention and feed-forward count as two), n streams, l = 1..S the depth.
+A kind of connection keeps its colour in every figure.  The colours are those of Okabe and Ito, which colour-blind readers tell
+apart.  Line style and marker differ too, so that the figures survive a black-and-white printer.
+
+Letters: L sub-layers (attention and feed-forward count as two), l = 1 ... L the depth, n streams, K logged steps.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +23,13 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from mhc_jax.analysis.records import RunRecord, labels, last_diagnostics, series
 from mhc_jax.errors import InputError
 
 INK = "#1a1a1b"
-"""Text and axes; used for nothing else, since `svg` turns it into the page's text colour."""
+"""Colour of text, axes and the residual connection; `svg` turns it into the text colour of the page."""
 GRID = "#9a9a9a"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -70,34 +73,50 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (
 
 
 class NothingToDraw(InputError):  # noqa: N818  (a message for a person, like its parent)
-    """The records hold nothing that the figure shows; the sentence says what it needs."""
+    """The runs hold nothing that the figure shows; the message says what is missing."""
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(f"Nothing to draw: {missing}.")
 
 
 class Plot(NamedTuple):
-    """An entry of `FIGURES`."""
+    """A figure that a page can show."""
 
     draw: Callable[[Any], Figure]
+    """Takes run records (`FIGURES`) or runs grouped over seeds (`sweeps.SWEEP_FIGURES`)."""
     title: str
     caption: str
+    """What is on the axes and how to read it."""
 
 
 FIGURES: dict[str, Plot] = {}
-"""Name to function, title, and a caption that says what is shown and how to read it."""
+"""Name to figure of single runs."""
 
 
-def register(title: str, caption: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Enter a figure function in `FIGURES` and give it the house style."""
+def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Give the figures that a function draws the style `STYLE`."""
 
-    def wrap(function: Callable[..., Figure]) -> Callable[..., Figure]:
-        @functools.wraps(function)
-        def draw(records: Sequence[RunRecord]) -> Figure:
-            with matplotlib.rc_context(STYLE):
-                return function(records)
+    @functools.wraps(function)
+    def draw(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return function(*args, **kwargs)
 
-        FIGURES[function.__name__] = Plot(draw, title, caption)
+    return draw
+
+
+def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
+    """Enter a function in `figures`, in the house style.
+
+    The caption is the function's docstring without its first line, so that code and pages say the same.
+    """
+
+    def enter(function: Callable[..., Figure]) -> Callable[..., Figure]:
+        draw = house_style(function)
+        body = (inspect.getdoc(function) or "").partition("\n")[2]
+        figures[function.__name__] = Plot(draw, title, " ".join(body.split()))
         return draw
 
-    return wrap
+    return enter
 
 
 def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
@@ -111,7 +130,7 @@ def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """`<svg>` element for a page: transparent, its text in the page's colour, nothing external."""
+    """Return the figure as an `<svg>` element: transparent, text in the page's colour, nothing external."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True)
@@ -123,13 +142,18 @@ def svg(figure: Figure) -> str:
     return text.replace(INK, "currentColor")
 
 
-def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
-    """Centred moving median over about a twentieth of the points; non-finite points stay NaN.
+def half_window(points: int) -> int:
+    """Points on each side of the one that `smooth` replaces."""
+    return points // 40
 
-    A median, because a mean turns a one-step spike into a plateau.  At the start the window shrinks, because a loss falls
-    fast there; at the end it loses its later half alone, because one noisy step is no end of a curve.
+
+def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
+    """Return the centred moving median over about a twentieth of the points; points that are not finite stay NaN.
+
+    It is a median, because a mean turns a spike of one step into a plateau.  At the start the window shrinks, because a loss
+    falls fast there.  At the end it loses its later half alone, because one noisy step is no end of a curve.
     """
-    half = len(values) // 40
+    half = half_window(len(values))
     out = np.full(len(values), np.nan)
     for k in np.flatnonzero(np.isfinite(values)):
         reach = min(half, k)
@@ -138,37 +162,42 @@ def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
     return out
 
 
-def styled(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, dict[str, Any]]]:
-    """Each run with its look and label.
+def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield colour, line style and marker for each of several kinds, as arguments of `Axes.plot`.
 
-    Runs of one kind share colour and marker; every second one has hollow markers, and the line
-    styles go round.
+    A kind that comes again keeps colour and marker.  Its line styles go round, and every second time its markers are hollow.
     """
-    seen: dict[str, int] = {}
-    for record, label in zip(records, labels(records), strict=True):
-        color, dashes, marker = LOOKS.get(record.kind, OTHER_LOOK)
-        turn = seen[record.kind] = seen.get(record.kind, -1) + 1
-        yield (
-            record,
-            {
-                "color": color,
-                "linestyle": _DASHES[(_DASHES.index(dashes) + turn) % len(_DASHES)],
-                "marker": marker,
-                "fillstyle": "none" if turn % 2 else "full",
-                "label": plain_text(label),
-            },
-        )
+    seen: Counter[str] = Counter()
+    for kind in kinds:
+        color, dashes, marker = LOOKS.get(kind, OTHER_LOOK)
+        line = _DASHES[(_DASHES.index(dashes) + seen[kind]) % len(_DASHES)]
+        yield {"color": color, "linestyle": line, "marker": marker, "fillstyle": "none" if seen[kind] % 2 else "full"}
+        seen[kind] += 1
+
+
+def color_of(kind: str) -> str:
+    """Return the colour of a kind."""
+    return LOOKS.get(kind, OTHER_LOOK)[0]
+
+
+def styled(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, dict[str, Any]]]:
+    """Yield each run with its look and its label, as arguments of `Axes.plot`."""
+    for record, style, label in zip(records, looks(r.kind for r in records), labels(records), strict=True):
+        yield record, style | {"label": plain_text(label)}
 
 
 def plain_text(label: str) -> str:
-    """A label that matplotlib neither reads as mathematics nor hides for its leading underscore."""
+    """Return a label that matplotlib neither reads as mathematics nor hides for its leading underscore."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def panels(rows: int, columns: int, height: float = 2.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A grid of panels; sizes in inches, 6.4 wide for one column, 4.2 a column for more.
+    """Make a figure with a grid of panels, and return both, the panels row by row.
 
-    `share_y`: the panels of a row have one y axis, so that they can be compared.
+    Args:
+      rows, columns: of the grid; one column is 6.4 inches wide, several are 4.2 each.
+      height: of a row, in inches.
+      share_y: give the panels of a row one y axis.
     """
     size = (4.2 * columns if columns > 1 else 6.4, height * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -177,7 +206,16 @@ def panels(rows: int, columns: int, height: float = 2.9, share_y: bool = False) 
 
 
 def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
-    """Add the legend of the runs that were drawn, with the step at which a run diverged."""
+    """Add a legend of the runs that were drawn, with the step at which a run diverged, and return the figure.
+
+    Args:
+      figure: with curves whose labels are those of `styled`.
+      records: all runs, drawn or not.
+      need: what the runs lack where nothing was drawn.
+
+    Raises:
+      NothingToDraw: no curve of any run was drawn.
+    """
     drawn = {line.get_label() for axis in figure.axes for line in axis.lines}
     handles = []
     for record, style in styled(records):
@@ -186,7 +224,7 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
             ended = "" if at is None else f" (diverged at step {at})"
             handles.append(Line2D([], [], **style | {"label": style["label"] + ended}))
     if not handles:
-        raise NothingToDraw(f"Nothing to draw: {need}.")
+        raise NothingToDraw(need)
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 // (longest + 8))))
     # A row of the legend is 0.2 inches high; without the extra height it is taken from the panels.
@@ -196,45 +234,47 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
 
 
 def curve(axis: Axes, x: Any, y: Any, style: dict[str, Any], **more: Any) -> None:
-    """One curve of a run, with about 12 markers; its label tells `finish` whom to name."""
+    """Draw one curve of a run, with about 12 markers; nothing where no value is finite."""
     if np.isfinite(np.asarray(y, float)).any():
         options: dict[str, Any] = style | {"markevery": max(1, len(x) // 12)} | more
         axis.plot(x, y, **options)
 
 
 def mark_divergence(axis: Axes, record: RunRecord, style: dict[str, Any]) -> None:
-    """Dotted line and a cross at the foot of the panel, at the step where the run diverged."""
+    """Mark the step at which a run diverged with a dotted line and a cross at the foot of the panel."""
     if record.diverged_at is not None:
         axis.axvline(record.diverged_at, color=style["color"], linestyle=":", linewidth=1)
         top = axis.get_xaxis_transform()
         axis.plot([record.diverged_at], [0.04], "x", color=style["color"], ms=8, mew=2, transform=top)
 
 
-def mark_spikes(axis: Axes, records: Sequence[RunRecord]) -> None:
-    """Triangles along the top edge at the steps of loss spikes, one row a run."""
-    top = axis.get_xaxis_transform()
-    for row, (record, style) in enumerate(styled(records)):
-        steps = record.spike_steps
-        axis.plot(
-            steps,
-            [0.985 - 0.035 * row] * len(steps),
-            "v",
-            color=style["color"],
-            ms=5,
-            transform=top,
-        )
+def mark_spikes(axis: Axes, steps: Sequence[int], row: int, color: str) -> None:
+    """Mark steps with loss spikes by triangles along the top edge; `row` counts from the top."""
+    height = [0.985 - 0.035 * row] * len(steps)
+    axis.plot(steps, height, "v", color=color, ms=5, transform=axis.get_xaxis_transform())
+
+
+def fit_y(axis: Axes, values: Any, below: float = 0.15, above: float = 0.15) -> None:
+    """Let the y axis span the finite `values`, with margins as shares of their range."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, high = values.min(), values.max()
+        axis.set_ylim(low - below * (high - low) - 1e-3, high + above * (high - low) + 1e-3)
 
 
 def positive(values: Any) -> Float[np.ndarray, "*shape"]:
-    """What a logarithmic axis can show; the rest is NaN."""
+    """Return the finite values above 0, which a logarithmic axis can show, and NaN for the others."""
     values = np.asarray(values, float)
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def log_axis(*axes: Axes, around: float | None = None) -> None:
-    """Logarithmic y, the same for all `axes`, over their data.
+    """Make the y axes logarithmic, with the same limits around the data of all of them.
 
-    `around`: show at least half to twice this value, lest rounding fill the panel.
+    Args:
+      axes: with their curves drawn.
+      around: a value whose surroundings, a factor of 1.7 each way, are shown in any case, lest rounding errors fill the panel.
     """
     drawn = [np.empty(0)]
     for axis in axes:
@@ -255,8 +295,17 @@ def log_axis(*axes: Axes, around: float | None = None) -> None:
             axis.yaxis.set_minor_formatter(_minor_ticks(high / low))
 
 
+def ticks_at(axis: Axes, values: Sequence[float | int], log: bool = True) -> None:
+    """Put the ticks of the x axis at `values` alone; `log` makes the axis logarithmic."""
+    if log:
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_locator(FixedLocator(values))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _tick(value: float, _: int) -> str:
-    """100 rather than 10^2, powers only where they are shorter."""
+    """Return the label of a tick: 100 rather than 10^2, and powers only where they are shorter."""
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
     exponent = int(np.floor(np.log10(value) + 1e-9))
@@ -266,7 +315,7 @@ def _tick(value: float, _: int) -> str:
 
 
 def _minor_ticks(ratio: float) -> Formatter:
-    """Labels between powers of ten where the axis spans few of them; `ratio` is top over bottom."""
+    """Return labels between powers of ten for an axis that spans few of them; `ratio` is its top over its bottom."""
     if ratio > 30:
         return NullFormatter()
     labelled = range(2, 10) if ratio < 3.5 else (2, 3, 4, 6) if ratio < 8 else (2, 5)
@@ -279,14 +328,14 @@ def _minor_ticks(ratio: float) -> Formatter:
 
 
 def by_step(axis: Axes, record: RunRecord, style: dict[str, Any], key: str) -> None:
-    """A training measurement: every logged value faint, its moving median on top."""
+    """Draw a measurement of training against steps: every logged value faint, its moving median on top."""
     steps, values = series(record, "train", key)
     axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
     curve(axis, steps, smooth(values), style, marker="")
 
 
 def points(axis: Axes, steps: Any, values: Any, style: dict[str, Any]) -> None:
-    """Validation losses: markers without a line."""
+    """Draw validation losses as markers without a line."""
     edge = {} if style["fillstyle"] == "none" else {"markeredgecolor": "white", "mew": 0.6}
     curve(axis, steps, values, style, linestyle="", markevery=1, **edge)
 
@@ -299,10 +348,18 @@ def by_depth(
     multi_stream_only: bool = False,
     **more: Any,
 ) -> None:
-    """The last diagnostics of `key` against depth, 1 at the left.
+    """Draw the last diagnostics of `key` against depth, which counts from 1.
 
-    Values [S] are drawn as they are, with a faint band up to those of `upper`; values [S, n] as
-    their mean over streams, with a band from the smallest to the largest stream.  `more` goes to `curve`.
+    Values [L] are drawn as they are, with a faint band up to those of `upper`.  Values [L, n] are drawn as their mean over
+    streams, with a band from the smallest to the largest stream.  The step of the diagnostics goes into the panel's title.
+
+    Args:
+      axis: the panel, with its title.
+      records: the runs.
+      key: of a diagnostics line, with values of shape [L] or [L, n].
+      upper: key of the upper edge of the band; None: no band.
+      multi_stream_only: leave out runs of one stream.
+      more: options of `curve`.
     """
     steps = set()
     for record, style in styled(records):

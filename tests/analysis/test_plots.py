@@ -200,7 +200,7 @@ def test_heat_maps_show_matrices_on_their_scales_sums_products_and_gates(runs):
     hc, mhc = (figure.axes[k].collections[0] for k in (0, 6))
     assert (hc.get_cmap().name, hc.norm.vmin) == ("RdBu_r", -hc.norm.vmax), "signed"
     assert (mhc.get_cmap().name, mhc.norm.vmin) == ("Blues", 0)
-    axes = [a for a in plots.gates(runs).axes if a.get_label() != "<colorbar>"]
+    axes = [a for a in plots.reads_and_writes(runs).axes if a.get_label() != "<colorbar>"]
     assert len(axes) == 3 * 2
     shown = np.asarray(axes[0].collections[0].get_array()).reshape(4, SUBLAYERS)
     np.testing.assert_array_equal(shown, last_diagnostics(runs[1], "h_pre")[1].T)
@@ -218,10 +218,10 @@ def test_kinds_keep_colours_and_runs_differ_in_style(runs):
 
 
 def test_figures_without_data_say_what_they_need(runs):
-    for name in ("h_res", "gates", "mixing", "stream_similarity", "loss_gap"):
+    for name in ("h_res", "reads_and_writes", "mixing", "stream_similarity", "loss_gap"):
         with pytest.raises(plots.NothingToDraw, match="Nothing to draw"):
             plots.FIGURES[name].draw(runs[:1])
-    for name in ("loss", "loss_cost", "grad_norm", "gain_depth", "gain_step", "layer_grad_norm"):
+    for name in ("loss", "loss_cost", "grad_norm", "gain_depth", "gain_step", "block_grad_norm"):
         assert legend_texts(plots.FIGURES[name].draw(runs[:1])) == ["residual"]
     with pytest.raises(plots.NothingToDraw):
         plots.loss_gap(runs[1:2])
@@ -236,7 +236,7 @@ def test_missing_keys_and_kinds_without_a_look_are_tolerated(tmp_path, every):
         missing = name in ("grad_norm", "loss_gap", "stream_similarity")
         with pytest.raises(plots.NothingToDraw) if missing else contextlib.nullcontext():
             figure = plot.draw([run])
-        if every or name in ("loss", "gates"):
+        if every or name in ("loss", "reads_and_writes"):
             assert "<svg" in plots.svg(figure)
 
 
@@ -284,7 +284,7 @@ def test_loss_against_cost(runs):
 
 
 def test_gradient_norm_of_blocks(runs):
-    axis = plots.layer_grad_norm(runs).axes[0]
+    axis = plots.block_grad_norm(runs).axes[0]
     (line,) = lines_of(axis, MHC)
     np.testing.assert_array_equal(line.get_ydata(), lines(runs[2].folder, "diagnostics")[-1]["grad_norm_per_layer"])
     assert list(line.get_xdata()) == list(range(1, 9))

@@ -146,7 +146,7 @@ def page(runs, tmp_path_factory, request):
     save, svg, rendered = plots.save, plots.svg, []
 
     def saved(figure, path, *, vector):
-        if request.param == "all figures" or path.stem in ("loss", "gain_depth", "gates"):
+        if request.param == "all figures" or path.stem in ("loss", "gain_depth", "reads_and_writes"):
             rendered.append(figure)
             return save(figure, path, vector=vector)
         path.write_bytes(b"\x89PNG")
