@@ -1,8 +1,7 @@
-"""Pre-tokenized text: a memory-mapped array of ids for each source, split and tokenizer.
+"""Tokenized text: a memory-mapped array of ids for each source, split and tokenizer, kept in the cache folder.
 
-Every document is followed by the end-of-document token.  Next to `<key>.npy` stands `<key>.json`
-with counts and checksums; the key is a hash of everything the ids depend on, so nothing is ever
-invalidated by hand.
+Every document is followed by the end-of-document token.  Beside `<key>.npy` lies `<key>.json` with counts and checksums.  The key
+is a hash of everything that the ids depend on, so nothing has to be invalidated by hand.
 """
 
 from __future__ import annotations
@@ -22,52 +21,52 @@ from absl import logging
 
 from mhc_jax.data import sources
 from mhc_jax.data.files import Document
-from mhc_jax.data.tokenizers import Tokenizer, dtype
+from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
 
 FORMAT = 1
-"""Part of the key; raised when the same text would give other ids or another layout."""
+"""Part of the key.  It must be raised when a change of the code gives the same text other ids or another layout."""
 CHUNK = 1 << 22
-"""Characters handed to the tokenizer at once, bytes checked at once."""
+"""Characters that the tokenizer gets at once, and bytes of a file that are read at once."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a pre-tokenized split holds; bytes are UTF-8, tokens include one end per document.
-
-    `sha256` is the hash, in hex, of the ids as they are stored: the identity of the text under its tokenizer, wherever its
-    files lie.
-    """
+    """Sizes and hash of a tokenized split."""
 
     documents: int
     tokens: int
+    """With one end of a document for each."""
     bytes: int
+    """Of the text in UTF-8."""
     sha256: str
+    """Hash, in hex, of the ids as they are stored.  It identifies the text under its tokenizer, wherever the files lie."""
 
 
 @dataclass(frozen=True)
 class TokenArray:
-    """Ids [counts.tokens], uint16 or uint32, memory mapped and read-only."""
+    """A tokenized split."""
 
     tokens: np.ndarray
+    """Ids [counts.tokens], uint16 or uint32, memory mapped and read-only."""
     counts: Counts
 
 
 def token_array(
     source: str, split: sources.Split, tokenizer: Tokenizer, *, cache: Path, fraction: float = 0.05
 ) -> TokenArray:
-    """Return the ids of one split, from the cache if it holds them whole, else made anew.
+    """Return the ids of one split, from the cache if it holds them undamaged, else tokenized anew.
 
-    Reading checks the CRC-32 of the file (about 2 GB/s).  Several processes may call
-    this at once: each writes under a name of its own and renames, and all write the same bytes.
+    A file in the cache is checked against its CRC-32.  Several processes may call this at once: each writes under a name of its
+    own and renames the file, and all write the same bytes.
 
     Args:
       source, split, fraction: as in `sources.documents`.
       tokenizer: as from `tokenizers.load_tokenizer`.
-      cache: folder from `cache.cache_folder`.
+      cache: folder, as from `cache.cache_folder`.
 
     Raises:
-      InputError: a source that cannot be read, or a cache that cannot be written.
+      InputError: the source cannot be read or the cache cannot be written.
     """
     parts = [FORMAT, sources.identity(source), split, fraction, tokenizer.fingerprint]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -81,13 +80,13 @@ def token_array(
         _store(folder / key, documents, tokenizer)
     except OSError as error:
         raise InputError(f"Tokenized text cannot be written to {folder}: {error.strerror or error}.") from error
-    made = _load(folder / key)
-    if made is None:
+    if (written := _load(folder / key)) is None:
         raise InputError(f"{folder / key}.npy was damaged while it was written; check the disk.")
-    return made
+    return written
 
 
 def _load(stem: Path) -> TokenArray | None:
+    """Read an array and its counts; None where a file is missing or damaged."""
     path = stem.with_suffix(".npy")
     try:
         meta = json.loads(stem.with_suffix(".json").read_text("utf-8"))
@@ -100,6 +99,7 @@ def _load(stem: Path) -> TokenArray | None:
 
 
 def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+    """Write an array and its counts, each of which appears by one rename."""
     with tempfile.TemporaryDirectory(dir=stem.parent, prefix=f".{stem.name}.") as folder:
         array, meta = Path(folder) / "array", Path(folder) / "meta"
         with array.open("wb") as file:
@@ -111,10 +111,11 @@ def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> N
 
 
 def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) -> Counts:
-    kind = dtype(tokenizer)
-    end = np.array([tokenizer.end_of_document], kind)
+    """Write the ids of all documents as a .npy file, and count them."""
+    dtype = id_dtype(tokenizer)
+    end = np.array([tokenizer.end_of_document], dtype)
     number, tokens, size, digest = 0, 0, 0, hashlib.sha256()
-    _write_header(file, kind, tokens)
+    _write_header(file, dtype, tokens)
     for texts in _chunks(documents):
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             stored = ids.tobytes() + end.tobytes()
@@ -122,17 +123,18 @@ def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) 
             file.write(stored)
             number, tokens, size = number + 1, tokens + len(ids) + 1, size + len(text.encode())
     file.seek(0)
-    _write_header(file, kind, tokens)
+    _write_header(file, dtype, tokens)
     return Counts(number, tokens, size, digest.hexdigest())
 
 
-def _write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
-    """Write the .npy header; NumPy pads it for 21 digits, so a rewrite does not move the data."""
-    header = {"descr": kind.str, "fortran_order": False, "shape": (tokens,)}
+def _write_header(file: BinaryIO, dtype: np.dtype, tokens: int) -> None:
+    """Write the .npy header.  NumPy pads it for 21 digits of the size, so that a second header takes the same room."""
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[str]]:
+    """Yield the texts in groups of about `CHUNK` characters."""
     texts: list[str] = []
     size = 0
     for document in documents:

@@ -1,4 +1,4 @@
-"""Where prepared data lives on disk."""
+"""The folder on disk that keeps prepared data: token arrays and the prepared corpus."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 r"""Documents in local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet.
 
-JSON lines are split at `\n` alone: other Unicode line separators may occur inside a text.
-Compressed files are read through pyarrow, which, unlike the `zstandard` package, refuses a file
-that ends in the middle of a frame.
+JSON lines are split at `\n` alone, since other Unicode line separators may occur inside a text.  Compressed files are read through
+pyarrow: unlike the `zstandard` package, it refuses a file that ends in the middle of a frame.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mhc_jax.errors import InputError, require
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ALLOWED = "a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
 BLOCK = 8192
-"""Characters after which a block of a lone .txt file ends at the next blank line."""
+"""Characters after which a block of a single .txt file ends at the next blank line."""
 
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 _LINE_END = re.compile(r"\n")
@@ -29,17 +28,17 @@ _LINE_END = re.compile(r"\n")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that is shuffled and split as one."""
+    """A text that belongs to one split as a whole, and the name by which it is known."""
 
     id: str
     text: str
 
 
 def expand(source: str) -> list[Path]:
-    """Return the files a path or glob names, sorted (`**`: folders at any depth; `~`: home).
+    """Return the files that a path or glob names, sorted.  `**` stands for folders at any depth, `~` for the home folder.
 
     Raises:
-      InputError: no such file, no match, a folder, or a suffix outside `SUFFIXES`.
+      InputError: the path does not exist or is a folder, the glob matches nothing, or a suffix is not in `SUFFIXES`.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -61,31 +60,30 @@ def expand(source: str) -> list[Path]:
 
 
 def read_files(files: Sequence[Path]) -> Iterator[Document]:
-    """Yield the documents of `files` in order; those without a visible character are skipped.
+    """Yield the documents of `files` in order, without those that have no visible character.
 
-    Each .txt file is a document, but a lone one is cut into blocks (`text_blocks`), so that some
-    can be held out. JSON lines and parquet rows hold the text under `text` and, if they like, a
-    string under `id`.
+    Each of several .txt files is a document.  A single one is cut into blocks (`text_blocks`), so that some can be held out.
+    JSON lines and parquet rows hold the text under `text` and may hold a name under `id`.
 
     Raises:
-      InputError: a file that is empty, damaged or unreadable, with the place of the first fault.
+      InputError: a file is empty, damaged or unreadable; the message gives the place of the first fault.
     """
     for file in files:
-        found = False
+        empty = True
         try:
             for document in _read(file, alone=len(files) == 1):
                 if document.text.strip():
-                    found = True
+                    empty = False
                     yield document
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-        require(found, f"{file} is empty: it holds no text; remove it or give another file.")
+        require(not empty, f"{file} is empty: it holds no text; remove it or give another file.")
 
 
 def text_blocks(text: str) -> Iterator[str]:
-    """Cut `text` at the first blank line after `BLOCK` characters, or line end after twice that.
+    """Yield blocks of `text`, which joined give `text` again.
 
-    The blocks joined give `text` again.
+    A block ends at the first blank line after `BLOCK` characters, or, without one, at the first line end after twice as many.
     """
     start = 0
     while start < len(text):

