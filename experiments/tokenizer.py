@@ -15,7 +15,7 @@ from mhc_jax.errors import InputError, require
 
 
 def limited(documents: Iterable[data.Document], megabytes: float) -> Iterator[str]:
-    """Yield texts until `megabytes` (10^6 UTF-8 bytes) are reached; the last one is whole."""
+    """Yield texts until they make `megabytes` of 10^6 UTF-8 bytes; the last text is whole."""
     size = 0
     for document in documents:
         yield document.text
@@ -25,12 +25,12 @@ def limited(documents: Iterable[data.Document], megabytes: float) -> Iterator[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train on the training split, measure on the validation split."""
+    """Train on the training split, and print the bytes per token of the validation split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="shakespeare", help="as data.source")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--megabytes", type=float, default=50, help="text to train on, at most")
+    parser.add_argument("--megabytes", type=float, default=50, help="10^6 bytes of text to train on, at most")
     parser.add_argument("--validation_fraction", type=float, default=0.05)
     parser.add_argument("--cache_dir", default="")
     flags = parser.parse_args(arguments)

@@ -1,1 +1,4 @@
-"""Benchmarks of trained models.  `harness`, `tasks` and `run` need lm-evaluation-harness (the extra `eval`); the others do not."""
+"""Benchmarks of trained models, run by lm-evaluation-harness.
+
+`harness` needs that library (the extra `eval`), and so do the functions of `run`; the other modules work without it.
+"""

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints on benchmarks, and keep results, samples and configuration beside each checkpoint."""
+"""Evaluation of checkpoints on benchmarks; results, samples and configuration are kept beside each checkpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from mhc_jax.evaluation.store import Responses
 from mhc_jax.evaluation.tasks import BENCHMARKS, choose, gold_answer, harness_tasks
 from mhc_jax.runs.environment import environment
 from mhc_jax.runs.folder import write_json
-from mhc_jax.runs.trained import Trained, beyond_training, load_trained
+from mhc_jax.runs.trained import beyond_training, load_trained
 
 
 def import_harness(local: bool) -> Any:
-    """lm_eval, quiet and, with local files, kept from looking for a network.
+    """Import lm_eval and return it, without its progress bars and warnings.
+
+    Args:
+      local: keep it from looking for a network, since all items are in local files.
 
     Raises:
       InputError: it is not installed.
@@ -53,30 +56,27 @@ def evaluate(
     max_gen_toks: int = 0,
     tokenizer: str = "",
 ) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint.  What it has responded before is not computed again.
+    """Evaluate a run's newest checkpoint.  Responses that are known from earlier calls are not computed again.
 
     Args:
       checkpoint: run folder.
-      tasks: see `tasks.choose`.
-      data_dir: local files; None: the hub.
+      tasks: names as `tasks.choose` takes them.
+      data_dir: folder of local items; None: items come from the hub.
       limit: items of each task; 0: all.
-      context: tokens of prompt and answer; 0: the sequence length of training.
-      batch_size: rows; 0: as many as fit.
-      max_gen_toks: tokens of an answer at most; 0: what the task says.
-      tokenizer: as data.tokenizer; empty: the checkpoint's.
+      context: tokens of prompt and answer together; 0: the sequence length of training.
+      batch_size: rows of a batch; 0: as many as fit the memory.
+      max_gen_toks: tokens of an answer at most; 0: what the task allows.
+      tokenizer: as data.tokenizer; empty: the one in the checkpoint.
 
     Returns:
-      What results.json holds, and `samples`.
+      The content of the results file, its folder, and `samples` (`collect`).
 
     Raises:
-      InputError: anything a person can mend, before any compile where possible.
+      InputError: a number is negative, a task, file, checkpoint or tokenizer cannot be used, or a prompt and its answer do not
+        fit the context.  What can be checked before anything is compiled, is.
     """
-    for name, value in (
-        ("limit", limit),
-        ("context", context),
-        ("batch_size", batch_size),
-        ("max_gen_toks", max_gen_toks),
-    ):
+    sizes = {"limit": limit, "context": context, "batch_size": batch_size, "max_gen_toks": max_gen_toks}
+    for name, value in sizes.items():
         require(value >= 0, f"--{name} is {value}; it must not be negative.")
     chosen = choose(tasks)
     specs = harness_tasks(chosen, _folder(data_dir))
@@ -93,21 +93,22 @@ def evaluate(
     began = time.perf_counter()
     try:
         lm = DecoderLM(model, store, context, batch_size, max_gen_toks)
-        found = lm_eval.simple_evaluate(model=lm, tasks=specs, limit=limit or None, bootstrap_iters=0, log_samples=True)
-        samples = collect(chosen, found["samples"])
-        add_gold_bits(lm, samples, found)
+        logged = lm_eval.simple_evaluate(
+            model=lm, tasks=specs, limit=limit or None, bootstrap_iters=0, log_samples=True
+        )
+        samples = collect(chosen, logged["samples"])
+        add_gold_bits(lm, samples, logged)
     finally:
         store.close()
-    settings = {"tasks": list(tasks), "data_dir": None if data_dir is None else str(data_dir), "limit": limit}
+    settings = {"tasks": list(tasks), "data_dir": None if data_dir is None else str(data_dir), **sizes}
     settings |= {"context": lm.max_length, "trained_context": trained}
-    settings |= {"max_gen_toks": max_gen_toks, "batch_size": batch_size}
     results = {
         "checkpoint": model.folder.name,
         "connection": spec(model.config.model.connection),
         "step": model.step,
         "settings": settings,
-        "benchmarks": summarise(samples, found["n-shot"]),
-        "harness": found["results"],
+        "benchmarks": summarise(samples, logged["n-shot"]),
+        "harness": logged["results"],
         "wall_clock_s": time.perf_counter() - began,
         "compilations": lm.compilations,
         "environment": environment(),
@@ -121,7 +122,14 @@ def evaluate(
 
 
 def gold_check(tasks: Sequence[str], data_dir: str | Path | None, limit: int = 0) -> dict[str, Any]:
-    """`benchmarks` of a model that answers with the gold text: what the plumbing allows at most."""
+    """Evaluate a model that answers with the gold text, which shows the highest score that data, prompts and metrics allow.
+
+    Args:
+      tasks, data_dir, limit: as in `evaluate`.
+
+    Returns:
+      `benchmarks`, as `summarise` returns them, and `harness`: task to the values of lm-evaluation-harness.
+    """
     chosen = choose(tasks)
     specs = harness_tasks(chosen, _folder(data_dir))
     lm_eval = import_harness(data_dir is not None)
@@ -133,12 +141,11 @@ def gold_check(tasks: Sequence[str], data_dir: str | Path | None, limit: int = 0
     loaded = manager.load(specs)["tasks"]
     owner = {task: name for name, tasks in chosen.items() for task in tasks}
     lm = GoldLM(lambda task, doc: gold_answer(owner[task], loaded[task], doc))
-    found = lm_eval.simple_evaluate(
+    logged = lm_eval.simple_evaluate(
         model=lm, tasks=specs, limit=limit or None, bootstrap_iters=0, log_samples=True, task_manager=manager
     )
-    samples = collect(chosen, found["samples"])
-    extra = {f"{task}": values for task, values in found["results"].items()}
-    return {"benchmarks": summarise(samples, found["n-shot"]), "harness": extra}
+    benchmarks = summarise(collect(chosen, logged["samples"]), logged["n-shot"])
+    return {"benchmarks": benchmarks, "harness": dict(logged["results"])}
 
 
 def _folder(data_dir: str | Path | None) -> Path | None:
@@ -154,102 +161,100 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 def collect(
     chosen: Mapping[str, Sequence[str]], logged: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """One mapping an item: benchmark, task, doc_id, score (of the benchmark's metric and filter), response and target."""
-    out = []
-    for name, tasks in chosen.items():
-        benchmark = BENCHMARKS[name]
-        for task in tasks:
-            for sample in logged.get(task, ()):
-                if sample["filter"] == benchmark.filter:
-                    out.append(
-                        {
-                            "benchmark": name,
-                            "task": task,
-                            "doc_id": sample["doc_id"],
-                            "score": float(sample[benchmark.metric]),
-                            "response": sample["filtered_resps"],
-                            "target": sample["target"],
-                            "prompt_hash": sample["prompt_hash"],
-                            "truncated": False,
-                            "gold_bits": None,
-                            "gold_bytes": None,
-                        }
-                    )
-    return out
+    """Return one mapping for each item.
+
+    Keys: benchmark, task, doc_id, score (by the metric and filter of the benchmark), response, target, prompt_hash, and the three
+    that `add_gold_bits` fills in.
+    """
+    return [
+        {
+            "benchmark": name,
+            "task": task,
+            "doc_id": sample["doc_id"],
+            "score": float(sample[BENCHMARKS[name].metric]),
+            "response": sample["filtered_resps"],
+            "target": sample["target"],
+            "prompt_hash": sample["prompt_hash"],
+            "truncated": False,
+            "gold_bits": None,
+            "gold_bytes": None,
+        }
+        for name, tasks in chosen.items()
+        for task in tasks
+        for sample in logged.get(task, ())
+        if sample["filter"] == BENCHMARKS[name].filter
+    ]
 
 
-def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> None:
-    """Add truncated, gold_bits and gold_bytes to each sample: -log2 p of the gold answer after the prompt, and its bytes.
+def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[str, Any]) -> None:
+    """Add gold_bits (-log2 p of the gold answer after the prompt), gold_bytes and truncated to each sample.
 
-    Of multiple choice the gold choice has been scored already.  Of the others the target is scored here, after the
-    delimiter that the task puts between question and answer in its examples; of several targets it is the first.  An empty
-    target has none of the two numbers.  The bytes are those of the text that was scored, delimiter included
-    (`scoring.split_texts`).
+    In multiple choice the gold choice has been scored already.  Elsewhere the first target is scored here, after the delimiter
+    that the task puts between question and answer in its examples.  An empty target has neither bits nor bytes.  The bytes are
+    those of the scored text, with the delimiter (`scoring.split_texts`).  `truncated` says whether the prompt lost its beginning.
 
     Args:
       lm: a `DecoderLM`, which made the responses.
-      samples: of `collect`.
-      found: what lm_eval.simple_evaluate returned.
+      samples: as from `collect`.
+      logged: what lm_eval.simple_evaluate returned.
     """
     from lm_eval.api.instance import Instance
 
-    by_item = {(task, entry["doc_id"]): entry for task, entries in found["samples"].items() for entry in entries}
+    by_item = {(task, entry["doc_id"]): entry for task, entries in logged["samples"].items() for entry in entries}
     requests: list[Instance] = []
     gold_of: list[tuple[dict[str, Any], int, bool]] = []
     for sample in samples:
         entry = by_item[sample["task"], sample["doc_id"]]
         arguments = entry["arguments"]
-        prompt, second = arguments[0][0], arguments[0][1]
-        chosen = isinstance(second, str)
-        if chosen:
+        prompt, second = arguments[0][:2]
+        multiple_choice = isinstance(second, str)
+        if multiple_choice:
             pairs, gold = [tuple(pair) for pair in arguments], int(entry["target"])
         else:
             target = entry["target"][0] if isinstance(entry["target"], list) else str(entry["target"])
-            delimiter = found["configs"][sample["task"]]["target_delimiter"]
+            delimiter = logged["configs"][sample["task"]]["target_delimiter"]
             pairs, gold = [(prompt, delimiter + target)] if target else [], 0
             key = lm.store.key("generate", [*arguments[0], lm.limit])
             sample["truncated"] = lm.store.known[key]["truncated"] > 0
         if pairs:
-            gold_of.append((sample, len(requests) + gold, chosen))
+            gold_of.append((sample, len(requests) + gold, multiple_choice))
         metadata = (sample["task"], sample["doc_id"], 1)
         requests += [Instance("loglikelihood", {}, pair, i, metadata) for i, pair in enumerate(pairs)]
     answers = lm.scored(requests)
-    for sample, index, chosen in gold_of:
-        own = answers[index]
-        sample["gold_bits"], sample["gold_bytes"] = -own.nats / LN2, own.size
-        if chosen:
-            sample["truncated"] = own.cut > 0
+    for sample, index, multiple_choice in gold_of:
+        answer = answers[index]
+        sample["gold_bits"], sample["gold_bytes"] = -answer.nats / LN2, answer.size
+        if multiple_choice:
+            sample["truncated"] = answer.cut > 0
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], shots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Benchmark to its numbers over all items of all its tasks: a task weighs as many items as it has.
+    """Return the numbers of each benchmark over all items of all its tasks.  A task weighs as many items as it has.
 
     Args:
-      samples: of `collect`, with `add_gold_bits`.
-      shots: task to examples in its prompts, as the harness counts them.
+      samples: as from `collect`, with `add_gold_bits`.
+      shots: task to the number of examples in its prompts, as the harness counts them.
 
     Returns:
-      score: mean of the metric; stderr: its standard error, of the items as one sample (None of one item); truncated: items
-      whose prompt lost its beginning; gold_bits_per_byte: sum of gold_bits over the sum of gold_bytes.
+      By benchmark: score (mean of the metric), stderr (standard error of the items as one sample; None for a single item),
+      truncated (items whose prompt lost its beginning), gold_bits_per_byte (sum of gold_bits over the sum of gold_bytes), and
+      metric, items, tasks, shots and paper_shots.
     """
     out = {}
     for name in dict.fromkeys(sample["benchmark"] for sample in samples):
-        own, benchmark = [s for s in samples if s["benchmark"] == name], BENCHMARKS[name]
-        scores = [s["score"] for s in own]
-        scored = [s for s in own if s["gold_bits"] is not None]
+        items, benchmark = [s for s in samples if s["benchmark"] == name], BENCHMARKS[name]
+        scores = [s["score"] for s in items]
+        scored = [s for s in items if s["gold_bits"] is not None]
         size = sum(s["gold_bytes"] for s in scored)
         out[name] = {
             "metric": benchmark.metric,
             "score": float(np.mean(scores)),
             "stderr": float(stats.sem(scores)) if len(scores) > 1 else None,
-            "items": len(own),
-            "tasks": len({s["task"] for s in own}),
-            "shots": shots[own[0]["task"]],
+            "items": len(items),
+            "tasks": len({s["task"] for s in items}),
+            "shots": shots[items[0]["task"]],
             "paper_shots": benchmark.shots,
-            "truncated": sum(s["truncated"] for s in own),
+            "truncated": sum(s["truncated"] for s in items),
             "gold_bits_per_byte": sum(s["gold_bits"] for s in scored) / size if size else None,
         }
     return out
-
-
-__all__ = ["Trained", "evaluate", "gold_check"]

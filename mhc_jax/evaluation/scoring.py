@@ -1,7 +1,7 @@
-"""Log-likelihoods of token sequences, in batches of a few shapes.
+"""Log-likelihoods of token sequences, computed in batches of a few shapes.
 
-A sequence is padded on the right to a power of two: in a causal model what comes later changes nothing, so a score does not depend
-on the bucket or on its neighbours.  One program is compiled a bucket, for as many rows as fit the memory.
+A sequence is padded on the right to a power of two (its bucket).  In a causal model later tokens change nothing, so a score depends
+neither on the bucket nor on other rows.  One program is compiled for each bucket, for as many rows as fit the memory.
 """
 
 from __future__ import annotations
@@ -25,62 +25,64 @@ from mhc_jax.parallel.sharding import batch_sharding, using
 
 LN2 = math.log(2)
 TOKENS = {"cpu": 8192}
-"""Tokens of a batch at most, by platform: more does not make it faster."""
+"""Tokens of a batch, at most, by platform; larger batches are no faster."""
 MORE_TOKENS = 65536
+"""The same on platforms that `TOKENS` does not name."""
 FEW_ROWS = 8
-"""Rows of the smallest batch, where they fit: a last batch of each size would be a program of its own."""
+"""Rows of the smallest batch, where they fit.  Without it, every size of a last batch would be a program of its own."""
 
 
 class Scored(NamedTuple):
-    """Ids, of which the last `scored` are predicted from those before them."""
+    """Token ids, of which the last `scored` are to be predicted, each from all ids before it."""
 
     ids: Sequence[int]
     scored: int
 
 
 class Score(NamedTuple):
-    """Of one sequence."""
+    """The score of one sequence."""
 
     bits: float
-    """-log2 of the probability of the scored tokens: a sum, in float64, of float32 terms."""
+    """-log2 of the probability of the scored tokens: a float64 sum of float32 terms."""
     greedy: bool
-    """Whether each of them was the most likely one."""
+    """Whether each scored token was the most likely one."""
 
 
 def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Tokens that condition all continuations of a context, and the tokens to score of each.
+    """Split texts into the tokens that condition all continuations of a context, and the tokens of each that are scored.
 
-    What is split is the encoding of the whole text, context + continuation.  The conditioning tokens are the longest run
-    with which every one of these encodings begins and which ends within the context; all that follows is scored.  A token
-    that straddles the context's end is scored with the bytes of the context that it holds.  Two continuations therefore
-    differ in their scores exactly as in the log-probabilities of their whole texts.
+    Each whole text, context + continuation, is encoded.  The conditioning tokens are the longest run of tokens that all
+    encodings begin with and that ends within the context.  All later tokens are scored.  A token that straddles the end of the
+    context is therefore scored, with the bytes of the context that it holds.  Two continuations differ in their scores exactly
+    as in the log-probabilities of their whole texts.
 
-    White space at the end of the context counts as part of each continuation.  Where the encoding of the context begins
-    every encoding, this is the split of lm-evaluation-harness (`TemplateLM._encode_pair`), which cuts the whole text after
-    as many tokens as the context has alone.
+    White space at the end of the context counts as part of each continuation.
+
+    lm-evaluation-harness (`TemplateLM._encode_pair`) cuts the whole text after as many tokens as the context alone has.  The
+    splits are the same where every encoding begins with the encoding of the context.
 
     Args:
-      tokenizer: lossless; none of its tokens is added.
+      tokenizer: lossless; none of its special tokens is added.
       context: may be empty.
-      continuations: not empty, and none of them is.
+      continuations: at least one, none of them empty.
 
     Returns:
-      The conditioning tokens, which are the end of a document where there would be none, and the scored tokens, at least
-      one each.
+      The conditioning tokens, and for each continuation its scored tokens, at least one.  Where no token conditions, the end of
+      a document does.
     """
     room = len(context.rstrip().encode())
     encoded = tokenizer.encode_batch([context + continuation for continuation in continuations])
     first = encoded[0]
     shared = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[first]), room, side="right"))
-    for other in encoded[1:]:
-        shared = min(shared, len(other))
-        differs = np.flatnonzero(first[:shared] != other[:shared])
+    for ids in encoded[1:]:
+        shared = min(shared, len(ids))
+        differs = np.flatnonzero(first[:shared] != ids[:shared])
         shared = int(differs[0]) if len(differs) else shared
     return first[:shared].tolist() or [tokenizer.end_of_document], [ids[shared:].tolist() for ids in encoded]
 
 
 def memory_budget() -> int:
-    """Bytes that a program may use: four fifths of what is free on an accelerator, a quarter of what is free on a host."""
+    """Return the bytes that a program may use: 4/5 of the free memory of an accelerator, or 1/4 of that of a host."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -88,37 +90,44 @@ def memory_budget() -> int:
 
 
 def make_score_step(config: ModelConfig) -> Any:
-    """(params, inputs [B, T], targets [B, T]) -> (-log2 p of each target, float32; whether it was the most likely token)."""
+    """Return the function (params, inputs, targets) -> (bits, greedy); all arrays are [B, T].
+
+    bits is -log2 of the probability of each target, float32.  greedy says whether the target was the most likely token.
+    """
     model = Decoder(config)
 
     def step(params, inputs, targets):
         logits, _ = model.apply({"params": params}, inputs)
-        own = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         top = logits.max(-1)
-        # log2 of the sum, so that a uniform model over 256 bytes has 8 bits a byte, and not 8 up to ln 2 in float32.
-        bits = jnp.log2(jnp.exp(logits - top[..., None]).sum(-1)) + (top - own) / LN2
-        return bits, own >= top
+        # The sum enters through log2, not ln, so that a uniform model over 256 bytes has exactly 8 bits a byte in float32.
+        bits = jnp.log2(jnp.exp(logits - top[..., None]).sum(-1)) + (top - target) / LN2
+        return bits, target >= top
 
     return step
 
 
 class Scorer:
-    """Scores with one set of parameters."""
+    """Scores sequences with one set of parameters, and keeps the compiled programs."""
 
     def __init__(self, config: ModelConfig, params: Any, mesh: Mesh | None = None, batch_size: int = 0):
-        """`batch_size`: rows of a batch; 0: as many as the compiler's estimate says fit."""
+        """Compile nothing yet.
+
+        Args:
+          config: of the model.
+          params: of `Decoder`; on `mesh`, or on the first device.
+          mesh: None: one device.
+          batch_size: rows of a batch; 0: as many as fit the memory by the compiler's estimate.
+        """
         self.params, self.mesh, self.batch_size = params, mesh, batch_size
         self._step = jax.jit(make_score_step(config))
         self.programs: dict[tuple[int, int], Any] = {}
-        """(rows, tokens) to the compiled program."""
+        """(rows, tokens of a row) to the compiled program."""
         self.compilations = 0
         self._most: dict[int, int] = {}
 
     def scores(self, sequences: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
-        """(index, score) of each sequence, in whatever order is quick; the longest come first.
-
-        The same sequence is computed once.
-        """
+        """Yield (index, score) of each sequence, longer sequences first.  Equal sequences are computed once."""
         same: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, sequence in enumerate(sequences):
             same.setdefault((tuple(sequence.ids), sequence.scored), []).append(index)
@@ -134,7 +143,7 @@ class Scorer:
                 left = left[len(scored) :]
 
     def _batch(self, left: list[tuple[tuple[int, ...], int]], T: int) -> list[Score]:
-        """Scores of the next rows of a bucket: as many as a program takes, and fewer where the memory does not do after all."""
+        """Score the next rows of a bucket: as many as its program takes, or fewer where the memory turns out too small."""
         while True:
             B = self._program(T, len(left))
             inputs, targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
@@ -158,11 +167,14 @@ class Scorer:
 
     @property
     def _least(self) -> int:
-        """Rows of a batch at least: one for each part of the mesh that splits it."""
+        """Rows of a batch at least: one for each device among which the mesh splits it."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in ("data", "fsdp", "expert"))
 
     def _program(self, T: int, wanted: int) -> int:
-        """Rows of a program for T tokens a row, compiled now if there is none that takes as many as are wanted, or as fit."""
+        """Return the rows of a program for T tokens a row.
+
+        It takes `wanted` rows, or as many as fit, and is compiled now where no earlier one does.
+        """
         most = TOKENS.get(jax.devices()[0].platform, MORE_TOKENS) // T
         while True:
             B = max(self._least, min(self._most.setdefault(T, self.batch_size or most), bucket(wanted, FEW_ROWS)))

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: scores, bits per byte of gold answers, and paired differences over items."""
+"""Tables of checkpoints side by side: scores, bits per byte of gold answers, and paired differences over items."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from scipy import stats
 from mhc_jax.runs.trained import beyond_training
 
 RESAMPLES = 2000
+"""Resamples of a bootstrapped interval."""
 CHUNK = 200
-"""Resamples at a time: 14,042 items x 200 take 22 MB a column."""
+"""Resamples drawn at a time; 200 of MMLU's 14,042 items take 22 MB for each column."""
 FEWEST_RESAMPLED = 2
-"""Items below which there is no interval: every resample of one item is that item, so its interval would be a point."""
+"""Items below which there is no interval: each resample of one item is that item, so its interval would be a point."""
 FEWEST_BOLD = 30
-"""Items below which nothing is bold.
+"""Items below which no difference is bold.
 
-The percentile interval of a normal mean of N items covers it with probability P(|t| < 1.96 sqrt((N - 1) / N)), t of N - 1
-degrees of freedom: 0.936 of 30 items, 0.846 of 5.
+The percentile interval of a normal mean of N items covers it with probability P(|t| < 1.96 sqrt((N - 1) / N)), where t has N - 1
+degrees of freedom: 0.936 for 30 items, 0.846 for 5.
 """
 LEGEND = (
     f"score: mean over items, ± its standard error. gold bits/byte: -log2 of the probability of the gold answers, over their "
@@ -31,15 +32,17 @@ LEGEND = (
 
 
 def bootstrap(statistic: Callable[..., Any], *columns: Float[np.ndarray, " N"]) -> tuple[float, float] | None:
-    """95 % percentile interval of a statistic over resampled items, the same at every call; None below `FEWEST_RESAMPLED`.
+    """Return the 95 % percentile interval of a statistic over resampled items, or None below `FEWEST_RESAMPLED` items.
+
+    The draws are the same at every call.
 
     Args:
-      statistic: of the columns, along `axis`.
+      statistic: function of the columns, with a keyword `axis`.
       columns: values of the same items, which are drawn together.
     """
     if len(columns[0]) < FEWEST_RESAMPLED:
         return None
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         columns,
         statistic,
         paired=True,
@@ -49,32 +52,40 @@ def bootstrap(statistic: Callable[..., Any], *columns: Float[np.ndarray, " N"]) 
         method="percentile",
         rng=np.random.default_rng(0),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def difference_of_ratios(
-    one: Float[np.ndarray, "*draws N"],
+    bits: Float[np.ndarray, "*draws N"],
     size: Float[np.ndarray, "*draws N"],
-    base: Float[np.ndarray, "*draws N"],
+    base_bits: Float[np.ndarray, "*draws N"],
     base_size: Float[np.ndarray, "*draws N"],
     *,
     axis: int = -1,
 ) -> Any:
-    """sum(one) / sum(size) - sum(base) / sum(base_size), along `axis`."""
-    return one.sum(axis) / size.sum(axis) - base.sum(axis) / base_size.sum(axis)
+    """Return sum(bits) / sum(size) - sum(base_bits) / sum(base_size), along `axis`."""
+    return bits.sum(axis) / size.sum(axis) - base_bits.sum(axis) / base_size.sum(axis)
 
 
 def paired_differences(
-    one: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], benchmark: str
+    samples: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], benchmark: str
 ) -> dict[str, Any]:
-    """`one` minus `baseline` over the items that both have: score and gold bits per byte, with 95 % intervals.
+    """Return `samples` minus `baseline` in score and gold bits per byte, over the items that both have.
 
-    Bits are per byte of the text that each of the two scored, so tokenizers may differ.
+    Bits are per byte of the text that each of the two scored, so that their tokenizers may differ.
+
+    Args:
+      samples, baseline: samples of two checkpoints, as from `run.collect`.
+      benchmark: its name.
+
+    Returns:
+      items (that both have), score, score_interval; bits_items (those with bits in both), bits, bits_interval.  Intervals are of
+      95 % (`bootstrap`).  Keys for which there are no items are absent.
     """
     base = {(s["task"], s["doc_id"]): s for s in baseline if s["benchmark"] == benchmark}
     pairs = [
         (s, base[s["task"], s["doc_id"]])
-        for s in one
+        for s in samples
         if s["benchmark"] == benchmark and (s["task"], s["doc_id"]) in base
     ]
     out: dict[str, Any] = {"items": len(pairs)}
@@ -86,8 +97,8 @@ def paired_differences(
     out["bits_items"] = len(bits)
     if bits:
         columns = [
-            np.asarray([s[name] for s in own], float)
-            for own in zip(*bits, strict=True)
+            np.asarray([s[name] for s in side], float)
+            for side in zip(*bits, strict=True)
             for name in ("gold_bits", "gold_bytes")
         ]
         out["bits"] = float(difference_of_ratios(*columns))
@@ -96,54 +107,48 @@ def paired_differences(
 
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: one row a benchmark and checkpoint, with paired differences to the first checkpoint (`LEGEND`)."""
-    head = [
-        "benchmark",
-        "checkpoint",
-        "connection",
-        "context",
-        "metric",
-        "shots",
-        "items",
-        "cut",
-        "score (%)",
-        "difference (points)",
-        "gold bits/byte",
-        "difference",
-    ]
-    rows = [head, ["---"] * 6 + ["---:"] * 6]
+    """Return a Markdown table of benchmarks and checkpoints, with paired differences to the first checkpoint (`LEGEND`).
+
+    Args:
+      results: of checkpoints, as from `run.evaluate`.
+    """
+    rows = []
     for name in results[0]["benchmarks"]:
         for result in results:
-            own = result["benchmarks"][name]
+            numbers, settings = result["benchmarks"][name], result["settings"]
             d = {} if result is results[0] else paired_differences(result["samples"], results[0]["samples"], name)
-            paper = "" if own["shots"] == own["paper_shots"] else f" (paper: {own['paper_shots']})"
-            error = "" if own["stderr"] is None else f" ± {100 * own['stderr']:.1f}"
-            bits = own["gold_bits_per_byte"]
-            settings = result["settings"]
+            paper = "" if numbers["shots"] == numbers["paper_shots"] else f" (paper: {numbers['paper_shots']})"
+            error = "" if numbers["stderr"] is None else f" ± {100 * numbers['stderr']:.1f}"
+            bits = numbers["gold_bits_per_byte"]
             beyond = f" (trained: {settings['trained_context']})" if _beyond(result) else ""
-            cut = own["truncated"] or results[0]["benchmarks"][name]["truncated"]
+            cut = numbers["truncated"] or results[0]["benchmarks"][name]["truncated"]
             within = not (_beyond(result) or _beyond(results[0]) or cut)
             rows.append(
-                [
-                    name,
-                    result["checkpoint"],
-                    result["connection"],
-                    f"{settings['context']}{beyond}",
-                    own["metric"],
-                    f"{own['shots']}{paper}",
-                    str(own["items"]),
-                    str(own["truncated"]),
-                    f"{100 * own['score']:.1f}{error}",
-                    _difference(d, "score", within and d.get("items", 0) >= FEWEST_BOLD, 100.0, "{:+.1f}"),
-                    "" if bits is None else f"{bits:.3f}",
-                    _difference(d, "bits", within and d.get("bits_items", 0) >= FEWEST_BOLD, 1.0, "{:+.3f}"),
-                ]
+                {
+                    "benchmark": name,
+                    "checkpoint": result["checkpoint"],
+                    "connection": result["connection"],
+                    "context": f"{settings['context']}{beyond}",
+                    "metric": numbers["metric"],
+                    "shots": f"{numbers['shots']}{paper}",
+                    "items": str(numbers["items"]),
+                    "cut": str(numbers["truncated"]),
+                    "score (%)": f"{100 * numbers['score']:.1f}{error}",
+                    "difference (points)": _difference(
+                        d, "score", within and d.get("items", 0) >= FEWEST_BOLD, 100.0, "{:+.1f}"
+                    ),
+                    "gold bits/byte": "" if bits is None else f"{bits:.3f}",
+                    "difference": _difference(
+                        d, "bits", within and d.get("bits_items", 0) >= FEWEST_BOLD, 1.0, "{:+.3f}"
+                    ),
+                }
             )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = [list(rows[0]), ["---"] * 6 + ["---:"] * 6, *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """Sentences on what the numbers of a checkpoint are not."""
+    """Return sentences that limit what the numbers of a checkpoint say, and one on time and place."""
     context, out = result["settings"]["context"], []
     if _beyond(result):
         out.append(beyond_training(result["checkpoint"], result["settings"]["trained_context"], context))
@@ -160,13 +165,15 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def _beyond(result: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint read longer contexts than it was trained on."""
     return result["settings"]["context"] > result["settings"]["trained_context"]
 
 
-def _difference(found: Mapping[str, Any], name: str, may_be_bold: bool, factor: float, form: str) -> str:
-    if name not in found:
+def _difference(differences: Mapping[str, Any], name: str, may_be_bold: bool, factor: float, form: str) -> str:
+    """Return the cell of a difference with its interval; empty where there is none."""
+    if name not in differences:
         return ""
-    text, interval = form.format(factor * found[name]), found[f"{name}_interval"]
+    text, interval = form.format(factor * differences[name]), differences[f"{name}_interval"]
     if interval is None:
         return text
     low, high = (form.format(factor * end) for end in interval)

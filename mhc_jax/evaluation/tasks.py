@@ -1,4 +1,4 @@
-"""The paper's eight benchmarks (mHC Table 4) as tasks of lm-evaluation-harness 0.4.13, from the hub or from local files."""
+"""The eight benchmarks of mHC Table 4 as tasks of lm-evaluation-harness 0.4.13, with items from the hub or from local files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MATH = {
     "prealgebra": "prealgebra",
     "precalc": "precalculus",
 }
-"""The harness's name to the subject."""
+"""Name of the subject in the harness to its name in local files."""
 _MMLU = """
 abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
 college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
@@ -45,26 +45,26 @@ MMLU = tuple(_MMLU.split())
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One column of the paper's table."""
+    """One benchmark of the paper's table, which may be several tasks of the harness."""
 
     tasks: Mapping[str, Mapping[str, str]]
     """Task of the harness to its local files by split, under the data folder."""
     metric: str
-    """What is reported; its mean over all items of all tasks."""
+    """Name of the metric.  Its mean over all items of all tasks is reported."""
     filter: str
-    """The harness's way of finding the answer in a response."""
+    """Name of the harness's filter, which finds the answer in a response."""
     shots: int
     """Examples in the prompt, as in the paper."""
     local_shots: int
-    """The same where there are local files alone: without a training split only examples that the harness itself carries."""
-    own: bool = False
-    """The harness's task sets its shots itself."""
+    """Examples in the prompt with local files; fewer where they have no split from which to take examples."""
+    fixed_shots: bool = False
+    """Whether the task of the harness sets the number of examples itself."""
 
 
 def _benchmarks() -> dict[str, Benchmark]:
     bbh = [("bbh_cot_fewshot", "get-answer"), ("bbh_fewshot", "none")]
     cot, direct = (
-        Benchmark({f"{p}_{n}": {"test": f"bbh/{n}.jsonl"} for n in BBH}, "exact_match", f, 3, 3, own=True)
+        Benchmark({f"{p}_{n}": {"test": f"bbh/{n}.jsonl"} for n in BBH}, "exact_match", f, 3, 3, fixed_shots=True)
         for p, f in bbh
     )
     math = {f"minerva_math_{n}": {"test": f"math/{file}.jsonl"} for n, file in MATH.items()}
@@ -73,9 +73,11 @@ def _benchmarks() -> dict[str, Benchmark]:
     return {
         "bbh": cot,
         "drop": Benchmark({"drop": drop}, "f1", "none", 3, 3),
-        "gsm8k": Benchmark({"gsm8k_cot": {"test": "gsm8k.jsonl"}}, "exact_match", "strict-match", 8, 8, own=True),
+        "gsm8k": Benchmark(
+            {"gsm8k_cot": {"test": "gsm8k.jsonl"}}, "exact_match", "strict-match", 8, 8, fixed_shots=True
+        ),
         "hellaswag": Benchmark({"hellaswag": {"validation": "hellaswag.jsonl.gz"}}, "acc_norm", "none", 10, 0),
-        "math": Benchmark(math, "exact_match", "none", 4, 4, own=True),
+        "math": Benchmark(math, "exact_match", "none", 4, 4, fixed_shots=True),
         "mmlu": Benchmark(mmlu, "acc", "none", 5, 5),
         "piqa": Benchmark({"piqa": {"validation": "piqa.jsonl"}}, "acc", "none", 0, 0),
         "triviaqa": Benchmark({"triviaqa": {"validation": "triviaqa.jsonl"}}, "exact_match", "remove_whitespace", 5, 0),
@@ -89,10 +91,10 @@ PAPER = tuple(BENCHMARKS)[:8]
 
 
 def choose(names: Sequence[str]) -> dict[str, list[str]]:
-    """Benchmark to its tasks, from names of benchmarks, of single tasks, or `paper`.
+    """Return benchmark to tasks, from names of benchmarks, of single tasks, or `paper` for all of the paper's.
 
     Raises:
-      InputError: an unknown name; the message has the nearest.
+      InputError: a name is unknown; the message suggests the nearest.
     """
     all_tasks = {task: name for name, benchmark in BENCHMARKS.items() for task in benchmark.tasks}
     out: dict[str, list[str]] = {}
@@ -108,13 +110,14 @@ def choose(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) -> list[dict[str, Any]]:
-    """`tasks=` of lm_eval.simple_evaluate.
+    """Return the argument `tasks` of lm_eval.simple_evaluate.
 
-    Members of an inline group are merged over the stock tasks; a bare dict would be a task of its own (lm-eval 0.4.13).
+    The tasks are members of a group, because lm-eval 0.4.13 merges the settings of a member over those of its task of that name.
+    A mapping outside a group would define a new task.
 
     Args:
       chosen: benchmark to its tasks.
-      data_dir: local files; None: the hub.
+      data_dir: folder of local items; None: items come from the hub.
 
     Raises:
       InputError: a file is missing.
@@ -124,7 +127,7 @@ def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) ->
         benchmark = BENCHMARKS[name]
         shots = benchmark.shots if data_dir is None else benchmark.local_shots
         for task in tasks:
-            member: dict[str, Any] = {"task": task} | ({} if benchmark.own else {"num_fewshot": shots})
+            member: dict[str, Any] = {"task": task} | ({} if benchmark.fixed_shots else {"num_fewshot": shots})
             if data_dir is not None:
                 files = {split: data_dir / file for split, file in benchmark.tasks[task].items()}
                 missing = [str(file) for file in files.values() if not file.is_file()]
@@ -135,19 +138,19 @@ def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) ->
                 )
                 member |= {"dataset_path": "json", "dataset_name": None}
                 member["dataset_kwargs"] = {"data_files": {split: str(file) for split, file in files.items()}}
-                if name != "bbh" and name != "bbh_direct" and name != "mmlu":
+                if name not in ("bbh", "bbh_direct", "mmlu"):
                     member["training_split"] = "train" if "train" in files else None
-                if name == "drop":  # the same examples for every item
+                if name == "drop":  # takes the same examples for every item
                     member |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
             if name == "drop":
-                # The stock 0.4.13 joins the keys of the item's `answer`, a dict: every example ends "number,date,spans,...".
+                # lm-eval 0.4.13 joins the keys of the mapping `answer`, so that every example would end "number,date,spans,...".
                 member["doc_to_target"] = "{{ answers[0]|join(',') }}"
             members.append(member)
     return [{"group": "chosen", "task": members}]
 
 
 def gold_answer(benchmark: str, task: Any, doc: Mapping[str, Any]) -> Any:
-    """What a perfect model responds to an item, in the form that the metric looks for; multiple choice: the index of the choice."""
+    """Return the response of a perfect model, in the form that the metric looks for; in multiple choice the index of the choice."""
     target = task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "multiple_choice":
         return int(target)

@@ -186,20 +186,6 @@ def test_a_context_that_is_cut_is_cut_alike_for_every_choice(tmp_path):
 
 
 @harness
-def test_rolling_scores_every_byte_once_and_the_first_after_the_end_of_a_document(tmp_path):
-    from lm_eval.api.instance import Instance
-
-    lm, logp = harness_model(tmp_path, ByteTokenizer(), 10)
-    text = "Vier Fenster: zehn Bytes für jedes."
-    [nats] = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    [(short, _)] = lm.loglikelihood(item("", ["ab"]))
-    for found, scored in ((nats, text), (short, "ab")):
-        ids = [ByteTokenizer().end_of_document, *scored.encode()]
-        assert found == pytest.approx(sum(logp[a, b] for a, b in itertools.pairwise(ids)), rel=1e-5)
-    lm.store.close()
-
-
-@harness
 def test_answers_that_cannot_be_scored_are_refused_by_task(tmp_path):
     from lm_eval.api.instance import Instance
 
