@@ -11,10 +11,10 @@
 # %% [markdown]
 # # Gain curves: HC against mHC (mHC, Figures 3 and 7)
 #
-# Streams are mixed by $x_{l+1} = H^{res}_l x_l + (H^{post}_l)^T F(H^{pre}_l x_l)$ (mHC Eq. 3). What depth does to a
-# signal is the product $P = H^{res}_L \cdots H^{res}_l$ (mHC Eq. 4). Its *forward gain* is $\max_i |\sum_j P_{ij}|$ and
-# its *backward gain* $\max_j |\sum_i P_{ij}|$ (mHC section 3.1); attention and feed-forward are separate sub-layers.
-# Gains are per token, then averaged.
+# A connection mixes the streams by $x_{l+1} = H^{res}_l x_l + (H^{post}_l)^T F(H^{pre}_l x_l)$ (mHC Eq. 3). Depth acts on a
+# signal through the composite $P = H^{res}_L \cdots H^{res}_l$ (mHC Eq. 4). Its *forward gain* is
+# $\max_i |\sum_j P_{ij}|$ and its *backward gain* $\max_j |\sum_i P_{ij}|$ (mHC section 3.1). Attention and feed-forward
+# are separate sub-layers. Gains are computed per token, then averaged over tokens.
 
 # %%
 # %matplotlib inline
@@ -36,7 +36,7 @@ from mhc_jax.data import load_data
 from mhc_jax.diagnostics import summarize
 from mhc_jax.loop import train
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.record import how_to_make, newest_record, read_record
+from mhc_jax.reports.record import read_newest
 from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.sweeps.paired import plan
 from mhc_jax.train_step import make_diagnostics_step
@@ -47,26 +47,26 @@ RECORDS = Path("../experiments/records")
 # %% [markdown]
 # ## From stored records
 #
-# The sweep `connections`: 8 blocks (16 sub-layers) of width 96, n = 4, 400 steps, three seeds; lines are means over
+# The sweep `connections` has 8 blocks (16 sub-layers) of width 96, n = 4, 400 steps and three seeds. Lines are means over
 # seeds.
 
 # %%
-record = newest_record(RECORDS, "connections")
-settings = group(read_record(record))
+settings = group(read_newest(RECORDS, "connections"))
 several = [mean_record(setting) for setting in settings if setting.kind != "residual"]
 display(plots.gain_depth(several))
 
 # %% [markdown]
-# *Top: one sub-layer alone, bottom: products, after the last step. HC's products grow with depth in both directions;
-# mHC's forward gain is 1 to rounding with either `init=`, because Sinkhorn ends on rows (mHC Eq. 9), and its backward
-# gain carries what 20 iterations leave of the column sums. The band reaches up to the largest token.*
+# *Top: single mixing matrices, bottom: composites, after the last step. HC's composites grow with depth in both
+# directions. mHC's forward gain is 1 up to rounding with either `init=`, because Sinkhorn ends on rows (mHC Eq. 9). Its
+# backward gain comes from the column sums, which 20 iterations leave a little off 1. The band reaches up to the token
+# of the largest gain.*
 
 # %%
 display(plots.gain_step(several))
 
 # %% [markdown]
-# *Gain of the whole product against optimizer steps, mean over seeds: HC starts at the identity (gain 1), leaves it
-# while the learning rate is high, and comes part of the way back as the rate decays.*
+# *Gain of the whole composite against optimizer steps, mean over seeds. HC starts at the identity (gain 1), leaves it
+# while the learning rate is high, and returns part of the way as the rate decays.*
 #
 # ## The paper's numbers beside ours
 
@@ -84,27 +84,26 @@ display(Markdown("\n".join(lines)))
 # %% [markdown]
 # Why they differ:
 #
-# - *Depth.* 27B has 60 sub-layers, this record 16; a product compounds over them (the figure of the sweep `depth`
-#   below).
+# - *Depth.* 27B has 60 sub-layers, this record 16, and a product compounds over them (see the sweep `depth` below).
 # - *Steps and learning rate.* Each entry of $H^{res}$ moves by up to the learning rate a step (Adam). Ours has 400
 #   steps; the paper's 50,000.
-# - *mHC's 1.6* is Sinkhorn's truncation. Wide logits leave column sums off 1; short runs keep the logits narrow.
-# - *Averaging.* We multiply per token and average the gains; the product of averaged matrices is smaller
+# - *mHC's 1.6* is due to the truncation of Sinkhorn's iterations. Logits that spread widely leave column sums off 1;
+#   short runs keep them close together.
+# - *Averaging.* We multiply per token and average the gains. The product of averaged matrices has a smaller gain
 #   (`composite_mean_*`).
-# - `make demo` (32 sub-layers, learning rate 7e-3) reaches the paper's order of magnitude for HC, see the README.
+# - `make demo` (32 sub-layers, learning rate 7e-3) reaches the paper's order of magnitude for HC (README).
 
 # %%
-record = newest_record(RECORDS, "depth")
-display(Markdown(how_to_make("depth")) if record is None else SWEEP_FIGURES["swept"].draw(group(read_record(record))))
+display(SWEEP_FIGURES["swept"].draw(group(read_newest(RECORDS, "depth"))))
 
 # %% [markdown]
-# *The sweep `depth`: loss and largest gains against the number of blocks, two sub-layers each; three seeds a depth,
-# lines are means. mHC has `init=home`.*
+# *The sweep `depth`: loss and largest composite gains against the number of blocks, of two sub-layers each. Dots are the
+# three seeds, lines their means. mHC has `init=home`.*
 #
 # ## Live: a run of this notebook
 #
-# Twelve blocks of width 48 on Shakespeare, byte by byte, at a learning rate of 1e-2: 60 steps are enough for HC's
-# product.
+# Twelve blocks of width 48 on the bytes of Shakespeare, at a learning rate of 1e-2. There HC's composite gain grows
+# within 60 steps.
 
 # %%
 layers, steps = (2, 4) if TINY else (12, 60)
@@ -131,23 +130,22 @@ runs = [read_run(Path(scratch.name) / name) for name in live]
 display(plots.gain_depth(runs))
 
 # %% [markdown]
-# *The same four panels for the live run: the order of magnitude of HC's product is a matter of learning rate, steps and
-# depth.*
+# *The same four panels for the live run. The order of magnitude of HC's composite gain depends on learning rate, steps
+# and depth.*
 #
 # ## From a checkpoint
 #
-# The last checkpoint, loaded anew; its gains on the diagnostics tokens are those that the run wrote down.
+# The last checkpoint, loaded anew, has the gains on the diagnostics tokens that the run wrote to metrics.jsonl.
 
 # %%
 mapping, params = load_params(Path(scratch.name) / "hc")
 config = from_mapping(mapping)
 tokens = data.validation_batches(1)[0]["inputs"][:1]
-found = summarize(make_diagnostics_step(config)(params, tokens))["composite_forward"]
+gains = summarize(make_diagnostics_step(config)(params, tokens))["composite_forward"]
 _, logged = last_diagnostics(runs[0], "composite_forward")
-np.testing.assert_allclose(found, logged, rtol=1e-3)
-sublayers = len(found)
+np.testing.assert_allclose(gains, logged, rtol=1e-3)
 print(
-    f"HC after {steps} steps, composite forward gain over {sublayers} sub-layers: {found[-1]:.2f} from the checkpoint,"
+    f"HC after {steps} steps, composite forward gain over {len(gains)} sub-layers: {gains[-1]:.2f} from the checkpoint,"
 )
 print(f"{logged[-1]:.2f} in metrics.jsonl.")
 scratch.cleanup()

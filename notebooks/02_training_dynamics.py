@@ -11,9 +11,9 @@
 # %% [markdown]
 # # Training dynamics: loss, gap to residual, gradient norm, spikes (mHC, Figures 2 and 5)
 #
-# The sweep `connections`: residual, HC and mHC, three seeds each. Runs of one seed share data order, schedule and the
-# branches' initial values, so that their difference is the connection's alone. Loss is the mean cross-entropy in nats
-# per token (bytes here).
+# The sweep `connections` compares residual, HC and mHC, with three seeds each. Runs of one seed share data order,
+# schedule and the initial values of the branches, so that they differ in the connection alone. Loss is the mean
+# cross-entropy in nats per token; a token is a byte here.
 
 # %%
 # %matplotlib inline
@@ -27,32 +27,32 @@ from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.analysis.records import seed_name
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.page import markdown_table
-from mhc_jax.reports.record import how_to_make, newest_record, read_record
+from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
-settings = group(read_record(newest_record(RECORDS, "connections")))
+settings = group(read_newest(RECORDS, "connections"))
 settings.sort(key=lambda setting: (("residual", "hc", "mhc").index(setting.kind), setting.label))
 
 # %%
 display(SWEEP_FIGURES["seed_bands"].draw(settings))
 
 # %% [markdown]
-# *Left: training loss, the first quarter left out; right: global gradient norm before clipping (at 1). Lines are means
-# of three seeds, bands reach from the lowest to the highest. Triangles mark loss spikes (0.5 nats above the median of
+# *Left: training loss without the first quarter; right: global gradient norm before clipping (at 1). Lines are means of
+# three seeds, bands reach from the lowest seed to the highest. Triangles mark loss spikes (0.5 nats above the median of
 # the last 50 steps).*
 
 # %%
 display(SWEEP_FIGURES["gap_curves"].draw(settings))
 
 # %% [markdown]
-# *Training loss minus the residual run's loss of the same seed on the same batch; below zero the connection is better. The
-# spread between thin lines is what one seed cannot tell.*
+# *Training loss minus the loss of the residual run of the same seed on the same batch. Below zero the connection is
+# better. Thin lines are seeds; their spread shows how little one seed says.*
 
 # %%
 display(plots.loss([mean_record(setting) for setting in settings]))
 
 # %% [markdown]
-# *The whole run and its second half, means over seeds, with validation losses as markers.*
+# *Means over seeds of the whole run and of its second half, with validation losses as markers.*
 #
 # ## Spikes and final losses
 
@@ -66,7 +66,7 @@ for setting in settings:
 display(SWEEP_FIGURES["seed_strip"].draw(settings))
 
 # %% [markdown]
-# *Every run's validation loss; the grey band is the residual's mean plus and minus one standard deviation over seeds.*
+# *Validation loss of every run. The grey band is residual's mean plus and minus one standard deviation over seeds.*
 
 # %%
 chosen = (
@@ -85,18 +85,14 @@ display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in st
 display(Markdown("\n".join(f"- {sentence}" for sentence in findings(settings))))
 
 # %% [markdown]
-# The paper's 27B mHC ends 0.021 nats below residual, and HC surges near step 12,000. A run of 400 steps at 1M
-# parameters tests neither. Where HC does break is a matter of the learning rate:
+# The paper's 27B mHC ends 0.021 nats below residual, and HC's loss surges near step 12,000. A run of 400 steps at 1M
+# parameters tests neither. At this size the learning rate decides whether HC breaks:
 
 # %%
-record = newest_record(RECORDS, "learning_rate")
-if record is None:
-    display(Markdown(how_to_make("learning_rate")))
-else:
-    rates = group(read_record(record))
-    display(SWEEP_FIGURES["frontier"].draw(rates))
-    display(SWEEP_FIGURES["swept"].draw(rates))
+rates = group(read_newest(RECORDS, "learning_rate"))
+display(SWEEP_FIGURES["frontier"].draw(rates))
+display(SWEEP_FIGURES["swept"].draw(rates))
 
 # %% [markdown]
-# *The sweep `learning_rate` (embeddings of standard deviation 1, no clipping): the largest learning rate that each
-# connection bears, with losses and gains along the way.*
+# *The sweep `learning_rate` (embeddings of standard deviation 1, no clipping). Top: the learning rates at which each
+# connection is stable; bottom: loss and largest composite gains.*

@@ -11,9 +11,10 @@
 # %% [markdown]
 # # Streams: mixing, specialisation, collapse (mHC, Figure 8)
 #
-# $H^{res}$ is applied untransposed: row i makes stream i. HC's is free and signed; mHC's is doubly stochastic (mHC Eq.
-# 6), so that products stay in the set and tend to $\tfrac1n \mathbf{1}\mathbf{1}^T$. Figures show seed 0 of the sweep
-# `connections` after the last step, curves the mean of three seeds; matrices are means over tokens.
+# $H^{res}$ is applied without a transpose: row i makes stream i. HC's is unconstrained and signed. mHC's is doubly
+# stochastic (mHC Eq. 6), so that products are doubly stochastic too and tend to $\tfrac1n \mathbf{1}\mathbf{1}^T$. The
+# figures show the sweep `connections` after the last step: heat maps seed 0, curves the mean of three seeds. Matrices
+# are means over tokens.
 
 # %%
 # %matplotlib inline
@@ -29,37 +30,37 @@ from mhc_jax.analysis.records import last_diagnostics
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.page import markdown_table
-from mhc_jax.reports.record import how_to_make, newest_record, read_record
+from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
 chosen = ("setting", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")
-settings = [s for s in group(read_record(newest_record(RECORDS, "connections"))) if s.kind != "residual"]
+settings = [s for s in group(read_newest(RECORDS, "connections")) if s.kind != "residual"]
 first = [setting.any_run for setting in settings]
 means = [mean_record(setting) for setting in settings]
 
 # %% [markdown]
-# ## H_res alone and multiplied
+# ## Mixing matrices and their composite
 
 # %%
 display(plots.h_res(first))
 
 # %% [markdown]
-# *H_res at five depths and the product of all, row sums at the right, column sums below. Whatever its init (`init=paper`,
-# `init=home`), the row sums of mHC are 1; HC's are not, and they compound.*
+# *H_res at five depths and the composite of all; row sums at the right, column sums below. With `init=paper` and with
+# `init=home`, the row sums of mHC are 1. HC's are not, and they compound.*
 
 # %%
 display(plots.mixing(means))
 
 # %% [markdown]
-# *Distance of row and column sums from 1, entropy of rows (0: each stream keeps to itself), and the distance of the
-# composite to uniform averaging, where products of doubly stochastic matrices end.*
+# *Distance of row and column sums from 1, entropy of rows (0: each stream keeps to itself), and distance of the
+# composite to uniform averaging, which products of doubly stochastic matrices approach.*
 
 # %%
 display(plots.eigenvalues(means))
 
 # %% [markdown]
-# *|lambda_2| / |lambda_1|: where the composite's is near 0, the mixing alone would make all streams multiples of one
-# vector (under mHC with any `init=` equal ones), and only the writes keep them apart.*
+# *|lambda_2| / |lambda_1|. Where that of the composite is near 0, mixing alone would make all streams multiples of one
+# vector (under mHC with any `init=`, equal streams), and only the writes keep them apart.*
 #
 # ## Specialisation: who reads and writes which stream
 
@@ -67,21 +68,21 @@ display(plots.eigenvalues(means))
 display(plots.reads_and_writes(first))
 
 # %% [markdown]
-# *H_pre and H_post over depth: diagonals are the home streams (l mod n) of the initial values; uniform columns would
-# mean streams without roles.*
+# *H_pre and H_post over depth. The diagonals are the home streams of the initial values: stream $1 + (l - 1) \bmod n$ of
+# sub-layer $l$, where streams count from 1. A column of one colour treats all streams alike.*
 
 # %%
 lines = ["| | share of the most-read stream in H_pre | of the most-written in H_post |", "| --- | --- | --- |"]
 for setting in settings:
     shares = []
     for key in ("h_pre", "h_post"):
-        gates = [np.abs(last_diagnostics(run, key)[1]) for run in setting.runs.values()]
-        shares.append(np.mean([(g.max(1) / g.sum(1)).mean() for g in gates]))
+        coefficients = [np.abs(last_diagnostics(run, key)[1]) for run in setting.runs.values()]
+        shares.append(np.mean([(c.max(1) / c.sum(1)).mean() for c in coefficients]))
     lines.append(f"| {setting.label} | {shares[0]:.2f} | {shares[1]:.2f} |")
 display(Markdown("\n".join([*lines, "", "Means over sub-layers and seeds; 1/n = 0.25 is uniform, 1 a single stream."])))
 
 # %% [markdown]
-# ## Collapse: are the streams one?
+# ## Collapse: have the streams become one vector?
 
 # %%
 display(plots.stream_similarity(means))
@@ -90,12 +91,13 @@ display(plots.stream_similarity(means))
 # *Cosine between pairs of streams, absolute (thick) and signed (thin), and the participation ratio of their Gram matrix,
 # over depth and over steps. An absolute cosine of 1 means that the streams of a token are one vector up to sign and
 # scale; then H_res changes only their signs and scales. A ratio of 1 means the same, or that one stream outweighs the
-# others; n means orthogonal streams of equal norm. The signed cosine alone cannot tell: opposite streams cancel in it.*
+# others; n means orthogonal streams of equal norm. The signed cosine alone does not show collapse, because opposite
+# streams cancel in it.*
 
 
 # %%
 def stream_cells(setting):
-    """The measures at the end of training, means over sub-layers and seeds; a dash where the runs have none."""
+    """Return the measures at the end of training, means over sub-layers and seeds; a dash where the runs have none."""
     values = [setting.mean(f"final_{key}") for key in STREAM_MEASURES]
     cells = [Cell("–" if value is None else f"{value:.3f}", value) for value in values]
     return dict(zip(("signed cosine", "absolute cosine", "rank"), cells, strict=True))
@@ -105,65 +107,56 @@ table = [{"setting": Cell(setting.label, setting.label)} | stream_cells(setting)
 display(Markdown(markdown_table(table)))
 
 # %% [markdown]
-# *The measures after the last step, means over sub-layers and seeds; rank is the participation ratio.*
+# *The measures after the last step, means over sub-layers and seeds. Rank is the participation ratio.*
 
 # %%
 display(plots.stream_size(means))
 
 # %% [markdown]
-# *Size of streams (band: smallest to largest stream) and of branch outputs.*
+# *Root mean square of streams (band: smallest to largest stream) and of branch outputs.*
 #
 # ## Is H_res needed?
 #
-# Kinds that differ in H_res alone, from the identity (`identity`) to exact and approximate doubly stochastic matrices.
+# The sweep `mixing` compares kinds that differ in H_res alone, from the identity (`identity`) to exact and approximate
+# doubly stochastic matrices.
 
 # %%
-record = newest_record(RECORDS, "mixing")
-if record is None:
-    display(Markdown(how_to_make("mixing")))
-else:
-    kinds = group(read_record(record))
-    display(SWEEP_FIGURES["seed_strip"].draw(kinds))
-    display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(kinds)])))
+kinds = group(read_newest(RECORDS, "mixing"))
+display(SWEEP_FIGURES["seed_strip"].draw(kinds))
+display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(kinds)])))
 
 # %% [markdown]
-# *Validation loss of every run, nats per token; the grey band is the residual's mean plus and minus one standard
-# deviation over seeds.*
+# *Validation loss of every run in nats per token. The grey band is residual's mean plus and minus one standard deviation
+# over seeds.*
 #
-# The paper's ablation (27B, final loss over residual's: H_res alone -0.022, with H_pre -0.025, all three -0.027) at
-# this size:
+# The paper's ablation at 27B has these final losses minus residual's: H_res alone -0.022, with H_pre -0.025, all three
+# -0.027. The same ablation at this size:
 
 # %%
-record = newest_record(RECORDS, "components")
-if record is None:
-    display(Markdown(how_to_make("components")))
-else:
-    parts = group(read_record(record))
-    table = [{key: row[key] for key in chosen} for row in statistics_rows(parts)]
-    display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(table, parts, strict=True)])))
+parts = group(read_newest(RECORDS, "components"))
+table = [{key: row[key] for key in chosen} for row in statistics_rows(parts)]
+display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(table, parts, strict=True)])))
 
 # %% [markdown]
-# *mHC from `init=home` with some mappings at their fixed values (`disable=`: what is off; sweep `components`). Without H_post every
-# stream is written alike. Equal streams have a signed cosine of 1, and an H_res with unit row sums does not change them.*
+# *The sweep `components`: mHC from `init=home` with some coefficients at fixed values; `disable=` names those that are
+# fixed. Without H_post every stream is written alike. Equal streams have a signed cosine of 1, and an H_res with unit row
+# sums does not change them.*
 #
-# ## What decides about collapse: the initial values
+# ## Initial values decide about collapse
 #
-# Equal streams that are read and written alike stay equal, whatever H_res is. Presets that break the symmetry (`home`)
-# keep them apart.
+# Equal streams that are read and written alike stay equal, whatever H_res is. The preset `home` breaks this symmetry and
+# keeps the streams apart.
 
 # %%
-record = newest_record(RECORDS, "presets")
-if record is None:
-    display(Markdown(how_to_make("presets")))
-else:
-    presets = group(read_record(record))
-    rows = {row["setting"].text: row for row in statistics_rows(presets)}
-    table = []
-    for setting in presets:
-        if setting.kind == "mhc":
-            loss = rows[setting.label]["mean loss"]
-            table.append({"setting": Cell(setting.label, setting.label), **stream_cells(setting), "loss": loss})
-    display(Markdown(markdown_table(table)))
+presets = group(read_newest(RECORDS, "presets"))
+rows = {row["setting"].text: row for row in statistics_rows(presets)}
+table = []
+for setting in presets:
+    if setting.kind == "mhc":
+        loss = rows[setting.label]["mean loss"]
+        table.append({"setting": Cell(setting.label, setting.label), **stream_cells(setting), "loss": loss})
+display(Markdown(markdown_table(table)))
 
 # %% [markdown]
-# *Presets (`init=`) of mHC's static biases (sweep `presets`, three seeds), with the measures above and the loss in nats per token.*
+# *The sweep `presets`: presets (`init=`) of mHC's static part, three seeds, with the measures above and the validation
+# loss in nats per token.*

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Cost: traffic, memory, time (mHC Tables 2 and 3, Eq. 20)
 #
-# n streams mean n times the residual stream, read and written around every branch. Elements are counted per token and
-# sub-layer, forward, without the branch F.
+# With n streams, n times the residual stream is read and written around every branch. Elements are counted per token and
+# sub-layer in the forward pass, without the branch F.
 
 # %%
 # %matplotlib inline
@@ -24,7 +24,7 @@ from IPython.display import Markdown, display
 from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.cost import memory_io
 from mhc_jax.plots import cost
-from mhc_jax.reports.record import newest_record, read_record
+from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
 n, C = 4, 2560  # mHC's 27B model
@@ -45,28 +45,28 @@ display(Markdown("\n".join(lines)))
 display(cost.traffic_bars(n, C))
 
 # %% [markdown]
-# *From operation by operation (mHC Table 2: 34C, and 2C more for the pre-norm) to one pass: 10C, the floor (2n + 2)C.
-# The totals in grey include the pre-norm and leave the coefficients out.*
+# *Operation by operation, 34C elements are moved (mHC Table 2), and 2C more for the pre-norm. One pass moves 10C, the
+# least possible, (2n + 2)C. The totals in grey include the pre-norm and leave the coefficients out.*
 #
 # ## Memory against L_r
 #
-# Stored: x every $L_r$-th sub-layer; recomputed from it: the connections in between (F is not run again). Kept per
-# token are $nC\lceil L/L_r\rceil + (n+2)C L_r$ elements (mHC Eq. 20), least near $\sqrt{nL/(n+2)}$.
+# The streams x are stored at every $L_r$-th sub-layer. The connections in between are computed again from them; F is not.
+# This keeps $nC\lceil L/L_r\rceil + (n+2)C L_r$ elements per token (mHC Eq. 20), least near $L_r = \sqrt{nL/(n+2)}$.
 
 # %%
 display(cost.recompute(60, (2, 4, 8), C))
 
 # %% [markdown]
-# *The 27B model (60 sub-layers, bfloat16): dots are the best L_r. At the left end x is stored at every sub-layer, at
-# the right end once.*
+# *The 27B model (60 sub-layers, bfloat16). Dots are the best L_r. At the left end x is stored at every sub-layer, at the
+# right end once.*
 #
-# ## What this project pays
+# ## Cost in this project
 #
-# Counts of the sweep `connections` (width 96, n = 4), over residual's: parameters, FLOPs of a train step, and the
-# memory of the compiled step.
+# The sweep `connections` (width 96, n = 4) gives ratios to residual of parameters, FLOPs of a train step, and memory of
+# the compiled step.
 
 # %%
-settings = group(read_record(newest_record(RECORDS, "connections")))
+settings = group(read_newest(RECORDS, "connections"))
 results = {setting.label: mean_record(setting) for setting in settings}
 shown = ("hc", "mhc:init=home")
 measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "compiled memory": "peak_memory_bytes"}
@@ -79,9 +79,9 @@ ratios |= {"step time\n(width 64, CPU)": dict(zip(shown, (1.39, 1.44), strict=Tr
 display(cost.overhead(ratios))
 
 # %% [markdown]
-# *Ratios over residual. The last group is measured (README, Cost, and `experiments/LOG.md`); narrow branches make
-# connections look dear: their arithmetic grows with nC, the branches' with C squared. mHC's paper reports +6.7 %
-# training time at 27B.*
+# *Ratios to residual. The last group is measured (README, Cost, and `experiments/LOG.md`). At a small width connections
+# look expensive, because their arithmetic grows with nC and that of the branches with C squared. mHC's paper reports
+# +6.7 % training time at 27B.*
 #
 # ## Kernels against the copy bandwidth
 #
@@ -100,5 +100,5 @@ for path in reports:
     display(Markdown(f"`{path.parent.name}`"), cost.roofline(json.loads(path.read_text())))
 
 # %% [markdown]
-# *Where there is a record: bytes that must move over the time taken, as a share of what a plain copy reaches (100 % is
-# the roofline of operations that do next to no arithmetic).*
+# *With a record, a figure here shows the bytes that must move over the time taken, as a share of the rate of a plain copy.
+# 100 % is the roofline of operations that do next to no arithmetic.*

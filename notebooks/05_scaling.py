@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Scaling: the number of streams, and compute
 #
-# Two sizes of mHC can grow: n, which costs memory and traffic but next to no arithmetic, and the model. Records of the
-# sweeps `width` and `ladder`.
+# mHC can grow in two ways: in n, which costs memory and traffic but next to no arithmetic, and in the size of the model.
+# The records of the sweeps `width` and `ladder` show both.
 
 # %%
 # %matplotlib inline
@@ -25,7 +25,7 @@ from mhc_jax.analysis.grouping import group
 from mhc_jax.analysis.statistics import power_law
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.page import markdown_table
-from mhc_jax.reports.record import how_to_make, newest_record, read_record
+from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
 chosen = (
@@ -41,65 +41,47 @@ chosen = (
 )
 
 # %% [markdown]
-# ## n as a dimension
+# ## Number of streams
 
 # %%
-record = newest_record(RECORDS, "width")
-if record is None:
-    display(Markdown(how_to_make("width")))
-else:
-    widths = group(read_record(record))
-    display(SWEEP_FIGURES["swept"].draw(widths))
-    display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(widths)])))
-    display(Markdown("\n".join(f"- {sentence}" for sentence in findings(widths))))
+widths = group(read_newest(RECORDS, "width"))
+display(SWEEP_FIGURES["swept"].draw(widths))
+display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(widths)])))
+display(Markdown("\n".join(f"- {sentence}" for sentence in findings(widths))))
 
 # %% [markdown]
-# *Validation loss (nats per token) and largest composite gains against n; dots are seeds. HC's paper sees most of the
-# gain at n = 4 and little more at n = 8 (OLMo-1B, 500B tokens: validation loss 2.819, 2.802, 2.781, 2.778 for n = 1, 2,
-# 4, 8; residual 2.811).*
+# *Validation loss (nats per token) and largest composite gains against n; dots are seeds, lines their means. In HC's
+# paper the loss falls up to n = 4 and hardly further at n = 8 (OLMo-1B, 500B tokens: validation loss 2.819, 2.802,
+# 2.781, 2.778 for n = 1, 2, 4, 8; residual 2.811).*
 #
 # ## Compute ladder
 #
-# Four sizes, loss against training FLOPs. Fitted is $\text{loss} = a (x/x_0)^{-b}$ on logarithms, $x_0$ the geometric
-# mean of the sizes. Four points and one seed decide nothing about exponents: the intervals say so.
+# Loss against training FLOPs x for four sizes. The fit is $\text{loss} = a (x/x_0)^{-b}$ on logarithms, with $x_0$ the
+# geometric mean of the x. Four points of one seed decide nothing about exponents, as the intervals show.
 
 # %%
-record = newest_record(RECORDS, "ladder")
-if record is None:
-    display(Markdown(how_to_make("ladder")))
-else:
-    sizes = group(read_record(record))
-    display(SWEEP_FIGURES["ladder"].draw(sizes))
-    lines = ["| connection | loss at x_0 (nats per token) | exponent b | 95 % interval |", "| --- | --- | --- | --- |"]
-    for name in dict.fromkeys(setting.any_run.connection for setting in sizes):
-        runs = [
-            run
-            for setting in sizes
-            if setting.any_run.connection == name
-            for run in setting.runs.values()
-            if run.status == "finished"
-        ]
-        x = [run.result("flops_per_token") * run.tokens for run in runs]
-        fit = power_law(x, [run.result("validation_loss") for run in runs])
-        interval = "none" if fit.b_interval is None else f"{fit.b_interval[0]:.3f} to {fit.b_interval[1]:.3f}"
-        lines.append(f"| {name} | {fit.a:.4f} | {fit.b:.3f} | {interval} |")
-    display(Markdown("\n".join(lines)))
+sizes = group(read_newest(RECORDS, "ladder"))
+display(SWEEP_FIGURES["ladder"].draw(sizes))
+lines = ["| connection | loss at x_0 (nats per token) | exponent b | 95 % interval |", "| --- | --- | --- | --- |"]
+for name in dict.fromkeys(setting.any_run.connection for setting in sizes):
+    runs = [run for setting in sizes if setting.any_run.connection == name for run in setting.finished]
+    x = [run.result("flops_per_token") * run.tokens for run in runs]
+    fit = power_law(x, [run.result("validation_loss") for run in runs])
+    interval = "none" if fit.b_interval is None else f"{fit.b_interval[0]:.3f} to {fit.b_interval[1]:.3f}"
+    lines.append(f"| {name} | {fit.a:.4f} | {fit.b:.3f} | {interval} |")
+display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# *Dots are runs, lines the fits. The paper's own ladder (3B, 9B, 27B, each with its compute-optimal tokens) reports
-# that mHC's advantage is kept, a little smaller at the top.*
+# *Dots are runs, lines the fits. The paper's ladder (3B, 9B, 27B, each with its compute-optimal tokens) reports that
+# mHC keeps its advantage, a little smaller at the largest size.*
 #
 # ## Sinkhorn iterations
 #
-# How exact must the projection be? Backward gain is the column sums' error, multiplied up.
+# How many iterations does the projection need? The error of the column sums compounds to the composite backward gain.
 
 # %%
-record = newest_record(RECORDS, "sinkhorn")
-if record is None:
-    display(Markdown(how_to_make("sinkhorn")))
-else:
-    display(SWEEP_FIGURES["swept"].draw(group(read_record(record))))
+display(SWEEP_FIGURES["swept"].draw(group(read_newest(RECORDS, "sinkhorn"))))
 
 # %% [markdown]
-# *Loss and gains against t_max (learning rate 1e-2, no warm-up): the forward gain is 1 throughout, since Sinkhorn ends
-# on rows.*
+# *Loss and largest composite gains against the number of iterations, t_max (learning rate 1e-2, no warm-up). The forward
+# gain is 1 throughout, since Sinkhorn ends on rows.*

@@ -1,8 +1,8 @@
-"""Execute the notebooks and write the .ipynb beside each .py: `make notebooks`, or
+"""Execute the notebooks and write the .ipynb beside each .py, as `make notebooks` does.
 
     python notebooks/execute.py [01_gain_curves ...]
 
-The .py (jupytext, percent format) is the source; the .ipynb holds the same cells with their outputs.
+The .py (jupytext, percent format) is the source.  The .ipynb holds the same cells with their outputs.
 """
 
 import sys
@@ -20,12 +20,14 @@ TIMEOUT = 600
 
 
 def sources() -> list[Path]:
-    """The notebooks' .py files."""
+    """Return the .py files of the notebooks."""
     return sorted(HERE.glob("[0-9]*.py"))
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-    """The executed notebook, without what changes from call to call: cell ids count up, no times, no versions, no folders.
+    """Execute a notebook and return it without what changes from call to call.
+
+    Cell ids count up, and times, versions and folders are left out.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell failed.
@@ -34,7 +36,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
     for k, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{k}"
     place = {"metadata": {"path": str(HERE)}}
-    quiet = ["--log-level=ERROR"]  # else every kernel warns that its sockets are not encrypted
+    quiet = ["--log-level=ERROR"]  # otherwise every kernel warns that its sockets are not encrypted
     client = NotebookClient(notebook, timeout=TIMEOUT, record_timing=False, resources=place, extra_arguments=quiet)
     client.execute()
     notebook.metadata.pop("language_info", None)
@@ -48,7 +50,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
 
 
 def main(names: list[str]) -> None:
-    """Execute all, or those named."""
+    """Execute all notebooks, or those of the given names."""
     for source in sources():
         if not names or source.stem in names:
             nbformat.write(execute(source), source.with_suffix(".ipynb"))

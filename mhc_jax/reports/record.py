@@ -13,7 +13,7 @@ from pathlib import Path
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Baseline, group
 from mhc_jax.analysis.records import RunRecord, flatten, not_defaults, read_run
-from mhc_jax.errors import require
+from mhc_jax.errors import InputError, require
 from mhc_jax.reports.page import changed_settings, markdown_table
 from mhc_jax.runs.folder import read_json
 from mhc_jax.sweeps.results import result_rows, write_table
@@ -130,14 +130,16 @@ def read_record(folder: str | Path) -> list[RunRecord]:
     return [read_run(place, metrics=(place / "metrics.jsonl").is_file()) for place in found]
 
 
-def newest_record(root: str | Path, name: str) -> Path | None:
-    """The latest `<date>-sweep-<name>` in `root`, or None."""
-    return max(Path(root).glob(f"????-??-??-sweep-{name}"), default=None)
+def read_newest(root: str | Path, name: str) -> list[RunRecord]:
+    """Return the runs of the latest record `<date>-sweep-<name>` in `root`.
 
-
-def how_to_make(name: str) -> str:
-    """The sentence that stands where a record is missing."""
-    return (
-        f"There is no record of the sweep {name!r} yet; make it with `python experiments/sweep.py "
-        f"experiments/sweeps/{name}.py --workdir=runs/{name}` and `python experiments/record.py runs/{name} {name}`."
-    )
+    Raises:
+      InputError: there is none.
+    """
+    folder = max(Path(root).glob(f"????-??-??-sweep-{name}"), default=None)
+    if folder is None:
+        raise InputError(
+            f"There is no record of the sweep {name!r} yet; make it with `python experiments/sweep.py "
+            f"experiments/sweeps/{name}.py --workdir=runs/{name}` and `python experiments/record.py runs/{name} {name}`."
+        )
+    return read_record(folder)

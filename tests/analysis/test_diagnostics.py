@@ -1,4 +1,4 @@
-"""Numbers of a diagnostics line against float64 loops, oracles and values known by hand, up to the ends of the dtypes."""
+"""Numbers of a diagnostics line equal float64 loops, oracles and values known by hand, up to the ends of the dtypes."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ DIRECTION = np.linspace(-1, 2, 16)
 
 
 def measured(x, dtype=jnp.float32):
-    """(signed cosine, absolute cosine, rank) of streams [n, C] of one token or [S, n, C] of several."""
+    """Return (signed cosine, absolute cosine, rank) of streams [n, C] of one token or [S, n, C] of S tokens."""
     x = jnp.asarray(np.asarray(x, np.float64).reshape(-1, *np.shape(x)[-2:]), dtype)
     values = measure(x)
     assert all(value.dtype == jnp.float32 for value in values.values())
@@ -110,12 +110,12 @@ def test_rank_one_is_the_best_approximation_and_leaves_collapsed_streams_alone()
 
 L, B, T, N, C = 5, 2, 6, 3, 4
 SHOWN = [0, 3, 7, 11]
-"""Of 12 tokens, 4 at even distances: 0, 11/3, 22/3 and 11, rounded down."""
+"""The sampled tokens: 4 of 12 at even distances, 0, 11/3, 22/3 and 11 rounded down."""
 
 
 @pytest.fixture(scope="module")
 def collected():
-    """Coefficients, streams and branch outputs of every sub-layer, float64, and what `sample_sublayer` keeps of them."""
+    """Return coefficients, streams and branch outputs of every sub-layer in float64, and what `sample_sublayer` keeps."""
     random = np.random.default_rng(0)
     raw = {
         "pre": random.uniform(0, 1, (L, N, B, T)),
@@ -138,7 +138,7 @@ def collected():
 
 
 def product(factors):
-    """The last factor times ... times the first, by loops."""
+    """Multiply matrices by loops: the last factor times ... times the first."""
     out = np.eye(N)
     for factor in factors:
         out = np.array([[sum(factor[i, k] * out[k, j] for k in range(N)) for j in range(N)] for i in range(N)])
@@ -156,7 +156,7 @@ def norm(P):
 
 
 def entropy(P):
-    """Of the rows of |P|, over ln n."""
+    """Mean entropy of the rows of |P|, over ln n."""
     shares = [abs(entry) / sum(abs(one) for one in row) for row in P for entry in row]
     return -sum(share * math.log(share) for share in shares) / N / math.log(N)
 
@@ -217,12 +217,12 @@ def test_gains_beyond_float32_are_numbers():
 
 
 def losses(out, config, params):
-    """What experiments/collapse.py prints: the loss of this model, and with its streams one vector from a sub-layer on."""
+    """Return the losses that experiments/collapse.py prints: unchanged, and with streams of rank one from sub-layer l on."""
     found = {name: float(loss) for name, loss in re.findall(r"(unchanged|from \d) ([\d.]+)", out)}
     assert list(found) == ["unchanged", "from 1", "from 2", "from 3", "from 4"]
     step = jax.jit(make_eval_step(config))
-    own = [step(params, batch) for batch in load_data(config.data).validation_batches(2)]
-    assert found["unchanged"] == pytest.approx(np.mean(own), abs=1e-4)
+    by_hand = [step(params, batch) for batch in load_data(config.data).validation_batches(2)]
+    assert found["unchanged"] == pytest.approx(np.mean(by_hand), abs=1e-4)
     return found
 
 
@@ -247,7 +247,7 @@ def test_every_sub_layer_from_the_first_replaced_reads_one_vector(text, monkeypa
 
 @pytest.mark.full
 def test_losses_of_a_run(text, tmp_path):
-    """HC's streams are one vector after two steps, so that nothing moves."""
+    """HC's streams are one vector after two steps, so that the replacement changes nothing."""
     train(tiny(text, "hc", model={"num_layers": 2}, train={"steps": 2, "validate_every": 0}), tmp_path / "run")
     status, out, err = run_script("collapse", f"--checkpoint={tmp_path / 'run'}", "--batches=2")
     assert status == 0, err

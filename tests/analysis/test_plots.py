@@ -1,4 +1,4 @@
-"""Every figure shows the numbers of its runs, names its axes and runs, and says what it needs where it has nothing to show."""
+"""Every figure shows the numbers of its runs, names its axes and runs, and raises an error where it has nothing to show."""
 
 import contextlib
 import itertools
@@ -31,7 +31,7 @@ def lines_of(axis, label):
 
 
 def data(axis, label):
-    """The curve of a run in a panel; the last one, which holds validation where there are two."""
+    """Return the last curve of a run in a panel, which is the validation loss where there are two."""
     return lines_of(axis, label)[-1].get_data()
 
 
@@ -162,7 +162,7 @@ def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(r
 
 
 def test_similarity_draws_what_a_record_has(tmp_path):
-    """Of two measures that are missing nothing, and of sub-layers without a number the mean of the others."""
+    """Measures that are missing are not drawn, and means leave out sub-layers without a number."""
     run = make_run(tmp_path, "run", "hc", drop=("stream_cosine_abs", "stream_rank"))
     for line in run.diagnostics:
         line["stream_cosine"][1:] = np.nan
@@ -257,7 +257,7 @@ def test_second_eigenvalue_of_known_matrices_and_of_the_last_ones(runs):
 
 @pytest.fixture(scope="module")
 def rates(tmp_path_factory):
-    """Residual and HC at two learning rates, two seeds each; one of HC's is lost."""
+    """Return residual and HC at two learning rates with two seeds each; one run of HC diverges."""
     root, out = tmp_path_factory.mktemp("rates"), []
     for kind, rate, seed in itertools.product(("residual", "hc"), (1e-3, 1e-2), (0, 1)):
         lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
@@ -268,7 +268,7 @@ def rates(tmp_path_factory):
 
 
 def test_loss_against_cost(runs):
-    """FLOPs: tokens x FLOPs per token; seconds: steps x median step time."""
+    """The x axes are tokens x FLOPs per token and steps x median step time."""
     arithmetic, time = plots.loss_cost(runs).axes
     assert arithmetic.get_xlabel() == "training arithmetic (FLOPs)"
     assert time.get_xlabel() == "training time (s)"
@@ -306,7 +306,7 @@ def test_marginals_entropy_and_distance(runs):
 
 
 def test_points_of_a_sweep(rates):
-    """Dots are the seeds' losses at their learning rate, lines the means over the seeds that ended."""
+    """Dots are the losses of the seeds at their learning rate, lines the means over the seeds that finished."""
     figure = SWEEP_FIGURES["swept"].draw(rates)
     assert [axis.get_xscale() for axis in figure.axes] == ["log"] * 3
     axis = figure.axes[0]
@@ -322,7 +322,7 @@ def test_points_of_a_sweep(rates):
 
 
 def test_rows_of_seeds(tmp_path, rates):
-    """Dots, a bar at the mean, and a band of one standard deviation of the baseline around its mean."""
+    """A row has dots, a bar at the mean, and a band of one standard deviation about the mean of the baseline."""
     runs = []
     for kind, seed in itertools.product(("residual", "hc"), range(3)):
         loss = {"validation_loss": 2.0 + 0.1 * seed + (kind == "hc")}
@@ -344,7 +344,7 @@ def test_rows_of_seeds(tmp_path, rates):
 
 
 def test_marks_of_the_frontier(rates):
-    """Filled up to 0.5 nats above the best mean, 1.51; a lost seed is hollow with a cross."""
+    """Marks are filled up to 0.5 nats above the best mean, 1.51; a rate with a diverged run is hollow with a cross."""
     axis = SWEEP_FIGURES["frontier"].draw(rates).axes[0]
     marks = [(line.get_xdata()[0], line.get_fillstyle()) for line in axis.lines if line.get_marker() == "o"]
     assert marks == [(1e-3, "none"), (1e-2, "none"), (1e-3, "full"), (1e-2, "none")]
@@ -354,7 +354,7 @@ def test_marks_of_the_frontier(rates):
 
 
 def test_gaps_of_seeds_and_their_mean(rates):
-    """HC's loss minus residual's of the same seed and step; the noise of a seed is in both and goes."""
+    """The gap is HC's loss minus residual's of the same seed and step, so that the noise of a seed cancels."""
     (line,) = lines_of(SWEEP_FIGURES["gap_curves"].draw(rates).axes[0], "hc lr=0.001 (2)")
     steps, gap = line.get_data()
     # A straight line, -0.06 of the share of the steps done; medians of it are its middle.

@@ -1,4 +1,4 @@
-"""What the tests of data share: a small corpus, the prepared one, a trained tokenizer, and a cache of them."""
+"""Fixtures that the tests of data share: a small corpus, a trained tokenizer, a cache, and a configuration of them."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Token arrays hold every document, whatever becomes of the cache, and batches come in an order of the settings alone."""
+"""Token arrays hold every document even where the cache is damaged, and the order of batches depends on the settings alone."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def test_array_holds_every_document_and_its_end(spec, bpe, corpus, cache):
     tokenizer = data.load_tokenizer(spec if spec == "byte" else f"bpe:{bpe}")
     for split in ("train", "validation"):
         array = arrays.token_array(str(corpus), split, tokenizer, cache=cache)
-        texts = [found.text for found in data.documents(str(corpus), split, cache=cache)]
+        texts = [document.text for document in data.documents(str(corpus), split, cache=cache)]
         ids = [id for text in texts for id in (*tokenizer.encode(text).tolist(), tokenizer.end_of_document)]
         assert array.tokens.tolist() == ids
         size = sum(len(text.encode()) for text in texts)
@@ -84,8 +84,8 @@ def test_damaged_cache_is_rebuilt(tmp_path, corpus, damage):
 
 
 def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
-    """Of the prepared set and of the token array: a second build begins and ends while the first one writes."""
-    inner, found = [], []
+    """A second build of the prepared set and of the token array begins and ends while the first one writes."""
+    inner, built = [], []
 
     def interrupted(owner, name):
         real = getattr(owner, name)
@@ -93,17 +93,18 @@ def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
         def call(*args, **kwargs):
             if name not in inner:
                 inner.append(name)
-                found.append(arrays.token_array("shakespeare", "validation", data.ByteTokenizer(), cache=tmp_path))
+                built.append(arrays.token_array("shakespeare", "validation", data.ByteTokenizer(), cache=tmp_path))
             return real(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, call)
 
     interrupted(shakespeare.Shakespeare, "download_and_prepare")
     interrupted(arrays, "_write")
-    found.append(arrays.token_array("shakespeare", "validation", data.ByteTokenizer(), cache=tmp_path))
-    one, two, three = found
-    assert one.counts == two.counts == three.counts
-    assert np.array_equal(one.tokens, three.tokens)
+    built.append(arrays.token_array("shakespeare", "validation", data.ByteTokenizer(), cache=tmp_path))
+    assert len(built) == 3
+    for array in built[1:]:
+        assert array.counts == built[0].counts
+        assert np.array_equal(array.tokens, built[0].tokens)
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
@@ -183,7 +184,7 @@ def test_resume_is_exact(config):
 
 
 def test_a_far_step_is_reached_without_reading_what_lies_before(config, monkeypatch):
-    """A billion steps on, no more batches are cut than are read ahead."""
+    """An iterator that starts at step 10^9 cuts no more batches than it reads ahead."""
     cut, real = [], pipeline._cutter
 
     def counting(*args):
@@ -204,10 +205,10 @@ def test_iterators_leave_no_thread(config):
     before = {*threading.enumerate()}
     iterator = loaded.train_iterator()
     next(iterator)
-    own = {*threading.enumerate()} - before
-    assert own
+    started = {*threading.enumerate()} - before
+    assert started
     iterator.close()
-    for thread in own:
+    for thread in started:
         thread.join(timeout=600)  # a hang becomes a failure
     assert not {*threading.enumerate()} - before
 
@@ -239,7 +240,7 @@ def test_validation_batches_are_consecutive(config):
     assert ends > 5
     assert loaded.target_bytes(batches) == len(batches) * 4 * 16 - ends
     by_hand = {"inputs": np.full((1, 2), 256), "targets": np.array([[65, 256]])}
-    assert loaded.target_bytes([by_hand]) == 1, "of what is predicted, not of what is read"
+    assert loaded.target_bytes([by_hand]) == 1, "bytes of the targets, not of the inputs"
 
 
 def test_short_validation_text_fills_one_batch(tmp_path, config):

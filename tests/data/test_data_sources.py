@@ -1,4 +1,4 @@
-"""Every source gives its documents once and whole, and every bad input is told in a sentence."""
+"""Every source yields its documents once and whole, and every bad input gives an error that says what to do."""
 
 import functools
 import gzip
@@ -27,7 +27,7 @@ RECORDS = [{"id": f"doc-{i}", "text": f"Document {i}: naïve \u2028 façade 🙂
 
 
 def encoded(suffix: str, records) -> bytes:
-    """A file of such records."""
+    """Return the content of a file of these records."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     columns = {key: pa.array([record[key] for record in records], pa.string()) for key in (records or [{"text"}])[0]}
     parquet.write_table(pa.table(columns), file := pa.BufferOutputStream(), row_group_size=10)
@@ -45,7 +45,7 @@ def write(path: Path, records) -> Path:
 
 
 def texts(source, split, cache, **options) -> list[str]:
-    return [found.text for found in sources.documents(str(source), split, cache=cache, **options)]
+    return [document.text for document in sources.documents(str(source), split, cache=cache, **options)]
 
 
 def said(source, cache) -> str:
@@ -69,7 +69,7 @@ def test_embedded_corpus_is_the_known_one():
 
 
 def test_shakespeare_is_prepared_once_and_its_splits_share_no_play_and_lose_none(cache, monkeypatch):
-    """It is then a named set as well."""
+    """The prepared corpus can also be read as a named set."""
     folder = shakespeare.prepare(cache)
     assert any(".array_record" in file.name for file in folder.iterdir())
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
@@ -184,7 +184,7 @@ def test_any_bytes_are_read_as_they_are_or_refused_in_a_sentence(tmp_path_factor
 
 
 def test_missing_file_glob_folder_and_suffix(tmp_path, cache):
-    """Each sentence names the file, the place and the remedy."""
+    """Each message names the file and the remedy."""
     (tmp_path / "a.csv").write_text("x")
     for name, sentence in {
         "none.txt": "There is no file '{}/none.txt'; give 'shakespeare', 'tfds:<name>'",
@@ -232,7 +232,7 @@ def test_file_in_both_sources(tmp_path):
 
 
 def prepared(folder: Path, name: str, splits: dict[str, int]) -> None:
-    """Write the description, not the data, of a named set; `mock_data` makes up the data."""
+    """Write the description of a named set without its data, which `mock_data` makes up."""
     builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     place = {"dataset_name": name, "data_dir": Path(builder.data_path), "filetype_suffix": "array_record"}
     infos = [

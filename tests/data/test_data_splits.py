@@ -1,4 +1,4 @@
-"""What is known and said of the two splits of a text: its identity, and what is odd about them."""
+"""A run records the identity of its text, warns of unusual splits, and refuses to continue with another text."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def test_the_identity_of_a_text_is_neither_its_place_nor_its_cache(tmp_path, con
 
 
 def test_a_glob_of_files_named_like_splits_is_warned_of(tmp_path, config):
-    """Each file is one document: which is held out, the hash of its text decides."""
+    """Each file is one document, and the hash of its text decides whether it is held out."""
     for name, words in (("train", 3000), ("valid", 40), ("test", 40)):
         (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(words)))
     named, share = "warning: data.source holds test.txt, valid.txt, yet", "% of all tokens are held out for validation"

@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing and count bytes, and the script that trains one says what it made."""
+"""Tokenizers are lossless and count bytes, and the script that trains one reports bytes per token."""
 
 import json
 import re
@@ -18,7 +18,7 @@ EXAMPLES = ["", " ", PROBE, END, "\ufeff", "a\u0301", "\r\n\u2028", "\0\x1f\x7f"
 
 
 def assert_lossless(tokenizer, texts):
-    """It, and what is saved of it without its file."""
+    """Check a tokenizer, and that the one made of its saved content is equal."""
     again = data.from_saved(json.loads(json.dumps(tokenizer.saved)))
     assert again.fingerprint == tokenizer.fingerprint
     np.testing.assert_array_equal(again.token_bytes, tokenizer.token_bytes)
@@ -93,7 +93,7 @@ def test_tokenizer_mistakes(tmp_path, bpe):
 
 
 def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts):
-    """Of the held-out documents, whose ends are no tokens here; or it says in one line why not."""
+    """It counts held-out documents without their ends; an error is one line."""
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "my.json"
     corpus.write_text("".join(json.dumps({"text": f"façade {text}"}) + "\n" for text in texts))
 

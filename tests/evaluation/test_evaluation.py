@@ -1,4 +1,4 @@
-"""Scores against a plain forward pass, responses that survive a stop, tables; with lm-eval installed, benchmarks end to end."""
+"""Scores equal a plain forward pass, responses survive a stop, and benchmarks run end to end where lm-eval is installed."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def random_params(config):
 
 
 def train_bpe(texts, split_words):
-    """Byte-level BPE of `texts`, nine times each; without word splitting its tokens reach over spaces."""
+    """Train byte-level BPE on `texts`, nine times each; without word splitting its tokens reach over spaces."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
     backend.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Each number of the evaluation against an independent one: float64 by hand, SciPy, lm-eval, counts of bytes."""
+"""Each number of the evaluation equals an independent one: float64 by hand, SciPy, lm-eval, or a count of bytes."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def bpe(split_words: bool) -> BPETokenizer:
 
 
 def texts_of(tokenizer, ids) -> list[bytes]:
-    """The bytes of each token of a byte-level BPE, whose entries write a byte as one character."""
+    """Return the bytes of each token of a byte-level BPE, whose entries write a byte as one character."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     others = [b for b in range(256) if chr(b) not in alphabet]
     byte = {chr(b): b for b in range(256) if b not in others} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -57,7 +57,7 @@ def bigram(tokenizer):
 
 
 def harness_model(tmp_path, tokenizer, context):
-    """The harness's view of a bigram model, and its log-probabilities."""
+    """Return a bigram model as the harness sees it, and its log-probabilities."""
     from mhc_jax.evaluation.harness import DecoderLM
 
     config, params, logp = bigram(tokenizer)
@@ -201,7 +201,7 @@ def test_answers_that_cannot_be_scored_are_refused_by_task(tmp_path):
 
 
 def samples(count, seed):
-    """`count` items with random scores, bits and bytes."""
+    """Return `count` items with random scores, bits and bytes."""
     random = np.random.default_rng(seed)
     rows = zip(random.integers(0, 2, count), random.uniform(5, 30, count), random.integers(2, 9, count), strict=True)
     return [sample(i, float(a), float(b), int(c)) for i, (a, b, c) in enumerate(rows)]
@@ -239,7 +239,7 @@ def test_coverage_of_the_fewest_bold_items():
 
 
 def result(count, context=64, trained=64, gain=0.0, cut=0, without_bits=0):
-    """`count` items, the last few `without_bits`; a gain in score and in bits of every item."""
+    """Return a result of `count` items, the last `without_bits` of them without bits; `gain` improves every item."""
     own = [{**s, "score": min(1.0, s["score"] + gain), "gold_bits": s["gold_bits"] - gain} for s in samples(count, 1)]
     for one in own[count - without_bits :]:
         one |= {"gold_bits": None, "gold_bytes": None}
@@ -257,7 +257,7 @@ def result(count, context=64, trained=64, gain=0.0, cut=0, without_bits=0):
 
 
 def cells(*results):
-    """The last row of the table by its heads; the two differences are `difference (points)` and `difference`."""
+    """Return the last row of the table by its headings."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.comparison(results).splitlines()]
     return dict(zip(lines[0], lines[-1], strict=True))
 
@@ -293,7 +293,7 @@ def test_a_context_beyond_training_is_told():
 
 
 def test_a_benchmark_is_the_mean_of_its_items():
-    """Five of one task and one of another, by hand."""
+    """The mean of five items of one task and one of another, by hand."""
     scores, bits, sizes = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0), (8.0, 4.0, 6.0, 2.0, None, 5.0), (2, 4, 1, 3, None, 5)
     rows = enumerate(zip(scores, bits, sizes, strict=True))
     own = [sample(i, a, b, c, "other" if i == 5 else "piqa", truncated=a == 0) for i, (a, b, c) in rows]

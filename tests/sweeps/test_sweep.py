@@ -26,7 +26,7 @@ from mhc_jax.analysis.grouping import group
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.reports.record import newest_record, read_record, shortened, write_record
+from mhc_jax.reports.record import read_newest, read_record, shortened, write_record
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps import runner, worker
 from mhc_jax.sweeps.grid import Busy, Grid, over, plan, product, run_lock, seeds, write_plan
@@ -309,8 +309,11 @@ def test_record_of_a_sweep(ended, tmp_path):
     settings = group(read_record(folder))
     assert [setting.label for setting in settings] == ["hc", "residual"]
     assert len(settings[0].any_run.train["step"]) == 100
-    assert newest_record(folder.parent, "pair") == folder
-    assert newest_record(folder.parent, "width") is None
+    assert {run.folder.parent for run in read_newest(folder.parent, "pair")} == {folder}
+    with pytest.raises(
+        InputError, match=r"no record of the sweep 'width' yet; make it with `python experiments/sweep\.py"
+    ):
+        read_newest(folder.parent, "width")
 
 
 def test_record_without_metrics_has_summaries_alone(ended, tmp_path):
