@@ -4,18 +4,9 @@ from mhc_jax.data.cache import cache_folder
 from mhc_jax.data.files import Document
 from mhc_jax.data.pipeline import Batch, Data, load_data, resolve_vocabulary
 from mhc_jax.data.sources import documents
-from mhc_jax.data.tokenizers import (
-    BPETokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    from_saved,
-    gpt2_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from mhc_jax.data.tokenizers import ByteTokenizer, Tokenizer, from_saved, load_tokenizer, train_bpe
 
 __all__ = [
-    "BPETokenizer",
     "Batch",
     "ByteTokenizer",
     "Data",
@@ -24,7 +15,6 @@ __all__ = [
     "cache_folder",
     "documents",
     "from_saved",
-    "gpt2_tokenizer",
     "load_data",
     "load_tokenizer",
     "resolve_vocabulary",

