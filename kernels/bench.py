@@ -32,7 +32,7 @@ from mhc_kernels import gpu_inspect, sinkhorn
 from mhc_kernels.choice import IMPLEMENTATIONS
 from mhc_kernels.measure import Batch, alternating, copy_bandwidth, implementations, measure, table
 from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec, arguments, function, program
-from mhc_kernels.ops.exact import textbook_sinkhorn
+from mhc_kernels.ops.sinkhorn import reference
 from peers import PEERS, PRECISION
 
 DEFAULT_SPECS = ("3b", "27b", "27b-n2", "27b-n8", "27b-ragged", "v4-flash", "v4")
@@ -45,10 +45,10 @@ def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
     weights = jax.random.normal(jax.random.key(1), logits.shape)
     last, weights_last = jnp.moveaxis(logits, -1, 0), jnp.moveaxis(weights, -1, 0)
     programs = {
-        "forward": (lambda x, _: sinkhorn(x), lambda x, _: textbook_sinkhorn(x)),
+        "forward": (lambda x, _: sinkhorn(x), lambda x, _: reference.sinkhorn(x, axes=(-2, -1))),
         "forward + backward": (
             jax.value_and_grad(lambda x, w: (sinkhorn(x) * w).sum()),
-            jax.value_and_grad(lambda x, w: (textbook_sinkhorn(x) * w).sum()),
+            jax.value_and_grad(lambda x, w: (reference.sinkhorn(x, axes=(-2, -1)) * w).sum()),
         ),
     }
     rows = []

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhc_kernels.ops.coefficients.reference import columns
+from mhc_kernels.layout import columns
 
 
 def require(op: str, condition: bool, problem: str, **arrays: Array | None) -> None:

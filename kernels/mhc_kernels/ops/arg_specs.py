@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mhc_kernels import api
-from mhc_kernels.ops.coefficients.reference import Coefficients
+import mhc_kernels
+from mhc_kernels import Coefficients
 
 OPS = ("sinkhorn", "coefficients", "read", "write", "write_read")
 
@@ -75,7 +77,7 @@ def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
         "y": lambda: jax.random.normal(keys["y"], (N, C), spec.dtype),
         "pre": lambda: jax.random.uniform(keys["pre"], (n, N)),
         "post": lambda: 2 * jax.random.uniform(keys["post"], (n, N)),
-        "res": lambda: api.sinkhorn(jax.random.normal(keys["res"], (n, n, N)), implementation="xla"),
+        "res": lambda: mhc_kernels.sinkhorn(jax.random.normal(keys["res"], (n, n, N)), implementation="xla"),
         "phi": lambda: jax.random.normal(keys["phi"], (n * C, k)) / math.sqrt(n * C),
         "alpha": lambda: jnp.asarray([0.8, 0.9, 1.0]),
         "bias": lambda: jax.random.normal(keys["bias"], (k,)),
@@ -103,19 +105,29 @@ OUTPUTS = {
 
 
 def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[..., tuple[Array, ...]]:
-    """The operation as a function of `ARGUMENTS[op]` that returns a tuple, `OUTPUTS[op]`."""
+    """Return the operation as a function of `ARGUMENTS[op]` that gives a tuple, `OUTPUTS[op]`.
+
+    Args:
+      op: operation.
+      spec: workload.
+      implementation: what the operation takes by this name, or `reference` for the formula in `ops/<op>/reference.py`.
+    """
     n = spec.num_streams
-    named: dict[str, Any] = {"implementation": implementation}
+    if implementation == "reference":
+        run = getattr(importlib.import_module(f"mhc_kernels.ops.{op}.reference"), op)
+        run = functools.partial(run, stream_dtype=spec.dtype) if op == "write_read" else run
+    else:
+        run = functools.partial(getattr(mhc_kernels, op), implementation=implementation)
 
     def write_read(x, y, post, res, phi, alpha, bias):
-        new, c, h = api.write_read(x, Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n, **named)
+        new, c, h = run(x, Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n)
         return new, *c, h
 
     calls: dict[str, Callable[..., tuple[Any, ...]]] = {
-        "sinkhorn": lambda logits: (api.sinkhorn(logits, **named),),
-        "coefficients": lambda *a: tuple(api.coefficients(*a, num_streams=n, **named)),
-        "read": lambda x, pre: (api.read(x, pre, n, **named),),
-        "write": lambda x, y, post, res: (api.write(x, y, post, res, n, **named),),
+        "sinkhorn": lambda logits: (run(logits),),
+        "coefficients": lambda *arrays: tuple(run(*arrays, num_streams=n)),
+        "read": lambda x, pre: (run(x, pre, n),),
+        "write": lambda x, y, post, res: (run(x, y, post, res, n),),
         "write_read": write_read,
     }
     return calls[op]

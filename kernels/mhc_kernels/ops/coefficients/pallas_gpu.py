@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from mhc_kernels import gpu
 from mhc_kernels.gpu import Tile
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms_norm import inverse_rms
 
 obstacle = gpu.obstacle
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from mhc_kernels import tpu
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms_norm import inverse_rms
 
 _PIECES = {2: ((2, 0, 1, 0), (0, 0, 1)), 4: ((2, 0, 1, 0, 1, 0), (0, 0, 0, 1, 1, 2))}
 """By the size of x: which pieces of the gradient g / RMS, and which of phi, whose products make dx; 0 is the leading one.

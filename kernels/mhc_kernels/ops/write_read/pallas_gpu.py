@@ -12,10 +12,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from mhc_kernels import choice, gpu
+from mhc_kernels.backends import Saved
 from mhc_kernels.gpu import Tile
 from mhc_kernels.ops.coefficients import pallas_gpu as statistics
 from mhc_kernels.ops.read import pallas_gpu as read
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms_norm import inverse_rms
 from mhc_kernels.ops.write.pallas_gpu import load_row, mix
 
 obstacle = gpu.obstacle
@@ -123,31 +124,22 @@ def forward(
 
 
 def backward(
-    x: Float[Array, "N nC"],
-    y: Float[Array, "N C"],
-    post: Float[Array, "n N"],
-    res: Float[Array, "n n N"],
-    new: Float[Array, "N nC"],
+    saved: Saved,
     pre: Float[Array, "n N"],
-    phi: Float[Array, "nC k"],
-    z: Float[Array, "k N"],
-    inverse: Float[Array, " N"],
     g_new: Float[Array, "N nC"],
     g_h: Float[Array, "N C"],
     g_z: Float[Array, "k N"],
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"], Float[Array, "nC k"]]:
-    """(dx, dy, dpost, dres, dphi) in one pass over the streams.
+    """dx, dy, dpost, dres and dphi in one pass over the streams; `backends.py` has the formulas, of which the kernel makes G.
 
-        G_i = g_x'_i + pre_i g_h + inverse (g_z phi^T)_i - shrink x'_i          (what x'_i owes to all its uses)
-        dx_j = sum_i res_ij G_i,  dy = sum_i post_i G_i,  dpost_i = <G_i, y>,  dres_ij = <G_i, x_j>,  dphi = x'^T inverse g_z
-
-    with shrink = <g_z, z> inverse^2 / (n C).  A program has a block of channels of every stream and walks over its share of the
-    tokens, so that phi comes from the L1 cache; x' is made again from x and y, not read.  dpost and dres are written as one part a
-    block of channels and added in order.  dphi is the kernel of `coefficients`: beside all this its sums would spill.
+    A program has a block of channels of every stream and walks over its share of the tokens, so that phi comes from the L1 cache.
+    It makes x' again from x and y instead of reading it.  dpost and dres are written as one part a block of channels, and the parts
+    are added in order.  dphi is the kernel of `coefficients`, because its sums would spill beside all this.
 
     Traffic per token: reads (2 n + 2) C, writes (n + 1) C, and 4 (n^2 + n) / 64 bytes a channel of parts, written and read; dphi
     reads n C.  With `read_products` the whole gradient moves (5 n + 4) C.
     """
+    x, y, post, res, phi, new, z, inverse = saved
     N, C = y.shape
     n = post.shape[0]
     size = _backward_block(n)

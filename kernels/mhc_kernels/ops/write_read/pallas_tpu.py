@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from mhc_kernels import tpu
+from mhc_kernels.backends import Saved
 from mhc_kernels.ops.coefficients.pallas_tpu import (
     folded,
     gradient_columns,
@@ -116,25 +117,12 @@ def read_products(new: Array, g_h: Array) -> Array:
     return products(new, g_h, "mhc_write_read_products")
 
 
-def backward(
-    x: Array,
-    y: Array,
-    post: Array,
-    res: Array,
-    new: Array,
-    pre: Array,
-    phi: Array,
-    z: Array,
-    inverse: Array,
-    g_new: Array,
-    g_h: Array,
-    g_z: Array,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """-> dx, dy, dpost, dres, dphi.
+def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
+    """dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is made in VMEM and never leaves it.
 
-    The gradient of x' = g_x' + pre g_h + g_z phi^T / RMS - x' (g_z . z) / (RMS^2 nC) is made in VMEM and never leaves it.
     Traffic per token: reads (3n + 2) C, writes (n + 1) C; with `read_products` (5n + 4) C.
     """
+    x, y, post, res, phi, new, z, inverse = saved
     n, C = post.shape[0], y.shape[1]
     channels, k = phi.shape
     parts, shrink, rows_of_phi = gradient_operands(new, phi, z, inverse, g_z)
