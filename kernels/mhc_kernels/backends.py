@@ -74,7 +74,7 @@ def pick(op: str, implementation: str | None, num_streams: int, width: int, dtyp
 
 
 def _keeping_arguments(op: str, arrays: int, static: int = 0) -> Any:
-    """An operation f(*arrays, *static, backend) whose backward pass needs nothing but the arrays."""
+    """Make an operation f(*arrays, *static, backend) whose backward pass needs nothing but the arrays."""
 
     def forward(*args):
         *rest, backend = args
@@ -96,8 +96,8 @@ write = _keeping_arguments("write", arrays=4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def projection(x, phi, eps_norm, backend):
-    """z[k, N] of x[N, nC]."""
+def projection(x, phi, eps_norm, backend) -> Any:
+    """Project x[N, nC] onto z[k, N]."""
     return _projection_fwd(x, phi, eps_norm, backend)[0]
 
 
@@ -118,8 +118,8 @@ def _pre(z, alpha, bias, n, eps):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def write_read(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
-    """(x', z, h); z carries the gradient of the coefficients, and h that of the read."""
+def write_read(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> Any:
+    """x', z and h of the boundary; z carries the gradient of the coefficients, and h that of the read."""
     return _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend)[0]
 
 

@@ -1,4 +1,4 @@
-"""Named workloads of real models, and how each operation is called on one: for tests, benchmarks and tuning alike."""
+"""Named workloads of real models and how each operation is called on one, for tests, benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OPS = ("sinkhorn", "coefficients", "read", "write", "write_read")
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-    """One workload: N tokens of n streams of width C."""
+    """Workload of N tokens with n streams of width C."""
 
     name: str
     tokens: int
     num_streams: int
     width: int
     dtype: str = "bfloat16"
-    """Of the streams; coefficients are float32."""
+    """Dtype of the streams; coefficients are float32."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.tokens} x {self.num_streams} x {self.width}, {self.dtype})"
@@ -56,17 +56,17 @@ SPECS = {
         ArgSpec("v4-32k", 32768, 4, 7168),
     )
 }
-"""The `tiny` ones are for tests and for machines without an accelerator."""
+"""Workloads by name; those that begin with `tiny` are for tests and for machines without an accelerator."""
 
 
 def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
-    """Arguments of one call, standard normal where nothing else is said.
+    """Draw the arguments of one call, standard normal where nothing else is said.
 
     sinkhorn (logits[n, n, N]); coefficients (x[N, nC], phi[nC, k], alpha[3], bias[k]); read (x, pre[n, N]);
     write (x, y[N, C], post[n, N], res[n, n, N]); write_read (x, y, post, res, phi, alpha, bias).
 
-    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1; pre, post and res are what coefficients look
-    like: between 0 and 1, 0 and 2, and doubly stochastic.
+    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1.  pre is between 0 and 1, post between 0 and 2, and res
+    is doubly stochastic, as coefficients are.
     """
     n, N, C = spec.num_streams, spec.tokens, spec.width
     k = n * n + 2 * n
@@ -92,7 +92,7 @@ ARGUMENTS = {
     "write": ("x", "y", "post", "res"),
     "write_read": ("x", "y", "post", "res", "phi", "alpha", "bias"),
 }
-"""Names of the arguments of each operation here, in order."""
+"""Names of the arguments of each operation, in order."""
 
 OUTPUTS = {
     "sinkhorn": ("res",),
@@ -101,7 +101,7 @@ OUTPUTS = {
     "write": ("x'",),
     "write_read": ("x'", "pre", "post", "res", "h"),
 }
-"""Names of its outputs."""
+"""Names of the outputs of each operation, in order."""
 
 
 def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[..., tuple[Array, ...]]:
@@ -134,7 +134,7 @@ def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[...
 
 
 def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[..., tuple[Array, ...]]:
-    """(arguments, cotangents of the outputs) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
+    """Return f as a function (arguments, cotangents) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
 
     def forward_backward(given: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
         out, pull = jax.vjp(f, *given)
@@ -144,13 +144,17 @@ def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[...
 
 
 def floor_bytes(op: str, spec: ArgSpec, backward: bool) -> int:
-    """Bytes that must move: every input read once, every output written once, forward and backward each on its own.
+    """Return the bytes that must move: every input read once and every output written once, forward and backward each.
 
-    The forward reads its arguments and writes its outputs.  The backward reads the arguments and the cotangents of the
-    outputs and writes the gradients of the arguments; a kernel that saves more than the arguments moves more.  Forward and
-    backward together: three times the arguments and twice the outputs.  For n streams of width C that is, in elements of
-    the streams a token, forward and both together: coefficients n C and 3 n C, read (n + 1) C and (3 n + 2) C, write
-    (2 n + 1) C and (5 n + 3) C, write_read (2 n + 2) C and (5 n + 5) C (mHC section 4.3); the coefficients add their own.
+    The forward pass reads the arguments and writes the outputs.  The backward pass reads the arguments and the cotangents of the
+    outputs and writes the gradients of the arguments.  A kernel that saves more than the arguments moves more.  Both together are
+    three times the arguments and twice the outputs.  In elements of the streams a token (mHC section 4.3), beside the coefficients:
+
+        operation     forward      both
+        coefficients  n C          3 n C
+        read          (n + 1) C    (3 n + 2) C
+        write         (2 n + 1) C  (5 n + 3) C
+        write_read    (2 n + 2) C  (5 n + 5) C
     """
     given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
     out = jax.eval_shape(function(op, spec, "xla"), *given)

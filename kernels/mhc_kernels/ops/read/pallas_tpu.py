@@ -13,7 +13,7 @@ from mhc_kernels import tpu
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8, C a multiple of 128, bfloat16 or float32."""
+    """Say why a call cannot run, or None: n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
     itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
     return tpu.obstacle(num_streams, width, dtypes, 2 * (2 * num_streams + 1) * width * itemsize)
 

@@ -21,18 +21,18 @@ from mhc_kernels.ops.sinkhorn.steps import Scalings, Steps, pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Why the kernel cannot run a call: a warp holds its matrices in registers."""
+    """Say why the kernel cannot run a call, or None; a warp holds its matrices in registers."""
     del width, dtypes
     return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
 
 
 def tokens(n: int) -> int:
-    """Tokens of a block: at most 16 values of a matrix-shaped array a thread."""
+    """Tokens of a block, so that a thread has at most 16 values of a matrix-shaped array."""
     return {1: 32, 2: 32, 3: 16, 4: 16}.get(n, 8)
 
 
 def padded(a: Array, diagonal: float, off: float) -> Array:
-    """[n, n, N] with n up to a power of two: the new rows and columns are a matrix of their own beside the old."""
+    """Pad n of [n, n, N] to a power of two; the new rows and columns are a matrix of their own beside the old one."""
     n, size = a.shape[0], gpu.power_of_two(a.shape[0])
     if n == size:
         return a
@@ -41,7 +41,7 @@ def padded(a: Array, diagonal: float, off: float) -> Array:
 
 
 def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]:
-    """K, r_0 and Q (the column softmax; K itself where eps = 0)."""
+    """K and r of `Steps.first_step` without the padding, and Q: the column softmax, or K where eps = 0."""
     centred = logits - logits.max(0)[None]
     if eps == 0:
         b = centred.max(1)
@@ -90,8 +90,8 @@ def backward(
 ) -> Float[Array, "n n N"]:
     """Gradient of the truncated iteration, from the logits: nothing is kept from the forward pass.
 
-    The reverse walk needs the scalings r_t, c_t from the last to the first.  All of them, 2 n t_max values a token, would
-    spill; so it runs the iteration from its start up to every segment of `size` steps: t_max^2 / (2 size) steps more, of
+    The reverse walk needs the scalings r_t, c_t from the last to the first, but all of them, 2 n t_max values a token, would spill.
+    So the iteration runs from its start again for every segment of `size` pairs.  These are t_max^2 / (2 size) pairs more, of
     2 n^2 multiply-adds in registers, which cost less than a trip to memory.
 
     Traffic per token: reads 2 n^2, writes n^2 float32.

@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp with every matrix entry of 1,024 tokens or more in registers of its own (Mosaic).
+"""Sinkhorn-Knopp with each matrix entry of 1,024 tokens or more in separate registers (Mosaic).
 
 Tokens are seen as rows of 128, so that entry [i, j] of a block is an array [8, 128] or a few of them and the sums over i or j are
 additions of whole registers.  `steps.py` has the iteration and derives its gradient.
@@ -26,7 +26,7 @@ def _steps(eps: float) -> Steps:
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8; the logits are float32 by the time they arrive, and there is no width."""
+    """Say why a call cannot run, or None: n is at most 8.  Logits arrive as float32, and there is no width."""
     return tpu.obstacle(num_streams, tpu.LANES, (jnp.float32,))
 
 

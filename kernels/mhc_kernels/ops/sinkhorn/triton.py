@@ -22,7 +22,7 @@ from mhc_kernels.ops.sinkhorn.steps import pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Why the kernel cannot run a call: a package is missing, it is interpreted, or n is too large."""
+    """Say why the kernel cannot run a call, or None: a package is missing, it is interpreted, or n is too large."""
     try:
         importlib.import_module("jax_triton")
         importlib.import_module("triton")
@@ -68,7 +68,7 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
         return jnp.moveaxis(out.reshape(*out.shape[:2], axis_size, -1), 2, 0), True
 
     out = run(*args)[:n, :n]
-    # The call does not say what varies between shards (`shard_map`).
+    # The call does not say which results vary between shards (`shard_map`).
     axes = tuple(jax.typeof(args[0]).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying)
     return lax.pcast(out, axes, to="varying") if axes else out
 

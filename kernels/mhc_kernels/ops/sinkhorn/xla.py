@@ -50,7 +50,12 @@ def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]
     K, r = steps.first_step(logits)
     start = r, jnp.ones_like(r)
     if choice.platform() == "tpu":
-        _, after = lax.scan(lambda scalings, _: (steps.pair(K, scalings),) * 2, start, length=pairs)
+
+        def step(scalings: Any, _: None) -> tuple[Any, Any]:
+            scalings = steps.pair(K, scalings)
+            return scalings, scalings
+
+        _, after = lax.scan(step, start, length=pairs)
         R, C = (jnp.concatenate([first[None], rest]) for first, rest in zip(start, after, strict=True))
         return K, R, C
     scalings = [start]

@@ -102,5 +102,5 @@ def _write_identity(x, y, post):
 
 _write_identity.defvjp(
     lambda x, y, post: (_write_identity(x, y, post), (y, post)),
-    lambda saved, g: (g, *_post_gradients(*saved, g)),
+    lambda saved, g: (g, *_post_gradients(saved[0], saved[1], g)),
 )

@@ -25,7 +25,7 @@ read_products = read.products
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Tokens and channels of a block, and how the kernel runs: chosen so that nothing spills on sm_90."""
+    """Tokens, channels and warps of a block, chosen so that nothing spills on sm_90."""
 
     tokens: int
     channels: int
@@ -53,12 +53,12 @@ def forward(
     eps_norm: float,
     eps: float,
 ) -> tuple[Float[Array, "N nC"], Float[Array, "k N"], Float[Array, " N"], Float[Array, "N C"]]:
-    """(x', z, inverse, h), a program a block of tokens: all of x' is written and projected, then comes pre, then h.
+    """Return x', z, inverse and h.  A program has a block of tokens: it writes and projects all of x', then makes pre, then h.
 
-    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part: the second
-    pass runs backwards, over the latest writes first.  So between (2 n + 2) C and (3 n + 2) C.  By count, not by measurement,
-    smaller blocks would not help: for L2 to hold x' of all programs at once (some 1,500 tokens on an H100 at n C = 10,240)
-    they would be so small that reading phi from L2, 6 n K bytes a channel and block, outweighs what is saved.
+    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part, because the
+    second pass begins with the latest writes.  That is between (2 n + 2) C and (3 n + 2) C.  Smaller blocks would not help, by
+    count.  For L2 to hold x' of all programs at once (some 1,500 tokens on an H100 at n C = 10,240), they would be so small that
+    reading phi from L2, 6 n K bytes a channel and block, outweighs what is saved.
     """
     N, C = y.shape
     n, k = bias_pre.shape[0], phi.shape[1]
@@ -76,7 +76,7 @@ def forward(
             at = tile.at(c * wide)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
 
-            # A loop at run time: unrolled, the streams' addresses and operands together take more registers than there are.
+            # A loop at run time, because unrolled the addresses and operands of all streams take more registers than there are.
             def stream(i, sums):
                 z, squares = sums
                 p, H = load_row(tile, post_ref, res_ref, i)

@@ -1,4 +1,4 @@
-"""Write, statistics, projection and the next read in one pass over the streams (Mosaic): the floor of traffic, (2n + 2) C."""
+"""The boundary in one pass over the streams (Mosaic), whose traffic is the floor: (2n + 2) C a token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, pull
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8, C a multiple of 128, bfloat16 or float32, as long as VMEM holds 16 tokens of the backward."""
+    """Say why a call cannot run, or None: VMEM must hold 16 tokens of the backward pass.
+
+    n is at most 8, C a multiple of 128, and streams are bfloat16 or float32.
+    """
     n, itemsize = num_streams, max(jnp.dtype(d).itemsize for d in dtypes)
     per_token = 2 * (4 * n + 3) * width * itemsize + 4 * n * width
     return tpu.obstacle(n, width, dtypes, per_token, resident(n * n + 2 * n, n * width, itemsize))
@@ -60,7 +63,7 @@ def forward(
 
 
 def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide):
-    """Mixing is bound by the vector units and the projection by the matrix units: in one loop they run side by side."""
+    """One loop mixes and projects: mixing is bound by the vector units, the projection by the matrix units, side by side."""
     tokens, lanes = x.shape[0], tpu.LANES
     R = min(tokens, 64 // x.dtype.itemsize)
 
