@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from mhc_kernels import gpu_inspect, sinkhorn
 from mhc_kernels.choice import IMPLEMENTATIONS
 from mhc_kernels.measure import Batch, alternating, copy_bandwidth, implementations, markdown, measure, table
-from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec, arguments, function, program
+from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec, function, program, shapes
 from mhc_kernels.ops.sinkhorn import reference
 from peers import PEERS, PRECISION
 
@@ -89,9 +89,7 @@ def textbook_table(rows: list[dict[str, Any]]) -> str:
 
 def compiled_rows(op: str, spec: ArgSpec) -> list[dict[str, Any]]:
     """Compile the kernels of an operation and its gradient for sm_90; each must move its operands and results once."""
-    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
-    f = function(op, spec, "pallas_gpu")
-    lowered = gpu_inspect.lower(program(f, True), given, jax.eval_shape(function(op, spec, "xla"), *given))
+    lowered = gpu_inspect.lower(program(function(op, spec, "pallas_gpu"), True), *shapes(op, spec))
     rows = []
     for kernel in gpu_inspect.resources(lowered):
         row = {"op": op, "spec": dataclasses.asdict(spec), "elements": spec.tokens * spec.width}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc_kernels import backends
-from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program
+from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program, shapes
 
 GATE_TOKENS = 269
 """Tokens at the gate: a prime, so that no block size divides it, and more than two blocks of 128."""
@@ -75,7 +75,7 @@ class Ours:
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
         """Trace the call; the answer is the message that `mhc_kernels.choice.choose` raises."""
         try:
-            jax.eval_shape(function(op, spec, self.name), *_shapes(op, spec))
+            jax.eval_shape(function(op, spec, self.name), *shapes(op, spec)[0])
         except ValueError as error:
             return str(error).partition("cannot run this: ")[2].partition(". Here")[0] or str(error)
         return None
@@ -107,18 +107,14 @@ def implementations(op: str) -> list[Implementation]:
     return [Ours("xla"), *(Ours(name) for name in backends.BACKENDS[op])]
 
 
-def _shapes(op: str, spec: ArgSpec) -> tuple[Any, ...]:
-    return jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
-
-
 def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
     """Draw random arguments and cotangents of `count` calls, no two alike."""
-    shapes = jax.eval_shape(function(op, spec, "xla"), *_shapes(op, spec))
+    _, outputs = shapes(op, spec)
 
     @jax.jit
     def make(key):
-        given, *rest = jax.random.split(key, 1 + len(shapes))
-        normal = (jax.random.normal(k, s.shape, s.dtype) for k, s in zip(rest, shapes, strict=True))
+        given, *rest = jax.random.split(key, 1 + len(outputs))
+        normal = (jax.random.normal(k, s.shape, s.dtype) for k, s in zip(rest, outputs, strict=True))
         return arguments(op, spec, given), tuple(normal)
 
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
@@ -286,7 +282,7 @@ def measure(
     common = {"op": op, "spec": dataclasses.asdict(spec)}
     gate_of = {name: {"errors": dict(g.errors), "worst": g.worst} for name, g in gates.items()}
     able = [c for c in contestants if status[c.name] == "ok"]
-    calls, count = rotation(sum(math.prod(a.shape) * a.dtype.itemsize for a in _shapes(op, spec)))
+    calls, count = rotation(sum(math.prod(a.shape) * a.dtype.itemsize for a in shapes(op, spec)[0]))
     sets = make_sets(op, spec, count) if able else []
     for backward in (False, True):
         moved = floor_bytes(op, spec, backward)

@@ -133,6 +133,12 @@ def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[...
     return calls[op]
 
 
+def shapes(op: str, spec: ArgSpec) -> tuple[Any, Any]:
+    """Shapes and dtypes of the arguments and of the outputs, as `jax.ShapeDtypeStruct`."""
+    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
+    return given, jax.eval_shape(function(op, spec, "xla"), *given)
+
+
 def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[..., tuple[Array, ...]]:
     """Return f as a function (arguments, cotangents) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
 
@@ -156,7 +162,5 @@ def floor_bytes(op: str, spec: ArgSpec, backward: bool) -> int:
         write         (2 n + 1) C  (5 n + 3) C
         write_read    (2 n + 2) C  (5 n + 5) C
     """
-    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
-    out = jax.eval_shape(function(op, spec, "xla"), *given)
-    read, written = (sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) for arrays in (given, out))
+    read, written = (sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) for arrays in shapes(op, spec))
     return 3 * read + 2 * written if backward else read + written
