@@ -1,4 +1,4 @@
-"""The Pallas kernels for NVIDIA GPUs compile for sm_90 without a GPU: no spills, 16-byte accesses to streams, names, sharding."""
+"""Pallas kernels for NVIDIA GPUs compile for sm_90 without a GPU: no spills, 16-byte accesses to streams, names, sharding."""
 
 import os
 import re
@@ -22,7 +22,7 @@ needs_triton = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 def with_gradient(op, n, C, dtype):
-    """Outputs and gradients of all arguments, lowered: all kernels of an operation."""
+    """Lower outputs and gradients of all arguments, which takes all kernels of an operation."""
     spec = ArgSpec("test", TOKENS, n, C, dtype)
     return lower(program(function(op, spec, None), True), *shapes(op, spec))
 
@@ -83,7 +83,7 @@ def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
 @needs_triton
 @pytest.mark.parametrize("how", ["interpret", "lower"])
 def test_triton_sinkhorn_is_that_of_the_loops_and_lowers(how):
-    """In a process of its own: the annotation checks of these tests would come between Triton and its kernels."""
+    """A process of its own, because the annotation checks of these tests would come between Triton and its kernels."""
     if how == "lower":
         pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])

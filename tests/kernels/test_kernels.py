@@ -1,4 +1,4 @@
-"""The operations as XLA runs them agree with float64 loops; bad input is refused; which implementation runs."""
+"""Operations as XLA runs them agree with float64 loops, bad input is refused, and the right implementation runs."""
 
 import functools
 
@@ -102,7 +102,7 @@ def test_a_bad_logit_spoils_its_own_matrix_only(implementation):
 
 @pytest.mark.parametrize(("std", "mean", "most"), [(1, 5e-7, 5e-3), (2, 5e-4, 4e-2), (4, 9e-3, 8e-2), (8, 3e-2, 5e-1)])
 def test_marginal_error_of_twenty_steps(std, mean, most):
-    """The figures of the docstring, which maths and the choice of t_max rest on."""
+    """The docstring of `sinkhorn` quotes these figures."""
     twenty, three = (f64(settled(std * standard_logits(), t_max)) for t_max in (20, 3))
     error = np.abs(twenty.sum(0) - 1).max(0)
     assert (error.mean(), error.max()) == pytest.approx((mean, most), rel=0.3)
@@ -151,7 +151,7 @@ def test_write_read_and_its_gradients(platform, dtype):
 
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 def test_the_form_for_tpus_and_gpus_is_the_form_for_cpus(eps):
-    """XLA's reference has one form a platform; both are the same operation, gradients included."""
+    """XLA has a form for CPUs and one for accelerators; both are the same operation, gradients included."""
     n, options = 4, {"num_streams": 4, "num_iters": 3, "eps": eps}
     a = {name: value for name, value in kernel_checks.inputs(n, 32, 48).items() if name != "pre"}
 
@@ -254,7 +254,7 @@ boundary = functools.partial(coefficients, X, PHI, ALPHA, BIAS, num_streams=2)
     ],
 )
 def test_bad_input_is_refused_with_shapes(call, message):
-    """As a user meets it, who does not check the annotations."""
+    """Annotations are not checked, as for a user."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         with pytest.raises(ValueError, match=message):
