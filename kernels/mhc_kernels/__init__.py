@@ -3,7 +3,14 @@
 Streams are flat, `[*tokens, n*C]`, stream-major: stream i is columns i C to (i + 1) C.  Coefficients are float32 with the
 small axes first and the tokens last.  The package depends on jax (and jaxtyping, for annotations) alone.
 
-Each operation has a folder in `ops/`.  Its `reference.py` is the formula.
+Where to read what:
+
+    ops/sinkhorn/reference.py      order of the normalisations, and where eps goes in the paper and in DeepSeek-V4
+    ops/sinkhorn/steps.py          scaling-vector form and the derivation of the gradient
+    ops/coefficients/reference.py  H_pre, H_post and H_res from the streams
+    ops/read/, ops/write/          the formulas of read and write, in `reference.py`
+    ops/write_read/, backends.py   the boundary in one pass; the formula of its gradient is in `backends.py`
+    api.py                         the public operations
 """
 
 from mhc_kernels.api import coefficients, gates, projection, read, sinkhorn, write, write_read

@@ -30,8 +30,6 @@ from mhc_kernels.sharded import over_tokens
 
 _COEFFICIENTS = Coefficients._make((1, 1, 2))  # axes in front of the tokens
 
-# ----------------------------------------------------------------------------------------------------------- sinkhorn
-
 
 @over_tokens(2, logits=2)
 def sinkhorn(
@@ -86,9 +84,6 @@ def sinkhorn(
         return sinkhorn_xla.sinkhorn(logits, num_iters, eps)
     flat = flatten(logits, 2).astype(jnp.float32)
     return backends.sinkhorn(flat, num_iters, eps, chosen).reshape(logits.shape)
-
-
-# ------------------------------------------------------------------------------------------------------- coefficients
 
 
 @over_tokens(1, x=0)
@@ -231,9 +226,6 @@ def coefficients(
     return gates(z, alpha, bias, num_streams=num_streams, parts=parts, eps=eps, mixing=mixing)
 
 
-# --------------------------------------------------------------------------------------------------------------- read
-
-
 @over_tokens(0, x=0, pre=1)
 def read(
     x: Float[Array, "*tokens nC"],
@@ -276,9 +268,6 @@ def read(
         pre = jnp.full((num_streams, *x.shape[:-1]), 1 / num_streams, jnp.float32)
     h = backends.read(*alike(flatten_streams(x), flatten(pre, 1)), chosen)
     return h.reshape(*x.shape[:-1], -1)
-
-
-# -------------------------------------------------------------------------------------------------------------- write
 
 
 @over_tokens(0, x=0, y=0, post=1, res=2)
@@ -329,9 +318,6 @@ def write(
         return write_xla.write(x, y, post, res, num_streams)
     flat = flatten_streams(x), flatten_streams(y).astype(x.dtype), flatten(post, 1), flatten(res, 2)
     return backends.write(*alike(*flat), chosen).reshape(x.shape)
-
-
-# --------------------------------------------------------------------------------------------------------- write_read
 
 
 @over_tokens((0, _COEFFICIENTS, 0), x=0, c=_COEFFICIENTS, y=0)

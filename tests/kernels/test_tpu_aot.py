@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from mhc_kernels import Coefficients, choice, coefficients, read, write, write_read
+from mhc_kernels.ops.arg_specs import ArgSpec, shapes
 
 from mhc_jax.layers.moe import routed_on_mesh
 
@@ -51,16 +52,9 @@ def compiled(f, mesh, arguments, out_specs):
 
 def boundary(n, C):
     """List x, y, post, res, phi, alpha and bias of all four devices."""
-    k, N = n * n + 2 * n, 4 * TOKENS
-    return [
-        ((N, n * C), jnp.bfloat16, P("data")),
-        ((N, C), jnp.bfloat16, P("data")),
-        ((n, N), jnp.float32, P(None, "data")),
-        ((n, n, N), jnp.float32, P(None, None, "data")),
-        ((n * C, k), jnp.float32, P()),
-        ((3,), jnp.float32, P()),
-        ((k,), jnp.float32, P()),
-    ]
+    arrays, _ = shapes("write_read", ArgSpec("test", 4 * TOKENS, n, C))
+    specs = P("data"), P("data"), P(None, "data"), P(None, None, "data"), P(), P(), P()
+    return [(a.shape, a.dtype, spec) for a, spec in zip(arrays, specs, strict=True)]
 
 
 def kernels(program):
