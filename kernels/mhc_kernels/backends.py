@@ -95,12 +95,6 @@ read = _keeping_arguments("read", arrays=2)
 write = _keeping_arguments("write", arrays=4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def projection(x, phi, eps_norm, backend) -> Any:
-    """Project x[N, nC] onto z[k, N]."""
-    return _projection_fwd(x, phi, eps_norm, backend)[0]
-
-
 def _projection_fwd(x, phi, eps_norm, backend):
     z, inverse = _module("coefficients", backend).forward(x, phi, eps_norm)
     return z, (x, phi, z, inverse)
@@ -110,17 +104,13 @@ def _projection_bwd(eps_norm, backend, saved, g):
     return _module("coefficients", backend).backward(*saved, g)
 
 
+projection: Any = jax.custom_vjp(lambda *args: _projection_fwd(*args)[0], nondiff_argnums=(2, 3))
+"""Project x[N, nC] onto z[k, N]: f(x, phi, eps_norm, backend)."""
 projection.defvjp(_projection_fwd, _projection_bwd)
 
 
 def _pre(z, alpha, bias, n, eps):
     return jax.nn.sigmoid(alpha[0] * z[:n] + bias[:n].reshape(n, *(1,) * (z.ndim - 1))) + eps
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def write_read(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> Any:
-    """x', z and h of the boundary; z carries the gradient of the coefficients, and h that of the read."""
-    return _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend)[0]
 
 
 def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
@@ -138,4 +128,9 @@ def _write_read_bwd(eps_norm, eps, backend, kept, g):
     return *kernel.backward(saved, pre, g_new, g_h, g_z + dz), dalpha, dbias
 
 
+write_read: Any = jax.custom_vjp(lambda *args: _write_read_fwd(*args)[0], nondiff_argnums=(7, 8, 9))
+"""Cross the boundary, f(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> x', z, h.
+
+z carries the gradient of the coefficients, and h that of the read.
+"""
 write_read.defvjp(_write_read_fwd, _write_read_bwd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -112,25 +111,21 @@ def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[...
       spec: workload.
       implementation: what the operation takes by this name, or `reference` for the formula in `ops/<op>/reference.py`.
     """
-    n = spec.num_streams
     if implementation == "reference":
         run = getattr(importlib.import_module(f"mhc_kernels.ops.{op}.reference"), op)
-        run = functools.partial(run, stream_dtype=spec.dtype) if op == "write_read" else run
+        options: dict[str, Any] = {"stream_dtype": spec.dtype} if op == "write_read" else {}
     else:
-        run = functools.partial(getattr(mhc_kernels, op), implementation=implementation)
+        run, options = getattr(mhc_kernels, op), {"implementation": implementation}
+    if op != "sinkhorn":
+        options["num_streams"] = spec.num_streams
 
-    def write_read(x, y, post, res, phi, alpha, bias):
-        new, c, h = run(x, Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n)
-        return new, *c, h
+    def flat(*arrays: Array) -> tuple[Array, ...]:
+        if op != "write_read":
+            return tuple(jax.tree.leaves(run(*arrays, **options)))
+        x, y, post, res, *parameters = arrays
+        return tuple(jax.tree.leaves(run(x, Coefficients(None, post, res), y, *parameters, **options)))
 
-    calls: dict[str, Callable[..., tuple[Any, ...]]] = {
-        "sinkhorn": lambda logits: (run(logits),),
-        "coefficients": lambda *arrays: tuple(run(*arrays, num_streams=n)),
-        "read": lambda x, pre: (run(x, pre, n),),
-        "write": lambda x, y, post, res: (run(x, y, post, res, n),),
-        "write_read": write_read,
-    }
-    return calls[op]
+    return flat
 
 
 def shapes(op: str, spec: ArgSpec) -> tuple[Any, Any]:

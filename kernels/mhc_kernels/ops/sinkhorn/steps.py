@@ -50,7 +50,7 @@ def column_softmax(logits: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps on matrices [n, n, ...], the tokens behind, with one way to sum and one epsilon."""
+    """Steps on matrices [n, n, ...] with the tokens behind, for one epsilon and one way to sum."""
 
     eps: float
     summed: bool
@@ -67,7 +67,7 @@ class Steps:
         return jnp.sum(K * c[None], axis=1) if self.summed else add(K[:, j] * c[j][None] for j in range(len(K)))
 
     def first_step(self, logits: Array) -> tuple[Array, Array]:
-        """K and the first r.
+        """Return K and the first r.
 
         eps = 0: K = exp(logits - a_j - b_i) and r = exp(b), a the largest logit of each column and b the largest of each row of
         what is left.  Each row and column of K then holds a 1 and nothing larger, so no sum over- or underflows.  The first
@@ -85,17 +85,17 @@ class Steps:
         return 1 / product if self.eps == 0 else s / (s * product + self.eps)
 
     def pair(self, K: Array, scalings: Scalings) -> Scalings:
-        """One step over the columns and one over the rows."""
+        """Take one step over the columns and one over the rows."""
         r, c = scalings
         c = self._rescale(c, self.columns(K, r))
         return self._rescale(r, self.rows(K, c)), c
 
     def scalings(self, K: Array, r: Array, pairs: Any) -> Scalings:
-        """r and c after a number of pairs, in a loop."""
+        """Return r and c after a number of pairs, in a loop."""
         return lax.fori_loop(0, pairs, lambda _, scalings: self.pair(K, scalings), (r, jnp.ones_like(r)))
 
     def undo_pair(self, K: Array, bars: Scalings, after: Scalings, before: Scalings) -> tuple[Scalings, Array]:
-        """Gradients of the scalings before a pair from those after it, and what the pair adds to the gradient of K."""
+        """Return the gradients of the scalings before a pair from those after it, and what the pair adds to the gradient of K."""
         (r_bar, c_bar), (r, c), (r_before, c_before) = bars, after, before
         u_bar = self.keep(-r_bar * r * r)
         c_bar = c_bar + self.columns(K, u_bar)
