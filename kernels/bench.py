@@ -1,23 +1,24 @@
-"""Benchmark of mhc_kernels: every operation x forward, forward + backward x implementation x workload.
+"""Benchmark of mhc_kernels: every operation, implementation and workload, forward and forward + backward.
 
     python kernels/bench.py [--specs=27b,27b-n2] [--ops=read,write] [--implementations=xla,pallas_gpu]
                             [--rounds=10] [--json=FILE]
     python kernels/bench.py --compile [--specs=27b]   # the GPU kernels compiled for sm_90 on any machine: registers, bytes
 
-A row is timed after its results and gradients have been held against float64 on this device; `FAILED` has no time.  GB is
-the traffic that the operation cannot do without (every input read once, every output written once, forward and backward
-each), and `of copy` the speed at which that passes, as a share of the speed of x + 1 over a large array in the same run.
-Implementations alternate in one run; times are medians over rounds of batches of calls, on inputs that rotate over at
-least 256 MiB.  A call under about 5 us is bounded by its launch.
+A row is timed after its results and gradients have been compared with float64 on this device; a row that is `FAILED` has no time.
+GB is the traffic that the operation cannot do without: every input read once, every output written once, forward and backward
+each.  `of copy` is the speed of that traffic over the speed of x + 1 on a large array in the same run.  Implementations alternate
+in one run; times are medians over rounds of batches of calls, on inputs that rotate over at least 256 MiB.  A call under about
+5 us is bounded by its launch.
 
-`--implementations` takes xla, backends, and the peers torch.compile, liger, transformer_engine and tile_kernels, which
-run where they are installed (set XLA_PYTHON_CLIENT_PREALLOCATE=false to leave them memory).  Without `--specs` a CPU
-prints only the first table, Sinkhorn against its textbook form.
+`--implementations` takes xla, backends, and the peers torch.compile, liger, transformer_engine and tile_kernels.  Peers run where
+they are installed; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves them memory.  Without `--specs` a CPU prints only the first table,
+Sinkhorn beside its textbook form.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -30,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from mhc_kernels import gpu_inspect, sinkhorn
 from mhc_kernels.choice import IMPLEMENTATIONS
-from mhc_kernels.measure import Batch, alternating, copy_bandwidth, implementations, measure, table
-from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec, arguments, function, program
-from mhc_kernels.ops.exact import textbook_sinkhorn
+from mhc_kernels.measure import Batch, alternating, copy_bandwidth, implementations, markdown, measure, table
+from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec, function, program, shapes
+from mhc_kernels.ops.sinkhorn import reference
 from peers import PEERS, PRECISION
 
 DEFAULT_SPECS = ("3b", "27b", "27b-n2", "27b-n8", "27b-ragged", "v4-flash", "v4")
@@ -40,15 +41,15 @@ PACKAGES = ("jax", "jaxlib", "torch", "triton", "liger-kernel", "transformer-eng
 
 
 def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Sinkhorn of `tokens` n x n matrices against mHC Eq. 9 as it is written, which has its matrices on the last axes."""
+    """Time Sinkhorn of `tokens` n x n matrices beside mHC Eq. 9 as it is written, with its matrices on the last axes."""
     logits = jax.random.normal(jax.random.key(0), (n, n, tokens))
     weights = jax.random.normal(jax.random.key(1), logits.shape)
     last, weights_last = jnp.moveaxis(logits, -1, 0), jnp.moveaxis(weights, -1, 0)
     programs = {
-        "forward": (lambda x, _: sinkhorn(x), lambda x, _: textbook_sinkhorn(x)),
+        "forward": (lambda x, _: sinkhorn(x), lambda x, _: reference.sinkhorn(x, axes=(-2, -1))),
         "forward + backward": (
             jax.value_and_grad(lambda x, w: (sinkhorn(x) * w).sum()),
-            jax.value_and_grad(lambda x, w: (textbook_sinkhorn(x) * w).sum()),
+            jax.value_and_grad(lambda x, w: (reference.sinkhorn(x, axes=(-2, -1)) * w).sum()),
         ),
     }
     rows = []
@@ -78,59 +79,50 @@ def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def textbook_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| op | pass | n | tokens | ours (ms) | textbook (ms) | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Format `textbook_rows` as a Markdown table."""
+    lines = []
     for r in rows:
-        times = f"{r['ours_ms']:.2f} | {r['textbook_ms']:.2f} | {r['ratio']:.1f}"
-        lines.append(f"| sinkhorn | {r['pass']} | {r['n']} | {r['tokens']} | {times} |")
-    return "\n".join(lines)
+        times = f"{r['ours_ms']:.2f}", f"{r['textbook_ms']:.2f}", f"{r['ratio']:.1f}"
+        lines.append(["sinkhorn", r["pass"], r["n"], r["tokens"], *times])
+    return markdown("op | pass | n | tokens | ours (ms) | textbook (ms) | ratio", lines)
 
 
 def compiled_rows(op: str, spec: ArgSpec) -> list[dict[str, Any]]:
-    """The kernels of an operation and its gradient, compiled for sm_90; each must move its operands and results once."""
-    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
-    f = function(op, spec, "pallas_gpu")
-    lowered = gpu_inspect.lower(program(f, True), given, jax.eval_shape(function(op, spec, "xla"), *given))
+    """Compile the kernels of an operation and its gradient for sm_90; each must move its operands and results once."""
+    lowered = gpu_inspect.lower(program(function(op, spec, "pallas_gpu"), True), *shapes(op, spec))
     rows = []
     for kernel in gpu_inspect.resources(lowered):
-        row = {key: value for key, value in dataclasses.asdict(kernel).items() if key != "sass"}
-        rows.append({"op": op, "spec": dataclasses.asdict(spec), "elements": spec.tokens * spec.width} | row)
+        row = {"op": op, "spec": dataclasses.asdict(spec), "elements": spec.tokens * spec.width}
+        rows.append(row | dataclasses.asdict(kernel))
     return rows
 
 
 def compiled_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| op | workload | kernel | registers | spills | loads | stores | shared (KiB) | must move (MB) | in C a token |",
-        "| --- " * 10 + "|",
-    ]
+    """Format `compiled_rows` as a Markdown table."""
+    header = (
+        "op | workload | kernel | registers | spills | loads | stores | shared (KiB) | must move (MB) | in C a token"
+    )
+    lines = []
     for r in rows:
         spec = ArgSpec(**r["spec"])
         widths = [", ".join(f"{n} x {bits} bit" for bits, n in sorted(r[side].items())) for side in ("loads", "stores")]
         C = r["moved"] / (r["elements"] * jnp.dtype(spec.dtype).itemsize)
-        moved = f"{r['shared'] / 1024:.0f} | {r['moved'] / 1e6:.1f} | {C:.2f}"
-        lines.append(
-            f"| {r['op']} | {spec} | {r['name']} | {r['registers']} | {r['spills']} | {' | '.join(widths)} | {moved} |"
-        )
-    return "\n".join(lines)
+        moved = f"{r['shared'] / 1024:.0f}", f"{r['moved'] / 1e6:.1f}", f"{C:.2f}"
+        lines.append([r["op"], spec, r["name"], r["registers"], r["spills"], *widths, *moved])
+    return markdown(header, lines)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
+    """Versions of the packages that are installed."""
+    installed = {}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def commit() -> str | None:
-    """Of the checkout, with `-dirty` where tracked files differ from it; None outside a checkout."""
+    """Commit of the checkout, with `-dirty` where tracked files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -139,8 +131,14 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+def write(file: str, record: dict[str, Any]) -> None:
+    """Write the record as JSON where a file is named."""
+    if file:
+        Path(file).write_text(json.dumps(record, indent=1))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*IMPLEMENTATIONS, *PEERS]
 
@@ -158,7 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     choices("--specs", list(SPECS), "" if jax.default_backend() == "cpu" else ",".join(DEFAULT_SPECS))
     choices("--implementations", names, ",".join(names))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--tokens", type=int, default=16384, help="of the textbook table; 0 leaves it out")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the textbook table; 0 leaves it out")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument(
         "--compile", action="store_true", help="compile the GPU kernels instead; needs the package triton"
@@ -167,7 +165,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print Markdown tables; exit status 1 where a gate failed."""
+    """Print Markdown tables; the exit status is 1 where a gate failed."""
     args = parse(argv)
     device = jax.devices()[0]
     record: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "versions": versions()}
@@ -180,8 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [(op, SPECS[name]) for name in args.specs or ["27b"] for op in args.ops]
         record["compiled"] = [row for op, spec in chosen for row in compiled_rows(op, spec)]
         print(f"compiled for sm_90 by triton {versions()['triton']}\n\n{compiled_table(record['compiled'])}")
-        if args.json:
-            Path(args.json).write_text(json.dumps(record, indent=1))
+        write(args.json, record)
         return 0
     if args.tokens:
         record["sinkhorn_textbook"] = [r for n in (2, 4, 8) for r in textbook_rows(n, args.tokens, args.rounds)]
@@ -189,29 +186,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.specs:
         record["copy_bytes_per_s"] = copy_bandwidth(args.rounds)
         print(f"\ncopy: {record['copy_bytes_per_s'] / 1e9:.0f} GB/s, read and written\n")
-    head = True
     for name in args.specs:
         for op in args.ops:
             contestants = [*implementations(op), *PEERS.values()]
-            chosen = [one for one in contestants if one.name in args.implementations]
-            rows = list(
-                measure(
-                    op,
-                    SPECS[name],
-                    chosen,
-                    args.rounds,
-                    record.get("copy_bytes_per_s", 1.0),
-                    dict.fromkeys(PEERS, PRECISION),
-                )
-            )
-            record["rows"] += rows
+            chosen = [c for c in contestants if c.name in args.implementations]
+            copy, loosest = record["copy_bytes_per_s"], dict.fromkeys(PEERS, PRECISION)
+            rows = list(measure(op, SPECS[name], chosen, args.rounds, copy, loosest))
             lines = table(rows).splitlines()
-            print("\n".join(lines if head else lines[2:]), flush=True)
-            head = False
-            if args.json:
-                Path(args.json).write_text(json.dumps(record, indent=1))
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1))
+            print("\n".join(lines[2:] if record["rows"] else lines), flush=True)
+            record["rows"] += rows
+            write(args.json, record)
+    write(args.json, record)
     return 1 if any(row["status"] == "FAILED" for row in record["rows"]) else 0
 
 

@@ -1,14 +1,15 @@
-"""Other projects' kernels behind the interface of `mhc_kernels.measure`; each is used where it is installed.
+"""Kernels of other projects behind the interface of `mhc_kernels.measure`; each is used where it is installed.
 
-Read from liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0.  All of them are PyTorch: tensors are laid
-out once, before the clock starts, in the layout which that project wants.  Rows last here means the last normalisation of
-Sinkhorn; they end with columns on the transposed matrix, which is the same numbers, so matrices are transposed on the way.
+They were read from liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0.  All of them are PyTorch.  Tensors are
+laid out as a project wants them once, before the clock starts.  Our Sinkhorn ends with rows.  Theirs ends with columns on the
+transposed matrix, which gives the same numbers, so matrices are transposed on the way.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,37 +20,39 @@ from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec
 T_MAX = 20
 EPS_NORM = 1e-20
 PRECISION = 2e-2
-"""Error that a peer may have: tf32 or bfloat16 projections are their choice, another function is not."""
+"""Error that a peer may have: it may project in tf32 or bfloat16, but it must not compute another function."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a project lays its tensors out."""
+    """Layout of the tensors of a project."""
 
     streams_last: bool = False
-    """[N, C, n] instead of [N, n, C]."""
+    """Streams are [N, C, n] instead of [N, n, C]."""
     mixing_transposed: bool = False
     """H_res is applied as its transpose."""
     sinkhorn_transposed: bool = False
-    """Sinkhorn ends with columns, so that it makes the transpose from the transposed logits."""
+    """Sinkhorn ends with columns, so it makes the transpose from the transposed logits."""
     phi_transposed: bool = False
-    """[k, nC] instead of [nC, k]."""
+    """phi is [k, nC] instead of [nC, k]."""
     phi_in_stream_dtype: bool = False
+    """phi has the dtype of the streams instead of float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A contestant of `mhc_kernels.measure.Implementation`."""
+    """Contestant that follows `mhc_kernels.measure.Implementation`."""
 
     name: str
     package: str
     layout: Layout
     functions: Callable[[int], dict[str, Callable[..., tuple[Any, ...]]]]
-    """n -> operation -> function of its arguments in this layout, tokens first."""
+    """Takes n and gives the functions by operation, of arguments in this layout, tokens first."""
     limits: Callable[[str, ArgSpec], str | None] = lambda op, spec: None
+    """Says what the project does not support."""
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """`not installed`, or what the project does not support."""
+        """See `Implementation`."""
         import jax
 
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec(self.package) is None:
@@ -66,19 +69,23 @@ class Peer:
         """See `Implementation`."""
         given, cotangents = self._tensors(op, spec, sets[0], backward)
         function = self.functions(spec.num_streams)[op]
-        if not backward:
-            return [_back(self.layout, spec, *pair, True) for pair in zip(OUTPUTS[op], function(*given), strict=True)]
-        out, gradients = _run(function, given, cotangents)
-        named = [*zip(OUTPUTS[op], out, strict=True), *zip(ARGUMENTS[op], gradients, strict=True)]
-        made = (True,) * len(out) + (False,) * len(gradients)
-        return [_back(self.layout, spec, name, t, m) for (name, t), m in zip(named, made, strict=True)]
+        out, gradients = _run(function, given, cotangents) if backward else (function(*given), ())
+        results = []
+        for names, tensors, like, made in (
+            (OUTPUTS[op], out, sets[0][1], True),
+            (ARGUMENTS[op], gradients, sets[0][0], False),
+        ):
+            for name, tensor, array in zip(names, tensors, like, strict=bool(tensors)):
+                numbers = tensor.detach().float().cpu().numpy()
+                results.append(take_back(self.layout, spec, name, numbers, made, array.shape))
+        return results
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """Calls one after the other, as PyTorch launches them."""
+        """See `Implementation`: calls follow one another as PyTorch launches them."""
         import torch
 
         function = self.functions(spec.num_streams)[op]
-        tensors = [self._tensors(op, spec, one, backward) for one in sets]
+        tensors = [self._tensors(op, spec, arrays, backward) for arrays in sets]
 
         def launch(k: int) -> Any:
             done = None
@@ -89,9 +96,9 @@ class Peer:
 
         return Batch(launch, lambda _: torch.cuda.synchronize() if torch.cuda.is_available() else None, calls)
 
-    def _tensors(self, op: str, spec: ArgSpec, one: Any, gradients: bool) -> tuple[list[Any], list[Any]]:
-        given = [_to(self.layout, spec, name, a, False) for name, a in zip(ARGUMENTS[op], one[0], strict=True)]
-        cotangents = [_to(self.layout, spec, name, a, True) for name, a in zip(OUTPUTS[op], one[1], strict=True)]
+    def _tensors(self, op: str, spec: ArgSpec, arrays: Any, gradients: bool) -> tuple[list[Any], list[Any]]:
+        given = [_to(self.layout, spec, name, a, False) for name, a in zip(ARGUMENTS[op], arrays[0], strict=True)]
+        cotangents = [_to(self.layout, spec, name, a, True) for name, a in zip(OUTPUTS[op], arrays[1], strict=True)]
         return [t.requires_grad_(gradients) for t in given], cotangents
 
 
@@ -103,12 +110,12 @@ def _run(function: Callable[..., tuple[Any, ...]], given: list[Any], cotangents:
 
 
 def _swapped_columns(n: int) -> np.ndarray:
-    """Columns of phi with the matrix part transposed."""
+    """Order of the columns of phi that transposes the matrix part."""
     return np.concatenate([np.arange(2 * n), 2 * n + np.arange(n * n).reshape(n, n).T.ravel()])
 
 
 def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool) -> np.ndarray:
-    """Our array in a project's layout; `made`: a result of the operation, where `res` comes from Sinkhorn."""
+    """Put our array into the layout of a project; `made` says that `res` is a result, which comes from Sinkhorn."""
     n = spec.num_streams
     if name in ("x", "x'"):
         a = a.reshape(a.shape[0], n, -1)
@@ -126,26 +133,18 @@ def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool)
     return a
 
 
-def take_back(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool) -> np.ndarray:
-    """The inverse of `lay_out`."""
-    n = spec.num_streams
-    if name in ("x", "x'"):
-        return (a.swapaxes(1, 2) if layout.streams_last else a).reshape(a.shape[0], -1)
-    if name in ("pre", "post"):
-        return a.T
-    if name in ("res", "logits"):
-        turned = layout.sinkhorn_transposed if made or name == "logits" else layout.mixing_transposed
-        return np.moveaxis(a.swapaxes(1, 2) if turned else a, 0, -1)
-    if name in ("phi", "bias"):
-        if name == "phi":
-            a = a.T if layout.phi_transposed else a
-            a = a.reshape(-1, n, a.shape[-1]).swapaxes(0, 1).reshape(a.shape) if layout.streams_last else a
-        return a[..., _swapped_columns(n)] if layout.sinkhorn_transposed else a
-    return a
+def take_back(
+    layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Undo `lay_out` for an array that had this shape: each number goes back to where it came from."""
+    places = lay_out(layout, spec, name, np.arange(math.prod(shape)).reshape(shape), made)
+    out = np.empty(math.prod(shape), a.dtype)
+    out[places.ravel()] = a.ravel()
+    return out.reshape(shape)
 
 
 def _to(layout: Layout, spec: ArgSpec, name: str, array: Any, made: bool) -> Any:
-    """Tensor in a project's layout: streams (and phi, where it wants that) in their dtype, the rest float32."""
+    """Make a tensor in the layout of a project: streams (and phi, where it wants that) in their dtype, the rest float32."""
     import torch
 
     a = lay_out(layout, spec, name, np.asarray(array, np.float32), made)
@@ -153,10 +152,6 @@ def _to(layout: Layout, spec: ArgSpec, name: str, array: Any, made: bool) -> Any
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, spec.dtype) if streams else torch.float32
     return torch.tensor(np.ascontiguousarray(a), device=device, dtype=dtype)
-
-
-def _back(layout: Layout, spec: ArgSpec, name: str, tensor: Any, made: bool) -> np.ndarray:
-    return take_back(layout, spec, name, tensor.detach().float().cpu().numpy(), made)
 
 
 def _composed(sinkhorn: Any, coefficients: Any, read: Any, write: Any) -> dict[str, Any]:
@@ -175,7 +170,7 @@ def _composed(sinkhorn: Any, coefficients: Any, read: Any, write: Any) -> dict[s
 
 
 def torch_compile(n: int) -> dict[str, Any]:
-    """The same mathematics in plain PyTorch under `torch.compile`."""
+    """Make the operations in plain PyTorch under `torch.compile`."""
     import torch
 
     def sinkhorn(logits):
@@ -205,7 +200,7 @@ def torch_compile(n: int) -> dict[str, Any]:
 
 
 def liger(n: int) -> dict[str, Any]:
-    """Liger-Kernel: three operations; Sinkhorn only inside the coefficients."""
+    """Make the operations of Liger-Kernel, which has Sinkhorn only inside the coefficients."""
     from liger_kernel.transformers import functional as liger_functional
 
     def coefficients(x, phi, alpha, bias):
@@ -218,7 +213,7 @@ def liger(n: int) -> dict[str, Any]:
 
 
 def transformer_engine(n: int) -> dict[str, Any]:
-    """TransformerEngine's Triton kernels; tensors carry (s, b) in front, here s = 1."""
+    """Make the operations of TransformerEngine's Triton kernels; tensors have axes (s, b) in front, here s = 1."""
     from transformer_engine.pytorch.triton import mhc
 
     def sinkhorn(logits):
@@ -239,7 +234,7 @@ def transformer_engine(n: int) -> dict[str, Any]:
 
 
 def tile_kernels(n: int) -> dict[str, Any]:
-    """DeepSeek's TileKernels, one operation at a time, as its training path does it."""
+    """Make the operations of DeepSeek's TileKernels, one at a time, as its training path has them."""
     from tile_kernels.modeling.mhc import ops
 
     def sinkhorn(logits):

@@ -1,11 +1,12 @@
-"""The public operations: checks, and the choice of a backend (`backends.py` has their contract and the VJPs they share)."""
+"""Public operations: each checks its arguments and chooses a backend; `backends.py` has their contract and the gradients."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,34 +21,38 @@ from mhc_kernels.arguments import (
     require,
 )
 from mhc_kernels.choice import platform
-from mhc_kernels.ops.coefficients import reference as coefficients_reference
-from mhc_kernels.ops.coefficients.reference import PARTS, Coefficients, gates
-from mhc_kernels.ops.read import reference as read_reference
-from mhc_kernels.ops.sinkhorn import reference as sinkhorn_reference
-from mhc_kernels.ops.write import reference as write_reference
+from mhc_kernels.layout import PARTS, Coefficients, columns
+from mhc_kernels.ops.coefficients import xla as coefficients_xla
+from mhc_kernels.ops.read import xla as read_xla
+from mhc_kernels.ops.sinkhorn import xla as sinkhorn_xla
+from mhc_kernels.ops.write import xla as write_xla
 from mhc_kernels.sharded import over_tokens
 
 _COEFFICIENTS = Coefficients._make((1, 1, 2))  # axes in front of the tokens
-
-# ----------------------------------------------------------------------------------------------------------- sinkhorn
 
 
 @over_tokens(2, logits=2)
 def sinkhorn(
     logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0, *, implementation: str | None = None
 ) -> Float[Array, "n n *tokens"]:
-    r"""H_res = SK(logits): doubly stochastic in the limit, after `num_iters` = t_max column/row pairs in fact.
+    r"""Sinkhorn-Knopp iterations, which make a matrix of logits doubly stochastic (mHC, arXiv 2512.24880, Eq. 9).
 
-    Row sums are 1 to rounding (rows come last); column sums are approximate.  Measured over 65,536 random 4x4 logits of
-    standard deviation 1 / 2 / 4 / 8, |column sum - 1| after 20 steps is 5e-7 / 5e-4 / 9e-3 / 3e-2 on average and 5e-3 / 4e-2 /
-    8e-2 / 5e-1 at most.
+        $M^{(0)} = \exp(\tilde H)$,  $M^{(t)} = T_r(T_c(M^{(t-1)}))$,  $H^{res} = M^{(t_{max})}$
+
+    $T_c$ divides columns by their sums, then $T_r$ rows.  Rows come last, so row sums are 1 to rounding and column sums are
+    approximate.  Over 65,536 random 4x4 logits of standard deviation 1 / 2 / 4 / 8, |column sum - 1| after 20 pairs is
+    5e-7 / 5e-4 / 9e-3 / 3e-2 on average and 5e-3 / 4e-2 / 8e-2 / 5e-1 at most (`test_marginal_error_of_twenty_steps`).
+
+    DeepSeek-V4 adds eps = 1e-6 to every entry after the first $T_c$, and to every divisor after that.  Its `comb` is the
+    transpose of H_res: its rows are our columns.
+
+    The gradient is that of the truncated iteration, recomputed from the logits; `ops/sinkhorn/steps.py` derives it.
 
     Args:
       logits: entry [i, j] of each matrix; any float dtype, computed in float32.  NaN or +inf in a token's matrix gives NaN
         there and nowhere else; -inf is an entry that stays 0, and NaN where it leaves a row or column empty.
-      num_iters: t_max >= 1.
-      eps: 0 for the paper; 1e-6 for DeepSeek-V4, which adds eps to the first column softmax and to every divisor.
-        (V4's `comb` is H_res^T: its rows are our columns.)
+      num_iters: t_max, at least 1.
+      eps: 0 in the paper, 1e-6 in DeepSeek-V4.
       implementation: `xla`, `pallas_tpu`, `pallas_gpu`, `triton`, or None for what fits the device.
 
     Returns:
@@ -56,8 +61,18 @@ def sinkhorn(
     Raises:
       ValueError: not square matrices, no tokens, num_iters < 1, or an implementation that cannot run here.
 
-    Source: mHC (arXiv 2512.24880) Eq. 9; the gradient is that of the truncated iteration, recomputed from the logits.
     Traffic per token: n^2 float32 each way; backward 2 n^2 in, n^2 out.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from mhc_kernels import sinkhorn
+      >>> logits = jnp.array([[[2.0], [0.0]], [[0.0], [0.0]]])  # one 2x2 matrix
+      >>> print(np.asarray(sinkhorn(logits)[..., 0]).round(3))
+      [[0.731 0.269]
+       [0.269 0.731]]
+      >>> print(np.asarray(sinkhorn(logits, num_iters=1).sum(0).ravel()).round(3))  # column sums after one pair
+      [0.83 1.17]
     """
     square = logits.ndim >= 2 and logits.shape[0] == logits.shape[1]
     require("sinkhorn", square, "the two leading axes must be one square matrix", logits=logits)
@@ -66,7 +81,7 @@ def sinkhorn(
     require("sinkhorn", num_iters >= 1, f"num_iters is {num_iters}, it must be at least 1", logits=logits)
     chosen = backends.pick("sinkhorn", implementation, logits.shape[0], 1, (logits.dtype,), None)
     if chosen == "xla":
-        return sinkhorn_reference.sinkhorn(logits, num_iters, eps)
+        return sinkhorn_xla.sinkhorn(logits, num_iters, eps)
     flat = flatten(logits, 2).astype(jnp.float32)
     return backends.sinkhorn(flat, num_iters, eps, chosen).reshape(logits.shape)
 
@@ -75,22 +90,84 @@ def sinkhorn(
 def projection(
     x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm: float, *, implementation: str | None = None
 ) -> Float[Array, "k *tokens"]:
-    """z = (v phi) rsqrt(mean(v^2) + eps_norm): an unweighted RMSNorm folded after the product (mHC Eq. 14-16), float32.
+    r"""Project a token's normalised numbers: an unweighted RMSNorm, folded after the product (mHC Eq. 14-16).
 
-    For mHC the last axis is all n C channels of a token, for HC the C channels of one stream.  A token whose sum of squares
-    overflows float32 gets NaN, one whose squares underflow v phi rsqrt(eps_norm); see `inverse_rms`.  `coefficients` and
-    `write_read` hand the NaN on.
+        $z = (v \phi) / \sqrt{\mathrm{mean}(v^2) + \epsilon}$
+
+    For mHC v is all n C channels of a token, for HC the C channels of one stream.
+
+    Args:
+      x: v of each token, any float dtype; computed in float32.
+      phi: float32.
+      eps_norm: 1e-20 in the paper, 1e-6 in DeepSeek-V4.
+      implementation: as in `sinkhorn`.
+
+    Returns:
+      float32 z, tokens last.  A token whose sum of squares overflows float32 gets NaN, which `coefficients` and `write_read` hand
+      on.  Where the squares underflow, z is v phi / sqrt(eps_norm); see `inverse_rms`.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from mhc_kernels import projection
+      >>> print(np.asarray(projection(jnp.array([[3.0, 4.0]]), jnp.array([[1.0], [0.0]]), 1e-20)).round(3))  # 3 / sqrt(12.5)
+      [[0.849]]
     """
     check_streams("coefficients", x, 1)
     require("coefficients", phi.shape[0] == x.shape[-1], "phi must have a row a channel of x", x=x, phi=phi)
     chosen = backends.pick("coefficients", implementation, 1, x.shape[-1], (x.dtype,), None)
     if chosen == "xla":
-        return coefficients_reference.projection(x, phi, eps_norm)
+        return coefficients_xla.projection(*alike(x, phi), eps_norm)
     z = backends.projection(*alike(flatten_streams(x), phi.astype(jnp.float32)), eps_norm, chosen)
     return z.reshape(-1, *x.shape[:-1])
+
+
+def gates(
+    z: Float[Array, "k *tokens"],
+    alpha: Float[Array, " parts"],
+    bias: Float[Array, " k"],
+    *,
+    num_streams: int,
+    parts: tuple[str, ...] = PARTS,
+    eps: float = 0.0,
+    mixing: Callable[[Float[Array, "n n *tokens"]], Float[Array, "n n *tokens"]] | None = None,
+) -> Coefficients:
+    r"""Coefficients from their projected statistics z (mHC Eq. 7 and 8).
+
+        $H^{pre} = \sigma(\alpha_{pre} z_{pre} + b_{pre}) + \epsilon$,  $H^{post} = 2 \sigma(\alpha_{post} z_{post} + b_{post})$
+        $H^{res} = \mathrm{mixing}(\alpha_{res}\, \mathrm{mat}(z_{res}) + b_{res})$
+
+    Args:
+      z: what `projection` returns.
+      alpha, bias, num_streams, parts, eps: as in `coefficients`.
+      mixing: makes H_res of its logits; None: `sinkhorn` with 20 pairs of steps and this eps.
+
+    Returns:
+      Float32 coefficients; parts that do not exist are None.
+
+    Traffic per token: reads and writes n^2 + 2 n float32, whatever C.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from mhc_kernels import gates
+      >>> z, alpha, bias = jnp.array([[2.0], [0.0]]), jnp.array([0.5]), jnp.array([0.0, -1.0])
+      >>> print(np.asarray(gates(z, alpha, bias, num_streams=2, parts=("pre",)).pre.ravel()).round(3))  # sigmoid(1), sigmoid(-1)
+      [0.731 0.269]
+    """
+    n = num_streams
+    mixing = mixing or functools.partial(sinkhorn, eps=eps)
+    logits, each = {}, (slice(None), *(None,) * (z.ndim - 1))
+    for k, (part, where) in enumerate(columns(n, parts).items()):
+        logits[part] = alpha[k] * z[where] + bias[where][each]
+    return Coefficients(
+        pre=jax.nn.sigmoid(logits["pre"]) + eps if "pre" in parts else None,
+        post=2 * jax.nn.sigmoid(logits["post"]) if "post" in parts else None,
+        res=mixing(logits["res"].reshape(n, n, *z.shape[1:])) if "res" in parts else None,
+    )
 
 
 @over_tokens(_COEFFICIENTS, x=0)
@@ -107,50 +184,46 @@ def coefficients(
     eps: float = 0.0,
     implementation: str | None = None,
 ) -> Coefficients:
-    r"""H_pre, H_post and H_res of one sub-layer from its incoming streams.
+    r"""H_pre, H_post and H_res of one sub-layer from its incoming streams (mHC, arXiv 2512.24880, Eq. 7 and 8).
 
-        z = RMSNorm(vec(x)) phi
-        pre  = sigmoid(alpha_pre z_pre + b_pre) + eps
-        post = 2 sigmoid(alpha_post z_post + b_post)
-        res  = SK(alpha_res mat(z_res) + b_res)
+        $z = \mathrm{RMSNorm}(\mathrm{vec}(x))\, \phi$
+        $H^{pre} = \sigma(\alpha_{pre} z_{pre} + b_{pre})$,  $H^{post} = 2 \sigma(\alpha_{post} z_{post} + b_{post})$
+        $H^{res} = \mathrm{Sinkhorn}(\alpha_{res}\, \mathrm{mat}(z_{res}) + b_{res})$
+
+    DeepSeek-V4 adds eps to H_pre and inside Sinkhorn, and not to H_post.
 
     Args:
       x: flat streams, stream-major, any float dtype; computed in float32.
-      phi: projection, columns [pre | post | res row-major] for the parts present.
+      phi: projection, columns [pre n | post n | res n*n, row-major] for the parts that exist (see `columns`).
       alpha: one gate a part, in the order of `parts`.
-      bias: static term, laid out as the columns of phi.
+      bias: static logits, laid out as the columns of phi.
       num_streams: n.
-      parts: which of pre, post, res exist; the others come back as None.
+      parts: which of pre, post and res exist; the others come back as None.
       num_iters: t_max of Sinkhorn.
       eps_norm: of the RMSNorm; 1e-20 in the paper, 1e-6 in DeepSeek-V4.
-      eps: 0 in the paper; 1e-6 in DeepSeek-V4, added to pre and inside Sinkhorn, not to post.
-      implementation: as in `sinkhorn`; it names the backend of the projection and of Sinkhorn.
+      eps: 0 in the paper, 1e-6 in DeepSeek-V4.
+      implementation: as in `sinkhorn`, for the projection and for Sinkhorn.
+
+    Returns:
+      Float32 coefficients, tokens last.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
     Traffic per token: reads n C, writes n^2 + 2 n (mHC Table 2).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import coefficients
+      >>> c = coefficients(jnp.ones((1, 6)), jnp.zeros((6, 8)), jnp.ones(3), jnp.zeros(8), num_streams=2)
+      >>> c.pre.ravel().tolist(), c.post.ravel().tolist(), c.res[..., 0].tolist()
+      ([0.5, 0.5], [1.0, 1.0], [[0.5, 0.5], [0.5, 0.5]])
     """
     check_streams("coefficients", x, num_streams)
     check_parameters("coefficients", x, phi, alpha, bias, num_streams, parts)
     z = projection(x, phi, eps_norm, implementation=implementation)
-    return gates(
-        z,
-        alpha,
-        bias,
-        num_streams=num_streams,
-        parts=parts,
-        num_iters=num_iters,
-        eps=eps,
-        sinkhorn=_with(implementation),
-    )
-
-
-def _with(implementation: str | None) -> Any:
-    return functools.partial(sinkhorn, implementation=implementation)
-
-
-# --------------------------------------------------------------------------------------------------------------- read
+    mixing = functools.partial(sinkhorn, num_iters=num_iters, eps=eps, implementation=implementation)
+    return gates(z, alpha, bias, num_streams=num_streams, parts=parts, eps=eps, mixing=mixing)
 
 
 @over_tokens(0, x=0, pre=1)
@@ -161,18 +234,28 @@ def read(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*tokens C"]:
-    """What the branch reads: h = sum_i pre_i x_i, accumulated in float32, returned in the dtype of x.
+    r"""What the branch of a sub-layer reads (mHC Eq. 3): $h = H^{pre} x = \sum_i H^{pre}_i x_i$.
 
     Args:
       x: flat streams, any float dtype.
-      pre: float32 H_pre, tokens last; None: 1/n for every stream (the disabled component).
+      pre: float32 H_pre, tokens last; None: 1/n for every stream (the disabled part).
       num_streams: n.
       implementation: as in `sinkhorn`.
+
+    Returns:
+      h in the dtype of x, accumulated in float32.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
     Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre"); backward (2 n + 1) C.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import read
+      >>> x = jnp.array([[1.0, 2.0, 10.0, 20.0]])  # one token, streams [1, 2] and [10, 20]
+      >>> read(x, jnp.array([[1.0], [0.5]]), 2).tolist(), read(x, None, 2).tolist()
+      ([[6.0, 12.0]], [[5.5, 11.0]])
     """
     check_streams("read", x, num_streams)
     good = pre is None or pre.shape == (num_streams, *x.shape[:-1])
@@ -180,14 +263,11 @@ def read(
     refuse = "there is one stream and no pre" if pre is None and num_streams == 1 else None
     chosen = backends.pick("read", implementation, num_streams, x.shape[-1] // num_streams, (x.dtype,), refuse)
     if chosen == "xla":
-        return read_reference.read(x, pre, num_streams)
+        return read_xla.read(x, pre, num_streams)
     if pre is None:
         pre = jnp.full((num_streams, *x.shape[:-1]), 1 / num_streams, jnp.float32)
     h = backends.read(*alike(flatten_streams(x), flatten(pre, 1)), chosen)
     return h.reshape(*x.shape[:-1], -1)
-
-
-# -------------------------------------------------------------------------------------------------------------- write
 
 
 @over_tokens(0, x=0, y=0, post=1, res=2)
@@ -200,38 +280,44 @@ def write(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*tokens nC"]:
-    """New streams: x'_i = sum_j res_ij x_j + post_i y, accumulated in float32, returned in the dtype of x.
+    r"""Streams after a sub-layer (mHC Eq. 3): $x' = H^{res} x + (H^{post})^\top y$.
 
-    H_res is applied untransposed: row i of `res` makes stream i (DeepSeek's `comb` is its transpose).
+        $x'_i = \sum_j H^{res}_{ij} x_j + H^{post}_i y$
+
+    H_res is applied as it is: row i of `res` makes stream i.  DeepSeek's `comb` is its transpose.
 
     Args:
       x: flat streams.
       y: branch output; any float dtype.
-      post: float32 H_post, tokens last; None: 1 (the disabled component).
+      post: float32 H_post, tokens last; None: 1 (the disabled part).
       res: float32 H_res, tokens last; None: the identity.
       num_streams: n.
       implementation: as in `sinkhorn`.
+
+    Returns:
+      x' in the dtype of x, accumulated in float32.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
     Traffic per token: reads (n + 1) C + n^2 + n, writes n C (mHC section 4.3, fused post, res and merge); backward reads
     (2 n + 1) C, writes (n + 1) C.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import write
+      >>> x, y = jnp.array([[1.0, 2.0, 10.0, 20.0]]), jnp.array([[100.0, 100.0]])
+      >>> swap = jnp.array([[[0.0], [1.0]], [[1.0], [0.0]]])
+      >>> write(x, y, jnp.array([[1.0], [2.0]]), swap, 2).tolist()
+      [[110.0, 120.0, 201.0, 202.0]]
     """
     check_streams("write", x, num_streams)
     refuse = check_write("write", x, y, post, res, num_streams)
     chosen = backends.pick("write", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
-    if chosen == "xla":
-        return write_reference.write(x, y, post, res, num_streams)
-    assert post is not None and res is not None  # noqa: PT018
-    flat = backends.write(
-        *alike(flatten_streams(x), flatten_streams(y).astype(x.dtype), flatten(post, 1), flatten(res, 2)),
-        chosen,
-    )
-    return flat.reshape(x.shape)
-
-
-# --------------------------------------------------------------------------------------------------------- write_read
+    if chosen == "xla" or post is None or res is None:
+        return write_xla.write(x, y, post, res, num_streams)
+    flat = flatten_streams(x), flatten_streams(y).astype(x.dtype), flatten(post, 1), flatten(res, 2)
+    return backends.write(*alike(*flat), chosen).reshape(x.shape)
 
 
 @over_tokens((0, _COEFFICIENTS, 0), x=0, c=_COEFFICIENTS, y=0)
@@ -250,27 +336,37 @@ def write_read(
     eps: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*tokens nC"], Coefficients, Float[Array, "*tokens C"]]:
-    """Write y with the coefficients of the sub-layer that made it, then coefficients and read of the next sub-layer.
+    r"""Cross the boundary between two sub-layers: `write` of the first, then `coefficients` and `read` of the second.
+
+        $x' = H^{res} x + (H^{post})^\top y$,  $(H'^{pre}, H'^{post}, H'^{res}) = \mathrm{coefficients}(x')$,  $h = H'^{pre} x'$
+
+    A kernel does it in one pass over the streams, the fused form that mHC section 4.3 asks for; its gradient is in `backends.py`.
 
     Args:
-      x: streams the previous sub-layer read from.
+      x: flat streams that the first sub-layer read from.
       c: its coefficients.
       y: its branch output.
-      phi: projection of the next sub-layer.
-      alpha: its gates.
-      bias: its static term.
-      num_streams: n.
-      parts, num_iters, eps_norm, eps: of `coefficients`.
+      phi, alpha, bias: parameters of the second sub-layer.
+      num_streams, parts, num_iters, eps_norm, eps: as in `coefficients`.
       implementation: as in `sinkhorn`.
 
     Returns:
-      (new streams, coefficients of the next sub-layer, what its branch reads).
+      New streams x', coefficients of the second sub-layer, and what its branch reads.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
     Traffic per token: (2 n + 2) C in one pass is the floor, plus n^2 + 2 n float32 a few times; composed of the single
     operations XLA moves at least (4 n + 3) C.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import Coefficients, write_read
+      >>> x, y = jnp.array([[1.0, 2.0, 10.0, 20.0]]), jnp.array([[100.0, 100.0]])
+      >>> c = Coefficients(pre=None, post=jnp.array([[1.0], [2.0]]), res=jnp.eye(2)[..., None])
+      >>> new, _, h = write_read(x, c, y, jnp.zeros((4, 8)), jnp.ones(3), jnp.zeros(8), num_streams=2)
+      >>> new.tolist(), h.tolist()  # H_pre is 0.5
+      ([[101.0, 102.0, 210.0, 220.0]], [[155.5, 161.0]])
     """
     check_streams("write_read", x, num_streams)
     check_parameters("write_read", x, phi, alpha, bias, num_streams, parts)
@@ -278,24 +374,16 @@ def write_read(
     if tuple(parts) != PARTS:
         refuse = "a component is disabled"
     chosen = backends.pick("write_read", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
-    rest = {"num_streams": num_streams, "parts": parts, "num_iters": num_iters, "eps": eps}
-    if chosen == "xla" and (refuse or platform() == "cpu"):
-        x = write_reference.write(x, y, c.post, c.res, num_streams)
-        c = coefficients_reference.coefficients(x, phi, alpha, bias, eps_norm=eps_norm, **rest)
-        return x, c, read_reference.read(x, c.pre, num_streams)
-    assert c.post is not None and c.res is not None  # noqa: PT018
-    arrays = (x, y.astype(x.dtype), c.post, c.res)
-    if chosen == "xla":
-        chosen = "flat"
-    else:
-        arrays = (
-            flatten_streams(arrays[0]),
-            flatten_streams(arrays[1]),
-            flatten(c.post, 1),
-            flatten(c.res, 2),
-        )
+    mixing = functools.partial(sinkhorn, num_iters=num_iters, eps=eps, implementation=chosen)
+    finish = functools.partial(
+        gates, alpha=alpha, bias=bias, num_streams=num_streams, parts=parts, eps=eps, mixing=mixing
+    )
+    if c.post is None or c.res is None or (chosen == "xla" and (refuse or platform() == "cpu")):
+        new = write_xla.write(x, y, c.post, c.res, num_streams)
+        c = finish(coefficients_xla.projection(*alike(new, phi), eps_norm))
+        return new, c, read_xla.read(new, c.pre, num_streams)
+    arrays = x, y.astype(x.dtype), c.post, c.res
+    if chosen != "xla":
+        arrays = *map(flatten_streams, arrays[:2]), flatten(c.post, 1), flatten(c.res, 2)
     new, z, h = backends.write_read(*alike(*arrays, phi.astype(jnp.float32), alpha, bias), eps_norm, eps, chosen)
-    z = z.reshape(-1, *x.shape[:-1])
-    sinkhorn_backend = chosen if chosen in backends.BACKENDS["sinkhorn"] else "xla"
-    c = gates(z, alpha, bias, sinkhorn=_with(sinkhorn_backend), **rest)
-    return new.reshape(x.shape), c, h.reshape(*x.shape[:-1], -1)
+    return new.reshape(x.shape), finish(z.reshape(-1, *x.shape[:-1])), h.reshape(*x.shape[:-1], -1)

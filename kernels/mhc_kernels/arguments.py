@@ -1,4 +1,4 @@
-"""What every operation does to its arguments first: checks of shapes, tokens in one axis, types under `shard_map`."""
+"""Checks and first steps that operations share: shapes, tokens in one axis, types under `shard_map`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhc_kernels.ops.coefficients.reference import columns
+from mhc_kernels.layout import columns
 
 
 def require(op: str, condition: bool, problem: str, **arrays: Array | None) -> None:
@@ -19,7 +19,7 @@ def require(op: str, condition: bool, problem: str, **arrays: Array | None) -> N
 
 
 def check_streams(op: str, x: Array, num_streams: int) -> None:
-    """Flat streams of a float dtype, of n equal parts, with at least one token."""
+    """Require flat streams of a float dtype, n equal parts and at least one token."""
     require(op, jnp.issubdtype(x.dtype, jnp.floating), "streams must have a float dtype", x=x)
     require(op, num_streams >= 1, f"num_streams is {num_streams}, it must be at least 1", x=x)
     require(
@@ -29,26 +29,29 @@ def check_streams(op: str, x: Array, num_streams: int) -> None:
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Under `shard_map` phi is one value for all shards and x is not: the cast makes the gradient of phi the sum over shards."""
+    """Arrays that vary over the same shards.
+
+    Under `shard_map` phi is one value for all shards and x is not.  The cast of phi makes its gradient the sum over shards.
+    """
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     missing = [tuple(frozenset().union(*varying) - v) for v in varying]
     return tuple(jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True))
 
 
 def flatten(a: Array, small: int) -> Array:
-    """Tokens of a coefficient array in one axis."""
+    """Coefficients with all tokens in one axis, the last; `small` axes are in front."""
     return a.reshape(*a.shape[:small], -1)
 
 
 def flatten_streams(a: Array) -> Array:
-    """Tokens of streams in one axis."""
+    """Streams with all tokens in one axis, the first."""
     return a.reshape(-1, a.shape[-1])
 
 
 def check_parameters(
     op: str, x: Array, phi: Array, alpha: Array, bias: Array, num_streams: int, parts: tuple[str, ...]
 ) -> None:
-    """Shapes of phi, alpha and bias for the parts that are learned."""
+    """Require the shapes of phi, alpha and bias that fit the parts."""
     k = columns(num_streams, parts)[parts[-1]].stop
     good = phi.shape == (x.shape[-1], k) and bias.shape == (k,) and alpha.shape == (len(parts),)
     wanted = f"phi must be [{x.shape[-1]}, {k}], bias [{k}] and alpha [{len(parts)}] for parts {', '.join(parts)}"
@@ -56,7 +59,7 @@ def check_parameters(
 
 
 def check_write(op: str, x: Array, y: Array, post: Array | None, res: Array | None, num_streams: int) -> str | None:
-    """Check shapes; the reason why no kernel runs this, if there is one."""
+    """Require the shapes of a write, and return the reason why no kernel runs it, if there is one."""
     n, tokens = num_streams, x.shape[:-1]
     arrays = {"x": x, "y": y, "post": post, "res": res}
     require(op, y.shape == (*tokens, x.shape[-1] // n), "y must have the tokens of x and 1/n of its channels", **arrays)

@@ -1,6 +1,6 @@
-"""What a backend is, and the custom VJP that all backends of an operation share.
+r"""What a backend is, and the custom gradient that all backends of an operation share.
 
-A backend is a module `ops/<op>/<backend>.py` of plain functions on flat arrays (N tokens), without autodiff of its own:
+A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N tokens, without autodiff of its own:
 
     sinkhorn      forward(logits[n, n, N], num_iters, eps) -> res[n, n, N]
                   backward(logits, g, num_iters, eps) -> dlogits
@@ -12,20 +12,27 @@ A backend is a module `ops/<op>/<backend>.py` of plain functions on flat arrays 
                   backward(x, y, post, res, g[N, nC]) -> dx, dy, dpost, dres
     write_read    forward(x, y, post, res, phi, alpha_pre[], bias_pre[n], eps_norm, eps) -> x', z, inverse, h
                   read_products(x'[N, nC], g_h[N, C]) -> dpre[n, N] = <x'_i, g_h>
-                  backward(x, y, post, res, x', pre, phi, z, inverse, g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi
+                  backward(saved, pre, g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi
 
-and `obstacle(num_streams, width, dtypes) -> str | None`: why it cannot run such a call.  Coefficients are float32; x, y, h
-and their gradients share one dtype.  What is small (gates, and everything per token) is XLA's, around the kernels.
+It also has `obstacle(num_streams, width, dtypes) -> str | None`, which says why it cannot run such a call.  Coefficients are
+float32; x, y, h and their gradients share one dtype.  XLA computes what is small around the kernels: gates, and what is per token.
+
+The fused boundary makes the gradient of each new stream once, a sum over all that x' is used for:
+
+    $G_i = g_{x'_i} + H^{pre}_i g_h + s\, (g_z \phi^\top)_i - \frac{s^2}{nC} \langle g_z, z \rangle x'_i$,  with s = `inverse`
+
+    $dx_j = \sum_i H^{res}_{ij} G_i$,  $dy = \sum_i H^{post}_i G_i$,  $dH^{post}_i = \langle G_i, y \rangle$,
+    $dH^{res}_{ij} = \langle G_i, x_j \rangle$,  $d\phi = s\, x'^\top g_z$
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
 from mhc_kernels.choice import choose
 
@@ -36,7 +43,21 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "write": ("pallas_tpu", "pallas_gpu"),
     "write_read": ("pallas_tpu", "pallas_gpu"),
 }
-"""Backends of each operation beside `xla`."""
+"""Kernels of each operation."""
+
+
+class Saved(NamedTuple):
+    """What the backward pass of `write_read` needs of the forward pass."""
+
+    x: Array
+    y: Array
+    post: Array
+    res: Array
+    phi: Array
+    new: Array
+    """x', as it was rounded."""
+    z: Array
+    inverse: Array
 
 
 def _module(op: str, backend: str) -> Any:
@@ -44,7 +65,7 @@ def _module(op: str, backend: str) -> Any:
 
 
 def pick(op: str, implementation: str | None, num_streams: int, width: int, dtypes: Any, refuse: str | None) -> str:
-    """See `choose`; `refuse` is a reason that holds for every kernel."""
+    """Return the implementation that will run, see `choose`; `refuse` is a reason that holds for every kernel."""
 
     def obstacle(backend: str) -> str | None:
         return refuse or _module(op, backend).obstacle(num_streams, width, dtypes)
@@ -52,27 +73,26 @@ def pick(op: str, implementation: str | None, num_streams: int, width: int, dtyp
     return choose(op, implementation, {b: functools.partial(obstacle, b) for b in BACKENDS[op]})
 
 
-def _custom_vjp(*static: int) -> Callable[[Callable[..., Any]], Any]:
-    return lambda function: jax.custom_vjp(function, nondiff_argnums=static)
+def _keeping_arguments(op: str, arrays: int, static: int = 0) -> Any:
+    """Make an operation f(*arrays, *static, backend) whose backward pass needs nothing but the arrays."""
+
+    def forward(*args):
+        *rest, backend = args
+        return _module(op, backend).forward(*rest)
+
+    def backward(*args):
+        *static, backend, saved, g = args
+        gradients = _module(op, backend).backward(*saved, g, *static)
+        return gradients if isinstance(gradients, tuple) else (gradients,)
+
+    run = jax.custom_vjp(forward, nondiff_argnums=tuple(range(arrays, arrays + static + 1)))
+    run.defvjp(lambda *args: (forward(*args), args[:arrays]), backward)
+    return run
 
 
-@_custom_vjp(1, 2, 3)
-def sinkhorn(logits, num_iters, eps, backend):
-    """H_res of `logits`[n, n, N]; only the logits are kept."""
-    return _module("sinkhorn", backend).forward(logits, num_iters, eps)
-
-
-def _sinkhorn_bwd(num_iters, eps, backend, logits, g):
-    return (_module("sinkhorn", backend).backward(logits, g, num_iters, eps),)
-
-
-sinkhorn.defvjp(lambda logits, *static: (sinkhorn(logits, *static), logits), _sinkhorn_bwd)
-
-
-@_custom_vjp(2, 3)
-def projection(x, phi, eps_norm, backend):
-    """z[k, N] of x[N, nC]."""
-    return _module("coefficients", backend).forward(x, phi, eps_norm)[0]
+sinkhorn = _keeping_arguments("sinkhorn", arrays=1, static=2)
+read = _keeping_arguments("read", arrays=2)
+write = _keeping_arguments("write", arrays=4)
 
 
 def _projection_fwd(x, phi, eps_norm, backend):
@@ -80,62 +100,37 @@ def _projection_fwd(x, phi, eps_norm, backend):
     return z, (x, phi, z, inverse)
 
 
-projection.defvjp(
-    _projection_fwd, lambda eps_norm, backend, saved, g: _module("coefficients", backend).backward(*saved, g)
-)
+def _projection_bwd(eps_norm, backend, saved, g):
+    return _module("coefficients", backend).backward(*saved, g)
 
 
-@_custom_vjp(2)
-def read(x, pre, backend):
-    """h[N, C] of x[N, nC]."""
-    return _module("read", backend).forward(x, pre)
-
-
-read.defvjp(
-    lambda x, pre, backend: (read(x, pre, backend), (x, pre)),
-    lambda backend, saved, g: _module("read", backend).backward(*saved, g),
-)
-
-
-@_custom_vjp(4)
-def write(x, y, post, res, backend):
-    """x'[N, nC] of x[N, nC] and y[N, C]."""
-    return _module("write", backend).forward(x, y, post, res)
-
-
-write.defvjp(
-    lambda x, y, post, res, backend: (write(x, y, post, res, backend), (x, y, post, res)),
-    lambda backend, saved, g: _module("write", backend).backward(*saved, g),
-)
+projection: Any = jax.custom_vjp(lambda *args: _projection_fwd(*args)[0], nondiff_argnums=(2, 3))
+"""Project x[N, nC] onto z[k, N]: f(x, phi, eps_norm, backend)."""
+projection.defvjp(_projection_fwd, _projection_bwd)
 
 
 def _pre(z, alpha, bias, n, eps):
     return jax.nn.sigmoid(alpha[0] * z[:n] + bias[:n].reshape(n, *(1,) * (z.ndim - 1))) + eps
 
 
-@_custom_vjp(7, 8, 9)
-def write_read(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
-    """(x', z, h); z carries the gradient of the coefficients, and h that of the read."""
-    return _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend)[0]
-
-
 def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
     n = post.shape[0]
-    kernel = _module("write_read", backend)
-    new, z, inverse, h = kernel.forward(x, y, post, res, phi, alpha[0], bias[:n], eps_norm, eps)
-    return (new, z, h), (x, y, post, res, phi, alpha, bias, new, z, inverse)
+    new, z, inverse, h = _module("write_read", backend).forward(x, y, post, res, phi, alpha[0], bias[:n], eps_norm, eps)
+    return (new, z, h), (Saved(x, y, post, res, phi, new, z, inverse), alpha, bias)
 
 
-def _write_read_bwd(eps_norm, eps, backend, saved, g):
+def _write_read_bwd(eps_norm, eps, backend, kept, g):
     """Two phases over the streams: <x'_i, g_h>, which the gates need, then everything else in one pass."""
-    x, y, post, res, phi, alpha, bias, new, z, inverse = saved
-    g_new, g_z, g_h = g
-    n = post.shape[0]
-    kernel = _module("write_read", backend)
-    pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), z, alpha, bias)
-    dz, dalpha, dbias = pull(kernel.read_products(new, g_h))
-    dx, dy, dpost, dres, dphi = kernel.backward(x, y, post, res, new, pre, phi, z, inverse, g_new, g_h, g_z + dz)
-    return dx, dy, dpost, dres, dphi, dalpha, dbias
+    (saved, alpha, bias), (g_new, g_z, g_h) = kept, g
+    kernel, n = _module("write_read", backend), len(saved.post)
+    pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), saved.z, alpha, bias)
+    dz, dalpha, dbias = pull(kernel.read_products(saved.new, g_h))
+    return *kernel.backward(saved, pre, g_new, g_h, g_z + dz), dalpha, dbias
 
 
+write_read: Any = jax.custom_vjp(lambda *args: _write_read_fwd(*args)[0], nondiff_argnums=(7, 8, 9))
+"""Cross the boundary, f(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> x', z, h.
+
+z carries the gradient of the coefficients, and h that of the read.
+"""
 write_read.defvjp(_write_read_fwd, _write_read_bwd)

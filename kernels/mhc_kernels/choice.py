@@ -18,7 +18,7 @@ _PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "triton": "gpu"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `settings` sets."""
+    """Values of the arguments of `settings`."""
 
     implementation: str | None = None
     platform: str | None = None
@@ -26,8 +26,7 @@ class Settings:
     token_axes: PartitionSpec = _UNSPLIT
 
 
-_NOTHING_SET = Settings()
-_settings = contextvars.ContextVar("mhc_kernels.settings", default=_NOTHING_SET)
+_settings = contextvars.ContextVar("mhc_kernels.settings", default=Settings())  # noqa: B039
 _warned: set[tuple[str, str]] = set()
 
 
@@ -38,34 +37,35 @@ def settings(
     interpret: bool | None = None,
     token_axes: PartitionSpec | None = None,
 ) -> Iterator[None]:
-    """Choose for every operation traced inside; arguments left out keep what is set around.
+    """Choose backends, device and mesh axes for every operation that is traced inside.
 
-    It acts while a program is traced: a function that `jax.jit` has traced already stays as it is.
+    Arguments that are left out keep the value of the settings around.  A function that `jax.jit` has traced already stays as it is.
 
     Args:
-      implementation: what `implementation=None` means; `xla` for the reference everywhere.
-      platform: `cpu`, `gpu` or `tpu`, the device the program is traced for where it is not the default backend (ahead-of-time
+      implementation: what `implementation=None` means; `xla` for plain XLA everywhere.
+      platform: `cpu`, `gpu` or `tpu`, the device that the program is traced for where it is not the default backend (ahead-of-time
         compilation).
       interpret: run Pallas kernels in interpret mode, on whatever device is there.
       token_axes: mesh axes of the leading token axes ([B, T]) of streams and coefficients; each operation then runs under
-        `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded`).  Empty: as they are.
+        `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded.py`).  Empty: operations run as they are.
 
     Raises:
       ValueError: unknown implementation or platform.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import read, settings
+      >>> with settings(implementation="pallas_gpu", interpret=True):  # a GPU kernel, on any device
+      ...     read(jnp.arange(64.0).reshape(1, 64), jnp.array([[1.0], [-1.0]]), 2)[0, :3].tolist()
+      [-32.0, -32.0, -32.0]
     """
     if implementation is not None:
         _known(implementation)
     if platform not in (None, "cpu", "gpu", "tpu"):
         raise ValueError(f"platform is {platform!r}; it must be 'cpu', 'gpu' or 'tpu'.")
-    old = _settings.get()
-    token = _settings.set(
-        Settings(
-            old.implementation if implementation is None else implementation,
-            old.platform if platform is None else platform,
-            old.interpret if interpret is None else interpret,
-            old.token_axes if token_axes is None else token_axes,
-        )
-    )
+    given = {"implementation": implementation, "platform": platform, "interpret": interpret, "token_axes": token_axes}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    token = _settings.set(dataclasses.replace(_settings.get(), **chosen))
     try:
         yield
     finally:
@@ -73,7 +73,7 @@ def settings(
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: the device programs are traced for."""
+    """Device that programs are traced for: `cpu`, `gpu` or `tpu`."""
     return _settings.get().platform or {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
 
 
@@ -93,7 +93,7 @@ def _known(name: str) -> None:
 
 
 def choose(op: str, requested: str | None, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
-    """The implementation that will run.
+    """Return the implementation that will run.
 
     Args:
       op: name of the operation, for messages.

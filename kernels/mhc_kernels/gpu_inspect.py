@@ -1,9 +1,9 @@
-"""What the Triton compiler makes of the kernels of a program lowered for NVIDIA GPUs; no device is needed.
+"""Registers, spills and memory accesses of the kernels of a program for NVIDIA GPUs, without a device.
 
     for kernel in resources(lower(f, *shapes)):
         print(kernel.name, kernel.registers, kernel.spills)
 
-needs the `triton` package, whose compiler stands in for the one inside XLA: same front end, a version apart.
+This needs the `triton` package.  Its compiler stands in for the one inside XLA: same front end, a version apart.
 """
 
 from __future__ import annotations
@@ -35,22 +35,21 @@ class Resources:
 
     name: str
     registers: int
-    """A thread."""
+    """Registers of a thread."""
     spills: int
-    """Local-memory instructions (LDL, STL), and stack or local bytes."""
+    """Local-memory instructions (LDL, STL) plus bytes of stack and local memory; 0 where nothing spills."""
     shared: int
     """Bytes of shared memory a block."""
     moved: int
-    """Bytes of its operands and results: each must pass once."""
+    """Bytes of the operands and results, each of which must pass once."""
     loads: dict[int, int]
-    """Global loads, by bits a thread: {128: 8, 32: 4}; asynchronous copies to shared memory count as loads."""
+    """Global loads by bits a thread, as in {128: 8, 32: 4}; asynchronous copies to shared memory count as loads."""
     stores: dict[int, int]
-    warps: int
-    sass: str
+    """Global stores by bits a thread."""
 
 
 def lower(function: Callable[..., Any], *args: Any, devices: int = 1) -> jax.stages.Lowered:
-    """A function of arrays (or `jax.ShapeDtypeStruct`s) lowered for H100s on any host.
+    """Lower a function of arrays (or `jax.ShapeDtypeStruct`s) for H100s, on any host.
 
     `jax.shard_map` without a mesh finds the axis "data" of that many devices.
     """
@@ -63,22 +62,22 @@ def lower(function: Callable[..., Any], *args: Any, devices: int = 1) -> jax.sta
 
 
 def missing() -> str | None:
-    """Why `resources` cannot run here."""
+    """Say why `resources` cannot run here, or None."""
     return None if importlib.util.find_spec("triton") else "the triton package is not installed"
 
 
-def _kernels(op: Any, found: list[dict[str, Any]]) -> None:
-    """Collect the Triton custom calls of a StableHLO module."""
+def _collect(op: Any, kernels: list[dict[str, Any]]) -> None:
+    """Append the Triton custom calls of a StableHLO operation and its regions."""
     for region in op.regions:
         for block in region:
             for inner in block:
-                _kernels(inner.operation, found)
+                _collect(inner.operation, kernels)
     if op.name == "stablehlo.custom_call" and ir.StringAttr(op.attributes["call_target_name"]).value == TARGET:
         config = ir.DictAttr(op.attributes["mhlo.backend_config"])
         number = {k: ir.IntegerAttr(config[k]).value for k in ("num_warps", "num_stages")}
         code = ir.StringAttr(config["ir"]).value_bytes
         moved = sum(_bytes(value.type) for value in (*op.operands, *op.results))
-        found.append({"name": ir.StringAttr(config["name"]).value, "ir": code, "moved": moved, **number})
+        kernels.append({"name": ir.StringAttr(config["name"]).value, "ir": code, "moved": moved, **number})
 
 
 def _bytes(type_: Any) -> int:
@@ -96,37 +95,36 @@ def _text(bytecode: bytes) -> str:
 
 
 def _widths(sass: str, opcodes: str) -> dict[int, int]:
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for match in re.finditer(rf"\b(?:{opcodes})\b((?:\.\w+)*)", sass):
         bits = next((int(b) for b in match[1].split(".") if b in ("64", "128", "256")), 32)
-        found[bits] = found.get(bits, 0) + 1
-    return found
+        counts[bits] = counts.get(bits, 0) + 1
+    return counts
 
 
-def resources(lowered: jax.stages.Lowered, capability: int = 90) -> list[Resources]:
-    """The kernels of a program, in its order, compiled for `capability` (90: H100, H200)."""
+def resources(lowered: jax.stages.Lowered) -> list[Resources]:
+    """Compile the kernels of a program for sm_90 (H100, H200), in the order of the program."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    found: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     module = lowered.compiler_ir()
     assert module is not None
-    _kernels(module.operation, found)
+    _collect(module.operation, kernels)
     out = []
     with tempfile.TemporaryDirectory() as folder:
-        for kernel in found:
+        for kernel in kernels:
             file = Path(folder) / f"{kernel['name']}.ttir"
             file.write_text(_text(kernel["ir"]))
             options = {k: kernel[k] for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
-            compiled = triton.compile(str(file), target=GPUTarget("cuda", capability, 32), options=options)
+            compiled = triton.compile(str(file), target=GPUTarget("cuda", 90, 32), options=options)
             cubin = Path(folder) / f"{kernel['name']}.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
-            shared, warps = compiled.metadata.shared, kernel["num_warps"]
-            out.append(_read(kernel["name"], cubin, shared, warps, kernel["moved"]))
+            out.append(_read(kernel["name"], cubin, compiled.metadata.shared, kernel["moved"]))
     return out
 
 
-def _read(name: str, cubin: Path, shared: int, warps: int, moved: int) -> Resources:
+def _read(name: str, cubin: Path, shared: int, moved: int) -> Resources:
     from triton.backends import nvidia
 
     tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -144,6 +142,4 @@ def _read(name: str, cubin: Path, shared: int, warps: int, moved: int) -> Resour
         moved=moved,
         loads=_widths(sass, "LDG|LDGSTS"),
         stores=_widths(sass, "STG"),
-        warps=warps,
-        sass=sass,
     )

@@ -1,6 +1,6 @@
-"""Correctness gate and timing of the operations: the engine of `kernels/bench.py` and `experiments/device_report.py`.
+"""Correctness gate and timing of the operations, for `kernels/bench.py` and `experiments/device_report.py`.
 
-A time is taken only of what has passed its gate.  Implementations alternate (ABBA), each timed batch follows an untimed
+Only an implementation that has passed its gate is timed.  Implementations alternate (ABBA), each timed batch follows an untimed
 call, inputs rotate over more memory than any cache holds, and the result is a median of rounds.
 """
 
@@ -18,65 +18,64 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc_kernels import backends
-from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program
-from mhc_kernels.ops.exact import exact
+from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program, shapes
 
 GATE_TOKENS = 269
-"""Prime, so that no block size divides it, and more than two blocks of 128."""
+"""Tokens at the gate: a prime, so that no block size divides it, and more than two blocks of 128."""
 FLOAT32_TOLERANCE = 1e-5
 STREAM_TOLERANCE = 2.0**-6
-"""Two units in the last place of bfloat16; also for all that is computed from streams which were rounded on the way."""
+"""Two units in the last place of bfloat16; it holds for all that is computed from streams that were rounded on the way."""
 ROTATION_BYTES = 256 * 2**20
 """Inputs rotate over at least this much: more than twice the largest second-level cache of an accelerator (B200: 126 MB)."""
 BATCH_SECONDS = 0.02
-"""A timed batch lasts about this long, so that the latency of a dispatch (tens of microseconds) does not count."""
+"""Approximate length of a timed batch, so that the latency of a dispatch (tens of microseconds) does not count."""
 
 Sets = Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]]
-"""(arguments, cotangents of the outputs) of a number of calls."""
+"""Pairs (arguments, cotangents of the outputs), one a call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What `alternating` times."""
+    """Calls that `alternating` times."""
 
     launch: Callable[[int], Any]
-    """Start dispatch number k, which does `calls` calls; returns what `wait` waits for."""
+    """Starts dispatch number k, which does `calls` calls, and returns what `wait` waits for."""
     wait: Callable[[Any], Any] = jax.block_until_ready
     calls: int = 1
 
 
 @runtime_checkable
 class Implementation(Protocol):
-    """One contestant; peers in other frameworks have the same three methods."""
+    """Contestant of a benchmark; peers in other frameworks have the same three methods."""
 
     @property
     def name(self) -> str:
-        """As `--implementations` takes it."""
+        """Name, as `--implementations` takes it."""
         ...
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Why it cannot run this call here; None: it can."""
+        """Say why it cannot run this call here; None: it can."""
         ...
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """Outputs, and where `backward` gradients of the arguments, of the first set."""
+        """Compute the outputs, and where `backward` the gradients of the arguments, of the first set."""
         ...
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """A dispatch does `calls` calls, on sets which rotate."""
+        """Make a batch whose dispatches do `calls` calls each, on sets that rotate."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """A backend of mhc_kernels by the name that `implementation=` takes."""
+    """Backend of mhc_kernels, by the name that `implementation=` takes."""
 
     name: str
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Traces the call; what `mhc_kernels.choice.choose` raises is the answer."""
+        """Trace the call; the answer is the message that `mhc_kernels.choice.choose` raises."""
         try:
-            jax.eval_shape(function(op, spec, self.name), *_shapes(op, spec))
+            jax.eval_shape(function(op, spec, self.name), *shapes(op, spec)[0])
         except ValueError as error:
             return str(error).partition("cannot run this: ")[2].partition(". Here")[0] or str(error)
         return None
@@ -87,15 +86,15 @@ class Ours:
         return [np.asarray(a) for a in out]
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """The calls of a dispatch are one program, each held back until the one before it is done."""
+        """See `Implementation`: the calls of a dispatch are one program, each held back until the one before it is done."""
         run = program(function(op, spec, self.name), backward)
 
         def several(group):
             out, done = [], ()
-            for one in group:
-                one, done = jax.lax.optimization_barrier((one, done))
+            for arrays in group:
+                arrays, done = jax.lax.optimization_barrier((arrays, done))
                 out.append(done)
-                done = run(*one)
+                done = run(*arrays)
             return out, done
 
         compiled = jax.jit(several)
@@ -104,22 +103,18 @@ class Ours:
 
 
 def implementations(op: str) -> list[Implementation]:
-    """`xla` and every backend that the operation has, whether or not it runs here."""
+    """List `xla` and every kernel that the operation has, whether or not it runs here."""
     return [Ours("xla"), *(Ours(name) for name in backends.BACKENDS[op])]
 
 
-def _shapes(op: str, spec: ArgSpec) -> tuple[Any, ...]:
-    return jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
-
-
 def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
-    """Random arguments and cotangents of `count` calls, no two alike."""
-    shapes = jax.eval_shape(function(op, spec, "xla"), *_shapes(op, spec))
+    """Draw random arguments and cotangents of `count` calls, no two alike."""
+    _, outputs = shapes(op, spec)
 
     @jax.jit
     def make(key):
-        given, *rest = jax.random.split(key, 1 + len(shapes))
-        normal = (jax.random.normal(k, s.shape, s.dtype) for k, s in zip(rest, shapes, strict=True))
+        given, *rest = jax.random.split(key, 1 + len(outputs))
+        normal = (jax.random.normal(k, s.shape, s.dtype) for k, s in zip(rest, outputs, strict=True))
         return arguments(op, spec, given), tuple(normal)
 
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
@@ -130,40 +125,51 @@ def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Largest |difference| of each result from float64, relative to its largest entry, and what is allowed."""
+    """Largest |difference| of each result from float64, relative to its largest entry, and its bound."""
 
     errors: Mapping[str, float]
     allowed: Mapping[str, float]
 
     @property
     def passed(self) -> bool:
-        """NaN does not pass."""
+        """Whether every error is within its bound; NaN is not."""
         return all(self.errors[name] <= self.allowed[name] for name in self.errors)
 
     @property
     def worst(self) -> str:
-        """Name of the result nearest to its bound, or furthest above it."""
+        """Name of the result that is nearest to its bound, or furthest above it."""
         return max(
             self.errors, key=lambda name: math.inf if math.isnan(e := self.errors[name]) else e / self.allowed[name]
         )
 
 
+def float64_results(op: str, spec: ArgSpec, given: Sequence[Any], cotangents: Sequence[Any]) -> list[np.ndarray]:
+    """Outputs and then gradients of the arguments by the reference in float64, on the host's CPU.
+
+    Raises:
+      RuntimeError: JAX_PLATFORMS leaves the CPU out.
+    """
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        sets = (tuple(jnp.asarray(np.asarray(a, np.float64)) for a in arrays) for arrays in (given, cotangents))
+        return [np.asarray(a) for a in jax.jit(program(function(op, spec, "reference"), True))(*sets)]
+
+
 def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float = 0.0) -> Gate:
-    """Outputs and gradients at a small token count against float64.
+    """Compare outputs and gradients at a small token count with float64.
 
     Args:
       op: operation.
-      spec: workload; its width, streams and dtype are kept.
+      spec: workload; its tokens are cut to `GATE_TOKENS`.
       implementation: contestant.
-      loosest: a bound to use where it is above ours, for contestants that compute in lower precision by design.
+      loosest: a bound that is used where it is above ours, for contestants that compute in lower precision by design.
     """
     small = dataclasses.replace(spec, tokens=min(spec.tokens, GATE_TOKENS))
     sets = make_sets(op, small, 1)
-    expected = exact(op, small, *sets[0])
+    expected = float64_results(op, small, *sets[0])
     names = [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])]
     dtypes = [a.dtype for part in (sets[0][1], sets[0][0]) for a in part]
     errors = dict.fromkeys(names, 0.0)
-    # The forward on its own may be another program than the one that saves for the backward.
+    # Without a gradient the forward pass may be another program than the one that saves for the backward pass.
     for backward in (False, True):
         actual = implementation.results(op, small, sets, backward)
         for name, a, b in zip(names[: len(actual)], actual, expected[: len(actual)], strict=True):
@@ -181,7 +187,10 @@ def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float 
 def attempt(
     op: str, spec: ArgSpec, implementation: Implementation, loosest: float = 0.0, known: Gate | None = None
 ) -> tuple[str, Gate | None]:
-    """(`ok`, `FAILED`, or why there is no gate; the gate): arguments as those of `gate`, whose result may be `known`."""
+    """Return a status (`ok`, `FAILED`, or why there is no gate) and the gate.
+
+    Arguments are those of `gate`; `known` is its result where it is done already.
+    """
     obstacle = implementation.obstacle(op, spec)
     if obstacle is not None:
         return obstacle, None
@@ -196,10 +205,10 @@ def attempt(
 
 
 def alternating(batches: Mapping[str, Batch], rounds: int, seconds: float = BATCH_SECONDS) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, one value a round; every round runs all of them, in turning order.
+    """Time the contestants: seconds a call, one value a round; every round runs all of them, in alternating order.
 
-    Each timed batch follows an untimed dispatch of the same contestant: the first after another's pays for the caches and
-    pages which that one left behind (on CPU up to 4 ms, whoever comes second).
+    Each timed batch follows an untimed dispatch of the same contestant, because the first one pays for the caches and pages that
+    another contestant left behind.
     """
     repeats = {}
     for name, batch in batches.items():
@@ -221,7 +230,7 @@ def alternating(batches: Mapping[str, Batch], rounds: int, seconds: float = BATC
 
 
 def copy_bandwidth(rounds: int) -> float:
-    """Bytes a second, read and written, of x + 1 over 1 GiB of float32 (a CPU: 256 MiB)."""
+    """Measure the bytes a second, read and written, of x + 1 over 1 GiB of float32 (on a CPU 256 MiB)."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**28
     x = jnp.zeros(size, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -230,10 +239,10 @@ def copy_bandwidth(rounds: int) -> float:
 
 
 def rotation(set_bytes: int) -> tuple[int, int]:
-    """(calls a dispatch, sets): a dispatch moves ROTATION_BYTES or makes 16 calls; all sets together fill ROTATION_BYTES.
+    """Return (calls a dispatch, sets).
 
-    On a CPU, where a dispatch costs little beside a call, a dispatch is one call.  At most 512 sets: the `tiny` workloads
-    stay in cache.
+    A dispatch moves ROTATION_BYTES or makes 16 calls, and all sets together fill ROTATION_BYTES.  On a CPU, where a dispatch costs
+    little beside a call, a dispatch is one call.  There are at most 512 sets, so the `tiny` workloads stay in cache.
     """
     calls = 1 if jax.default_backend() == "cpu" else min(16, math.ceil(ROTATION_BYTES / set_bytes))
     return calls, calls * min(512 // calls, max(2, math.ceil(ROTATION_BYTES / (calls * set_bytes))))
@@ -248,15 +257,15 @@ def measure(
     loosest: Mapping[str, float] = {},
     known: Mapping[str, Gate] = {},
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one operation on one workload: each contestant, forward, then forward + backward.
+    """Measure one operation on one workload: a row for each contestant, forward, then forward + backward.
 
     Args:
       op: operation.
       spec: workload.
       contestants: `implementations(op)` and any peers.
-      rounds: of the alternation.
-      copy: bytes a second of `copy_bandwidth`, of the same run.
-      loosest: contestants that compute in lower precision by design, and the error which they may have.
+      rounds: number of rounds.
+      copy: bytes a second of `copy_bandwidth` in the same run.
+      loosest: contestants that compute in lower precision by design, and the error that they may have.
       known: gates of this workload that are done already.
 
     Yields:
@@ -266,18 +275,18 @@ def measure(
     """
     status: dict[str, str] = {}
     gates: dict[str, Gate] = {}
-    for one in contestants:
-        status[one.name], passed = attempt(op, spec, one, loosest.get(one.name, 0.0), known.get(one.name))
-        if passed is not None:
-            gates[one.name] = passed
+    for c in contestants:
+        status[c.name], result = attempt(op, spec, c, loosest.get(c.name, 0.0), known.get(c.name))
+        if result is not None:
+            gates[c.name] = result
     common = {"op": op, "spec": dataclasses.asdict(spec)}
     gate_of = {name: {"errors": dict(g.errors), "worst": g.worst} for name, g in gates.items()}
-    able = [one for one in contestants if status[one.name] == "ok"]
-    calls, count = rotation(sum(math.prod(a.shape) * a.dtype.itemsize for a in _shapes(op, spec)))
+    able = [c for c in contestants if status[c.name] == "ok"]
+    calls, count = rotation(sum(math.prod(a.shape) * a.dtype.itemsize for a in shapes(op, spec)[0]))
     sets = make_sets(op, spec, count) if able else []
     for backward in (False, True):
         moved = floor_bytes(op, spec, backward)
-        times = alternating({one.name: one.batch(op, spec, sets, calls, backward) for one in able}, rounds)
+        times = alternating({c.name: c.batch(op, spec, sets, calls, backward) for c in able}, rounds)
         for name, seconds in times.items():
             median = statistics.median(seconds)
             yield {
@@ -297,17 +306,21 @@ def measure(
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown, one line a row of `measure`."""
-    lines = [
-        "| op | pass | workload | implementation | ms | GB | of copy | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Format rows of `measure` as a Markdown table."""
+    lines = []
     for row in rows:
         error = f"{row['errors'][row['worst']]:.0e} ({row['worst']})" if "errors" in row else ""
         if row["status"] == "ok":
-            figures = f"{row['ms']:.3f} | {row['bytes'] / 1e9:.3f} | {100 * row['copy_share']:.0f} %"
+            figures = [f"{row['ms']:.3f}", f"{row['bytes'] / 1e9:.3f}", f"{100 * row['copy_share']:.0f} %"]
         else:
-            figures = f"{row['status']} | | "
-        spec = ArgSpec(**row["spec"])
-        lines.append(f"| {row['op']} | {row['pass']} | {spec} | {row['implementation']} | {figures} | {error} |")
-    return "\n".join(lines)
+            figures = [row["status"], "", ""]
+        lines.append([row["op"], row["pass"], ArgSpec(**row["spec"]), row["implementation"], *figures, error])
+    return markdown("op | pass | workload | implementation | ms | GB | of copy | error", lines)
+
+
+def markdown(header: str, lines: Iterable[Sequence[Any]]) -> str:
+    """Format a Markdown table; `header` has the names of its columns between bars."""
+    columns = header.count("|") + 1
+    return "\n".join(
+        [f"| {header} |", "| --- " * columns + "|", *("| " + " | ".join(map(str, c)) + " |" for c in lines)]
+    )

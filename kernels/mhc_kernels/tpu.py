@@ -1,8 +1,8 @@
-"""What the Pallas TPU (Mosaic) kernels share: blocks of tokens, VMEM, and the two layouts of per-token numbers.
+"""Blocks of tokens, VMEM and layouts of per-token numbers, which the Pallas TPU (Mosaic) kernels share.
 
-Coefficients are `[k, N]` outside, tokens on the lanes, because an array `[N, k]` of a few numbers a token is padded to 128 lanes.
-A kernel needs them with tokens on the sublanes, like the streams: `call` transposes a block in VMEM on the way in and out, so that
-the padded form never reaches HBM.
+Coefficients are `[k, N]` in HBM, tokens on the lanes, because an array `[N, k]` of a few numbers a token is padded to 128 lanes.
+A kernel needs them with tokens on the sublanes, as the streams have them.  `call` transposes a block in VMEM on the way in and
+out, so the padded form never reaches HBM.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mhc_kernels import choice
 LANES = 128
 MAX_STREAMS = 8
 SMALLEST_VMEM = 64 * 2**20
-"""Of v5p and TPU7x; v5e and v6e have 128 MiB.  Assumed where the chip is not known (ahead-of-time compilation)."""
+"""Bytes of VMEM of v5p and TPU7x, assumed where the chip is not known (ahead-of-time compilation); v5e and v6e have 128 MiB."""
 STEP_BYTES = 4 * 2**20
-"""HBM traffic of one grid step from which a larger block gains nothing: 1.5 us at 2.765 TB/s, against 0.35 us a step costs."""
+"""HBM traffic of one grid step from which a larger block gains nothing: it takes 1.5 us on a v5p, and a step costs 0.35 us."""
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any], per_token: int = 0, resident: int = 0) -> str | None:
-    """Why no kernel runs this, or None; `per_token` and `resident` as in `block_tokens`."""
+    """Say why no kernel can run a call, or None; `per_token` and `resident` as in `block_tokens`."""
     if not 1 <= num_streams <= MAX_STREAMS:
         return f"it needs 1 to {MAX_STREAMS} streams, n is {num_streams}"
     if width % LANES:
@@ -49,7 +49,7 @@ def vmem_budget() -> int:
 
 
 def block_tokens(tokens: int, traffic: int, per_token: int, resident: int) -> int | None:
-    """Tokens of a block: no more than `STEP_BYTES` asks for, and what VMEM holds.
+    """Return the tokens of a block: no more than `STEP_BYTES` asks for, and no more than VMEM holds.
 
     Args:
       tokens: N, a multiple of 128.
@@ -68,14 +68,15 @@ def block_tokens(tokens: int, traffic: int, per_token: int, resident: int) -> in
 
 
 def up(size: int, multiple: int) -> int:
-    """Size rounded up."""
+    """Size rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
-    """Float32 `a` as bfloat16 pieces (0: leading 8 bits, 1: next 8, 2: last 8), concatenated, whose products the MXU makes exactly.
+    """Float32 `a` cut into bfloat16 pieces (0: leading 8 bits, 1: next 8, 2: last 8), which the MXU multiplies exactly.
 
-    `reduce_precision`, because XLA is free to drop a cast to bfloat16 and back.
+    They are concatenated along `axis` in the order `which`.  They come from `reduce_precision`, because XLA is free to drop a cast
+    to bfloat16 and back.
     """
     parts, rest = [], a
     for _ in range(3):
@@ -85,13 +86,13 @@ def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
 
 
 def pad(a: Array, size: int, axis: int) -> Array:
-    """Zeros at the end of an axis."""
+    """Append zeros to an axis until it has `size` entries."""
     widths = [(0, size - s if k == axis else 0) for k, s in enumerate(a.shape)]
     return a if size == a.shape[axis] else jnp.pad(a, widths)
 
 
 def manual_axes(*arrays: Array) -> Any:
-    """The type of results that differ between shards wherever one of the arrays does (`shard_map` with `check_vma`)."""
+    """Type of results that vary between shards wherever one of the arrays does (`shard_map` with `check_vma`)."""
     types = [jax.typeof(a).manual_axis_type for a in arrays]
     return types[0].update(varying=frozenset().union(*(t.varying for t in types)))
 
@@ -114,9 +115,9 @@ def call(
 
     Args:
       kernel: called as kernel(numbers, *streams, *whole, *out_streams, out_numbers, out_sum, scratch) with references; those
-        not asked for are left out.  It does one block: `numbers` [block, k] and `out_numbers` [block, out_numbers] have the
-        tokens first.  `out_sum` starts at zero and is added to.
-      name: of the custom call.
+        not asked for are left out.  It does one block.  `numbers` [block, k] and `out_numbers` [block, out_numbers] have the
+        tokens first.  `out_sum` starts at zero, and the kernel adds to it.
+      name: name of the custom call.
       numbers: float32 [k, N]; the kernel sees all of them side by side, in this order.
       streams: [N, width], one dtype.
       whole: small arrays that stay in VMEM.
@@ -128,7 +129,7 @@ def call(
       transcendentals: exponentials and roots a token.
 
     Returns:
-      Outputs in that order.
+      Outputs in the order of `out_streams`, `out_numbers`, `out_sum`.
     """
     N, dtype = streams[0].shape[0], streams[0].dtype
     mat = manual_axes(*streams, *numbers, *whole)
@@ -175,10 +176,11 @@ def call(
     def body(*refs):
         t, s = pl.program_id(1), pl.program_id(2)
         here = pl.ds(pl.multiple_of(s * block, block), block)
-        ins, outs, own = (list(a) for a in _divide(refs, len(in_specs), len(out_specs)))
+        ins, outs = list(refs[: len(in_specs)]), refs[len(in_specs) :][: len(out_specs)]
+        scratches = list(refs[len(in_specs) + len(out_specs) :])
         args = []
         if k:
-            incoming, turned = ins.pop(0), own.pop(0)
+            incoming, turned = ins.pop(0), scratches.pop(0)
 
             @pl.when(s == 0)
             def _():
@@ -188,7 +190,7 @@ def call(
         args += [*ins, *outs[: len(out_streams)]]
         rest = outs[len(out_streams) :]
         if k_out:
-            args.append(own[0].at[here])
+            args.append(scratches[0].at[here])
         if out_sum:
 
             @pl.when((t == 0) & (s == 0))
@@ -196,12 +198,12 @@ def call(
                 rest[-1][...] = jnp.zeros_like(rest[-1])
 
             args.append(rest[-1].at[0])
-        kernel(*args, *own[bool(k_out) :])
+        kernel(*args, *scratches[bool(k_out) :])
         if k_out:
 
             @pl.when(s == steps - 1)
             def _():
-                rest[0][...] = own[0][...].T
+                rest[0][...] = scratches[0][...].T
 
     operands = [pad(pad(jnp.concatenate(numbers), k, 0), padded, 1)] if k else []
     operands += [pad(a, padded, 0) for a in streams] + list(whole)
@@ -232,12 +234,8 @@ def call(
     return results
 
 
-def _divide(refs, first, second):
-    return refs[:first], refs[first : first + second], refs[first + second :]
-
-
 def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
-    """body(rows, R) over the tokens of a stream block, R to a register: 16 of bfloat16, 8 of float32."""
+    """Call body(rows, R) over the tokens of a stream block, R to a register: 16 of bfloat16, 8 of float32."""
     R = 32 // ref.dtype.itemsize
 
     def step(r, _):
@@ -248,10 +246,10 @@ def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
 
 
 class Channels(NamedTuple):
-    """128 channels: those from `at` on of `width` that begin at the traced `base`.
+    """Place of 128 channels: they begin `at` channels into a run of `width` channels, which begins at the traced `base`.
 
-    Kept apart because scalar arithmetic is what limits the light kernels: the address of `base` is worked out once a pass of the
-    loop, `at` is part of the instruction.
+    Scalar arithmetic limits the light kernels.  So the address of `base` is computed once a pass of the loop, and `at` is part of
+    the instruction.
     """
 
     base: Array
@@ -260,7 +258,7 @@ class Channels(NamedTuple):
 
 
 def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most: int = 10) -> Any:
-    """Carry after body(channels, carry) over C channels, 128 at a time, up to `most` times in one pass of the loop."""
+    """Loop carry = body(channels, carry) over C channels, 128 at a time, up to `most` times in one pass of the loop."""
     steps = C // LANES
     unroll = max(u for u in range(1, most + 1) if steps % u == 0)
     width = unroll * LANES
@@ -275,22 +273,22 @@ def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most:
 
 
 def piece(ref: Any, rows: Any, first: int, c: Channels) -> Array:
-    """Channels of some tokens, in float32; `first` is where their stream begins."""
+    """Load 128 channels of some tokens as float32; `first` is where their stream begins."""
     return ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES].astype(jnp.float32)
 
 
 def put(ref: Any, rows: Any, first: int, c: Channels, value: Array) -> None:
-    """Write what `piece` reads, rounded to the reference's dtype."""
+    """Store 128 channels where `piece` loads them, rounded to the dtype of the array."""
     ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES] = value.astype(ref.dtype)
 
 
 def add(terms: Iterable[Array]) -> Array:
-    """The sum, without a 0 to begin with."""
+    """Sum without a 0 to begin with."""
     return functools.reduce(jnp.add, terms)
 
 
 def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-    """Product over axis `of_a` of a and `of_b` of b, added up in float32; bfloat16 is multiplied exactly, float32 with HIGHEST."""
+    """Product over axis `of_a` of a and `of_b` of b, added up in float32: exact for bfloat16, with HIGHEST for float32."""
     if choice.interpret():  # XLA:CPU has no bfloat16 product of every shape with a float32 result
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
@@ -299,11 +297,11 @@ def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
 
 
 def column(numbers: Array, k: int) -> Array:
-    """Number k of each token, across a register's lanes."""
+    """Number k of each token, repeated over the lanes of a register."""
     return jnp.broadcast_to(numbers[:, k : k + 1], (numbers.shape[0], LANES))
 
 
-def put_sums(out: Any, rows: Any, sums: Sequence[Array], first: int = 0) -> None:
-    """Sums over the lanes, one column each."""
+def put_sums(out: Any, rows: Any, sums: Sequence[Array]) -> None:
+    """Sum each array over its lanes and store the sums, a column each."""
     for k, a in enumerate(sums):
-        out[rows, first + k : first + k + 1] = jnp.sum(a, axis=1, keepdims=True)
+        out[rows, k : k + 1] = jnp.sum(a, axis=1, keepdims=True)

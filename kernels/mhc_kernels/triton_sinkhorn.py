@@ -1,7 +1,7 @@
-"""Sinkhorn-Knopp in Triton; imported by `ops/sinkhorn/triton.py` once the package is known to be there.
+"""Sinkhorn-Knopp in Triton; `ops/sinkhorn/triton.py` imports it once the package is known to be there.
 
-The steps are those of `reference.py` there and the blocks those of `pallas_gpu.py`: [n, n, TOKENS] in the registers of one warp.
-`n` is a power of two; the caller pads other sizes by a matrix of their own beside the first `real` rows and columns.
+The steps and their gradient are derived in `ops/sinkhorn/steps.py`.  A block is [n, n, TOKENS] in the registers of one warp, and n
+is a power of two.  The caller pads other sizes by a matrix of its own beside the first `real` rows and columns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _first_step(logits, real: tl.constexpr, n: tl.constexpr, eps: tl.constexpr):
 
 @triton.jit
 def _larger(a, b):
-    """The maximum, NaN if either is."""
+    """Return the larger number, or NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -85,7 +85,7 @@ def mhc_sinkhorn_backward(
     logits_ptr, g_ptr, out_ptr, N: tl.constexpr, n: tl.constexpr, real: tl.constexpr, TOKENS: tl.constexpr,
     pairs: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """The gradient, step by step from the last; the scalings before each are computed again from the start."""
+    """Gradient of the logits, step by step from the last; the scalings before each step are computed again from the start."""
     offsets, inside = _pointers(N, n, TOKENS)
     K, r0, Q = _first_step(tl.load(logits_ptr + offsets, inside, 0.0), real, n, eps)
     G = tl.load(g_ptr + offsets, inside, 0.0)

@@ -1,6 +1,5 @@
-"""The Pallas kernels for NVIDIA GPUs compile for sm_90 without a GPU: no spills, 16-byte accesses to streams, names, sharding."""
+"""Pallas kernels for NVIDIA GPUs compile for sm_90 without a GPU: no spills, 16-byte accesses to streams, names, sharding."""
 
-import functools
 import os
 import re
 import subprocess
@@ -9,8 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from mhc_kernels import Coefficients, coefficients, read, settings, sinkhorn, write, write_read
+from jax.sharding import PartitionSpec as P
+from mhc_kernels import settings
 from mhc_kernels.gpu_inspect import lower, missing, resources
+from mhc_kernels.ops.arg_specs import OPS, ArgSpec, function, program, shapes
 from support.tiny_runs import PATIENCE_S, ROOT
 
 TOKENS = 8192 - 3  # the last block is ragged
@@ -20,44 +21,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 needs_triton = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
+def with_gradient(op, n, C, dtype):
+    """Lower outputs and gradients of all arguments, which takes all kernels of an operation."""
+    spec = ArgSpec("test", TOKENS, n, C, dtype)
+    return lower(program(function(op, spec, None), True), *shapes(op, spec))
 
 
-def operation(op, n, C, dtype, N=TOKENS):
-    """A function of arrays, and the arguments that it is compiled for."""
-    k = n * n + 2 * n
-    x, y, post, res = array(N, n * C, dtype=dtype), array(N, C, dtype=dtype), array(n, N), array(n, n, N)
-    parameters = array(n * C, k), array(3), array(k)
-
-    def boundary(x, y, post, res, *parameters):
-        return write_read(x, Coefficients(None, post, res), y, *parameters, num_streams=n)
-
-    return {
-        "sinkhorn": (sinkhorn, res),
-        "coefficients": (functools.partial(coefficients, num_streams=n), x, *parameters),
-        "read": (lambda x, pre: read(x, pre, n), x, post),
-        "write": (lambda *a: write(*a, n), x, y, post, res),
-        "write_read": (boundary, x, y, post, res, *parameters),
-    }[op]
-
-
-def with_gradient(*case):
-    """Outputs and the gradient of their sum with respect to every argument, lowered: all kernels of an operation."""
-    f, *arguments = operation(*case)
-
-    def run(*args):
-        out, vjp = jax.vjp(f, *args)
-        return out, vjp(jax.tree.map(jnp.ones_like, out))
-
-    return lower(run, *arguments)
-
-
-OPERATIONS = ("sinkhorn", "coefficients", "read", "write", "write_read")
-KERNELS = {op: [f"mhc_{op}_forward", f"mhc_{op}_backward"] for op in OPERATIONS}
+KERNELS = {op: [f"mhc_{op}_forward", f"mhc_{op}_backward"] for op in OPS}
 KERNELS["coefficients"] += KERNELS["sinkhorn"]
 KERNELS["write_read"] += ["mhc_read_products", "mhc_coefficients_dphi", *KERNELS["sinkhorn"]]
-BF16, F32 = jnp.bfloat16, jnp.float32
+BF16, F32 = "bfloat16", "float32"
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -90,13 +63,11 @@ def test_no_spills_and_wide_accesses(op, n, C, dtype):
 
 @pytest.mark.parametrize("op", ["coefficients", "write_read"])
 def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
-    spec = jax.sharding.PartitionSpec
-    streams, whole = spec("data"), spec()
-    last, last2 = spec(None, "data"), spec(None, None, "data")
-    c = Coefficients(last, last, last2)
-    arrays, out = ((streams,), c) if op == "coefficients" else ((streams, streams, last, last2), (streams, c, streams))
-    f, *arguments = operation(op, 4, 1280, BF16, 8192)
-    f = jax.shard_map(f, in_specs=(*arrays, whole, whole, whole), out_specs=out)
+    streams, whole, last, last2 = P("data"), P(), P(None, "data"), P(None, None, "data")
+    arrays = (streams,) if op == "coefficients" else (streams, streams, last, last2)
+    out = (last, last, last2) if op == "coefficients" else (streams, last, last, last2, streams)
+    spec = ArgSpec("test", 8192, 4, 1280, BF16)
+    f = jax.shard_map(function(op, spec, None), in_specs=(*arrays, whole, whole, whole), out_specs=out)
 
     def gradient(*args):
         def loss(phi):
@@ -104,7 +75,7 @@ def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
 
         return jax.grad(loss)(args[-3])
 
-    text = lower(gradient, *arguments, devices=8).as_text()
+    text = lower(gradient, *shapes(op, spec)[0], devices=8).as_text()
     assert {"coefficients": "mhc_coefficients_backward", "write_read": "mhc_coefficients_dphi"}[op] in text
     assert "all_reduce" in text
 
@@ -112,7 +83,7 @@ def test_sharded_over_tokens_the_gradient_of_phi_is_a_sum_over_devices(op):
 @needs_triton
 @pytest.mark.parametrize("how", ["interpret", "lower"])
 def test_triton_sinkhorn_is_that_of_the_loops_and_lowers(how):
-    """In a process of its own: the annotation checks of these tests would come between Triton and its kernels."""
+    """A process of its own, because the annotation checks of these tests would come between Triton and its kernels."""
     if how == "lower":
         pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""The operations as XLA runs them agree with float64 loops; bad input is refused; which implementation runs."""
+"""Operations as XLA runs them agree with float64 loops, bad input is refused, and the right implementation runs."""
 
 import functools
 
@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mhc_kernels import Coefficients, coefficients, columns, projection, read, settings, sinkhorn, write, write_read
 from mhc_kernels.choice import choose
-from mhc_kernels.measure import make_sets
-from mhc_kernels.ops.arg_specs import SPECS
-from mhc_kernels.ops.exact import exact
+from mhc_kernels.ops.sinkhorn import reference
 from support import kernel_checks, oracles
 from support.golden_values import check_deepseek_v4, check_head, check_hy_v4, load
 from support.kernel_checks import f64
@@ -43,6 +41,13 @@ def test_sinkhorn_and_its_gradient(n, t_max):
 def test_sinkhorn_in_the_convention_of_v4(n, t_max, eps):
     logits = 3 * np.random.default_rng([n, t_max]).normal(size=(n, n, 5))
     kernel_checks.check_sinkhorn(logits, t_max=t_max, eps=eps)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.05])
+def test_the_reference_of_sinkhorn_is_the_loop_of_the_paper_and_of_v4(eps):
+    logits = np.random.default_rng(3).normal(size=(3, 3)).astype(np.float32)
+    expected = oracles.sinkhorn_v4(logits.T, 4, eps).T if eps else oracles.sinkhorn(logits, 4)
+    assert_close(reference.sinkhorn(jnp.asarray(logits), 4, eps), expected)
 
 
 settled = jax.jit(sinkhorn, static_argnums=1)
@@ -97,7 +102,7 @@ def test_a_bad_logit_spoils_its_own_matrix_only(implementation):
 
 @pytest.mark.parametrize(("std", "mean", "most"), [(1, 5e-7, 5e-3), (2, 5e-4, 4e-2), (4, 9e-3, 8e-2), (8, 3e-2, 5e-1)])
 def test_marginal_error_of_twenty_steps(std, mean, most):
-    """The figures of the docstring, which maths and the choice of t_max rest on."""
+    """The docstring of `sinkhorn` quotes these figures."""
     twenty, three = (f64(settled(std * standard_logits(), t_max)) for t_max in (20, 3))
     error = np.abs(twenty.sum(0) - 1).max(0)
     assert (error.mean(), error.max()) == pytest.approx((mean, most), rel=0.3)
@@ -146,7 +151,7 @@ def test_write_read_and_its_gradients(platform, dtype):
 
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 def test_the_form_for_tpus_and_gpus_is_the_form_for_cpus(eps):
-    """XLA's reference has one form a platform; both are the same operation, gradients included."""
+    """XLA has a form for CPUs and one for accelerators; both are the same operation, gradients included."""
     n, options = 4, {"num_streams": 4, "num_iters": 3, "eps": eps}
     a = {name: value for name, value in kernel_checks.inputs(n, 32, 48).items() if name != "pre"}
 
@@ -220,18 +225,6 @@ def test_modules_of_deepseek_v4_and_hy_v4_are_their_golden_values(module, n):
     GOLDEN[module](load(f"{module}_n{n}"), n)
 
 
-def test_the_gate_pulls_back_other_numbers_for_every_output():
-    ((_, (pre, post, _)),) = make_sets("coefficients", SPECS["tiny"], 1)
-    assert np.abs(pre - post).max() > 0.1
-
-
-def test_the_exact_boundary_hands_on_streams_in_their_own_dtype():
-    """Coefficients are checked against those streams in `test_bench`."""
-    ((given, bars),) = make_sets("write_read", SPECS["tiny-bf16"], 1)
-    new = exact("write_read", SPECS["tiny-bf16"], given, bars)[0]
-    assert_close(new, new.astype(jnp.bfloat16), FLOAT64)
-
-
 X = jnp.ones((3, 8))
 PHI, ALPHA, BIAS = jnp.ones((8, 8)), jnp.ones(3), jnp.ones(8)
 boundary = functools.partial(coefficients, X, PHI, ALPHA, BIAS, num_streams=2)
@@ -261,7 +254,7 @@ boundary = functools.partial(coefficients, X, PHI, ALPHA, BIAS, num_streams=2)
     ],
 )
 def test_bad_input_is_refused_with_shapes(call, message):
-    """As a user meets it, who does not check the annotations."""
+    """Annotations are not checked, as for a user."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         with pytest.raises(ValueError, match=message):

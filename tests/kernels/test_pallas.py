@@ -1,4 +1,4 @@
-"""The Pallas kernels for TPUs and NVIDIA GPUs, interpreted, agree with the float64 loops: values, gradients, transformations."""
+"""Pallas kernels for TPUs and NVIDIA GPUs, interpreted, agree with the float64 loops: values, gradients, transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,11 @@ GPU_SHAPES = [(1, 16, 5), (2, 48, 9), (3, 512, 3), (4, 80, 13), (8, 32, 6)]
 # Every n in float32, and the paper's in bfloat16: dtypes differ in the projection and in rounding, not in how n enters.
 TPU_CASES = [*((n, F32) for n in (1, 2, 3, 4, 8)), (4, BF16), (3, BF16)]
 C, TOKENS = 128, 130
-"""On TPUs: a second block, of two tokens."""
+"""Channels and tokens on TPUs: there is a second block, of two tokens."""
 
 
 def cases(*on_tpu, full=()):
-    """On GPUs each shape in one dtype, n in `full` not at all, and on TPUs `on_tpu`; the rest in the full suite.
+    """Parametrize a test: each GPU shape in one dtype, but no n of `full`, and `on_tpu`; the full suite has the rest.
 
     n = 8 takes longest to trace.
     """
@@ -60,7 +60,7 @@ def cases(*on_tpu, full=()):
 
 
 def rounding(dtype, backend):
-    """Of what is stored in it, on GPUs two units of the last place; float32 has its own bound."""
+    """Relative rounding error of what is stored in a dtype: one unit of the last place of bfloat16, two on GPUs."""
     return FP32_RELATIVE if dtype == F32 else BF16_RELATIVE * (2 if backend == GPU else 1)
 
 
@@ -99,7 +99,7 @@ def test_write_read_and_its_gradients(backend, n, C, T, dtype):
 @on_gpus
 @pytest.mark.parametrize("programs", [statistics.PROGRAMS, 2])
 def test_coefficients_over_many_blocks_of_tokens_and_channels(backend, programs, monkeypatch):
-    """A program has one block of tokens where programs are many, and walks over all three where they are few."""
+    """With many programs each has one block of tokens; with few a program walks over all three."""
     monkeypatch.setattr(statistics, "PROGRAMS", programs)
     T, C, k = 150, 160, 3  # three blocks of tokens, the last one ragged; three of channels
     a = kernel_checks.inputs(1, C, T, BF16)
@@ -109,7 +109,7 @@ def test_coefficients_over_many_blocks_of_tokens_and_channels(backend, programs,
 @on_tpus
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_projection_of_one_stream_and_its_gradients(backend, dtype):
-    """HC projects a stream at a time onto a few columns.  Numbers are as small as the root of eps."""
+    """HC projects one stream at a time onto a few columns.  Here numbers are as small as the root of eps."""
     a = kernel_checks.inputs(4, C, 9)
     x, g = (1e-3 * a["x"]).astype(dtype), np.ones((6, 9), np.float32)
     check_projection(x, a["phi"][:, :6], g, rounding(dtype, TPU))

@@ -1,4 +1,4 @@
-"""The Pallas TPU kernels compile ahead of time for v5e, v5p and v6e, four devices each; it takes libtpu, and no TPU.
+"""Pallas TPU kernels compile ahead of time for v5e, v5p and v6e, four devices each, with libtpu and without a TPU.
 
 libtpu comes with `pip install jax[tpu]`; without it everything here is skipped.
 """
@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from mhc_kernels import Coefficients, choice, coefficients, read, write, write_read
+from mhc_kernels.ops.arg_specs import ArgSpec, shapes
 
 from mhc_jax.layers.moe import routed_on_mesh
 
@@ -39,32 +40,25 @@ def mesh(request):
 
 
 def placed(mesh, arguments):
-    """Arguments: (shape, dtype, spec)."""
+    """Place arguments, given as (shape, dtype, spec), on a mesh."""
     return [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in arguments]
 
 
 def compiled(f, mesh, arguments, out_specs):
-    """f under shard_map over tokens."""
+    """Compile f under `shard_map` over tokens."""
     sharded = jax.shard_map(f, mesh=mesh, in_specs=tuple(spec for _, _, spec in arguments), out_specs=out_specs)
     return jax.jit(sharded).lower(*placed(mesh, arguments)).compile()
 
 
 def boundary(n, C):
-    """x, y, post, res, phi, alpha, bias: of all four devices."""
-    k, N = n * n + 2 * n, 4 * TOKENS
-    return [
-        ((N, n * C), jnp.bfloat16, P("data")),
-        ((N, C), jnp.bfloat16, P("data")),
-        ((n, N), jnp.float32, P(None, "data")),
-        ((n, n, N), jnp.float32, P(None, None, "data")),
-        ((n * C, k), jnp.float32, P()),
-        ((3,), jnp.float32, P()),
-        ((k,), jnp.float32, P()),
-    ]
+    """List x, y, post, res, phi, alpha and bias of all four devices."""
+    arrays, _ = shapes("write_read", ArgSpec("test", 4 * TOKENS, n, C))
+    specs = P("data"), P("data"), P(None, "data"), P(None, None, "data"), P(), P(), P()
+    return [(a.shape, a.dtype, spec) for a, spec in zip(arrays, specs, strict=True)]
 
 
 def kernels(program):
-    """Names of our kernels among the Mosaic calls of a program."""
+    """List the names of our kernels among the Mosaic calls of a program."""
     calls = [line for line in program.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     return [re.search(r"mhc_(\w+)\)*/pallas_call", line)[1] for line in calls]
 
@@ -118,7 +112,7 @@ def test_what_does_not_fit_runs_as_xla(mesh, monkeypatch):
 
 
 def test_tokens_go_to_the_owners_of_their_experts_by_ragged_all_to_all(mesh):
-    """There and back, and the same again in the gradient; no token is gathered."""
+    """Two exchanges of the value and two of the gradient; no token is gathered."""
     E, C, F, k = 8, 256, 128, 2
     owners = jax.sharding.Mesh(mesh.devices, ("expert",), axis_types=mesh.axis_types)
     tokens, weights = P("expert", None), P("expert", None, None)

@@ -1,4 +1,4 @@
-"""Checks hold each operation of mhc_kernels, value and every gradient of one program, against the float64 loops."""
+"""Checks that compare each operation of mhc_kernels, its value and every gradient, with the float64 loops."""
 
 import functools
 
@@ -14,12 +14,12 @@ PARAMETERS = ("phi", "alpha", "bias")
 
 
 def f64(a):
-    """Float64 on the host."""
+    """Copy to float64 on the host."""
     return np.asarray(a, np.float64)
 
 
 def inputs(n, C, T, dtype=jnp.float32, seed=0):
-    """Arguments of the operations by name, normal: streams in `dtype`, coefficients and parameters float32."""
+    """Draw normal arguments of the operations, by name: streams in `dtype`, coefficients and parameters float32."""
     r, k = np.random.default_rng([n, C, T, seed]), n * n + 2 * n
     shapes = dict(x=(T, n * C), y=(T, C), pre=(n, T), post=(n, T), res=(n, n, T), phi=(n * C, k), bias=(k,))
     made = {name: r.normal(size=s).astype(dtype if name in "xy" else np.float32) for name, s in shapes.items()}
@@ -27,7 +27,7 @@ def inputs(n, C, T, dtype=jnp.float32, seed=0):
 
 
 def pulled(f):
-    """(arguments, cotangent) -> (value, gradients of the arguments): one compiled program, as a user runs it."""
+    """Make the function (arguments, cotangent) -> (value, gradients of the arguments): one program, as a user runs it."""
 
     def run(args, cotangent):
         out, pull = jax.vjp(f, *args)
@@ -37,7 +37,7 @@ def pulled(f):
 
 
 def sinkhorn_oracle(logits, G, t_max, eps):
-    """(H_res, gradient of sum(G * H_res)) of one matrix."""
+    """Return H_res and the gradient of sum(G * H_res) for one matrix."""
     if eps == 0:
         return oracles.sinkhorn_log(logits, t_max), oracles.sinkhorn_vjp(logits, G, t_max)
 
@@ -48,7 +48,7 @@ def sinkhorn_oracle(logits, G, t_max, eps):
 
 
 def check_sinkhorn(*groups, t_max=None, eps=0.0):
-    """Value and gradient of each group of logits [n, n, T] by itself, at all tokens of few and at three of many."""
+    """Check value and gradient of each group of logits [n, n, T]: all tokens of a small group, three of a large one."""
     logits = np.concatenate(groups, -1).astype(np.float32)
     G = np.random.default_rng(len(logits)).normal(size=logits.shape).astype(np.float32)
     named = {} if t_max is None else {"num_iters": t_max}
@@ -59,7 +59,7 @@ def check_sinkhorn(*groups, t_max=None, eps=0.0):
         some = first + np.array(range(T) if T <= 70 and eps == 0 else sorted({0, min(3, T - 1), T - 1}))
         pairs = [sinkhorn_oracle(f64(logits[..., t]), f64(G[..., t]), t_max, eps) for t in some]
         value, gradient = (np.stack(a, -1) for a in zip(*pairs, strict=True))
-        for at in np.arange(len(some))[:, None] if eps else [slice(None)]:  # with eps each matrix for itself
+        for at in np.arange(len(some))[:, None] if eps else [slice(None)]:  # with eps each matrix has its bound
             t, H_res = some[at], value[..., at]
             assert_close(out[..., t], H_res, what="H_res")
             # The gradient is G * H_res less its projections on the marginals, which nearly cancel it near a permutation.
@@ -68,7 +68,7 @@ def check_sinkhorn(*groups, t_max=None, eps=0.0):
 
 
 def extreme_logits(n):
-    """Three groups of one: a column with all the mass, an entry far below its row and column, a row that lies 200 below."""
+    """Make three groups of one matrix: a column has all the mass, a row has no share in it, a row lies 200 below the others."""
     logits = np.full((n, n, 3), -80.0)
     logits[:, 0] = 80.0
     logits[0, :, 1] = -80.0
@@ -105,13 +105,13 @@ def check_write(n, C, T, dtype=jnp.float32, with_res=True):
 
 
 def cotangents(n, T):
-    """Of pre, post and res."""
+    """Draw cotangents of pre, post and res."""
     made = inputs(n, 1, T, seed=2)
     return made["pre"], made["post"], made["res"]
 
 
 def check_coefficients(n, C, T, dtype=jnp.float32, t_max=None, streams=FP32_RELATIVE):
-    """`streams` bounds the gradient of x.  A sum over tokens is rounded against its largest partial sums."""
+    """Check the coefficients; `streams` bounds the gradient of x.  A sum over tokens is rounded relative to its largest parts."""
     a, Gs = inputs(n, C, T, dtype), cotangents(n, T)
     named = {} if t_max is None else {"num_iters": t_max}
 
@@ -131,9 +131,10 @@ def check_coefficients(n, C, T, dtype=jnp.float32, t_max=None, streams=FP32_RELA
 
 
 def check_write_read(n, C, T, dtype, t_max=None, *, streams, small, sums, parameters, cancelling):
-    """Relative errors: `streams` for x', h and their gradients, `small` for coefficients, `sums` for dpost and dres, `parameters`.
+    """Check the boundary with bounds of relative errors.
 
-    With `cancelling`, gradients of parameters are held against the largest token's part of them.
+    `streams` is for x', h and their gradients, `small` for coefficients, `sums` for dpost and dres, `parameters` for theirs.  With
+    `cancelling`, gradients of parameters are compared relative to the largest contribution of a token.
     """
     a, g, Gs = inputs(n, C, T, dtype), inputs(n, C, T, dtype, 1), cotangents(n, T)
     named = {} if t_max is None else {"num_iters": t_max}
@@ -171,7 +172,7 @@ N_STREAMS, T_MAX, EPS = 2, 3, 0.05
 
 
 def every_operation(x, y, phi, alpha, bias):
-    """Two sub-layers with every operation in them; one number a token."""
+    """Run two sub-layers with every operation in them; the result is one number a token."""
     rest = {"num_streams": N_STREAMS, "num_iters": T_MAX, "eps": EPS}
     c = coefficients(x, phi, alpha, bias, **rest)
     new, c, h = write_read(x, c, y, phi, alpha, bias, **rest)
@@ -202,7 +203,7 @@ TRANSFORMED = {
 """Functions of x [8, T, nC], y [8, T, C], phi, alpha, bias."""
 OF_INTERPRETED = [name for name in TRANSFORMED if name != "shard_map"]
 COVERING = ("scan_of_remat", "vmap", "shard_map_of_interpreted")
-"""Between them every kind of transformation."""
+"""Transformations that cover every kind."""
 
 
 def arguments(C, *tokens):
@@ -213,13 +214,13 @@ def arguments(C, *tokens):
 
 @functools.cache
 def by_xla(C, *tokens):
-    """Value and gradients of `every_operation` in XLA's form for CPUs."""
+    """Compute value and gradients of `every_operation` in XLA's form for CPUs."""
     with settings(implementation="xla"):
         return jax.tree.leaves(pulled(every_operation)(arguments(C, *tokens), np.ones(tokens, np.float32)))
 
 
 def check_every_operation(f, bound, C, *tokens, repeat=False):
-    """`f`, a form of `every_operation`, beside XLA's; with `repeat`, a second call gives the same bits."""
+    """Compare `f`, a form of `every_operation`, with XLA's; with `repeat`, a second call must give the same bits."""
     run, args = pulled(f), (arguments(C, *tokens), np.ones(tokens, np.float32))
     out, names = run(*args), ("value", "dx", "dy", "dphi", "dalpha", "dbias")
     for name, a, b in zip(names, jax.tree.leaves(out), by_xla(C, *tokens), strict=True):

@@ -1,7 +1,7 @@
-"""Float64 NumPy loops straight from the formulas of the papers, one token at a time; no code shared with the library.
+"""Float64 NumPy loops written from the formulas of the papers, one token at a time; they share no code with the library.
 
-Layouts are the papers': x [n, C] for one token.  Gradients are the chain rule written out (`*_vjp`), and each such function is
-itself held against central differences.
+Layouts are those of the papers: x [n, C] for one token.  Gradients (`*_vjp`) are the chain rule written out, and a test compares
+each of them with central differences.
 """
 
 import math
@@ -15,7 +15,7 @@ def sigmoid(v):
 
 
 def sinkhorn(logits, t_max=20):
-    """mHC Eq. 9 on one [n, n] matrix: exp, then columns and rows in turn, t_max times."""
+    """Sinkhorn of mHC Eq. 9 on one [n, n] matrix: exp, then columns and rows in turn, t_max times."""
     M = np.exp(np.asarray(logits, np.float64) - np.max(logits))
     n = len(M)
     for _ in range(t_max):
@@ -27,7 +27,7 @@ def sinkhorn(logits, t_max=20):
 
 
 def sinkhorn_log(logits, t_max=20):
-    """The same in the log domain, for logits whose exponentials leave float64."""
+    """Sinkhorn of mHC Eq. 9 in the log domain, for logits whose exponentials leave the range of float64."""
     L = np.array(logits, np.float64)
     n = len(L)
     for _ in range(t_max):
@@ -51,7 +51,7 @@ def sinkhorn_v4(comb_logits, t_max=20, eps=1e-6):
 
 
 def sinkhorn_vjp(logits, G, t_max=20):
-    """Gradient of sum(G * sinkhorn_log(logits)): reverse through each normalisation, M = softmax of log M."""
+    """Gradient of sum(G * sinkhorn_log(logits)), in reverse through each normalisation, a softmax of log M."""
     L = np.array(logits, np.float64)
     states = []
     for _ in range(t_max):
@@ -69,7 +69,7 @@ def rms(v, eps):
 
 
 def mhc_coefficients(x, phi, alpha, bias, t_max=20, eps_norm=1e-20):
-    """mHC Eq. 7, 8 for one token: x [n, C] -> (pre [n], post [n], res [n, n])."""
+    """Coefficients of mHC Eq. 7 and 8 for one token: x [n, C] -> (pre [n], post [n], res [n, n])."""
     n, _ = x.shape
     v = x.reshape(-1)
     z = (v @ phi) / rms(v, eps_norm)
@@ -103,7 +103,7 @@ def mhc_coefficients_vjp(x, phi, alpha, bias, G_pre, G_post, G_res, t_max=20, ep
 
 
 def hc_coefficients(x, A_m, B, A_r, W_m, W_b, W_r, s_a, s_b, tanh=True, eps_norm=1e-20):
-    """HC Eq. 10-13 for one token, H_res untransposed: the dynamic part of res[i, j] comes from stream j."""
+    """Coefficients of HC Eq. 10-13 for one token, H_res untransposed: the dynamic part of res[i, j] comes from stream j."""
     n, _ = x.shape
     squash = math.tanh if tanh else lambda v: v
     normed = [row / rms(row, eps_norm) for row in x]
@@ -114,7 +114,7 @@ def hc_coefficients(x, A_m, B, A_r, W_m, W_b, W_r, s_a, s_b, tanh=True, eps_norm
 
 
 def read(x, pre):
-    """h = sum_i pre_i x_i for one token."""
+    """Read of one token: h = sum_i pre_i x_i."""
     h = np.zeros(x.shape[1])
     for i in range(len(x)):
         h += pre[i] * x[i]
@@ -122,7 +122,7 @@ def read(x, pre):
 
 
 def write(x, y, post, res):
-    """x'_i = sum_j res_ij x_j + post_i y for one token."""
+    """Write of one token: x'_i = sum_j res_ij x_j + post_i y."""
     out = np.zeros_like(x)
     for i in range(len(x)):
         for j in range(len(x)):
@@ -132,10 +132,10 @@ def write(x, y, post, res):
 
 
 def stream_measures(x):
-    """(signed cosine, absolute cosine, participation ratio) of streams [S, n, C] or [n, C], from their definitions.
+    """Signed cosine, absolute cosine and participation ratio of streams [S, n, C] or [n, C], from their definitions.
 
-    Cosines are means over pairs of streams that are not zero, the ratio (sum of eigenvalues)^2 / (sum of their squares) of the
-    Gram matrix over tokens; 1 where there is nothing to average or all streams are zero.
+    Cosines are means over pairs of streams that are not zero.  The ratio is (sum of eigenvalues)^2 / (sum of their squares) of the
+    Gram matrix, averaged over tokens.  Each is 1 where there is nothing to average or all streams are zero.
     """
     x = np.asarray(x, np.float64)
     cosines, ranks = [], []
@@ -168,13 +168,13 @@ def numerical_gradient(f, arrays, step=1e-6):
 
 
 def as_float64(params):
-    """Parameters of a layer, norms as their weight alone."""
+    """Convert the parameters of a layer, with a norm as its weight alone."""
     plain = {name: value["weight"] if isinstance(value, dict) else value for name, value in params.items()}
     return {name: np.asarray(value, np.float64) for name, value in plain.items()}
 
 
 def assert_slopes(f, at, grads):
-    """float32 gradients of f, each along a random direction, against central differences of the float64 f at a dict of arrays."""
+    """Compare float32 gradients along random directions with central differences of the float64 f at a dict of arrays."""
     random = np.random.default_rng(1)
     for name, grad in grads.items():
         direction = random.normal(size=grad.shape)

@@ -1,4 +1,4 @@
-"""The Triton kernels of Sinkhorn without a GPU, in a process of its own: `interpret` runs them on NumPy, `lower` compiles them.
+"""Run the Triton kernels of Sinkhorn on NumPy (`interpret`) or lower them (`lower`), without a GPU, in a process of their own.
 
 TRITON_INTERPRET=1 PYTHONPATH=tests python -m support.triton_sinkhorn interpret
 """
@@ -15,7 +15,7 @@ from support.tolerances import assert_close
 
 
 class OnHost:
-    """A NumPy array with as much of a torch tensor as Triton's interpreter asks for."""
+    """NumPy array with as much of a torch tensor as Triton's interpreter asks for."""
 
     dtype = "fp32"
 

@@ -1,8 +1,9 @@
-"""Named workloads of real models, and how each operation is called on one: for tests, benchmarks and tuning alike."""
+"""Named workloads of real models and how each operation is called on one, for tests, benchmarks and tuning."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,22 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mhc_kernels import api
-from mhc_kernels.ops.coefficients.reference import Coefficients
+import mhc_kernels
+from mhc_kernels import Coefficients
 
 OPS = ("sinkhorn", "coefficients", "read", "write", "write_read")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-    """One workload: N tokens of n streams of width C."""
+    """Workload of N tokens with n streams of width C."""
 
     name: str
     tokens: int
     num_streams: int
     width: int
     dtype: str = "bfloat16"
-    """Of the streams; coefficients are float32."""
+    """Dtype of the streams; coefficients are float32."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.tokens} x {self.num_streams} x {self.width}, {self.dtype})"
@@ -54,17 +55,17 @@ SPECS = {
         ArgSpec("v4-32k", 32768, 4, 7168),
     )
 }
-"""The `tiny` ones are for tests and for machines without an accelerator."""
+"""Workloads by name; those that begin with `tiny` are for tests and for machines without an accelerator."""
 
 
 def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
-    """Arguments of one call, standard normal where nothing else is said.
+    """Draw the arguments of one call, standard normal where nothing else is said.
 
     sinkhorn (logits[n, n, N]); coefficients (x[N, nC], phi[nC, k], alpha[3], bias[k]); read (x, pre[n, N]);
     write (x, y[N, C], post[n, N], res[n, n, N]); write_read (x, y, post, res, phi, alpha, bias).
 
-    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1; pre, post and res are what coefficients look
-    like: between 0 and 1, 0 and 2, and doubly stochastic.
+    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1.  pre is between 0 and 1, post between 0 and 2, and res
+    is doubly stochastic, as coefficients are.
     """
     n, N, C = spec.num_streams, spec.tokens, spec.width
     k = n * n + 2 * n
@@ -75,7 +76,7 @@ def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
         "y": lambda: jax.random.normal(keys["y"], (N, C), spec.dtype),
         "pre": lambda: jax.random.uniform(keys["pre"], (n, N)),
         "post": lambda: 2 * jax.random.uniform(keys["post"], (n, N)),
-        "res": lambda: api.sinkhorn(jax.random.normal(keys["res"], (n, n, N)), implementation="xla"),
+        "res": lambda: mhc_kernels.sinkhorn(jax.random.normal(keys["res"], (n, n, N)), implementation="xla"),
         "phi": lambda: jax.random.normal(keys["phi"], (n * C, k)) / math.sqrt(n * C),
         "alpha": lambda: jnp.asarray([0.8, 0.9, 1.0]),
         "bias": lambda: jax.random.normal(keys["bias"], (k,)),
@@ -90,7 +91,7 @@ ARGUMENTS = {
     "write": ("x", "y", "post", "res"),
     "write_read": ("x", "y", "post", "res", "phi", "alpha", "bias"),
 }
-"""Names of the arguments of each operation here, in order."""
+"""Names of the arguments of each operation, in order."""
 
 OUTPUTS = {
     "sinkhorn": ("res",),
@@ -99,30 +100,42 @@ OUTPUTS = {
     "write": ("x'",),
     "write_read": ("x'", "pre", "post", "res", "h"),
 }
-"""Names of its outputs."""
+"""Names of the outputs of each operation, in order."""
 
 
 def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[..., tuple[Array, ...]]:
-    """The operation as a function of `ARGUMENTS[op]` that returns a tuple, `OUTPUTS[op]`."""
-    n = spec.num_streams
-    named: dict[str, Any] = {"implementation": implementation}
+    """Return the operation as a function of `ARGUMENTS[op]` that gives a tuple, `OUTPUTS[op]`.
 
-    def write_read(x, y, post, res, phi, alpha, bias):
-        new, c, h = api.write_read(x, Coefficients(None, post, res), y, phi, alpha, bias, num_streams=n, **named)
-        return new, *c, h
+    Args:
+      op: operation.
+      spec: workload.
+      implementation: what the operation takes by this name, or `reference` for the formula in `ops/<op>/reference.py`.
+    """
+    if implementation == "reference":
+        run = getattr(importlib.import_module(f"mhc_kernels.ops.{op}.reference"), op)
+        options: dict[str, Any] = {"stream_dtype": spec.dtype} if op == "write_read" else {}
+    else:
+        run, options = getattr(mhc_kernels, op), {"implementation": implementation}
+    if op != "sinkhorn":
+        options["num_streams"] = spec.num_streams
 
-    calls: dict[str, Callable[..., tuple[Any, ...]]] = {
-        "sinkhorn": lambda logits: (api.sinkhorn(logits, **named),),
-        "coefficients": lambda *a: tuple(api.coefficients(*a, num_streams=n, **named)),
-        "read": lambda x, pre: (api.read(x, pre, n, **named),),
-        "write": lambda x, y, post, res: (api.write(x, y, post, res, n, **named),),
-        "write_read": write_read,
-    }
-    return calls[op]
+    def flat(*arrays: Array) -> tuple[Array, ...]:
+        if op != "write_read":
+            return tuple(jax.tree.leaves(run(*arrays, **options)))
+        x, y, post, res, *parameters = arrays
+        return tuple(jax.tree.leaves(run(x, Coefficients(None, post, res), y, *parameters, **options)))
+
+    return flat
+
+
+def shapes(op: str, spec: ArgSpec) -> tuple[Any, Any]:
+    """Shapes and dtypes of the arguments and of the outputs, as `jax.ShapeDtypeStruct`."""
+    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
+    return given, jax.eval_shape(function(op, spec, "xla"), *given)
 
 
 def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[..., tuple[Array, ...]]:
-    """(arguments, cotangents of the outputs) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
+    """Return f as a function (arguments, cotangents) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
 
     def forward_backward(given: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
         out, pull = jax.vjp(f, *given)
@@ -132,15 +145,17 @@ def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[...
 
 
 def floor_bytes(op: str, spec: ArgSpec, backward: bool) -> int:
-    """Bytes that must move: every input read once, every output written once, forward and backward each on its own.
+    """Return the bytes that must move: every input read once and every output written once, forward and backward each.
 
-    The forward reads its arguments and writes its outputs.  The backward reads the arguments and the cotangents of the
-    outputs and writes the gradients of the arguments; a kernel that saves more than the arguments moves more.  Forward and
-    backward together: three times the arguments and twice the outputs.  For n streams of width C that is, in elements of
-    the streams a token, forward and both together: coefficients n C and 3 n C, read (n + 1) C and (3 n + 2) C, write
-    (2 n + 1) C and (5 n + 3) C, write_read (2 n + 2) C and (5 n + 5) C (mHC section 4.3); the coefficients add their own.
+    The forward pass reads the arguments and writes the outputs.  The backward pass reads the arguments and the cotangents of the
+    outputs and writes the gradients of the arguments.  A kernel that saves more than the arguments moves more.  Both together are
+    three times the arguments and twice the outputs.  In elements of the streams a token (mHC section 4.3), beside the coefficients:
+
+        operation     forward      both
+        coefficients  n C          3 n C
+        read          (n + 1) C    (3 n + 2) C
+        write         (2 n + 1) C  (5 n + 3) C
+        write_read    (2 n + 2) C  (5 n + 5) C
     """
-    given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
-    out = jax.eval_shape(function(op, spec, "xla"), *given)
-    read, written = (sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) for arrays in (given, out))
+    read, written = (sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays) for arrays in shapes(op, spec))
     return 3 * read + 2 * written if backward else read + written

@@ -1,7 +1,7 @@
 """Statistics and projection of the coefficients as Pallas kernels for NVIDIA GPUs; the gates on top are XLA's.
 
-Tensor cores multiply bfloat16.  Streams in bfloat16 are exact there; phi and the gradient of z, in float32, go as three
-bfloat16 pieces that sum to them exactly (`gpu.pieces`), float32 streams too.  tf32 would keep 10 bits of each.
+Tensor cores multiply bfloat16.  Streams in bfloat16 are exact there.  What is float32 (phi, the gradient of z, and float32 streams)
+goes as three bfloat16 pieces whose sum is exact (`gpu.pieces`).  tf32 would keep 10 bits.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from jaxtyping import Array, Float
 
 from mhc_kernels import gpu
 from mhc_kernels.gpu import Tile
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms_norm import inverse_rms
 
 obstacle = gpu.obstacle
 
 TOKENS, CHANNELS = 64, 64
 PROGRAMS = 1024
-"""Programs of the backward pass, about: several for each of a large GPU's 132 multiprocessors."""
+"""Approximate number of programs of the backward pass: several for each of a large GPU's 132 multiprocessors."""
 
 
 def pad_columns(a: Float[Array, "rows k"]) -> Float[Array, "rows K"]:
-    """k columns up to a power of two, 16 at least, as tensor cores take them."""
+    """Pad k columns to a power of two, at least 16, as tensor cores take them."""
     return jnp.pad(a, ((0, 0), (0, max(gpu.power_of_two(a.shape[1]), 16) - a.shape[1])))
 
 
 def _warps(K: int) -> int:
-    """With n = 8, K = 128 columns, four warps would spill."""
+    """Warps of a program; four would spill with n = 8, where K = 128."""
     return 4 if K <= 64 else 8
 
 
 def load_rows(refs: Sequence[Any], start: Any, rows: int, end: Any, ragged: bool) -> list[Array]:
-    """Rows `start` to `start + rows` of [., K] arrays; zeros from `end` on, where the last block is `ragged`."""
+    """Load rows `start` to `start + rows` of [., K] arrays; zeros from `end` on, where the last block is `ragged`."""
     K = refs[0].shape[1]
     block = Tile(start, rows, end, 0, K, K, ragged)
     return [block.load(ref) for ref in refs]
 
 
 def store_rows(tile: Tile, ref: Any, z: Array) -> None:
-    """Write z [tokens, K] into [K, N]."""
+    """Store z [tokens, K] in an array [K, N]."""
     inside = tile.inside()
     mask = None if inside is None else jnp.broadcast_to(inside[None], z.T.shape)
     plgpu.store(ref.at[:, pl.ds(tile.token, tile.tokens)], z.T, mask=mask)
@@ -53,7 +53,7 @@ def store_rows(tile: Tile, ref: Any, z: Array) -> None:
 def forward(
     x: Float[Array, "N W"], phi: Float[Array, "W k"], eps_norm: float
 ) -> tuple[Float[Array, "k N"], Float[Array, " N"]]:
-    """z = (v phi) inverse and inverse = `inverse_rms` of mean(v^2), a program a block of tokens.
+    """Return z = (v phi) inverse and inverse = `inverse_rms` of mean(v^2).  A program has a block of tokens.
 
     Traffic per token: reads W, writes k + 1 float32.  phi is read once a block, from L2: 6 W K / TOKENS bytes a token.
     """
@@ -89,7 +89,7 @@ def forward(
 
 
 def token_splits(N: int, tokens: int, others: int) -> tuple[int, int]:
-    """(programs over tokens, blocks each walks over) where `others` programs share a block of tokens."""
+    """Return (programs over tokens, blocks that each walks over) where `others` programs share a block of tokens."""
     blocks = pl.cdiv(N, tokens)
     each = pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, others)))
     return pl.cdiv(blocks, each), each
@@ -102,7 +102,7 @@ def backward(
     inverse: Float[Array, " N"],
     g: Float[Array, "k N"],
 ) -> tuple[Float[Array, "N W"], Float[Array, "W k"]]:
-    """dv = (inverse g) phi^T - (g . z) inverse^2 v / W and dphi = v^T (inverse g).
+    """Return dv = (inverse g) phi^T - (g . z) inverse^2 v / W and dphi = v^T (inverse g).
 
     A program has a block of channels, whose dphi it sums over its share of the tokens; the shares are summed in order.
 
@@ -126,7 +126,7 @@ def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tupl
     parts = [] if phi is None else gpu.pieces(pad_columns(phi))
     K = grads[0].shape[1]
     shares, each = token_splits(N, TOKENS, pl.cdiv(W, wide))
-    # A bfloat16 dx does not show what is left out of a product of two split numbers at order 2^-16.
+    # Terms of order 2^-16, which two terms leave out, are lost in the rounding of a bfloat16 dx.
     terms = 2 if x.dtype == jnp.bfloat16 else 3
 
     def kernel(x_ref, shrink_ref, *refs):

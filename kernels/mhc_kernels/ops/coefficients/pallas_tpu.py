@@ -15,29 +15,29 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from mhc_kernels import tpu
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms_norm import inverse_rms
 
 _PIECES = {2: ((2, 0, 1, 0), (0, 0, 1)), 4: ((2, 0, 1, 0, 1, 0), (0, 0, 0, 1, 1, 2))}
-"""By the size of x: which pieces of the gradient g / RMS, and which of phi, whose products make dx; 0 is the leading one.
+"""Pieces of the gradient g / RMS and of phi whose products make dx, by the bytes of an entry of x; 0 is the leading piece.
 
-The last pieces of the first pair with those of the second: to 2^-16 where dx is rounded to 2^-9, to 2^-24 in float32.  The first
-three of the first are the whole gradient, as dphi needs it.
+The last pieces of the first tuple meet those of the second.  That is exact to 2^-16 for bfloat16, where dx is rounded to 2^-9, and
+to 2^-24 for float32.  The first three pieces of the first tuple are the whole gradient, as dphi needs it.
 """
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """n C a multiple of 128, bfloat16 or float32."""
+    """Say why a call cannot run, or None: n C is a multiple of 128, and streams are bfloat16 or float32."""
     itemsize, channels = max(jnp.dtype(d).itemsize for d in dtypes), num_streams * width
     return tpu.obstacle(1, channels, dtypes, 4 * channels * itemsize, resident(24, channels, itemsize))
 
 
 def resident(k: int, channels: int, itemsize: int) -> int:
-    """Bytes of phi's pieces and of its gradient in VMEM."""
+    """Bytes in VMEM of the pieces of phi and of its gradient."""
     return (2 * len(_PIECES[itemsize][1]) + 4) * tpu.up(k, 8) * channels
 
 
 def folded(phi: Array, dtype: Any) -> Array:
-    """phi [nC, k] as the forward wants it, k padded to 8: [3 k, nC] pieces for bfloat16, [k, nC] for float32."""
+    """Turn phi [nC, k] into what the forward pass wants, k padded to 8: [3 k, nC] pieces for bfloat16, [k, nC] for float32."""
     turned = tpu.pad(phi.T, tpu.up(phi.shape[1], 8), 0)
     return turned if dtype == jnp.float32 else tpu.pieces(turned, (0, 1, 2), 0).astype(jnp.bfloat16)
 
@@ -78,19 +78,19 @@ def _forward(k, eps_norm, x, phi, out):
 
 
 def project(phi, v):
-    """phi v^T [rows of phi, tokens], tokens on the lanes.  Rows of phi stream past tiles of v: 3 k a tile, fewer than tokens."""
+    """phi v^T [rows of phi, tokens], tokens on the lanes: the rows of phi, which are fewer than tokens, stream past tiles of v."""
     return tpu.dot(phi, v, 1, 1)
 
 
 def normalise(products, squares, out, k, channels, eps_norm):
-    """Columns of `out`: [z k | inverse], from `project` and from squares [tokens, 128] still to be summed."""
+    """Store [z k | inverse] in the columns of `out`, from `project` and from squares [tokens, 128] that are still to be summed."""
     inverse = inverse_rms(jnp.sum(squares, axis=1, keepdims=True) / channels, eps_norm)
     out[:, k : k + 1] = inverse
     out[:, :k] = tpu.add(products[p : p + k] for p in range(0, products.shape[0], k)).T * inverse
 
 
 def chunk(channels: int, most: int) -> int:
-    """The largest multiple of 128 that divides the channels and is not above `most`."""
+    """Return the largest multiple of 128 that divides the channels and is not above `most`."""
     return max(w for w in range(tpu.LANES, max(most, tpu.LANES) + 1, tpu.LANES) if channels % w == 0)
 
 
@@ -122,12 +122,12 @@ def _backward(numbers, x, phi, dx, dphi):
 
 
 def gradient_columns(k: int, dtype: Any) -> int:
-    """Columns that the pieces of the gradient take, k padded to 8."""
+    """Count the columns that the pieces of the gradient take, k padded to 8."""
     return k * len(_PIECES[jnp.dtype(dtype).itemsize][0])
 
 
 def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
-    """Of the small arrays: pieces of g / RMS [.., N], (g . z) / (RMS^2 nC) [1, N], pieces of phi [.., nC]."""
+    """Small operands of the backward pass: pieces of g / RMS [.., N], (g . z) / (RMS^2 nC) [1, N], pieces of phi [.., nC]."""
     of_g, of_phi = _PIECES[x.dtype.itemsize]
     k = tpu.up(g.shape[0], 8)
     scaled = tpu.pad(g * inverse[None], k, 0)

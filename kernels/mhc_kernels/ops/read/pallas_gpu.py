@@ -40,7 +40,7 @@ def forward(x: Float[Array, "N nC"], pre: Float[Array, "n N"]) -> Float[Array, "
 def backward(
     x: Float[Array, "N nC"], pre: Float[Array, "n N"], g: Float[Array, "N C"]
 ) -> tuple[Float[Array, "N nC"], Float[Array, "n N"]]:
-    """dx_i = pre_i g and dpre_i = <x_i, g>, a program a block of tokens.
+    """Return dx_i = pre_i g and dpre_i = <x_i, g>.  A program has a block of tokens.
 
     Traffic per token: reads (n + 1) C + n, writes n C + n.
     """

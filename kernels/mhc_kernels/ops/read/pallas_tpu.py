@@ -13,7 +13,7 @@ from mhc_kernels import tpu
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8, C a multiple of 128, bfloat16 or float32."""
+    """Say why a call cannot run, or None: n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
     itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
     return tpu.obstacle(num_streams, width, dtypes, 2 * (2 * num_streams + 1) * width * itemsize)
 
@@ -43,28 +43,18 @@ def products(x: Array, g: Array, name: str = "mhc_read_products") -> Array:
     """x [N, nC], g [N, C] -> <x_i, g> [n, N] in float32.  Traffic per token: (n + 1) C."""
     C = g.shape[1]
     n = x.shape[1] // C
-    kernel = functools.partial(_products, n, C)
+
+    def kernel(x, g, dpre):
+        _backward(n, C, None, x, g, None, dpre)
+
     return tpu.call(kernel, name, numbers=[], streams=[x, g], out_numbers=n, flops=2 * n * C)[0]
-
-
-def _products(n, C, x, g, out):
-    def rows_of(rows, R):
-        def channels(c, sums):
-            gc = tpu.piece(g, rows, 0, c)
-            return [s + gc * tpu.piece(x, rows, i * C, c) for i, s in enumerate(sums)]
-
-        zeros = [jnp.zeros((R, tpu.LANES), jnp.float32)] * n
-        tpu.put_sums(out, rows, tpu.for_channels(C, channels, zeros))
-
-    tpu.for_rows(x, rows_of)
 
 
 def backward(x: Array, pre: Array, g: Array) -> tuple[Array, Array]:
     """x [N, nC], pre [n, N], g [N, C] -> dx, dpre.  Traffic per token: (2n + 1) C."""
     n, C = pre.shape[0], g.shape[1]
-    kernel = functools.partial(_backward, n, C)
     dx, dpre = tpu.call(
-        kernel,
+        functools.partial(_backward, n, C),
         "mhc_read_backward",
         numbers=[pre],
         streams=[x, g],
@@ -76,8 +66,10 @@ def backward(x: Array, pre: Array, g: Array) -> tuple[Array, Array]:
 
 
 def _backward(n, C, pre, x, g, dx, dpre):
+    """Without `pre` it makes dpre alone."""
+
     def rows_of(rows, R):
-        weights = [tpu.column(pre[rows, :], i) for i in range(n)]
+        weights = [] if pre is None else [tpu.column(pre[rows, :], i) for i in range(n)]
 
         def channels(c, sums):
             gc = tpu.piece(g, rows, 0, c)

@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp as Pallas kernels for NVIDIA GPUs: a warp has a block of tokens and all of their matrices in registers.
 
-The steps are those of `reference.py`, where the scaling-vector form is derived; a block is [n, n, tokens].  (With one value
-for each of the n^2 entries instead, Triton takes 5 times as long to compile the gradient at n = 4: its search for
-coalesced layouts grows with the square of the program.)
+`steps.py` has the iteration and derives its gradient; a block is [n, n, tokens].  With one value for each of the n^2 entries
+instead, Triton takes 5 times as long to compile the gradient at n = 4, because its search for coalesced layouts grows with the
+square of the program.
 """
 
 from __future__ import annotations
@@ -17,24 +17,22 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from mhc_kernels import gpu
-
-Scalings = tuple[Array, Array]
-"""r and c, [n, tokens]."""
+from mhc_kernels.ops.sinkhorn.steps import Scalings, Steps, pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Why the kernel cannot run a call: a warp holds its matrices in registers."""
+    """Say why the kernel cannot run a call, or None; a warp holds its matrices in registers."""
     del width, dtypes
     return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
 
 
 def tokens(n: int) -> int:
-    """Tokens of a block: at most 16 values of a matrix-shaped array a thread."""
+    """Tokens of a block, so that a thread has at most 16 values of a matrix-shaped array."""
     return {1: 32, 2: 32, 3: 16, 4: 16}.get(n, 8)
 
 
 def padded(a: Array, diagonal: float, off: float) -> Array:
-    """[n, n, N] with n up to a power of two: the new rows and columns are a matrix of their own beside the old."""
+    """Pad n of [n, n, N] to a power of two; the new rows and columns are a matrix of their own beside the old one."""
     n, size = a.shape[0], gpu.power_of_two(a.shape[0])
     if n == size:
         return a
@@ -42,18 +40,8 @@ def padded(a: Array, diagonal: float, off: float) -> Array:
     return jnp.broadcast_to(entries, (size, size, a.shape[-1])).at[:n, :n].set(a)
 
 
-def _columns(K: Array, r: Array) -> Array:
-    """K^T r."""
-    return (K * r[:, None, :]).sum(0)
-
-
-def _rows(K: Array, c: Array) -> Array:
-    """K c."""
-    return (K * c[None]).sum(1)
-
-
 def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]:
-    """K, r_0 and Q (the column softmax; K itself where eps = 0)."""
+    """K and r of `Steps.first_step` without the padding, and Q: the column softmax, or K where eps = 0."""
     centred = logits - logits.max(0)[None]
     if eps == 0:
         b = centred.max(1)
@@ -64,17 +52,6 @@ def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]
     index = [lax.broadcasted_iota(jnp.int32, Q.shape, axis) for axis in (0, 1)]
     K = jnp.where((index[0] < n) & (index[1] < n), Q + eps, Q)
     return K, 1 / (K.sum(1) + eps), Q
-
-
-def _rescale(s: Array, product: Array, eps: float) -> Array:
-    return 1 / product if eps == 0 else s / (s * product + eps)
-
-
-def _pair(K: Array, rc: Scalings, eps: float) -> Scalings:
-    """One step over the columns and one over the rows."""
-    r, c = rc
-    c = _rescale(c, _columns(K, r), eps)
-    return _rescale(r, _rows(K, c), eps), c
 
 
 def _call(kernel: Any, name: str, n: int, *args: Array) -> Array:
@@ -98,12 +75,11 @@ def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[
 
     Traffic per token: reads and writes n^2 float32.
     """
-    n = logits.shape[0]
-    pairs = num_iters if eps == 0 else num_iters - 1
+    n, steps = logits.shape[0], Steps(eps, summed=True)
 
     def mhc_sinkhorn_forward(logits):
         K, r, _ = _first_step(logits, n, eps)
-        r, c = lax.fori_loop(0, pairs, lambda _, rc: _pair(K, rc, eps), (r, jnp.ones_like(r)))
+        r, c = steps.scalings(K, r, pairs_left(num_iters, eps))
         return r[:, None, :] * K * c[None]
 
     return _call(mhc_sinkhorn_forward, "mhc_sinkhorn_forward", n, padded(logits, 0.0, -jnp.inf))
@@ -114,52 +90,36 @@ def backward(
 ) -> Float[Array, "n n N"]:
     """Gradient of the truncated iteration, from the logits: nothing is kept from the forward pass.
 
-    The reverse walk needs the scalings r_t, c_t from the last to the first.  All of them, 2 n t_max values a token, would
-    spill; so it runs the iteration from its start up to every segment of `size` steps: t_max^2 / (2 size) steps more, of
+    The reverse walk needs the scalings r_t, c_t from the last to the first, but all of them, 2 n t_max values a token, would spill.
+    So the iteration runs from its start again for every segment of `size` pairs.  These are t_max^2 / (2 size) pairs more, of
     2 n^2 multiply-adds in registers, which cost less than a trip to memory.
 
     Traffic per token: reads 2 n^2, writes n^2 float32.
     """
-    n = logits.shape[0]
-    pairs = num_iters if eps == 0 else num_iters - 1
+    n, steps, pairs = logits.shape[0], Steps(eps, summed=True), pairs_left(num_iters, eps)
     size = 4 if n <= 4 else 2
 
-    def reverse(K: Array, rc: Scalings, steps: int, carry: Any) -> Any:
-        """Walk back over `steps` pairs that start from the scalings rc."""
-        R, C = [rc[0]], [rc[1]]
-        for _ in range(steps):
-            rc = _pair(K, rc, eps)
-            R.append(rc[0])
-            C.append(rc[1])
-        K_bar, r_bar, c_bar = carry
-        for t in range(steps, 0, -1):
-            u_bar = -r_bar * R[t] * R[t]
-            c_bar = c_bar + _columns(K, u_bar)
-            v_bar = -c_bar * C[t] * C[t]
-            K_bar = K_bar + (u_bar[:, None, :] * C[t][None] + R[t - 1][:, None, :] * v_bar[None])
-            ratio_r, ratio_c = R[t] / R[t - 1], C[t] / C[t - 1]
-            through_r = eps * r_bar * (ratio_r * ratio_r) if eps else jnp.zeros_like(r_bar)
-            through_c = eps * c_bar * (ratio_c * ratio_c) if eps else jnp.zeros_like(c_bar)
-            r_bar, c_bar = _rows(K, v_bar) + through_r, through_c
-        return K_bar, r_bar, c_bar
+    def reverse(K: Array, start: Scalings, count: int, carry: Any) -> Any:
+        """Walk back over `count` pairs that begin at the scalings `start`."""
+        scalings, (K_bar, bars) = [start], carry
+        for _ in range(count):
+            scalings.append(steps.pair(K, scalings[-1]))
+        for t in range(count, 0, -1):
+            bars, more = steps.undo_pair(K, bars, scalings[t], scalings[t - 1])
+            K_bar = K_bar + more
+        return K_bar, bars
 
     def mhc_sinkhorn_backward(logits, G):
         K, r0, Q = _first_step(logits, n, eps)
-        start = r0, jnp.ones_like(r0)
+        r, c = steps.scalings(K, r0, pairs)
 
-        def scalings(steps):
-            return lax.fori_loop(0, steps, lambda _, rc: _pair(K, rc, eps), start)
+        def segment(k, carry):
+            return reverse(K, steps.scalings(K, r0, pairs - (k + 1) * size), size, carry)
 
-        r, c = scalings(pairs)
-        carry = G * r[:, None, :] * c[None], _rows(G * K, c), _columns(G * K, r)
-        carry = lax.fori_loop(
-            0, pairs // size, lambda k, carry: reverse(K, scalings(pairs - (k + 1) * size), size, carry), carry
-        )
-        K_bar, r_bar, _ = reverse(K, start, pairs % size, carry)
-        if eps == 0:
-            return K_bar * K
-        S = (K_bar - (r_bar * r0 * r0)[:, None, :]) * Q
-        return S - S.sum(0)[None] * Q
+        carry = G * r[:, None, :] * c[None], (steps.rows(G * K, c), steps.columns(G * K, r))
+        carry = lax.fori_loop(0, pairs // size, segment, carry)
+        K_bar, (r_bar, _) = reverse(K, (r0, jnp.ones_like(r0)), pairs % size, carry)
+        return steps.logits_gradient(K, Q, r0, K_bar, r_bar)
 
     args = padded(logits, 0.0, -jnp.inf), padded(g, 0.0, 0.0)
     return _call(mhc_sinkhorn_backward, "mhc_sinkhorn_backward", n, *args)

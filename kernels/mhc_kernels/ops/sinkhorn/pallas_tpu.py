@@ -1,7 +1,7 @@
-"""Sinkhorn-Knopp with every matrix entry of 1,024 tokens or more in registers of its own (Mosaic).
+"""Sinkhorn-Knopp with each matrix entry of 1,024 tokens or more in separate registers (Mosaic).
 
 Tokens are seen as rows of 128, so that entry [i, j] of a block is an array [8, 128] or a few of them and the sums over i or j are
-additions of whole registers.  The steps are those of `reference`.
+additions of whole registers.  `steps.py` has the iteration and derives its gradient.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mhc_kernels import choice, tpu
-from mhc_kernels.ops.sinkhorn.reference import _column_softmax, _columns, _first_step, _forward, _pairs, _rescale, _rows
+from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
+
+
+def _steps(eps: float) -> Steps:
+    """Sums over an axis for Mosaic; multiply-adds where XLA:CPU interprets the kernel."""
+    return Steps(eps, summed=choice.platform() == "tpu")
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8; the logits are float32 by the time they arrive, and there is no width."""
+    """Say why a call cannot run, or None: n is at most 8.  Logits arrive as float32, and there is no width."""
     return tpu.obstacle(num_streams, tpu.LANES, (jnp.float32,))
 
 
@@ -33,64 +38,51 @@ def forward(logits: Array, num_iters: int, eps: float) -> Array:
 
 
 def _forward_kernel(num_iters, eps, logits, res):
-    res[...] = _forward(logits[...], num_iters, eps)
+    steps = _steps(eps)
+    K, r = steps.first_step(logits[...])
+    r, c = steps.scalings(K, r, pairs_left(num_iters, eps))
+    res[...] = r[:, None] * K * c[None]
 
 
 def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
     """logits, g [n, n, N] -> dlogits.  Traffic per token: 2 n^2 in, n^2 out; the scalings stay in VMEM."""
-    n = logits.shape[0]
+    n, history = logits.shape[0], pairs_left(num_iters, eps) + 1
     kernel = functools.partial(_backward_kernel, num_iters, eps)
-    flops = 2 * n * n * (6 * num_iters + 6)
-    return _call(
-        kernel, "mhc_sinkhorn_backward", [logits, g], flops, n * (2 * num_iters + n), _pairs(num_iters, eps) + 1
-    )
+    flops, roots = 2 * n * n * (6 * num_iters + 6), n * (2 * num_iters + n)
+    return _call(kernel, "mhc_sinkhorn_backward", [logits, g], flops, roots, history)
 
 
 def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
-    """As `reference._sinkhorn_bwd`, with R and C in scratch and the gradient of K accumulated in the output."""
-    x, G = logits[...], g[...]
-    K, r = _first_step(x, eps)
+    """The scalings R and C are in scratch, and the gradient of K is added up in the output."""
+    x, G, steps = logits[...], g[...], _steps(eps)
+    K, r = steps.first_step(x)
     R[0], C[0] = r, jnp.ones_like(r)
-    pairs = _pairs(num_iters, eps)
+    pairs = pairs_left(num_iters, eps)
 
-    def forth(t, rc):
-        r, c = rc
-        c = _rescale(c, _columns(K, r), eps)
-        r = _rescale(r, _rows(K, c), eps)
-        R[t + 1], C[t + 1] = r, c
-        return r, c
+    def forth(t, scalings):
+        R[t + 1], C[t + 1] = scalings = steps.pair(K, scalings)
+        return scalings
 
     r, c = lax.fori_loop(0, pairs, forth, (r, jnp.ones_like(r)))
     dlogits[...] = G * r[:, None] * c[None]
 
     def back(step, bars):
-        r_bar, c_bar = bars
         t = pairs - step
-        r, c, r_before, c_before = R[t], C[t], R[t - 1], C[t - 1]
-        u_bar = -r_bar * r * r
-        c_bar = c_bar + _columns(K, u_bar)
-        v_bar = -c_bar * c * c
-        dlogits[...] += u_bar[:, None] * c[None] + r_before[:, None] * v_bar[None]
-        through_r = jnp.zeros_like(r) if eps == 0 else eps * r_bar * (r / r_before) * (r / r_before)
-        through_c = jnp.zeros_like(c) if eps == 0 else eps * c_bar * (c / c_before) * (c / c_before)
-        return _rows(K, v_bar) + through_r, through_c
+        bars, more = steps.undo_pair(K, bars, (R[t], C[t]), (R[t - 1], C[t - 1]))
+        dlogits[...] += more
+        return bars
 
-    r_bar, _ = lax.fori_loop(0, pairs, back, (_rows(G * K, c), _columns(G * K, r)))
-    if eps == 0:
-        dlogits[...] = dlogits[...] * K
-        return
-    Q = _column_softmax(x)
-    S = (dlogits[...] - (r_bar * R[0] * R[0])[:, None]) * Q
-    dlogits[...] = S - _columns(S, jnp.ones_like(r))[None] * Q
+    r_bar, _ = lax.fori_loop(0, pairs, back, (steps.rows(G * K, c), steps.columns(G * K, r)))
+    Q = K if eps == 0 else column_softmax(x)
+    dlogits[...] = steps.logits_gradient(K, Q, R[0], dlogits[...], r_bar)
 
 
 def _call(kernel, name, arrays, flops, roots, history=0):
     """Run over blocks [n, n, rows, 128]; `history` scalings of rows and of columns are kept in VMEM."""
     n, N = arrays[0].shape[0], arrays[0].shape[2]
     padded = tpu.up(N, 8 * tpu.LANES)
-    most = (
-        32 if n <= 4 else 8
-    )  # rows: independent chains hide the latency of the divisions, as long as K is in registers
+    # Independent chains of rows hide the latency of the divisions, as long as K is in registers.
+    most = 32 if n <= 4 else 8
     rows = max(r for r in (8, 16, 32) if r <= most and padded % (r * tpu.LANES) == 0)
     tiled = [tpu.pad(a, padded, 2).reshape(n, n, -1, tpu.LANES) for a in arrays]
     spec = pl.BlockSpec((n, n, rows, tpu.LANES), lambda t: (0, 0, t, 0))

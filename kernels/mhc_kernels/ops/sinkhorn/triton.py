@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp through jax-triton, which outlives Pallas' own Triton lowering; an extra, used where it is named.
+"""Sinkhorn-Knopp through jax-triton, which outlives Pallas' own Triton lowering; it runs only where it is named.
 
 jax-triton 0.3.1 goes with jax 0.10 (Python 3.11); 0.4 needs jax 0.11 and does not lower on 0.12.0.
 """
@@ -15,13 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_kernels import choice, gpu
+from mhc_kernels import choice
+from mhc_kernels.ops.sinkhorn import pallas_gpu
 from mhc_kernels.ops.sinkhorn.pallas_gpu import padded, tokens
+from mhc_kernels.ops.sinkhorn.steps import pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Why the kernel cannot run a call: a package is missing, it is interpreted, or n is too large."""
-    del width, dtypes
+    """Say why the kernel cannot run a call, or None: a package is missing, it is interpreted, or n is too large."""
     try:
         importlib.import_module("jax_triton")
         importlib.import_module("triton")
@@ -29,7 +30,7 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
         return f"it needs jax-triton and triton, pip install 'mhc-jax[gpu]' ({str(error).splitlines()[0]})"
     if choice.interpret():
         return "jax-triton kernels cannot be interpreted"
-    return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
+    return pallas_gpu.obstacle(num_streams, width, dtypes)
 
 
 def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
@@ -55,7 +56,7 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
             n=size,
             real=n,
             TOKENS=block,
-            pairs=num_iters if eps == 0 else num_iters - 1,
+            pairs=pairs_left(num_iters, eps),
             eps=float(eps),
         )
 
@@ -67,7 +68,7 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
         return jnp.moveaxis(out.reshape(*out.shape[:2], axis_size, -1), 2, 0), True
 
     out = run(*args)[:n, :n]
-    # The call does not say what varies between shards (`shard_map`).
+    # The call does not say which results vary between shards (`shard_map`).
     axes = tuple(jax.typeof(args[0]).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying)
     return lax.pcast(out, axes, to="varying") if axes else out
 

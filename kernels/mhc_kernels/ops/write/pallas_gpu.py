@@ -19,7 +19,7 @@ WARPS = 4
 
 
 def load_row(tile: Tile, post_ref: Any, res_ref: Any, i: Any) -> tuple[Array, list[Array]]:
-    """post_i and the row res_i of a block, [tokens, 1] each."""
+    """Load post_i and the row res_i of a block, [tokens, 1] each."""
     n = post_ref.shape[0]
     return tile.column(post_ref, i)[:, None], [tile.column(res_ref, i, j)[:, None] for j in range(n)]
 
@@ -60,7 +60,7 @@ def backward(
     res: Float[Array, "n n N"],
     g: Float[Array, "N nC"],
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"]]:
-    """dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>, a program a block of tokens.
+    """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>, a block a program.
 
     Traffic per token: reads (2 n + 1) C + n^2 + n, writes (n + 1) C + n^2 + n.
     """
@@ -69,16 +69,16 @@ def backward(
     tokens, wide = gpu.rows(C, n, x.dtype, WARPS)
     vector = gpu.VECTOR_BYTES // x.dtype.itemsize
     if n > 4 and vector > 4:
-        # n^2 + n sums and n vectors of g: with 16-byte vectors a thread would spill.
+        # A thread holds n^2 + n sums and n vectors of g, and would spill with 16-byte vectors.
         tokens, vector = tokens // 2, 4
 
     def kernel(x_ref, y_ref, post_ref, res_ref, g_ref, dx_ref, dy_ref, dpost_ref, dres_ref):
         tile = Tile(pl.program_id(0) * tokens, tokens, N, 0, wide, C)
-        # Held through the loop: the addresses, which the compiler would hold otherwise, take twice the registers.
+        # Loaded before the loop, because the compiler would hold their addresses instead, which take twice the registers.
         p, H = zip(*(load_row(tile, post_ref, res_ref, i) for i in range(n)), strict=True)
 
         def part(a):
-            """A thread's share of a sum over channels: n^2 + n of them must fit into its registers."""
+            """Sum over the vectors of a thread, whose registers must hold n^2 + n such shares."""
             return a.reshape(tokens, wide // vector, vector).sum(2)
 
         def chunk(c, sums):

@@ -13,7 +13,7 @@ from mhc_kernels import tpu
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8, C a multiple of 128, bfloat16 or float32."""
+    """Say why a call cannot run, or None: n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
     itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
     return tpu.obstacle(num_streams, width, dtypes, 2 * (3 * num_streams + 2) * width * itemsize)
 
@@ -46,13 +46,13 @@ def _forward(n, C, numbers, x, y, new):
 
 
 def coefficient_columns(n, numbers, first=0):
-    """post and res from their columns, first post [n], then res [n * n]."""
+    """Load post and res from their columns, first post [n], then res [n * n]."""
     post = [tpu.column(numbers, first + i) for i in range(n)]
     return post, [[tpu.column(numbers, first + n + n * i + j) for j in range(n)] for i in range(n)]
 
 
 def mixer(n, C, numbers, x, y, rows):
-    """The function c -> 128 channels of every new stream; `numbers` holds post and res."""
+    """Make the function c -> 128 channels of every new stream; `numbers` holds post and res."""
     post, res = coefficient_columns(n, numbers)
 
     def mix(c):
@@ -64,7 +64,7 @@ def mixer(n, C, numbers, x, y, rows):
 
 
 def backward(x: Array, y: Array, post: Array, res: Array, g: Array) -> tuple[Array, Array, Array, Array]:
-    """-> dx, dy, dpost, dres from g [N, nC].  Traffic per token: (2n + 1) C in, (n + 1) C out."""
+    """dx, dy, dpost and dres from g [N, nC].  Traffic per token: (2n + 1) C in, (n + 1) C out."""
     n, C = post.shape[0], y.shape[1]
     dx, dy, sums = tpu.call(
         functools.partial(_backward, n, C),
@@ -89,9 +89,9 @@ def _backward(n, C, numbers, x, y, g, dx, dy, out):
 
 
 def pull(n, C, coefficients, x, y, dx, dy, out, rows, R, gradient):
-    """Gradients of the write for some tokens; gradient(c) is that of 128 channels of every new stream.
+    """Store the gradients of a write for some tokens; gradient(c) is that of 128 channels of every new stream.
 
-    `coefficients` are (post, res); `out` receives dpost and dres, one column each.
+    `coefficients` are (post, res), and `out` receives dpost and dres, one column each.
     """
     post, res = coefficients
 

@@ -12,10 +12,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from mhc_kernels import choice, gpu
+from mhc_kernels.backends import Saved
 from mhc_kernels.gpu import Tile
 from mhc_kernels.ops.coefficients import pallas_gpu as statistics
 from mhc_kernels.ops.read import pallas_gpu as read
-from mhc_kernels.ops.rms import inverse_rms
+from mhc_kernels.ops.rms_norm import inverse_rms
 from mhc_kernels.ops.write.pallas_gpu import load_row, mix
 
 obstacle = gpu.obstacle
@@ -24,7 +25,7 @@ read_products = read.products
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Tokens and channels of a block, and how the kernel runs: chosen so that nothing spills on sm_90."""
+    """Tokens, channels and warps of a block, chosen so that nothing spills on sm_90."""
 
     tokens: int
     channels: int
@@ -52,12 +53,12 @@ def forward(
     eps_norm: float,
     eps: float,
 ) -> tuple[Float[Array, "N nC"], Float[Array, "k N"], Float[Array, " N"], Float[Array, "N C"]]:
-    """(x', z, inverse, h), a program a block of tokens: all of x' is written and projected, then comes pre, then h.
+    """Return x', z, inverse and h.  A program has a block of tokens: it writes and projects all of x', then makes pre, then h.
 
-    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part: the second
-    pass runs backwards, over the latest writes first.  So between (2 n + 2) C and (3 n + 2) C.  By count, not by measurement,
-    smaller blocks would not help: for L2 to hold x' of all programs at once (some 1,500 tokens on an H100 at n C = 10,240)
-    they would be so small that reading phi from L2, 6 n K bytes a channel and block, outweighs what is saved.
+    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part, because the
+    second pass begins with the latest writes.  That is between (2 n + 2) C and (3 n + 2) C.  Smaller blocks would not help, by
+    count.  For L2 to hold x' of all programs at once (some 1,500 tokens on an H100 at n C = 10,240), they would be so small that
+    reading phi from L2, 6 n K bytes a channel and block, outweighs what is saved.
     """
     N, C = y.shape
     n, k = bias_pre.shape[0], phi.shape[1]
@@ -75,7 +76,7 @@ def forward(
             at = tile.at(c * wide)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
 
-            # A loop at run time: unrolled, the streams' addresses and operands together take more registers than there are.
+            # A loop at run time, because unrolled the addresses and operands of all streams take more registers than there are.
             def stream(i, sums):
                 z, squares = sums
                 p, H = load_row(tile, post_ref, res_ref, i)
@@ -123,31 +124,22 @@ def forward(
 
 
 def backward(
-    x: Float[Array, "N nC"],
-    y: Float[Array, "N C"],
-    post: Float[Array, "n N"],
-    res: Float[Array, "n n N"],
-    new: Float[Array, "N nC"],
+    saved: Saved,
     pre: Float[Array, "n N"],
-    phi: Float[Array, "nC k"],
-    z: Float[Array, "k N"],
-    inverse: Float[Array, " N"],
     g_new: Float[Array, "N nC"],
     g_h: Float[Array, "N C"],
     g_z: Float[Array, "k N"],
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"], Float[Array, "nC k"]]:
-    """(dx, dy, dpost, dres, dphi) in one pass over the streams.
+    """dx, dy, dpost, dres and dphi in one pass over the streams; `backends.py` has the formulas, of which the kernel makes G.
 
-        G_i = g_x'_i + pre_i g_h + inverse (g_z phi^T)_i - shrink x'_i          (what x'_i owes to all its uses)
-        dx_j = sum_i res_ij G_i,  dy = sum_i post_i G_i,  dpost_i = <G_i, y>,  dres_ij = <G_i, x_j>,  dphi = x'^T inverse g_z
-
-    with shrink = <g_z, z> inverse^2 / (n C).  A program has a block of channels of every stream and walks over its share of the
-    tokens, so that phi comes from the L1 cache; x' is made again from x and y, not read.  dpost and dres are written as one part a
-    block of channels and added in order.  dphi is the kernel of `coefficients`: beside all this its sums would spill.
+    A program has a block of channels of every stream and walks over its share of the tokens, so that phi comes from the L1 cache.
+    It makes x' again from x and y instead of reading it.  dpost and dres are written as one part a block of channels, and the parts
+    are added in order.  dphi is the kernel of `coefficients`, because its sums would spill beside all this.
 
     Traffic per token: reads (2 n + 2) C, writes (n + 1) C, and 4 (n^2 + n) / 64 bytes a channel of parts, written and read; dphi
     reads n C.  With `read_products` the whole gradient moves (5 n + 4) C.
     """
+    x, y, post, res, phi, new, z, inverse = saved
     N, C = y.shape
     n = post.shape[0]
     size = _backward_block(n)

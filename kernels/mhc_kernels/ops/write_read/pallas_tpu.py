@@ -1,4 +1,4 @@
-"""Write, statistics, projection and the next read in one pass over the streams (Mosaic): the floor of traffic, (2n + 2) C."""
+"""The boundary in one pass over the streams (Mosaic), whose traffic is the floor: (2n + 2) C a token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from mhc_kernels import tpu
+from mhc_kernels.backends import Saved
 from mhc_kernels.ops.coefficients.pallas_tpu import (
     folded,
     gradient_columns,
@@ -26,7 +27,10 @@ from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, pull
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Any n up to 8, C a multiple of 128, bfloat16 or float32, as long as VMEM holds 16 tokens of the backward."""
+    """Say why a call cannot run, or None: VMEM must hold 16 tokens of the backward pass.
+
+    n is at most 8, C a multiple of 128, and streams are bfloat16 or float32.
+    """
     n, itemsize = num_streams, max(jnp.dtype(d).itemsize for d in dtypes)
     per_token = 2 * (4 * n + 3) * width * itemsize + 4 * n * width
     return tpu.obstacle(n, width, dtypes, per_token, resident(n * n + 2 * n, n * width, itemsize))
@@ -59,7 +63,7 @@ def forward(
 
 
 def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide):
-    """Mixing is bound by the vector units and the projection by the matrix units: in one loop they run side by side."""
+    """One loop mixes and projects: mixing is bound by the vector units, the projection by the matrix units, side by side."""
     tokens, lanes = x.shape[0], tpu.LANES
     R = min(tokens, 64 // x.dtype.itemsize)
 
@@ -116,25 +120,12 @@ def read_products(new: Array, g_h: Array) -> Array:
     return products(new, g_h, "mhc_write_read_products")
 
 
-def backward(
-    x: Array,
-    y: Array,
-    post: Array,
-    res: Array,
-    new: Array,
-    pre: Array,
-    phi: Array,
-    z: Array,
-    inverse: Array,
-    g_new: Array,
-    g_h: Array,
-    g_z: Array,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """-> dx, dy, dpost, dres, dphi.
+def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
+    """dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is made in VMEM and never leaves it.
 
-    The gradient of x' = g_x' + pre g_h + g_z phi^T / RMS - x' (g_z . z) / (RMS^2 nC) is made in VMEM and never leaves it.
     Traffic per token: reads (3n + 2) C, writes (n + 1) C; with `read_products` (5n + 4) C.
     """
+    x, y, post, res, phi, new, z, inverse = saved
     n, C = post.shape[0], y.shape[1]
     channels, k = phi.shape
     parts, shrink, rows_of_phi = gradient_operands(new, phi, z, inverse, g_z)

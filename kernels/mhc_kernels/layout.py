@@ -1,0 +1,74 @@
+"""How streams, coefficients and their parameters lie in arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+PARTS = ("pre", "post", "res")
+"""Parts of the coefficients, in the order of the columns of phi."""
+
+
+class Coefficients(NamedTuple):
+    r"""Coefficients of one sub-layer: float32, stream axes first and tokens last.
+
+    They are the letters of mHC (arXiv 2512.24880) Eq. 3:
+
+        $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$
+
+    None stands for a disabled part: `pre` is then 1/n, `post` is 1 and `res` is the identity.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import Coefficients
+      >>> c = Coefficients(pre=jnp.ones((4, 10)), post=None, res=jnp.ones((4, 4, 10)))
+      >>> c.pre.shape, c.post, c.res.shape
+      ((4, 10), None, (4, 4, 10))
+    """
+
+    pre: Float[Array, "n *tokens"] | None
+    """H_pre: the branch reads sum_i pre_i x_i."""
+    post: Float[Array, "n *tokens"] | None
+    """H_post: stream i receives post_i y."""
+    res: Float[Array, "n n *tokens"] | None
+    """H_res: stream i receives sum_j res_ij x_j."""
+
+
+def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice]:
+    """Columns of phi, and entries of bias, that belong to each part: [pre n | post n | res n*n, row-major].
+
+    Args:
+      num_streams: n.
+      parts: the parts that exist; the others take no columns.
+
+    Examples:
+      >>> from mhc_kernels import columns
+      >>> columns(4)
+      {'pre': slice(0, 4, None), 'post': slice(4, 8, None), 'res': slice(8, 24, None)}
+      >>> columns(4, ("post", "res"))
+      {'post': slice(0, 4, None), 'res': slice(4, 20, None)}
+    """
+    out, start = {}, 0
+    for part in parts:
+        stop = start + (num_streams**2 if part == "res" else num_streams)
+        out[part] = slice(start, stop)
+        start = stop
+    return out
+
+
+def split(x: Float[Array, "*tokens nC"], num_streams: int) -> list[Float[Array, "*tokens C"]]:
+    """Streams of a flat array: stream i is channels i C to (i + 1) C.
+
+    Args:
+      x: flat streams, any float dtype.
+      num_streams: n, which divides the last axis.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mhc_kernels import split
+      >>> [stream.tolist() for stream in split(jnp.arange(6.0), 3)]
+      [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    """
+    return jnp.split(x, num_streams, axis=-1)  # one operation, whose gradient is one concatenation

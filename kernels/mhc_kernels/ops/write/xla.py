@@ -1,0 +1,106 @@
+"""x' = H_res x + H_post^T y on flat streams as XLA runs it, with a hand-written gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhc_kernels import choice
+from mhc_kernels.layout import split
+from mhc_kernels.xla import add, dots, join, once, streams, weighted
+
+
+def write(x: Array, y: Array, post: Array | None, res: Array | None, num_streams: int) -> Array:
+    """x [*tokens, nC], y [*tokens, C], post [n, *tokens], res [n, n, *tokens] -> x'; `mhc_kernels.write` has the meaning."""
+    if post is None and res is None:
+        if num_streams == 1:
+            return x + y.astype(x.dtype)
+        return (x.astype(jnp.float32) + jnp.tile(y.astype(jnp.float32), num_streams)).astype(x.dtype)
+    if post is None:
+        post = jnp.ones((num_streams, *y.shape[:-1]), jnp.float32)
+    return _write_identity(x, y, post) if res is None else _write(x, y, post, res)
+
+
+def mixed(x: Array, y: Array, post: Array, res: Array) -> list[Array]:
+    """The n new streams, float32 [*tokens, C] each."""
+    xs, y32 = streams(x, len(post)), y.astype(jnp.float32)
+    return [weighted(row, xs) + p[..., None] * y32 for row, p in zip(res, post, strict=True)]
+
+
+def pull(gs: Sequence[Array], x: Array, y: Array, post: Array, res: Array) -> tuple[Array, Array, Array, Array]:
+    """dx, dy, dpost and dres from the gradients of the n new streams, float32 [*tokens, C] each."""
+    n = len(post)
+    dx = join([weighted(res[:, j], gs) for j in range(n)], x)
+    dres = jnp.stack([dots(gs, xj) for xj in streams(x, n)], axis=1)
+    return dx, *_pull_post(gs, y, post), dres
+
+
+def _pull_post(gs: Sequence[Array], y: Array, post: Array) -> tuple[Array, Array]:
+    return weighted(post, gs).astype(y.dtype), dots(gs, y.astype(jnp.float32))
+
+
+def _outer(a: Array, b: Array) -> Array:
+    """a_i b for every stream i: [n, *tokens], [*tokens, C] -> [*tokens, n, C], as a broadcast.
+
+    A stack of n products makes XLA's CPU fusions branch for every element.
+    """
+    return jnp.moveaxis(a, 0, -1)[..., None] * b.astype(jnp.float32)[..., None, :]
+
+
+def _as_streams(x: Array, n: int) -> Array:
+    return x.reshape(*x.shape[:-1], n, x.shape[-1] // n).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _write(x, y, post, res):
+    if choice.platform() != "cpu":
+        return join(mixed(x, y, post, res), x)
+    total = add(_outer(res[:, j], xj) for j, xj in enumerate(split(x, len(post))))
+    return once(total + _outer(post, y)).reshape(x.shape).astype(x.dtype)
+
+
+def _write_bwd(saved, g):
+    """dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>."""
+    x, y, post, res = saved
+    n = len(post)
+    if choice.platform() != "cpu":
+        return pull(streams(g, n), x, y, post, res)
+    g = once(g)  # a sum of three gradients: of the projection, the read and the next write
+    # Products a token: XLA:CPU has a library for these, and takes 3x as long for the same sums as a fusion of broadcasts.
+    gs = _as_streams(g, n)
+    dx = jnp.einsum("ij...,...ic->...jc", res, gs, precision="highest").reshape(x.shape).astype(x.dtype)
+    dres = jnp.einsum("...ic,...jc->ij...", gs, _as_streams(x, n), precision="highest")
+    return dx, *_post_gradients(y, post, g), dres
+
+
+def _post_gradients(y, post, g):
+    """dy and dpost."""
+    n = len(post)
+    if choice.platform() != "cpu":
+        return _pull_post(streams(g, n), y, post)
+    dy = weighted(post, streams(g, n))
+    # Without `once`, dy is computed again, column by column, in the transpose that a weight's gradient needs.
+    dy = once(dy).astype(y.dtype)
+    dpost = jnp.einsum("...ic,...c->...i", _as_streams(g, n), y.astype(jnp.float32), precision="highest")
+    return dy, jnp.moveaxis(dpost, -1, 0)
+
+
+_write.defvjp(lambda *args: (_write(*args), args), _write_bwd)
+
+
+@jax.custom_vjp
+def _write_identity(x, y, post):
+    """The write with H_res = I."""
+    if choice.platform() == "cpu":
+        return once(_as_streams(x, len(post)) + _outer(post, y)).reshape(x.shape).astype(x.dtype)
+    y32 = y.astype(jnp.float32)
+    return join([xi + p[..., None] * y32 for xi, p in zip(streams(x, len(post)), post, strict=True)], x)
+
+
+_write_identity.defvjp(
+    lambda x, y, post: (_write_identity(x, y, post), (y, post)),
+    lambda saved, g: (g, *_post_gradients(saved[0], saved[1], g)),
+)

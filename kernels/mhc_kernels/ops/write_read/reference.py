@@ -1,0 +1,24 @@
+"""Boundary between two sub-layers: the write of the first, then coefficients and read of the second."""
+
+from __future__ import annotations
+
+from jax import Array, lax
+
+from mhc_kernels.ops.coefficients.reference import coefficients
+from mhc_kernels.ops.read.reference import read
+from mhc_kernels.ops.write.reference import write
+
+Parts = tuple[Array | None, Array, Array]
+"""H_pre, H_post and H_res; the boundary does not use the first of the earlier sub-layer."""
+
+
+def write_read(
+    x: Array, c: Parts, y: Array, phi: Array, alpha: Array, bias: Array, *, num_streams: int, stream_dtype: str
+) -> tuple[Array, Parts, Array]:
+    """x [N, nC], c of the first sub-layer, y [N, C], parameters of the second -> x' [N, nC], its coefficients, h [N, C]."""
+    _, post, res = c
+    new = write(x, y, post, res, num_streams)
+    # The second sub-layer sees streams in their own dtype.  The gradient passes through the rounding.
+    new = new + lax.stop_gradient(new.astype(stream_dtype).astype(new.dtype) - new)
+    pre, post, res = coefficients(new, phi, alpha, bias, num_streams=num_streams)
+    return new, (pre, post, res), read(new, pre, num_streams)

@@ -1,0 +1,50 @@
+"""The boundary as XLA runs it on TPUs and GPUs; on CPUs it is composed of the single operations.
+
+Forward and backward are each written as a whole, because the gradient that reaches the new streams is a sum of three (of the next
+write, the read and the projection).  Composed of single operations, XLA joins each of the three into flat streams and adds those,
+which was a quarter of the boundary's cycles on a v5p.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mhc_kernels.backends import Saved
+from mhc_kernels.ops.rms_norm import inverse_rms
+from mhc_kernels.ops.write.xla import mixed, pull
+from mhc_kernels.xla import add, dots, join, streams, weighted
+
+
+def forward(
+    x: Array, y: Array, post: Array, res: Array, phi: Array, alpha: Array, bias: Array, eps_norm: float, eps: float
+) -> tuple[Array, Array, Array, Array]:
+    """x [*tokens, nC], y [*tokens, C], post [n, *tokens], phi [nC, k], alpha [], bias [n] of pre -> x', z, inverse, h."""
+    n = post.shape[0]
+    rows = [row.astype(x.dtype) for row in mixed(x, y, post, res)]
+    new = join(rows, x)
+    values = [row.astype(jnp.float32) for row in rows]
+    inverse = inverse_rms(add(jnp.sum(v * v, axis=-1) for v in values) / x.shape[-1], eps_norm)
+    z = jnp.einsum("...c,ck->k...", new.astype(jnp.float32), phi, precision="highest") * inverse[None]
+    pre = jax.nn.sigmoid(alpha * z[:n] + bias.reshape(n, *(1,) * (z.ndim - 1))) + eps
+    return new, z, inverse, weighted(pre, values).astype(x.dtype)
+
+
+def read_products(new: Array, g_h: Array) -> Array:
+    """x' [*tokens, nC], g_h [*tokens, C] -> <x'_i, g_h> [n, *tokens]."""
+    return dots(streams(new, new.shape[-1] // g_h.shape[-1]), g_h.astype(jnp.float32))
+
+
+def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
+    """dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is rounded to the dtype of x once."""
+    x, y, post, res, phi, new, z, inverse = saved
+    n, C = post.shape[0], y.shape[-1]
+    scaled = g_z * inverse[None]
+    shrink = (jnp.sum(scaled * z, axis=0) * inverse / x.shape[-1])[..., None]
+    h32, gs = g_h.astype(jnp.float32), []
+    for i, (g, v) in enumerate(zip(streams(g_new, n), streams(new, n), strict=True)):
+        through_z = jnp.einsum("k...,ck->...c", scaled, phi[i * C : (i + 1) * C], precision="highest")
+        gs.append((through_z + g + pre[i][..., None] * h32 - shrink * v).astype(x.dtype).astype(jnp.float32))
+    dphi = jnp.einsum("...c,k...->ck", new.astype(jnp.float32), scaled, precision="highest")
+    return *pull(gs, x, y, post, res), dphi
