@@ -77,7 +77,7 @@ def test_logits_over_a_cache_are_those_of_the_whole_sequence(attention):
     @jax.jit
     def run(params):
         whole = model.apply({"params": params}, tokens)[0]
-        out, aux = model.apply({"params": params}, tokens[:, :16], cache=empty_cache(config, 2), only=lengths - 1)
+        out, aux = model.apply({"params": params}, tokens[:, :16], cache=empty_cache(config, 2), at=lengths - 1)
         cache = grown(aux["cache"], 32)
         cache = dataclasses.replace(cache, position=lengths)  # what lies behind is stale
         rest = jnp.stack([jax.lax.dynamic_slice_in_dim(tokens[b], lengths[b], 10) for b in range(2)])

@@ -29,6 +29,8 @@ from mhc_jax.model import Decoder, branches
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_train_step
 
 MODEL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=24)
+BRANCH = {"norm_eps": 1e-20, "output_scale": 1.0, "dtype": jnp.float32}
+ATTENTION = BRANCH | {"rope_theta": 1e4, "implementation": "xla"}
 
 
 def test_rms_norm_against_numpy():
@@ -63,7 +65,7 @@ def applied(layer, shape):
 
 def test_attention_against_numpy():
     H, K, D, C, T = 4, 2, 6, 10, 5
-    y, x, p = applied(Attention(H, K, D, 1e4, 1e-20, 1.0, jnp.float32), (1, T, C))
+    y, x, p = applied(Attention(num_heads=H, num_kv_heads=K, head_dim=D, **ATTENTION), (1, T, C))
     rotate = lambda v: np.asarray(rope(jnp.asarray(v, jnp.float32)[None], 1e4)[0], np.float64)  # noqa: E731
     q, k = rotate((x @ p["W_q"]).reshape(T, H, D)), rotate((x @ p["W_k"]).reshape(T, K, D))
     v = (x @ p["W_v"]).reshape(T, K, D)
@@ -79,7 +81,7 @@ def test_attention_against_numpy():
 
 
 def test_swiglu_against_numpy():
-    y, x, p = applied(SwiGLU(7, 1e-20, 1.0, jnp.float32), (1, 3, 5))
+    y, x, p = applied(SwiGLU(hidden=7, **BRANCH), (1, 3, 5))
     assert_close(y, swiglu(x, p["W_gate"], p["W_up"], p["W_down"]))
 
 
@@ -109,8 +111,8 @@ def opcodes(compiled):
 def test_residual_adds_no_op_over_hand_written_pre_norm():
     cfg = decoder_of("residual", MODEL, unroll=MODEL.num_layers)
     params = drawn_decoder(cfg)
-    attention = Attention(4, 2, 4, 1e4, 1e-20, 1.0, jnp.float32)
-    mlp = SwiGLU(24, 1e-20, 1.0, jnp.float32)
+    attention = Attention(num_heads=4, num_kv_heads=2, head_dim=4, **ATTENTION)
+    mlp = SwiGLU(hidden=24, **BRANCH)
 
     def hand_written(params, tokens):
         x = jnp.take(params["embedding"], tokens, axis=0)
@@ -277,7 +279,7 @@ def mla_oracle(p, h, H):
 @functools.cache
 def latent():
     """The layer, an input, parameters, random weights of its output, and (output, gradients, sensitivity of position 2)."""
-    layer = LatentAttention(H, D, R, RANK, 1e4, 1e-20, 1.0, jnp.float32)
+    layer = LatentAttention(num_heads=H, head_dim=D, rope_width=R, kv_rank=RANK, **ATTENTION)
     random = np.random.default_rng(0)
     h, w = (jnp.asarray(random.normal(size=(1, T, C)), jnp.float32) for _ in range(2))
     p = drawn(layer.init, h, spread=0.4)["params"]

@@ -36,7 +36,16 @@ MODEL = dataclasses.replace(decoders.MODEL, **EXPERTS)
 @functools.cache
 def layer_of(num_shared=2, dtype=jnp.float32):
     """The layer, and its compiled (parameters, h, w) -> (y, aux, gradients of the sum of y w)."""
-    layer = MoE(E, K, num_shared, F, 1.5, 1e-20, 1.0, dtype)
+    layer = MoE(
+        num_experts=E,
+        num_active=K,
+        num_shared=num_shared,
+        hidden=F,
+        routed_scale=1.5,
+        norm_eps=1e-20,
+        output_scale=1.0,
+        dtype=dtype,
+    )
 
     def loss(p, h, w):
         y, aux = layer.apply({"params": p}, h)
