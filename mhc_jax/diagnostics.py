@@ -171,16 +171,6 @@ def backward_gain(P: Matrices) -> PerMatrix:
     return np.abs(P.sum(-2)).max(-1)
 
 
-def forward_norm(P: Matrices) -> PerMatrix:
-    r"""The infinity norm $\max_i \sum_j |P_{ij}|$ of each matrix."""
-    return forward_gain(np.abs(P))
-
-
-def backward_norm(P: Matrices) -> PerMatrix:
-    r"""The 1-norm $\max_j \sum_i |P_{ij}|$ of each matrix."""
-    return backward_gain(np.abs(P))
-
-
 def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.ndarray]:
     r"""The composites $H_l \cdots H_1$ and $H_L \cdots H_l$ for every l: the two profiles of mHC Figure 3.
 
@@ -253,8 +243,8 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
             "composite_backward": backward_gain(down).mean(1),
             "composite_forward_max": forward_gain(up).max(1),
             "composite_backward_max": backward_gain(down).max(1),
-            "composite_forward_norm": forward_norm(up).mean(1),
-            "composite_backward_norm": backward_norm(down).mean(1),
+            "composite_forward_norm": forward_gain(np.abs(up)).mean(1),
+            "composite_backward_norm": backward_gain(np.abs(down)).mean(1),
             "composite_mean_forward": forward_gain(mean_up),
             "composite_mean_backward": backward_gain(mean_down),
             "row_error": np.abs(H.sum(-1) - 1).max((1, 2)),

@@ -116,6 +116,9 @@ class Generator:
         """Names and shapes of the programs that have been compiled."""
         model, valid = Decoder(config), vocab_size or config.vocab_size
 
+        def run(params: Any, tokens: Array, **inputs: Any) -> Any:
+            return model.apply({"params": params}, tokens, **inputs)
+
         def choose(logits: Array, position: Array, rows: Array, settings: tuple[Array, Array, Array], greedy: bool):
             seed, temperature, top_p = settings
             logits = jnp.where(jnp.arange(logits.shape[-1])[None] < valid, logits, -jnp.inf)
@@ -130,7 +133,7 @@ class Generator:
         @functools.partial(jax.jit, static_argnames=("slots", "greedy"))
         def prefill(params, tokens, lengths, rows, settings, *, slots, greedy):
             cache = empty_cache(config, len(tokens))
-            logits, aux = model.apply({"params": params}, tokens, cache=cache, at=lengths - 1)
+            logits, aux = run(params, tokens, cache=cache, at=lengths - 1)
             cache = Cache(grown(aux["cache"], slots).kept, lengths)
             return choose(logits[:, 0], lengths, rows, settings, greedy), cache
 
@@ -138,7 +141,7 @@ class Generator:
         def decode(params, cache, token, rows, settings, *, greedy):
             def step(carry, _):
                 cache, token = carry
-                logits, aux = model.apply({"params": params}, token[:, None], cache=cache)
+                logits, aux = run(params, token[:, None], cache=cache)
                 token = choose(logits[:, 0], aux["cache"].position, rows, settings, greedy)
                 return (aux["cache"], token), token
 

@@ -70,11 +70,11 @@ class Decoder(nn.Module):
 
             collected, aux, kept = [], {}, {}
             for name, blocks in stacks(cfg).items():
-                carry, (diagnostics, told) = self._run(name, blocks, carry, sample, cache)
+                carry, (diagnostics, extra) = self._run(name, blocks, carry, sample, cache)
                 collected.append(diagnostics)
                 if cache is not None:
-                    kept[name] = {key: told.pop(key) for key in cache.kept[name]}
-                aux |= told
+                    kept[name] = {key: extra.pop(key) for key in cache.kept[name]}
+                aux |= extra
 
             x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry, at)
             if cfg.tied_embeddings:
@@ -162,11 +162,11 @@ class Block(nn.Module):
             streams, c, h = link.write_read(streams, c, y)
             h = constrain(h, "batch", "sequence", None)
             if self.only is not None:
-                y, told = remat.keep_branch(*_function_of(branch), h)
+                y, extra = remat.keep_branch(*_function_of(branch), h)
             else:
-                y, told = branch(h, past) if name == "attention" else branch(h)
+                y, extra = branch(h, past) if name == "attention" else branch(h)
             y = constrain(y, "batch", "sequence", None)
-            aux |= told
+            aux |= extra
             if self.sample:
                 collected.append(sample_sublayer(link, streams, c, y, self.sample))
         diagnostics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected) if collected else {}

@@ -165,17 +165,35 @@ def routed(
     *,
     k: int,
     scale: float,
+    shards: tuple[str, ...] = (),
+    owners: str | None = None,
+    hidden: str | None = None,
+    buffer: float = 0.0,
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-    """`route` and `mix_experts` on one device; arguments and results are those of `routed_on_mesh`."""
-    rows = x.reshape(-1, x.shape[-1])
-    experts, gates, scores = route(rows, W_router, bias, k, scale)
-    y, load = mix_experts(rows.astype(weights.W_gate.dtype), experts, gates, weights)
+    """The routed experts of this device's tokens; arguments and results are those of `routed_on_mesh`.
+
+    The mesh axes are those of shard_map: `shards` of the tokens, `owners` of the experts, and `hidden` of F.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, gates, scores = route(tokens, W_router, bias, k, scale)
+    tokens, entropy, dropped = tokens.astype(weights.W_gate.dtype), score_entropy(scores), jnp.zeros(())
+    if hidden:
+        # Cast here, so that gradients are added up over `hidden` once for a token and not for each of its k copies.
+        tokens = jax.lax.pcast(tokens, hidden, to="varying")
+    if owners:
+        y, load, seen = mix_experts_of_owners(tokens, experts, gates, weights, owners, buffer)
+        load, seen = jax.lax.psum((load, seen), shards)
+        dropped = 1 - seen / load.sum()
+    else:
+        y, load = mix_experts(tokens, experts, gates, weights)
+        load = jax.lax.psum(load, shards) if shards else load
+    y = jax.lax.psum(y, hidden) if hidden else y
     aux = {
         "expert_load": load.astype(jnp.float32),
-        "router_entropy": score_entropy(scores),
-        "router_dropped": jnp.zeros(()),
+        "router_entropy": jax.lax.pmean(entropy, shards) if shards else entropy,
+        "router_dropped": dropped,
     }
-    return y.reshape(x.shape), aux
+    return y.astype(tokens.dtype).reshape(x.shape), aux
 
 
 def routed_on_mesh(
@@ -214,32 +232,14 @@ def routed_on_mesh(
         return tuple(axis for axis in names if axis is not None and mesh.shape[axis] > 1)
 
     rows, columns = present(tokens[0]), present(tokens[1])
-    shards = rows + columns
     owners, inner, hidden = (next(iter(present(entry)), None) for entry in axes)
 
     def local(x, W_router, bias, weights):
-        flat = x.reshape(-1, x.shape[-1])
-        experts, gates, scores = route(flat, W_router, bias, k, scale)
-        flat = flat.astype(weights.W_gate.dtype)
         if inner:
             W_gate, W_up = (jax.lax.all_gather(W, inner, axis=1, tiled=True) for W in weights[:2])
             weights = Experts(W_gate, W_up, jax.lax.all_gather(weights.W_down, inner, axis=2, tiled=True))
-        if hidden:
-            # Cast here, so that gradients are added up over `hidden` once for a token and not for each of its k copies.
-            flat = jax.lax.pcast(flat, hidden, to="varying")
-        if owners:
-            y, load, seen = mix_experts_of_owners(flat, experts, gates, weights, owners, buffer)
-        else:
-            y, load = mix_experts(flat, experts, gates, weights)
-            seen = load.sum()
-        y = jax.lax.psum(y, hidden) if hidden else y
-        load, seen = jax.lax.psum((load, seen), shards)
-        aux = {
-            "expert_load": load.astype(jnp.float32),
-            "router_entropy": jax.lax.pmean(score_entropy(scores), shards),
-            "router_dropped": 1 - seen / load.sum(),
-        }
-        return y.astype(flat.dtype).reshape(x.shape), aux
+        how = {"k": k, "scale": scale, "shards": rows + columns, "owners": owners, "hidden": hidden, "buffer": buffer}
+        return routed(x, W_router, bias, weights, **how)
 
     W_in, W_out = PartitionSpec(owners, inner, hidden), PartitionSpec(owners, hidden, inner)
     token_spec, whole = PartitionSpec(rows or None, columns or None, None), PartitionSpec()
