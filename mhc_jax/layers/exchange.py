@@ -9,8 +9,7 @@ equal size that hold the worst case, by an ordinary all-to-all.
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,6 @@ def plan(load: Int[Array, " E"], axis: str, capacity: int | None = None) -> Plan
     return Plan(dispatch, combine, by_owner[me].sum(1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def exchange(
     rows: Float[Array, "M C"], transfer: Transfer, reverse: Transfer, num_rows: int, pair: int, axis: str
 ) -> Float[Array, "{num_rows} C"]:
@@ -106,6 +104,10 @@ def exchange(
       pair: rows between this device and one peer, at most.
       axis: mesh axis, within its shard_map.
     """
+    return _exchange(rows, transfer, reverse, num_rows, pair, axis)
+
+
+def _move(rows, transfer, reverse, num_rows, pair, axis):
     if choice.platform() == "cpu":
         return _dense(rows, transfer, num_rows, pair, axis)
     out = jnp.zeros_like(rows, shape=(num_rows, rows.shape[1]))
@@ -116,15 +118,16 @@ def exchange(
 
 def _forward(rows, transfer, reverse, num_rows, pair, axis):
     # An array without columns carries the number of rows.
-    return exchange(rows, transfer, reverse, num_rows, pair, axis), (transfer, reverse, rows[:, :0])
+    return _move(rows, transfer, reverse, num_rows, pair, axis), (transfer, reverse, rows[:, :0])
 
 
 def _backward(num_rows, pair, axis, saved, g):
     transfer, reverse, rows = saved
-    return exchange(g, reverse, transfer, rows.shape[0], pair, axis), None, None
+    return _move(g, reverse, transfer, rows.shape[0], pair, axis), None, None
 
 
-exchange.defvjp(_forward, _backward)
+_exchange: Any = jax.custom_vjp(_move, nondiff_argnums=(3, 4, 5))
+_exchange.defvjp(_forward, _backward)
 
 
 def _dense(rows, transfer, num_rows, pair, axis):
