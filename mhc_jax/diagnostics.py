@@ -18,8 +18,8 @@ it, each a mean over tokens (`stream_measures`):
                        one stream outweighs all others; n for orthogonal streams of equal norm
 
 A stream of zeros has no direction, so its pairs are left out.  Where fewer than two streams are not zero, all three are 1.  A 1
-does not say that streams are equal in size; `stream_rms` tells their sizes.  For every token the largest eigenvalue's share of
-tr G lies between 1 / stream_rank and 1 / sqrt(stream_rank), so that a rank near 1 needs no second number.
+does not say that streams are equal in size; `stream_rms` tells their sizes.  The largest eigenvalue's share of tr G lies between
+1 / stream_rank and 1 / sqrt(stream_rank) for every token, so that a rank near 1 needs no second number.
 
 `sample_sublayer` is part of the compiled model.  Everything else is NumPy in float64, which takes milliseconds for the few values
 that come back and needs no compilation.

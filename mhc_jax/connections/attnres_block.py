@@ -5,7 +5,7 @@ r"""Block Attention Residuals (AttnRes, arXiv 2603.15031): a sub-layer attends t
 The sources V are the embedding, one sum of outputs for each finished group of `block_size` sub-layers, and the partial sum of the
 running group.  (The paper calls such a group a block.)
 
-No streams are mixed.  The decoder carries the sources in a flat buffer [B, T, S C] of S = 1 + ceil(L / block_size) slots, and a
+No streams are mixed.  The decoder carries the sources in a flat buffer [B, T, S C] of S = 1 + ceil(L / block_size) slots.  A
 write adds to one slot.  With w = 0 the read is the mean of the sources: the residual stream over their number, which the branch's
 norm turns into Pre-Norm.
 """

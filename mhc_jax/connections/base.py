@@ -15,8 +15,8 @@ The decoder knows a connection only through this class:
 parameters.  A further instance, the ends (`sublayer=None`), owns the parameters of `expand` and `collapse`.
 
 The decoder runs a chain of boundaries.  At each boundary the instance of sub-layer l writes the output of sub-layer l - 1 with
-the coefficients of l - 1, makes its own coefficients, and reads.  One kernel can do all three in a single pass.  `start` gives the
-state before the first boundary: a pending write that changes nothing.
+the coefficients of l - 1.  Then it makes the coefficients of l and reads.  One kernel can do all three in a single pass.  `start`
+gives the state before the first boundary: a pending write that changes nothing.
 
 Diagnostics look at `flat(streams)` and at the three matrices of `dense(c, y)`.
 """

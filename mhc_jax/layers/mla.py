@@ -7,10 +7,10 @@ The rotary part ($q^R$, $k^R$, R channels) carries the position and the rest ($q
 
 Deviations.  Queries are projected directly, as in mHC's models, where DeepSeek-V2 has a low rank.  The latent c alone is normed
 before the up-projection, as by `kv_a_layernorm` in DeepSeek's code.  RoPE turns pairs (d, d + R/2) where theirs turns neighbours
-(2d, 2d + 1), which is the same up to a permutation of the columns of W_q and W_kv_down.
+(2d, 2d + 1).  A permutation of the columns of W_q and W_kv_down makes both the same.
 
-A cache keeps rms(c) and rope(k^R): rank + R numbers a token for all heads.  Over a cache the up-projection is absorbed into queries
-and outputs (section 2.1.2 of the paper), so that no key or value of the past is made again.  For each head, with
+A cache keeps rms(c) and rope(k^R): rank + R numbers a token for all heads.  Over a cache no key or value of the past is made again,
+because the up-projection is absorbed into queries and outputs (section 2.1.2 of the paper).  For each head, with
 $W_{kv,up} = [W_k \mid W_v]$:
 
     $q^C \cdot k^C = (q^C W_k^\top) \cdot \mathrm{rms}(c), \qquad \sum_s p_s v_s = (\sum_s p_s\, \mathrm{rms}(c_s))\, W_v$

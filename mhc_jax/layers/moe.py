@@ -7,8 +7,9 @@ Router and balancing are those of DeepSeek-V3 (arXiv 2412.19437, Eq. 12-16; Wang
     $y = \mathrm{shared}(x) + \sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$
     after each step: $b_e \leftarrow b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ (`balanced_bias`)
 
-The bias b decides which experts are chosen and does not weigh them, so that no gradient reaches it.  No expert has a capacity and
-no token is dropped: tokens are sorted by expert and multiplied in groups of the sizes that occur (`layers.grouped`).
+The bias b decides which experts are chosen and does not weigh them, so that no gradient reaches it.  Tokens are sorted by expert
+and multiplied in groups of the sizes that occur (`layers.grouped`).  No token is dropped, unless `expert_buffer` limits the room
+of a device.
 
 Deviations: there are neither V3's groups of devices, which limit what a token is sent to, nor its sequence-wise auxiliary loss.
 
