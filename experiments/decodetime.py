@@ -39,7 +39,7 @@ def main() -> None:
         params = jax.jit(lambda c=config: init_state(c).params)()
         generator = Generator(config.model, params, T, shortest=T)
         model = Decoder(config.model)
-        whole = jax.jit(lambda p, t, at, m=model: m.apply({"params": p}, t, only=at)[0].argmax(-1))
+        whole = jax.jit(lambda p, t, at, m=model: m.apply({"params": p}, t, at=at)[0].argmax(-1))
         runs[name] = (generator, whole, [], [])
     padded, last = jnp.zeros((1, T), jnp.int32), jnp.full(1, T - 2)
     for k in range(ROUNDS.value + 1):

@@ -1,28 +1,28 @@
-"""Gains, marginals, entropy and stream similarity: pure functions over returned coefficients (mHC section 3.1, Figures 3 and 7).
+r"""Gains, marginals, entropy and similarity of streams: pure functions of coefficients and streams (mHC section 3.1, Fig. 3, 7).
 
-Conventions.  H_res is applied untransposed, x_out = H x_in, so the operator between sub-layers a and b is P = H_b ... H_a.
+**Gains.**  H_res is applied untransposed, so the operator between sub-layers a and b is the composite $P = H_b \cdots H_a$.
 
-    forward gain  = max_i |sum_j P_ij|   (largest absolute row sum: what a signal shared by all streams grows by on the way up)
-    backward gain = max_j |sum_i P_ij|   (largest absolute column sum: the same for gradients on the way down)
+    forward gain $= \max_i |\sum_j P_{ij}|$, the largest absolute row sum: how much a signal of all streams grows on its way up
+    backward gain $= \max_j |\sum_i P_{ij}|$, the largest absolute column sum: the same for gradients on their way down
 
-as in mHC Figures 3 and 7.  The operator norms max_i sum_j |P_ij| and max_j sum_i |P_ij| bound every signal; they are equal to the
-gains for doubly stochastic matrices and larger for HC's signed ones, and are reported beside them (`*_norm`).  Gains are per
-token, then averaged; the product of token-averaged matrices (the paper's heat maps) is reported too (`composite_mean_*`).
+The operator norms $\max_i \sum_j |P_{ij}|$ and $\max_j \sum_i |P_{ij}|$ bound every signal and are reported beside the gains
+(`*_norm`).  They equal the gains of doubly stochastic matrices and exceed those of HC's signed ones.  Gains are made for each token
+and then averaged.  The gain of the product of token-averaged matrices, which the paper's heat maps show, is `composite_mean_*`.
 
-Collapse.  The streams of a token are x_1 ... x_n, and G = X X^T is their n x n Gram matrix.  Three numbers describe it, each a
-mean over tokens (`stream_measures`):
+**Collapse.**  The streams of a token are $x_1 \dots x_n$, and $G = X X^\top$ is their n x n Gram matrix.  Three numbers describe
+it, each a mean over tokens (`stream_measures`):
 
-    stream_cosine      mean of cos(x_i, x_j) over the pairs i < j: 1 for streams of one direction; signs cancel in it
+    stream_cosine      mean of cos(x_i, x_j) over the pairs i < j: 1 for streams of one direction; opposite signs cancel
     stream_cosine_abs  mean of |cos(x_i, x_j)| over the same pairs: 1 exactly when all streams are multiples of one vector
     stream_rank        (tr G)^2 / tr(G^2), the participation ratio of G's eigenvalues: 1 for multiples of one vector, or where
                        one stream outweighs all others; n for orthogonal streams of equal norm
 
 A stream of zeros has no direction, so its pairs are left out.  Where fewer than two streams are not zero, all three are 1.  A 1
-does not say that streams are equal in size; `stream_rms` tells their sizes.  For every token the largest eigenvalue's share of
-tr G lies between 1 / stream_rank and 1 / sqrt(stream_rank): a rank near 1 needs no second number.
+does not say that streams are equal in size; `stream_rms` tells their sizes.  The largest eigenvalue's share of tr G lies between
+1 / stream_rank and 1 / sqrt(stream_rank) for every token, so that a rank near 1 needs no second number.
 
-`sample_sublayer` is part of the compiled model; everything else is NumPy in float64 on the few values that come back (32
-sub-layers, 64 tokens, n = 4: 128 KiB), which costs milliseconds where compiling it cost half a second a run.
+`sample_sublayer` is part of the compiled model.  Everything else is NumPy in float64, which takes milliseconds for the few values
+that come back and needs no compilation.
 """
 
 from __future__ import annotations
@@ -39,28 +39,35 @@ if TYPE_CHECKING:
     from mhc_jax.connections import Connection
 
 STREAM_MEASURES = ("stream_cosine", "stream_cosine_abs", "stream_rank")
-"""Numbers that see whether streams have become one; summary.json has their means over sub-layers as `final_*`."""
+"""Names of the numbers that show whether streams have become one; summary.json has their means over sub-layers as `final_*`."""
 
 
 def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T C"], count: int) -> dict[str, Array]:
-    """Raw material of one sub-layer at `count` evenly spaced tokens of the batch.
+    """Collect what diagnostics need of one sub-layer, at `count` evenly spaced tokens of the batch (S of them).
 
-    Returns float32: pre [S, n], post [S, n], res [S, n, n], `stream_measures` of the streams that the sub-layer reads, stream_rms
-    [n], branch_rms [].
+    Args:
+      link: connection of the sub-layer.
+      streams: streams that the sub-layer reads.
+      c: its coefficients.
+      y: output of its branch.
+      count: tokens to collect, or all tokens if there are fewer.
+
+    Returns:
+      float32 arrays: pre [S, n], post [S, n], res [S, n, n], the `stream_measures` [] and stream_rms [n] of these tokens' streams,
+      and branch_rms [] of y.
     """
     pre, post, res = link.dense(c, y)
     tokens = y.shape[0] * y.shape[1]
     picked = jnp.linspace(0, tokens - 1, min(count, tokens)).astype(jnp.int32)
 
-    def pick(a: Array, small: int) -> Array:
-        flat = a.reshape(*a.shape[:small], tokens)[..., picked]
-        return jnp.moveaxis(flat, -1, 0)
+    def pick(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(*a.shape[:-2], tokens)[..., picked], -1, 0)
 
     sampled = jnp.stack([s.reshape(tokens, -1)[picked] for s in split(link.flat(streams), pre.shape[0])], 1)
     return {
-        "pre": pick(pre, 1),
-        "post": pick(post, 1),
-        "res": pick(res, 2),
+        "pre": pick(pre),
+        "post": pick(post),
+        "res": pick(res),
         **stream_measures(sampled),
         "stream_rms": root_mean_square(sampled, (0, 2)),
         "branch_rms": root_mean_square(y, (0, 1, 2)),
@@ -68,15 +75,27 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
 
 
 def root_mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """sqrt(mean(x^2)) over `axes` in float32, for entries of any finite size."""
+    r"""The root mean square $\sqrt{\mathrm{mean}(x^2)}$ over `axes`, float32, for entries of any finite size.
+
+    Examples:
+      >>> print(root_mean_square(jnp.array([3.0, -3.0, 3.0, 3.0]), (0,)))
+      3.0
+    """
     scaled, exponent = _scaled(x, axes)
     return jnp.ldexp(jnp.sqrt(jnp.mean(scaled**2, axes)), jnp.squeeze(exponent, axes))
 
 
 def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
-    """`STREAM_MEASURES` of the streams of S tokens, float32, for streams of any finite size; infinite or NaN streams give NaN.
+    """The numbers of `STREAM_MEASURES`, defined at the top of this file, for the streams of S tokens, float32.
 
-    The definitions are at the top of this file.
+    Streams may have any finite size.  Infinite or NaN streams give NaN.
+
+    Examples:
+      A stream and its negative are one vector up to sign.
+
+      >>> measures = stream_measures(jnp.array([[[1.0, 0.0], [-1.0, 0.0]]]))
+      >>> {name: float(value) for name, value in measures.items()}
+      {'stream_cosine': -1.0, 'stream_cosine_abs': 1.0, 'stream_rank': 1.0}
     """
     n = x.shape[1]
     scaled, exponent = _scaled(x, (2,))
@@ -90,7 +109,7 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
     def over_pairs(values: Float[Array, "S n n"]) -> Float[Array, ""]:
         return jnp.where(count == 0, 1, jnp.sum(jnp.where(pairs, values, 0)) / jnp.maximum(count, 1))
 
-    # Norms relative to the token's largest power of two, so that their fourth powers stay within float32.
+    # Norms are taken relative to the token's largest power of two, so that their fourth powers stay within float32.
     size = jnp.ldexp(norm, (exponent - jnp.max(jnp.where(zero[:, :, None], -999, exponent), 1, keepdims=True))[:, :, 0])
     gram = cosine * size[:, :, None] * size[:, None, :]
     trace, squares = jnp.sum(size**2, 1), jnp.sum(gram**2, (1, 2))
@@ -102,9 +121,9 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
 
 
 def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*tokens nC"]:
-    """The best rank-one approximation v v^T X of each token's streams X [n, C], v the leading eigenvector of X X^T.
+    r"""The best rank-one approximation $v v^\top X$ of each token's streams X [n, C], with the leading eigenvector v of $X X^\top$.
 
-    Streams that are one vector up to sign and scale come back as they are; computed in float32, in the dtype of x.
+    Streams that are one vector up to sign and scale come back as they are.  Computed in float32, returned in the dtype of x.
     """
     X, exponent = _scaled(x.reshape(*x.shape[:-1], num_streams, -1), (-2, -1))
     _, vectors = jnp.linalg.eigh(jnp.einsum("...ic,...jc->...ij", X, X, precision="highest"))
@@ -114,9 +133,9 @@ def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*
 
 
 def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-    """(y, e), with x = y 2^e and max |y| over `axes` below 1, so that no square of y overflows.
+    """(y, e) such that x = y 2^e and max |y| over `axes` is below 1, so that no square of y overflows.
 
-    A power of two, since XLA divides by multiplying with the reciprocal, and flushes that of more than 8.5e37 to 0.
+    The scale is a power of two, because XLA divides by multiplying with the reciprocal and flushes that of more than 8.5e37 to 0.
     """
     x = x.astype(jnp.float32)
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axes, keepdims=True))[1]
@@ -124,7 +143,7 @@ def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array,
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Is every number of every array finite?"""
+    """Whether every number of every array of the tree is finite, as an array []."""
     return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
@@ -133,27 +152,36 @@ PerMatrix = Float[np.ndarray, "*batch"]
 
 
 def forward_gain(P: Matrices) -> PerMatrix:
-    """max_i |sum_j P_ij|."""
+    r"""The forward gain $\max_i |\sum_j P_{ij}|$ of each matrix (mHC section 3.1).
+
+    Examples:
+      >>> print(forward_gain(np.array([[[1.0, -0.5], [0.5, 1.0]]])))
+      [1.5]
+    """
     return np.abs(P.sum(-1)).max(-1)
 
 
 def backward_gain(P: Matrices) -> PerMatrix:
-    """max_j |sum_i P_ij|."""
+    r"""The backward gain $\max_j |\sum_i P_{ij}|$ of each matrix (mHC section 3.1).
+
+    Examples:
+      >>> print(backward_gain(np.array([[[1.0, 1.0], [0.5, 1.0]]])))
+      [2.]
+    """
     return np.abs(P.sum(-2)).max(-1)
 
 
-def forward_norm(P: Matrices) -> PerMatrix:
-    """max_i sum_j |P_ij|, the infinity norm."""
-    return forward_gain(np.abs(P))
-
-
-def backward_norm(P: Matrices) -> PerMatrix:
-    """max_j sum_i |P_ij|, the 1-norm."""
-    return backward_gain(np.abs(P))
-
-
 def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.ndarray]:
-    """(products H_l ... H_1 for every l, products H_L ... H_l for every l): the two profiles of mHC Figure 3."""
+    r"""The composites $H_l \cdots H_1$ and $H_L \cdots H_l$ for every l: the two profiles of mHC Figure 3.
+
+    The forward gains of the former say what a signal meets on its way up to sub-layer l.  The backward gains of the latter say what
+    a gradient meets on its way down to it.
+
+    Examples:
+      >>> up, down = composites(np.array([[[2.0]], [[3.0]], [[5.0]]]))
+      >>> print(up.ravel(), down.ravel())
+      [ 2.  6. 30.] [30. 15.  5.]
+    """
     up, down = np.array(H), np.array(H)
     for k in range(1, len(H)):
         up[k] = H[k] @ up[k - 1]
@@ -162,7 +190,10 @@ def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.nda
 
 
 def row_entropy(P: Matrices) -> PerMatrix:
-    """Mean entropy of the rows of |P|, normalised to sum 1, over ln n: 0 for a permutation or n = 1, 1 if uniform."""
+    """Mean entropy of the rows of |P|, normalised to sum 1, over ln n.
+
+    It is 1 for a uniform matrix, and 0 for a permutation or n = 1.
+    """
     n = P.shape[-1]
     if n == 1:
         return np.zeros(P.shape[:-2])
@@ -171,9 +202,10 @@ def row_entropy(P: Matrices) -> PerMatrix:
 
 
 def second_eigenvalue(P: Matrices) -> PerMatrix:
-    """|lambda_2| / |lambda_1|: by how much each further application shrinks what differs from the leading eigenvector.
+    r"""The ratio $|\lambda_2| / |\lambda_1|$ of the largest eigenvalues of each matrix.
 
-    0 for n = 1, 1 for the identity, 0 for 1/n; for doubly stochastic matrices |lambda_1| = 1.
+    Each further application of P shrinks by this factor what differs from the leading eigenvector.  It is 1 for the identity, and 0
+    for 1/n or n = 1.  For doubly stochastic matrices $|\lambda_1| = 1$.
     """
     if P.shape[-1] == 1:
         return np.zeros(P.shape[:-2])
@@ -182,18 +214,25 @@ def second_eigenvalue(P: Matrices) -> PerMatrix:
 
 
 def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The record of one diagnostics step from what `Decoder` collected (L sub-layers, S tokens; arrays of any kind).
+    """The record of one diagnostics step, from what `Decoder` collected of L sub-layers and S tokens.
 
-    Returns float64 arrays over depth, [L] unless said: single_forward, single_backward, composite_forward, composite_backward
-    (means over tokens), composite_forward_max, composite_backward_max (over tokens), composite_forward_norm,
-    composite_backward_norm (operator norms, means over tokens), composite_mean_forward, composite_mean_backward (product of
-    token means), row_error, column_error (max |sum - 1|), entropy, uniform_distance (Frobenius, composite up to l), h_res
-    [L, n, n], h_pre, h_post [L, n] (token means), stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms.
+    Returns:
+      float64 arrays over depth, [L] unless another shape is given:
+
+      - single_forward, single_backward: gains of H_res, means over tokens.
+      - composite_forward, composite_backward: gains of the `composites`, means over tokens; `*_max` are the largest over tokens,
+        `*_norm` the means of operator norms.
+      - composite_mean_forward, composite_mean_backward: gains of the composites of token means of H_res.
+      - row_error, column_error: largest |sum - 1| of a row or column of H_res.
+      - entropy: mean `row_entropy` of H_res.
+      - uniform_distance: Frobenius distance of the composite up to l from 1/n.
+      - h_res [L, n, n], h_pre [L, n], h_post [L, n]: token means of the coefficients.
+      - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms: as collected.
     """
     values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
     H = values["res"]
     n = H.shape[-1]
-    with np.errstate(over="ignore", invalid="ignore"):  # gains of a run that blows up are inf, and said to be
+    with np.errstate(over="ignore", invalid="ignore"):  # gains of a run that blows up are inf
         up, down = composites(H)
         mean = H.mean(1)
         mean_up, mean_down = composites(mean)
@@ -204,8 +243,8 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
             "composite_backward": backward_gain(down).mean(1),
             "composite_forward_max": forward_gain(up).max(1),
             "composite_backward_max": backward_gain(down).max(1),
-            "composite_forward_norm": forward_norm(up).mean(1),
-            "composite_backward_norm": backward_norm(down).mean(1),
+            "composite_forward_norm": forward_gain(np.abs(up)).mean(1),
+            "composite_backward_norm": backward_gain(np.abs(down)).mean(1),
             "composite_mean_forward": forward_gain(mean_up),
             "composite_mean_backward": backward_gain(mean_down),
             "row_error": np.abs(H.sum(-1) - 1).max((1, 2)),
@@ -215,7 +254,5 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
             "h_res": mean,
             "h_pre": values["pre"].mean(1),
             "h_post": values["post"].mean(1),
-            **{key: values[key] for key in STREAM_MEASURES},
-            "stream_rms": values["stream_rms"],
-            "branch_rms": values["branch_rms"],
+            **{key: values[key] for key in (*STREAM_MEASURES, "stream_rms", "branch_rms")},
         }

@@ -1,8 +1,8 @@
-"""Text from a decoder: prompts in one pass, then a token a step over the cache (`mhc_jax.kv_cache`).
+"""Generation of text: prompts are read in one pass, then tokens are drawn one after another over a cache (`mhc_jax.kv_cache`).
 
-Shapes are few, so that programs are: a prompt is padded on the right to the next power of two, the cache holds a power of two of
-slots and doubles when it is full, and `CHUNK` tokens are made a call.  Padding changes nothing: it comes after the prompt, and the
-first new token takes its slot.
+Few shapes occur, so that few programs are compiled.  A prompt is padded on the right to a power of two.  The cache has a power of
+two of slots and doubles when it is full.  Each call of the decode program makes `CHUNK` tokens.  Padding changes nothing: it stands
+behind the prompt, and the first new token takes its slot.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import using
 
 CHUNK = 8
-"""Tokens a call of the decode program makes."""
+"""Tokens that one call of the decode program makes."""
 SHORTEST = 32
-"""Tokens of the smallest bucket."""
+"""Length of the shortest padded prompt."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class Sampling:
     """How the next token is drawn."""
 
     temperature: float = 0.0
-    """0: the most likely token (greedy)."""
+    """Divisor of the logits; 0: always the most likely token (greedy)."""
     top_p: float = 1.0
-    """Draw among the most likely tokens that together have this probability; 1: among all."""
+    """Probability of the most likely tokens that are drawn from (the nucleus); 1: all tokens."""
     seed: int = 0
+    """Seed of the random numbers."""
 
     def __post_init__(self) -> None:
         require(
@@ -50,7 +51,12 @@ class Sampling:
 
 
 def bucket(length: int, shortest: int = SHORTEST) -> int:
-    """The power of two that holds `length` tokens, at least `shortest`."""
+    """The smallest power of two that holds `length` tokens, at least `shortest`.
+
+    Examples:
+      >>> bucket(5), bucket(33)
+      (32, 64)
+    """
     return max(shortest, 1 << (length - 1).bit_length())
 
 
@@ -60,25 +66,31 @@ def draw(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, " B"]:
-    """A token of each row from softmax(logits / temperature), cut to the nucleus of probability top_p (arXiv 1904.09751).
+    r"""Draw a token of each row from the nucleus of $\mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})$.
+
+    The nucleus holds the fewest most likely tokens whose probabilities sum to at least top_p (Holtzman et al., arXiv 1904.09751,
+    Eq. 2), and so always the most likely one.
 
     Args:
       logits: float32.
-      keys: one random key a row.
+      keys: one random key for each row.
       temperature: above 0.
-      top_p: the most likely token always stays.
+      top_p: above 0, at most 1.
+
+    Returns:
+      ids, int32.
     """
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, -1) / temperature
     p = jax.nn.softmax(ranked, axis=-1)
-    # Tokens before which less than top_p has been gathered.
+    # A token stays where the more likely ones have less than top_p together.
     ranked = jnp.where(jnp.cumsum(p, -1) - p < top_p, ranked, -jnp.inf)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
 
 
 class Generator:
-    """Generation with one set of parameters.  Programs are compiled once a bucket and kept."""
+    """Generation with one set of parameters.  Programs are compiled once for each shape and kept."""
 
     def __init__(
         self,
@@ -89,30 +101,30 @@ class Generator:
         mesh: Mesh | None = None,
         shortest: int = SHORTEST,
     ):
-        """Ids from `vocab_size` on (0: none) are never drawn: an embedding may have more rows than the tokenizer has tokens.
+        """Make a generator; compile nothing yet.
 
         Args:
-          config: of the model.
-          params: under `params` of the decoder.
+          config: settings of the model.
+          params: parameters of the decoder, as under `params`.
           context: tokens of prompt and answer together, at most.
-          vocab_size: of the tokenizer.
-          mesh: of `make_mesh`, with `params` placed on it.
-          shortest: tokens of the smallest bucket, a power of two.
+          vocab_size: tokens of the tokenizer; ids from there on are never drawn.  0: as many as the embedding has rows.
+          mesh: mesh of `make_mesh` on which `params` are placed.
+          shortest: length of the shortest padded prompt, a power of two.
         """
-        self.config, self.params, self.context, self.mesh, self.shortest = config, params, context, mesh, shortest
+        self.params, self.context, self.mesh, self.shortest = params, context, mesh, shortest
         self.programs: set[tuple[Any, ...]] = set()
-        """What has been compiled."""
+        """Names and shapes of the programs that have been compiled."""
         model, valid = Decoder(config), vocab_size or config.vocab_size
 
-        def run(params: Any, tokens: Array, **kwargs: Any) -> Any:
-            return model.apply({"params": params}, tokens, **kwargs)
+        def run(params: Any, tokens: Array, **inputs: Any) -> Any:
+            return model.apply({"params": params}, tokens, **inputs)
 
         def choose(logits: Array, position: Array, rows: Array, settings: tuple[Array, Array, Array], greedy: bool):
             seed, temperature, top_p = settings
             logits = jnp.where(jnp.arange(logits.shape[-1])[None] < valid, logits, -jnp.inf)
             if greedy:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
-            # By row and position, so that an answer does not depend on what else is in the batch.
+            # A key for each row and position, so that an answer does not depend on what else is in the batch.
             keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), b), t))(
                 rows, position
             )
@@ -120,16 +132,17 @@ class Generator:
 
         @functools.partial(jax.jit, static_argnames=("slots", "greedy"))
         def prefill(params, tokens, lengths, rows, settings, *, slots, greedy):
-            out, aux = run(params, tokens, cache=empty_cache(config, len(tokens)), only=lengths - 1)
+            cache = empty_cache(config, len(tokens))
+            logits, aux = run(params, tokens, cache=cache, at=lengths - 1)
             cache = Cache(grown(aux["cache"], slots).kept, lengths)
-            return choose(out[:, 0], lengths, rows, settings, greedy), cache
+            return choose(logits[:, 0], lengths, rows, settings, greedy), cache
 
         @functools.partial(jax.jit, static_argnames=("greedy",), donate_argnums=1)
         def decode(params, cache, token, rows, settings, *, greedy):
             def step(carry, _):
                 cache, token = carry
-                out, aux = run(params, token[:, None], cache=cache)
-                token = choose(out[:, 0], aux["cache"].position, rows, settings, greedy)
+                logits, aux = run(params, token[:, None], cache=cache)
+                token = choose(logits[:, 0], aux["cache"].position, rows, settings, greedy)
                 return (aux["cache"], token), token
 
             (cache, token), made = jax.lax.scan(step, (cache, token), length=CHUNK)
@@ -146,17 +159,20 @@ class Generator:
         ended: Callable[[int, list[int]], bool] | None = None,
         rows: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """New tokens of each prompt, one batch.
+        """Continue each prompt; all prompts are one batch.
 
         Args:
-          prompts: ids, at least one each.
-          max_new: tokens to make, at most; an answer also ends where the context does.
-          sampling: greedy if not given.
-          ended: (index of the prompt, tokens made so far), called after every `CHUNK` tokens or fewer; True ends that answer.
-          rows: names of the prompts for the random numbers; 0, 1, ... if not given.
+          prompts: ids, at least one for each prompt.
+          max_new: tokens to make for each prompt, at most; an answer also ends where the context does.
+          sampling: how tokens are drawn; greedily if not given.
+          ended: called with the index of a prompt and its tokens so far, after every `CHUNK` tokens or fewer; True ends the answer.
+          rows: numbers of the prompts for the random keys; 0, 1, ... if not given.
+
+        Returns:
+          the new tokens of each prompt.
 
         Raises:
-          InputError: a prompt that is empty or leaves no room in the context.
+          InputError: a prompt is empty or leaves no room in the context.
         """
         sampling = sampling or Sampling()
         lengths = [len(prompt) for prompt in prompts]
@@ -172,31 +188,30 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : lengths[row]] = prompt
         settings = (np.int32(sampling.seed), np.float32(sampling.temperature), np.float32(sampling.top_p))
-        names = np.asarray(range(B) if rows is None else rows, np.int32)
+        numbers = np.asarray(range(B) if rows is None else rows, np.int32)
         greedy = sampling.temperature == 0
         slots = bucket(max(lengths) + CHUNK, width)
-        out: list[list[int]] = [[] for _ in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
+
+        def extend(made: np.ndarray, active: list[int]) -> list[int]:
+            """Add new tokens [B, t] to the answers of the active rows; the rows whose answers go on."""
+            for row in active:
+                answers[row] += made[row][: limits[row] - len(answers[row])].tolist()
+            unfinished = [row for row in active if len(answers[row]) < limits[row]]
+            return [row for row in unfinished if ended is None or not ended(row, answers[row])]
+
         with using(self.mesh):
             self.programs.add(("prefill", B, width, slots, greedy))
             token, cache = self._prefill(
-                self.params, tokens, np.asarray(lengths, np.int32), names, settings, slots=slots, greedy=greedy
+                self.params, tokens, np.asarray(lengths, np.int32), numbers, settings, slots=slots, greedy=greedy
             )
-            active = self._take(out, np.asarray(token)[:, None], list(range(B)), limits, ended)
+            active = extend(np.asarray(token)[:, None], list(range(B)))
             while active:
-                needed = max(lengths[row] + len(out[row]) - 1 for row in active) + CHUNK
+                needed = max(lengths[row] + len(answers[row]) - 1 for row in active) + CHUNK
                 if needed > cache.slots:
                     self.programs.add(("grow", B, cache.slots, bucket(needed)))
                     cache = self._grow(cache, bucket(needed))
                 self.programs.add(("decode", B, cache.slots, greedy))
-                cache, token, made = self._decode(self.params, cache, token, names, settings, greedy=greedy)
-                active = self._take(out, np.asarray(made), active, limits, ended)
-        return out
-
-    @staticmethod
-    def _take(out, made, active, limits, ended):
-        """Add the tokens made to the answers that go on; those that still do."""
-        for row in active:
-            out[row] += made[row][: limits[row] - len(out[row])].tolist()
-        return [
-            row for row in active if len(out[row]) < limits[row] and not (ended is not None and ended(row, out[row]))
-        ]
+                cache, token, made = self._decode(self.params, cache, token, numbers, settings, greedy=greedy)
+                active = extend(np.asarray(made), active)
+        return answers

@@ -1,10 +1,10 @@
-"""What a decoder keeps of the tokens it has seen, so that the next one costs one token's work.
+"""The cache of a decoder: what it keeps of the tokens it has read, so that the next token costs one token's work.
 
-Attention alone keeps anything: keys and values (GQA), or the latent and the rotary key (MLA).  Connections keep nothing: every kind
-makes its coefficients of a token from the streams of that same token, over depth and not over time.  Streams start at the embedding
-and end at the logits of each step; n of them cost n times a token's activations and no cache (`attnres_block` attends over depth).
+Attention alone keeps anything: keys and values (GQA), or the latent and the rotary key (MLA).  Connections keep nothing, because
+every kind makes the coefficients of a token from the streams of that same token.  Streams run over depth and not over time: n of
+them cost n times the activations of a token and no cache.
 
-Rows may have different lengths: row b writes its next token into slot position[b], and looks at no slot beyond.
+Rows may have different lengths.  Row b writes its next token into slot position[b] and reads no slot from there on.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ from mhc_jax.config import ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """Kept arrays [N, B, S, ...] of the N layers of each scan (`layers`, `dense_layers`), in the compute dtype."""
+    """Arrays [N, B, S, ...] of the N blocks of each scan (`layers`, `dense_layers`), in the compute dtype, and positions."""
 
     kept: dict[str, dict[str, Array]]
+    """Name of a scan -> name of an array (k and v, or c and k_R) -> the array."""
     position: Int[Array, " B"]
-    """Tokens of each row so far."""
+    """Tokens that each row has so far."""
 
     @property
     def slots(self) -> int:
-        """S."""
+        """Tokens S that a row has room for."""
         return jax.tree.leaves(self.kept)[0].shape[2]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
-    """Room for `slots` tokens of each of `batch` rows; with none, the cache after a call holds that call's tokens and no more."""
+    """A cache with room for `slots` tokens in each of `batch` rows.
+
+    With no slots, the cache after a call holds the tokens of that call and no more.
+    """
     if config.attention_kind == "mla":
         shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}
     else:
@@ -48,13 +52,13 @@ def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
 
 
 def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> Cache:
-    """The cache with what `num_tokens` new tokens of each row leave, from its position on.
+    """The cache after `num_tokens` new tokens, which each row writes from its position on.
 
-    The caller sees to it that they fit: position + num_tokens <= S.
+    The caller makes sure that they fit: position + num_tokens <= S.
     """
 
-    def put(old: Array, fresh: Array, position: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), position, 1)  # [N, S, ...] of one row
+    def put(old: Array, new: Array, position: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 1)  # [N, S, ...] of one row
 
     rows = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
     kept = new if cache.slots == 0 else jax.tree.map(lambda a, b: rows(a, b, cache.position), cache.kept, new)
@@ -62,7 +66,7 @@ def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> 
 
 
 def grown(cache: Cache, slots: int) -> Cache:
-    """The same with room for `slots` tokens a row."""
+    """The same cache with room for `slots` tokens a row."""
 
     def pad(a: Array) -> Array:
         return jnp.pad(a, [(0, slots - a.shape[2]) if axis == 2 else (0, 0) for axis in range(a.ndim)])

@@ -1,4 +1,8 @@
-"""AdamW, its schedules, and the masks that tell connection parameters and static parameters apart."""
+"""AdamW, its schedules (WSD among them), and which parameters take weight decay.
+
+Weight decay by parameter: matrices that activations are multiplied with take it.  Norms and routers' biases do not (`NO_DECAY`),
+nor do the static parameters of connections (`Connection.static_params`), unless `optimizer.decay_static` is set.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +18,31 @@ from mhc_jax.connections import Connection
 from mhc_jax.connections.parameter_paths import CONNECTION, path_of
 
 NO_DECAY = r"(^|/)(\w*norm/weight|router_bias)$"
-"""Parameters outside connections that take no weight decay; a router's bias is moved by the train step alone."""
+"""Regular expression of parameters outside connections without weight decay; the train step alone moves a router's bias."""
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    r"""Learning rate of update 0 ... N - 1 in a run of N = `steps` updates, float32 [].
+    r"""The learning rate as a function of the update 0 ... N - 1, in a run of N = `steps` updates, float32 [].
 
-    Update $k$ is step $s = k + 1$ of metrics.jsonl.  In the warm-up, steps 1 to W, the rate is $s / W$ of the peak: the first
+    Update $k$ is step $s = k + 1$ of metrics.jsonl.  During warm-up, steps 1 to W, the rate is $s / W$ times the peak: the first
     step already moves, and step W runs at the peak.  After it the rate is the peak times
 
     - `constant`: 1;
     - `cosine`: $f + (1 - f) (1 + \cos \pi p) / 2$, where $p$ grows from 0 at step max(W, 1) to 1 at step N;
-    - `wsd`: $f + (1 - f) (1 - p)$, where $p$ is 0 until step max(W, N - D) and grows to 1 at step N.  The decay takes a fifth
-      of the run, D = max(N // 5, 1), and is linear; Hu et al. (arXiv 2404.06395) leave its form open;
+    - `wsd` (warm-up, stable, decay; Hu et al., arXiv 2404.06395): $f + (1 - f) (1 - p)$, where $p$ is 0 until step max(W, N - D)
+      and grows to 1 at step N.  The decay takes a fifth of the run, D = max(N // 5, 1), and is linear; the paper leaves its form
+      open;
     - `step`: 0.316 at the steps after 80 % of N, and 0.1 at those after 90 % (mHC Table 5).
 
     $f$ is `final_fraction`.  Step N has the last factor exactly.  A run of warm-up alone (W = N) ends at the peak, and a run of
     one step stays there under `cosine` and `wsd`.
+
+    Examples:
+      Warm-up of 2 steps, a stable phase, and a decay over the last 2 of 10 steps.
+
+      >>> config = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup_steps=2, final_fraction=0.0)
+      >>> print(schedule(config, 10)(jnp.arange(10)))
+      [0.5 1.  1.  1.  1.  1.  1.  1.  0.5 0. ]
     """
     peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
     begin = max(warmup, 1)
@@ -52,19 +64,30 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def mask(params: Any, pattern: str) -> Any:
-    """Tree of booleans: does the parameter's path match the regular expression?"""
+    """A tree of booleans that says which parameters have a path that the regular expression matches."""
     return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
 def no_decay_pattern(config: OptimizerConfig, connection: type[Connection]) -> str:
-    """Regular expression of the parameters without weight decay: norms, and the static parameters of the connection."""
+    """Regular expression of all parameters without weight decay: `NO_DECAY`, and the static parameters of the connection.
+
+    Examples:
+      >>> from mhc_jax.connections import connection_module, parse
+      >>> pattern = no_decay_pattern(OptimizerConfig(), connection_module(parse("mhc")))
+      >>> paths = ("layers/mlp/W_up", "final_norm/weight", "layers/mlp_connection/phi", "layers/mlp_connection/bias")
+      >>> [path for path in paths if re.search(pattern, path)]
+      ['final_norm/weight', 'layers/mlp_connection/bias']
+    """
     if config.decay_static or not connection.static_params:
         return NO_DECAY
     return f"{NO_DECAY}|{CONNECTION}({'|'.join(connection.static_params)})$"
 
 
 def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection]) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW, decay on all but `no_decay_pattern`, learning-rate multiplier for connections."""
+    """The whole update: clipping by the global norm, AdamW, and a learning-rate multiplier for connections.
+
+    Weight decay reaches all parameters but those of `no_decay_pattern`, and is multiplied with the learning rate, as in PyTorch.
+    """
     no_decay = no_decay_pattern(config, connection)
     transforms = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -83,11 +106,11 @@ def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection])
 
 
 def describe(params: Any, config: OptimizerConfig, connection: type[Connection]) -> str:
-    """What the masks matched, for the log."""
+    """One sentence for the log that names the parameters without weight decay and those of connections."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     no_decay = [p for p in paths if re.search(no_decay_pattern(config, connection), p)]
-    own = [p for p in paths if re.search(CONNECTION, p)]
+    of_connections = [p for p in paths if re.search(CONNECTION, p)]
     return (
         f"{len(paths)} arrays: weight decay {config.weight_decay} on {len(paths) - len(no_decay)}, none on "
-        f"{', '.join(no_decay)}; learning rate x{config.connection_lr_multiplier} on {', '.join(own) or 'none'}"
+        f"{', '.join(no_decay)}; learning rate x{config.connection_lr_multiplier} on {', '.join(of_connections) or 'none'}"
     )

@@ -27,16 +27,21 @@ Batch = dict[str, Int[Array, "B T"]]
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds."""
+    """The state of training that a checkpoint holds; leaves are arrays, or their shapes and dtypes."""
 
     step: Any
-    """Optimizer updates done, int32 [] (an array, or its shape and dtype)."""
+    """Optimizer updates done, int32 []."""
     params: Any
+    """Parameters of the decoder, float32."""
     opt_state: Any
+    """State of `optim.optimizer`."""
 
 
 def init_state(config: ExperimentConfig) -> TrainState:
-    """Parameters from train.seed.  Branches get the same values under every connection: keys follow parameter paths."""
+    """The initial state, from train.seed.
+
+    Branches get the same values under every connection, because random keys follow the paths of parameters.
+    """
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Decoder(config.model).init(jax.random.key(config.train.seed), tokens)["params"]
     tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
@@ -44,11 +49,10 @@ def init_state(config: ExperimentConfig) -> TrainState:
 
 
 def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Array, dict[str, Array]], Any]]:
-    """(params, batch) -> ((loss, router), gradient), averaged over optimizer.accumulation_steps slices of the batch.
+    """The function (params, batch) -> ((loss, router), gradient).
 
-    With mesh.stage they are the microbatches of a pipeline.
-
-    `router` is what the decoder tells of its routers, {} without experts.
+    All three are means over optimizer.accumulation_steps slices of the batch; with mesh.stage these are the microbatches of a
+    pipeline.  `router` holds the auxiliary values of routers (see `Decoder`), and is {} without experts.
     """
     config, _ = resolve(config)
     A = config.optimizer.accumulation_steps
@@ -68,11 +72,11 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
         slices = jax.tree.map(lambda a: a.reshape(A, a.shape[0] // A, *a.shape[1:]), batch)
         slices = jax.tree.map(lambda a: constrain(a, None, "batch", "sequence"), slices)
 
-        def add(total, one):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None
+        def add(total, piece):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, piece)), None
 
-        one = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], slices))
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], slices))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         total, _ = jax.lax.scan(add, zero, slices)
         return jax.tree.map(lambda a: a / A, total)
 
@@ -80,18 +84,23 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
 
 
 def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: float) -> Any:
-    """`params` with the routers' biases set to those of `before`, one step of balancing further, whatever the optimizer did."""
-    mlp, old = params["layers"]["mlp"], before["layers"]["mlp"]["router_bias"]
-    mlp = {**mlp, "router_bias": balanced_bias(old, load, rate)}
-    return {**params, "layers": {**params["layers"], "mlp": mlp}}
+    """The parameters after a step, with the routers' biases of `before` moved by one step of balancing.
+
+    What the optimizer did to the biases is dropped.
+    """
+    bias = balanced_bias(before["layers"]["mlp"]["router_bias"], load, rate)
+    layers = params["layers"]
+    return {**params, "layers": {**layers, "mlp": {**layers["mlp"], "router_bias": bias}}}
 
 
 def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, batch) -> (state, metrics): loss, grad_norm (before clipping), grad_norm_per_layer [L/2], learning_rate.
+    """The function (state, batch) -> (state, metrics) of one optimizer step.
 
-    With experts the metrics include `layers.moe.router_health` of the M layers that have them, with an expert_buffer also
-    router_dropped, and the step moves their routers' biases by the loads of the batch.  A step whose loss or gradient is not
-    finite changes nothing, so that the state left behind stays usable.  The learning_rate is that of this very update.
+    Metrics are loss, grad_norm (before clipping), grad_norm_per_layer [L/2] (of each block) and learning_rate (of this update).
+    With experts there are also the numbers of `layers.moe.router_health`, and with an expert_buffer router_dropped; the step then
+    moves the routers' biases by the loads of the batch.
+
+    A step whose loss or gradient is not finite changes nothing, so that the state left behind stays usable.
     """
     tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
     rate = schedule(config.optimizer, config.train.steps)
@@ -103,43 +112,39 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
         per_layer = _square_sums(grads["layers"])
         if "dense_layers" in grads:
             per_layer = jnp.concatenate([_square_sums(grads["dense_layers"]), per_layer])
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        health = {}
-        if router:
-            load, bias = router["expert_load"], router["router_bias"]
-            moved = move_router_bias(new.params, state.params, load, config.model.balancing_rate)
-            new = TrainState(new.step, moved, new.opt_state)
-            health = router_health(load, router["router_entropy"], bias)
-            if config.model.expert_buffer:
-                health["router_dropped"] = router["router_dropped"]
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        update = state.step
-        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "grad_norm_per_layer": jnp.sqrt(per_layer),
-            "learning_rate": rate(update),
-            **health,
+            "learning_rate": rate(state.step),
         }
-        return state, metrics
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if router:
+            load = router["expert_load"]
+            params = move_router_bias(params, state.params, load, config.model.balancing_rate)
+            metrics |= router_health(load, router["router_entropy"], router["router_bias"])
+            if config.model.expert_buffer:
+                metrics["router_dropped"] = router["router_dropped"]
+        new = TrainState(state.step + 1, params, opt_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
     return step
 
 
 def make_unstaged_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """`make_train_step` without a pipeline, to count its operations: a pipeline has in each tick what any stage may do."""
+    """`make_train_step` without a pipeline, for counting operations: each tick of a pipeline contains those of every stage."""
     return make_train_step(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1)))
 
 
 def _square_sums(grads: Any) -> Array:
-    """Sum of squares of each layer, [layers]."""
+    """Sum of squares over the parameters of each block, [blocks]."""
     return functools.reduce(jnp.add, (jnp.sum(g**2, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)))
 
 
 def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
-    """(params, batch) -> mean loss in nats per token."""
+    """The function (params, batch) -> mean loss in nats per token."""
     model = Decoder(config.model)
 
     def step(params, batch):
@@ -150,7 +155,10 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
 
 
 def make_diagnostics_step(config: ExperimentConfig) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
-    """(params, tokens) -> what `diagnostics.summarize` wants, from a forward pass of its own: the train step never pays."""
+    """The function (params, tokens) -> what `diagnostics.summarize` takes.
+
+    It is a forward pass beside the train step, so that the latter has no cost of diagnostics.
+    """
     model = Decoder(config.model)
 
     def step(params, tokens):

@@ -1,4 +1,4 @@
-"""Registry of connection kinds.  A new kind is one file here and one line in `KINDS`."""
+"""The registry of connection kinds, and connections as text.  A new kind is one file here and one line in `KINDS`."""
 
 from __future__ import annotations
 
@@ -36,28 +36,54 @@ KINDS: dict[str, type[Connection]] = {
 
 
 def config_class(kind: str) -> type[ConnectionConfig]:
-    """Config dataclass of a kind.
+    """The config dataclass of a kind.
 
     Raises:
-      InputError: no such kind; the message names the nearest.
+      InputError: there is no such kind; the message names the nearest.
+
+    Examples:
+      >>> config_class("mhc").__name__
+      'ManifoldHyperConnectionConfig'
     """
     one_of("connection.kind", kind, KINDS)
     return KINDS[kind].config_class
 
 
+def connection_module(config: ConnectionConfig) -> type[Connection]:
+    """The Flax module class of a config's kind.
+
+    Examples:
+      >>> connection_module(parse("mhc")).__name__
+      'ManifoldHyperConnection'
+    """
+    return KINDS[config.kind]
+
+
 def default_config(kind: str, **settings: Any) -> ConnectionConfig:
-    """Config of a kind with its defaults, but for `settings`."""
+    """The config of a kind with its defaults, except for `settings`.
+
+    Raises:
+      InputError: there is no such kind, or it refuses the value of a setting.
+
+    Examples:
+      >>> default_config("mhc", t_max=5) == parse("mhc:t_max=5")
+      True
+    """
     return config_class(kind)(**settings)
 
 
 def parse(spec: str) -> ConnectionConfig:
-    """Config from `kind` or `kind:key=value:key=value`, as config files and command lines spell it.
+    """The config that `kind` or `kind:key=value:key=value` spells, in config files and on command lines.
 
-    >>> parse("mhc:init=home:num_streams=2").num_streams
-    2
+    Entries of a tuple are joined with +, as in `mhc:disable=pre+post`.
 
     Raises:
-      InputError: an unknown kind or setting, or a value of the wrong type.
+      InputError: an unknown kind or setting, or a value that is not allowed.
+
+    Examples:
+      >>> config = parse("mhc:init=home:num_streams=2")
+      >>> config.init, config.num_streams, config.t_max
+      ('home', 2, 20)
     """
     kind, *settings = spec.split(":")
     cls = config_class(kind)
@@ -69,6 +95,41 @@ def parse(spec: str) -> ConnectionConfig:
         one_of(f"A setting of connection {kind!r}", key, defaults)
         values[key] = _read_value(text, type(defaults[key]), f"connection {spec!r}: {key}")
     return cls(**values)
+
+
+def spec(config: ConnectionConfig) -> str:
+    """The canonical spelling of a config, the inverse of `parse`: its kind, then each setting that differs from its default.
+
+    Settings stand in the order of the config's fields.  `init` is always named where a kind has it, so that a label says which
+    start it means.
+
+    Examples:
+      >>> spec(parse("mhc:t_max=5"))
+      'mhc:init=paper:t_max=5'
+    """
+    return spec_of_mapping({"kind": config.kind, **_settings(config)})
+
+
+def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
+    """The spelling (`spec`) of the plain mapping that config.json of a run holds.
+
+    Lists stand for tuples, and a missing setting has its default.  Nothing is checked, so that a run of any version has a label.
+    Settings without a known default, such as those of an unregistered kind, are named last.
+
+    Examples:
+      >>> spec_of_mapping({"kind": "mhc", "init": "home", "disable": ["pre", "post"]})
+      'mhc:disable=pre+post:init=home'
+    """
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items() if key != "kind"}
+    kind = mapping["kind"]
+    defaults = _settings(KINDS[kind].config_class()) if kind in KINDS else {}
+    settings = {**defaults, **given}
+    named = [key for key in settings if key == "init" or key not in defaults or settings[key] != defaults[key]]
+    return ":".join([kind, *(f"{key}={_write_value(settings[key], type(defaults.get(key)))}" for key in named)])
+
+
+def _settings(config: ConnectionConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _read_value(text: str, kind: type, name: str) -> Any:
@@ -83,49 +144,11 @@ def _read_value(text: str, kind: type, name: str) -> Any:
         raise InputError(f"{name} is {text!r}; it must be {form}.") from None
 
 
-def spec(config: ConnectionConfig) -> str:
-    """Canonical spelling of a config, the inverse of `parse`: its kind, then each setting that differs from the kind's default.
-
-    Settings stand in the order of the config's fields.  `init` is always named where a kind has it, so that a label says which
-    start it means.
-
-    >>> spec(parse("mhc:t_max=5"))
-    'mhc:init=paper:t_max=5'
-    """
-    return spec_of_mapping({"kind": config.kind, **_settings(config)})
-
-
-def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
-    """`spec` of the plain mapping that a run's config.json holds: lists for tuples, and a missing setting has its default.
-
-    Nothing is checked, so that a record of any age has a label: settings without a known default, those of an unregistered kind
-    among them, are all named, last.
-
-    >>> spec_of_mapping({"kind": "mhc", "init": "home", "disable": ["pre", "post"]})
-    'mhc:disable=pre+post:init=home'
-    """
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items() if key != "kind"}
-    kind = mapping["kind"]
-    defaults = _settings(KINDS[kind].config_class()) if kind in KINDS else {}
-    settings = {**defaults, **given}
-    named = [key for key in settings if key == "init" or key not in defaults or settings[key] != defaults[key]]
-    return ":".join([kind, *(f"{key}={_write_value(settings[key], type(defaults.get(key)))}" for key in named)])
-
-
-def _settings(config: ConnectionConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-
-
 def _write_value(value: Any, kind: type) -> str:
     if isinstance(value, tuple):
         return "+".join(map(str, value))
     # Python's str of a float is the shortest text that reads back as the same float.
     return str(float(value) if kind is float else value)
-
-
-def connection_module(config: ConnectionConfig) -> type[Connection]:
-    """Module class of a config's kind."""
-    return KINDS[config.kind]
 
 
 __all__ = [

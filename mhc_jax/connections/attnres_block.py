@@ -1,10 +1,13 @@
-"""Block Attention Residuals (AttnRes, arXiv 2603.15031): a sub-layer attends to the sums of earlier blocks' outputs.
+r"""Block Attention Residuals (AttnRes, arXiv 2603.15031): a sub-layer attends to the sums of earlier outputs.
 
-    h_l = sum_i softmax_i(w_l . rms(V_i)) V_i,   V = [embedding, finished blocks' sums, the running block's partial sum]
+    $h_l = \sum_i \mathrm{softmax}_i(w_l \cdot \mathrm{rms}(V_i))\, V_i$
 
-No streams are mixed: what is carried is the buffer of the sums, flat [B, T, S C] with S = 1 + ceil(L / block_size) slots, and a
-write adds to one slot.  With w = 0 the read is the mean of V, the residual stream over its number of sources, which the
-branch's own norm makes Pre-Norm.
+The sources V are the embedding, one sum of outputs for each finished group of `block_size` sub-layers, and the partial sum of the
+running group.  (The paper calls such a group a block.)
+
+No streams are mixed.  The decoder carries the sources in a flat buffer [B, T, S C] of S = 1 + ceil(L / block_size) slots.  A
+write adds to one slot.  With w = 0 the read is the mean of the sources: the residual stream over their number, which the branch's
+norm turns into Pre-Norm.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ class AttnResBlockConfig(ConnectionConfig):
     learnable: ClassVar[tuple[str, ...]] = ("pre",)
 
     num_streams: int = 1
-    """The residual stream, which is the sum of the sources, is one."""
+    """Always 1: the residual stream, which is the sum of the sources."""
     exit: str = "attention"
-    """A read with a w of its own, over all sources."""
+    """A read of all sources with a w of the ends."""
     block_size: int = 4
-    """Sub-layers a block; 1 is full AttnRes."""
+    """Sub-layers of a group; 1 is full AttnRes."""
     eps_norm: float = 1e-20
-    """Of rms, which has no weight here: w absorbs it."""
+    """Epsilon of rms, an RMSNorm whose weight w absorbs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +58,23 @@ class AttnResBlockConfig(ConnectionConfig):
 def source_weights(
     V: Float[Array, "*tokens SC"], w: Float[Array, " C"], filled: int | Int[Array, ""], eps_norm: float
 ) -> Float[Array, "S *tokens"]:
-    """softmax_i(w . rms(V_i)) over the first `filled` of the S slots, 0 for the others; float32."""
+    r"""Attention weights of the S slots, float32, tokens last; 0 for slots that are not filled.
+
+    $a_i = \mathrm{softmax}_i(w \cdot \mathrm{rms}(V_i))$ over the first `filled` slots
+
+    Args:
+      V: sources side by side, of any float dtype.
+      w: the query of one sub-layer.
+      filled: slots that hold a source.
+      eps_norm: epsilon of rms.
+
+    Examples:
+      A query of 0 weighs all sources alike.
+
+      >>> import jax.numpy as jnp
+      >>> print(source_weights(jnp.ones((1, 8)), jnp.zeros(2), 2, 1e-20)[:, 0])
+      [0.5 0.5 0.  0. ]
+    """
     z = projection(V.reshape(*V.shape[:-1], -1, len(w)), w[:, None], eps_norm)  # [1, *tokens, S]
     logits = jnp.moveaxis(z[0], -1, 0)
     slots = jnp.arange(len(logits)).reshape(-1, *(1,) * (logits.ndim - 1))
@@ -63,58 +82,54 @@ def source_weights(
 
 
 class AttnResBlock(Connection):
-    """Reads over sources.  Diagnostics see the one residual stream: pre, post and res are the number 1 (n = 1)."""
+    """Block AttnRes.  Diagnostics see the one residual stream, for which pre, post and res are the number 1."""
 
     config_class = AttnResBlockConfig
 
     @property
     def slots(self) -> int:
-        """S."""
+        """Slots S of the buffer."""
         return 1 + -(-self.num_sublayers // self.config.block_size)
 
-    def setup_ends(self) -> None:
-        """w [C] of the exit."""
-        self.w = self.param("w", nn.initializers.zeros, (self.width,))
-
-    def setup_sublayer(self) -> None:
-        """w_l [C]."""
+    def setup(self) -> None:
+        """Declare the query w [C] of one sub-layer or of the exit."""
         self.w = self.param("w", nn.initializers.zeros, (self.width,))
 
     def expand(self, x: Float[Array, "B T C"]) -> Float[Array, "B T SC"]:
-        """The embedding and empty sums."""
+        """The buffer with the embedding in its first slot, and zeros in the others."""
         return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], (self.slots - 1) * self.width), x.dtype)], -1)
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T SC"], Coefficients]:
-        """A write to no slot."""
+        """The state before the first boundary: a pending write to no slot."""
         none = jnp.zeros((self.slots, *x.shape[:-1]), jnp.float32)
         return self.expand(x), Coefficients(none, none, None)
 
     def flat(self, streams: Float[Array, "B T SC"]) -> Float[Array, "B T C"]:
-        """The residual stream: the sum of the sources."""
+        """The residual stream, which is the sum of the sources."""
         return sum(split(streams, self.slots)[1:], streams[..., : self.width])
 
     def coefficients(self, streams: Float[Array, "B T SC"]) -> Coefficients:
-        """pre: weights of the S slots; post: one-hot on the slot of the block that l is in."""
-        l, size = self.sublayer, self.config.block_size
-        pre = source_weights(streams, self.w, 1 + (l + size - 1) // size, self.config.eps_norm)
-        slot = (jnp.arange(self.slots) == 1 + l // size).astype(jnp.float32)
+        """pre holds the weights of the S slots, and post is one-hot on the slot of the running group."""
+        sublayer, size = self.sublayer, self.config.block_size
+        pre = source_weights(streams, self.w, 1 + (sublayer + size - 1) // size, self.config.eps_norm)
+        slot = (jnp.arange(self.slots) == 1 + sublayer // size).astype(jnp.float32)
         return Coefficients(pre, jnp.broadcast_to(slot.reshape(-1, 1, 1), pre.shape), None)
 
     def read(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """sum_i pre_i V_i."""
+        r"""$h = \sum_i H^{pre}_i V_i$."""
         return read(streams, c.pre, self.slots)
 
     def write(
         self, streams: Float[Array, "B T SC"], c: Coefficients, y: Float[Array, "B T C"]
     ) -> Float[Array, "B T SC"]:
-        """Add y to the running block's sum."""
+        """Add y to the sum of the running group."""
         return write(streams, y, c.post, None, self.slots)
 
     def collapse(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """A read of all sources with the exit's w."""
+        """Read all sources with the query of the exit."""
         weights = source_weights(streams, self.w, self.slots, self.config.eps_norm)
         return read(streams, weights, self.slots)
 
     def dense(self, c: Coefficients, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
-        """The number 1 three times: `flat` is the residual stream, and y is added to it."""
+        """The number 1 for each of pre, post and res, because `flat` is the residual stream and y is added to it."""
         return super().dense(Coefficients(None, None, None), like)

@@ -1,20 +1,24 @@
-"""The connection contract.
+r"""The contract that every connection keeps, and the base class that implements most of it.
 
-A connection replaces `x + F(x)`.  The decoder knows it only through this class:
+A connection replaces $x + F(x)$.  Sub-layer $l = 1 \dots L$ reads, mixes and writes $n$ streams (mHC, arXiv 2512.24880, Eq. 3):
+
+    $h_l = H^{pre}_l x_l, \qquad x_{l+1} = H^{res}_l x_l + (H^{post}_l)^\top F_l(h_l)$
+
+The decoder knows a connection only through this class:
 
     expand(x[B,T,C]) -> streams                  collapse(streams, c) -> x[B,T,C]
     coefficients(streams) -> c                   read(streams, c) -> h[B,T,C]
     write(streams, c, y) -> streams              write_read(streams, c, y) -> (streams, c_next, h)
 
-`streams` is any pytree of arrays (the HC family: one flat `[B, T, n*C]` array, stream i in columns i C to (i + 1) C) and `c` any
-pytree.  One module instance belongs to one sub-layer l and owns that sub-layer's parameters; a further instance with
-`sublayer=None` owns the parameters of `expand` and `collapse`.
+`streams` is any pytree of arrays.  Most kinds use one flat array `[B, T, n*C]` with stream i in columns i C to (i + 1) C.
+`c` holds the coefficients of one sub-layer and may be any pytree.  One module instance belongs to one sub-layer and owns its
+parameters.  A further instance, the ends (`sublayer=None`), owns the parameters of `expand` and `collapse`.
 
-`flat(streams)` is what diagnostics look at and `dense(c, y)` the three matrices that they are told of.
+The decoder runs a chain of boundaries.  At each boundary the instance of sub-layer l writes the output of sub-layer l - 1 with
+the coefficients of l - 1.  Then it makes the coefficients of l and reads.  One kernel can do all three in a single pass.  `start`
+gives the state before the first boundary: a pending write that changes nothing.
 
-The decoder runs a chain of boundaries: instance l+1 writes the output of sub-layer l with the coefficients that sub-layer l
-made, then computes its own and reads, so that one kernel can do all three in a single pass.  `start` gives the state before the
-first boundary: a pending write that changes nothing.
+Diagnostics look at `flat(streams)` and at the three matrices of `dense(c, y)`.
 """
 
 from __future__ import annotations
@@ -30,28 +34,31 @@ from mhc_kernels import Coefficients, projection, read, write
 
 from mhc_jax.errors import one_of, require
 
+ALPHA_INIT = 0.01
+"""Initial value of every gate alpha of a dynamic part (mHC Table 5, and HC's s); kinds have it as their setting `alpha_init`."""
+
 
 @dataclass(frozen=True)
 class ConnectionConfig:
-    """Settings every kind has; each kind adds its own in a subclass."""
+    """Settings that every kind has; the subclass of a kind adds its own."""
 
     kind: ClassVar[str]
     exits: ClassVar[tuple[str, ...]] = ("sum", "mean", "head")
-    """What `exit` may be."""
+    """Allowed values of `exit`."""
     entries: ClassVar[tuple[str, ...]] = ("copy", "scaled")
-    """What `entry` may be."""
+    """Allowed values of `entry`."""
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post", "res")
     """Components that the kind can learn, in this order."""
 
     num_streams: int = 4
-    """n."""
+    """Number of streams n."""
     exit: str = "sum"
-    """`sum` (HC), `mean`, or `head` (DeepSeek-V4: learned sigmoid weights)."""
+    """How n streams become one vector: `sum` (HC), `mean`, or `head` (DeepSeek-V4: learned weights, see `head_weights`)."""
     entry: str = "copy"
-    """`copy` (HC, mHC) or `scaled` (each stream the embedding times its own learned vector, so that streams differ from the start:
-    arXiv 2606.03483; the decoder then does not start equal to Pre-Norm)."""
+    """How the embedding becomes n streams.  `copy` (HC, mHC): n equal copies.  `scaled` (arXiv 2606.03483): each stream is the
+    embedding times a learned vector, so that streams differ from the start and the decoder does not start equal to Pre-Norm."""
     disable: tuple[str, ...] = ()
-    """Components switched off, among pre (1/n), post (1) and res (identity): the component ablation of mHC Table 1."""
+    """Components that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (ablation of mHC Table 1)."""
 
     def __post_init__(self) -> None:
         require(
@@ -66,24 +73,33 @@ class ConnectionConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """Components that are learned."""
-        return tuple(p for p in self.learnable if p not in self.disable)
+        return tuple(part for part in self.learnable if part not in self.disable)
+
+    def require_parts(self) -> None:
+        """Raise `InputError` where every component is disabled."""
+        *head, tail = self.learnable
+        require(
+            len(self.parts) > 0,
+            f"connection.disable switches off {', '.join(head)} and {tail}; nothing of `{self.kind}` is left: use kind "
+            "'residual'.",
+        )
 
 
 class Connection(nn.Module):
-    """Base class: n flat streams read, mixed and written with token-wise coefficients.  A kind overrides what differs."""
+    """Base class: n flat streams are read, mixed and written with coefficients of each token.  A kind overrides what differs."""
 
     config: Any
-    """The kind's config dataclass."""
+    """Settings of the kind, an instance of its `config_class`."""
     width: int
-    """C."""
+    """Channels C of one stream."""
     num_sublayers: int
-    """L of the whole decoder."""
+    """Sub-layers L of the whole decoder."""
     sublayer: int | Array | None = None
-    """l, counted from 0, attention and feed-forward separately; may be traced.  None: the instance of expand and collapse."""
+    """The index l - 1 of sub-layer l, which may be traced.  None makes the instance of the ends."""
 
     config_class: ClassVar[type[ConnectionConfig]]
     static_params: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters that are not multiplied with the streams; they take no weight decay unless asked."""
+    """Names of the parameters that the streams are not multiplied with.  They take no weight decay (`mhc_jax.optim`)."""
 
     def setup(self) -> None:
         """Declare the parameters of the ends or of one sub-layer."""
@@ -93,7 +109,7 @@ class Connection(nn.Module):
             self.setup_sublayer()
 
     def setup_ends(self) -> None:
-        """Parameters of `expand` and `collapse`: those of the entry `scaled` and of the exit `head`, if chosen."""
+        """Declare the parameters of the entry `scaled` and of the exit `head`, where they are chosen."""
         n, C = self.config.num_streams, self.width
         if self.config.entry == "scaled":
             noise = nn.initializers.xavier_normal()
@@ -101,72 +117,74 @@ class Connection(nn.Module):
         if self.config.exit == "head":
             self.head_phi = self.param("head_phi", nn.initializers.zeros, (n * C, n))
             self.head_bias = self.param("head_bias", nn.initializers.zeros, (n,))
-            self.head_alpha = self.param("head_alpha", nn.initializers.constant(0.01), (1,))
+            self.head_alpha = self.param("head_alpha", nn.initializers.constant(ALPHA_INIT), (1,))
 
     def setup_sublayer(self) -> None:
-        """Parameters of one sub-layer's coefficients."""
+        """Declare the parameters of the coefficients of one sub-layer."""
 
     def expand(self, x: Float[Array, "B T C"]) -> Any:
-        """Enter: every stream starts as a copy of the embedding, or as the embedding times its own vector."""
+        """Make the streams of the embedding, in its dtype (setting `entry`)."""
         if self.config.entry == "scaled":
             return jnp.concatenate([(x * s[None, None]).astype(x.dtype) for s in self.entry_scale], axis=-1)
-        # Not jnp.tile, whose [B, T, n, C] in between cost 4 M cycles of 83 M on a v5p (two layers, width 2560).
+        # jnp.tile would go through [B, T, n, C], which costs 5 % of the cycles of two layers of width 2560 on a v5p.
         return jnp.concatenate([x] * self.config.num_streams, axis=-1)
 
     def collapse(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
-        """Leave: sum, mean or learned sigmoid weights of the streams, in float32 and back to the dtype of the streams.
+        """Make one vector of the streams (setting `exit`), summed in float32 and returned in the dtype of the streams.
 
         Args:
-          streams: after the last write.
-          c: coefficients of the last sub-layer.
+          streams: the streams after the last write.
+          c: coefficients of sub-layer L.
         """
         n = self.config.num_streams
-        if n == 1 and self.config.exit != "head":
-            return streams
         if self.config.exit == "head":
-            weights = head_weights(streams, self.head_phi, self.head_alpha, self.head_bias, **self.head_options())
-            return read(streams, weights, n)
-        # As an operation, whose kernel keeps the layout of the streams: XLA on a TPU would turn them round first.
-        weights = None if self.config.exit == "mean" else jnp.ones((n, *streams.shape[:-1]), jnp.float32)
+            weights = head_weights(streams, self.head_phi, self.head_alpha, self.head_bias, **self.epsilons())
+        elif n == 1:
+            return streams
+        else:
+            # A sum is a read with weights of 1, because XLA on a TPU would transpose the streams before a plain sum.
+            weights = None if self.config.exit == "mean" else jnp.ones((n, *streams.shape[:-1]), jnp.float32)
         return read(streams, weights, n)
 
-    def head_options(self) -> dict[str, float]:
-        """Epsilons of the exit head."""
+    def epsilons(self) -> dict[str, float]:
+        """The two epsilons of dynamic coefficients: `eps_norm` of the RMSNorm, and `eps` added to gates."""
         return {"eps_norm": 1e-20, "eps": 0.0}
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Any, Any]:
-        """State before the first boundary: (streams, c) such that writing y = 0 leaves the streams as they are."""
-        streams = self.expand(x)
+        """The state (streams, c) before the first boundary: writing y = 0 with this c leaves the streams as they are."""
         dense = self.dense(Coefficients(None, None, None), x)
-        learned = self.config.parts
-        return streams, Coefficients(
-            *(a if part in learned else None for part, a in zip(Coefficients._fields, dense, strict=True))
-        )
+        c = [a if part in self.config.parts else None for part, a in zip(Coefficients._fields, dense, strict=True)]
+        return self.expand(x), Coefficients(*c)
 
     def flat(self, streams: Any) -> Float[Array, "B T nC"]:
-        """The n flat streams that diagnostics look at: all there is, unless a kind carries more."""
+        """The n flat streams that diagnostics look at."""
         return streams
 
     def coefficients(self, streams: Any) -> Any:
-        """Coefficients of this sub-layer from the streams that enter it."""
+        """Coefficients of this sub-layer, float32, from the streams that enter it."""
         raise NotImplementedError
 
     def read(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
-        """h = H_pre x."""
+        """$h = H^{pre} x$, in the dtype of the streams."""
         return read(streams, c.pre, self.config.num_streams)
 
     def write(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> Any:
-        """x' = H_res x + H_post^T y."""
+        r"""$H^{res} x + (H^{post})^\top y$, in the dtype of the streams."""
         return write(streams, y, c.post, c.res, self.config.num_streams)
 
     def write_read(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> tuple[Any, Any, Float[Array, "B T C"]]:
-        """The boundary: write with the previous sub-layer's `c` and output, then this sub-layer's coefficients and read."""
+        """The boundary: write the previous sub-layer's output y with its coefficients c, then make this one's and read."""
         streams = self.write(streams, c, y)
         c = self.coefficients(streams)
         return streams, c, self.read(streams, c)
 
     def dense(self, c: Any, like: Float[Array, "B T nC"]) -> tuple[Array, Array, Array]:
-        """(pre [n, B, T], post [n, B, T], res [n, n, B, T]) with disabled components written out, for diagnostics."""
+        """Coefficients for diagnostics, float32: pre [n, B, T], post [n, B, T] and res [n, n, B, T], disabled ones written out.
+
+        Args:
+          c: coefficients; None stands for a component that is disabled.
+          like: any array with the leading axes [B, T].
+        """
         n, tokens = self.config.num_streams, like.shape[:-1]
         ones = jnp.ones((n, *tokens), jnp.float32)
         identity = jnp.broadcast_to(jnp.eye(n)[(..., *(None,) * len(tokens))], (n, n, *tokens))
@@ -185,11 +203,47 @@ def head_weights(
     eps_norm: float,
     eps: float,
 ) -> Float[Array, "n *tokens"]:
-    """Exit `head` of DeepSeek-V4: sigmoid(alpha RMSNorm(vec x) phi + b) + eps, one weight a stream, float32."""
+    r"""Weights of the exit `head` of DeepSeek-V4, one a stream; the exit is $\sum_i w_i x_i$.
+
+    $w = \sigma(\alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b) + \epsilon$
+
+    Source: `DeepseekV4HyperHead` of Hugging Face transformers; the report numbers no equation.  The RMSNorm has no weight.
+
+    Args:
+      x: flat streams of any float dtype.
+      phi: projection.
+      alpha: gate.
+      bias: static logits b.
+      eps_norm: epsilon of the RMSNorm.
+      eps: the $\epsilon$ added to each weight.
+
+    Returns:
+      float32 weights, tokens last.
+
+    Examples:
+      With a projection of 0 the bias alone decides: sigmoid(0) = 0.5 and sigmoid(2) = 0.88.
+
+      >>> import jax.numpy as jnp
+      >>> x = jnp.ones((1, 6))
+      >>> print(head_weights(x, jnp.zeros((6, 2)), jnp.array([0.01]), jnp.array([0.0, 2.0]), 1e-6, 0.0).round(2))
+      [[0.5 ]
+       [0.88]]
+    """
     z = projection(x, phi, eps_norm)
     return jax.nn.sigmoid(alpha[0] * z + bias[(slice(None), *(None,) * (z.ndim - 1))]) + eps
 
 
 def home_stream(sublayer: int | Array | None, num_streams: int) -> Array:
-    """e_{l mod n}: float32 one-hot [n] of the stream that sub-layer l calls home."""
+    r"""One-hot of the home stream of sub-layer l: $e_{(l - 1) \bmod n}$ (HC Eq. 14), float32 [n].
+
+    Args:
+      sublayer: the index l - 1.
+      num_streams: n.
+
+    Examples:
+      Sub-layer 7 of a decoder with 4 streams is at home in stream 2, counted from 0.
+
+      >>> print(home_stream(6, 4))
+      [0. 0. 1. 0.]
+    """
     return (jnp.arange(num_streams) == jnp.asarray(sublayer) % num_streams).astype(jnp.float32)

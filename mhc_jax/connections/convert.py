@@ -1,14 +1,14 @@
-"""Connection weights of DeepSeek-V4 checkpoints to parameters of `mhc:eps_convention=v4:exit=head`, and back.
+"""Converter of connection weights between DeepSeek-V4 checkpoints and `mhc:eps_convention=v4:exit=head`.
 
-| DeepSeek-V4: fn, base, scale of | shapes | ours, under `params` | shapes |
+| fn, base and scale of DeepSeek-V4 | shapes | parameters here, under `params` | shapes |
 | --- | --- | --- | --- |
 | `layers.{i}.hc_attn_` | [k, nC], [k], [3] | `layers/attention_connection/` phi, bias, alpha | [N, nC, k], [N, k], [N, 3] |
 | `layers.{i}.hc_ffn_` | the same | `layers/mlp_connection/` phi, bias, alpha | the same |
 | `hc_head_` | [n, nC], [n], [1] | `ends/` head_phi, head_bias, head_alpha | [nC, n], [n], [1] |
 
-N blocks, k = n^2 + 2n: [pre n | post n | comb n*n row-major], and comb = H_res transposed.  In a decoder with experts the
-leading dense blocks lie under `dense_layers` instead of `layers`; V4's numbers i count through both.  Values are moved, never
-computed with: both ways together are the identity, bit for bit.
+There are N blocks, and k = n^2 + 2n rows [pre n | post n | comb n*n row-major], where comb is H_res transposed.  In a decoder with
+experts the leading dense blocks lie under `dense_layers` instead of `layers`; V4's index i counts through both.  Values are moved
+and never computed with, so that both ways together are the identity, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ HEAD = {"hc_head_fn": "head_phi", "hc_head_base": "head_bias", "hc_head_scale": 
 
 
 def comb_order(num_streams: int) -> np.ndarray:
-    """Permutation of the k rows that transposes the last n*n of them; its own inverse."""
+    """Permutation of the k rows that transposes comb; it is its own inverse.
+
+    Examples:
+      >>> print(comb_order(2))
+      [0 1 2 3 4 6 5 7]
+    """
     n = num_streams
     return np.concatenate([np.arange(2 * n), 2 * n + np.arange(n * n).reshape(n, n).T.ravel()])
 
@@ -33,17 +38,20 @@ def comb_order(num_streams: int) -> np.ndarray:
 def from_deepseek_v4(
     weights: Mapping[str, Any], num_layers: int, num_streams: int, width: int, num_leading: int = 0
 ) -> dict[str, Any]:
-    """`{"layers": {"attention_connection": ..., "mlp_connection": ...}, "ends": ...}`: NumPy arrays in the dtypes given.
+    """Parameters of the connections of a decoder, from weights by V4's names.
 
     Args:
-      weights: arrays by V4's names; further names are left alone.
-      num_layers: N, blocks of one attention and one feed-forward sub-layer.
+      weights: arrays by V4's names; further names are ignored.
+      num_layers: blocks N, each of one attention and one feed-forward sub-layer.
       num_streams: n.
       width: C.
       num_leading: dense blocks in front of those with experts (`ModelConfig.num_leading`), which go under "dense_layers".
 
+    Returns:
+      `{"layers": {"attention_connection": ..., "mlp_connection": ...}, "ends": ...}` with NumPy arrays in the dtypes given.
+
     Raises:
-      InputError: a name is missing or an array has another shape.
+      InputError: a name is missing, or an array has another shape.
     """
     n, nC = num_streams, num_streams * width
     k, order = n * n + 2 * n, comb_order(num_streams)
@@ -64,16 +72,16 @@ def from_deepseek_v4(
         return {"layers": layers, "ends": ends}
 
     def blocks(first: int, last: int) -> dict[str, dict[str, np.ndarray]]:
-        return {ours: {name: a[first:last] for name, a in own.items()} for ours, own in layers.items()}
+        return {ours: {name: a[first:last] for name, a in arrays.items()} for ours, arrays in layers.items()}
 
     return {"dense_layers": blocks(0, num_leading), "layers": blocks(num_leading, num_layers), "ends": ends}
 
 
 def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays by V4's names from the tree under `params` of a decoder; what is not a connection's is left alone.
+    """Weights by V4's names, from the tree under `params` of a decoder; parameters outside connections are ignored.
 
     Raises:
-      InputError: a connection or parameter is missing or has another shape: not those of `mhc` with the exit `head`.
+      InputError: a connection or parameter is missing or has another shape, so that it is not `mhc` with the exit `head`.
     """
     require(
         "head_phi" in params.get("ends", {}),
@@ -84,11 +92,11 @@ def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     weights, first = {}, 0
     for blocks in ("dense_layers", "layers") if "dense_layers" in params else ("layers",):
         for theirs, ours in SUBLAYERS.items():
-            own, where = params.get(blocks, {}).get(ours, {}), f"{blocks}/{ours}/"
-            N = len(own.get("phi", ()))
-            phi = _take(own, "phi", (N, nC, k), where)[:, :, order].swapaxes(1, 2)
-            bias = _take(own, "bias", (N, k), where)[:, order]
-            alpha = _take(own, "alpha", (N, 3), where)
+            arrays, where = params.get(blocks, {}).get(ours, {}), f"{blocks}/{ours}/"
+            N = len(arrays.get("phi", ()))
+            phi = _take(arrays, "phi", (N, nC, k), where)[:, :, order].swapaxes(1, 2)
+            bias = _take(arrays, "bias", (N, k), where)[:, order]
+            alpha = _take(arrays, "alpha", (N, 3), where)
             for i in range(N):
                 weights |= {
                     f"layers.{first + i}.{theirs}_fn": phi[i],
@@ -101,6 +109,7 @@ def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _take(arrays: Mapping[str, Any], name: str, shape: tuple[int, ...], where: str = "") -> np.ndarray:
+    """The array `name` in its own dtype, checked for its shape."""
     require(
         name in arrays, f"{where}{name} is missing from the connection weights; it should have the shape {list(shape)}."
     )

@@ -1,4 +1,10 @@
-"""Gated residual streams (Qwen4-Exp): a low-rank gate per channel reads, a sigmoid per stream writes, H_res = I."""
+r"""Gated residual streams (Qwen4-Exp): a low-rank gate for each channel reads, a sigmoid for each stream writes, and H_res = I.
+
+    $h = \frac{1}{n} \sum_i g_i \odot z_i, \qquad x'_i = x_i + H^{post}_i F(h)$
+
+with the normed streams z (`stream_norm`), the read gate g (`read_gate`) and the write gate $H^{post}$ (`write_gate`).  The source
+is `Qwen4ExpTextGatedResidual` of Hugging Face transformers; there is no paper.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +30,13 @@ class GatedConfig(ConnectionConfig):
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post")
 
     exit: str = "gate"
-    """`gate` (Qwen4-Exp): a gated read of its own; or as elsewhere."""
+    """`gate` (Qwen4-Exp) is a gated read with parameters of the ends; the other exits are those of all kinds."""
     rank: int = 16
-    """Of the read gate; 320 in Qwen4-Exp."""
+    """Rank r of the read gate; 320 in Qwen4-Exp."""
     init_std: float = 0.02
-    """Of down, up and inject; what tells the streams apart at the start."""
+    """Standard deviation of the initial down, up and inject; these random numbers tell the streams apart at the start."""
     eps_norm: float = 1e-6
-    """Of the per-stream RMSNorm."""
+    """Epsilon of the RMSNorm of each stream."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +53,20 @@ class GatedConfig(ConnectionConfig):
 def stream_norm(
     x: Float[Array, "*tokens nC"], norm: Float[Array, " nC"], num_streams: int, eps_norm: float
 ) -> Float[Array, "*tokens n C"]:
-    """z_i = RMSNorm(x_i) norm_i over the C channels of each stream, float32."""
+    r"""The normed streams $z_i = \mathrm{RMSNorm}(x_i) \odot w_i$ over the C channels of each stream, float32.
+
+    Args:
+      x: flat streams of any float dtype.
+      norm: weights w of all streams; Qwen4-Exp's checkpoints hold w - 1.
+      num_streams: n.
+      eps_norm: epsilon of the RMSNorm.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(stream_norm(jnp.array([3.0, 3.0, -5.0, 5.0]), jnp.array([1.0, 1.0, 2.0, 2.0]), 2, 1e-6).round(2))
+      [[ 1.  1.]
+       [-2.  2.]]
+    """
     n = num_streams
     v = x.reshape(*x.shape[:-1], n, -1).astype(jnp.float32)
     return normalized(v, eps_norm) * norm.reshape(*(1,) * (v.ndim - 2), n, -1)
@@ -56,43 +75,61 @@ def stream_norm(
 def read_gate(
     z: Float[Array, "*tokens n C"], down: Float[Array, "nC r"], up: Float[Array, "r nC"]
 ) -> Float[Array, "*tokens n C"]:
-    """g = sigmoid(up(silu(down(vec z) / n))): one number a stream and channel, float32."""
+    r"""The read gate, one number for each stream and channel, float32.
+
+    $g = \sigma(W_{up}\, \mathrm{silu}(W_{down}\, \mathrm{vec}(z) / n))$
+
+    Examples:
+      With `up` at 0 every gate is 1/2.
+
+      >>> import jax.numpy as jnp
+      >>> print(read_gate(jnp.ones((2, 1)), jnp.ones((2, 3)), jnp.zeros((3, 2))))
+      [[0.5]
+       [0.5]]
+    """
     n = z.shape[-2]
     rank_r = jnp.matmul(z.reshape(*z.shape[:-2], -1), down, precision="highest")
     return jax.nn.sigmoid(jnp.matmul(jax.nn.silu(rank_r / n), up, precision="highest")).reshape(z.shape)
 
 
 def write_gate(z: Float[Array, "*tokens n C"], inject: Float[Array, "nC n"]) -> Float[Array, "n *tokens"]:
-    """post = 2 sigmoid(inject(vec z) / n), float32, tokens last."""
+    r"""The write gate, one number for each stream, float32, tokens last.
+
+    $H^{post} = 2 \sigma(W_{inject}\, \mathrm{vec}(z) / n)$
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(write_gate(jnp.ones((2, 1)), jnp.array([[0.0, 2.0], [0.0, 2.0]])).round(2))
+      [1.   1.76]
+    """
     n = z.shape[-2]
     logits = jnp.matmul(z.reshape(*z.shape[:-2], -1), inject, precision="highest")
     return 2 * jax.nn.sigmoid(jnp.moveaxis(logits, -1, 0) / n)
 
 
 class Gated(Connection):
-    """h = mean_i g_i z_i, x'_i = x_i + post_i F(h).  Not Pre-Norm at step 0.
+    """Qwen4-Exp's connection, which does not equal Pre-Norm at step 0.
 
-    There is no n -> 1 matrix: for diagnostics `pre` is the mean gate over channels, over n.  `norm` starts at 1 (Qwen4-Exp's
-    weight is norm - 1).
+    Its read is no n -> 1 matrix.  For diagnostics `pre` is the mean of the read gate over channels, divided by n.
     """
 
     config_class = GatedConfig
     static_params = ("norm", "head_bias", "head_alpha", "entry_scale")
 
     def setup_ends(self) -> None:
-        """Those of a read gate for the exit `gate`."""
+        """Declare the parameters of the ends, for the exit `gate` those of a read gate."""
         super().setup_ends()
         if self.config.exit == "gate":
             self.setup_gate()
 
     def setup_gate(self) -> None:
-        """norm [nC], down [nC, r], up [r, nC]."""
+        """Declare the parameters of a read gate: norm [nC], down [nC, r] and up [r, nC]."""
         nC, r, normal = self.config.num_streams * self.width, self.config.rank, self.normal
         self.norm = self.param("norm", nn.initializers.ones, (nC,))
         self.down, self.up = self.param("down", normal, (nC, r)), self.param("up", normal, (r, nC))
 
     def setup_sublayer(self) -> None:
-        """Those of the read gate, and inject [nC, n]."""
+        """Declare the parameters of a read gate, and inject [nC, n] of the write gate."""
         self.setup_gate()
         n = self.config.num_streams
         self.inject = self.param("inject", self.normal, (n * self.width, n))
@@ -103,20 +140,20 @@ class Gated(Connection):
         return nn.initializers.normal(self.config.init_std)
 
     def normed(self, streams: Float[Array, "B T nC"]) -> Float[Array, "B T n C"]:
-        """See `stream_norm`."""
+        """The normed streams z, float32."""
         return stream_norm(streams, self.norm, self.config.num_streams, self.config.eps_norm)
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """post by `write_gate`; pre is for diagnostics."""
+        """post by `write_gate`, and pre for diagnostics."""
         z = self.normed(streams)
         gate = jnp.moveaxis(jnp.mean(read_gate(z, self.down, self.up), -1), -1, 0)
         return Coefficients(pre=gate / self.config.num_streams, post=write_gate(z, self.inject), res=None)
 
     def read(self, streams: Float[Array, "B T nC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """mean_i g_i z_i, in the dtype of the streams."""
+        r"""$h = \frac{1}{n} \sum_i g_i \odot z_i$, in the dtype of the streams."""
         z = self.normed(streams)
         return jnp.mean(read_gate(z, self.down, self.up) * z, -2).astype(streams.dtype)
 
     def collapse(self, streams: Float[Array, "B T nC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """`gate`: a read; else as elsewhere."""
+        """Make one vector of the streams: under `gate` by a read, otherwise as all kinds do."""
         return self.read(streams, c) if self.config.exit == "gate" else super().collapse(streams, c)

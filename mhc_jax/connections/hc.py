@@ -1,4 +1,7 @@
-"""Hyper-Connections (Zhu et al., arXiv 2409.19606): n streams, unconstrained learned mixing, static (SHC) or dynamic (DHC)."""
+"""Hyper-Connections (HC, Zhu et al., arXiv 2409.19606): n streams with unconstrained learned coefficients.
+
+The coefficients are static (SHC) or depend on the token (DHC).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, projection
 
-from mhc_jax.connections.base import Connection, ConnectionConfig, home_stream
-from mhc_jax.errors import require
+from mhc_jax.connections.base import ALPHA_INIT, Connection, ConnectionConfig, home_stream
+
+GATE = {"pre": "s_a", "post": "s_b", "res": "s_a"}
+"""Component -> name of the gate of its dynamic part; pre and res share one (HC Eq. 12, 13)."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +27,27 @@ class HyperConnectionConfig(ConnectionConfig):
     kind: ClassVar[str] = "hc"
 
     dynamic: bool = True
-    """DHC: coefficients depend on the token.  False: SHC."""
+    """True for DHC, where the coefficients depend on the token; False for SHC."""
     tanh: bool = True
-    """Squash the dynamic part; the paper reports both."""
-    gate_init: float = 0.01
-    """s: initial size of the dynamic part."""
+    """Whether the dynamic part passes through tanh; the paper reports both."""
+    alpha_init: float = ALPHA_INIT
+    """Initial value of the gates s of the dynamic part."""
     eps_norm: float = 1e-20
-    """Of the per-stream RMSNorm."""
+    """Epsilon of the RMSNorm of each stream."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            len(self.parts) > 0,
-            "connection.disable switches off pre, post and res; nothing of `hc` is left: use kind 'residual'.",
-        )
+        self.require_parts()
 
 
 def dynamic_columns(num_streams: int, parts: tuple[str, ...]) -> dict[str, slice]:
-    """Columns of W for each learned part: [W_m 1 | W_b 1 | W_r n]."""
+    """Columns of W that belong to each learned component, in the order [W_m 1 | W_b 1 | W_r n]."""
     sizes = {"pre": 1, "post": 1, "res": num_streams}
-    out, start = {}, 0
+    columns, start = {}, 0
     for part in parts:
-        out[part] = slice(start, start + sizes[part])
+        columns[part] = slice(start, start + sizes[part])
         start += sizes[part]
-    return out
+    return columns
 
 
 def hc_coefficients(
@@ -58,71 +60,83 @@ def hc_coefficients(
     tanh: bool,
     eps_norm: float,
 ) -> Coefficients:
-    r"""Coefficients of one sub-layer (HC Eq. 10-13), float32, tokens last.
+    r"""Coefficients of one sub-layer of HC (HC Eq. 10-13), float32, tokens last.
 
-        D = norm(x) W,  W = [W_m | W_b | W_r]                          (row j of D comes from stream j)
-        pre_i  = A_m[i]    + s_a tanh(D[i, m])
-        post_i = B[i]      + s_b tanh(D[i, b])
-        res_ij = A_r[i, j] + s_a tanh(D[j, r_i])
+    $D = \mathrm{norm}(x)\, W, \qquad W = [W_m \mid W_\beta \mid W_r]$, where row j of D comes from stream j
+    $H^{pre}_i = A_{m,i} + s_\alpha \tanh D_{i,m}$
+    $H^{post}_i = B_i + s_\beta \tanh D_{i,\beta}$
+    $H^{res}_{ij} = A_{r,ij} + s_\alpha \tanh D_{j,r_i}$
 
-    The dynamic part of res_ij comes from the source stream j, as in both papers (HC applies A_r^T with rows from stream j; mHC
-    Eq. 5 writes theta norm(x)^T).  The norm is an unweighted RMSNorm over C; HC's code carries a weight, which W absorbs.
+    The dynamic part of $H^{res}_{ij}$ comes from stream j, which is read, as in both papers: HC applies $A_r^\top$ with rows from
+    stream j, and mHC Eq. 5 writes $\theta\, \mathrm{norm}(x)^\top$.
+
+    Deviation: norm is an RMSNorm over C without a weight.  The one in HC's code has a weight, which W absorbs.
 
     Args:
-      x: flat streams.
-      static: A_m [n], B [n], A_r [n, n]; None where disabled.
-      W: dynamic projection, columns as in `dynamic_columns`; None for SHC.
-      gates: s_a for pre and res, s_b for post, by part.
+      x: flat streams of any float dtype.
+      static: A_m [n], B [n] and A_r [n, n]; None where disabled.
+      W: dynamic projection with columns as in `dynamic_columns`; None for SHC.
+      gates: the gate s of each learned component.
       num_streams: n.
-      tanh: squash D.
-      eps_norm: of the norm.
+      tanh: False leaves tanh out.
+      eps_norm: epsilon of norm.
+
+    Examples:
+      Two streams of two channels, read with [1, 0] statically and with 0.5 tanh(D) on top.  D is 1 for the first stream and -1 for
+      the second, and tanh(1) = 0.76.
+
+      >>> import jax.numpy as jnp
+      >>> x, W = jnp.array([[2.0, 2.0, -3.0, -3.0]]), jnp.array([[1.0], [0.0]])
+      >>> static, gates = Coefficients(jnp.array([1.0, 0.0]), None, None), {"pre": jnp.float32(0.5)}
+      >>> c = hc_coefficients(x, static, W, gates, num_streams=2, tanh=True, eps_norm=1e-20)
+      >>> print(c.pre[:, 0].round(2))
+      [ 1.38 -0.38]
     """
     n, tokens = num_streams, x.shape[:-1]
-    present = {name: value for name, value in static._asdict().items() if value is not None}
+    present = {part: value for part, value in static._asdict().items() if value is not None}
     out = {
-        name: jnp.broadcast_to(value[(..., *(None,) * len(tokens))], (*value.shape, *tokens))
-        for name, value in present.items()
+        part: jnp.broadcast_to(value[(..., *(None,) * len(tokens))], (*value.shape, *tokens))
+        for part, value in present.items()
     }
     if W is not None:
         D = jnp.moveaxis(projection(x.reshape(*tokens, n, -1), W, eps_norm), -1, 1)  # [k, n, *tokens]
         D = jnp.tanh(D) if tanh else D
-        for name, where in dynamic_columns(n, tuple(present)).items():
-            dynamic = D[where] if name == "res" else D[where.start]
-            out[name] = out[name] + gates[name] * dynamic
+        for part, columns in dynamic_columns(n, tuple(present)).items():
+            dynamic = D[columns] if part == "res" else D[columns.start]
+            out[part] = out[part] + gates[part] * dynamic
     return Coefficients(out.get("pre"), out.get("post"), out.get("res"))
 
 
 class HyperConnection(Connection):
-    """x' = H_res x + H_post^T F(H_pre x) with unconstrained H.
+    r"""HC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with unconstrained H.
 
-    Init: A_m = e_{l mod n}, B = 1, A_r = I, W = 0, s = 0.01, so that the decoder equals Pre-Norm at step 0 (exit `sum` or
-    `mean`; the final norm removes the factor n).  HC rescales the branches' output init by sqrt(n); here branches keep the
-    init they have under every connection, so that comparisons stay paired.
+    Initialisation (HC Eq. 14): $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder then equals
+    Pre-Norm at step 0, because the final norm removes the factor n of the exit `sum`.
+
+    Deviation: HC multiplies the initial output projections of branches by sqrt(n).  Here branches start alike under every
+    connection, so that comparisons stay paired.
     """
 
     config_class = HyperConnectionConfig
     static_params = ("A_m", "B", "A_r", "s_a", "s_b", "head_bias", "head_alpha", "entry_scale")
 
     def setup_sublayer(self) -> None:
-        """A_m, B, A_r and, for DHC, W, s_a, s_b."""
-        n, cfg, l = self.config.num_streams, self.config, self.sublayer
-        parts = cfg.parts
+        """Declare A_m [n], B [n], A_r [n, n] and, for DHC, W [C, k] and the gates s_a [] and s_b []."""
+        n, cfg, parts = self.config.num_streams, self.config, self.config.parts
         self.static = Coefficients(
-            pre=self.param("A_m", lambda _: home_stream(l, n)) if "pre" in parts else None,
+            pre=self.param("A_m", lambda _: home_stream(self.sublayer, n)) if "pre" in parts else None,
             post=self.param("B", nn.initializers.ones, (n,)) if "post" in parts else None,
             res=self.param("A_r", lambda _: jnp.eye(n)) if "res" in parts else None,
         )
         self.W, self.gates = None, {}
         if cfg.dynamic:
-            gate = nn.initializers.constant(cfg.gate_init)
-            k = dynamic_columns(n, parts)[parts[-1]].stop
-            self.W = self.param("W", nn.initializers.zeros, (self.width, k))
-            names = {"s_b" if part == "post" else "s_a" for part in parts}
-            s = {name: self.param(name, gate, ()) for name in sorted(names)}
-            self.gates = {part: s["s_b" if part == "post" else "s_a"] for part in parts}
+            self.W = self.param("W", nn.initializers.zeros, (self.width, dynamic_columns(n, parts)[parts[-1]].stop))
+            alpha_init = nn.initializers.constant(cfg.alpha_init)
+            s = {name: self.param(name, alpha_init, ()) for name in sorted({GATE[part] for part in parts})}
+            self.gates = {part: s[GATE[part]] for part in parts}
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """See `hc_coefficients`."""
+        """Coefficients of this sub-layer by `hc_coefficients`."""
         cfg = self.config
         return hc_coefficients(
             streams, self.static, self.W, self.gates, num_streams=cfg.num_streams, tanh=cfg.tanh, eps_norm=cfg.eps_norm

@@ -1,4 +1,4 @@
-"""KromHC (arXiv 2601.21579): H_res as a Kronecker product of 2x2 doubly stochastic factors, n = 2^K."""
+"""KromHC (arXiv 2601.21579): H_res is a Kronecker product of 2x2 doubly stochastic matrices, for n = 2^K streams."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mhc_jax.errors import require
 class KromHCConfig(DynamicConfig):
     """Settings of KromHC.
 
-    H_pre and H_post start with mHC's biases (`init=paper`).  The authors' code differs there: +1 on the home stream, -1 elsewhere,
-    for both.
+    Deviation: H_pre and H_post start with mHC's logits (`init=paper`).  In the authors' code both start with +1 on the home stream
+    and -1 elsewhere.
     """
 
     kind: ClassVar[str] = "kromhc"
@@ -34,7 +34,21 @@ class KromHCConfig(DynamicConfig):
 
 
 def kronecker_mixing(logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
-    """H_res = U_1 x ... x U_K (Kronecker), U_k = [[p, 1-p], [1-p, p]], p = softmax(two logits)_0; float32, n = 2^(k/2)."""
+    r"""H_res of KromHC from K pairs of logits, float32: exactly doubly stochastic for any logits.
+
+    $H^{res} = U_1 \otimes \dots \otimes U_K, \quad U_k = \begin{pmatrix} p_k & 1 - p_k \\ 1 - p_k & p_k \end{pmatrix}, \quad
+    p_k = \mathrm{softmax}(z_{2k-1}, z_{2k})_1$
+
+    Source: arXiv 2601.21579, with the smallest factors that it allows.  n = 2^K streams and k = 2K logits.
+
+    Examples:
+      For two streams there is one factor, here with p = 3/4.
+
+      >>> import jax.numpy as jnp
+      >>> print(kronecker_mixing(jnp.log(jnp.array([3.0, 1.0]))).round(2))
+      [[0.75 0.25]
+       [0.25 0.75]]
+    """
     tokens = logits.shape[1:]
     H_res = jnp.ones((1, 1, *tokens), jnp.float32)
     for pair in logits.reshape(-1, 2, *tokens):
@@ -51,10 +65,13 @@ class KromHC(DynamicConnection):
     config_class = KromHCConfig
 
     def res_logits(self) -> Array:
-        """Each factor's (0, -8), the identity to 3.4e-4, as in the authors' code; preset `zeros`: all 0, H_res = 1/n."""
-        K = self.config.num_streams.bit_length() - 1
-        return jnp.zeros((K, 2)) if self.config.init == "zeros" else jnp.tile(jnp.asarray([[0.0, -8.0]]), (K, 1))
+        """Initial logits [K, 2]: (0, -8) for each factor, as in the authors' code, or all 0 (H_res = 1/n) under `init=zeros`.
+
+        A factor of (0, -8) is the identity up to 3.4e-4.
+        """
+        swap = 0.0 if self.config.init == "zeros" else -8.0
+        return jnp.tile(jnp.asarray([[0.0, swap]]), (self.config.num_streams.bit_length() - 1, 1))
 
     def mixing(self, logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
-        """See `kronecker_mixing`."""
+        """H_res by `kronecker_mixing`."""
         return kronecker_mixing(logits)

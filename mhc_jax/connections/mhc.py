@@ -1,4 +1,4 @@
-"""Manifold-Constrained Hyper-Connections (DeepSeek, arXiv 2512.24880): H_res on the doubly stochastic matrices."""
+"""Manifold-Constrained Hyper-Connections (mHC, DeepSeek, arXiv 2512.24880): H_res is doubly stochastic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, coefficients, write_read
 
-from mhc_jax.connections.dynamic import EPS_CONVENTIONS, DynamicConfig, DynamicConnection, bias_init
+from mhc_jax.connections.dynamic import DynamicConfig, DynamicConnection, bias_init
 from mhc_jax.errors import require
 
 
@@ -32,30 +32,29 @@ class ManifoldHyperConnectionConfig(DynamicConfig):
 
 
 class ManifoldHyperConnection(DynamicConnection):
-    """x' = H_res x + H_post^T F(H_pre x) with H_pre, H_post >= 0 and H_res doubly stochastic (mHC Eq. 7, 8)."""
+    r"""mHC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with non-negative H and a doubly stochastic H_res (mHC Eq. 7-9).
+
+    $H^{pre} = \sigma(\tilde H^{pre}), \quad H^{post} = 2 \sigma(\tilde H^{post}), \quad
+    H^{res} = \mathrm{SinkhornKnopp}(\exp \tilde H^{res})$
+
+    with the logits $\tilde H = \alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b$, by `mhc_kernels.coefficients`.
+    """
 
     config_class = ManifoldHyperConnectionConfig
 
     def res_logits(self) -> Array:
-        """n*n of them, row-major, by preset."""
+        """Initial static logits of H_res, [n, n], of the preset."""
         return bias_init(self.config.init, self.sublayer, self.config.num_streams)["res"]
 
     def options(self) -> dict[str, Any]:
-        """Static arguments of the coefficient op."""
+        """Keyword arguments that `mhc_kernels.coefficients` and `write_read` take from the settings."""
         cfg = self.config
-        eps_norm, eps = EPS_CONVENTIONS[cfg.eps_convention]
-        return {
-            "num_streams": cfg.num_streams,
-            "parts": cfg.parts,
-            "num_iters": cfg.t_max,
-            "eps_norm": eps_norm,
-            "eps": eps,
-        }
+        return {"num_streams": cfg.num_streams, "parts": cfg.parts, "num_iters": cfg.t_max, **self.epsilons()}
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """See `mhc_kernels.coefficients`."""
+        """Coefficients of this sub-layer by `mhc_kernels.coefficients`."""
         return coefficients(streams, self.phi, self.alpha, self.bias, **self.options())
 
     def write_read(self, streams, c, y):
-        """The fused boundary op."""
+        """The boundary as one operation, `mhc_kernels.write_read`."""
         return write_read(streams, c, y, self.phi, self.alpha, self.bias, **self.options())

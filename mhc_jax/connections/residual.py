@@ -1,4 +1,4 @@
-"""The residual connection: x' = x + F(x).  One stream, no coefficients, no parameters."""
+"""The residual connection $x' = x + F(x)$: one stream, no coefficients, no parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class ResidualConfig(ConnectionConfig):
-    """n = 1, everything disabled: pre 1, post 1, res 1."""
+    """Settings of the residual connection: one stream, and every component disabled."""
 
     kind: ClassVar[str] = "residual"
     entries: ClassVar[tuple[str, ...]] = ("copy",)
@@ -38,10 +38,10 @@ class ResidualConfig(ConnectionConfig):
 
 
 class Residual(Connection):
-    """x' = x + F(x)."""
+    """The residual connection, $x' = x + F(x)$."""
 
     config_class = ResidualConfig
 
     def coefficients(self, streams: Float[Array, "B T C"]) -> Coefficients:
-        """None of them."""
+        """No coefficients: every component is fixed."""
         return Coefficients(None, None, None)

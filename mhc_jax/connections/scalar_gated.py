@@ -1,4 +1,7 @@
-"""Two numbers a sub-layer (nanochat): x' = lam x + mu F(x).  The control for "does HC only learn a gain?"."""
+r"""Two learned numbers for each sub-layer, as in nanochat: $x' = \lambda x + \mu F(x)$.
+
+The kind tells whether HC learns more than a gain.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class ScalarGatedConfig(ConnectionConfig):
-    """n = 1; `disable=res` fixes lam at 1, `disable=post` fixes mu."""
+    """Settings of the scalar-gated residual; `disable=res` fixes lambda at 1 and `disable=post` fixes mu at 1."""
 
     kind: ClassVar[str] = "scalar_gated"
     exits: ClassVar[tuple[str, ...]] = ("sum",)
@@ -31,26 +34,23 @@ class ScalarGatedConfig(ConnectionConfig):
             self.num_streams == 1,
             f"connection.num_streams is {self.num_streams}; `scalar_gated` has one stream: use `hc` or `mhc` for more.",
         )
-        require(
-            len(self.parts) > 0,
-            "connection.disable switches off post and res; nothing of `scalar_gated` is left: use kind 'residual'.",
-        )
+        self.require_parts()
 
 
 class ScalarGated(Connection):
-    """x' = lam x + mu F(x); lam = mu = 1 at init, which is Pre-Norm."""
+    r"""The scalar-gated residual, $x' = \lambda x + \mu F(x)$, which starts as Pre-Norm with $\lambda = \mu = 1$."""
 
     config_class = ScalarGatedConfig
     static_params = ("lam", "mu")
 
     def setup_sublayer(self) -> None:
-        """lam [] and mu []."""
-        one = nn.initializers.ones
-        self.lam = self.param("lam", one, ()) if "res" in self.config.parts else None
-        self.mu = self.param("mu", one, ()) if "post" in self.config.parts else None
+        """Declare the numbers lam [] and mu []."""
+        ones = nn.initializers.ones
+        self.lam = self.param("lam", ones, ()) if "res" in self.config.parts else None
+        self.mu = self.param("mu", ones, ()) if "post" in self.config.parts else None
 
     def coefficients(self, streams: Float[Array, "B T C"]) -> Coefficients:
-        """The same for every token."""
+        r"""$H^{res} = \lambda$ and $H^{post} = \mu$, the same for every token, float32."""
         tokens = streams.shape[:-1]
         return Coefficients(
             pre=None,

@@ -1,9 +1,9 @@
-"""Single-pass mHC (DeepSeek-V4.1): a sub-layer reads with the mix that the sub-layer before it predicted.
+r"""Single-pass mHC (DeepSeek-V4.1): a sub-layer reads with the H_pre that the sub-layer before it predicted.
 
-    x_{l+1} = B_l x_l + C_l F_l(A_{l-1} x_l)
+    $x_{l+1} = B_l x_l + C_l F_l(A_{l-1} x_l)$
 
-A, B, C are H_pre, H_res, H_post of mHC, all made from x_l.  The read of l + 1 is thus known before x_{l+1} is, and one pass over
-the streams can write and read.  The first read is one-hot on stream 0.
+A, B and C are H_pre, H_res and H_post of mHC (Eq. 7, 8), all made from $x_l$.  The read of sub-layer l + 1 is thus known before
+$x_{l+1}$ is, and one pass over the streams can write and read.  The first read, $A_0$, is one-hot on stream 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import Coefficients, coefficients, read, write
+from mhc_kernels import coefficients, read, write
 
 from mhc_jax.connections.base import Connection, home_stream
 from mhc_jax.connections.dynamic import bias_init
@@ -23,7 +23,7 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class SinglePassConfig(ManifoldHyperConnectionConfig):
-    """Settings of mHC, and the exit `last_read`: the read with A of the last sub-layer, which no branch has used."""
+    """Settings of mHC, and the exit `last_read`: a read with A_L, which no branch has used."""
 
     kind: ClassVar[str] = "single_pass"
     exits: ClassVar[tuple[str, ...]] = ("sum", "mean", "head", "last_read")
@@ -39,77 +39,75 @@ class SinglePassConfig(ManifoldHyperConnectionConfig):
 
 
 class Ahead(NamedTuple):
-    """What is carried."""
+    """Streams together with the read that has been predicted for them."""
 
     x: Float[Array, "B T nC"]
-    """Flat streams."""
+    """Flat streams x_l."""
     pre: Float[Array, "n B T"]
-    """A_{l-1}, float32: the mix that the coming read uses."""
+    """A_{l-1}, float32, with which sub-layer l reads them."""
 
 
 class SinglePassCoefficients(NamedTuple):
-    """Those of sub-layer l, float32, tokens last."""
+    """Coefficients of sub-layer l, float32, tokens last."""
 
     pre: Float[Array, "n B T"]
-    """A_{l-1}: what sub-layer l reads with."""
+    """A_{l-1}, with which sub-layer l reads."""
     post: Float[Array, "n B T"] | None
     """C_l."""
     res: Float[Array, "n n B T"] | None
     """B_l."""
     next_pre: Float[Array, "n B T"]
-    """A_l: what sub-layer l + 1 will read with."""
+    """A_l, with which sub-layer l + 1 will read."""
 
 
 class SinglePass(ManifoldHyperConnection):
-    """mHC one read ahead.  Presets mean what they mean for mHC: the static part of A_l favours the home stream of l + 1."""
+    """mHC with reads one sub-layer ahead.
+
+    Presets mean what they mean for mHC: the static logits of A_l favour the home stream of sub-layer l + 1, which reads with A_l.
+    """
 
     config_class = SinglePassConfig
 
     def static_logits(self) -> dict[str, Array]:
-        """mHC's, with pre for the next sub-layer."""
+        """Initial static logits of mHC, with pre for the next sub-layer."""
         ahead = bias_init(self.config.init, jnp.asarray(self.sublayer) + 1, self.config.num_streams)
         return {**super().static_logits(), "pre": ahead["pre"]}
 
     def expand(self, x: Float[Array, "B T C"]) -> Ahead:
-        """Copies of the embedding; the first read is one-hot on stream 0."""
+        """Make the streams of the embedding, with a first read that is one-hot on stream 0."""
         n, tokens = self.config.num_streams, x.shape[:-1]
         first = home_stream(0, n).reshape(n, *(1,) * len(tokens))
         return Ahead(super().expand(x), jnp.broadcast_to(first, (n, *tokens)))
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Ahead, SinglePassCoefficients]:
-        """The first boundary writes nothing and hands on the one-hot read."""
-        streams = self.expand(x)
-        _, post, res = self.dense(Coefficients(None, None, None), x)
-        parts = self.config.parts
-        c = SinglePassCoefficients(
-            streams.pre, post if "post" in parts else None, res if "res" in parts else None, streams.pre
-        )
-        return streams, c
+        """The state before the first boundary, which writes nothing and hands on the one-hot read."""
+        streams, c = super().start(x)
+        return streams, SinglePassCoefficients(streams.pre, c.post, c.res, streams.pre)
 
     def collapse(self, streams: Ahead, c: SinglePassCoefficients) -> Float[Array, "B T C"]:
-        """`last_read`: the read with the mix carried; else as mHC."""
+        """Make one vector of the streams: under `last_read` by a read with A_L, otherwise as mHC does."""
         if self.config.exit == "last_read":
             return read(streams.x, streams.pre, self.config.num_streams)
         return super().collapse(streams.x, c)
 
     def flat(self, streams: Ahead) -> Float[Array, "B T nC"]:
-        """x."""
+        """The streams x_l without the predicted read."""
         return streams.x
 
     def coefficients(self, streams: Ahead) -> SinglePassCoefficients:
-        """A_{l-1} as carried; A_l, B_l, C_l as `mhc_kernels.coefficients` makes them from x_l."""
+        """A_{l-1} as it was predicted, and A_l, B_l and C_l from x_l by `mhc_kernels.coefficients`."""
         c = coefficients(streams.x, self.phi, self.alpha, self.bias, **self.options())
         assert c.pre is not None
         return SinglePassCoefficients(streams.pre, c.post, c.res, c.pre)
 
     def read(self, streams: Ahead, c: SinglePassCoefficients) -> Float[Array, "B T C"]:
-        """A_{l-1} x_l."""
+        """$h_l = A_{l-1} x_l$."""
         return read(streams.x, c.pre, self.config.num_streams)
 
     def write(self, streams: Ahead, c: SinglePassCoefficients, y: Float[Array, "B T C"]) -> Ahead:
-        """B_l x_l + C_l y, and A_l for the next read."""
+        """$x_{l+1} = B_l x_l + C_l y$, together with A_l for the next read."""
         return Ahead(write(streams.x, y, c.post, c.res, self.config.num_streams), c.next_pre)
 
     def write_read(self, streams, c, y):
-        """Write, coefficients and read; mHC's fused op reads with coefficients of the new streams."""
+        """The boundary in three operations, because mHC's fused one reads with coefficients of the new streams."""
         return Connection.write_read(self, streams, c, y)

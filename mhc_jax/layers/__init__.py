@@ -1,1 +1,1 @@
-"""Branches and their parts; none of them knows what a connection is."""
+"""The branches of a block and their parts.  None of them knows which connection surrounds it."""

@@ -1,4 +1,9 @@
-"""Causal self-attention with grouped key/value heads (GQA, Ainslie et al., arXiv 2305.13245)."""
+r"""Causal self-attention, and the branch with grouped key/value heads (GQA, Ainslie et al., arXiv 2305.13245).
+
+    $\mathrm{attention}(q, k, v) = \mathrm{softmax}(q k^\top / \sqrt{D})\, v$ under a causal mask (arXiv 1706.03762, Eq. 1)
+
+Letters: H query heads, K key/value heads, D channels of a query or key head, E channels of a value head, S slots of a cache.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from mhc_kernels import choice
 
 from mhc_jax.errors import require
+from mhc_jax.layers.mlp import project
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
 from mhc_jax.parallel.sharding import constrain, on_own_part
@@ -20,17 +26,17 @@ from mhc_jax.parallel.sharding import constrain, on_own_part
 def attend(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"], implementation: str
 ) -> Float[Array, "B T H E"]:
-    """softmax(q k^T / sqrt(D)) v under a causal mask; query head h reads key/value head h K // H.
+    """Causal attention of T tokens over themselves; query head h reads key/value head h K // H.
 
     Args:
-      q, k, v: after RoPE.  Values narrower than keys (E < D, as MLA has them) take `splash`, or `xla`, where they are padded with
-        zeros to D, because JAX's attention knows one width.
+      q, k, v: queries and keys after RoPE, and values.  Values may be narrower than keys (E < D, as in MLA) with `splash` and
+        `xla`; the latter pads them with zeros, because JAX's attention has one width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
         `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
 
     Raises:
-      InputError: `splash` with T or E that is no multiple of 128, or D that is none of 64, or off a TPU; E < D with `cudnn`;
-        E > D.
+      InputError: E > D; E < D with `cudnn`; `splash` off a TPU, with T or E that is no multiple of 128, or with D that is no
+        multiple of 64.
     """
     D, E = q.shape[-1], v.shape[-1]
     require(E <= D, f"attention needs values that are no wider than keys, not {E} and {D}.")
@@ -49,7 +55,7 @@ def attend(
 def split_heads(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K E"]]:
-    """Under a mesh: heads over tensor, queries over sequence, keys and values whole along it (gathered)."""
+    """Shard heads over `tensor` and queries over `sequence`; keys and values are gathered along the sequence."""
     q = constrain(q, "batch", "sequence", "heads", None)
     return q, constrain(k, "batch", None, "heads", None), constrain(v, "batch", None, "heads", None)
 
@@ -80,12 +86,17 @@ def _splash(q, k, v):
 
 
 class Past(NamedTuple):
-    """What attention keeps of earlier tokens, for one layer or (axes in front) for several; see `mhc_jax.kv_cache`."""
+    """What attention keeps of earlier tokens, for one layer or, with an axis in front, for several (`mhc_jax.kv_cache`)."""
 
     kept: dict[str, Array]
-    """Arrays [B, S, ...]: k and v (GQA), or the latent c and k_R (MLA).  S = 0: nothing yet."""
+    """Arrays [B, S, ...]: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
     position: Int[Array, " B"]
-    """Tokens of each row so far; slots from there on are empty or stale, and are not looked at."""
+    """Tokens that each row has so far.  Slots from there on are empty or stale, and are never read."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no slots, so that the tokens of this call are the first."""
+        return jax.tree.leaves(self.kept)[0].shape[1] == 0
 
 
 def attend_past(
@@ -95,9 +106,16 @@ def attend_past(
     position: Int[Array, " B"],
     scale: float,
 ) -> Float[Array, "B T H E"]:
-    """softmax(scale q k^T) v of T new tokens over the first `position` slots of the past and, causally, over themselves.
+    """Attention of T new tokens over earlier tokens and, causally, over themselves; scores and softmax in float32.
 
-    Scores and softmax in float32.  The past is read and not copied: the scores of both parts are joined, not the keys.
+    The past is read and not copied: the scores of both parts are joined, not the keys.
+
+    Args:
+      q: queries of the new tokens.
+      past: keys and values in the slots of the cache.
+      new: keys and values of the new tokens.
+      position: slots of each row that hold a token.
+      scale: factor of the scores q k^T.
     """
     B, T, H, D = q.shape
     S, K = past[0].shape[1:3]
@@ -116,50 +134,60 @@ def attend_past(
     return (out[0] + out[1]).reshape(B, T, H, -1).astype(q.dtype)
 
 
-def project(
-    module: nn.Module, name: str, x: Float[Array, "B T _"], outputs: int, init: nn.initializers.Initializer
-) -> Float[Array, "B T {outputs}"]:
-    """x W, in the dtype of x; W [in, outputs] is the parameter `name` of the module, declared here."""
-    W = module.param(name, init, (x.shape[-1], outputs))
-    return x @ W.astype(x.dtype)
+class AttentionBranch(nn.Module):
+    """The attention branch: RMSNorm, the heads of a subclass (`heads`), output projection.
 
-
-class Attention(nn.Module):
-    """A branch: RMSNorm, projections, RoPE, causal softmax attention, output projection.
-
-    Weights are [in, out]; input projections start at N(0, 1/in), the output projection at that times `output_scale`.
+    Weights are [in, out].  Input projections start at N(0, 1/in), the output projection at `output_scale` times that.
     """
 
     num_heads: int
-    num_kv_heads: int
+    """Query heads H."""
     head_dim: int
+    """Channels D of a head; in MLA without those of RoPE."""
     rope_theta: float
     norm_eps: float
     output_scale: float
+    """Factor of the initial output projection."""
     dtype: Any
-    implementation: str = "xla"
-    """See `attend`."""
+    """Dtype of the products."""
+    implementation: str
+    """Implementation of `attend`."""
 
     @nn.compact
     def __call__(
         self, h: Float[Array, "B T C"], past: Past | None = None
     ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """Branch output in the compute dtype, and no auxiliary values; with a past what is to be kept of these tokens."""
-        B, T, C = h.shape
-        H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
+        """The output of the branch in `dtype`, and what a cache keeps of these tokens ({} without a past)."""
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        out_init = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "normal")
+        mixed, kept = self.heads(x, past)
+        y = project(self, "W_o", mixed.reshape(*h.shape[:2], -1), h.shape[-1], self.output_scale)
+        return y, {} if past is None else kept
 
+    def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
+        """The outputs of all heads, and what a cache keeps of these tokens."""
+        raise NotImplementedError
+
+    def attend(self, q: Array, k: Array, v: Array) -> Array:
+        """`attend` by the chosen implementation; initialisation runs on a few tokens and on any device, so it takes `xla`."""
+        return attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
+
+
+class Attention(AttentionBranch):
+    """Attention with grouped key/value heads: projections to queries, keys and values, RoPE, causal attention."""
+
+    num_kv_heads: int
+    """Key/value heads K, a divisor of H."""
+
+    def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
+        """The outputs of all heads; a cache keeps k (after RoPE) and v."""
+        (B, T, _), H, K, D = x.shape, self.num_heads, self.num_kv_heads, self.head_dim
         first = None if past is None else past.position
-        q = rope(project(self, "W_q", x, H * D, init).reshape(B, T, H, D), self.rope_theta, first)
-        k = rope(project(self, "W_k", x, K * D, init).reshape(B, T, K, D), self.rope_theta, first)
-        v = project(self, "W_v", x, K * D, init).reshape(B, T, K, D)
+        q = rope(project(self, "W_q", x, H * D).reshape(B, T, H, D), self.rope_theta, first)
+        k = rope(project(self, "W_k", x, K * D).reshape(B, T, K, D), self.rope_theta, first)
+        v = project(self, "W_v", x, K * D).reshape(B, T, K, D)
         q, k, v = split_heads(q, k, v)
-        if past is None or past.kept["k"].shape[1] == 0:
-            # Initialisation runs on a few tokens, on any device.
-            mixed = attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
+        if past is None or past.empty:
+            mixed = self.attend(q, k, v)
         else:
             mixed = attend_past(q, (past.kept["k"], past.kept["v"]), (k, v), past.position, D**-0.5)
-        kept = {} if past is None else {"k": k, "v": v}
-        return project(self, "W_o", mixed.reshape(B, T, H * D), C, out_init), kept
+        return mixed, {"k": k, "v": v}

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward (Shazeer, arXiv 2002.05202)."""
+"""SwiGLU feed-forward (Shazeer, arXiv 2002.05202, Eq. 6), and the linear projection that all branches use."""
 
 from __future__ import annotations
 
@@ -11,26 +11,50 @@ from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.parallel.sharding import constrain
 
 
-class SwiGLU(nn.Module):
-    """A branch: RMSNorm, then (silu(x W_gate) * (x W_up)) W_down.
+def project(
+    module: nn.Module, name: str, x: Float[Array, "B T _"], outputs: int, scale: float = 1.0
+) -> Float[Array, "B T {outputs}"]:
+    """The product x W in the dtype of x, where W [in, outputs] is declared as the parameter `name` of the module.
 
-    Weights are [in, out]; W_gate and W_up start at N(0, 1/in), W_down at that times `output_scale`.
+    W starts at N(0, scale^2 / in).
     """
+    init = nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
+    return x @ module.param(name, init, (x.shape[-1], outputs)).astype(x.dtype)
+
+
+def swiglu(
+    module: nn.Module, prefix: str, x: Float[Array, "B T C"], hidden: int, output_scale: float
+) -> Float[Array, "B T C"]:
+    r"""SwiGLU in the dtype of x, with parameters of the module (arXiv 2002.05202, Eq. 6).
+
+    $(\mathrm{silu}(x W_{gate}) \odot x W_{up})\, W_{down}$
+
+    Args:
+      module: the module that gets the parameters.
+      prefix: parameters are named `{prefix}_gate`, `{prefix}_up` and `{prefix}_down`.
+      x: normed input.
+      hidden: hidden width.
+      output_scale: factor of the initial W_down.
+    """
+    gate = project(module, f"{prefix}_gate", x, hidden)
+    up = project(module, f"{prefix}_up", x, hidden)
+    gated = constrain(nn.silu(gate) * up, "batch", "sequence", "hidden")
+    return project(module, f"{prefix}_down", gated, x.shape[-1], output_scale)
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward branch: RMSNorm, then `swiglu`."""
 
     hidden: int
+    """Hidden width."""
     norm_eps: float
     output_scale: float
+    """Factor of the initial W_down."""
     dtype: Any
+    """Dtype of the products."""
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """Branch output in the compute dtype, and no auxiliary values."""
-        C = h.shape[-1]
+        """The output of the branch in `dtype`, and no auxiliary values."""
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        out_init = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "normal")
-        W_gate = self.param("W_gate", init, (C, self.hidden)).astype(self.dtype)
-        W_up = self.param("W_up", init, (C, self.hidden)).astype(self.dtype)
-        W_down = self.param("W_down", out_init, (self.hidden, C)).astype(self.dtype)
-        hidden = constrain(nn.silu(x @ W_gate) * (x @ W_up), "batch", "sequence", "hidden")
-        return hidden @ W_down, {}
+        return swiglu(self, "W", x, self.hidden, self.output_scale), {}

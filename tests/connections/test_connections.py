@@ -1,4 +1,4 @@
-"""Every registered kind is held to the contract, in a decoder too, and the presets to what they promise."""
+"""Every registered kind keeps the contract, alone and in a decoder, and every preset starts as `bias_init` says."""
 
 import dataclasses
 import functools
@@ -33,19 +33,20 @@ SPECS = [
     "attnres_block:block_size=2",
 ]
 NO_READ_MATRIX = ("gated", "attnres_block")
-"""Kinds whose read is not a mix of what diagnostics see; their `dense` says what stands for it."""
+"""Kinds whose read is not a mix of the streams that diagnostics see."""
 MULTIPLIED = {"phi", "head_phi", "W", "down", "up", "inject", "w"}
-"""Parameters that the streams are multiplied with; all others are static."""
+"""Parameters that streams are multiplied with; all others are static."""
 
 
 def make(spec, sublayer=1):
+    """The module of one sub-layer (`sublayer` is its index), or of the ends."""
     config = connections.parse(spec)
     return connections.connection_module(config)(config, C, L, sublayer)
 
 
 @functools.cache
-def found(spec):
-    """(module of sub-layer 1, streams, y, {what the contract speaks of: its value}), by one compiled program."""
+def evaluated(spec):
+    """(module of sub-layer 2, its streams, y, results of every method of the contract by name), from one compiled program."""
     link, ends = make(spec), make(spec, None)
     draw = np.random.default_rng(1)
     x, y, weights = (jnp.asarray(draw.normal(size=(B, T, C)), jnp.float32) for _ in range(3))
@@ -60,12 +61,12 @@ def found(spec):
         out["c"] = c = link.apply(params, streams, method="coefficients")
         out["h"] = h = link.apply(params, streams, c, method="read")
         out["written"] = written = link.apply(params, streams, c, y, method="write")
-        out["left"] = left = ends.apply(ends_params, written, c, method="collapse")
+        out["collapsed"] = collapsed = ends.apply(ends_params, written, c, method="collapse")
         out["boundary"] = link.apply(params, streams, c, y, method="write_read")
         after = link.apply(params, written, method="coefficients")
         out["in parts"] = written, after, link.apply(params, written, after, method="read")
         out["dense"] = link.dense(c, y)
-        return (h * weights).sum() + (left**2).sum() + (link.flat(written) ** 3).sum(), out
+        return (h * weights).sum() + (collapsed**2).sum() + (link.flat(written) ** 3).sum(), out
 
     grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, ends_params)
     return link, streams, y, {**out, "gradient": grads}
@@ -77,15 +78,15 @@ def test_every_kind_is_in_the_specs():
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_contract_shapes_and_dtypes(spec):
-    link, streams, y, out = found(spec)
+    link, streams, y, out = evaluated(spec)
     c, params = out["c"], out["params"]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(c))
     shapes = [jax.tree.map(jnp.shape, a) for a in (c, out["start"][1])]
-    assert shapes[0] == shapes[1], "a scan carries c: start must look like it"
+    assert shapes[0] == shapes[1], "a scan carries c, so that start must have the same shapes"
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(out["start"][1]))
     assert (out["h"].shape, out["h"].dtype) == ((B, T, C), jnp.float32)
     assert jax.tree.map(jnp.shape, out["written"]) == jax.tree.map(jnp.shape, streams)
-    assert out["left"].shape == (B, T, C)
+    assert out["collapsed"].shape == (B, T, C)
     half = jax.tree.map(lambda s: s.astype(jnp.bfloat16), streams)
     run = lambda method, *a: jax.eval_shape(lambda: link.apply(params, half, c, *a, method=method))  # noqa: E731
     assert run("read").dtype == jnp.bfloat16
@@ -96,7 +97,7 @@ def test_contract_shapes_and_dtypes(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_boundary_is_write_coefficients_read_and_start_writes_nothing(spec):
-    *_, out = found(spec)
+    *_, out = evaluated(spec)
     jax.tree.map(np.testing.assert_array_equal, out["unwritten"], out["start"][0])
     for a, b in zip(jax.tree.leaves(out["boundary"]), jax.tree.leaves(out["in parts"]), strict=True):
         assert_close(a, b, REORDERED)
@@ -104,7 +105,7 @@ def test_boundary_is_write_coefficients_read_and_start_writes_nothing(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_parameter_has_a_gradient(spec):
-    *_, out = found(spec)
+    *_, out = evaluated(spec)
     for path, g in jax.tree_util.tree_leaves_with_path(out["gradient"]):
         if spec.startswith("mhc:num_streams=1") and "alpha" not in jax.tree_util.keystr(path):
             continue  # H_res is the number 1 there
@@ -113,8 +114,8 @@ def test_every_parameter_has_a_gradient(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_dense_fills_in_disabled_components(spec):
-    """What diagnostics see is what is applied, by the oracles' read and write of every token."""
-    link, streams, y, out = found(spec)
+    """The coefficients that diagnostics see are those that are applied: the oracles' read and write of every token agree."""
+    link, streams, y, out = evaluated(spec)
     n = link.config.num_streams
     assert [a.shape for a in out["dense"]] == [(n, B, T), (n, B, T), (n, n, B, T)]
     pre, post, res = (np.asarray(a, np.float64).reshape(*a.shape[:-2], -1) for a in out["dense"])
@@ -129,21 +130,21 @@ def test_dense_fills_in_disabled_components(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_static_parameters_are_those_that_the_streams_are_not_multiplied_with(spec):
-    """They take no weight decay: towards 0 it would close gates and fade streams."""
-    link, *_, out = found(spec)
+    """They take no weight decay, which would close gates and fade streams."""
+    link, *_, out = evaluated(spec)
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path((out["params"], out["ends"]))}
     assert names - set(link.static_params) == names & MULTIPLIED
 
 
 @pytest.mark.parametrize("spec", ["mhc:exit=sum:t_max=2", "hc:exit=mean", "single_pass:t_max=2", *SPECS])
 def test_streams_leave_as_the_exit_says(spec):
-    """Sum, mean, or what the last sub-layer predicted for a next one; heads and gates have tests of their own."""
-    link, *_, out = found(spec)
+    """The exits sum, mean and last_read against NumPy; other tests hold heads and gates."""
+    link, *_, out = evaluated(spec)
     streams = np.asarray(link.flat(out["written"]), np.float64).reshape(B, T, -1, C)
     if link.config.exit == "last_read":
-        assert_close(out["left"], np.einsum("nbt,btnc->btc", np.asarray(out["c"].next_pre, np.float64), streams))
+        assert_close(out["collapsed"], np.einsum("nbt,btnc->btc", np.asarray(out["c"].next_pre, np.float64), streams))
     elif link.config.exit in ("sum", "mean"):
-        assert_close(out["left"], getattr(streams, link.config.exit)(2))
+        assert_close(out["collapsed"], getattr(streams, link.config.exit)(2))
 
 
 CHANGES = {
@@ -230,30 +231,30 @@ LIKE_IDENTITY = {f"{kind}:init=home": 1e-4 for kind in ("mhc_lite", "kromhc", "c
 
 @pytest.mark.parametrize(("spec", "least"), thin([*(BROKEN | LIKE_IDENTITY).items()], lambda case: case[0] in BROKEN))
 def test_step_zero_with_broken_symmetry_is_not_pre_norm(spec, least):
-    """`home` and the random gates of `gated` tell the streams apart from the start."""
+    """Under `home`, and with the random gates of `gated`, streams differ from the start."""
     assert float(np.abs(logits_of(spec)[0] - logits_of("residual")[0]).max()) > least
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_marginals(preset):
-    """Where the static logits of sub-layer 6 of 4 streams read, and how far from the identity its H_res is."""
+    """Static logits of sub-layer 7 with 4 streams: which streams it reads and writes, and how far H_res is from the identity."""
     static = {part: np.asarray(logits, np.float64) for part, logits in bias_init(preset, 6, 4).items()}
     H = oracles.sinkhorn(static["res"])
     np.testing.assert_allclose(H.sum(0), 1, atol=1e-6)
     off = {"zeros": 1.0, "hc": np.exp(-16)}.get(preset, np.exp(-6))
     np.testing.assert_allclose(np.abs(H - np.eye(4)).max(), 3 * off / (1 + 3 * off), rtol=1e-5)
     pre, post = oracles.sigmoid(static["pre"]), 2 * oracles.sigmoid(static["post"])
-    home, other = {"hc": (1, 0), "residual": (0.25, 0.25), "zeros": (0.5, 0.5)}.get(preset, (0.952574, 0.047426))
-    np.testing.assert_allclose(pre, [other, other, home, other], atol=1e-6)
+    home, rest = {"hc": (1, 0), "residual": (0.25, 0.25), "zeros": (0.5, 0.5)}.get(preset, (0.952574, 0.047426))
+    np.testing.assert_allclose(pre, [rest, rest, home, rest], atol=1e-6)
     np.testing.assert_allclose(post, 2 * pre if preset == "home" else 1)
 
 
 @pytest.mark.parametrize(
     ("spec", "branch", "name", "home"),
     [
-        ("hc", "attention", "A_m", [0, 2, 0]),  # sub-layers 0, 2, 4 of 4 streams
+        ("hc", "attention", "A_m", [0, 2, 0]),  # sub-layers 1, 3, 5 with 4 streams
         ("hc", "mlp", "A_m", [1, 3, 1]),
-        ("single_pass:t_max=2", "mlp", "bias", [2, 0, 2]),  # sub-layers 1, 3, 5 predict the reads of 2, 4, 6
+        ("single_pass:t_max=2", "mlp", "bias", [2, 0, 2]),  # sub-layers 2, 4, 6 predict the reads of 3, 5, 7
     ],
 )
 def test_initialisers_that_depend_on_the_layer_are_scanned(spec, branch, name, home):
@@ -275,16 +276,16 @@ def test_scaled_entry_tells_streams_apart_in_their_dtype():
 
 
 SENTENCE = jnp.arange(12)[None]
-"""Every position has an embedding row of its own."""
+"""A sequence without repetitions, so that each position has another embedding row."""
 EVERY = [f"{kind}:t_max=2" if kind in ("mhc", "single_pass") else kind for kind in connections.KINDS]
 ALIKE = ("identity", "mhc_lite", "kromhc", "circulant")
-"""Kinds of which one, `identity`, stands for the others in the fast suite."""
+"""Kinds with much code in common: in the fast suite `identity` stands for the others."""
 DECODERS = thin(EVERY, lambda spec: spec not in (*ALIKE[1:], "residual", "scalar_gated"))
 
 
 @functools.cache
 def program(spec):
-    """parameters -> (logits, diagnostics), and the gradient of the logits of position 5, compiled."""
+    """The compiled function from parameters to (gradient of the logits of position 5, (logits, diagnostics))."""
 
     def loss(params):
         logits, collected = Decoder(decoder_of(spec)).apply({"params": params}, SENTENCE, 5)
@@ -295,7 +296,7 @@ def program(spec):
 
 @functools.cache
 def run(spec):
-    """Diagnostics and gradient at parameters that are not the initial ones."""
+    """Gradient and diagnostics at randomly moved parameters."""
     gradient, (_, collected) = program(spec)(randomized(logits_of(spec)[1], spread=0.1))
     return gradient, collected
 
@@ -324,22 +325,22 @@ def test_every_kind_gives_the_diagnostics(spec):
 
 
 def test_h_res_is_applied_and_streams_persist():
-    """The bugs that silently void a comparison: a computed but unused H_res, streams collapsed in every block."""
+    """Two faults would silently void a comparison: an H_res that is made and not used, and streams collapsed in every block."""
     spec = "mhc:init=home:t_max=2"
     params = randomized(logits_of(spec)[1])
     link = params["layers"]["attention_connection"]
     res = np.random.default_rng(1).normal(size=16).astype(np.float32)
     moved = {**link, "bias": link["bias"].at[1, 8:].set(res)}  # H_res of block 1 alone
     _, (base, diagnostics) = program(spec)(params)
-    _, (other, _) = program(spec)({**params, "layers": {**params["layers"], "attention_connection": moved}})
-    assert float(np.abs(other - base).max()) > 1e-3
+    _, (changed, _) = program(spec)({**params, "layers": {**params["layers"], "attention_connection": moved}})
+    assert float(np.abs(changed - base).max()) > 1e-3
     assert diagnostics["stream_rms"].shape == (6, 4)
     assert float(diagnostics["stream_rms"].std(-1).max()) > 1e-2, "streams differ between blocks"
 
 
 @pytest.mark.parametrize("spec", ["mhc:init=home:t_max=2", "mhc:entry=scaled:disable=pre+post:t_max=2"])
 def test_step_zero_gradient_of_h_res_logits_is_alive_once_streams_differ(spec):
-    """By where branches write, or by the scaled entry, with which H_res alone has something to mix and the scales learn."""
+    """Streams differ because of where branches write (`home`), or because of the scaled entry, whose scales learn too."""
     gradient, _ = program(spec)(logits_of(spec)[1])
     bias = gradient["layers"]["mlp_connection"]["bias"][:, -16:]
     assert float(np.abs(bias).max()) > 1e-6

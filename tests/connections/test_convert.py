@@ -1,4 +1,4 @@
-"""DeepSeek-V4's names and layouts to ours and back, and the golden values through the converted parameters."""
+"""Conversion of DeepSeek-V4's weights both ways, and the golden values through converted parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ N, n, C = 3, 4, 24  # at n = 2 doubly stochastic matrices are symmetric, and a l
 
 
 def golden_weights():
-    """A checkpoint of N layers: the golden module in layer 1, feed-forward; random ones elsewhere."""
+    """A checkpoint of N blocks: the golden module is the feed-forward of block 1, and all others are random."""
     g, head = load(f"deepseek_v4_n{n}"), load(f"deepseek_v4_head_n{n}")
     rng = np.random.default_rng(0)
     weights = {}
@@ -41,11 +41,11 @@ def test_converted_parameters_give_the_golden_values():
     params = from_deepseek_v4(weights, N, n, C)
     config = connections.parse(f"mhc:eps_convention=v4:exit=head:num_streams={n}")
     link, ends = (connections.connection_module(config)(config, C, 2 * N, l) for l in (3, None))
-    own = {"params": jax.tree.map(lambda a: jnp.asarray(a[1]), params["layers"]["mlp_connection"])}
+    variables = {"params": jax.tree.map(lambda a: jnp.asarray(a[1]), params["layers"]["mlp_connection"])}
     x = g["x"].reshape(*g["x"].shape[:2], -1)
-    c = link.apply(own, x, method="coefficients")
-    assert_close(link.apply(own, x, c, method="read"), g["h"], GOLDEN, "h")
-    assert_close(link.apply(own, x, c, g["y"], method="write").reshape(g["x"].shape), g["x_out"], GOLDEN, "x_out")
+    c = link.apply(variables, x, method="coefficients")
+    assert_close(link.apply(variables, x, c, method="read"), g["h"], GOLDEN, "h")
+    assert_close(link.apply(variables, x, c, g["y"], method="write").reshape(g["x"].shape), g["x_out"], GOLDEN, "x_out")
     flat = head["x"].reshape(*head["x"].shape[:2], -1)
     out = ends.apply({"params": jax.tree.map(jnp.asarray, params["ends"])}, flat, c, method="collapse")
     assert_close(out, head["out"], GOLDEN, "out")
@@ -53,14 +53,14 @@ def test_converted_parameters_give_the_golden_values():
 
 @pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense", "experts"])
 def test_the_tree_is_the_decoders(settings):
-    """With experts the first blocks lie apart and keep their place: the checkpoint counts through."""
+    """With experts the leading blocks lie apart, and the checkpoint's numbers count through both parts."""
     config = decoder_of("mhc:eps_convention=v4:exit=head:num_streams=2", **settings)
     params = drawn_decoder(config)
     weights = to_deepseek_v4(params)
     assert {name.split(".")[1] for name in weights if name.startswith("layers.")} == set("012")
     assert weights["layers.2.hc_attn_fn"].shape == (8, 2 * config.width)
-    own = [params[part]["mlp_connection"]["alpha"] for part in ("dense_layers", "layers") if part in params]
-    np.testing.assert_array_equal([weights[f"layers.{i}.hc_ffn_scale"] for i in range(3)], np.concatenate(own))
+    scales = [params[part]["mlp_connection"]["alpha"] for part in ("dense_layers", "layers") if part in params]
+    np.testing.assert_array_equal([weights[f"layers.{i}.hc_ffn_scale"] for i in range(3)], np.concatenate(scales))
     again = from_deepseek_v4(weights, config.num_layers, 2, config.width, config.num_leading)
     assert set(again) == {"layers", "ends"} | ({"dense_layers"} if settings else set())
     for part, trees in again.items():

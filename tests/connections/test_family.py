@@ -1,4 +1,4 @@
-"""The wider family against float64 loops, forward and gradients, and what each kind promises."""
+"""Every kind but `residual` against float64 loops, forward and gradients, and the properties that its docstring promises."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def sublayer_of(spec, sublayer=SUBLAYER):
 
 
 LONG = ("mhc_lite:num_streams=5", "kromhc:num_streams=8", *(f"hc:num_streams={n}:tanh=False" for n in (1, 3, 5)))
-"""The oracle's differences of all their parameters take seconds, those of `hc` less; other cases hold what these do."""
+"""Cases left out of the fast suite, because the oracle differentiates many parameters and shorter cases cover the same code."""
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ LONG = ("mhc_lite:num_streams=5", "kromhc:num_streams=8", *(f"hc:num_streams={n}
     [pytest.param(*case, id=case[0], marks=pytest.mark.full if case[0] in LONG else ()) for case in CASES],
 )
 def test_step_and_gradients_against_the_oracle(spec, settings):
-    """(h, x') of one token, and the gradients of a random sum of both for streams, branch output and every parameter."""
+    """The read h and the written x' of one token, and the gradients of a random sum of both for all inputs and parameters."""
     link, kind = sublayer_of(spec), spec.split(":")[0]
     random = np.random.default_rng(4)
     normal = lambda shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -100,7 +100,7 @@ def test_step_and_gradients_against_the_oracle(spec, settings):
 
 @pytest.mark.parametrize(("convention", "eps"), [("paper", (0, 0)), ("v4", (1e-6, 0)), ("hy_v4", (1e-6, 1e-6))])
 def test_hy_v4_adds_eps_to_both_gates(convention, eps):
-    """v4 adds eps to H_pre only.  The sigmoids vanish here; elsewhere 1e-6 is below the tolerance of float32."""
+    """v4 adds eps to H_pre only.  The sigmoids vanish here, because 1e-6 beside them is below the tolerance of float32."""
     link = sublayer_of(f"identity:eps_convention={convention}:num_streams=2")
     params = {"phi": jnp.zeros((2 * C, 4)), "alpha": jnp.ones(2), "bias": jnp.full(4, -40.0)}
     c = link.apply({"params": params}, jnp.ones((1, 1, 2 * C)), method="coefficients")
@@ -127,7 +127,7 @@ def test_h_res_at_the_start(spec, expected):
 
 
 def test_diagnostics_of_gated_see_what_its_read_applies():
-    """With up = 0 all gates are 1/2, and the read is that mix of the normed streams."""
+    """With up = 0 all gates are 1/2, so that the read is a mix of the normed streams with pre."""
     link = sublayer_of("gated:rank=2:num_streams=3")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3 * C)), jnp.float32)
     params = drawn(functools.partial(link.init, method="coefficients"), x)["params"]
@@ -155,7 +155,7 @@ def test_exactly_doubly_stochastic(mixing, k):
 
 
 def test_every_permutation_is_reached():
-    """Logit k of mhc_lite alone gives permutation k; of kromhc, each factor's second logit swaps its bit."""
+    """One large logit k of mhc_lite gives permutation k; the second logit of each factor of kromhc swaps its two halves."""
     logits = 100 * jnp.eye(6)
     H = np.asarray(permutation_mixing(logits, 3))
     orders = [tuple(H[..., k].argmax(1)) for k in range(6)]
@@ -165,7 +165,7 @@ def test_every_permutation_is_reached():
 
 
 def test_circulant_refuses_to_mix_more_than_fully():
-    """g = beta / (2L), so that the same settings mix less in a deeper decoder."""
+    """A beta that fits a deep decoder may exceed 2L in a shallow one."""
     config = connections.parse("circulant:num_streams=2:beta=9")
     shallow = connections.connection_module(config)(config, C, 4, 0)
     with pytest.raises(InputError, match=r"connection.beta is 9.0; with 4 sub-layers g = beta / 8 must not exceed 1"):
@@ -173,7 +173,7 @@ def test_circulant_refuses_to_mix_more_than_fully():
 
 
 def test_single_pass_reads_with_the_mix_of_the_sublayer_before():
-    """Moving A of sub-layer 2 leaves its own read alone and moves that of sub-layer 3; the first read is stream 0."""
+    """Moving A of a sub-layer leaves its read alone and moves that of the next; the first read is stream 0."""
     spec = "single_pass:init=paper:num_streams=2:t_max=2"
     first, second = sublayer_of(spec, 2), sublayer_of(spec, 3)
     random = np.random.default_rng(0)
@@ -184,16 +184,16 @@ def test_single_pass_reads_with_the_mix_of_the_sublayer_before():
     moved = {"params": {**params["params"], "bias": bias.at[:2].add(jnp.array([1.0, -1.0]))}}
 
     @jax.jit
-    def reads(own):
-        at_first = first.apply(own, streams, method="coefficients")
-        h1 = first.apply(own, streams, at_first, method="read")
+    def reads(variables):
+        at_first = first.apply(variables, streams, method="coefficients")
+        h1 = first.apply(variables, streams, at_first, method="read")
         _, _, h2 = second.apply(params, streams, at_first, y, method="write_read")
         return h1, h2
 
-    base, other = reads(params), reads(moved)
-    np.testing.assert_array_equal(base[0], x[..., :C])
-    np.testing.assert_array_equal(base[0], other[0])
-    assert float(np.abs(base[1] - other[1]).max()) > 1e-2
+    before, after = reads(params), reads(moved)
+    np.testing.assert_array_equal(before[0], x[..., :C])
+    np.testing.assert_array_equal(before[0], after[0])
+    assert float(np.abs(before[1] - after[1]).max()) > 1e-2
 
 
 def test_attnres_block_is_the_mean_of_the_sources_at_zero():
@@ -207,14 +207,13 @@ def test_attnres_block_is_the_mean_of_the_sources_at_zero():
         return link.apply(params, V, c, method="read")
 
     for sublayer, seen in ((0, 1), (1, 2), (2, 2), (3, 3), (4, 3), (5, 4)):
-        assert_close(read_of(jnp.int32(sublayer)), sources[:, :, :seen].mean(2), what=f"sub-layer {sublayer}")
+        assert_close(read_of(jnp.int32(sublayer)), sources[:, :, :seen].mean(2), what=f"sub-layer {sublayer + 1}")
 
 
 def test_identity_is_mhc_without_mixing():
-    """A fair comparison: same initial H_pre and H_post, and mhc:disable=res is the same function."""
+    """`identity` and `mhc` have the same initial H_pre and H_post, and `mhc:disable=res` is the same function as `identity`."""
     logits, identity = logits_of("identity:init=home")
     _, mhc = logits_of("mhc:t_max=2:init=home")
     for name in ("attention_connection", "mlp_connection"):
-        own, other = (p["layers"][name] for p in (identity, mhc))
-        np.testing.assert_array_equal(own["bias"], other["bias"][:, :8])
+        np.testing.assert_array_equal(identity["layers"][name]["bias"], mhc["layers"][name]["bias"][:, :8])
     np.testing.assert_array_equal(logits, logits_of("mhc:init=home:disable=res")[0])

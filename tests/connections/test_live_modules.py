@@ -1,4 +1,4 @@
-"""Hugging Face transformers' own modules, run beside ours on the CPU; skipped where torch and transformers are not installed."""
+"""Modules of Hugging Face transformers run beside ours on the CPU; skipped where torch or transformers is not installed."""
 
 import warnings
 
@@ -24,7 +24,7 @@ C, B, T = 24, 2, 5
 
 
 class Settings:
-    """The entries of a configuration that these modules read."""
+    """The settings that these modules read."""
 
     def __init__(self, n):
         self.hc_mult = self.hc_count = n
@@ -52,10 +52,9 @@ def as_jax(tensors):
 
 
 def values_and_gradients(module, x, y, h, x_out, w_h, w_x):
-    """What the golden files hold, computed now."""
+    """The entries of a golden file, computed now."""
     ((h * w_h).sum() + (x_out * w_x).sum()).backward()
-    own = dict(module.named_parameters())
-    leaves = {"x": x, "y": y, **own}
+    leaves = {"x": x, "y": y, **dict(module.named_parameters())}
     grads = {f"grad_{name}": t.grad for name, t in leaves.items()}
     return as_jax({**leaves, **grads, "h": h, "x_out": x_out, "w_h": w_h, "w_x": w_x})
 
@@ -90,7 +89,7 @@ def test_hy_v4_live(n):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_qwen4_exp_live(n):
-    """Kind `gated`; Qwen4-Exp's norm weight is ours minus 1."""
+    """Kind `gated`, whose norm weight is that of Qwen4-Exp plus 1."""
     module = randomized(qwen4_exp.Qwen4ExpTextGatedResidual(Settings(n)), n)
     x, y, w_h, w_x = inputs(n)
     h, kept, post = module(x.flatten(2))
@@ -107,10 +106,10 @@ def test_qwen4_exp_live(n):
     link = connections.connection_module(config)(config, C, 2, 0)
 
     def ours(x, y, params):
-        flat, own = x.reshape(B, T, -1), {"params": params}
-        c = link.apply(own, flat, method="coefficients")
-        h = link.apply(own, flat, c, method="read")
-        return h, link.apply(own, flat, c, y, method="write").reshape(x.shape)
+        flat, variables = x.reshape(B, T, -1), {"params": params}
+        c = link.apply(variables, flat, method="coefficients")
+        h = link.apply(variables, flat, c, method="read")
+        return h, link.apply(variables, flat, c, y, method="write").reshape(x.shape)
 
     h_ours, x_ours = jax.jit(ours)(g["x"], g["y"], params)
     assert_close(h_ours, g["h"], GOLDEN, "h")

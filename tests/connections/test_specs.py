@@ -1,4 +1,4 @@
-"""Connections as text and as mappings: what is accepted comes back exactly, what is refused is told in one sentence."""
+"""Connections as text and as mappings: accepted ones come back exactly, and refused ones are explained in one sentence."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ FITTING = {
 
 @st.composite
 def any_settings(draw):
-    """(kind, some of its settings): most are accepted."""
+    """A kind and some of its settings, most of which are accepted."""
     kind = draw(st.sampled_from([*connections.KINDS]))
     fields = draw(st.lists(st.sampled_from(FIELDS[kind]), max_size=4))
     return kind, {f.name: draw(FITTING.get(f.name, VALUES[f.type]) | VALUES[f.type]) for f in fields}
@@ -47,13 +47,13 @@ def any_settings(draw):
 @example(("hc", {"dynamic": False}))
 @example(("mhc", {"init": "home", "num_streams": 2, "disable": ("pre", "post"), "alpha_init": 1e-30}))
 def test_a_connection_is_read_as_it_is_spelled_or_refused_in_a_sentence(case):
-    kind, own = case
-    text = ":".join([kind, *(f"{key}={'+'.join(v) if isinstance(v, tuple) else v}" for key, v in own.items())])
+    kind, chosen = case
+    text = ":".join([kind, *(f"{key}={'+'.join(v) if isinstance(v, tuple) else v}" for key, v in chosen.items())])
     try:
-        config = connections.default_config(kind, **own)
+        config = connections.default_config(kind, **chosen)
     except InputError as refused:
         sentence = str(refused)
-        assert any(name in sentence for name in own), "it says which setting"
+        assert any(name in sentence for name in chosen), "it names the setting"
         assert sentence.endswith((".", "?"))
         assert "\n" not in sentence
         with pytest.raises(InputError) as again:
@@ -62,9 +62,9 @@ def test_a_connection_is_read_as_it_is_spelled_or_refused_in_a_sentence(case):
         return
     spec = connections.spec(config)
     assert connections.parse(spec) == config == connections.parse(text)
-    # As config.json holds it, whole and with nothing but what was set.
+    # The mappings of config.json: with all settings, and with the chosen ones alone.
     saved = json.loads(json.dumps(to_mapping(config)))
-    assert connections.spec_of_mapping(saved) == connections.spec_of_mapping({"kind": kind, **own}) == spec
+    assert connections.spec_of_mapping(saved) == connections.spec_of_mapping({"kind": kind, **chosen}) == spec
     assert from_mapping({"model": {"connection": saved}}).model.connection == config
 
 
@@ -129,7 +129,7 @@ def test_a_label_says_the_start_and_what_is_not_a_default(text, canonical):
 
 
 def test_a_record_of_another_version_has_a_label():
-    """Settings that have no default here are named; nothing is refused."""
+    """A label names settings that have no default here, and refuses nothing."""
     assert connections.spec_of_mapping({"kind": "mhc", "alpha_init": 1}) == "mhc:init=paper:alpha_init=1.0"
     assert connections.spec_of_mapping({"kind": "mhc", "gone": 3}) == "mhc:init=paper:gone=3"
     assert connections.spec_of_mapping({"kind": "mine", "size": 0.5, "parts": ["a", "b"]}) == "mine:size=0.5:parts=a+b"

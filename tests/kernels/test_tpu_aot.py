@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mhc_kernels import Coefficients, choice, coefficients, read, write, write_read
 from mhc_kernels.ops.arg_specs import ArgSpec, shapes
 
-from mhc_jax.layers.moe import routed_on_mesh
+from mhc_jax.layers.moe import Experts, routed_on_mesh
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
 
@@ -118,7 +118,8 @@ def test_tokens_go_to_the_owners_of_their_experts_by_ragged_all_to_all(mesh):
     tokens, weights = P("expert", None), P("expert", None, None)
 
     def loss(x, W_router, *W):
-        y, _ = routed_on_mesh(x, W_router, jnp.zeros(E), *W, k, 1.0, owners, tokens, weights)
+        mesh_axes = {"mesh": owners, "tokens": tokens, "axes": weights}
+        y, _ = routed_on_mesh(x, W_router, jnp.zeros(E), Experts(*W), k=k, scale=1.0, **mesh_axes)
         return (y.astype(jnp.float32) ** 2).sum()
 
     arguments = [((8, 128, C), jnp.float32, tokens), ((C, E), jnp.float32, P())]

@@ -1,4 +1,4 @@
-"""Decoding over a cache against the decoder on the whole sequence, for every connection; sampling; what a person meets."""
+"""Decoding over a cache against the decoder on the whole sequence, for every connection; sampling; the script and its errors."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ LONG = (("mhc", "gqa"), ("single_pass", "mla"))
 PROMPTS = (np.arange(5), np.arange(7, 30))
 DRAW = jax.jit(draw)
 parameters = functools.partial(drawn_decoder, spread=0.25)
-"""Random everywhere, so that coefficients differ between tokens."""
+"""Random parameters, with which coefficients differ between tokens."""
 each_attention = pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
 
 
@@ -63,12 +63,12 @@ def test_decoding_with_cache_equals_decoding_without(kind, settings, length):
         # The most likely token after each prefix; by induction over prefixes that is decoding without a cache.
         expected = np.asarray(logits)[row].argmax(-1)[len(prompt) - 1 : len(prompt) + steps - 1]
         np.testing.assert_array_equal(made[row], expected)
-        assert len(set(made[row])) > 5, "a sequence that shows something"
+        assert len(set(made[row])) > 5, "a sequence of several tokens shows more"
 
 
 @each_attention
 def test_logits_over_a_cache_are_those_of_the_whole_sequence(attention):
-    """Several tokens a call, rows of different lengths, stale slots behind them: every logit to 1e-5 of the largest."""
+    """Several tokens a call, rows of different lengths and stale slots behind them: each logit within 1e-5 of the largest."""
     config = decoder_of("hc:num_streams=2", MODEL, **attention)
     params, model = parameters(config), Decoder(config)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 67, (2, 24)), jnp.int32)
@@ -77,7 +77,7 @@ def test_logits_over_a_cache_are_those_of_the_whole_sequence(attention):
     @jax.jit
     def run(params):
         whole = model.apply({"params": params}, tokens)[0]
-        out, aux = model.apply({"params": params}, tokens[:, :16], cache=empty_cache(config, 2), only=lengths - 1)
+        out, aux = model.apply({"params": params}, tokens[:, :16], cache=empty_cache(config, 2), at=lengths - 1)
         cache = grown(aux["cache"], 32)
         cache = dataclasses.replace(cache, position=lengths)  # what lies behind is stale
         rest = jnp.stack([jax.lax.dynamic_slice_in_dim(tokens[b], lengths[b], 10) for b in range(2)])
@@ -99,18 +99,18 @@ def test_an_answer_does_not_depend_on_the_batch_or_on_buckets():
     [second] = alone.generate(PROMPTS[1:], 40, sampling, rows=[1])
     assert second == together[1]
     assert {name for name, *_ in alone.programs} == {"prefill", "decode", "grow"}
-    [other] = alone.generate(PROMPTS[1:], 40, sampling, rows=[2])
-    assert other != second, "rows draw differently"
+    [redrawn] = alone.generate(PROMPTS[1:], 40, sampling, rows=[2])
+    assert redrawn != second, "rows draw differently"
 
 
 def test_rows_and_positions_draw_independently():
-    """Where all tokens are as likely, two rows with one prompt never agree for long, not even shifted."""
+    """With equally likely tokens, two rows with the same prompt never agree for long, not even shifted."""
     config = decoder_of("residual", MODEL, num_layers=1)
     params = parameters(config)
     params["unembedding"] = jnp.zeros_like(params["unembedding"])
-    one, other = map(np.array, Generator(config, params, 64).generate([np.arange(5)] * 2, 40, Sampling(1.0)))
+    first, second = map(np.array, Generator(config, params, 64).generate([np.arange(5)] * 2, 40, Sampling(1.0)))
     for shift in range(-8, 9):
-        a, b = one[max(shift, 0) : 40 + min(shift, 0)], other[max(-shift, 0) : 40 - max(shift, 0)]
+        a, b = first[max(shift, 0) : 40 + min(shift, 0)], second[max(-shift, 0) : 40 - max(shift, 0)]
         assert (a == b).mean() < 0.25, "1/67 of them by chance"
 
 
@@ -168,7 +168,7 @@ def test_decoding_on_a_mesh(attention):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(text, the folder of a run of 3 steps on it)."""
+    """A text, and the folder of a run of 3 steps on it."""
     root = tmp_path_factory.mktemp("trained")
     text = tiny_runs.write_text(root / "text.txt")
     train(tiny_runs.tiny(text, "residual", train={"steps": 3}), root / "run")

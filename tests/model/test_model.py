@@ -1,4 +1,4 @@
-"""The decoder: oracles of its parts, attention (MLA too), what `residual` costs, depth, diagnostics that cost nothing when off."""
+"""The decoder: oracles of its parts, the cost of `residual` and of diagnostics that are off, and stability at depth."""
 
 import collections
 import dataclasses
@@ -29,6 +29,8 @@ from mhc_jax.model import Decoder, branches
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_train_step
 
 MODEL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=24)
+BRANCH = {"norm_eps": 1e-20, "output_scale": 1.0, "dtype": jnp.float32}
+ATTENTION = BRANCH | {"rope_theta": 1e4, "implementation": "xla"}
 
 
 def test_rms_norm_against_numpy():
@@ -51,7 +53,7 @@ def test_rope_keeps_norms_and_depends_on_distance_only():
 
 
 def applied(layer, shape):
-    """(what the layer gives, its input normed, its matrices), float64 but for the first; the norm's weight is 1."""
+    """(output of the layer, its normed input, its matrices), the latter two in float64; the norm's weight is 1."""
     h = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     p = drawn(layer.init, h, spread=0.4)["params"] | {"norm": {"weight": jnp.ones(shape[-1])}}
     y, aux = jax.jit(layer.apply)({"params": p}, h)
@@ -63,7 +65,7 @@ def applied(layer, shape):
 
 def test_attention_against_numpy():
     H, K, D, C, T = 4, 2, 6, 10, 5
-    y, x, p = applied(Attention(H, K, D, 1e4, 1e-20, 1.0, jnp.float32), (1, T, C))
+    y, x, p = applied(Attention(num_heads=H, num_kv_heads=K, head_dim=D, **ATTENTION), (1, T, C))
     rotate = lambda v: np.asarray(rope(jnp.asarray(v, jnp.float32)[None], 1e4)[0], np.float64)  # noqa: E731
     q, k = rotate((x @ p["W_q"]).reshape(T, H, D)), rotate((x @ p["W_k"]).reshape(T, K, D))
     v = (x @ p["W_v"]).reshape(T, K, D)
@@ -79,7 +81,7 @@ def test_attention_against_numpy():
 
 
 def test_swiglu_against_numpy():
-    y, x, p = applied(SwiGLU(7, 1e-20, 1.0, jnp.float32), (1, 3, 5))
+    y, x, p = applied(SwiGLU(hidden=7, **BRANCH), (1, 3, 5))
     assert_close(y, swiglu(x, p["W_gate"], p["W_up"], p["W_down"]))
 
 
@@ -89,7 +91,7 @@ def test_swiglu_against_numpy():
     ids=["gqa", "mla", "moe", "unscaled"],
 )
 def test_output_projections_start_at_the_depths_share(settings, scaled):
-    """1 / sqrt(L) of LeCun's, with L = 2 num_layers sub-layers; all other products start at LeCun's."""
+    """Output projections start at 1 / sqrt(L) times N(0, 1/in), with L = 2 num_layers; all other matrices at N(0, 1/in)."""
     config = dataclasses.replace(MODEL, width=64, mlp_width=96, **settings, depth_scaled_init=scaled)
     for layer in branches(config, settings != EXPERTS).values():
         p = jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, 4, 64)))["params"]
@@ -101,16 +103,16 @@ def test_output_projections_start_at_the_depths_share(settings, scaled):
 
 def opcodes(compiled):
     """Histogram of opcodes in an optimized program, without the bookkeeping of parameters and tuples."""
-    found = re.findall(r"^\s*(?:ROOT )?%?[\w.-]+ = .*?\s([a-z][\w-]*)\(", compiled.as_text(), re.MULTILINE)
+    names = re.findall(r"^\s*(?:ROOT )?%?[\w.-]+ = .*?\s([a-z][\w-]*)\(", compiled.as_text(), re.MULTILINE)
     free = {"parameter", "tuple", "get-tuple-element", "constant", "bitcast", "copy"}
-    return {k: v for k, v in collections.Counter(found).items() if k not in free}
+    return {k: v for k, v in collections.Counter(names).items() if k not in free}
 
 
 def test_residual_adds_no_op_over_hand_written_pre_norm():
     cfg = decoder_of("residual", MODEL, unroll=MODEL.num_layers)
     params = drawn_decoder(cfg)
-    attention = Attention(4, 2, 4, 1e4, 1e-20, 1.0, jnp.float32)
-    mlp = SwiGLU(24, 1e-20, 1.0, jnp.float32)
+    attention = Attention(num_heads=4, num_kv_heads=2, head_dim=4, **ATTENTION)
+    mlp = SwiGLU(hidden=24, **BRANCH)
 
     def hand_written(params, tokens):
         x = jnp.take(params["embedding"], tokens, axis=0)
@@ -204,7 +206,7 @@ def test_deep_decoders_are_stable(kind, num_layers):
 
 @pytest.mark.parametrize(("heads", "keys", "values"), [(4, 128, 128), (2, 192, 128)], ids=["grouped", "MLA's widths"])
 def test_flash_attention_of_tpus_is_attention(heads, keys, values):
-    """JAX's splash kernel, interpreted, against plain softmax: grouped heads or narrow values, values and gradients."""
+    """JAX's splash kernel, interpreted, against plain softmax: outputs and gradients, for grouped heads and narrow values."""
     random = np.random.default_rng(0)
     shapes = ((heads, keys), (2, keys), (2, values), (heads, values))
     q, k, v, weights = (jnp.asarray(random.normal(size=(1, 128, *shape)), jnp.float32) for shape in shapes)
@@ -277,7 +279,7 @@ def mla_oracle(p, h, H):
 @functools.cache
 def latent():
     """The layer, an input, parameters, random weights of its output, and (output, gradients, sensitivity of position 2)."""
-    layer = LatentAttention(H, D, R, RANK, 1e4, 1e-20, 1.0, jnp.float32)
+    layer = LatentAttention(num_heads=H, head_dim=D, rope_width=R, kv_rank=RANK, **ATTENTION)
     random = np.random.default_rng(0)
     h, w = (jnp.asarray(random.normal(size=(1, T, C)), jnp.float32) for _ in range(2))
     p = drawn(layer.init, h, spread=0.4)["params"]
@@ -296,7 +298,7 @@ def latent():
 
 
 def test_mla_and_its_gradients_against_loops():
-    """Values, central differences of the loops along random directions, and no position that sees a later one."""
+    """Outputs, gradients by central differences of the loops along random directions, and causality."""
     _, h, p, w, (y, (grads, dh), sensitivity) = latent()
     assert {name: p[name].shape for name in SHAPES} == SHAPES
     assert set(p) == {*SHAPES, "norm", "kv_norm"}
@@ -316,7 +318,7 @@ def test_mla_in_bfloat16_stays_near_float32():
 
 
 def test_scores_cost_keys_of_d_and_r_columns_and_values_of_d():
-    """Training FLOPs at twice the length: the two products with T tokens, each 2 FLOPs a term, three times over."""
+    """Twice the length adds the FLOPs of the two products with T tokens: 2 a term, three times (forward and both gradients)."""
     config = ModelConfig(
         width=16, num_layers=3, num_heads=H, head_width=D, attention_kind="mla", rope_width=R, kv_rank=5
     )

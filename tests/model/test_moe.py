@@ -1,4 +1,4 @@
-"""DeepSeekMoE against loops in float64, its balancing, decoders with experts, and the grouped products of TPUs, interpreted."""
+"""DeepSeekMoE against loops in float64, its balancing, decoders with experts, and the grouped products of TPUs (interpreted)."""
 
 import dataclasses
 import functools
@@ -36,7 +36,16 @@ MODEL = dataclasses.replace(decoders.MODEL, **EXPERTS)
 @functools.cache
 def layer_of(num_shared=2, dtype=jnp.float32):
     """The layer, and its compiled (parameters, h, w) -> (y, aux, gradients of the sum of y w)."""
-    layer = MoE(E, K, num_shared, F, 1.5, 1e-20, 1.0, dtype)
+    layer = MoE(
+        num_experts=E,
+        num_active=K,
+        num_shared=num_shared,
+        hidden=F,
+        routed_scale=1.5,
+        norm_eps=1e-20,
+        output_scale=1.0,
+        dtype=dtype,
+    )
 
     def loss(p, h, w):
         y, aux = layer.apply({"params": p}, h)
@@ -147,11 +156,11 @@ def experiment(kind, **settings):
 
 
 def test_the_layer_index_goes_on_through_both_scans():
-    """Home streams of sub-layers 0, 1 | 2, 3, 4, 5: in the parameters, and in what diagnostics collect."""
-    (_, told), params = started(decoder_of("mhc:t_max=2", MODEL), 4)
+    """Home streams of sub-layers 1, 2 (dense) and 3 to 6 (experts), in the parameters and in diagnostics."""
+    (_, aux), params = started(decoder_of("mhc:t_max=2", MODEL), 4)
     blocks = [params[name]["attention_connection"]["bias"][:, :4] for name in ("dense_layers", "layers")]
     np.testing.assert_array_equal(np.concatenate(blocks).argmax(-1), [0, 2, 0])
-    np.testing.assert_array_equal(np.asarray(told["pre"]).mean(1).argmax(-1), [0, 1, 2, 3, 0, 1])
+    np.testing.assert_array_equal(np.asarray(aux["pre"]).mean(1).argmax(-1), [0, 1, 2, 3, 0, 1])
 
 
 MARKS = {"residual": (), "mhc": pytest.mark.full}
@@ -161,9 +170,9 @@ MARKS = {"residual": (), "mhc": pytest.mark.full}
     "kind", [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.slow)) for kind in connections.KINDS]
 )
 def test_every_connection_goes_round_experts(kind):
-    """One train step of MLA and experts; only the routers' biases do not train."""
+    """One train step with MLA and experts: all parameters train but the routers' biases, which balancing moves."""
     config = experiment(kind, model=MLA)
-    (_, told), params = started(config.model)
+    (_, aux), params = started(config.model)
     shapes = jax.eval_shape(lambda: init_state(config))
     state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes).replace(params=params)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes.params)
@@ -174,7 +183,7 @@ def test_every_connection_goes_round_experts(kind):
     assert np.isfinite(metrics["loss"])
     assert metrics["grad_norm_per_layer"].shape == (3,)
     assert np.sqrt((np.asarray(metrics["grad_norm_per_layer"]) ** 2).sum()) <= metrics["grad_norm"]
-    load = np.asarray(told["expert_load"])
+    load = np.asarray(aux["expert_load"])
     assert load.shape == (2, 4)
     np.testing.assert_array_equal(load.sum(-1), 2 * 24)
     bias = after.params["layers"]["mlp"]["router_bias"]
@@ -212,19 +221,19 @@ def test_a_run_resumes_bitwise_and_records_the_routers(tmp_path):
     model = {"num_layers": 2, **EXPERTS}
     whole = tiny_runs.tiny(text, "mhc", model=model, train={"steps": 6, "diagnostics_every": 3})
     train(whole, tmp_path / "whole")
-    other = tmp_path / "other"
-    train(whole, other)
+    resumed = tmp_path / "resumed"
+    train(whole, resumed)
     # As if it had been killed after step 3.
-    (other / "summary.json").unlink()
-    shutil.rmtree(other / "checkpoints" / "6")
-    train(whole, other)
-    tiny_runs.assert_same_run(tmp_path / "whole", other)
-    assert np.any(tiny_runs.final_state(other)["params"]["layers"]["mlp"]["router_bias"])
-    line = tiny_runs.lines(other, "train")[-1]
+    (resumed / "summary.json").unlink()
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    train(whole, resumed)
+    tiny_runs.assert_same_run(tmp_path / "whole", resumed)
+    assert np.any(tiny_runs.final_state(resumed)["params"]["layers"]["mlp"]["router_bias"])
+    line = tiny_runs.lines(resumed, "train")[-1]
     assert line["router_bias_range"] > 0
     assert line["router_max_load"] >= 1
     assert 0 <= line["router_entropy"] <= 1
-    assert len(tiny_runs.lines(other, "diagnostics")[-1]["router_load_cv"]) == 1
+    assert len(tiny_runs.lines(resumed, "diagnostics")[-1]["router_load_cv"]) == 1
     # A configuration from before there were experts is the same as one that says there are none.
     dense = tiny_runs.tiny(text, "residual", train={"steps": 2})
     train(dense, tmp_path / "dense")
@@ -269,7 +278,7 @@ def test_kernels_are_ragged_dot(groups):
 
 
 def test_devices_that_share_weights_add_up_their_gradients(monkeypatch):
-    """Rows differ along `data`, the weights do not.  Within `shard_map` the kernels cannot be interpreted: stand-ins multiply."""
+    """Rows differ along `data` and weights do not.  Kernels within `shard_map` cannot be interpreted: plain products stand in."""
 
     def product(a, b, sizes, dtype, tiling, transpose_rhs=False, interpret=False):
         return jax.lax.ragged_dot(a, b.swapaxes(1, 2) if transpose_rhs else b, sizes).astype(dtype)
@@ -297,12 +306,12 @@ def test_devices_that_share_weights_add_up_their_gradients(monkeypatch):
         actual = jax.jit(lambda *a: gradients(*a))(*twice)
     for name, a, b in zip(("dx", "dW"), expected, actual, strict=True):
         assert_close(b, a, ANOTHER_PROGRAM, name)
-    assert_close(actual[1], -jax.jit(both)(x, W, sizes, g)[2], ANOTHER_PROGRAM, "1 - 2 of that of one device")
+    assert_close(actual[1], -jax.jit(both)(x, W, sizes, g)[2], ANOTHER_PROGRAM, "(1 - 2) times that of one device")
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"stage": 2}, {"data": 2}], ids=str)
 def test_kernels_lower_where_a_mesh_does_not_divide_the_rows(sizes):
-    """XLA's partitioner refuses them; one sequence of diagnostics, or a pipeline whose devices share no batch."""
+    """XLA's partitioner refuses them, as for the one sequence of diagnostics or in a pipeline whose devices share no batch."""
     x, W, groups, _ = arguments([60, 40], 100)
 
     def gradient(x, W):
@@ -317,7 +326,7 @@ def test_kernels_lower_where_a_mesh_does_not_divide_the_rows(sizes):
 
 
 def test_a_gradient_of_the_weights_sees_its_group_alone():
-    """NaN in rows of other groups, and in rows of none, stays out of dW."""
+    """NaN in rows of other groups, or beyond the groups, stays out of dW."""
     x, W, sizes, g = arguments([60, 68], 256)
     x = x.at[:60].set(jnp.nan).at[128:].set(jnp.nan)
     with mhc_kernels.settings(platform="tpu", interpret=True):
@@ -338,6 +347,6 @@ def test_tiles_fill_vmem_and_no_more(k, n):
 
 
 def test_the_largest_tile():
-    """The last one of 1000 rows is cut."""
+    """`largest` divides where it can; the last tile of 1000 rows is cut."""
     for size, limit, tile in ((98304, 512, 512), (384, 512, 384), (1280, 1024, 640), (48, 512, 48), (1000, 512, 512)):
         assert largest(size, limit) == tile

@@ -1,4 +1,4 @@
-"""Numbers whose squares overflow float32: every norm gives NaN for that token, and the run ends as diverged at that step."""
+"""Where squares overflow float32, every norm gives NaN for that token, and the run ends as diverged at that step."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from mhc_jax.loop import train
 
 C, EPS = 128, 1e-20
 MAGNITUDES = np.array([1.0, 0.0, 1e-40, 1e-30, 1e17, 1e18, 1e19, 1e30, 1.0])
-"""One a token, so that each is seen to leave its neighbours alone.  128 squares of 1e18 sum to 1.3e38, those of 1e19 overflow."""
+"""Magnitude of each token, so that each is seen to leave its neighbours alone.  128 squares of 1e19 overflow, of 1e18 not."""
 FORMS = {
     "xla on a CPU": {"implementation": "xla", "platform": "cpu"},
     "xla elsewhere": {"implementation": "xla", "platform": "tpu"},
@@ -41,7 +41,7 @@ form_and_dtype = pytest.mark.parametrize(
 
 
 def tokens(width, dtype):
-    """A token a magnitude, its numbers plus or minus that, and which of them have a finite sum of squares in float32."""
+    """Tokens of plus or minus each magnitude, the same in float64, and which have a finite sum of squares in float32."""
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (len(MAGNITUDES), width))
     x = jnp.asarray(MAGNITUDES[:, None] * signs, dtype)
     exact = np.asarray(x, np.float64)
@@ -49,12 +49,12 @@ def tokens(width, dtype):
 
 
 def normal(exact):
-    """RMSNorm without a weight, float64."""
+    """Float64 RMSNorm without a weight."""
     return exact / np.sqrt((exact**2).mean(-1, keepdims=True) + EPS)
 
 
 def assert_sound(values, expected, sound, what):
-    """As expected at sound tokens (rows) and NaN at the others; 1e-40 may be flushed to 0."""
+    """Values are as expected at sound tokens (rows) and NaN at the others; 1e-40 may be flushed to 0."""
     assert np.isnan(np.asarray(values)[~sound]).all(), what
     assert_close(np.asarray(values)[sound], expected[sound], what=what)
 
@@ -71,7 +71,7 @@ def test_projection(form, dtype):
 
 @form_and_dtype
 def test_write_read(form, dtype):
-    """A boundary that writes nothing: NaN coefficients and read where the streams' squares overflow."""
+    """A boundary that writes nothing has NaN coefficients and a NaN read where squares of the streams overflow."""
     n, N = 2, len(MAGNITUDES)
     x, exact, sound = tokens(n * C, dtype)
     keep = Coefficients(None, jnp.ones((n, N)), jnp.asarray(np.tile(np.eye(n, dtype=np.float32)[..., None], N)))
@@ -111,8 +111,8 @@ def test_the_gradient_of_a_norm_is_that_of_float64_up_to_the_overflow(norm):
     scale = 1 / np.sqrt((v**2).mean(-1, keepdims=True) + EPS)
     expected = scale * (wanted - v * scale * (v * scale * wanted).mean(-1, keepdims=True))
     f = norms(jnp.asarray(weight))[norm]
-    found = jax.jit(lambda x: jax.vjp(f, x)[1](jnp.asarray(g))[0])(x)
-    np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+    actual = jax.jit(lambda x: jax.vjp(f, x)[1](jnp.asarray(g))[0])(x)
+    np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-5)
 
 
 def test_a_float16_stream_beyond_its_range_is_not_hidden():
@@ -148,7 +148,7 @@ def test_a_run_that_overflows_has_diverged_at_that_step(text, tmp_path):
 
 
 class Unlucky(Data):
-    """Data with ids without an embedding, which give NaN, in the validation batches or in the sequence of diagnostics."""
+    """Data whose validation batches, or whose sequence of diagnostics, hold ids without an embedding, which give NaN."""
 
     where = "validation"
 

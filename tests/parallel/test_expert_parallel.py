@@ -15,7 +15,7 @@ from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, FORMS_FP32, assert_close
 
 from mhc_jax.layers.exchange import plan
-from mhc_jax.layers.moe import mix_experts, route, routed_on_mesh, score_entropy
+from mhc_jax.layers.moe import Experts, mix_experts, route, routed_on_mesh, score_entropy
 from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 
@@ -47,13 +47,13 @@ def one_device(bias, keep, x, W_router, *W):
     """Without a mesh; `keep` [N, k] zeroes the gates of copies that are dropped."""
     flat = x.reshape(-1, C)
     experts, gates, scores = route(flat, W_router, bias, K, SCALE)
-    y, load = mix_experts(flat, experts, gates * keep, *W)
+    y, load = mix_experts(flat, experts, gates * keep, Experts(*W))
     return y.reshape(x.shape), {"expert_load": load, "router_entropy": score_entropy(scores)}
 
 
 def on_mesh(mesh, bias, x, W_router, *W, buffer=0.0):
-    placed = {"mesh": mesh, "tokens": TOKENS, "weights": WEIGHTS, "buffer": buffer}
-    return routed_on_mesh(x, W_router, bias, *W, k=K, scale=SCALE, **placed)
+    placed = {"mesh": mesh, "tokens": TOKENS, "axes": WEIGHTS, "buffer": buffer}
+    return routed_on_mesh(x, W_router, bias, Experts(*W), k=K, scale=SCALE, **placed)
 
 
 def with_gradients(f):
@@ -136,7 +136,7 @@ def test_an_owner_that_is_exactly_full_drops_nothing(room, sent):
     mesh, spec = mesh_of(expert=2), PartitionSpec("expert")
     found = jax.shard_map(lambda load: plan(load, "expert", room), mesh=mesh, in_specs=spec, out_specs=spec)
     made = jax.jit(found)(np.full(8, 3, np.int32))
-    np.testing.assert_array_equal(made.there.size, np.full(8, sent))
+    np.testing.assert_array_equal(made.dispatch.size, np.full(8, sent))
     np.testing.assert_array_equal(made.groups, np.full(4, 2 * sent))
 
 

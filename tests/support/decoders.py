@@ -1,4 +1,4 @@
-"""A decoder of three blocks for every connection, its logits at initialisation, and parameters that need no compile."""
+"""A decoder of three blocks for every connection, its logits at initialisation, and parameters that need no compilation."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ MLA = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
 EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 8, "num_dense_layers": 1}
 
 OPTIMIZED = {"xla_backend_optimization_level": 3}
-"""The compiler's own options, which tests/conftest.py turns down, for tests of what it makes."""
+"""Options of the compiler that tests/conftest.py turns down, for tests of optimized programs."""
 if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
@@ -36,7 +36,7 @@ def randomized(params, seed=0, spread=0.3):
 
 
 def drawn(function, *arguments, seed=0, spread=0.3):
-    """What the initialiser `function(key, *arguments)` gives, but random: noise around 1 for norms, none for routers' biases."""
+    """Random parameters in the shapes that `function(key, *arguments)` gives: around 1 for norms, 0 for routers' biases."""
     random = np.random.default_rng(seed)
 
     def draw(path, a):
@@ -48,19 +48,19 @@ def drawn(function, *arguments, seed=0, spread=0.3):
 
 
 def drawn_decoder(config, **how):
-    """`drawn` parameters of a decoder, as under `params`."""
+    """Random parameters of a decoder by `drawn`, as under `params`."""
     return drawn(Decoder(config).init, jnp.zeros((1, 8), jnp.int32), **how)["params"]
 
 
 @functools.cache
 def started(config, sample=0):
-    """((logits, what else the decoder tells), parameters): connections as they are initialised, one draw of the branches."""
+    """((logits, auxiliary values), parameters) of a decoder with initial connections and one draw of random branches."""
     run = functools.partial(Decoder(config).apply, sample=sample, mutable="params", rngs={"params": jax.random.key(0)})
     out, made = jax.jit(run)({"params": drawn_decoder(dataclasses.replace(config, connection=RESIDUAL))}, TOKENS)
     return out, made["params"]
 
 
 def logits_of(spec):
-    """(logits, parameters) of `started`."""
+    """(logits, parameters) of `started` for a connection."""
     (logits, _), params = started(decoder_of(spec))
     return logits, params

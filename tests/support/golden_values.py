@@ -1,4 +1,4 @@
-"""DeepSeek-V4's and HY-V4's connections through ours, and the checks of their golden values."""
+"""DeepSeek-V4's and HY-V4's connections by this library, and the comparison with their golden values."""
 
 import functools
 from pathlib import Path
@@ -23,7 +23,7 @@ def load(name):
 
 
 def transposed_res(rows, n):
-    """Rows [pre | post | comb row-major] -> the same with comb^T, which is H_res."""
+    """The rows [pre | post | comb row-major] with comb transposed, which is H_res."""
     comb = rows[2 * n :].reshape(n, n, *rows.shape[1:])
     return jnp.concatenate([rows[: 2 * n], jnp.swapaxes(comb, 0, 1).reshape(n * n, *rows.shape[1:])])
 
@@ -33,7 +33,7 @@ def flattened(x):
 
 
 def deepseek_v4(x, y, fn, base, scale, n):
-    """V4's layouts in, V4's results out: x [B, T, n, C], fn [k, n C]."""
+    """DeepSeek-V4's connection in its own layouts: x [B, T, n, C], fn [k, n C]."""
     flat, phi, bias = flattened(x), transposed_res(fn, n).T, transposed_res(base, n)
     c = coefficients(flat, phi, scale, bias, num_streams=n, num_iters=20, eps_norm=EPS_NORM, eps=EPS)
     comb = {"comb": jnp.moveaxis(c.res, (0, 1), (-1, -2))}
@@ -41,7 +41,7 @@ def deepseek_v4(x, y, fn, base, scale, n):
 
 
 def hy_v4(x, y, fn, base, scale, n):
-    """HY-V4's layouts in and out, through the module of kind `identity`."""
+    """HY-V4's connection in its own layouts, by the module of kind `identity`."""
     config = connections.parse(f"identity:eps_convention=hy_v4:num_streams={n}")
     link, flat = connections.connection_module(config)(config, x.shape[-1], 2, 0), flattened(x)
     params = {"params": {"phi": fn.T, "alpha": scale, "bias": base}}
@@ -55,7 +55,7 @@ def _of_link(c, h, x_out):
 
 
 def _check(module, g, n):
-    """Results and the gradients of all inputs, from one program."""
+    """Compare results and gradients of all inputs with the golden values g, from one program."""
 
     def loss(*inputs):
         out = module(*inputs, n)

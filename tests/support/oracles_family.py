@@ -1,6 +1,6 @@
-"""Float64 NumPy loops of the wider family, one token at a time, straight from the formulas; no code shared with the library.
+"""Float64 NumPy loops of all kinds but `residual`, one token at a time, straight from the formulas, without code of the library.
 
-`STEP[kind](x, y, p, **settings) -> (h, x')`: what the branch reads and the new streams [n, C], for parameters p as a dict.
+`STEP[kind](x, y, p, **settings) -> (h, x')` gives the read h [C] and the written streams x' [n, C], for parameters p as a dict.
 """
 
 import itertools
@@ -16,7 +16,7 @@ def softmax(v):
 
 
 def gates(x, p, eps_norm=1e-20, eps=0.0, eps_post=0.0):
-    """mHC's pre and post, and the logits of H_res."""
+    """pre and post of mHC, and the logits of H_res."""
     n = len(x)
     v = x.reshape(-1)
     z = (v @ p["phi"]) / rms(v, eps_norm)
@@ -27,7 +27,7 @@ def gates(x, p, eps_norm=1e-20, eps=0.0, eps_post=0.0):
 
 
 def permutation_mixing(logits, n):
-    """Birkhoff: sum over all orders sigma of weight times the matrix that takes stream sigma(i) to i."""
+    """Sum over all orders sigma of a weight times the matrix that takes stream sigma(i) to i."""
     H = np.zeros((n, n))
     for weight, order in zip(softmax(logits), itertools.permutations(range(n)), strict=True):
         for i in range(n):
@@ -75,7 +75,7 @@ def scalar_gated_step(x, y, p):
 
 
 def single_pass_step(x, y, p, pre):
-    """Reads with `pre`, which the sub-layer before made."""
+    """A step that reads with `pre` of the sub-layer before."""
     _, post, logits = gates(x, p)
     return read(x, pre), write(x, y, post, sinkhorn_log(np.reshape(logits, (len(x), -1))))
 
@@ -92,7 +92,7 @@ def gated_step(x, y, p, eps_norm=1e-6):
 
 
 def attnres_block_step(V, y, p, sublayer, block_size, eps_norm=1e-20):
-    """V [S, C]: the embedding, then one sum a block; only the embedding and blocks that have begun are seen."""
+    """V [S, C] is the embedding, then one sum for each group; groups that have not begun are not read.  `sublayer` is l - 1."""
     begun = 1 + len({j // block_size for j in range(sublayer)})
     weights = softmax([float(p["w"] @ V[i]) / rms(V[i], eps_norm) for i in range(begun)])
     out = np.array(V)

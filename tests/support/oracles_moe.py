@@ -1,4 +1,4 @@
-"""DeepSeekMoE as loops over tokens and experts, float64."""
+"""DeepSeekMoE as float64 loops over tokens and experts."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ def swiglu(x, W_gate, W_up, W_down):
 
 
 def moe_oracle(p, h, k, scale):
-    """One token after another, one expert after another; float64."""
+    """(output, load) of the branch with parameters p, without balancing."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), p)
     out = np.zeros(h.shape)
     load = np.zeros(len(p["router_bias"]))
@@ -27,6 +27,8 @@ def moe_oracle(p, h, k, scale):
         if "W_shared_gate" in p:
             width = p["W_gate"].shape[-1]
             for i in range(p["W_shared_gate"].shape[1] // width):
-                own = slice(i * width, (i + 1) * width)
-                out[place] += swiglu(x, p["W_shared_gate"][:, own], p["W_shared_up"][:, own], p["W_shared_down"][own])
+                part = slice(i * width, (i + 1) * width)
+                out[place] += swiglu(
+                    x, p["W_shared_gate"][:, part], p["W_shared_up"][:, part], p["W_shared_down"][part]
+                )
     return out, load
