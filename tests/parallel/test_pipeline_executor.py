@@ -20,7 +20,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.pipeline.executor import pipelined
 from mhc_jax.pipeline.program import compile_table
-from mhc_jax.schedules.tables import SCHEDULES, Place, lay_out, make, stage_count
+from mhc_jax.schedules.tables import SCHEDULES, Place, Plan, lay_out, make, stage_count
 from mhc_jax.schedules.validate import validate
 from mhc_jax.train_step import gradients
 
@@ -129,7 +129,7 @@ def test_a_table_written_by_hand():
     """The first stage on the second device; the second microbatch begins when the first is over."""
     config = tiny("residual", "gpipe", 2, 2)
     orders = [[[(kind, m, 0)] for m in (0, 1) for kind in "FB"]] * 2
-    schedule = lay_out("mine", orders, [[Place(1, 0), Place(0, 0)]], [0, 0], [1, 1])
+    schedule = lay_out("mine", Plan(orders, [[Place(1, 0), Place(0, 0)]], [0, 0], [1, 1]))
     validate(schedule)
     mesh, params = make_mesh(config.mesh), random_params(config)
     with using(mesh):
@@ -199,7 +199,7 @@ REFUSED = {
     "blocks": ({"num_layers": 3}, {}, "model.num_layers is 3, which does not divide into the 2 stages of '1f1b'"),
     "dense": ({"num_layers": 4, **EXPERTS, "num_dense_layers": 3}, {}, "3, more than the 2 blocks of the first stage."),
     "schedule": ({}, {"schedule": "1f2b"}, "pipeline.schedule is '1f2b'"),
-    "microbatches": ({}, {"schedule": "dualpipe"}, "2 microbatches are too few for 'dualpipe' with 2 stages"),
+    "microbatches": ({}, {"schedule": "dualpipe"}, "2 microbatches are too few for 'dualpipe' on 2 devices"),
     "chunks": ({}, {"chunks": 3}, "The number of chunks of '1f1b' is fixed"),
 }
 
