@@ -20,7 +20,7 @@ from mhc_jax.model import Decoder
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import EXACT, split
-from mhc_jax.pipeline.stage import Stage
+from mhc_jax.pipeline.stage import Stage, Work
 from mhc_jax.planning import compile_ahead, pipeline_tables
 from mhc_jax.planning.pipeline_costs import from_compiled
 from mhc_jax.planning.slices import get_slice
@@ -74,7 +74,7 @@ def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
 
     def kept(layers, x, at):
         batch = {"inputs": TOKENS, "targets": TOKENS}
-        return stage.forward(False, layers, batch, at, x, stage.outer)[0]["held"]
+        return stage.forward(Work(False, layers, batch, at), x, stage.outer)[0]["activations"]
 
     held = jax.jit(kept)(free[0], random(stage.boundary.like), jnp.int32(0))
     given, halves = (held, random(stage.boundary.tree)), stage.halves[False]
@@ -143,7 +143,7 @@ def test_what_elementwise_operations_make_again_is_not_kept():
     r = np.random.default_rng(0)
     W = [jnp.asarray(r.normal(size=shape), jnp.bfloat16) for shape in ((4, 16), (8, 4))]
     x, g = (jnp.asarray(r.normal(size=(6, 4)), jnp.bfloat16) for _ in range(2))
-    assert len(split(whole, W, x, at_once=True, again=EXACT).between) == 11, "products are kept"
+    assert len(split(whole, W, x, at_once=True, recompute=EXACT).between) == 11, "products are kept"
     cut = split(whole, W, x, at_once=True)
     y, kept = cut.now(W, x)
     assert sorted(a.shape for a in kept) == [(6, 1), (6, 1), (6, 4), (6, 8), (6, 8)]
@@ -182,8 +182,8 @@ def test_dense_blocks_may_fill_the_first_stage():
     @jax.jit
     def told(params, layers):
         stage = Stage(model, 2, params, TOKENS, jax.tree.map(lambda a: a[None], layers))
-        carry, own = stage.enter(stage.head(), TOKENS), jax.tree.map(lambda a: a[0], stage.layers)
-        first = stage.blocks(True, own, stage.dense(True), carry, jnp.int32(0))
+        carry, own = stage.enter(stage.head(stage.outer), TOKENS), jax.tree.map(lambda a: a[0], stage.layers)
+        first = stage.blocks(True, own, stage.dense(stage.outer, True), carry, jnp.int32(0))
         return first[1], stage.blocks(False, own, {}, carry, jnp.int32(1))[1]
 
     aux, other = told(params, layers)

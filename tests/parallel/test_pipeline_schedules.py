@@ -14,7 +14,7 @@ from experiments.configs.paper import get_config
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.pipeline.executor import SUMS, writes
+from mhc_jax.pipeline.executor import IN_PLACE, writes
 from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.planning import pipeline_costs, pipeline_tables
 from mhc_jax.plots.pipeline import timeline
@@ -269,7 +269,7 @@ def test_a_phase_has_what_writes_an_array_behind_what_does_not(name, leading):
     assert all(each[0] == Operation() for each in program.phases)
     assert len(set(does)) == len(does) - len(program.phases) + 1, "an operation is in one phase"
     for k, each in enumerate(program.phases):
-        for array in SUMS:
+        for array in IN_PLACE:
             writing = [array in writes(op) for op in each]
             # The parts of the outer sum are written by the ends of the pipeline, in conditionals of their own.
             assert array == "outer" or writing == sorted(writing), f"{array}: {each}"
