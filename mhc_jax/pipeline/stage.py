@@ -171,16 +171,15 @@ class Stage:
         """Run blocks one after another, and recompute as model.remat says."""
         model, count = self.model, len(indices)
 
-        def block(params: Tree, carry: Tree, layer: Array, only: int | None = None) -> tuple[Tree, Tree]:
+        def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
             out: Any = Block(model, 0, dense, only=only, parent=None).apply({"params": params}, carry, layer)
             return out[0], out[1][1]
 
         if model.remat == "connection":
             L_r = model.remat_block or best_recompute(2 * count, model.connection.num_streams)
-            return recomputed(
-                lambda k, *block_and_carry: block(*block_and_carry, k), layers, carry, indices, 2, L_r, count
-            )
-        keep = jax.checkpoint(block) if model.remat == "full" else block
+            return recomputed(block, layers, carry, indices, 2, L_r, count)
+        whole = functools.partial(block, None)
+        keep = jax.checkpoint(whole) if model.remat == "full" else whole
         told = []
         for k in range(count):
             carry, aux = keep(jax.tree.map(lambda a, k=k: a[k], layers), carry, indices[k])

@@ -17,7 +17,7 @@ from mhc_jax.config import MeshConfig
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.parallel import distributed
-from mhc_jax.parallel.sharding import global_batch, make_mesh, own_rows
+from mhc_jax.parallel.sharding import global_batch, local_rows, make_mesh
 
 KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
 
@@ -151,14 +151,14 @@ def test_a_mistake_of_one_process_is_raised_by_all(monkeypatch):
         raise InputError("mine")
 
     for other, function, sentence in (("", refuse, "^mine$"), ("theirs", int, "^process 1 said: theirs$")):
-        monkeypatch.setattr(distributed, "gathered", lambda text, other=other: [text, other])
+        monkeypatch.setattr(distributed, "allgather_text", lambda text, other=other: [text, other])
         with pytest.raises(InputError, match=sentence):
-            distributed.together(function)
-    monkeypatch.setattr(distributed, "gathered", lambda text: [text, ""])
-    assert distributed.together(lambda: 5) == 5
-    distributed.same("", "differ")
+            distributed.on_every_process(function)
+    monkeypatch.setattr(distributed, "allgather_text", lambda text: [text, ""])
+    assert distributed.on_every_process(lambda: 5) == 5
+    distributed.require_same("", "differ")
     with pytest.raises(InputError, match="differ"):
-        distributed.same("a", "differ")
+        distributed.require_same("a", "differ")
 
 
 def test_processes_agree_on_the_largest_number_one_call_later(monkeypatch):
@@ -275,11 +275,11 @@ def test_rows_that_processes_read_make_the_batch(configuration):
     np.testing.assert_array_equal(held_out["targets"][2:3], rows["targets"])
 
 
-def test_own_rows_are_placed_where_the_sharding_wants_them():
+def test_local_rows_are_placed_where_the_sharding_wants_them():
     mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2))
     assert mesh is not None
     batch = np.arange(32, dtype=np.int32).reshape(4, 8)
-    rows = own_rows(mesh, batch.shape)
+    rows = local_rows(mesh, batch.shape)
     np.testing.assert_array_equal(rows, np.arange(4))
     placed = global_batch(mesh, batch.shape, rows, batch[rows])
     np.testing.assert_array_equal(placed, batch)
@@ -289,7 +289,7 @@ def test_own_rows_are_placed_where_the_sharding_wants_them():
 def test_what_counts_as_a_loss(monkeypatch):
     losses = [ValueError("UNKNOWN: Gloo all-reduce failed"), RuntimeError("UNAVAILABLE: Socket closed")]
     others = [InputError(str(losses[0])), InputError(str(losses[1])), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
-    assert not any(map(distributed.is_loss, losses)), "one process cannot lose another"
+    assert not any(map(distributed.is_lost_process, losses)), "one process cannot lose another"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert all(map(distributed.is_loss, losses))
-    assert not any(map(distributed.is_loss, others))
+    assert all(map(distributed.is_lost_process, losses))
+    assert not any(map(distributed.is_lost_process, others))
