@@ -1,4 +1,4 @@
-"""Schedules of pipelines: proofs of generated tables, refusals of broken ones, published bubbles, costs, the picture."""
+"""Schedules of pipelines: generated tables are valid, broken ones are refused, bubbles are as published; costs and the picture."""
 
 import dataclasses
 import itertools
@@ -90,7 +90,7 @@ def published(name, PP, F, B, W, pair):
 @pytest.mark.parametrize("PP", [4, 8, 16])
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_bubbles_and_activations_are_the_published_ones(name, PP):
-    """PP counts stages: dualpipev runs on half as many devices.  The dual ones' bubble is smaller where F = I = W does not hold."""
+    """PP counts stages; dualpipev runs on half as many devices.  Dual bubbles are smaller where F = I = W does not hold."""
     general = [(1.0, 2.2, 0.9, 1.0), (1.0, 2.0, 0.5, 1.0), (1.0, 2.4, 0.8, 0.9)]
     for M in (2 * PP, 4 * PP):
         schedule = make(name, PP // 2 if name == "dualpipev" else PP, M)
@@ -115,14 +115,14 @@ def test_gpipe_has_the_bubble_of_1f1b_and_all_activations():
 
 
 def test_interleaved_divides_the_bubble_by_its_chunks():
-    """Narayanan et al., section 2.2: (P - 1)(F + B) / v, where a chunk takes 1 / v of a stage."""
+    """Narayanan et al., section 2.2.2: (P - 1)(F + B) / v, where a chunk takes 1 / v of a stage."""
     for v in (2, 4):
         run = simulate(make("interleaved", 4, 16, v), by_hand(4 * v, 1 / v, 2 / v, 1 / v))
         assert max(run.bubble) == pytest.approx(3 * 3 / v)
 
 
 def test_messages_show_where_nothing_runs_beside_them():
-    """1f1b waits for a message at every device of warm-up and drain; a schedule that is free of messages hides all."""
+    """Under 1f1b every device of warm-up and drain waits for a message, and nothing runs beside it."""
     quick, slow = (simulate(make("1f1b", 4, 8), by_hand(4, send=send)) for send in (0.0, 0.25))
     assert quick.exposed == 0
     assert slow.exposed == pytest.approx(slow.makespan - quick.makespan)
@@ -262,7 +262,7 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize("leading", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_phase_has_what_writes_an_array_behind_what_does_not(name, leading):
-    """Or XLA copies it."""
+    """XLA copies an array where a later branch only passes it on."""
     schedule = make(name, 4, 16)
     program = compile_table(schedule, leading)
     does, done = [op for each in program.phases for op in each], []
