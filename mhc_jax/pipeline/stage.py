@@ -37,7 +37,7 @@ class Pool:
     """One list of arrays with room for the values of either variant of a stage, so that both use one buffer."""
 
     def __init__(self, variants: Mapping[bool, Sequence[jax.ShapeDtypeStruct]]):
-        """Args: the shapes and dtypes of the values of each variant."""
+        """Give every value of each variant (shapes and dtypes) a position; equal arrays of two variants share one."""
         self.shapes: list[jax.ShapeDtypeStruct] = []
         self.places: dict[bool, list[int]] = {}
         """For each variant, the position of every value."""
@@ -102,10 +102,10 @@ class Stage:
         variants = (False, True) if model.num_leading else (False,)
 
         def all_uses(params: tuple[Tree, Tree]) -> Any:
-            outer, own = params
+            outer, layers = params
             carry = self.boundary.zeros()
-            told = [self.blocks(leads, own, self.dense(outer, leads), carry, at) for leads in variants]
-            return told, self.enter(self.head(outer), tokens), self.loss(self.tail(outer), carry, tokens)
+            results = [self.blocks(leads, layers, self.dense(outer, leads), carry, at) for leads in variants]
+            return results, self.enter(self.head(outer), tokens), self.loss(self.tail(outer), carry, tokens)
 
         dtypes = computed_in(all_uses, (outer, first))
         self.outer, self.layers = cast(outer, dtypes[0]), cast(layers, dtypes[1])
@@ -180,11 +180,11 @@ class Stage:
             return recomputed(block, layers, carry, indices, 2, L_r, count)
         whole = functools.partial(block, None)
         keep = jax.checkpoint(whole) if model.remat == "full" else whole
-        told = []
+        collected = []
         for k in range(count):
             carry, aux = keep(jax.tree.map(lambda a, k=k: a[k], layers), carry, indices[k])
-            told.append(aux)
-        return carry, jax.tree.map(lambda *each: jnp.stack(each), *told)
+            collected.append(aux)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *collected)
 
     # -- its gradient in parts
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mhc_jax.errors import require
 from mhc_jax.schedules.tables import Cell, Schedule
+from mhc_jax.schedules.validate import peak_activations
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     spans = _run(schedule, costs)
     without_messages = _run(schedule, dataclasses.replace(costs, send=0.0)) if costs.send else spans
     exposed = max(span.end for span in spans) - max(span.end for span in without_messages)
-    return Timeline(schedule, tuple(spans), exposed, _activations(schedule, costs))
+    peaks = peak_activations(schedule, costs.activations)
+    return Timeline(schedule, tuple(spans), exposed, tuple(most for most, _ in peaks))
 
 
 def _run(schedule: Schedule, costs: Costs) -> list[Span]:
@@ -127,16 +129,3 @@ def _run(schedule: Schedule, costs: Costs) -> list[Span]:
                 finished["B" if op.kind == "I" else op.kind, op.microbatch, wire.stage] = free[device]
         done |= finished
     return spans
-
-
-def _activations(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
-    """The most that each device holds, as `validate.peak_activations` counts it."""
-    size = costs.activations or (1.0,) * schedule.stages
-    alive, most = [0.0] * schedule.devices, [0.0] * schedule.devices
-    for row in schedule.table:
-        for device, cell in enumerate(row):
-            sizes = [(op.kind, size[schedule.wiring_of(device, op).stage]) for op in cell]
-            alive[device] += sum(s for kind, s in sizes if kind == "F")
-            most[device] = max(most[device], alive[device])
-            alive[device] -= sum(s for kind, s in sizes if kind in ("B", "W"))
-    return tuple(most)

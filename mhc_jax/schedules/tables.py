@@ -13,8 +13,8 @@ Letters: P devices along the stage axis, M microbatches, v stages a device (chun
 microbatch: the forward, the whole backward, and its two parts, B = I + W.  I computes the gradient of the stage's input and W those
 of its weights.  F&B is the time of a forward and a backward that overlap.
 
-The docstring of each schedule gives its bubble, the time that a device waits in one step, and the activations that it holds.  The
-bubbles of `1f1b`, `zb1p`, `dualpipe` and `dualpipev` are those of Table 2 of arXiv 2412.19437.
+The docstring of each schedule gives its bubble, the time that a device waits in a step, and the activations that a device holds at
+most.  The bubbles of `1f1b`, `zb1p`, `dualpipe` and `dualpipev` are those of Table 2 of arXiv 2412.19437.
 
 A cell of a table holds no operation, one, or the two of an overlapped pair F&B.  A message sent in a tick is usable `latency` ticks
 later.
@@ -310,8 +310,8 @@ def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: i
         name == "interleaved" or chunks in (0, _CHUNKS[name]),
         f"The number of chunks of {name!r} is fixed; leave it 0, or use 'interleaved'.",
     )
-    own = (chunks,) if name == "interleaved" and chunks else ()
-    return lay_out(name, SCHEDULES[name](devices, microbatches, *own), latency)
+    more = (chunks,) if name == "interleaved" and chunks else ()
+    return lay_out(name, SCHEDULES[name](devices, microbatches, *more), latency)
 
 
 def stage_count(name: str, devices: int, chunks: int = 0) -> int:

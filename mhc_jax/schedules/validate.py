@@ -7,6 +7,7 @@ operation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mhc_jax.errors import InputError, require
@@ -128,17 +129,24 @@ def _check_cells(schedule: Schedule) -> None:
                 raise InputError(f"tick {tick}, device {device}: {both} in one cell; only F and B can be a pair.")
 
 
-def peak_activations(schedule: Schedule) -> list[tuple[int, int]]:
+def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tuple[float, int]]:
     """For each device, the most activations that it holds at once, and the first tick in which it holds as many.
 
     An activation, of one microbatch and stage, lives from F to the last of its gradients.  One that ends in a tick makes room in
     the next tick, so an overlapped F&B holds both of its microbatches.
+
+    Args:
+      schedule: the table.
+      sizes: of an activation of each stage; empty: 1 each.
     """
-    alive, most = [0] * schedule.devices, [(0, 0)] * schedule.devices
+    sizes = sizes or (1,) * schedule.stages
+    alive: list[float] = [0] * schedule.devices
+    most: list[tuple[float, int]] = [(0, 0)] * schedule.devices
     for tick, row in enumerate(schedule.table):
         for device, cell in enumerate(row):
-            alive[device] += sum(op.kind == "F" for op in cell)
+            held = [(op.kind, sizes[schedule.wiring_of(device, op).stage]) for op in cell]
+            alive[device] += sum(size for kind, size in held if kind == "F")
             if alive[device] > most[device][0]:
                 most[device] = (alive[device], tick)
-            alive[device] -= sum(op.kind in ("B", "W") for op in cell)
+            alive[device] -= sum(size for kind, size in held if kind in ("B", "W"))
     return most
