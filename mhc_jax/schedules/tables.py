@@ -14,7 +14,8 @@ microbatch: the forward, the whole backward, and its two parts, B = I + W.  I co
 of its weights.  F&B is the time of a forward and a backward that overlap.
 
 The docstring of each schedule gives its bubble, the time that a device waits in a step, and the activations that a device holds at
-most.  The bubbles of `1f1b`, `zb1p`, `dualpipe` and `dualpipev` are those of Table 2 of arXiv 2412.19437.
+most.  The formulas of `1f1b`, `zb1p` and `dualpipe` are in Table 2 of arXiv 2412.19437, and with that of `dualpipev` in the README of
+github.com/deepseek-ai/DualPipe.
 
 A cell of a table holds no operation, one, or the two of an overlapped pair F&B.  A message sent in a tick is usable `latency` ticks
 later.
@@ -262,7 +263,7 @@ def dualpipe(P: int, M: int) -> Plan:
 
 
 def dualpipev(P: int, M: int) -> Plan:
-    r"""DualPipeV (github.com/deepseek-ai/DualPipe): `dualpipe` cut in half, with its two directions laid end to end.
+    r"""DualPipeV (Sea AI Lab's "cut in half", in github.com/deepseek-ai/DualPipe): the directions of `dualpipe` laid end to end.
 
     P devices hold 2P stages: device $d$ holds stage $d$ (chunk 0) and stage $2P - 1 - d$ (chunk 1).  With $PP = 2P$ stages the
     formulas are those of `dualpipe`.  Bubble: $(P - 1)(F\&B + B - 3W)$ where $F = I = W$, and at most that elsewhere.

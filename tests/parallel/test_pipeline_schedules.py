@@ -81,7 +81,7 @@ def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
 
 
 def published(name, PP, F, B, W, pair):
-    """(bubble, activations of a device, copies of the parameters): Table 2 of arXiv 2412.19437."""
+    """(bubble, activations of a device, copies of the parameters), from the README of github.com/deepseek-ai/DualPipe."""
     dual = ((PP / 2 - 1) * (pair * (F + B) + B - 3 * W), PP + 1, 2)
     plain = {"1f1b": ((PP - 1) * (F + B), PP, 1), "zb1p": ((PP - 1) * (F + B - 2 * W), PP, 1)}
     return plain.get(name, dual)
