@@ -14,7 +14,7 @@ microbatch: the forward, the whole backward, and its two parts, B = I + W.  I co
 of its weights.  F&B is the time of a forward and a backward that overlap.
 
 The docstring of each schedule gives its bubble, the time that a device waits in a step, and the activations that a device holds at
-most.  The formulas of `1f1b`, `zb1p` and `dualpipe` are in Table 2 of arXiv 2412.19437, and with that of `dualpipev` in the README of
+most.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`; that of `dualpipev` is in the README of
 github.com/deepseek-ai/DualPipe.
 
 A cell of a table holds no operation, one, or the two of an overlapped pair F&B.  A message sent in a tick is usable `latency` ticks
