@@ -103,7 +103,7 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
     slots, channels = _buffers(schedule), _channels(schedule)
     phases, chosen = _phases(schedule, leading)
     columns = _slot_columns(schedule, slots, list(channels)) | chosen
-    sizes = {name: 1 + max(each.values(), default=0) for name, each in slots.items()}
+    sizes = {name: 1 + max(each.values(), default=-1) for name, each in slots.items()}
     return Program(columns, phases, tuple(channels.values()), **sizes)
 
 
