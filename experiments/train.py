@@ -27,7 +27,7 @@ def main() -> int:
     folder, config = Path(WORKDIR.value), CONFIG()
     PROCESSES()
     summary = train(config, folder, label=folder.name)
-    if distributed.first():
+    if distributed.is_first_process():
         print(json.dumps(summary, indent=1))
     return EXIT_CODES[summary["status"]]
 

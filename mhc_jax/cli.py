@@ -76,7 +76,7 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
                 missing = positional[len(given)]
                 raise InputError(f"{missing} is missing; the command is {Path(argv[0]).name} {' '.join(positional)}.")
             status = function(*given) or 0
-            distributed.shut()
+            distributed.shutdown()
             return status
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -90,13 +90,13 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
         except Exception as error:
             if not distributed.joined():
                 raise
-            if distributed.is_loss(error):
-                print(f"error: {distributed.lost(error)}", file=sys.stderr)
+            if distributed.is_lost_process(error):
+                print(f"error: {distributed.process_lost_error(error)}", file=sys.stderr)
                 status = distributed.LOST
             else:
                 traceback.print_exc()
                 status = 1
-        distributed.leave(status)
+        distributed.exit_if_joined(status)
         return status
 
     sys.unraisablehook = _report_unraisable

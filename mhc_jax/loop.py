@@ -29,10 +29,10 @@ from mhc_jax.optim import describe
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import (
     batch_sharding,
-    everywhere,
     global_batch,
+    local_rows,
     make_mesh,
-    own_rows,
+    replicate,
     state_shardings,
     using,
 )
@@ -70,30 +70,32 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
       InputError: anything a person can mend, before any compile where possible.
     """
     mapping = to_mapping(config)
-    ended = distributed.together(lambda: check_run_folder(folder, mapping))
+    ended = distributed.on_every_process(lambda: check_run_folder(folder, mapping))
     if ended:
         if data is not None:
             check_text(recorded_data(folder), data.identity, folder)
-        distributed.say(f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do.")
+        distributed.print_once(
+            f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
+        )
         return ended
-    distributed.together(lambda: check_writers(config.train.tensorboard, config.train.wandb))
+    distributed.on_every_process(lambda: check_writers(config.train.tensorboard, config.train.wandb))
     # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
     mesh = make_mesh(config.mesh)
-    data = distributed.together(lambda: load_data(config.data)) if data is None else data
+    data = distributed.on_every_process(lambda: load_data(config.data)) if data is None else data
     different = f"The processes read different texts from {config.data.source!r}; give all the same files."
-    distributed.same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
+    distributed.require_same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
     config = resolve_vocabulary(config, data)
     if planned := resolve(config)[1]:
-        distributed.say(f"{label}: {planned}")
+        distributed.print_once(f"{label}: {planned}")
     create_run_folder(folder, mapping)
     checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
     try:
         with using(mesh):
             summary = _Run(config, mapping, folder, label, data, checkpoints, mesh).run()
     except BaseException:
-        if not distributed.several():  # to close is to wait for all
+        if not distributed.is_multiprocess():  # to close is to wait for all
             checkpoints.close()
         raise
     checkpoints.close()
@@ -108,7 +110,7 @@ class _Run:
         self.label, self.checkpoints, self.mesh = label, checkpoints, mesh
         self.clock = dict.fromkeys(("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s"), 0.0)
         self.shape = (config.data.batch_size, config.data.sequence_length)
-        self.rows = own_rows(mesh, self.shape) if distributed.several() else None
+        self.rows = local_rows(mesh, self.shape) if distributed.is_multiprocess() else None
         self.replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self.agreement = distributed.Agreement(mesh)
         self.batches = data.train_iterator(rows=self.rows)
@@ -133,9 +135,9 @@ class _Run:
         try:
             return self._run()
         except Exception as error:
-            if distributed.is_loss(error):
+            if distributed.is_lost_process(error):
                 go_on = f" to go on from {self.checkpoints.newest() or 'the start'} in {self.folder}"
-                raise distributed.lost(error, f", noticed at step {self.done}", go_on) from error
+                raise distributed.process_lost_error(error, f", noticed at step {self.done}", go_on) from error
             raise
 
     def _run(self) -> dict[str, Any]:
@@ -173,8 +175,8 @@ class _Run:
         self.flops_per_token = counts.jaxpr_flops(plain.jaxpr) / self.tokens_per_step
         env = environment()
         self.mesh_name = {"mesh": str(config.mesh)} if self.mesh else {}
-        self.mesh_name |= {"processes": jax.process_count()} if distributed.several() else {}
-        if distributed.first():
+        self.mesh_name |= {"processes": jax.process_count()} if distributed.is_multiprocess() else {}
+        if distributed.is_first_process():
             if not restored or not (self.folder / "env.json").exists():
                 write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
             keep = self.done if restored else -1
@@ -230,7 +232,7 @@ class _Run:
         self._diagnose = None
         if cfg.diagnostics_every:
             if self.rows is not None and self.mesh is not None:
-                self.diagnostic_tokens = everywhere(self.mesh, self.diagnostic_tokens)
+                self.diagnostic_tokens = replicate(self.mesh, self.diagnostic_tokens)
             args = (self.state.params, self.diagnostic_tokens)
             # It runs a few times on one sequence: on CPUs half the time to compile beats a faster program.
             quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -394,6 +396,6 @@ class _Run:
             "wall_clock_s": sum(self.clock.values()),
             **self.clock,
         }
-        if distributed.first():
+        if distributed.is_first_process():
             write_json(self.folder / "summary.json", summary)
         return plain(summary)

@@ -20,7 +20,7 @@ from mhc_jax.errors import require
 from mhc_jax.layers.mlp import project
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.layers.rope import rope
-from mhc_jax.parallel.sharding import constrain, on_own_part
+from mhc_jax.parallel.sharding import constrain, on_each_shard
 
 
 def attend(
@@ -49,7 +49,7 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")[..., :E]
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
-    return on_own_part(_splash if implementation == "splash" else _cudnn, ("batch", None, "heads", None), q, k, v)
+    return on_each_shard(_splash if implementation == "splash" else _cudnn, ("batch", None, "heads", None), q, k, v)
 
 
 def split_heads(

@@ -1,1 +1,1 @@
-"""Meshes of devices, shardings of arrays, and several processes."""
+"""Meshes of devices and shardings of arrays (`sharding`), and runs of several processes (`distributed`)."""

@@ -1,7 +1,8 @@
-"""Several processes of one run: how they start, agree and end.
+"""Runs of several processes: how the processes start, agree and end.
 
-Every process runs the same program on its own devices, and arrays lie over the devices of all (`jax.distributed`).  Process 0
-is the first: it alone prints progress and writes what is no array.  With one process everything here does nothing.
+Every process runs the same program on its own devices, and arrays are sharded over the devices of all (`jax.distributed`).  Process
+0 is the first process: it alone prints progress and writes files, except for arrays, of which each process writes its part.  In a
+run of one process every function here returns at once.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mhc_jax.errors import InputError, require
 
 LOST = 4
-"""Exit status: another process of the run has gone."""
-WAIT_S = 24 * 3600
-"""Longest wait at a barrier: one process may read or tokenize for hours before the others; that it lives, heartbeats tell."""
+"""Exit status of a process that has lost another one."""
+BARRIER_TIMEOUT_S = 24 * 3600
+"""Longest wait at a barrier.  One process may read or tokenize for hours; heartbeats show meanwhile that it is alive."""
 LINGER_S = 3.0
-"""The first process keeps the coordinator up so long after a failure: JAX aborts a process that cannot reach it."""
-TEXT = 4096
-"""Bytes a process can tell the others at once."""
+"""How long the first process, which runs the coordinator, outlives a failure.  JAX aborts processes that cannot reach it."""
+TEXT_BYTES = 4096
+"""Longest text that a process can tell the others."""
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_LOSS = re.compile(
+_UNREACHABLE = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL|[Cc]oordination|[Cc]onnection|[Ss]ocket|[Bb]arrier"
 )
 _barriers = itertools.count()
@@ -42,17 +43,18 @@ T = TypeVar("T")
 
 
 class ProcessLostError(RuntimeError):
-    """Another process of the run has gone; one sentence says where the run can go on from."""
+    """Another process of the run has gone; the message says from where the run can go on."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
 def launcher(environ: Mapping[str, str]) -> str:
-    """Who can tell JAX 0.10 of other processes, by the environment once jax is imported; empty: nobody.
+    """The launcher that tells JAX 0.10 about the other processes, to judge by the environment after jax is imported.
 
-    `Slurm` (srun), `Open MPI` (to version 4; version 5 no longer tells the address of its head), `Kubernetes` (an indexed Job;
-    needs `pip install 'jax[k8s]'`), `Cloud TPU` (a worker of a slice; one host is found out by asking).
+    Returns:
+      `Slurm` (srun), `Open MPI` (to version 4; version 5 no longer tells the address of process 0), `Kubernetes` (an indexed Job;
+      needs `pip install 'jax[k8s]'`), `Cloud TPU` (a worker of a slice, or a single host), or an empty string.
     """
     if all(name in environ for name in _SLURM):
         return "Slurm" if environ["SLURM_NTASKS"] != "1" else ""
@@ -69,31 +71,31 @@ def launcher(environ: Mapping[str, str]) -> str:
 
 
 def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int = 300, silence_s: int = 100) -> None:
-    """Join the other processes of the run, if there are any.  To be called before JAX looks for devices.
+    """Join the other processes of the run, if there are any.  Call it before JAX looks for devices.
 
     Args:
-      address: host:port of process 0; empty: $JAX_COORDINATOR_ADDRESS, or what the launcher tells.
-      processes: how many there are; 0: $JAX_NUM_PROCESSES, or what the launcher tells; 1: this one alone, whoever started it.
-      process: which of them this is, from 0; -1: $JAX_PROCESS_ID, or what the launcher tells.
-      wait_s: seconds until all must have come.
-      silence_s: seconds after which a process that gives no sign is taken for dead, and the others are ended by JAX.
+      address: host:port of process 0.  Empty: $JAX_COORDINATOR_ADDRESS, or what the launcher tells.
+      processes: how many there are.  0: $JAX_NUM_PROCESSES, or what the launcher tells.  1: this process alone, whatever the
+        launcher tells.
+      process: number of this process, from 0.  -1: $JAX_PROCESS_ID, or what the launcher tells.
+      wait_s: seconds within which all processes must have joined.
+      silence_s: seconds of silence after which a process counts as dead, and JAX ends the others.
 
     Raises:
-      InputError: settings that are incomplete or contradict each other.
+      InputError: settings are incomplete or contradict each other.
     """
-    environ = os.environ
-    address = address or environ.get("JAX_COORDINATOR_ADDRESS", "")
+    address = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     processes = processes or _number("JAX_NUM_PROCESSES", 0)
     process = process if process >= 0 else _number("JAX_PROCESS_ID", -1)
     if processes == 1:
         return
-    found = launcher(environ)
+    launched_by = launcher(os.environ)
     device = None
-    if not found and "OMPI_COMM_WORLD_SIZE" in environ and address:
+    if not launched_by and "OMPI_COMM_WORLD_SIZE" in os.environ and address:
         processes, process = _number("OMPI_COMM_WORLD_SIZE", 0), _number("OMPI_COMM_WORLD_RANK", -1)
-        device = _number("OMPI_COMM_WORLD_LOCAL_RANK", 0)  # one each, as JAX does with version 4
+        device = _number("OMPI_COMM_WORLD_LOCAL_RANK", 0)  # one device a process, as JAX does with version 4
     given = {"--coordinator_address": address != "", "--num_processes": processes > 0, "--process_id": process >= 0}
-    if not found:
+    if not launched_by:
         if not any(given.values()):
             return
         missing = " and ".join(name for name, there in given.items() if not there)
@@ -110,9 +112,9 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
         process < 0 or processes == 0 or process < processes,
         f"--process_id is {process} of --num_processes {processes}; it must lie between 0 and {processes - 1}.",
     )
-    _join(address, processes, process, device, found, wait_s, silence_s)
-    if several() and first():
-        by = f" (started by {found})" if found else ""
+    _join(address, processes, process, device, launched_by, wait_s, silence_s)
+    if is_multiprocess() and is_first_process():
+        by = f" (started by {launched_by})" if launched_by else ""
         print(f"{jax.process_count()} processes{by} with {jax.device_count()} devices", file=sys.stderr, flush=True)
 
 
@@ -123,23 +125,22 @@ def _number(name: str, default: int) -> int:
 
 
 def _join(
-    address: str, processes: int, process: int, device: int | None, found: str, wait_s: int, silence_s: int
+    address: str, processes: int, process: int, device: int | None, launched_by: str, wait_s: int, silence_s: int
 ) -> None:
-    # JAX aborts the process where it cannot reach all in time (a stack of C++); a timer of our own is there before it.
-    come = threading.Event()
+    # When processes are missing JAX aborts this one with a C++ stack trace.  This timer comes first, with a sentence.
+    def give_up() -> None:
+        where = f"the coordinator at {address}" if address and process != 0 else "the other processes"
+        print(
+            f"error: After {wait_s} s {where} had not answered; see that all {processes or ''} processes are started and that "
+            f"{address or 'the first host'} can be reached from every host.".replace("  ", " "),
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
 
-    def watch() -> None:
-        if not come.wait(wait_s):
-            where = f"the coordinator at {address}" if address and process != 0 else "the other processes"
-            print(
-                f"error: After {wait_s} s {where} had not answered; see that all {processes or ''} processes are started and "
-                f"that {address or 'the first host'} can be reached from every host.".replace("  ", " "),
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(2)
-
-    threading.Thread(target=watch, daemon=True).start()
+    timer = threading.Timer(wait_s, give_up)
+    timer.daemon = True
+    timer.start()
     # Gloo (collectives between CPUs) reports each connection on the standard output of C, where our summary goes.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -150,126 +151,139 @@ def _join(
             processes or None,
             process if process >= 0 else None,
             device,
-            cluster_detection_method=None if found else "deactivate",
+            cluster_detection_method=None if launched_by else "deactivate",
             initialization_timeout=wait_s + 60,
             heartbeat_timeout_seconds=silence_s,
         )
         jax.devices()
     except (RuntimeError, ValueError) as error:
-        if found == "Cloud TPU" and not address:  # a TPU machine that knows of no slice
+        if launched_by == "Cloud TPU" and not address:  # a TPU machine that belongs to no slice
             return
-        raise InputError(f"The processes could not be joined: {_line(error)}") from error
+        raise InputError(f"The processes could not be joined: {_first_line(error)}") from error
     finally:
-        come.set()
-    signal.signal(
-        signal.SIGTERM, handler
-    )  # JAX's preemption service takes it, and `StopRequest` agrees on a step itself
+        timer.cancel()
+    # JAX's preemption service has taken the signal, but processes agree on the last step by themselves (`StopRequest`).
+    signal.signal(signal.SIGTERM, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- agree
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether the run has more than one process."""
     return jax.process_count() > 1
 
 
-def first() -> bool:
-    """Whether this is the process that prints and writes."""
+def is_first_process() -> bool:
+    """Whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
-    """Print a line, once for all processes."""
-    if first():
+def print_once(text: str) -> None:
+    """Print a line on the first process only."""
+    if is_first_process():
         print(text, flush=True)
 
 
 def barrier() -> None:
-    """Wait for all processes: before collectives, whose connections are made within 30 s (Gloo) or not at all."""
-    if several():
+    """Wait for all processes.  Call it before a new program's collectives: Gloo gives processes 30 s to connect."""
+    if is_multiprocess():
         import orbax.checkpoint as ocp  # 1 s
 
-        ocp.multihost.get_barrier_sync_fn()(key=f"mhc_jax_{next(_barriers)}", timeout_ms=WAIT_S * 1000)
+        key = f"mhc_jax_{next(_barriers)}"
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=BARRIER_TIMEOUT_S * 1000)
 
 
-def gathered(text: str) -> list[str]:
-    """What each process says, in their order; at most `TEXT` bytes of it."""
-    if not several():
+def allgather_text(text: str) -> list[str]:
+    """The texts that all processes give, in the order of the processes; of each at most `TEXT_BYTES`."""
+    if not is_multiprocess():
         return [text]
     barrier()
-    raw = np.frombuffer(text.encode()[:TEXT].ljust(TEXT, b"\0"), np.uint8)
+    raw = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0"), np.uint8)
     rows = multihost_utils.process_allgather(raw)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
-def together(function: Callable[[], T]) -> T:
-    """`function()` on every process; nobody goes on before all are done.
+def on_every_process(function: Callable[[], T]) -> T:
+    """Call a function on every process, and go on when all have returned.
+
+    Returns:
+      What the function returned on this process.
 
     Raises:
-      InputError: on all processes, if one of them raised it.
+      InputError: on all processes, if the function raised it on one of them.
     """
-    if not several():
+    if not is_multiprocess():
         return function()
     try:
         value, mistake = function(), None
     except InputError as error:
         value, mistake = None, error
-    told = gathered(str(mistake) if mistake else "")
+    texts = allgather_text(str(mistake) if mistake else "")
     if mistake:
         raise mistake
-    for process, text in enumerate(told):
+    for process, text in enumerate(texts):
         require(not text, f"process {process} said: {text}")
     return value  # pyright: ignore[reportReturnType]
 
 
-def same(text: str, sentence: str) -> None:
+def require_same(text: str, sentence: str) -> None:
     """Raise `InputError(sentence)` on all processes unless all give the same text."""
-    require(len(set(gathered(text))) == 1, sentence)
+    require(len(set(allgather_text(text))) == 1, sentence)
 
 
 class Agreement:
-    """A number that any process may raise, known to all at the same step."""
+    """The largest of the numbers that processes give, known to all of them one call later.
+
+    A signal may reach one process only, and all must stop at the same step.  So each gives its signal, or 0, before every step.
+    """
 
     def __init__(self, mesh: Mesh | None):
-        self._asked: jax.Array | None = None
-        if several() and mesh is not None:
+        self._pending: jax.Array | None = None
+        if is_multiprocess() and mesh is not None:
             self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             self._largest = jax.jit(lambda a: a.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def ask(self, number: int) -> int:
-        """The largest number that a process gave at the call before, 0 at the first; alone: `number`.
+        """Give a number, and get the largest that a process gave at the previous call.
 
-        The answer of this call is on its way while the step after it runs, and is read at the next.
+        The first call returns 0.  The collective of one call runs beside the step that follows it; the next call reads its result.
+        In a run of one process a call returns `number` itself.
         """
-        if not several():
+        if not is_multiprocess():
             return number
-        before, devices = self._asked, self._each.mesh.size
-        given = jax.make_array_from_callback((devices,), self._each, lambda _: np.full(1, number, np.int32))
-        self._asked = self._largest(given)
-        return 0 if before is None else int(before)
+        previous, devices = self._pending, self._each.mesh.size
+        numbers = jax.make_array_from_callback((devices,), self._each, lambda _: np.full(1, number, np.int32))
+        self._pending = self._largest(numbers)
+        return 0 if previous is None else int(previous)
 
 
 # ------------------------------------------------------------------------------------------------------------------ end
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether an exception of JAX or Orbax says that another process cannot be reached."""
-    # Gloo's errors come as ValueError where a value is read, as JaxRuntimeError where a program is started.
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exception of JAX or Orbax means that another process cannot be reached."""
+    # Gloo's errors are a ValueError where a value is read, and a JaxRuntimeError where a program is started.
     if isinstance(error, InputError) or not isinstance(error, RuntimeError | ValueError):
         return False
-    return several() and _LOSS.search(str(error)) is not None
+    return is_multiprocess() and _UNREACHABLE.search(str(error)) is not None
 
 
-def lost(error: BaseException, when: str = "", go_on: str = "") -> ProcessLostError:
-    """The sentence for `is_loss`: `when` it was noticed, and where the run can `go_on` from."""
+def process_lost_error(error: BaseException, when: str = "", go_on: str = "") -> ProcessLostError:
+    """The exception to raise where `is_lost_process(error)`.
+
+    Args:
+      error: of JAX or Orbax.
+      when: when it was noticed.
+      go_on: from where the run can go on.
+    """
     return ProcessLostError(
-        f"Another process of the run has gone or cannot be reached{when} ({_line(error)}). Start the same command again on every "
-        f"process{go_on}; with a mesh to match, on more or fewer."
+        f"Another process of the run has gone or cannot be reached{when} ({_first_line(error)}). Start the same command again on "
+        f"every process{go_on}; with a mesh to match, on more or fewer."
     )
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -278,19 +292,19 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def shut() -> None:
-    """Part from the others, who do the same: the run has ended."""
+def shutdown() -> None:
+    """Part from the other processes at the end of the run, when all of them do."""
     if joined():
         barrier()
         jax.distributed.shutdown()
 
 
-def leave(status: int) -> None:
-    """End this process with `status`, whatever the others do; returns where there are none."""
+def exit_if_joined(status: int) -> None:
+    """End this process at once with `status`, without waiting for the others.  It returns if `start` joined none."""
     if not joined():
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    if first():
+    if is_first_process():
         time.sleep(LINGER_S)
-    os._exit(status)  # Python's own way out waits for the others
+    os._exit(status)  # Python's usual exit waits for the other processes

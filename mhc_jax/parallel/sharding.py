@@ -1,18 +1,19 @@
-"""Meshes of devices, and the mesh axes that each logical axis of an array is split over.
+"""Meshes of devices, and the shardings of arrays over them.
 
-Arrays name their axes logically (`constrain(q, "batch", "sequence", "heads", None)`), `RULES` says which mesh axes those are, and
-XLA's partitioner (GSPMD) does the rest.  The mesh is the one of `jax.set_mesh`; without it everything here does nothing, and the
-program is the one of a single device.
+Modules name the axes of an array logically (`constrain(q, "batch", "sequence", "heads", None)`).  `RULES` says over which mesh axes
+each logical axis is sharded, and XLA's partitioner (GSPMD) derives the communication.  The mesh is the one of `jax.set_mesh`.
+Without a mesh nothing here changes an array, and the program is that of a single device.
 
-    stage      blocks: each device computes those of its stages (`mhc_jax/pipeline`)
-    data       copies of the model, each with a part of the batch
-    fsdp       as data, and parameters are split over it too: gathered layer by layer where they are used
-    tensor     heads, hidden channels of the feed-forward and the vocabulary (Megatron, arXiv 1909.08053)
-    expert     as data, and the experts of DeepSeekMoE are split over it
-    sequence   tokens of a sequence; keys and values are gathered
+| mesh axis | what is sharded over it |
+| --- | --- |
+| `stage` | blocks: a device computes those of its stages (`mhc_jax/pipeline`) |
+| `data` | the batch; every device has a copy of the parameters |
+| `fsdp` | the batch and the parameters, which are gathered layer by layer where they are used |
+| `tensor` | heads, hidden channels of the feed-forward, and the vocabulary (Megatron, arXiv 1909.08053) |
+| `expert` | the batch and the experts of DeepSeekMoE |
+| `sequence` | the tokens of a sequence; keys and values are gathered |
 
-Streams [B, T, nC] are split over batch and sequence and never over the stream axis; the parameters of connections are whole on
-every device.
+Streams [B, T, nC] are sharded over batch and sequence, never along nC.  The parameters of connections are replicated.
 """
 
 from __future__ import annotations
@@ -30,36 +31,36 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from mhc_jax.config import AXES, MeshConfig
-from mhc_jax.connections.parameter_paths import CONNECTION, path_of
+from mhc_jax.connections.parameter_paths import CONNECTION, STACKED, path_of
 from mhc_jax.errors import require
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Mesh axes of each logical axis."""
+    """The mesh axes over which each logical axis is sharded."""
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
     sequence: tuple[str, ...] = ("sequence",)
     heads: tuple[str, ...] = ("tensor",)
-    """Heads, and the columns of all heads of a projection."""
+    """Heads, and the axis of a projection that holds all heads."""
     hidden: tuple[str, ...] = ("tensor",)
     """Hidden channels of the feed-forward."""
     vocabulary: tuple[str, ...] = ("tensor",)
     rows: tuple[str, ...] = ("stage", "tensor")
-    """The vocabulary axis of the embeddings between two steps; a step gathers them over `stage`."""
+    """The vocabulary axis of the embedding matrices.  Within a step they are replicated over `stage`."""
     embed: tuple[str, ...] = ("fsdp",)
-    """C of a weight; of an activation it is not split (None)."""
+    """C of a weight.  C of an activation is not sharded (None)."""
     expert: tuple[str, ...] = ("expert",)
     layer: tuple[str, ...] = ("stage",)
-    """The leading axis of scanned parameters; whole where its blocks do not divide."""
+    """The leading axis of stacked blocks.  It is replicated where the stages do not divide the blocks."""
     connection: tuple[str, ...] = ()
     """Every axis of a connection's parameters."""
 
     def spec(self, *logical: str | None) -> PartitionSpec:
-        """The mesh axes of an array; None is an axis that is not split.
+        """The mesh axes of an array, from its logical axes; None is an axis that is not sharded.
 
         Raises:
-          ValueError: two axes of the array would be split over one axis of the mesh.
+          ValueError: two axes of the array would be sharded over the same mesh axis.
         """
         axes = [() if name is None else getattr(self, name) for name in logical]
         used = [axis for group in axes for axis in group]
@@ -88,21 +89,23 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/W_router$", ("embed", None)),
     (r"mlp/router_bias$", (None,)),
 )
-"""Logical axes of the parameters by path and number of axes, without the layer axis of scanned blocks."""
-SCANNED = r"(^|/)(dense_)?layers/"
+"""(pattern of the path, logical axes) of parameters outside connections, without the leading axis of stacked blocks.
+
+Where two rows match a path, the number of axes decides.
+"""
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of a parameter, or of a moment of it, by its path.
+    """The logical axes of a parameter, or of one of its optimizer moments, by its path.
 
     Raises:
-      ValueError: `PARAMETERS` does not know it.
+      ValueError: no row of `PARAMETERS` matches.
     """
     if ndim == 0:  # counters, and the scalars of connections
         return ()
     if re.search(CONNECTION, path):
         return ("connection",) * ndim
-    layer: tuple[str | None, ...] = ("layer",) if re.search(SCANNED, path) else ()
+    layer: tuple[str | None, ...] = ("layer",) if re.search(STACKED, path) else ()
     for pattern, axes in PARAMETERS:
         if re.search(pattern, path) and len(layer + axes) == ndim:
             return layer + axes
@@ -113,10 +116,10 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of the first `config.size` devices, all axes there; None where all are 1.
+    """Make the mesh of the first `config.size` devices.  It has all axes, those of size 1 too; one device is no mesh (None).
 
     Raises:
-      InputError: there are fewer devices, or of several processes some would be left out.
+      InputError: there are fewer devices, or the mesh would leave out devices of a run of several processes.
     """
     given, devices = devices, jax.devices() if devices is None else devices
     require(
@@ -135,19 +138,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The same mesh of no devices, all axes there: for shapes of parts."""
+    """The mesh of `make_mesh` without devices, to compute shapes of shards."""
     return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Trace, compile and run inside: arrays are split over this mesh."""
+    """A context manager: arrays of programs that are traced, compiled and run inside are sharded over this mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def current() -> AbstractMesh | None:
-    """The mesh that is traced for, or None: there is none, or the code runs on one device's part already (`jax.shard_map`).
+    """The mesh under which the code is traced, or None if there is none to shard over.
 
-    Within a stage of a pipeline the other axes are still there to split over.
+    Inside a `jax.shard_map` over all axes the code already works on one shard, so the result is None.  A pipeline's
+    `jax.shard_map` is over `stage` alone, and leaves the other axes to shard over.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = {kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if name != "stage"}
@@ -155,9 +159,10 @@ def current() -> AbstractMesh | None:
 
 
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
-    """`spec` without mesh axes of one device, and without those that do not divide their axis of `shape`.
+    """`spec` without mesh axes of size 1, and without those that do not divide their axis of `shape`.
 
-    The latter are those of a vocabulary, `stage` before the others, and of the one sequence that diagnostics look at.
+    Two kinds of axes may not divide: that of a vocabulary, which then gives up `stage` first, and that of a batch of one
+    sequence, as diagnostics have it.
     """
     sizes = dict(mesh.shape)
     axes = []
@@ -172,69 +177,76 @@ def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) ->
 
 
 def constrain(x: Array, *logical: str | None) -> Array:
-    """`x` split over the mesh as its logical axes say; `x` itself without a mesh."""
+    """Shard `x` over the mesh as its logical axes say.  Without a mesh this is `x` itself."""
     mesh = current()
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, fit(mesh, RULES.spec(*logical), x.shape))
 
 
-def on_own_part(function: Callable[..., Array], logical: tuple[str | None, ...], *arrays: Array) -> Array:
-    """`function(*arrays)` under `jax.shard_map`, arrays and result split alike: for kernels, which GSPMD cannot look into.
+def on_each_shard(function: Callable[..., Array], logical: tuple[str | None, ...], *arrays: Array) -> Array:
+    """Call a function on each shard of its arguments (`jax.shard_map`), for kernels that GSPMD cannot partition.
 
     Args:
-      function: needs no other part of the split axes than its own.
-      logical: axes of all arrays and of the result; what `fit` leaves out for the first array is not split.
-      *arrays: of the same number of axes.
+      function: independent along the sharded axes.
+      logical: the logical axes of every array and of the result.
+      *arrays: with the same number of axes.  The first one decides which axes can be sharded (`fit`).
     """
     mesh = current()
     if mesh is None:
         return function(*arrays)
     spec = fit(mesh, RULES.spec(*logical), arrays[0].shape)
-    # JAX's flash attention does not say what varies between devices.
+    # JAX's flash attention does not declare what varies between devices.
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def token_axes(shape: Sequence[int]) -> PartitionSpec:
-    """Mesh axes of tokens [B, T], for `mhc_kernels.settings`; empty without a mesh."""
+    """The mesh axes of tokens [B, T], for `mhc_kernels.settings`; empty without a mesh."""
     mesh = current()
     return PartitionSpec() if mesh is None else fit(mesh, RULES.spec("batch", "sequence"), shape)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of inputs and targets [B, T]."""
+    """The sharding of inputs and targets [B, T]."""
     return NamedSharding(mesh, RULES.spec("batch", "sequence"))
 
 
-def own_rows(mesh: Mesh, shape: tuple[int, int]) -> np.ndarray:
-    """Rows of a batch [B, T] that the devices of this process hold, ascending."""
+def local_rows(mesh: Mesh, shape: tuple[int, int]) -> np.ndarray:
+    """The rows of a batch [B, T] of which devices of this process hold a part, ascending."""
     parts = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
     return np.unique(np.concatenate([np.arange(shape[0])[part[0]] for part in parts if part is not None]))
 
 
-def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, own: np.ndarray) -> Array:
-    """A batch [B, T] over the devices of all processes, each of which gives the rows [len(rows), T] that it read (`own_rows`)."""
+def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, values: np.ndarray) -> Array:
+    """A batch [B, T] over the devices of all processes, of which each process has read its rows.
+
+    Args:
+      mesh: of all processes.
+      shape: (B, T).
+      rows: the numbers of the rows that this process has read (`local_rows`).
+      values: these rows, [len(rows), T].
+    """
 
     def part(index: Any) -> np.ndarray:
-        return own[np.searchsorted(rows, np.arange(shape[0])[index[0]]), index[1]]
+        return values[np.searchsorted(rows, np.arange(shape[0])[index[0]]), index[1]]
 
     return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
 
 
-def everywhere(mesh: Mesh, a: np.ndarray) -> Array:
-    """The same array on the devices of all processes, each of which has it."""
+def replicate(mesh: Mesh, a: np.ndarray) -> Array:
+    """An array, which every process has, on the devices of all processes."""
     return jax.make_array_from_callback(a.shape, NamedSharding(mesh, PartitionSpec()), lambda _: a)
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-    """Shardings of a train state, or of parameters: optimizer moments lie like their parameters, scalars are on every device.
+    """The shardings of a train state, or of parameters.  Moments are sharded like their parameters, and scalars are replicated.
 
     Args:
       mesh: of `make_mesh` or `abstract_mesh`.
       state: arrays, or their shapes and dtypes (`jax.eval_shape`).
 
     Raises:
-      ValueError: a parameter that `PARAMETERS` does not know.
+      ValueError: `PARAMETERS` does not know a parameter.
     """
 
     def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:

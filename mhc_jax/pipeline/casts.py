@@ -1,7 +1,7 @@
-"""Weights in the type that a function computes with: cast once a step instead of in every microbatch.
+"""Casting of weights to the compute dtype once a step, instead of in every microbatch.
 
-Flax modules cast a float32 weight where they use it.  In a pipeline that is in a branch of the loop over ticks, from where no
-compiler takes it out: every microbatch would read all weights of a stage in float32 and write them in bfloat16 again.
+Flax modules cast a float32 weight where they use it.  In a pipeline that place is inside the loop over ticks, from which no
+compiler moves it out.  Every microbatch would read all weights of a stage in float32 and write them again in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ _INNER = CALLS | {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
-"""Operations that run a program on what they get, in order, and the parameter that holds it."""
+"""Primitives that run a jaxpr on their operands in order, and the parameter that holds this jaxpr."""
 _MOVES = frozenset({"slice", "dynamic_slice", "squeeze", "reshape", "expand_dims", "transpose", "split", "copy"})
-"""Operations that take elements of their first operand as they are."""
+"""Primitives that move elements of their first operand without changing them."""
 
 
 def computed_in(function: Callable[..., Any], params: Tree, *arguments: Any) -> Tree:
-    """For each of `params` the type that function(params, *arguments) casts it to before anything else, else its own.
+    """For each of `params`, the dtype in which function(params, *arguments) computes with it.
 
-    A parameter that is used in two ways, or given back, keeps its type, and so does one that is cast to a wider one.
+    That is the dtype to which every use casts the parameter first, if there is one and it is a narrower float.  A parameter that is
+    used in two ways, that is returned, or that is cast to a wider dtype keeps its dtype.
     """
     closed = jax.make_jaxpr(function)(params, *arguments)
     leaves, tree = jax.tree.flatten(params)
-    found = [_casts(closed.jaxpr, v) for v in closed.jaxpr.invars[: len(leaves)]]
-    return tree.unflatten(
-        next(iter(to)) if len(to) == 1 and None not in to and _narrower(next(iter(to)), a.dtype) else np.dtype(a.dtype)
-        for a, to in zip(leaves, found, strict=True)
-    )
+    dtypes = []
+    for a, v in zip(leaves, closed.jaxpr.invars, strict=False):
+        targets = _casts(closed.jaxpr, v)
+        (target,) = targets if len(targets) == 1 else (None,)
+        dtypes.append(target if target is not None and _narrower(target, a.dtype) else np.dtype(a.dtype))
+    return tree.unflatten(dtypes)
 
 
 def cast(params: Tree, dtypes: Tree) -> Tree:
-    """`params`, each in its type."""
+    """`params`, each in its dtype."""
     return jax.tree.map(lambda a, dtype: a.astype(dtype), params, dtypes)
 
 
@@ -54,7 +56,7 @@ def _narrower(to: np.dtype, dtype: Any) -> bool:
 
 
 def _casts(jaxpr: core.Jaxpr, v: Any) -> set[Any]:
-    """The types that a variable is cast to; None among them: it is used in another way."""
+    """The dtypes to which a variable is cast, and None if it has a use that is no cast."""
     found: set[Any] = {None} if any(out is v for out in jaxpr.outvars) else set()
     for eqn in jaxpr.eqns:
         for k in (k for k, own in enumerate(eqn.invars) if own is v):

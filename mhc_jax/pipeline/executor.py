@@ -1,23 +1,26 @@
-"""One SPMD program that runs any valid table: the loss and the gradients of the decoder, its blocks split over the `stage` axis.
+"""One SPMD program that runs any valid table: the loss and the gradients of a decoder whose blocks are split over `stage`.
 
-`jax.shard_map` over `stage` alone; the other axes of the mesh stay XLA's, and each stage's program is split over them as the
-decoder's is.  Each device scans over the ticks of its columns (`program.compile_table`): one operation, by a `jax.lax.switch` for
-each phase of a tick, then boundary tensors up and down (`ppermute`).  With `pipeline.overlap` those of a tick travel while the next
-one computes.
+The program is a `jax.shard_map` over the axis `stage` alone.  XLA splits the program of each stage over the other axes of the mesh,
+as it splits the decoder without stages.
+
+Each device scans over the ticks of its columns (`program.compile_table`).  In a tick it runs one operation: a `jax.lax.switch` for
+each phase of the tick chooses it.  Then the devices exchange boundary tensors by `jax.lax.ppermute`, up and down.  With
+`pipeline.overlap` the tensors of a tick travel while the next tick computes.
+
+The state of the scan has four buffers, each with slots that the columns name:
 
     inputs       boundary tensors that wait for their forward
-    gradients    gradients of boundary tensors, from arrival to the last use
-    activations  what the gradients of a stage need of a microbatch: residuals of its VJP, but for what weights alone make, or
-                 elementwise operations of other residuals (in float32 only those that round nothing); that is made again
-                 where it is used
-    deferrals    what I made and W needs
+    gradients    gradients of boundary tensors, from their arrival to their last use
+    activations  what a forward keeps for its backward: the residuals of the VJP, without those that the backward can recompute
+                 from weights alone or by elementwise operations (in float32 only by operations that do not round)
+    deferrals    what I keeps for W
 
-A boundary tensor is the carry between two blocks, packed: streams, coefficients and the y still to be written, (n + 1)C and
-n^2 + 2n elements a token.
+A boundary tensor is the packed carry between two blocks: streams, coefficients and the pending output y of the last branch.  These
+are (n + 1)C and n^2 + 2n elements a token.
 
-During a step every device has a copy of what lies outside the stacked blocks.  Blocks are put where the schedule wants them at the
-start of a step, for DualPipe in two copies, which are equal because both are made of the one state; gradients of copies are added
-up.
+Parameters outside the stacked blocks are replicated over `stage` during a step.  Between steps the embeddings are sharded over it,
+along the vocabulary (`parallel.sharding.Rules.rows`).  Blocks are moved to the devices of their stages when a step begins.
+DualPipe has two copies of every block.  They are equal, because one state makes both, and their gradients are added up.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import require
 from mhc_jax.parallel.sharding import constrain, current, token_axes
 from mhc_jax.pipeline.program import Operation, Program, compile_table
-from mhc_jax.pipeline.stage import Stage
+from mhc_jax.pipeline.stage import Stage, Work
 from mhc_jax.schedules.tables import Place, Schedule, make
 
 AXIS = "stage"
@@ -45,52 +48,23 @@ Tree = Any
 
 
 def schedule_of(config: ExperimentConfig) -> Schedule | None:
-    """That of `config.pipeline`, of optimizer.accumulation_steps microbatches; None without stages."""
-    own = config.pipeline
+    """The schedule of `config.pipeline`, with optimizer.accumulation_steps microbatches; None without stages."""
     if config.mesh.stage == 1:
         return None
-    steps = config.optimizer.accumulation_steps
-    return make(own.schedule, config.mesh.stage, steps, own.chunks, 2 if own.overlap else 1)
+    microbatches, pipeline = config.optimizer.accumulation_steps, config.pipeline
+    return make(pipeline.schedule, config.mesh.stage, microbatches, pipeline.chunks, 2 if pipeline.overlap else 1)
 
 
 def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, Tree], tuple[tuple[Array, Tree], Tree]]:
-    """(params, batch) -> ((loss, router), gradient), as `train_step.gradients`, with one microbatch a slice of accumulation.
+    """(params, batch) -> ((loss, router), gradient), like `train_step.gradients`; accumulation steps are microbatches.
 
     Args:
-      config: whose mesh, that of the trace, has an axis `stage` of schedule.devices.
+      config: its mesh, under which the function is traced, has an axis `stage` of schedule.devices.
       schedule: valid, of optimizer.accumulation_steps microbatches.
     """
-    model = config.model
-    program = compile_table(schedule, leading=model.num_leading > 0)
-    P, M, S = schedule.devices, schedule.microbatches, schedule.stages
-    per, lead = model.num_layers // S, model.num_leading
-    stage_of = schedule.stage_of
-    # Of each chunk, by device; one without a stage in a chunk holds the first, and has no gradient of it.
-    places = np.array([[stage_of.get(Place(d, c), 0) for d in range(P)] for c in range(schedule.chunks)])
-
-    def staged(layers: Tree) -> Tree:
-        """[blocks, ...] -> [P, chunks, blocks of a stage, ...]; zeros where dense blocks lead."""
-
-        def one(a: Array) -> Array:
-            a = jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]) if lead else a
-            a = a.reshape(S, per, *a.shape[1:])
-            return jnp.stack([_taken(a, place) for place in places], axis=1)
-
-        return jax.tree.map(one, layers)
-
-    def unstaged(parts: Tree) -> Tree:
-        """Its transpose: copies are added up."""
-
-        def one(a: Array) -> Array:
-            whole = jnp.zeros((S, *a.shape[2:]), a.dtype)
-            for c, place in enumerate(places):
-                own, low = a[:, c], min(place)
-                straight = _consecutive(place)
-                at, own = (slice(low, low + P), own[:: place[1] - place[0]]) if straight else (place, own)
-                whole = whole.at[at].add(own)
-            return whole.reshape(S * per, *a.shape[3:])[lead:]
-
-        return jax.tree.map(one, parts)
+    program = compile_table(schedule, leading=config.model.num_leading > 0)
+    layout = _Layout(config.model, schedule)
+    P, M = schedule.devices, schedule.microbatches
 
     def run(params: Tree, batch: Tree) -> tuple[tuple[Array, Tree], Tree]:
         mesh = current()
@@ -104,163 +78,221 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
         outer = {name: part for name, part in params.items() if name != "layers"}
         split, whole = PartitionSpec(AXIS), PartitionSpec()
         ticks = jax.shard_map(
-            functools.partial(_ticks, model, schedule, program),
+            functools.partial(_run_ticks, config.model, schedule, program),
             in_specs=(split, split, whole, whole),
             out_specs=(whole, split, whole, split),
             axis_names={AXIS},
             check_vma=False,
         )
         columns = {name: jnp.asarray(column) for name, column in program.columns.items()}
-        loss, aux, outer_grads, grads = ticks(columns, staged(params["layers"]), outer, slices)
-        aux, grads = unstaged(aux), unstaged(grads)
+        loss, aux, outer_grads, grads = ticks(columns, layout.to_stages(params["layers"]), outer, slices)
+        aux, grads = layout.from_stages(aux), layout.from_stages(grads)
         return jax.tree.map(lambda a: a / M, ((loss, aux), {**outer_grads, "layers": grads}))
 
     return run
 
 
-def _consecutive(place: np.ndarray) -> bool:
-    """Stages one after another, up or down: they move as slices, where a gather would bring all to every device."""
-    return set(np.diff(place).tolist()) in ({1}, {-1})
+class _Layout:
+    """The move of stacked blocks [blocks, ...] to the devices of their stages, [P, chunks, blocks of a stage, ...]."""
 
+    def __init__(self, model: ModelConfig, schedule: Schedule):
+        self.lead, self.stages = model.num_leading, schedule.stages
+        stage_of, devices = schedule.stage_of, range(schedule.devices)
+        # A device without a stage in a chunk holds stage 0, whose gradient there is zero.
+        self.places = np.array([[stage_of.get(Place(d, c), 0) for d in devices] for c in range(schedule.chunks)])
 
-def _taken(a: Array, place: np.ndarray) -> Array:
-    """a[place]."""
-    if not _consecutive(place):
-        return a[place]
-    low = min(place)
-    return a[low : low + len(place)][:: place[1] - place[0]]
+    def to_stages(self, layers: Tree) -> Tree:
+        """Put blocks where their stages are.  The places of leading dense blocks, which lie elsewhere, hold zeros."""
+
+        def move(a: Array) -> Array:
+            a = jnp.concatenate([jnp.zeros((self.lead, *a.shape[1:]), a.dtype), a]) if self.lead else a
+            a = a.reshape(self.stages, a.shape[0] // self.stages, *a.shape[1:])
+            parts = []
+            for place in self.places:
+                where, step = self._slice(place)
+                parts.append(a[where][::step])
+            return jnp.stack(parts, axis=1)
+
+        return jax.tree.map(move, layers)
+
+    def from_stages(self, parts: Tree) -> Tree:
+        """The transpose of `to_stages`: copies of a block are added up."""
+
+        def move(a: Array) -> Array:
+            whole = jnp.zeros((self.stages, *a.shape[2:]), a.dtype)
+            for c, place in enumerate(self.places):
+                where, step = self._slice(place)
+                whole = whole.at[where].add(a[:, c][::step])
+            return whole.reshape(-1, *a.shape[3:])[self.lead :]
+
+        return jax.tree.map(move, parts)
+
+    def _slice(self, place: np.ndarray) -> tuple[Any, int]:
+        """(index, step) of some stages: consecutive ones are a slice, where a gather would bring all stages to every device."""
+        steps = set(np.diff(place).tolist())
+        if steps in ({1}, {-1}):
+            return slice(min(place), min(place) + len(place)), steps.pop()
+        return place, 1
 
 
 # -- one device
 
 
-def _ticks(
+def _run_ticks(
     model: ModelConfig, schedule: Schedule, program: Program, columns: Tree, layers: Tree, outer: Tree, slices: Tree
 ):
-    """(loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...]), sums over microbatches."""
+    """Run the ticks of one device.
+
+    Returns:
+      Sums over microbatches: loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...].
+    """
     layers = jax.tree.map(lambda a: a[0], layers)
     columns = {name: column[0] for name, column in columns.items()}
     with settings(token_axes=token_axes(slices["inputs"].shape[1:])):
-        tokens = jax.tree.map(lambda a: a[0], slices["inputs"])
-        stage = Stage(model, schedule.stages, outer, tokens, layers, halves=program.deferrals > 0)
-        boundary, aux = stage.boundary.like, stage.aux
-        zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
-
-        def buffer(slots: int, like: Tree) -> Tree:
-            return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
-
-        state = {
-            # One slot more, for what is nowhere wanted.
-            "inputs": buffer(program.inputs + 1, boundary),
-            "gradients": buffer(program.gradients + 1, boundary),
-            "activations": buffer(program.activations, stage.pool),
-            "deferrals": buffer(program.deferrals, stage.deferred),
-            "outer": zeros(outer),
-            "layers": zeros(layers),
-            "loss": jnp.zeros(()),
-            "aux": buffer(schedule.chunks, aux),
-        }
-        late = schedule.latency == 2
-        if late:
-            state["outbox"] = {"F": zeros(boundary), "B": zeros(boundary)}
-        fresh = {"F": lambda: zeros(boundary), "B": lambda: zeros(boundary), "aux": lambda: zeros(aux)}
-        fresh["loss"] = lambda: jnp.zeros(())
-
-        def arrived(outbox: Tree) -> list[Tree]:
-            """By channel; [kinds of the channel, ...]."""
-            out = []
-            for channel in program.channels:
-                together = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
-                out.append(jax.lax.ppermute(together, AXIS, channel.pairs))
-            return out
-
-        def operate(op: Operation, names: Sequence[str], state: Tree, now: Tree) -> Tree:
-            """`names` after an operation; of what it does not make, what there was."""
-            made = {name: state[name] if name in state else fresh[name]() for name in names}
-
-            def pick(half: str) -> tuple[Tree, Tree, Array]:
-                own = _read(stage.layers, now[f"{half}_chunk"])
-                return own, _read(slices, now[f"{half}_microbatch"]), now[f"{half}_stage"]
-
-            kept = _read(state["activations"], now["kept"]) if op.backward else []
-            put_off = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
-            if op.forward and op.backward:
-                # Read before the forward writes; without an order XLA copies the whole buffer.
-                kept, made["activations"] = jax.lax.optimization_barrier((kept, made["activations"]))
-            if op.forward:
-                x = _read(state["inputs"], now["forward_read"])
-                told, made["outer"] = stage.forward(op.forward_leads, *pick("forward"), x, made["outer"])
-                told["activations"] = _put(made["activations"], now["keep"], told.pop("held"))
-                made |= told
-            if op.backward:
-                g = _read(state["gradients"], now["backward_read"])
-                own, tokens, at = pick("backward")
-                sums = made["outer"], made.get("layers")
-                told, (made["outer"], inner) = stage.backward(
-                    op.backward_leads, op.backward, own, tokens, at, now["backward_chunk"], kept, g, put_off, sums
-                )
-                if op.backward == "I":
-                    told["deferrals"] = _put(made["deferrals"], now["defer"], told.pop("put_off"))
-                else:
-                    told["layers"] = inner
-                made |= told
-            return made
-
-        def phase(k: int, state: Tree, now: Tree) -> Tree:
-            """`state`, and what was made in this tick, after a phase."""
-            names = list(dict.fromkeys(name for op in program.phases[k] for name in writes(op)))
-            branches = [functools.partial(operate, op, names) for op in program.phases[k]]
-            with jax.named_scope(phase_scope(k)):
-                return state | jax.lax.switch(now[f"operation_{k}"], branches, state, now)
-
-        def tick(state: Tree, now: Tree) -> tuple[Tree, None]:
-            arrivals = arrived(state["outbox"]) if late else None
-            totals = {name: state[name] for name in ("loss", "aux")}
-            made = {name: state[name] for name in ("inputs", "gradients", *SUMS)}
-            for k in range(len(program.phases)):
-                made = phase(k, made, now)
-            made = {name: make() for name, make in fresh.items()} | made
-            if late:
-                # What comes next must not hide them, or XLA lets them begin behind the operation.
-                made, arrivals = jax.lax.optimization_barrier((made, arrivals))
-            outbox = {kind: made[kind] for kind in "FB"}
-            arrivals = arrived(outbox) if arrivals is None else arrivals
-            new = {name: made[name] for name in ("inputs", "gradients", *SUMS)}
-
-            def deliver(name: str, column: str, value: Tree, k: int | None = None) -> None:
-                if (program.columns[column] >= 0).any():
-                    new[name] = _deliver(new[name], now[column], value, k)
-
-            deliver("inputs", "to_self", made["F"])
-            deliver("gradients", "from_loss", made["F"])
-            deliver("gradients", "to_own_gradients", made["B"])
-            for channel, got in enumerate(arrivals):
-                for k, kind in enumerate(program.channels[channel].kinds):
-                    deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", got, k)
-            new["aux"] = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), totals["aux"], made["aux"])
-            new["loss"] = totals["loss"] + made["loss"]
-            return new | ({"outbox": outbox} if late else {}), None
-
-        state, _ = jax.lax.scan(tick, state, columns)
+        device = _Device(model, schedule, program, layers, outer, slices)
+        state, _ = jax.lax.scan(device.tick, device.start(), columns)
     loss, outer_grads = jax.lax.psum((state["loss"], state["outer"]), AXIS)
     aux, grads = jax.tree.map(lambda a: a[None], (state["aux"], state["layers"]))
     return loss, aux, outer_grads, grads
 
 
-SUMS = ("activations", "deferrals", "outer", "layers")
-"""Of the state, what operations change in place; what else they make is of one tick."""
+IN_PLACE = ("activations", "deferrals", "outer", "layers")
+"""The parts of the state that operations change in place.  Their other results live for one tick."""
 
 
 def writes(op: Operation) -> list[str]:
-    """What an operation makes, or changes."""
+    """The results of an operation, and the parts of the state that it changes."""
     forward = ["F", "aux", "loss", "activations", "outer"] if op.forward else []
     backward = {"": [], "I": ["B", "outer", "deferrals"], "W": ["outer", "layers"], "B": ["B", "outer", "layers"]}
     return forward + backward[op.backward]
 
 
 def phase_scope(k: int) -> str:
-    """Of the names of compiled operations."""
+    """The name scope of the operations of phase k."""
     return f"phase_{k}"
+
+
+class _Device:
+    """One device inside the `jax.shard_map`: the state of its scan, and what it does in a tick."""
+
+    def __init__(
+        self, model: ModelConfig, schedule: Schedule, program: Program, layers: Tree, outer: Tree, slices: Tree
+    ):
+        self.schedule, self.program, self.slices = schedule, program, slices
+        self.layers, self.outer = layers, outer
+        tokens = jax.tree.map(lambda a: a[0], slices["inputs"])
+        self.stage = Stage(model, schedule.stages, outer, tokens, layers, halves=program.deferrals > 0)
+        self.overlap = schedule.latency == 2
+        boundary = self.stage.boundary.like
+        self.of_a_tick = {
+            "F": boundary,
+            "B": boundary,
+            "aux": self.stage.aux,
+            "loss": jax.ShapeDtypeStruct((), "float32"),
+        }
+        """Shapes of the results that live for one tick."""
+
+    def start(self) -> Tree:
+        """The state before the first tick."""
+        stage, program = self.stage, self.program
+
+        def buffer(slots: int, like: Tree) -> Tree:
+            return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
+
+        state = {
+            # One slot more, for messages that nobody wants.
+            "inputs": buffer(program.inputs + 1, stage.boundary.like),
+            "gradients": buffer(program.gradients + 1, stage.boundary.like),
+            "activations": buffer(program.activations, stage.activations.shapes),
+            "deferrals": buffer(program.deferrals, stage.deferrals.shapes),
+            "outer": _zeros(self.outer),
+            "layers": _zeros(self.layers),
+            "loss": jnp.zeros(()),
+            "aux": buffer(self.schedule.chunks, stage.aux),
+        }
+        if self.overlap:
+            state["outbox"] = {kind: _zeros(stage.boundary.like) for kind in "FB"}
+        return state
+
+    def tick(self, state: Tree, now: Tree) -> tuple[Tree, None]:
+        """The state after a tick; `now` has the entries of the columns."""
+        arrivals = self.exchanged(state["outbox"]) if self.overlap else []
+        made = {name: state[name] for name in ("inputs", "gradients", *IN_PLACE)}
+        for k in range(len(self.program.phases)):
+            made = self.phase(k, made, now)
+        made = {name: _zeros(like) for name, like in self.of_a_tick.items()} | made
+        if self.overlap:
+            # Without this barrier XLA may begin the exchange only behind the operation, which would not hide it then.
+            made, arrivals = jax.lax.optimization_barrier((made, arrivals))
+        outbox = {kind: made[kind] for kind in "FB"}
+        if not self.overlap:
+            arrivals = self.exchanged(outbox)
+        new = {name: made[name] for name in ("inputs", "gradients", *IN_PLACE)}
+
+        def deliver(name: str, column: str, value: Tree, k: int | None = None) -> None:
+            if (self.program.columns[column] >= 0).any():
+                new[name] = _deliver(new[name], now[column], value, k)
+
+        deliver("inputs", "to_self", made["F"])
+        deliver("gradients", "from_loss", made["F"])
+        deliver("gradients", "to_own_gradients", made["B"])
+        for channel, value in enumerate(arrivals):
+            for k, kind in enumerate(self.program.channels[channel].kinds):
+                deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", value, k)
+        new["aux"] = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
+        new["loss"] = state["loss"] + made["loss"]
+        return new | ({"outbox": outbox} if self.overlap else {}), None
+
+    def exchanged(self, outbox: Tree) -> list[Tree]:
+        """What arrives on each channel, [kinds of the channel, ...]."""
+        arrivals = []
+        for channel in self.program.channels:
+            message = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
+            arrivals.append(jax.lax.ppermute(message, AXIS, channel.pairs))
+        return arrivals
+
+    def phase(self, k: int, state: Tree, now: Tree) -> Tree:
+        """`state` after phase k of a tick, with the results of its operation."""
+        operations = self.program.phases[k]
+        names = list(dict.fromkeys(name for op in operations for name in writes(op)))
+        branches = [functools.partial(self.operate, op, names) for op in operations]
+        with jax.named_scope(phase_scope(k)):
+            return state | jax.lax.switch(now[f"operation_{k}"], branches, state, now)
+
+    def operate(self, op: Operation, names: Sequence[str], state: Tree, now: Tree) -> Tree:
+        """`names` after an operation.  Those that it does not write stay as they are, or are zero."""
+        stage = self.stage
+        made = {name: state[name] if name in state else _zeros(self.of_a_tick[name]) for name in names}
+
+        def work(half: str, leads: bool) -> Work:
+            layers, batch = _read(stage.layers, now[f"{half}_chunk"]), _read(self.slices, now[f"{half}_microbatch"])
+            return Work(leads, layers, batch, now[f"{half}_stage"])
+
+        activations = _read(state["activations"], now["kept"]) if op.backward else []
+        deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
+        if op.forward and op.backward:
+            # This slot is read before the forward writes another: without an order XLA copies the whole buffer.
+            activations, made["activations"] = jax.lax.optimization_barrier((activations, made["activations"]))
+        if op.forward:
+            x = _read(state["inputs"], now["forward_read"])
+            results, made["outer"] = stage.forward(work("forward", op.forward_leads), x, made["outer"])
+            made |= results | {"activations": _put(made["activations"], now["keep"], results["activations"])}
+        if op.backward:
+            g = _read(state["gradients"], now["backward_read"])
+            half, sums = work("backward", op.backward_leads), (made["outer"], made.get("layers"))
+            results, (made["outer"], layers) = stage.backward(
+                op.backward, half, now["backward_chunk"], activations, g, deferrals, sums
+            )
+            if op.backward == "I":
+                results["deferrals"] = _put(made["deferrals"], now["defer"], results["deferrals"])
+            else:
+                results["layers"] = layers
+            made |= results
+        return made
+
+
+def _zeros(like: Tree) -> Tree:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
 
 def _read(buffer: Tree, slot: Array) -> Tree:
@@ -268,15 +300,15 @@ def _read(buffer: Tree, slot: Array) -> Tree:
 
 
 def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
-    """`value` in a slot."""
+    """The buffer with `value` in a slot."""
     return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """`value`, or what lies at its k, in a slot; in the last one where the slot is -1."""
+    """The buffer with `value`, or its k-th part, in a slot; in the last slot where `slot` is -1."""
 
-    def one(a: Array, new: Array) -> Array:
+    def put(a: Array, new: Array) -> Array:
         new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)
         return jax.lax.dynamic_update_slice_in_dim(a, new, jnp.where(slot >= 0, slot, a.shape[0] - 1), 0)
 
-    return jax.tree.map(one, buffer, value)
+    return jax.tree.map(put, buffer, value)

@@ -1,11 +1,13 @@
-"""A valid table as columns of numbers that one SPMD program can follow: what to do in each tick, and where everything lies.
+"""Compilation of a schedule's table into columns of numbers that one SPMD program can follow.
 
-In a tick a device does a forward, a backward, or a pair F&B.  Buffers are read when it begins and written when it ends.  A device
-gives slots to what lives at the same time; a buffer is as long as the longest.
+The columns say what each device does in each tick, and in which slot of which buffer its operands and results lie.  In a tick a
+device does a forward, a backward, or an overlapped pair F&B.  It reads buffers when the tick begins and writes them when the tick
+ends.  Values that live at the same time have different slots; all devices have buffers of the same length.
 
-A tick has three phases, and a device does something in one of them: F; I; W, B and F&B.  XLA copies a large array in a branch
-that passes it on unless all branches that write it come behind: activations (F, F&B write), what W waits for (I) and sums of
-gradients (W, B, F&B) each find such an order in these phases, and none where one switch has all operations.
+A tick has three phases, F, then I, then W, B or F&B, and a device does something in one of them.  The phases keep XLA from copying
+large arrays.  XLA copies an array in a branch that only passes it on, unless every branch that writes it comes behind that branch.
+The activations are written by F and F&B, the deferrals by I, and the sums of gradients by W, B and F&B.  Each array finds such an
+order of branches within three phases, and none does if one `jax.lax.switch` holds all operations.
 """
 
 from __future__ import annotations
@@ -16,43 +18,55 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhc_jax.schedules.tables import Place, Schedule, wiring
+from mhc_jax.schedules.tables import Schedule
 from mhc_jax.schedules.validate import messages, operations, when
 
 
 class Operation(NamedTuple):
-    """What a device does in a tick: kinds of `schedules.tables.KINDS`, empty for nothing."""
+    """What a device does in a tick, without the microbatch: a branch of the SPMD program."""
 
     forward: str = ""
+    """`F`, or empty."""
     backward: str = ""
+    """`B`, `I`, `W`, or empty."""
     forward_leads: bool = False
+    """Whether the forward is of the first stage, and that one begins with dense blocks."""
     backward_leads: bool = False
-    """Whether it is of a stage with other blocks, the first."""
+    """The same of the backward."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """What all devices send one way, together: a TPU keeps few messages in flight."""
+    """Messages that all devices send in one direction at once.  A TPU keeps few messages in flight."""
 
     kinds: tuple[str, ...]
-    """Of the messages: `F`, `B`."""
+    """`F`, `B`, or both."""
     pairs: tuple[tuple[int, int], ...]
-    """(source, target)."""
+    """(source, target) devices."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Columns are int32 [devices, ticks]; a slot of -1 is nowhere.
+    """A table as columns, int32 [devices, ticks].  A slot of -1 is nowhere.
 
-    operation_<k>: position in `phases[k]`; *_microbatch, *_chunk; forward_stage, backward_stage; forward_read, backward_read:
-    slot of what comes in; keep, kept: slot of the activations; defer, deferred: slot of what I leaves for W; to_self,
-    to_own_gradients: slot for a result that stays on the device; from_loss: slot for the gradient that the last stage starts with;
-    arrives_<k>_<kind>: slot for what comes on channel k.
+    | column | content |
+    | --- | --- |
+    | `operation_<k>` | position in `phases[k]` |
+    | `forward_microbatch`, `forward_chunk`, `forward_stage` | of the forward |
+    | `backward_microbatch`, `backward_chunk`, `backward_stage` | of the backward |
+    | `forward_read` | slot of inputs that the forward reads |
+    | `backward_read` | slot of gradients that the backward reads |
+    | `keep`, `kept` | slot of activations that a forward writes, or a backward reads |
+    | `defer`, `deferred` | slot of deferrals that I writes, or W reads |
+    | `to_self` | slot of inputs for a forward's result that stays on the device |
+    | `to_own_gradients` | slot of gradients for a backward's result that stays on the device |
+    | `from_loss` | slot of gradients for the gradient of the loss, on the last stage |
+    | `arrives_<k>_<kind>` | slot of inputs (F) or gradients (B) for what channel k brings |
     """
 
     columns: Mapping[str, np.ndarray]
     phases: tuple[tuple[Operation, ...], ...]
-    """The operations that occur, by the phase of a tick; the first of each is nothing."""
+    """The operations that occur in each phase of a tick.  The first of each phase does nothing."""
     channels: tuple[Channel, ...]
     inputs: int
     """Slots for boundary tensors that wait for their forward."""
@@ -64,148 +78,165 @@ class Program:
     """Slots for what I of a microbatch leaves for its W."""
 
 
+Item = tuple[int, int]
+"""(microbatch, stage)."""
+Slots = Mapping[str, Mapping[Item, int]]
+"""For each buffer of `Program`, the slot of every item."""
+
+
+class Life(NamedTuple):
+    """The ticks in which a buffer holds an item: it is written when a tick ends, and read when a tick begins."""
+
+    device: int
+    written: int
+    last_read: int
+    item: Item
+
+
 def compile_table(schedule: Schedule, leading: bool = False) -> Program:
-    """Columns of a table that `validate` has passed.
+    """Compile a table that `validate` has passed.
 
     Args:
       schedule: the table.
-      leading: whether the first stage has other blocks than the others.
+      leading: whether the first stage begins with dense blocks.
     """
-    P, ticks, last = schedule.devices, len(schedule.table), schedule.stages - 1
-    names = ("forward_microbatch", "forward_chunk", "forward_stage", "backward_microbatch", "backward_chunk")
-    zero = (
-        *names,
-        "backward_stage",
-        "forward_read",
-        "backward_read",
-        "kept",
-        "deferred",
-    )
-    columns = {name: np.zeros((P, ticks), np.int32) for name in zero}
-    columns |= {
-        name: np.full((P, ticks), -1, np.int32)
-        for name in ("to_self", "from_loss", "to_own_gradients", "keep", "defer")
+    slots, channels = _buffers(schedule), _channels(schedule)
+    phases, chosen = _phases(schedule, leading)
+    columns = _slot_columns(schedule, slots, list(channels)) | chosen
+    sizes = {name: 1 + max(each.values(), default=-1) for name, each in slots.items()}
+    return Program(columns, phases, tuple(channels.values()), **sizes)
+
+
+def _buffers(schedule: Schedule) -> Slots:
+    """The slot of every item in each of the four buffers."""
+    done = when(schedule)
+    ends = {
+        (op.microbatch, schedule.wiring_of(device, op).stage): tick
+        for tick, device, op in operations(schedule)
+        if op.kind in ("B", "W")
     }
-    wires = [wiring(route) for route in schedule.routes]
-    done, ends = when(schedule), _last_uses(schedule)
-
-    sent = messages(schedule)
-    ways: dict[int, set[tuple[str, int, int]]] = {}
-    for one in sent:
-        if one.source != one.target:
-            ways.setdefault(_way(one.source, one.target, P), set()).add((one.kind, one.source, one.target))
-    channels = tuple(
-        Channel(
-            tuple(kind for kind in "FB" if any(one[0] == kind for one in found)),
-            tuple(sorted({(source, target) for _, source, target in found})),
-        )
-        for _, found in sorted(ways.items())
-    )
-    for k, channel in enumerate(channels):
-        columns |= {f"arrives_{k}_{kind}": np.full((P, ticks), -1, np.int32) for kind in channel.kinds}
-
-    # (device, written, last used, what): written when a tick ends, read when one begins.
-    waiting: dict[str, list[tuple[int, int, int, tuple[int, int]]]] = {"F": [], "B": []}
-    for one in sent:
-        written = one.sent + (schedule.latency - 1 if one.source != one.target else 0)
-        until = one.used if one.kind == "F" else ends[one.microbatch, one.stage]
-        waiting[one.kind].append((one.target, written, until, (one.microbatch, one.stage)))
-    kept, put_off = [], []
+    lives: dict[str, list[Life]] = {"inputs": [], "gradients": [], "activations": [], "deferrals": []}
+    for message in messages(schedule):
+        item = message.microbatch, message.stage
+        arrival = message.sent + (schedule.latency - 1 if message.source != message.target else 0)
+        last_read = message.used if message.kind == "F" else ends[item]
+        lives["inputs" if message.kind == "F" else "gradients"].append(Life(message.target, arrival, last_read, item))
     for m, route in enumerate(schedule.route_of):
         for stage, place in enumerate(schedule.routes[route]):
-            forward = done["F", m, stage]
-            kept.append((place.device, forward, ends[m, stage], (m, stage)))
-            if done["B", m, stage] < ends[m, stage]:
-                put_off.append((place.device, done["B", m, stage], ends[m, stage], (m, stage)))
-            if stage == last:
-                waiting["B"].append((place.device, forward, ends[m, stage], (m, stage)))
-    inputs, gradients = (_slots(waiting[kind], P, shared=True) for kind in "FB")
-    activations, deferrals = _slots(kept, P, shared=False), _slots(put_off, P, shared=True)
-
-    does: dict[tuple[int, int], Operation] = {}
-    for tick, device, op in operations(schedule):
-        half = "forward" if op.kind == "F" else "backward"
-        stage, m = wires[schedule.route_of[op.microbatch]][op.kind, Place(device, op.chunk)].stage, op.microbatch
-        for name, value in (("microbatch", m), ("chunk", op.chunk), ("stage", stage)):
-            columns[f"{half}_{name}"][device, tick] = value
-        now: dict[str, Any] = {half: op.kind, f"{half}_leads": leading and stage == 0}
-        does[device, tick] = does.get((device, tick), Operation())._replace(**now)
-        if op.kind == "F":
-            columns["forward_read"][device, tick] = inputs.get((m, stage), 0)
-            columns["keep"][device, tick] = activations[m, stage]
-            if stage == last:
-                columns["from_loss"][device, tick] = gradients[m, stage]
-            elif op.sends == device:
-                columns["to_self"][device, tick] = inputs[m, stage + 1]
-        else:
-            columns["backward_read"][device, tick] = gradients[m, stage]
-            columns["kept"][device, tick] = activations[m, stage]
-            if op.kind in ("I", "W"):
-                columns["defer" if op.kind == "I" else "deferred"][device, tick] = deferrals[m, stage]
-            if op.sends == device:
-                columns["to_own_gradients"][device, tick] = gradients[m, stage - 1]
-    for one in sent:
-        if one.source != one.target:
-            k = sorted(ways).index(_way(one.source, one.target, P))
-            slots = inputs if one.kind == "F" else gradients
-            tick = one.sent + schedule.latency - 1
-            columns[f"arrives_{k}_{one.kind}"][one.target, tick] = slots[one.microbatch, one.stage]
-    cells = {where: _in_phases(op) for where, op in does.items()}
-    phases = tuple(_ordered({cell[k] for cell in cells.values()}) for k in range(3))
-    phases = tuple((k, each) for k, each in enumerate(phases) if len(each) > 1)
-    for position, (k, each) in enumerate(phases):
-        own = np.zeros((P, ticks), np.int32)
-        for where, cell in cells.items():
-            own[where] = each.index(cell[k])
-        columns[f"operation_{position}"] = own
-    sizes = (1 + max(slots.values(), default=0) for slots in (inputs, gradients, activations, deferrals))
-    return Program(columns, tuple(each for _, each in phases), channels, *sizes)
+            forward, backward, end = done["F", m, stage], done["B", m, stage], ends[m, stage]
+            lives["activations"].append(Life(place.device, forward, end, (m, stage)))
+            if backward < end:
+                lives["deferrals"].append(Life(place.device, backward, end, (m, stage)))
+            if stage == schedule.stages - 1:  # the gradient of the loss
+                lives["gradients"].append(Life(place.device, forward, end, (m, stage)))
+    return {name: _slots(each, schedule.devices, shared=name != "activations") for name, each in lives.items()}
 
 
-def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
-    """What a device does, as F; I; W, B or F&B.  F beside I or W are two."""
-    nothing = Operation()
-    together = op.forward and op.backward == "B"
-    forward = op._replace(backward="", backward_leads=False) if not together else nothing
-    backward = op if together else op._replace(forward="", forward_leads=False)
-    return forward, *((backward, nothing) if op.backward == "I" else (nothing, backward))
+def _slots(lives: Sequence[Life], devices: int, shared: bool) -> dict[Item, int]:
+    """The first free slot for each item; `shared`: a slot that is read in a tick can be written at its end."""
+    out: dict[Item, int] = {}
+    free_from: list[list[int]] = [[] for _ in range(devices)]
+    for life in sorted(lives, key=lambda life: life.written):
+        slots = free_from[life.device]
+        k = next((k for k, tick in enumerate(slots) if tick <= life.written), len(slots))
+        if k == len(slots):
+            slots.append(0)
+        slots[k] = life.last_read + (not shared)
+        out[life.item] = k
+    return out
 
 
-def _ordered(operations: set[Operation]) -> tuple[Operation, ...]:
-    """Nothing, then those that write little first."""
-    kinds = ("", "W", "I", "B")
-    return tuple(
-        sorted({Operation(), *operations}, key=lambda op: (op.forward, op.backward_leads, kinds.index(op.backward), op))
-    )
-
-
-def _way(source: int, target: int, devices: int) -> int:
-    """1 up, -1 down, round the ring too; of two devices each way is another."""
+def _direction(source: int, target: int, devices: int) -> int:
+    """1 for the next device on the ring and -1 for the one before; of two devices 0 -> 1 is 1; otherwise the difference."""
     step = target - source
     return step if abs(step) == 1 else -step // (devices - 1) if abs(step) == devices - 1 else step
 
 
-def _last_uses(schedule: Schedule) -> dict[tuple[int, int], int]:
-    """Of every (microbatch, stage) the tick of the last of its gradients."""
-    stage_of = schedule.stage_of
+def _channels(schedule: Schedule) -> dict[int, Channel]:
+    """The channel of each direction that occurs, in the order of the directions."""
+    sent: dict[int, set[tuple[str, tuple[int, int]]]] = {}
+    for message in messages(schedule):
+        if message.source != message.target:
+            step = _direction(message.source, message.target, schedule.devices)
+            sent.setdefault(step, set()).add((message.kind, (message.source, message.target)))
     return {
-        (op.microbatch, stage_of[Place(device, op.chunk)]): tick
-        for tick, device, op in operations(schedule)
-        if op.kind in ("B", "W")
+        step: Channel(
+            tuple(kind for kind in "FB" if any(each == kind for each, _ in pairs)),
+            tuple(sorted({pair for _, pair in pairs})),
+        )
+        for step, pairs in sorted(sent.items())
     }
 
 
-def _slots(
-    alive: Sequence[tuple[int, int, int, tuple[int, int]]], devices: int, shared: bool
-) -> dict[tuple[int, int], int]:
-    """A slot for each (device, written, last used, what); `shared`: one that is read in a tick can be written at its end."""
-    out: dict[tuple[int, int], int] = {}
-    free_from: list[list[int]] = [[] for _ in range(devices)]
-    for device, written, until, what in sorted(alive, key=lambda one: one[1]):
-        slots = free_from[device]
-        k = next((k for k, tick in enumerate(slots) if tick <= written), len(slots))
-        if k == len(slots):
-            slots.append(0)
-        slots[k] = until + (not shared)
-        out[what] = k
-    return out
+def _slot_columns(schedule: Schedule, slots: Slots, directions: Sequence[int]) -> dict[str, np.ndarray]:
+    """Microbatch, chunk and stage of every operation, and the slots for its operands and results."""
+    shape = schedule.devices, len(schedule.table)
+    halves = [f"{half}_{name}" for half in ("forward", "backward") for name in ("microbatch", "chunk", "stage", "read")]
+    columns = {name: np.zeros(shape, np.int32) for name in (*halves, "kept", "deferred")}
+    writes = ("to_self", "from_loss", "to_own_gradients", "keep", "defer")
+    columns |= {name: np.full(shape, -1, np.int32) for name in writes}
+    for tick, device, op in operations(schedule):
+        half, m, stage = (
+            "forward" if op.kind == "F" else "backward",
+            op.microbatch,
+            schedule.wiring_of(device, op).stage,
+        )
+        values = {f"{half}_microbatch": m, f"{half}_chunk": op.chunk, f"{half}_stage": stage}
+        if op.kind == "F":
+            values |= {"forward_read": slots["inputs"].get((m, stage), 0), "keep": slots["activations"][m, stage]}
+            if stage == schedule.stages - 1:
+                values["from_loss"] = slots["gradients"][m, stage]
+            elif op.sends == device:
+                values["to_self"] = slots["inputs"][m, stage + 1]
+        else:
+            values |= {"backward_read": slots["gradients"][m, stage], "kept": slots["activations"][m, stage]}
+            if op.kind in ("I", "W"):
+                values["defer" if op.kind == "I" else "deferred"] = slots["deferrals"][m, stage]
+            if op.sends == device:
+                values["to_own_gradients"] = slots["gradients"][m, stage - 1]
+        for name, value in values.items():
+            columns[name][device, tick] = value
+    for message in messages(schedule):
+        if message.source != message.target:
+            k = directions.index(_direction(message.source, message.target, schedule.devices))
+            column = columns.setdefault(f"arrives_{k}_{message.kind}", np.full(shape, -1, np.int32))
+            buffer = slots["inputs" if message.kind == "F" else "gradients"]
+            column[message.target, message.sent + schedule.latency - 1] = buffer[message.microbatch, message.stage]
+    return columns
+
+
+def _phases(schedule: Schedule, leading: bool) -> tuple[tuple[tuple[Operation, ...], ...], dict[str, np.ndarray]]:
+    """(operations of each phase that has any, columns `operation_<k>`)."""
+    does: dict[tuple[int, int], Operation] = {}
+    for tick, device, op in operations(schedule):
+        half, leads = "forward" if op.kind == "F" else "backward", leading and schedule.wiring_of(device, op).stage == 0
+        change: dict[str, Any] = {half: op.kind, f"{half}_leads": leads}
+        does[device, tick] = does.get((device, tick), Operation())._replace(**change)
+    cells = {where: _in_phases(op) for where, op in does.items()}
+    phases, columns = [], {}
+    for k in range(3):
+        each = _ordered({cell[k] for cell in cells.values()})
+        if len(each) > 1:
+            column = columns[f"operation_{len(phases)}"] = np.zeros((schedule.devices, len(schedule.table)), np.int32)
+            for where, cell in cells.items():
+                column[where] = each.index(cell[k])
+            phases.append(each)
+    return tuple(phases), columns
+
+
+def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
+    """What a device does in the phases F, I, and W, B or F&B.  An F beside an I or a W is an operation of its own phase."""
+    nothing = Operation()
+    if op.forward and op.backward == "B":
+        return nothing, nothing, op
+    forward = op._replace(backward="", backward_leads=False)
+    backward = op._replace(forward="", forward_leads=False)
+    return (forward, backward, nothing) if op.backward == "I" else (forward, nothing, backward)
+
+
+def _ordered(operations: set[Operation]) -> tuple[Operation, ...]:
+    """The operations of a phase: nothing first, then those that write little."""
+    kinds = ("", "W", "I", "B")
+    return tuple(
+        sorted({Operation(), *operations}, key=lambda op: (op.forward, op.backward_leads, kinds.index(op.backward), op))
+    )

@@ -1,8 +1,9 @@
-"""One computation cut in two: what is wanted now, and the rest later (zero bubble pipelines, Qi et al., arXiv 2401.10241).
+"""Splitting of one computation into two, as zero-bubble pipelines split a backward pass (Qi et al., arXiv 2401.10241).
 
-The backward pass of a stage makes the gradient of its input, which the stage before waits for (I), and those of its weights,
-which nobody waits for (W).  Every operation that the first needs is done by it, all others by the second; what those take from the
-first is kept in between: gradients of the results of matrix products, as a rule.
+The backward pass of a stage makes the gradient of its input (I), for which the previous stage waits, and the gradients of its
+weights (W), for which no stage waits.  `split` traces the whole pass and divides its operations: the first half runs those that I
+depends on, the second half runs the others.  Values that the second half needs of the first are kept in between, mostly the
+gradients of the results of matrix products.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mhc_jax.remat import reached
 Tree = Any
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
-"""Operations that are a call of others, and the parameter that holds those."""
+"""Primitives that call a jaxpr, and the parameter that holds it."""
 EXACT = frozenset(
     (
         *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"),
@@ -28,19 +29,20 @@ EXACT = frozenset(
         *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not"),
     )
 )
-"""Element by element, and the same bits wherever they are done again: rather that than kept in between, where it keeps less."""
+"""Elementwise primitives that give the same bits wherever they run."""
 CHEAP = EXACT | {"add", "add_any", "sub", "mul", "div", "integer_pow", "square", "rsqrt", "logistic", "exp"}
-"""Likewise, but done again they may round otherwise, as their neighbours in a fusion decide."""
+"""Elementwise primitives; the added ones may round differently when XLA fuses them with other neighbours."""
 
 
 class Split(NamedTuple):
-    """The two halves."""
+    """The two halves of function(free, given) = (now, later)."""
 
     now: Callable[[Tree, Tree], tuple[Tree, list[Array]]]
-    """(free, given) -> (now, what is kept in between)."""
+    """now(free, given) is the first result, and the values to keep."""
     later: Callable[[Tree, Tree, Sequence[Array]], Tree]
-    """(free, given, what was kept) -> later; `given` is not used where all is done now."""
+    """later(free, given, kept) is the second result.  After `at_once` it does not use `given`."""
     between: list[jax.ShapeDtypeStruct]
+    """Shapes and dtypes of the values to keep."""
 
 
 def split(
@@ -48,38 +50,38 @@ def split(
     free: Tree,
     given: Tree,
     at_once: bool = False,
-    again: frozenset[str] = CHEAP,
+    recompute: frozenset[str] = CHEAP,
 ) -> Split:
-    """Halves of function(free, given) = (now, later).
+    """Split function(free, given) = (now, later) into two halves that together compute each operation once.
 
-    What depends on `free` alone (casts of weights, masks) is done by each half that needs it; calls and recomputation are opened,
-    loops are not: one that `now` needs is done by it whole.
+    Operations on `free` alone (casts of weights, masks) are the exception: each half that needs one runs it.  Calls, recomputation
+    and unrolled loops are opened, so that their operations are divided too.  Another loop belongs to one half as a whole.
 
     Args:
       function: of arrays.
-      free: arrays, or shapes, that either half has at no cost.
-      given: likewise; either half has it, and it is what keeps operations from being done twice.
-      at_once: all of `later` that `given` has a part in is made now and kept, but for what is cheaper to make again from less (a
-        float32 copy of bfloat16 values); the second half does without `given`.
-      again: operations that may be done again to keep less, `EXACT` or `CHEAP`.
+      free: arrays, or their shapes and dtypes, that both halves get.  Operations on them alone are not worth keeping.
+      given: likewise; both halves get them, unless `at_once`.
+      at_once: the first half computes all that depends on `given`, and the second half gets only `free` and what is kept.
+      recompute: primitives that the second half may run again so that less is kept, `EXACT` or `CHEAP`.
     """
     closed, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(free, given)
     flat = jax.make_jaxpr(lambda *a: _opened(closed.jaxpr, closed.consts, a))(*jax.tree.leaves((free, given)))
     jaxpr = flat.jaxpr
     count = len(jax.tree.leaves(shapes[0]))
-    wanted, rest = jaxpr.outvars[:count], jaxpr.outvars[count:]
-    inputs = set(jaxpr.invars) | set(jaxpr.constvars)
-    start = jaxpr.invars[len(jax.tree.leaves(free)) :]
-    made = reached(jaxpr, start)
+    wanted_now, wanted_later = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    known = set(jaxpr.invars) | set(jaxpr.constvars)
+    given_vars = jaxpr.invars[len(jax.tree.leaves(free)) :]
+    dependent = reached(jaxpr, given_vars)
 
-    own = [v for v in rest if isinstance(v, core.Var) and v in made]
-    first = _needed(jaxpr.eqns, wanted + own if at_once else wanted, inputs)
-    done = {v for eqn in first for v in eqn.outvars if v in made}
+    also = [v for v in wanted_later if isinstance(v, core.Var) and v in dependent] if at_once else []
+    first = _needed(jaxpr.eqns, wanted_now + also, known)
+    available = {v for eqn in first for v in eqn.outvars if v in dependent}
     if at_once:
-        inputs, done = inputs - set(start), done | set(start)
+        known, available = known - set(given_vars), available | set(given_vars)
     origin = {v: eqn for eqn in first for v in eqn.outvars}
-    kept = _cheapest(_taken(_needed(jaxpr.eqns, rest, inputs | done), rest, done), origin, made, inputs, again)
-    second = _needed(jaxpr.eqns, rest, inputs | set(kept))
+    used = _used(_needed(jaxpr.eqns, wanted_later, known | available), wanted_later, available)
+    kept = _cheapest(used, origin, dependent, known, recompute)
+    second = _needed(jaxpr.eqns, wanted_later, known | set(kept))
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), given)
 
@@ -89,49 +91,51 @@ def split(
 
     def now(free: Tree, given: Tree) -> tuple[Tree, list[Array]]:
         values = _run(jaxpr, first, environment(free, given))
-        found = [_value(values, v) for v in wanted]
-        return jax.tree.unflatten(jax.tree.structure(shapes[0]), found), [values[v] for v in kept]
+        results = [_value(values, v) for v in wanted_now]
+        return jax.tree.unflatten(jax.tree.structure(shapes[0]), results), [values[v] for v in kept]
 
     def later(free: Tree, given: Tree, between: Sequence[Array]) -> Tree:
         values = environment(free, zeros if at_once else given) | dict(zip(kept, between, strict=True))
         values = _run(jaxpr, second, values)
-        return jax.tree.unflatten(jax.tree.structure(shapes[1]), [_value(values, v) for v in rest])
+        return jax.tree.unflatten(jax.tree.structure(shapes[1]), [_value(values, v) for v in wanted_later])
 
     return Split(now, later, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in kept])
 
 
 def _needed(eqns: Sequence[Any], wanted: Iterable[Any], known: set[Any]) -> list[Any]:
-    """The operations that `wanted` needs beside `known`, in order."""
+    """The operations, in order, that compute `wanted` from `known`."""
     needed = {v for v in wanted if isinstance(v, core.Var)} - known
-    found = []
+    out = []
     for eqn in reversed(eqns):
         if not needed.isdisjoint(eqn.outvars):
-            found.append(eqn)
+            out.append(eqn)
             needed.difference_update(eqn.outvars)
             needed.update(v for v in eqn.invars if isinstance(v, core.Var) and v not in known)
-    return found[::-1]
+    return out[::-1]
 
 
-def _taken(eqns: Sequence[Any], wanted: Iterable[Any], done: set[Any]) -> list[Any]:
-    """Of `done`, what some operations and results use, each once."""
+def _used(eqns: Sequence[Any], wanted: Iterable[Any], available: set[Any]) -> list[Any]:
+    """The values among `available` that are operands of `eqns`, or wanted themselves, each once."""
     used = [v for eqn in eqns for v in eqn.invars] + list(wanted)
-    return list(dict.fromkeys(v for v in used if isinstance(v, core.Var) and v in done))
+    return list(dict.fromkeys(v for v in used if isinstance(v, core.Var) and v in available))
 
 
 def _cheapest(
-    kept: list[Any], origin: dict[Any, Any], made: set[Any], inputs: set[Any], again: frozenset[str]
+    kept: list[Any], origin: dict[Any, Any], dependent: set[Any], known: set[Any], recompute: frozenset[str]
 ) -> list[Any]:
-    """The same, without what cheap operations make of the rest, and with the source of a cast for its result where smaller."""
+    """A smaller set of values from which `kept` can be recomputed.
+
+    A value is dropped if `recompute` makes it of the others.  It is replaced by its operands if these are smaller.
+    """
 
     def at_hand(v: Any, others: set[Any]) -> bool:
-        return not isinstance(v, core.Var) or v in others or v in inputs or v not in made
+        return not isinstance(v, core.Var) or v in others or v in known or v not in dependent
 
-    def makes(v: Any, others: set[Any]) -> bool:
-        """Whether cheap operations make v of `others`."""
+    def recomputable(v: Any, others: set[Any]) -> bool:
         pending = [v]
         while pending:
             eqn = origin.get(pending.pop())
-            if eqn is None or eqn.primitive.name not in again:
+            if eqn is None or eqn.primitive.name not in recompute:
                 return False
             pending += [u for u in eqn.invars if not at_hand(u, others)]
         return True
@@ -141,13 +145,13 @@ def _cheapest(
         before = kept
         for v in sorted(before, key=_bytes, reverse=True):
             others = set(kept) - {v}
-            if makes(v, others):
+            if recomputable(v, others):
                 kept = [u for u in kept if u is not v]
-            elif v in origin and origin[v].primitive.name in again:
-                extra = [u for u in origin[v].invars if not at_hand(u, others)]
-                # What is only put together, or named, has the size of its parts, of which some may be cheap.
-                if sum(map(_bytes, extra)) < _bytes(v) + (origin[v].primitive.name in ("stack", "concatenate", "name")):
-                    kept = list(dict.fromkeys([u for u in kept if u is not v] + extra))
+            elif v in origin and (name := origin[v].primitive.name) in recompute:
+                operands = [u for u in origin[v].invars if not at_hand(u, others)]
+                # The operands of these have the size of the result, but some of them may be recomputable.
+                if sum(map(_bytes, operands)) < _bytes(v) + (name in ("stack", "concatenate", "name")):
+                    kept = list(dict.fromkeys([u for u in kept if u is not v] + operands))
     return kept
 
 
@@ -163,7 +167,7 @@ def _value(values: dict[Any, Any], v: Any) -> Any:
 
 
 def _run(jaxpr: core.Jaxpr, eqns: Sequence[Any], values: dict[Any, Any]) -> dict[Any, Any]:
-    """All values after some operations of a jaxpr."""
+    """Run some operations of a jaxpr, and add their results to `values`."""
     for eqn in eqns:
         used = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
         alone = jaxpr.replace(constvars=(), invars=used, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
@@ -173,7 +177,7 @@ def _run(jaxpr: core.Jaxpr, eqns: Sequence[Any], values: dict[Any, Any]) -> dict
 
 
 def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """The results of a jaxpr, of whose calls and unrolled loops only what they call is left."""
+    """Run a jaxpr with its calls inlined and its unrolled loops written out."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -191,7 +195,7 @@ def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) 
 
 
 def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
-    """Constants and carried values of a scan, by its parameters; what it scans over comes behind them."""
+    """The numbers of constants and of carried values among the operands of a scan; the scanned arrays follow them."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
@@ -199,7 +203,7 @@ def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def _unrolled(params: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
-    """The results of a scan, turn by turn."""
+    """Run a scan turn by turn."""
     consts, carry = loop_arguments(params)
     fixed, state, each = arguments[:consts], list(arguments[consts:][:carry]), arguments[consts + carry :]
     told: list[list[Any]] = []

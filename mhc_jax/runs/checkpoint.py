@@ -100,7 +100,7 @@ class Checkpoints:
                 ),
             )
         except WRITE_ERRORS as error:
-            if distributed.is_loss(error):
+            if distributed.is_lost_process(error):
                 raise
             raise self._failure(error) from error
 
@@ -113,7 +113,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except WRITE_ERRORS as error:
-            if distributed.is_loss(error):
+            if distributed.is_lost_process(error):
                 raise
             raise self._failure(error) from error
 
@@ -156,7 +156,7 @@ class Checkpoints:
             except Exception as error:
                 reason = _reason(error)
             # Of several processes one alone may miss its part.
-            reason = next(filter(None, distributed.gathered(reason)), "")
+            reason = next(filter(None, distributed.allgather_text(reason)), "")
             if out and not reason:
                 return *out, self._set_aside(broken)
             broken[step] = reason
@@ -186,8 +186,8 @@ class Checkpoints:
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
-            distributed.together(
-                lambda step=step, aside=aside: self._move(step, aside) if distributed.first() else None
+            distributed.on_every_process(
+                lambda step=step, aside=aside: self._move(step, aside) if distributed.is_first_process() else None
             )
             remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
         self._manager.reload()

@@ -91,9 +91,9 @@ def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
     Raises:
       InputError: it cannot be written, or another process does not see it.
     """
-    distributed.together(lambda: _create(folder, config) if distributed.first() else None)
+    distributed.on_every_process(lambda: _create(folder, config) if distributed.is_first_process() else None)
     sentence = f"{folder} is not the folder that the first process writes to; give a run folder that all hosts share."
-    distributed.together(lambda: require((folder / "config.json").exists(), sentence))
+    distributed.on_every_process(lambda: require((folder / "config.json").exists(), sentence))
 
 
 def _create(folder: Path, config: dict[str, Any]) -> None:

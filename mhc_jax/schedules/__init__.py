@@ -1,1 +1,5 @@
-"""Schedules of pipelines: tables of ticks, the proof that they are valid, and their cost."""
+"""Schedules of pipeline parallelism as tables of ticks.
+
+`tables` generates them, `validate` proves that a table is a correct pipeline, and `simulate` computes how long one takes.  Nothing
+here runs a model: `mhc_jax.pipeline` does.
+"""

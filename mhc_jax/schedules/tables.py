@@ -1,14 +1,24 @@
-"""Schedules of pipeline parallelism as tables of ticks x devices: pure functions of (stages, microbatches, chunks).
+r"""Schedules of pipeline parallelism as tables of ticks x devices.
 
-    gpipe         all forwards, then all backwards (Huang et al., arXiv 1811.06965)
-    1f1b          one forward, one backward (Narayanan et al., arXiv 2104.04473)
-    interleaved   1f1b with `chunks` parts of the model a device (same paper)
-    zb1p          1f1b with the backward split; W fills the bubble (ZB-H1 of Qi et al., arXiv 2401.10241)
-    dualpipe      half of the microbatches enter at either end; every device holds two stages (DeepSeek-V3, arXiv 2412.19437)
-    dualpipev     its two directions laid end to end: twice as many stages as devices, in a V (deepseek-ai/DualPipe)
+| name | rule | source |
+| --- | --- | --- |
+| `gpipe` | all forwards, then all backwards | GPipe, arXiv 1811.06965, section 2.2 |
+| `1f1b` | one forward, one backward in turn | PipeDream-Flush; arXiv 2104.04473, section 2.2.1 |
+| `interleaved` | `1f1b` with several stages a device | arXiv 2104.04473, section 2.2.2 |
+| `zb1p` | `1f1b` whose weight gradients fill the bubble | ZB-H1, arXiv 2401.10241, section 2.1 |
+| `dualpipe` | microbatches enter at both ends of the pipeline | DeepSeek-V3, arXiv 2412.19437, section 3.2.1 |
+| `dualpipev` | `dualpipe` on half as many devices, whose stages lie in a V | github.com/deepseek-ai/DualPipe |
 
-Kinds of operations: F forward, B backward (both gradients), I the gradient of the stage's input alone, W that of its weights alone.
-A cell holds none, one, or the two of an overlapped pair F&B.  A message that is sent in a tick can be used `latency` ticks later.
+Letters: P devices along the stage axis, M microbatches, v stages a device (chunks).  F, B, I and W are times of one stage and
+microbatch: the forward, the whole backward, and its two parts, B = I + W.  I computes the gradient of the stage's input and W those
+of its weights.  F&B is the time of a forward and a backward that overlap.
+
+The docstring of each schedule gives its bubble, the time that a device waits in a step, and the activations that a device holds at
+most.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`; that of `dualpipev` is in the README of
+github.com/deepseek-ai/DualPipe.
+
+A cell of a table holds no operation, one, or the two of an overlapped pair F&B.  A message sent in a tick is usable `latency` ticks
+later.
 """
 
 from __future__ import annotations
@@ -31,18 +41,18 @@ class Op(NamedTuple):
     """`F`, `B`, `I` or `W`."""
     microbatch: int
     chunk: int
-    """Which of the device's parts of the model."""
+    """Which of the device's stages."""
     receives: int | None = None
-    """Device that what it needs comes from; its own: from memory; None: from the batch, the loss, or (W) from its own I."""
+    """The device that sends the operand; the same device if it stays in memory; None if no other stage makes it."""
     sends: int | None = None
-    """Device that its result goes to; its own: stays in memory; None: nowhere."""
+    """The device that gets the result; the same device if it stays in memory; None if no other stage needs it."""
 
     def __str__(self) -> str:
         return f"{self.kind} of microbatch {self.microbatch}, chunk {self.chunk}"
 
 
 class Place(NamedTuple):
-    """Where a stage is."""
+    """Where a stage is computed."""
 
     device: int
     chunk: int
@@ -50,37 +60,37 @@ class Place(NamedTuple):
 
 Cell = tuple[Op, ...]
 Order = list[list[tuple[str, int, int]]]
-"""Of one device: cells of (kind, microbatch, chunk)."""
+"""The cells of one device in order, each a list of (kind, microbatch, chunk)."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table and what it is about."""
+    """A table of operations, with the routes that microbatches take through the devices."""
 
     name: str
     devices: int
-    """P, along the stage axis."""
+    """P."""
     microbatches: int
     """M."""
     routes: tuple[tuple[Place, ...], ...]
-    """Where the stages 0, 1, ... of the model are, once for each direction."""
+    """The places of stages 0, 1, ... of the model: one route for each direction in which microbatches travel."""
     route_of: tuple[int, ...]
-    """Of each microbatch."""
+    """The route of each microbatch."""
     bound: tuple[int, ...]
-    """Activations of one stage and microbatch that each device has room for."""
+    """How many activations (of one stage and microbatch) each device has room for."""
     table: tuple[tuple[Cell, ...], ...]
     """[ticks][devices]."""
     latency: int = 1
-    """1: a message is waited for; 2: it travels while the next tick computes."""
+    """1: devices wait for a message between two ticks.  2: it travels while the next tick computes."""
 
     @property
     def stages(self) -> int:
-        """Parts that the model is cut into."""
+        """How many stages the model is cut into."""
         return len(self.routes[0])
 
     @property
     def chunks(self) -> int:
-        """Stages that a device holds."""
+        """How many stages a device holds."""
         return 1 + max(place.chunk for route in self.routes for place in route)
 
     @property
@@ -88,21 +98,26 @@ class Schedule:
         """The stage at every place."""
         return {place: stage for route in self.routes for stage, place in enumerate(route)}
 
+    def wiring_of(self, device: int, op: Op) -> Wiring:
+        """The wiring of an operation of the table."""
+        return wiring(self.routes[self.route_of[op.microbatch]])[op.kind, Place(device, op.chunk)]
+
 
 class Wiring(NamedTuple):
-    """What surrounds an operation on a route."""
+    """The stage of an operation, its neighbours, and what it depends on."""
 
     stage: int
     receives: int | None
+    """See `Op`."""
     sends: int | None
     """See `Op`."""
     needs: tuple[tuple[str, int, bool], ...]
-    """(kind, stage, whether that is on another device) of what must be done before; B stands for I too."""
+    """The operations that must come before: (kind, stage, whether another device does it).  B stands for I too."""
 
 
 @functools.lru_cache(maxsize=64)
 def wiring(route: tuple[Place, ...]) -> dict[tuple[str, Place], Wiring]:
-    """Of every kind of operation at every place of a route."""
+    """The wiring of every kind of operation at every place of a route."""
     out = {}
     for stage, place in enumerate(route):
         before = route[stage - 1].device if stage > 0 else None
@@ -115,142 +130,150 @@ def wiring(route: tuple[Place, ...]) -> dict[tuple[str, Place], Wiring]:
     return out
 
 
-def lay_out(
-    name: str,
-    orders: Sequence[Order],
-    routes: Sequence[Sequence[Place]],
-    route_of: Sequence[int],
-    bound: Sequence[int],
-    latency: int = 1,
-) -> Schedule:
-    """Every cell in the first tick in which what it needs is there; each device keeps the order it is given.
+class Plan(NamedTuple):
+    """A schedule before its ticks are known: the order of operations on every device."""
+
+    orders: Sequence[Order]
+    """One for each device."""
+    routes: Sequence[Sequence[Place]]
+    """See `Schedule`, as `route_of` and `bound`."""
+    route_of: Sequence[int]
+    bound: Sequence[int]
+
+
+def lay_out(name: str, plan: Plan, latency: int = 1) -> Schedule:
+    """Put every cell of a plan into the first tick in which its operands are there; each device keeps its order.
 
     Raises:
-      InputError: cells wait for each other.
+      InputError: cells wait for each other for ever.
     """
-    P, M = len(orders), len(route_of)
-    routes = tuple(tuple(route) for route in routes)
-    wires = [wiring(route) for route in routes]
+    P = len(plan.orders)
+    routes = tuple(tuple(route) for route in plan.routes)
     done: dict[tuple[str, int, int], int] = {}
-    at, table = [0] * P, []
-    while any(at[d] < len(orders[d]) for d in range(P)):
-        tick, row, finished = len(table), [], {}
+    position, table = [0] * P, []
+    while any(position[d] < len(plan.orders[d]) for d in range(P)):
+        row, finished = [], {}
         for d in range(P):
-            cell = orders[d][at[d]] if at[d] < len(orders[d]) else []
-            ops = []
-            for kind, m, chunk in cell:
-                wire = wires[route_of[m]][kind, Place(d, chunk)]
-                for need, stage, far in wire.needs:
-                    if done.get((need, m, stage), tick) + (latency if far else 1) > tick:
-                        break
-                else:
-                    ops.append(Op(kind, m, chunk, wire.receives, wire.sends))
-                    finished["B" if kind == "I" else kind, m, wire.stage] = tick
-            whole = len(ops) == len(cell)
-            row.append(tuple(ops) if whole else ())
-            at[d] += whole and bool(cell)
-            if not whole:
-                for op in ops:
-                    del finished[
-                        op.kind, op.microbatch, wires[route_of[op.microbatch]][op.kind, Place(d, op.chunk)].stage
-                    ]
+            cell = plan.orders[d][position[d]] if position[d] < len(plan.orders[d]) else []
+            wires = [wiring(routes[plan.route_of[m]])[kind, Place(d, chunk)] for kind, m, chunk in cell]
+            ready = all(
+                (need, m, stage) in done and done[need, m, stage] + (latency if far else 1) <= len(table)
+                for (_, m, _), wire in zip(cell, wires, strict=True)
+                for need, stage, far in wire.needs
+            )
+            row.append(())
+            if cell and ready:
+                position[d] += 1
+                row[d] = tuple(Op(*op, wire.receives, wire.sends) for op, wire in zip(cell, wires, strict=True))
+                for (kind, m, _), wire in zip(cell, wires, strict=True):
+                    finished["B" if kind == "I" else kind, m, wire.stage] = len(table)
         done |= finished
         table.append(tuple(row))
         if len(table) > latency and not any(any(cells) for cells in table[-latency - 1 :]):
-            waiting = {d: orders[d][at[d]] for d in range(P) if at[d] < len(orders[d])}
+            waiting = {d: plan.orders[d][k] for d, k in enumerate(position) if k < len(plan.orders[d])}
             raise InputError(f"The order of {name} never ends: by device, {waiting} wait for each other.")
-    return Schedule(name, P, M, routes, tuple(route_of), tuple(bound), tuple(table), latency)
+    return Schedule(name, P, len(plan.route_of), routes, tuple(plan.route_of), tuple(plan.bound), tuple(table), latency)
 
 
-# -- the generators
+# ---------------------------------------------------------------------------------------------------------- generators
 
 
-def gpipe(stages: int, microbatches: int, chunks: int = 1, latency: int = 1) -> Schedule:
-    """Bubble (P - 1)(F + B), as 1f1b's, and M activations a device."""
-    _check("gpipe", stages, microbatches, 1, chunks)
-    P, M = stages, microbatches
+def gpipe(P: int, M: int) -> Plan:
+    r"""GPipe (Huang et al., arXiv 1811.06965, section 2.2): all forwards, then all backwards.
+
+    Bubble: $(P - 1)(F + B)$.  Activations of a device: $M$.
+    """
     order = [[("F", m, 0)] for m in range(M)] + [[("B", m, 0)] for m in range(M)]
-    return lay_out("gpipe", [order] * P, [_line(P)], [0] * M, [M] * P, latency)
+    return Plan([order] * P, [_line(P)], [0] * M, [M] * P)
 
 
-def one_f_one_b(stages: int, microbatches: int, chunks: int = 1, latency: int = 1) -> Schedule:
-    """Bubble (P - 1)(F + B); device d holds P - d activations."""
-    _check("1f1b", stages, microbatches, stages, chunks)
-    P, M = stages, microbatches
+def one_f_one_b(P: int, M: int) -> Plan:
+    r"""1F1B (PipeDream-Flush; Narayanan et al., arXiv 2104.04473, section 2.2.1).
+
+    Device $d$ begins with $P - 1 - d$ forwards, and then alternates one forward and one backward.
+    Bubble: $(P - 1)(F + B)$.  Activations of device $d$: $P - d$.
+    """
     orders = [_alternate([("F", m, 0) for m in range(M)], [("B", m, 0) for m in range(M)], P - 1 - d) for d in range(P)]
-    return lay_out("1f1b", orders, [_line(P)], [0] * M, [P - d for d in range(P)], latency)
+    return Plan(orders, [_line(P)], [0] * M, [P - d for d in range(P)])
 
 
-def interleaved(stages: int, microbatches: int, chunks: int = 2, latency: int = 1) -> Schedule:
-    """Stage c P + d is chunk c of device d.  Bubble (P - 1)(F + B) of one chunk; at most 2(P - d - 1) + (chunks - 1)P + 1."""
-    P, M, v = stages, microbatches, chunks
+def interleaved(P: int, M: int, v: int = 2) -> Plan:
+    r"""Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2.2): device $d$ holds the stages $cP + d$, $c < v$.
+
+    Bubble: $(P - 1)(F + B)$ with the times of one stage, which are $1 / v$ of those under `1f1b`.
+    Activations of device $d$: $\min(2(P - d - 1) + (v - 1)P + 1,\; Mv)$.
+
+    Raises:
+      InputError: v is less than 2, or M is not a multiple of P.
+    """
     require(v >= 2, f"The schedule 'interleaved' has {v} chunks a device; use at least 2, or '1f1b'.")
-    _check("interleaved", P, M, P, 1)
     require(
-        M % P == 0, f"{M} microbatches are no multiple of {P} stages, which 'interleaved' needs; use {-(-M // P) * P}."
+        M % P == 0, f"'interleaved' needs a multiple of {P} microbatches on {P} devices, not {M}; use {-(-M // P) * P}."
     )
     turns = [(k // (P * v) * P + k % P, k % (P * v) // P) for k in range(M * v)]
     forward = [("F", m, c) for m, c in turns]
     backward = [("B", m, v - 1 - c) for m, c in turns]
     warm = [min(2 * (P - d - 1) + (v - 1) * P, M * v) for d in range(P)]
     route = [Place(d, c) for c in range(v) for d in range(P)]
-    bound = [min(w + 1, M * v) for w in warm]
-    return lay_out("interleaved", [_alternate(forward, backward, w) for w in warm], [route], [0] * M, bound, latency)
+    return Plan([_alternate(forward, backward, w) for w in warm], [route], [0] * M, [min(w + 1, M * v) for w in warm])
 
 
-def zb1p(stages: int, microbatches: int, chunks: int = 1, latency: int = 1) -> Schedule:
-    """Bubble (P - 1)(F + B - 2W), with B = I + W, and P activations: device d puts off d weight gradients."""
-    _check("zb1p", stages, microbatches, stages, chunks)
-    P, M = stages, microbatches
+def zb1p(P: int, M: int) -> Plan:
+    r"""ZB-H1 (Qi et al., arXiv 2401.10241, section 2.1), which arXiv 2412.19437 calls ZB1P.
+
+    The order of `1f1b`, with I instead of B.  Device $d$ postpones $d$ weight gradients, and fills the bubble behind its last
+    forward with them.  Bubble: $(P - 1)(F + B - 2W)$.  Activations of a device: $P$.
+    """
     orders = []
     for d in range(P):
         order: Order = []
         waiting: deque[int] = deque()
-        for (cell,) in _alternate([("F", m, 0) for m in range(M)], [("I", m, 0) for m in range(M)], P - 1 - d):
-            order.append([cell])
-            if cell[0] == "I":
-                waiting.append(cell[1])
+        for cell in _alternate([("F", m, 0) for m in range(M)], [("I", m, 0) for m in range(M)], P - 1 - d):
+            ((kind, m, _),) = cell
+            order.append(cell)
+            if kind == "I":
+                waiting.append(m)
                 # Behind the last F there is a bubble before every I, which a W fills.
-                if len(waiting) > d or cell[1] >= M - (P - 1 - d) - 1:
+                if len(waiting) > d or m >= M - (P - 1 - d) - 1:
                     order.append([("W", waiting.popleft(), 0)])
         orders.append(order + [[("W", m, 0)] for m in waiting])
-    return lay_out("zb1p", orders, [_line(P)], [0] * M, [P] * P, latency)
+    return Plan(orders, [_line(P)], [0] * M, [P] * P)
 
 
-def dualpipe(stages: int, microbatches: int, chunks: int = 2, latency: int = 1) -> Schedule:
-    """Device d holds stage d (chunk 0) and stage P - 1 - d (chunk 1), for the microbatches that enter at the other end.
+def dualpipe(P: int, M: int) -> Plan:
+    r"""DualPipe (DeepSeek-V3, arXiv 2412.19437, section 3.2.1, Figure 5 and Table 2).
 
-    Bubble (P/2 - 1)(F&B + B - 3W), P + 1 activations.
+    Half of the microbatches enter at device 0, the others at device $P - 1$, and a forward of one direction overlaps a backward
+    of the other.  Device $d$ therefore holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1): two copies of the parameters.
+    Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ where $F = I = W$, and at most that elsewhere.  Activations of a device: $P + 1$.
+
+    Raises:
+      InputError: P or M is odd.
     """
-    P, M = stages, microbatches
-    require(P % 2 == 0, f"'dualpipe' has {P} stages; it needs an even number, one half for each direction.")
+    require(P % 2 == 0, f"'dualpipe' has {P} devices; it needs an even number, one half for each direction.")
     require(M % 2 == 0, f"'dualpipe' has {M} microbatches; it needs an even number, one half for each direction.")
-    _check("dualpipe", P, M, 2 * P, chunks - 1)
-    orders = []
+    half, orders = M // 2, []
     for d in range(P):
-        near = int(d >= P // 2)  # the chunk whose stages come first on this side
-        first = [near * (M // 2), (1 - near) * (M // 2)]
-        own = _dual_order(P // 2, min(d, P - 1 - d), M // 2)
-        orders.append([[(kind, first[phase] + k, phase ^ near) for kind, k, phase in cell] for cell in own])
-    there = [Place(d, 0) for d in range(P)]
-    back = [Place(P - 1 - s, 1) for s in range(P)]
-    route_of = [0] * (M // 2) + [1] * (M // 2)
-    return lay_out("dualpipe", orders, [there, back], route_of, [P + 1] * P, latency)
+        near = int(d >= P // 2)  # the direction, and the chunk, that begins at this device's end
+        first = [near * half, (1 - near) * half]
+        cells = _dual_order(P // 2, min(d, P - 1 - d), half)
+        orders.append([[(kind, first[phase] + k, phase ^ near) for kind, k, phase in cell] for cell in cells])
+    back = [Place(P - 1 - stage, 1) for stage in range(P)]
+    return Plan(orders, [_line(P), back], [0] * half + [1] * half, [P + 1] * P)
 
 
-def dualpipev(stages: int, microbatches: int, chunks: int = 2, latency: int = 1) -> Schedule:
-    """On P devices 2P stages: device d holds stage d (chunk 0) and stage 2P - 1 - d (chunk 1).
+def dualpipev(P: int, M: int) -> Plan:
+    r"""DualPipeV (Sea AI Lab's "cut in half", in github.com/deepseek-ai/DualPipe): the directions of `dualpipe` laid end to end.
 
-    Bubble (P - 1)(F&B + B - 3W), 2P + 1 activations: dualpipe's formulas with PP = 2P stages.
+    P devices hold 2P stages: device $d$ holds stage $d$ (chunk 0) and stage $2P - 1 - d$ (chunk 1).  With $PP = 2P$ stages the
+    formulas are those of `dualpipe`.  Bubble: $(P - 1)(F\&B + B - 3W)$ where $F = I = W$, and at most that elsewhere.
+    Activations of a device: $2P + 1$.
     """
-    P, M = stages, microbatches
-    _check("dualpipev", P, M, 2 * P, chunks - 1)
-    orders = [_dual_order(P, d, M) for d in range(P)]
-    route = [Place(d, 0) for d in range(P)] + [Place(P - 1 - k, 1) for k in range(P)]
-    return lay_out("dualpipev", orders, [route], [0] * M, [2 * P + 1] * P, latency)
+    route = [*_line(P), *(Place(d, 1) for d in reversed(range(P)))]
+    return Plan([_dual_order(P, d, M) for d in range(P)], [route], [0] * M, [2 * P + 1] * P)
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {
+SCHEDULES: dict[str, Callable[..., Plan]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
@@ -258,39 +281,44 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }
-DEFAULT_CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
+_CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
+"""Stages that a device holds, unless `interleaved` is given another number."""
+_FEWEST = {"gpipe": 0, "1f1b": 1, "interleaved": 1, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
+"""The fewest microbatches, as a multiple of the devices."""
 
 
-def make(name: str, stages: int, microbatches: int, chunks: int = 0, latency: int = 1) -> Schedule:
-    """A schedule by name.
+def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: int = 1) -> Schedule:
+    """Make a schedule by name.
 
     Args:
       name: one of `SCHEDULES`.
-      stages: P, devices along the stage axis.
+      devices: P, along the stage axis.
       microbatches: M.
-      chunks: stages a device holds; 0: the schedule's own number.
+      chunks: stages that a device holds; 0 is the usual number of the schedule, and only `interleaved` takes another.
       latency: see `Schedule`.
 
     Raises:
-      InputError: no such schedule, or one that these numbers do not fit.
+      InputError: there is no such schedule, or these numbers do not fit it.
     """
     one_of("The schedule", name, SCHEDULES)
-    return SCHEDULES[name](stages, microbatches, chunks or DEFAULT_CHUNKS[name], latency)
-
-
-def stage_count(name: str, stages: int, chunks: int = 0) -> int:
-    """Parts that the model is cut into: P, but for what lays several along one device."""
-    one_of("The schedule", name, SCHEDULES)
-    return stages * {"interleaved": chunks or 2, "dualpipev": 2}.get(name, 1)
-
-
-def _check(name: str, stages: int, microbatches: int, least: int, chunks: int) -> None:
-    require(stages >= 2, f"The schedule {name!r} has {stages} stages; a pipeline needs at least 2.")
+    fewest = max(1, _FEWEST[name] * devices)
+    require(devices >= 2, f"The schedule {name!r} has {devices} devices; a pipeline needs at least 2.")
     require(
-        microbatches >= least,
-        f"{microbatches} microbatches are too few for {name!r} with {stages} stages; use at least {least}.",
+        microbatches >= fewest,
+        f"{microbatches} microbatches are too few for {name!r} on {devices} devices; use at least {fewest}.",
     )
-    require(chunks == 1, f"The number of chunks of {name!r} is fixed; leave it 0, or use 'interleaved'.")
+    require(
+        name == "interleaved" or chunks in (0, _CHUNKS[name]),
+        f"The number of chunks of {name!r} is fixed; leave it 0, or use 'interleaved'.",
+    )
+    more = (chunks,) if name == "interleaved" and chunks else ()
+    return lay_out(name, SCHEDULES[name](devices, microbatches, *more), latency)
+
+
+def stage_count(name: str, devices: int, chunks: int = 0) -> int:
+    """How many stages `make` with the same arguments cuts the model into."""
+    one_of("The schedule", name, SCHEDULES)
+    return devices * {"interleaved": chunks or 2, "dualpipev": 2}.get(name, 1)
 
 
 def _line(P: int) -> list[Place]:
@@ -300,57 +328,61 @@ def _line(P: int) -> list[Place]:
 def _alternate(forward: Sequence[tuple], backward: Sequence[tuple], warm: int) -> Order:
     """`warm` forwards, then one forward and one backward in turn, then the backwards that are left."""
     head, rest = forward[:warm], forward[warm:]
-    pairs = [[cell] for pair in zip(rest, backward, strict=False) for cell in pair]
-    return [[cell] for cell in head] + pairs + [[cell] for cell in backward[len(rest) :]]
+    pairs = [[op] for pair in zip(rest, backward, strict=False) for op in pair]
+    return [[op] for op in head] + pairs + [[op] for op in backward[len(rest) :]]
 
 
 def _dual_order(half: int, h: int, count: int) -> Order:
-    """The eight steps of DualPipe for the h-th device from its end of `half`, `count` microbatches in each phase.
+    """The eight steps of DualPipe for one device, numbered as in DeepSeek's code.
 
-    Phase 0 is the direction that begins at this end, phase 1 the other; cells are (kind, number in the phase, phase).  Of the
-    backwards of step 6 the second half puts its W off to steps 7 and 8.
+    Args:
+      half: devices from one end to the middle.
+      h: number of this device, counted from its end.
+      count: microbatches of each direction.
+
+    Returns:
+      Cells of (kind, number among the microbatches of the direction, direction): 0 begins at this end, 1 at the other.
     """
     order: Order = []
-    given = {(kind, phase): iter(range(count)) for kind in "FB" for phase in (0, 1)}
+    numbers = {(kind, direction): iter(range(count)) for kind in "FB" for direction in (0, 1)}
     waiting: deque[tuple[int, int]] = deque()
 
-    def one(kind: str, phase: int) -> tuple[str, int, int]:
-        k = next(given["F" if kind == "F" else "B", phase])
-        if kind == "I":
-            waiting.append((k, phase))
-        return kind, k, phase
-
     def add(*cell: tuple[str, int]) -> None:
-        order.append([one(*op) for op in cell])
+        order.append([])
+        for kind, direction in cell:
+            k = next(numbers["F" if kind == "F" else "B", direction])
+            order[-1].append((kind, k, direction))
+            if kind == "I":
+                waiting.append((k, direction))
 
     def add_w() -> None:
         order.append([("W", *waiting.popleft())])
 
     far = half - h - 1
-    for _ in range(2 * far):
+    for _ in range(2 * far):  # step 1
         add(("F", 0))
-    for _ in range(h + 1):
+    for _ in range(h + 1):  # step 2
         add(("F", 0))
         add(("F", 1))
-    for _ in range(far):
+    for _ in range(far):  # step 3
         add(("I", 1))
         add_w()
         add(("F", 1))
-    for i in range(count - 2 * half + h + 1):
+    for i in range(count - 2 * half + h + 1):  # step 4, the main one
         if i == 0 and far == 0:  # apart, as in DeepSeek's code: B need not wait for F here
             add(("F", 0))
             add(("B", 1))
         else:
             add(("F", 0), ("B", 1))
         add(("F", 1), ("B", 0))
-    for _ in range(far):
+    for _ in range(far):  # step 5
         add(("B", 1))
         add(("F", 1), ("B", 0))
-    for i in range(2 * (h + 1)):
+    for i in range(2 * (h + 1)):  # step 6: the second half leaves its W to steps 7 and 8
         add(("I" if i > h else "B", 1 - i % 2))
-    for _ in range(far):
+    for _ in range(far):  # step 7
         add_w()
         add(("I", 0))
-    for _ in range(h + 1):
+    for _ in range(h + 1):  # step 8
         add_w()
     return order

@@ -1,10 +1,13 @@
-"""Proof that a table is a pipeline: every operation once, where its stage is, after what it needs, within the memory there is.
+"""Proof that a table is a correct pipeline.
 
-A table is refused in one sentence that names the tick, the device and the operation.
+In a correct table every operation occurs once, at the place of its stage, after all that it depends on, and no device holds more
+activations than it has room for.  `validate` refuses any other table with one sentence that names the tick, the device and the
+operation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mhc_jax.errors import InputError, require
@@ -12,87 +15,73 @@ from mhc_jax.schedules.tables import KINDS, Op, Place, Schedule, Wiring, wiring
 
 
 class Message(NamedTuple):
-    """What a device hands on: the streams (F) or their gradient (B) at the boundary between two stages."""
+    """What one stage hands to its neighbour: the streams at the boundary (F), or their gradient (B)."""
 
     kind: str
     """`F` or `B`."""
     microbatch: int
     stage: int
-    """That uses it."""
+    """The stage that uses it."""
     source: int
+    """Device."""
     target: int
-    """Devices; equal where the route turns."""
+    """Device; equal to `source` where the route turns."""
     sent: int
+    """Tick."""
     used: int
-    """Ticks."""
+    """Tick."""
 
 
 def operations(schedule: Schedule) -> list[tuple[int, int, Op]]:
-    """(tick, device, operation), in order."""
+    """All operations in order, as (tick, device, operation)."""
     return [
         (tick, device, op) for tick, row in enumerate(schedule.table) for device, cell in enumerate(row) for op in cell
     ]
 
 
 def when(schedule: Schedule) -> dict[tuple[str, int, int], int]:
-    """Tick of every (kind, microbatch, stage); B stands for I too."""
-    stage_of = schedule.stage_of
+    """The tick of every (kind, microbatch, stage); B stands for I too."""
     return {
-        ("B" if op.kind == "I" else op.kind, op.microbatch, stage_of[Place(device, op.chunk)]): tick
+        ("B" if op.kind == "I" else op.kind, op.microbatch, schedule.wiring_of(device, op).stage): tick
         for tick, device, op in operations(schedule)
     }
 
 
 def messages(schedule: Schedule) -> list[Message]:
     """All that crosses a boundary between stages, in the order in which it is used."""
-    done, stage_of, out = when(schedule), schedule.stage_of, []
+    done, out = when(schedule), []
     for tick, device, op in operations(schedule):
         if op.kind != "W" and op.receives is not None:
-            kind = "F" if op.kind == "F" else "B"
-            stage = stage_of[Place(device, op.chunk)]
+            kind, stage = "F" if op.kind == "F" else "B", schedule.wiring_of(device, op).stage
             sent = done[kind, op.microbatch, stage - 1 if kind == "F" else stage + 1]
             out.append(Message(kind, op.microbatch, stage, op.receives, device, sent, tick))
     return out
 
 
 def validate(schedule: Schedule) -> None:
-    """Check a table.
+    """Prove that a table is a correct pipeline.
 
     Raises:
-      InputError: a cell that is no cell, an operation in the wrong place, twice or missing, one that comes before what it needs,
-        a wrong sender or receiver, more activations than `schedule.bound`.
+      InputError: a cell has a shape that no device can run, an operation is at the wrong place, missing, there twice or before
+        its operands, a sender or receiver is wrong, or a device holds more activations than `schedule.bound`.
     """
     _check_cells(schedule)
-    wires = [wiring(route) for route in schedule.routes]
-    seen: dict[tuple[str, int, int], int] = {}
-    found: list[tuple[int, int, Op, Wiring]] = []
-    for tick, device, op in operations(schedule):
-        at = (tick, device, op)
-        if op.kind not in KINDS:
-            raise _wrong(at, f"the kind {op.kind!r} is none of {', '.join(KINDS)}.")
-        if not 0 <= op.microbatch < schedule.microbatches:
-            raise _wrong(at, f"there are {schedule.microbatches} microbatches, numbered from 0.")
-        wire = wires[schedule.route_of[op.microbatch]].get((op.kind, Place(device, op.chunk)))
-        if wire is None:
-            raise _wrong(at, "the route of this microbatch does not pass there.")
-        if op.receives != wire.receives:
-            raise _wrong(at, f"receives from {op.receives}; its route says {wire.receives}.")
-        if op.sends != wire.sends:
-            raise _wrong(at, f"sends to {op.sends}; its route says {wire.sends}.")
+    ticks: dict[tuple[str, int, int], int] = {}
+    placed = [(tick, device, op, _placed(schedule, tick, device, op)) for tick, device, op in operations(schedule)]
+    for tick, device, op, wire in placed:
         for kind in {"B": ("B", "W"), "I": ("B",)}.get(op.kind, (op.kind,)):
             key = (kind, op.microbatch, wire.stage)
-            if key in seen:
-                raise _wrong(at, f"was done in tick {seen[key]} already.")
-            seen[key] = tick
-        found.append((*at, wire))
+            if key in ticks:
+                raise InputError(f"tick {tick}, device {device}: {op}: was done in tick {ticks[key]} already.")
+            ticks[key] = tick
     for m, route in enumerate(schedule.route_of):
         for stage, place in enumerate(schedule.routes[route]):
             for kind in ("F", "B", "W"):
-                if (kind, m, stage) not in seen:
+                if (kind, m, stage) not in ticks:
                     raise InputError(f"{kind} of microbatch {m}, stage {stage} (device {place.device}) is in no tick.")
-    for tick, device, op, wire in found:
+    for tick, device, op, wire in placed:
         for kind, stage, far in wire.needs:
-            done = seen[kind, op.microbatch, stage]
+            done = ticks[kind, op.microbatch, stage]
             ready = done + (schedule.latency if far else 1)
             if tick < ready:
                 source = schedule.routes[schedule.route_of[op.microbatch]][stage].device
@@ -107,9 +96,21 @@ def validate(schedule: Schedule) -> None:
             )
 
 
-def _wrong(at: tuple[int, int, Op], sentence: str) -> InputError:
-    tick, device, op = at
-    return InputError(f"tick {tick}, device {device}: {op}: {sentence}")
+def _placed(schedule: Schedule, tick: int, device: int, op: Op) -> Wiring:
+    """The wiring of an operation that is where its route says."""
+
+    def check(condition: bool, sentence: str) -> None:
+        require(condition, f"tick {tick}, device {device}: {op}: {sentence}")
+
+    check(op.kind in KINDS, f"the kind {op.kind!r} is none of {', '.join(KINDS)}.")
+    known = 0 <= op.microbatch < schedule.microbatches
+    check(known, f"there are {schedule.microbatches} microbatches, numbered from 0.")
+    wire = wiring(schedule.routes[schedule.route_of[op.microbatch]]).get((op.kind, Place(device, op.chunk)))
+    if wire is None:
+        raise InputError(f"tick {tick}, device {device}: {op}: the route of this microbatch does not pass there.")
+    check(op.receives == wire.receives, f"receives from {op.receives}; its route says {wire.receives}.")
+    check(op.sends == wire.sends, f"sends to {op.sends}; its route says {wire.sends}.")
+    return wire
 
 
 def _check_cells(schedule: Schedule) -> None:
@@ -121,24 +122,31 @@ def _check_cells(schedule: Schedule) -> None:
     )
     require(schedule.latency in (1, 2), f"latency is {schedule.latency}; it must be 1 or 2.")
     for tick, row in enumerate(schedule.table):
-        if len(row) != P:
-            raise InputError(f"tick {tick} has {len(row)} cells; there are {P} devices.")
+        require(len(row) == P, f"tick {tick} has {len(row)} cells; there are {P} devices.")
         for device, cell in enumerate(row):
             if len(cell) > 1 and [op.kind for op in cell] != ["F", "B"]:
                 both = " and ".join(map(str, cell))
                 raise InputError(f"tick {tick}, device {device}: {both} in one cell; only F and B can be a pair.")
 
 
-def peak_activations(schedule: Schedule) -> list[tuple[int, int]]:
-    """Of each device: the most (microbatch, chunk) between F and the last of its gradients, and the first tick with as many.
+def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tuple[float, int]]:
+    """For each device, the most activations that it holds at once, and the first tick in which it holds as many.
 
-    What ends in a tick makes room in the next: an overlapped F&B holds both of its microbatches.
+    An activation, of one microbatch and stage, lives from F to the last of its gradients.  One that ends in a tick makes room in
+    the next tick, so an overlapped F&B holds both of its microbatches.
+
+    Args:
+      schedule: the table.
+      sizes: of an activation of each stage; empty: 1 each.
     """
-    alive, most = [0] * schedule.devices, [(0, 0)] * schedule.devices
+    sizes = sizes or (1,) * schedule.stages
+    alive: list[float] = [0] * schedule.devices
+    most: list[tuple[float, int]] = [(0, 0)] * schedule.devices
     for tick, row in enumerate(schedule.table):
         for device, cell in enumerate(row):
-            alive[device] += sum(op.kind == "F" for op in cell)
+            held = [(op.kind, sizes[schedule.wiring_of(device, op).stage]) for op in cell]
+            alive[device] += sum(size for kind, size in held if kind == "F")
             if alive[device] > most[device][0]:
                 most[device] = (alive[device], tick)
-            alive[device] -= sum(op.kind in ("B", "W") for op in cell)
+            alive[device] -= sum(size for kind, size in held if kind in ("B", "W"))
     return most

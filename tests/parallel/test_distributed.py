@@ -1,4 +1,4 @@
-"""Several real processes on loopback: the losses of one process, checkpoints between numbers of processes, and their ends."""
+"""Runs of several real processes on loopback: they give the losses of one process, go on with fewer, and end together."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mhc_jax.config import MeshConfig
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.parallel import distributed
-from mhc_jax.parallel.sharding import global_batch, make_mesh, own_rows
+from mhc_jax.parallel.sharding import global_batch, local_rows, make_mesh
 
 KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
 
@@ -47,8 +47,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def processes(count, config, folder, *flags, signals=None, own=None):
-    """(exit status, standard output, standard error) of each; `signals`: process -> (step, signal); `own`: flags of one."""
+def processes(count, config, folder, *flags, signals=None, extra=None):
+    """Run processes to their ends, and return (exit status, standard output, standard error) of each.
+
+    `signals` maps a process to (step, signal) that it sends to itself, and `extra` maps a process to further flags.
+    """
     spec = KINDS[config.model.connection.kind]  # `flags_of` gives the kind alone
     common = [f"--config={ROOT}/experiments/configs/demo.py:{spec}", *flags_of(config)[1:], *flags]
     common += [f"--workdir={folder}", f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
@@ -57,7 +60,7 @@ def processes(count, config, folder, *flags, signals=None, own=None):
         env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         if process in (signals or {}):
             env |= at_step({folder.name: (*signals[process], "self")})
-        started.append(script("train", *common, f"--process_id={process}", *(own or {}).get(process, ()), env=env))
+        started.append(script("train", *common, f"--process_id={process}", *(extra or {}).get(process, ()), env=env))
     try:
         told = [process.communicate(timeout=PATIENCE_S) for process in started]
     finally:
@@ -78,7 +81,7 @@ def checkpoints_of(folder: Path) -> list[int]:
     ("count", "axes"), [(2, {"data": 2}), pytest.param(4, {"data": 2, "fsdp": 2}, marks=pytest.mark.full)]
 )
 def test_a_run_of_processes_goes_on_with_fewer(count, axes, configuration, tmp_path):
-    """Stopped by SIGTERM to the last of them, then, if four, by kill -9 of one of two; ended by one."""
+    """SIGTERM to the last process stops all.  Of four, two go on and one of these is killed.  One process finishes the run."""
     config, folder = configuration("residual"), tmp_path / "run"
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
     ends = processes(count, config, folder, *mesh, signals={count - 1: (4, signal.SIGTERM)})
@@ -121,7 +124,7 @@ def test_mhc_over_two_processes_that_share_every_sequence(configuration, tmp_pat
 
 @pytest.mark.slow
 def test_the_others_end_when_the_coordinator_is_killed(configuration, tmp_path):
-    """JAX may abort them before they can say anything."""
+    """JAX may abort the others before they can print a sentence."""
     folder = tmp_path / "run"
     ends = processes(2, configuration("residual"), folder, "--config.mesh.data=2", signals={0: (8, signal.SIGKILL)})
     assert ends[0][0] == -signal.SIGKILL
@@ -132,10 +135,10 @@ def test_the_others_end_when_the_coordinator_is_killed(configuration, tmp_path):
 
 @pytest.mark.full
 def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
-    """Process 1 looks at another folder, as on a host that does not share it."""
+    """Process 1 has another run folder, as a host that does not share the file system."""
     elsewhere, config = tmp_path / "elsewhere", configuration("residual")
-    own = {1: [f"--workdir={elsewhere}"]}
-    ends = processes(2, config, tmp_path / "run", "--config.mesh.data=2", own=own)
+    extra = {1: [f"--workdir={elsewhere}"]}
+    ends = processes(2, config, tmp_path / "run", "--config.mesh.data=2", extra=extra)
     assert [status for status, _, _ in ends] == [2, 2], ends[0][2]
     told = f"{elsewhere} is not the folder that the first process writes to; give a run folder that all hosts share."
     assert sentences(ends[1][2]) == [f"error: {told}"]
@@ -144,25 +147,25 @@ def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
 
 
 def test_a_mistake_of_one_process_is_raised_by_all(monkeypatch):
-    """In one process, to which the other's words are given."""
+    """The texts of the other process are made up."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     def refuse():
         raise InputError("mine")
 
     for other, function, sentence in (("", refuse, "^mine$"), ("theirs", int, "^process 1 said: theirs$")):
-        monkeypatch.setattr(distributed, "gathered", lambda text, other=other: [text, other])
+        monkeypatch.setattr(distributed, "allgather_text", lambda text, other=other: [text, other])
         with pytest.raises(InputError, match=sentence):
-            distributed.together(function)
-    monkeypatch.setattr(distributed, "gathered", lambda text: [text, ""])
-    assert distributed.together(lambda: 5) == 5
-    distributed.same("", "differ")
+            distributed.on_every_process(function)
+    monkeypatch.setattr(distributed, "allgather_text", lambda text: [text, ""])
+    assert distributed.on_every_process(lambda: 5) == 5
+    distributed.require_same("", "differ")
     with pytest.raises(InputError, match="differ"):
-        distributed.same("a", "differ")
+        distributed.require_same("a", "differ")
 
 
 def test_processes_agree_on_the_largest_number_one_call_later(monkeypatch):
-    """On eight devices, as if another process had some of them."""
+    """The eight devices play those of two processes."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     agreement = distributed.Agreement(make_mesh(MeshConfig(data=8)))
     assert [agreement.ask(number) for number in (2, 15, 0, 9)] == [0, 2, 15, 0]
@@ -170,7 +173,7 @@ def test_processes_agree_on_the_largest_number_one_call_later(monkeypatch):
 
 def test_a_coordinator_that_does_not_answer(configuration, tmp_path):
     one_of_two = ("--num_processes=2", "--process_id=1", "--start_timeout=2")
-    ((status, _, err),) = processes(1, configuration("residual"), tmp_path / "run", own={0: one_of_two})
+    ((status, _, err),) = processes(1, configuration("residual"), tmp_path / "run", extra={0: one_of_two})
     assert status == 2, err
     (sentence,) = sentences(err)
     assert sentence.startswith("error: After 2 s the coordinator at 127.0.0.1:")
@@ -183,7 +186,7 @@ GIVEN: dict[str, Any] = {"address": "host:1234", "processes": 2, "process": 1}
 
 @pytest.fixture
 def bare(monkeypatch):
-    """An environment that tells nothing, and a `_join` that returns what it was given."""
+    """An environment without a launcher, and the list of arguments with which `_join` was called."""
     for name in list(os.environ):
         if re.match("JAX_(COORD|NUM|PROC)|SLURM_|OMPI_|TPU_|MEGASCALE_|KUBERNETES_", name):
             monkeypatch.delenv(name)
@@ -262,7 +265,7 @@ def test_a_mesh_covers_the_devices_of_all_processes(monkeypatch):
 
 
 def test_rows_that_processes_read_make_the_batch(configuration):
-    """Whoever reads which rows: the order of the batches and the state are those of one that reads all."""
+    """Data pipelines that read some rows have the batches and the state of one that reads all rows."""
     data = data_of(configuration("residual"))
     whole, *parts = (data.train_iterator(rows=rows) for rows in (None, np.array([0, 3]), np.array([1, 2])))
     for _ in range(40):
@@ -275,21 +278,21 @@ def test_rows_that_processes_read_make_the_batch(configuration):
     np.testing.assert_array_equal(held_out["targets"][2:3], rows["targets"])
 
 
-def test_own_rows_are_placed_where_the_sharding_wants_them():
+def test_local_rows_are_placed_where_the_sharding_wants_them():
     mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2))
     assert mesh is not None
     batch = np.arange(32, dtype=np.int32).reshape(4, 8)
-    rows = own_rows(mesh, batch.shape)
+    rows = local_rows(mesh, batch.shape)
     np.testing.assert_array_equal(rows, np.arange(4))
     placed = global_batch(mesh, batch.shape, rows, batch[rows])
     np.testing.assert_array_equal(placed, batch)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
 
 
-def test_what_counts_as_a_loss(monkeypatch):
-    losses = [ValueError("UNKNOWN: Gloo all-reduce failed"), RuntimeError("UNAVAILABLE: Socket closed")]
-    others = [InputError(str(losses[0])), InputError(str(losses[1])), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
-    assert not any(map(distributed.is_loss, losses)), "one process cannot lose another"
+def test_which_errors_mean_a_lost_process(monkeypatch):
+    lost = [ValueError("UNKNOWN: Gloo all-reduce failed"), RuntimeError("UNAVAILABLE: Socket closed")]
+    others = [InputError(str(lost[0])), InputError(str(lost[1])), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+    assert not any(map(distributed.is_lost_process, lost)), "one process cannot lose another"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert all(map(distributed.is_loss, losses))
-    assert not any(map(distributed.is_loss, others))
+    assert all(map(distributed.is_lost_process, lost))
+    assert not any(map(distributed.is_lost_process, others))

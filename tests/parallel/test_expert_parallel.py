@@ -1,4 +1,4 @@
-"""DeepSeekMoE over simulated devices: equal to one device and to loops in float64, and what is sent is tokens to owners only."""
+"""DeepSeekMoE on simulated devices: it equals one device and float64 loops, and sends only tokens to the owners of experts."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ TOKENS, WEIGHTS = PartitionSpec(("data", "fsdp", "expert"), "sequence", None), P
 FAST = [{"expert": 8}, {"data": 2, "expert": 2, "sequence": 2}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 OTHERS = [{"expert": 2}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "sequence": 2}, {"data": 4, "tensor": 2}]
 BIASES = np.array([[0] * E, [9, 8, 7, 0, 0, 0, 0, 0]], np.float32)
-"""Of the scores as they come, and of all tokens to three experts."""
+"""Router biases: none, and biases that send all tokens to three experts."""
 
 
 def mesh_of(**sizes):
@@ -44,7 +44,7 @@ def arguments():
 
 
 def one_device(bias, keep, x, W_router, *W):
-    """Without a mesh; `keep` [N, k] zeroes the gates of copies that are dropped."""
+    """The layer without a mesh; `keep` [N, k] zeroes the gates of copies that are dropped."""
     flat = x.reshape(-1, C)
     experts, gates, scores = route(flat, W_router, bias, K, SCALE)
     y, load = mix_experts(flat, experts, gates * keep, Experts(*W))
@@ -70,7 +70,7 @@ EXPECTED = with_gradients(one_device)
 
 
 def check(f, bias, args, keep):
-    """Values, loads, entropy and gradients of `f` are those of one device; returns what the router told."""
+    """Values, loads, entropy and gradients of `f` are those of one device; returns the output and the values of the router."""
     (_, (y, told)), grads = f((bias,), args)
     (_, (expected, alone)), expected_grads = EXPECTED((bias, keep), args)
     assert_close(y, expected, FORMS_FP32)
@@ -84,7 +84,7 @@ def check(f, bias, args, keep):
 
 @pytest.mark.parametrize("mesh", thin(FAST + OTHERS, FAST.__contains__), ids=name_of)
 def test_a_mesh_changes_nothing(mesh):
-    """Values against the float64 loops and one device; gradients, and what is added up over devices, against one device."""
+    """Outputs equal the float64 loops and one device; gradients and sums over devices equal one device."""
     args = arguments()
     f = with_gradients(functools.partial(on_mesh, mesh_of(**mesh)))
     for bias in BIASES:
@@ -99,9 +99,9 @@ def test_a_mesh_changes_nothing(mesh):
 
 
 def kept(experts, buffer, sources, ep):
-    """[N, k]: the copies that an owner has room for, one slice (source, expert) after another.
+    """1 for the copies [N, k] that an owner of experts has room for, and 0 for those that are dropped.
 
-    `sources` [N]: which device of the axis of experts a token is on.
+    `sources` [N] is the device, along the axis of experts, of each token.  An owner drops the end of every slice (source, expert).
     """
     keep = np.zeros(experts.shape, np.float32)
     room = int(np.ceil(buffer * experts.size / ep))
@@ -132,7 +132,7 @@ def test_a_small_buffer_drops_an_equal_share_of_every_slice_and_says_so(ep, buff
 
 @pytest.mark.parametrize(("room", "sent"), [(None, 3), (12, 3), (11, 2)])
 def test_an_owner_that_is_exactly_full_drops_nothing(room, sent):
-    """Two devices send 3 rows to each of 4 experts, so 12 to either owner; of 11 there is room for 2 from each slice."""
+    """Two devices send 3 rows to each of 4 experts, 12 to either owner.  With room for 11, each slice is cut to 2 rows."""
     mesh, spec = mesh_of(expert=2), PartitionSpec("expert")
     found = jax.shard_map(lambda load: plan(load, "expert", room), mesh=mesh, in_specs=spec, out_specs=spec)
     made = jax.jit(found)(np.full(8, 3, np.int32))
@@ -148,7 +148,7 @@ def test_nan_stays_in_its_token():
 
 
 def test_tokens_go_to_owners_and_back_and_nowhere_else():
-    """One all-to-all each way, the same two again in the gradient; what is gathered are loads, and the weights split by fsdp."""
+    """The forward has one all-to-all each way, the gradient two more.  Only loads and weights sharded over fsdp are gathered."""
     mesh = mesh_of(fsdp=2, expert=4)
     down = PartitionSpec("expert", "tensor", "fsdp")
     shardings = tuple(NamedSharding(mesh, spec) for spec in (TOKENS, PartitionSpec(), WEIGHTS, WEIGHTS, down))
@@ -198,7 +198,7 @@ def test_biases_move_by_the_loads_of_all_devices_and_what_is_dropped_is_recorded
 
 
 def test_without_an_axis_of_experts_each_device_sorts_its_own_tokens():
-    """GSPMD would gather all of them to sort them."""
+    """GSPMD alone would gather all tokens to sort them."""
     config = tiny("residual", {"data": 4}, **EXPERTS)
     mesh = make_mesh(config.mesh)
     with using(mesh):
@@ -210,7 +210,7 @@ def test_without_an_axis_of_experts_each_device_sorts_its_own_tokens():
 
 
 def test_one_sequence_that_the_mesh_does_not_divide():
-    """As diagnostics have it: GSPMD places it."""
+    """Diagnostics have such a batch; GSPMD places it."""
     config = tiny("residual", {"data": 2, "expert": 4}, **EXPERTS)
     params, tokens = random_params(config), batch(config)["inputs"][:1]
     mesh = make_mesh(config.mesh)

@@ -1,4 +1,4 @@
-"""The pipeline on simulated devices: losses, gradients and curves of the decoder without one, memory, checkpoints, refusals."""
+"""The pipeline on simulated devices: losses and gradients are those of the decoder without one; memory, checkpoints, refusals."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.pipeline.executor import pipelined
 from mhc_jax.pipeline.program import compile_table
-from mhc_jax.schedules.tables import SCHEDULES, Place, lay_out, make, stage_count
+from mhc_jax.schedules.tables import SCHEDULES, Place, Plan, lay_out, make, stage_count
 from mhc_jax.schedules.validate import validate
 from mhc_jax.train_step import gradients
 
@@ -29,7 +29,7 @@ DENSE_FIRST, COPIES = EXPERTS | {"num_dense_layers": 1}, {"data": 2, "expert": 2
 
 
 def tiny(kind, schedule, stages, microbatches, mesh=None, sequences=1, overlap=False, **model):
-    """One block a stage; `sequences` a microbatch."""
+    """A configuration of one block a stage, with `sequences` in each microbatch."""
     blocks, pipeline = stage_count(schedule, stages), PipelineConfig(schedule=schedule, overlap=overlap)
     sizes = {"vocab_size": 40, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16, "num_layers": blocks}
     mesh, size = {"stage": stages, **(mesh or {})}, (microbatches * sequences, T)
@@ -51,7 +51,7 @@ def test_a_pipeline_changes_nothing(schedule):
 
 @pytest.mark.full
 def test_stages_copies_and_owners_of_experts():
-    """A dense block leads the first stage, and its stage has fewer blocks with experts."""
+    """The first stage begins with a dense block, and has fewer blocks with experts than the second."""
     assert_same_step(tiny("residual", "zb1p", 2, 3, COPIES, sequences=4, **DENSE_FIRST, num_layers=4))
 
 
@@ -92,8 +92,8 @@ def test_streams_that_overflow_are_seen(schedule):
     assert np.isnan(loss)
 
 
-def test_embeddings_lie_on_all_stages():
-    """Each a part; 40 rows on 4 stages, 41 on every one, 42 on the two of tensor alone."""
+def test_embeddings_are_sharded_over_stages():
+    """4 stages share 40 rows; 41 rows are replicated; 42 rows are sharded over the two devices of tensor alone."""
     for rows, mesh, spec in ((40, {}, "stage"), (41, {}, None), (42, {"tensor": 2}, "tensor")):
         config = tiny("residual", "1f1b", 4, 4, mesh, vocab_size=rows, num_kv_heads=2)
         own = state_shardings(make_mesh(config.mesh), meshes.shapes(config))
@@ -111,8 +111,8 @@ def test_sums_of_gradients_are_float32():
 
 
 @pytest.mark.full
-def test_in_bfloat16_it_rounds_as_without():
-    """Together the gradients are no further from those of float32 than without a pipeline."""
+def test_in_bfloat16_a_pipeline_rounds_no_worse():
+    """The gradients are no further from those of float32 than without a pipeline."""
     config, exactly = tiny(MHC, "zb1p", 2, 2, **BFLOAT16), on_one_device(tiny(MHC, "zb1p", 2, 2))[2]
 
     def errors(found):
@@ -126,10 +126,10 @@ def test_in_bfloat16_it_rounds_as_without():
 
 @pytest.mark.slow
 def test_a_table_written_by_hand():
-    """The first stage on the second device; the second microbatch begins when the first is over."""
+    """The first stage is on the second device, and the second microbatch begins when the first has ended."""
     config = tiny("residual", "gpipe", 2, 2)
     orders = [[[(kind, m, 0)] for m in (0, 1) for kind in "FB"]] * 2
-    schedule = lay_out("mine", orders, [[Place(1, 0), Place(0, 0)]], [0, 0], [1, 1])
+    schedule = lay_out("mine", Plan(orders, [[Place(1, 0), Place(0, 0)]], [0, 0], [1, 1]))
     validate(schedule)
     mesh, params = make_mesh(config.mesh), random_params(config)
     with using(mesh):
@@ -163,7 +163,7 @@ def temporary(schedule, microbatches):
 
 @pytest.mark.slow
 def test_the_activations_of_1f1b_do_not_grow_with_microbatches_and_those_of_gpipe_do():
-    """What a slot holds is measured between two tables of gpipe; 1f1b has the slots its bound says, whatever the microbatches."""
+    """The difference of two gpipe steps is the size of a slot; 1f1b has as many slots as its bound, whatever the microbatches."""
     boundary = 64 * T * 2 * 16 * 4  # x and y of 64 sequences
     (few, a), (many, b) = temporary("gpipe", 4), temporary("gpipe", 8)
     assert [(one.activations, one.gradients, one.inputs) for one in (a, b)] == [(4, 4, 1), (8, 8, 1)]
@@ -177,7 +177,7 @@ def test_the_activations_of_1f1b_do_not_grow_with_microbatches_and_those_of_gpip
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_and_without_stages(tmp_path):
-    """A checkpoint has the blocks in one piece."""
+    """A checkpoint has all blocks in one array."""
     settings = {"model": {"num_layers": 2}, "optimizer": {"accumulation_steps": 2}}
     settings |= {"train": {"steps": 6, "checkpoint_every": 2, "validate_every": 0}}
     config = tiny_runs.tiny(write_text(tmp_path / "text.txt"), "residual", **settings)
@@ -199,7 +199,7 @@ REFUSED = {
     "blocks": ({"num_layers": 3}, {}, "model.num_layers is 3, which does not divide into the 2 stages of '1f1b'"),
     "dense": ({"num_layers": 4, **EXPERTS, "num_dense_layers": 3}, {}, "3, more than the 2 blocks of the first stage."),
     "schedule": ({}, {"schedule": "1f2b"}, "pipeline.schedule is '1f2b'"),
-    "microbatches": ({}, {"schedule": "dualpipe"}, "2 microbatches are too few for 'dualpipe' with 2 stages"),
+    "microbatches": ({}, {"schedule": "dualpipe"}, "2 microbatches are too few for 'dualpipe' on 2 devices"),
     "chunks": ({}, {"chunks": 3}, "The number of chunks of '1f1b' is fixed"),
 }
 

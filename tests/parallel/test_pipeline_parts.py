@@ -1,4 +1,4 @@
-"""The parts of a pipelined step: a backward pass cut in two, weights cast once, boundary tensors as one array."""
+"""The parts of a pipelined step: the split of a backward pass, weights that are cast once, and packed boundary tensors."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ from mhc_jax.model import Decoder
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import EXACT, split
-from mhc_jax.pipeline.stage import Stage
+from mhc_jax.pipeline.stage import Stage, Work
 from mhc_jax.planning import compile_ahead, pipeline_tables
 from mhc_jax.planning.pipeline_costs import from_compiled
 from mhc_jax.planning.slices import get_slice
@@ -35,7 +35,7 @@ def model_of(kind, **changes):
 
 
 def params_of(model):
-    """(random weights outside the stacked blocks, those of these), as arrays of NumPy."""
+    """(random parameters outside the stacked blocks, those of the stacked blocks), as NumPy arrays."""
     r = np.random.default_rng(0)
     params = jax.eval_shape(Decoder(model).init, jax.random.key(0), TOKENS)["params"]
     params = jax.tree.map(lambda a: (0.3 * r.normal(size=a.shape)).astype(a.dtype), params)
@@ -47,7 +47,7 @@ def leaves_of(*trees):
 
 
 def stage_of(model):
-    """(a stage of two, weights of its blocks)."""
+    """(a `Stage` of a model of two stages, (parameters of its blocks, its number))."""
     params, layers = params_of(model)
     layers = jax.tree.map(lambda a: jnp.asarray(a.reshape(2, 2, *a.shape[1:])), layers)
     stage = Stage(model, 2, jax.tree.map(jnp.asarray, params), TOKENS, layers, halves=True)
@@ -55,7 +55,7 @@ def stage_of(model):
 
 
 def multiplied(function, *arguments):
-    """(what it gives, its products)."""
+    """(results of a function, FLOPs of its matrix products)."""
     program = jax.jit(function).lower(*arguments).compile()
     return program(*arguments), flops(Program(program.as_text()), lambda one: 0.0)
 
@@ -67,14 +67,14 @@ FAST = (("residual", "full"), (MHC, "connection"))
 
 @pytest.mark.parametrize(("kind", "remat"), thin(EVERY, FAST.__contains__))
 def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
-    """What they make is what the whole makes, and their products together are the products of the whole."""
+    """The two halves give the gradients of the whole, and together have as many FLOPs."""
     stage, free = stage_of(model_of(kind, remat=remat))
     r = np.random.default_rng(1)
     random = functools.partial(jax.tree.map, lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype))
 
     def kept(layers, x, at):
         batch = {"inputs": TOKENS, "targets": TOKENS}
-        return stage.forward(False, layers, batch, at, x, stage.outer)[0]["held"]
+        return stage.forward(Work(False, layers, batch, at), x, stage.outer)[0]["activations"]
 
     held = jax.jit(kept)(free[0], random(stage.boundary.like), jnp.int32(0))
     given, halves = (held, random(stage.boundary.tree)), stage.halves[False]
@@ -90,7 +90,7 @@ def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
 
 
 def test_what_lies_between_is_little():
-    """Operations on weights alone are done twice, casts are not kept, and of what is shared the smaller is."""
+    """Operations on weights alone run twice, casts are not kept, and of a shared chain the smallest value is kept."""
 
     def function(W, x):
         y = jnp.dot(x.astype(jnp.float32), W)  # wanted, and needed later
@@ -124,7 +124,7 @@ def test_unrolled_loops_are_opened_and_others_are_not():
 
 
 def test_what_elementwise_operations_make_again_is_not_kept():
-    """Of a gated feed-forward behind a norm, in bfloat16: x, two numbers of its norm, and both halves of the hidden layer."""
+    """A gated feed-forward behind a norm, in bfloat16, keeps x, two numbers of its norm, and both halves of the hidden layer."""
 
     def function(W, x):
         scale = jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True))
@@ -143,7 +143,7 @@ def test_what_elementwise_operations_make_again_is_not_kept():
     r = np.random.default_rng(0)
     W = [jnp.asarray(r.normal(size=shape), jnp.bfloat16) for shape in ((4, 16), (8, 4))]
     x, g = (jnp.asarray(r.normal(size=(6, 4)), jnp.bfloat16) for _ in range(2))
-    assert len(split(whole, W, x, at_once=True, again=EXACT).between) == 11, "products are kept"
+    assert len(split(whole, W, x, at_once=True, recompute=EXACT).between) == 11, "products are kept"
     cut = split(whole, W, x, at_once=True)
     y, kept = cut.now(W, x)
     assert sorted(a.shape for a in kept) == [(6, 1), (6, 1), (6, 4), (6, 8), (6, 8)]
@@ -160,7 +160,7 @@ CAST = [(kind, remat) for kind in ("hc", MHC) for remat in ("none", "full", "con
 
 @pytest.mark.parametrize(("kind", "remat"), thin(CAST[2:], ("hc", "connection").__eq__))
 def test_weights_that_are_cast_are_cast_before_the_first_tick(kind, remat):
-    """Matrices of the branches are; norms, the router and the connections compute in float32."""
+    """Matrices of the branches are cast; norms, the router and the connections compute in float32."""
     types = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
     model = model_of(kind, remat=remat, **types, **EXPERTS | {"num_dense_layers": 1})
 
@@ -182,8 +182,8 @@ def test_dense_blocks_may_fill_the_first_stage():
     @jax.jit
     def told(params, layers):
         stage = Stage(model, 2, params, TOKENS, jax.tree.map(lambda a: a[None], layers))
-        carry, own = stage.enter(stage.head(), TOKENS), jax.tree.map(lambda a: a[0], stage.layers)
-        first = stage.blocks(True, own, stage.dense(True), carry, jnp.int32(0))
+        carry, own = stage.enter(stage.head(stage.outer), TOKENS), jax.tree.map(lambda a: a[0], stage.layers)
+        first = stage.blocks(True, own, stage.dense(stage.outer, True), carry, jnp.int32(0))
         return first[1], stage.blocks(False, own, {}, carry, jnp.int32(1))[1]
 
     aux, other = told(params, layers)
@@ -215,7 +215,7 @@ DTYPES = [(kind, dtype) for kind in connections.KINDS for dtype in ("float32", "
 
 @pytest.mark.parametrize(("kind", "dtype"), thin(DTYPES, lambda case: (case[0] == "hc") == (case[1] == "float32")))
 def test_a_boundary_is_packed_bit_by_bit(kind, dtype):
-    """B = T = n = 4, so that shapes alone do not tell the axes."""
+    """With B = T = n = 4 the token axes cannot be told by their sizes."""
     stage = object.__new__(Stage)
     stage.model = model_of(kind, stream_dtype=dtype, compute_dtype=dtype)
     params = jax.tree.map(jnp.asarray, params_of(stage.model)[0])

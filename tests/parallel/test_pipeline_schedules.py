@@ -1,4 +1,4 @@
-"""Schedules of pipelines: proofs of generated tables, refusals of broken ones, published bubbles, costs, the picture."""
+"""Schedules of pipelines: generated tables are valid, broken ones are refused, bubbles are as published; costs and the picture."""
 
 import dataclasses
 import itertools
@@ -14,12 +14,12 @@ from experiments.configs.paper import get_config
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.pipeline.executor import SUMS, writes
+from mhc_jax.pipeline.executor import IN_PLACE, writes
 from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.planning import pipeline_costs, pipeline_tables
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
-from mhc_jax.schedules.simulate import by_hand, published, simulate
+from mhc_jax.schedules.simulate import by_hand, simulate
 from mhc_jax.schedules.tables import SCHEDULES, Op, Place, Schedule, make, stage_count
 from mhc_jax.schedules.validate import messages, operations, peak_activations, validate
 
@@ -80,10 +80,17 @@ def test_a_hand_written_table_is_told_which_dependency_breaks_at_which_tick():
         validate(dataclasses.replace(late, latency=2))
 
 
+def published(name, PP, F, B, W, pair):
+    """(bubble, activations of a device, copies of the parameters), from the README of github.com/deepseek-ai/DualPipe."""
+    dual = ((PP / 2 - 1) * (pair * (F + B) + B - 3 * W), PP + 1, 2)
+    plain = {"1f1b": ((PP - 1) * (F + B), PP, 1), "zb1p": ((PP - 1) * (F + B - 2 * W), PP, 1)}
+    return plain.get(name, dual)
+
+
 @pytest.mark.parametrize("PP", [4, 8, 16])
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_bubbles_and_activations_are_the_published_ones(name, PP):
-    """PP counts stages: dualpipev runs on half as many devices.  The dual ones' bubble is smaller where F = I = W does not hold."""
+    """PP counts stages; dualpipev runs on half as many devices.  Dual bubbles are smaller where F = I = W does not hold."""
     general = [(1.0, 2.2, 0.9, 1.0), (1.0, 2.0, 0.5, 1.0), (1.0, 2.4, 0.8, 0.9)]
     for M in (2 * PP, 4 * PP):
         schedule = make(name, PP // 2 if name == "dualpipev" else PP, M)
@@ -108,14 +115,14 @@ def test_gpipe_has_the_bubble_of_1f1b_and_all_activations():
 
 
 def test_interleaved_divides_the_bubble_by_its_chunks():
-    """Narayanan et al., section 2.2: (P - 1)(F + B) / v, where a chunk takes 1 / v of a stage."""
+    """Narayanan et al., section 2.2.2: (P - 1)(F + B) / v, where a chunk takes 1 / v of a stage."""
     for v in (2, 4):
         run = simulate(make("interleaved", 4, 16, v), by_hand(4 * v, 1 / v, 2 / v, 1 / v))
         assert max(run.bubble) == pytest.approx(3 * 3 / v)
 
 
 def test_messages_show_where_nothing_runs_beside_them():
-    """1f1b waits for a message at every device of warm-up and drain; a schedule that is free of messages hides all."""
+    """Under 1f1b every device of warm-up and drain waits for a message, and nothing runs beside it."""
     quick, slow = (simulate(make("1f1b", 4, 8), by_hand(4, send=send)) for send in (0.0, 0.25))
     assert quick.exposed == 0
     assert slow.exposed == pytest.approx(slow.makespan - quick.makespan)
@@ -126,12 +133,12 @@ def test_messages_show_where_nothing_runs_beside_them():
 @pytest.mark.parametrize(
     ("name", "P", "M", "sentence"),
     [
-        ("1f1b", 4, 3, "3 microbatches are too few for '1f1b' with 4 stages; use at least 4."),
+        ("1f1b", 4, 3, "3 microbatches are too few for '1f1b' on 4 devices; use at least 4."),
         ("zb1p", 4, 3, "use at least 4"),
-        ("interleaved", 4, 6, "6 microbatches are no multiple of 4 stages, which 'interleaved' needs; use 8."),
-        ("dualpipe", 3, 8, "'dualpipe' has 3 stages; it needs an even number"),
+        ("interleaved", 4, 6, "needs a multiple of 4 microbatches on 4 devices, not 6; use 8."),
+        ("dualpipe", 3, 8, "'dualpipe' has 3 devices; it needs an even number"),
         ("dualpipe", 4, 9, "'dualpipe' has 9 microbatches; it needs an even number"),
-        ("dualpipe", 4, 6, "6 microbatches are too few for 'dualpipe' with 4 stages; use at least 8."),
+        ("dualpipe", 4, 6, "6 microbatches are too few for 'dualpipe' on 4 devices; use at least 8."),
         ("dualpipev", 4, 6, "too few"),
         ("gpipe", 1, 4, "a pipeline needs at least 2"),
         ("1f2b", 4, 4, r"Did you mean '1f1b'\?"),
@@ -255,14 +262,14 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize("leading", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_phase_has_what_writes_an_array_behind_what_does_not(name, leading):
-    """Or XLA copies it."""
+    """XLA copies an array where a later branch only passes it on."""
     schedule = make(name, 4, 16)
     program = compile_table(schedule, leading)
     does, done = [op for each in program.phases for op in each], []
     assert all(each[0] == Operation() for each in program.phases)
     assert len(set(does)) == len(does) - len(program.phases) + 1, "an operation is in one phase"
     for k, each in enumerate(program.phases):
-        for array in SUMS:
+        for array in IN_PLACE:
             writing = [array in writes(op) for op in each]
             # The parts of the outer sum are written by the ends of the pipeline, in conditionals of their own.
             assert array == "outer" or writing == sorted(writing), f"{array}: {each}"

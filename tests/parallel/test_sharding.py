@@ -1,4 +1,4 @@
-"""Over a mesh of simulated devices a step is the step of one device; what is communicated; checkpoints between meshes."""
+"""Steps on meshes of simulated devices equal those of one device; what they communicate; checkpoints between meshes."""
 
 import collections
 import contextlib
@@ -61,7 +61,7 @@ def test_other_models_are_those_of_one_device(kind, mesh, settings):
 
 
 def collectives(config):
-    """(kind, shape) -> how often it stands in the compiled gradient."""
+    """How often each (kind, shape) of a collective occurs in the compiled gradient."""
     found = collections.Counter()
     for kind, result in meshes.collectives(compiled_gradients(config)):
         for shape in re.findall(r"\w+\[([\d,]*)\]", result):
@@ -124,7 +124,7 @@ def all_operations(x, y, post, res, phi, alpha, bias):
 
 @pytest.mark.parametrize("implementation", thin(["xla", "pallas_tpu"], "pallas_tpu".__eq__))
 def test_operations_run_on_own_tokens(implementation):
-    """Every operation, the kernels included, over (data, sequence): values and gradients."""
+    """Values and gradients of every operation, the kernels included, on a mesh of data and sequence."""
     n, C, B, T = 2, 128, 2, 16
     r, k = np.random.default_rng(0), n * n + 2 * n
     sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, k), (3,), (k,)]

@@ -1,4 +1,4 @@
-"""A step over a mesh of simulated devices and on one device, side by side."""
+"""Train steps on a mesh of simulated devices, and the same steps on one device to compare them with."""
 
 import dataclasses
 import functools
@@ -17,7 +17,11 @@ from mhc_jax.train_step import gradients, init_state, make_train_step
 
 B, T, V = 8, 32, 56
 EXPERTS = dict(num_experts=4, num_active_experts=2, num_shared_experts=1, expert_width=12, num_dense_layers=0)
-"""12 wide: where weights and tokens have one shape, XLA may split one as the other in the midst of an operation, and CPUs hang."""
+"""An expert_width of 12 keeps the experts' weights from having the shape of the tokens.
+
+With equal shapes XLA may give the weights the sharding of the tokens inside a branch of a conditional.  That takes a collective
+of all devices in a branch that only some of them run, and XLA's CPU backend hangs.
+"""
 
 
 def name_of(mesh):
@@ -46,20 +50,20 @@ def shapes(config):
 
 
 def random_params(config):
-    """Off the initial values, where many gradients are zero; the same for every mesh."""
+    """Random parameters, the same for every mesh.  At the initial values many gradients are zero."""
     r = np.random.default_rng(1)
     return jax.tree.map(lambda a: np.float32(0.3 * r.normal(size=a.shape)), shapes(config))
 
 
 @functools.cache
 def lowered_gradients(config):
-    """(traced, lowered, shardings of parameters and of a batch; None without a mesh)."""
+    """(traced program, lowered program, shardings of parameters and of a batch, or None without a mesh)."""
     mesh, examples = make_mesh(config.mesh), (shapes(config), batch(config))
     with using(mesh):
-        own = (state_shardings(mesh, examples[0]), batch_sharding(mesh)) if mesh else None
-        results = (NamedSharding(mesh, PartitionSpec()), own[0]) if mesh else None
-        traced = jax.jit(gradients(config), in_shardings=own, out_shardings=results).trace(*examples)
-        return traced, traced.lower(), own
+        inputs = (state_shardings(mesh, examples[0]), batch_sharding(mesh)) if mesh else None
+        results = (NamedSharding(mesh, PartitionSpec()), inputs[0]) if mesh else None
+        traced = jax.jit(gradients(config), in_shardings=inputs, out_shardings=results).trace(*examples)
+        return traced, traced.lower(), inputs
 
 
 @functools.cache
@@ -68,7 +72,7 @@ def compiled_gradients(config):
 
 
 def run_gradients(config):
-    """(loss, what routers tell, gradients by path)."""
+    """(loss, values that routers report, gradients by path)."""
     arguments = jax.device_put((random_params(config), batch(config)), lowered_gradients(config)[2])
     (loss, router), grads = compiled_gradients(config)(*arguments)
     by_path = {path_of(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
@@ -85,28 +89,28 @@ def on_one_device(config):
 
 
 def collectives(compiled):
-    """(name, type and shape of the result) of every collective of a compiled program."""
+    """(kind, type and shape of the result) of every collective of a compiled program."""
     kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-    found = re.findall(rf"= (\S+|\(.*?\)) ({kinds})(?:-start)?\(", compiled.as_text())
-    return [(kind, shape) for shape, kind in found]
+    pattern = rf"= (\S+|\(.*?\)) ({kinds})(?:-start)?\("
+    return [(kind, shape) for shape, kind in re.findall(pattern, compiled.as_text())]
 
 
 def trained(config, steps):
     """(metrics of each step, biases of the routers at the end)."""
-    mesh, found = make_mesh(config.mesh), []
+    mesh, collected = make_mesh(config.mesh), []
     state = jax.jit(lambda: init_state(config))()
-    own, rows = (state_shardings(mesh, state), batch_sharding(mesh)) if mesh else (None, None)
-    state = jax.device_put(state, own)
+    shardings, rows = (state_shardings(mesh, state), batch_sharding(mesh)) if mesh else (None, None)
+    state = jax.device_put(state, shardings)
     with using(mesh):
-        step = jax.jit(make_train_step(config), out_shardings=own and (own, None))
+        step = jax.jit(make_train_step(config), out_shardings=shardings and (shardings, None))
         for seed in range(steps):
             state, metrics = step(state, jax.device_put(batch(config, seed % 5), rows))
-            found.append(jax.device_get(metrics))
-    return found, np.asarray(state.params["layers"]["mlp"]["router_bias"])
+            collected.append(jax.device_get(metrics))
+    return collected, np.asarray(state.params["layers"]["mlp"]["router_bias"])
 
 
 def assert_same_step(config):
-    """A mesh, a pipeline or both change neither the loss, nor its gradients, nor what routers tell."""
+    """The loss, its gradients and the values of routers are those of one device without a pipeline."""
     (loss, router, grads), (expected_loss, expected_router, expected) = run_gradients(config), on_one_device(config)
     assert_close(loss, expected_loss, FP32_RELATIVE, "loss")
     assert grads.keys() == expected.keys()

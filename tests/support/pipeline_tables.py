@@ -1,4 +1,4 @@
-"""Tables of pipelines: drawn at random, with one thing wrong, and their programs followed without JAX."""
+"""Random tables of pipelines, tables with one error, and a replay of their programs without JAX."""
 
 import dataclasses
 
@@ -21,10 +21,10 @@ def arguments(draw, name):
 
 
 def replay(schedule, program):
-    """Follow the columns as the executor does, with (microbatch, stage) for arrays; what was done, in order.
+    """Follow the columns as the executor does, with (microbatch, stage) in place of arrays.
 
-    Whatever is read must be what was meant to lie there; activations and what W waits for are written at once, the rest when a
-    tick ends.
+    Asserts that every read finds the array that was meant.  Activations and deferrals are written at once, the rest when a tick
+    ends.  Returns the operations (kind, microbatch, stage) in order.
     """
     column, done = program.columns, []
     lies = {what: {} for what in ("inputs", "gradients", "activations", "deferrals")}
@@ -88,7 +88,7 @@ def replaced(schedule, tick, device, cell) -> Schedule:
 
 
 def corrupted(schedule, how, pick):
-    """The schedule with one thing wrong; `pick`: a number that chooses where."""
+    """The schedule with one error of the kind `how`, at a place that the number `pick` chooses."""
     some = list(operations(schedule))
     if how == "late":  # only what another operation needs can be too late
         some = [found for found in some if found[2].kind not in "BW" or found[2].sends is not None]
