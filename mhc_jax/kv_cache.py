@@ -33,7 +33,7 @@ class Cache:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
     """Room for `slots` tokens of each of `batch` rows; with none, the cache after a call holds that call's tokens and no more."""
-    if config.attention_kind == "mla":
+    if config.uses_mla:
         shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}
     else:
         heads = (config.num_kv_heads, config.head_dim)

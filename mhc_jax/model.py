@@ -20,8 +20,9 @@ from mhc_jax.kv_cache import Cache, written
 from mhc_jax.layers.attention import Attention, Past
 from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
-from mhc_jax.layers.moe import MoE
-from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.layers.moe import ROUTED_SCALE, MoE
+from mhc_jax.layers.norm import NORM_EPS, RMSNorm
+from mhc_jax.layers.rope import ROPE_THETA
 from mhc_jax.parallel.sharding import constrain, token_axes
 
 Carry = tuple[Any, Any, Array]
@@ -36,10 +37,10 @@ def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> 
 
 def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
     """Sub-layers of one block by name, in order.  Each is F(h) -> (y, aux) and holds its own pre-norm."""
-    eps, dtype = config.norm_eps, jnp.dtype(config.compute_dtype)
+    eps, dtype = NORM_EPS, jnp.dtype(config.compute_dtype)
     output_scale = 1 / math.sqrt(config.num_sublayers) if config.depth_scaled_init else 1.0
-    shared = {"rope_theta": config.rope_theta, "norm_eps": eps, "output_scale": output_scale, "dtype": dtype}
-    if config.attention_kind == "mla":
+    shared = {"rope_theta": ROPE_THETA, "norm_eps": eps, "output_scale": output_scale, "dtype": dtype}
+    if config.uses_mla:
         latent = (config.rope_width, config.kv_rank)
         attention = LatentAttention(
             config.num_heads, config.head_dim, *latent, implementation=config.attention, name="attention", **shared
@@ -50,7 +51,7 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
     if dense:
         return {"attention": attention, "mlp": SwiGLU(config.mlp_width, eps, output_scale, dtype, name="mlp")}
     experts = (config.num_experts, config.num_active_experts, config.num_shared_experts, config.expert_width)
-    scales = (config.routed_scale, eps, output_scale)
+    scales = (ROUTED_SCALE, eps, output_scale)
     return {"attention": attention, "mlp": MoE(*experts, *scales, dtype, config.expert_buffer, name="mlp")}
 
 
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
         carry = enter(cfg, embedding, ends, tokens)
 
         # Without a gradient there is nothing to keep, and what creates parameters is the same program whatever is kept.
-        policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat
+        policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat_policy
         block = nn.remat(Block, prevent_cse=False) if policy == "full" else Block
 
         def run(carry, first, last, dense, name):
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
             kept["layers"] = {key: router.pop(key) for key in keys}
             after = {"cache": written(cache, kept, tokens.shape[1])}
 
-        x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry, only)
+        x = leave(cfg, ends, RMSNorm(NORM_EPS, name="final_norm"), carry, only)
         if cfg.tied_embeddings:
             unembedding = embedding.T
         else:

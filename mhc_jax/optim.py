@@ -56,16 +56,16 @@ def mask(params: Any, pattern: str) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
-def no_decay_pattern(config: OptimizerConfig, connection: type[Connection]) -> str:
+def no_decay_pattern(connection: type[Connection]) -> str:
     """Regular expression of the parameters without weight decay: norms, and the static parameters of the connection."""
-    if config.decay_static or not connection.static_params:
+    if not connection.static_params:
         return NO_DECAY
     return f"{NO_DECAY}|{CONNECTION}({'|'.join(connection.static_params)})$"
 
 
 def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection]) -> optax.GradientTransformation:
     """Clip by global norm, AdamW, decay on all but `no_decay_pattern`, learning-rate multiplier for connections."""
-    no_decay = no_decay_pattern(config, connection)
+    no_decay = no_decay_pattern(connection)
     transforms = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(
@@ -85,7 +85,7 @@ def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection])
 def describe(params: Any, config: OptimizerConfig, connection: type[Connection]) -> str:
     """What the masks matched, for the log."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    no_decay = [p for p in paths if re.search(no_decay_pattern(config, connection), p)]
+    no_decay = [p for p in paths if re.search(no_decay_pattern(connection), p)]
     own = [p for p in paths if re.search(CONNECTION, p)]
     return (
         f"{len(paths)} arrays: weight decay {config.weight_decay} on {len(paths) - len(no_decay)}, none on "

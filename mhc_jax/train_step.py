@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
-from mhc_jax.layers.moe import balanced_bias, router_health
+from mhc_jax.diagnostics import DIAGNOSTICS_TOKENS
+from mhc_jax.layers.moe import BALANCING_RATE, balanced_bias, router_health
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
 from mhc_jax.parallel.sharding import constrain
@@ -89,7 +90,7 @@ def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: 
 def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(state, batch) -> (state, metrics): loss, grad_norm (before clipping), grad_norm_per_layer [L/2], learning_rate.
 
-    With experts the metrics include `layers.moe.router_health` of the M layers that have them, with an expert_buffer also
+    With experts the metrics include `layers.moe.router_health` of the M layers that have them, with a buffer of experts also
     router_dropped, and the step moves their routers' biases by the loads of the batch.  A step whose loss or gradient is not
     finite changes nothing, so that the state left behind stays usable.  The learning_rate is that of this very update.
     """
@@ -108,7 +109,7 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
         health = {}
         if router:
             load, bias = router["expert_load"], router["router_bias"]
-            moved = move_router_bias(new.params, state.params, load, config.model.balancing_rate)
+            moved = move_router_bias(new.params, state.params, load, BALANCING_RATE)
             new = TrainState(new.step, moved, new.opt_state)
             health = router_health(load, router["router_entropy"], bias)
             if config.model.expert_buffer:
@@ -149,12 +150,14 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
     return step
 
 
-def make_diagnostics_step(config: ExperimentConfig) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
+def make_diagnostics_step(
+    config: ExperimentConfig, sample: int = DIAGNOSTICS_TOKENS
+) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
     """(params, tokens) -> what `diagnostics.summarize` wants, from a forward pass of its own: the train step never pays."""
     model = Decoder(config.model)
 
     def step(params, tokens):
-        _, collected = model.apply({"params": params}, tokens, config.train.diagnostics_tokens)
+        _, collected = model.apply({"params": params}, tokens, sample)
         return dict(collected)
 
     return step

@@ -33,6 +33,11 @@ from mhc_jax.layers.grouped import grouped_matmul
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.parallel.sharding import RULES, constrain, current, token_axes
 
+ROUTED_SCALE = 1.0
+"""What the gates of a token's routed experts sum to (DeepSeek-V3, Eq. 13)."""
+BALANCING_RATE = 1e-3
+"""gamma, by which a step moves the bias of a router towards even loads (DeepSeek-V3, section 4.2)."""
+
 
 def route(
     x: Float[Array, "N C"], W: Float[Array, "C E"], bias: Float[Array, " E"], k: int, scale: float

@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+ROPE_THETA = 1e4
+"""Base of the frequencies (Su et al., section 3.2.2)."""
+
 
 def rope(x: Float[Array, "B T H D"], theta: float, first: Int[Array, " B"] | None = None) -> Float[Array, "B T H D"]:
     """Rotate pairs (d, d + D/2) of each head by position times theta^(-2d/D); float32 inside, dtype of x outside.

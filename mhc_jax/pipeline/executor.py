@@ -50,7 +50,7 @@ def schedule_of(config: ExperimentConfig) -> Schedule | None:
     if config.mesh.stage == 1:
         return None
     steps = config.optimizer.accumulation_steps
-    return make(own.schedule, config.mesh.stage, steps, own.chunks, 2 if own.overlap else 1)
+    return make(own.schedule_name, config.mesh.stage, steps, own.chunks, 2 if own.overlap else 1)
 
 
 def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, Tree], tuple[tuple[Array, Tree], Tree]]:

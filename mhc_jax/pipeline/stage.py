@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.cost.memory_io import best_recompute
-from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.layers.norm import NORM_EPS, RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
@@ -96,7 +96,7 @@ class Stage:
     def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
         """Nats per token of one microbatch."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
-        norm = RMSNorm(self.model.norm_eps).bind({"params": params["final_norm"]})
+        norm = RMSNorm(NORM_EPS).bind({"params": params["final_norm"]})
         x = leave(self.model, ends, norm, carry)
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)
@@ -116,7 +116,7 @@ class Stage:
     def _run(self, dense: bool, layers: Tree, carry: Tree, indices: Array) -> tuple[Tree, Tree]:
         """Blocks one after another, as model.remat says."""
         model, count = self.model, len(indices)
-        if model.remat == "connection":
+        if model.remat_policy == "connection":
 
             def sublayer(k: int, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
                 out: Any = Block(model, 0, dense, only=k, parent=None).apply({"params": params}, carry, layer)
@@ -129,7 +129,7 @@ class Stage:
             out: Any = Block(model, 0, dense, parent=None).apply({"params": params}, carry, layer)
             return out[0], out[1][1]
 
-        keep = jax.checkpoint(block) if model.remat == "full" else block
+        keep = jax.checkpoint(block) if model.remat_policy == "full" else block
         told = []
         for k in range(count):
             carry, aux = keep(jax.tree.map(lambda a, k=k: a[k], layers), carry, indices[k])

@@ -72,7 +72,7 @@ def check_implementation(name: str) -> str | None:
 def best_attention(config: ExperimentConfig, platform: str) -> ExperimentConfig:
     """With `splash` where the configuration says `xla` and a TPU can run it; `xla` writes T x T scores."""
     model = config.model
-    keys = model.head_dim + (model.rope_width if model.attention_kind == "mla" else 0)
+    keys = model.head_dim + (model.rope_width if model.uses_mla else 0)
     fits = config.data.sequence_length % 128 == 0 and model.head_dim % 128 == 0 and keys % 64 == 0
     if platform != "tpu" or model.attention != "xla" or not fits or config.mesh.sequence > 1:
         return config
@@ -188,7 +188,7 @@ def kernel_cost(config: ExperimentConfig, one: Instruction) -> tuple[float, floa
     model, T, mesh = config.model, config.data.sequence_length, config.mesh
     if splash := re.search(r"splash_m[qh]a_(fwd|dkv|dq)", one.name):
         sequences = config.data.batch_size / config.optimizer.accumulation_steps / mesh.batch
-        D, E = model.head_dim + (model.rope_width if model.attention_kind == "mla" else 0), model.head_dim
+        D, E = model.head_dim + (model.rope_width if model.uses_mla else 0), model.head_dim
         widths = {"fwd": D + E, "dkv": 3 * D + 2 * E, "dq": 2 * D + E}[splash[1]]
         return sequences * T * T * model.num_heads / mesh.tensor * widths, 0.0
     return None
@@ -232,8 +232,8 @@ def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
     tokens = micro * data.sequence_length // (mesh.batch * mesh.sequence)
     carried = counts.stream_elements(model) * jnp.dtype(model.stream_dtype).itemsize
     L, kept = model.num_sublayers, {"none": model.num_sublayers, "full": model.num_layers}
-    if model.remat not in kept:
-        kept[model.remat] = math.ceil(
+    if model.remat_policy not in kept:
+        kept[model.remat_policy] = math.ceil(
             L / (model.remat_block or best_recompute(L, counts.stream_elements(model) // model.width))
         )
     schedule = schedule_of(config)
@@ -243,7 +243,7 @@ def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
         "parameters": shares(step.state.params),
         "optimizer state": shares(step.state.opt_state),
         "gradients": shares(step.state.params),
-        "streams": int(tokens * carried * kept[model.remat] * share),
+        "streams": int(tokens * carried * kept[model.remat_policy] * share),
         "logits": tokens * vocabulary * 4,
     }
 
