@@ -122,6 +122,17 @@ def check_dimensions(config: ExperimentConfig) -> None:
         mesh.sequence == 1 or model.attention == "xla",
         f"mesh.sequence is {mesh.sequence} and model.attention {model.attention!r}, which needs whole sequences; use 'xla'.",
     )
+    require(
+        model.attention != "splash" or fits_splash(config),
+        f"model.attention is 'splash', which needs data.sequence_length and model.head_width that are multiples of 128 and keys "
+        f"that are multiples of 64, not {data.sequence_length}, {model.head_dim} and {model.key_width}; use 'xla'.",
+    )
+
+
+def fits_splash(config: ExperimentConfig) -> bool:
+    """JAX's flash attention for TPUs takes these sizes: sequences and values in multiples of 128, keys in multiples of 64."""
+    model = config.model
+    return config.data.sequence_length % 128 == 0 and model.head_dim % 128 == 0 and model.key_width % 64 == 0
 
 
 def _check_stages(config: ExperimentConfig) -> None:

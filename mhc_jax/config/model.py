@@ -136,6 +136,10 @@ class ModelConfig:
             f"model.remat is {self.remat!r}; the number of sub-layers must lie between 1 and {self.num_sublayers}.",
         )
 
+    def require_vocabulary(self) -> None:
+        """Raise `InputError` unless vocab_size is set: a plan has no tokenizer that could say it."""
+        require(self.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+
     @property
     def num_leading(self) -> int:
         """Dense blocks in front of those with experts; 0 where all blocks are alike."""
@@ -145,6 +149,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.head_width or self.width // self.num_heads
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a query or a key of one head, those that carry the position included."""
+        return self.head_dim + (self.rope_width if self.uses_mla else 0)
 
     @property
     def num_sublayers(self) -> int:

@@ -273,6 +273,7 @@ def test_moments_lie_like_their_parameters_and_connections_everywhere():
             "number of experts in model.experts is 6, which mesh.expert 4 does not divide",
         ),
         ({"sequence": 2}, {"attention": "splash"}, "mesh.sequence is 2 and model.attention 'splash'.*use 'xla'"),
+        ({}, {"attention": "splash"}, "'splash', which needs .* multiples of 64, not 32, 8 and 8; use 'xla'"),
         ({"data": 0}, {}, "mesh.data is 0; it must be at least 1"),
     ],
 )
