@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mhc_jax.errors import require
+from mhc_jax.errors import at_least, require
 from mhc_jax.schedules.tables import DEFAULT_CHUNKS, SCHEDULES, make, stage_count
 from mhc_jax.spelling import read_number
 
@@ -33,9 +33,7 @@ class MeshConfig:
     """Devices that split each sequence; model.attention must be `xla`."""
 
     def __post_init__(self) -> None:
-        for axis in AXES:
-            value = getattr(self, axis)
-            require(value >= 1, f"mesh.{axis} is {value}; it must be at least 1.")
+        at_least(1, self, "mesh.", *AXES)
 
     @property
     def size(self) -> int:
@@ -113,7 +111,7 @@ def check_dimensions(config: ExperimentConfig) -> None:
     if model.num_experts:
         split += [
             ("The number of experts in model.experts", model.num_experts, "expert"),
-            ("width of model.experts", model.expert_width, "tensor"),
+            ("model.experts: width", model.expert_width, "tensor"),
         ]
     for name, size, axis in split:
         parts = getattr(mesh, axis)
@@ -146,6 +144,6 @@ def _check_stages(config: ExperimentConfig) -> None:
     )
     require(
         model.num_leading <= model.num_layers // stages,
-        f"dense_layers of model.experts is {model.num_leading}, more than the {model.num_layers // stages} blocks of the first "
+        f"model.experts: dense_layers is {model.num_leading}, more than the {model.num_layers // stages} blocks of the first "
         "stage.",
     )

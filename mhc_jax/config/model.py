@@ -17,7 +17,7 @@ from mhc_jax.config.parts import (
     write_remat,
 )
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import at_least, one_of, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cudnn", "splash")
@@ -81,10 +81,8 @@ class ModelConfig:
     """What replaces x + F(x); see `mhc_jax/connections/`."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll"):
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name} is {value}; it must be at least 1.")
-        require(self.head_width >= 0, f"model.head_width is {self.head_width}; use 0 for width / num_heads.")
+        at_least(1, self, "model.", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")
+        at_least(0, self, "model.", "vocab_size", "head_width")
         require(
             self.head_width > 0 or self.width % self.num_heads == 0,
             f"model.num_heads is {self.num_heads}, which does not divide model.width {self.width}; "
@@ -94,7 +92,6 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads {self.num_heads}.",
         )
-        require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; use 0 for the tokenizer's size.")
         require(
             self.embedding_init_std > 0, f"model.embedding_init_std is {self.embedding_init_std}; it must be above 0."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import at_least, one_of, require
 from mhc_jax.spelling import read_number, read_settings, write_settings
 
 
@@ -22,10 +22,10 @@ class LatentAttention:
     """Columns of each query, and of the key that all heads share, that carry the position; even, at least 2."""
 
     def __post_init__(self) -> None:
-        require(self.kv_rank >= 1, f"kv_rank of model.attention_kind is {self.kv_rank}; it must be at least 1.")
+        at_least(1, self, "model.attention_kind: ", "kv_rank")
         require(
             self.rope_width >= 2 and self.rope_width % 2 == 0,
-            f"rope_width of model.attention_kind is {self.rope_width}; rotary embeddings need an even width of at least 2.",
+            f"model.attention_kind: rope_width is {self.rope_width}; rotary embeddings need an even width of at least 2.",
         )
 
 
@@ -33,9 +33,9 @@ def read_attention(text: str) -> LatentAttention | None:
     """Settings of latent attention from `mla` or `mla:kv_rank=512:rope_width=64`; None for `gqa`."""
     kind = text.partition(":")[0]
     one_of("model.attention_kind", kind, ("gqa", "mla"))
-    known = vars(LatentAttention()) if kind == "mla" else {}
-    given = read_settings("model.attention_kind", text, known)
-    return LatentAttention(**given) if kind == "mla" else None
+    defaults = vars(LatentAttention()) if kind == "mla" else {}
+    settings = read_settings("model.attention_kind", text, defaults)
+    return LatentAttention(**settings) if kind == "mla" else None
 
 
 def write_attention(latent: LatentAttention | None) -> str:
@@ -64,18 +64,15 @@ class Experts:
     for all copies that can come, so that none is ever dropped."""
 
     def __post_init__(self) -> None:
-        require(self.width >= 1, f"width of model.experts is {self.width}; it must be at least 1.")
+        at_least(1, self, "model.experts: ", "width")
+        at_least(0, self, "model.experts: ", "shared", "dense_layers")
         require(
             self.number == 0 or 1 <= self.active <= self.number,
-            f"active of model.experts is {self.active}; it must lie between 1 and the {self.number} experts.",
-        )
-        require(self.shared >= 0, f"shared of model.experts is {self.shared}; it must not be negative.")
-        require(
-            self.dense_layers >= 0, f"dense_layers of model.experts is {self.dense_layers}; it must not be negative."
+            f"model.experts: active is {self.active}; it must lie between 1 and the {self.number} experts.",
         )
         require(
             self.buffer == 0 or 1 <= self.buffer < float("inf"),
-            f"buffer of model.experts is {self.buffer}; use 0 for room for all that can come, or a multiple of the even share "
+            f"model.experts: buffer is {self.buffer}; use 0 for room for all that can come, or a multiple of the even share "
             "that is at least 1.",
         )
 

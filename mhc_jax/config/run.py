@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig, check_dimensions
 from mhc_jax.config.model import ModelConfig
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import at_least, one_of, require
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
 TRACKERS = ("tensorboard", "wandb")
@@ -35,9 +35,9 @@ class DataConfig:
     """Seed of the order of the windows; not negative."""
 
     def __post_init__(self) -> None:
-        require(self.sequence_length >= 2, f"data.sequence_length is {self.sequence_length}; it must be at least 2.")
-        require(self.seed >= 0, f"data.seed is {self.seed}; it must not be negative.")
-        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        at_least(2, self, "data.", "sequence_length")
+        at_least(1, self, "data.", "batch_size")
+        at_least(0, self, "data.", "seed")
         require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
@@ -85,24 +85,14 @@ class OptimizerConfig:
             0 < self.learning_rate < float("inf"),
             f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.",
         )
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative.")
+        at_least(1, self, "optimizer.", "accumulation_steps")
+        at_least(0, self, "optimizer.", "warmup_steps", "grad_clip", "eps", "weight_decay", "connection_lr_multiplier")
         require(
             0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]."
         )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1).")
-        require(self.grad_clip >= 0, f"optimizer.grad_clip is {self.grad_clip}; use 0 to switch clipping off.")
-        require(self.eps >= 0, f"optimizer.eps is {self.eps}; it must not be negative.")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
-        require(
-            self.accumulation_steps >= 1,
-            f"optimizer.accumulation_steps is {self.accumulation_steps}; it must be at least 1.",
-        )
-        require(
-            self.connection_lr_multiplier >= 0,
-            f"optimizer.connection_lr_multiplier is {self.connection_lr_multiplier}; it must not be negative.",
-        )
 
 
 @dataclass(frozen=True)
@@ -127,12 +117,8 @@ class TrainConfig:
     """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, both or neither."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "validation_batches"):
-            value = getattr(self, name)
-            require(value >= 1, f"train.{name} is {value}; it must be at least 1.")
-        for name in ("seed", "validate_every", "checkpoint_every", "diagnostics_every"):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name} is {value}; it must not be negative.")
+        at_least(1, self, "train.", "steps", "log_every", "validation_batches")
+        at_least(0, self, "train.", "seed", "validate_every", "checkpoint_every", "diagnostics_every")
         for tracker in self.trackers:
             one_of("An entry of train.trackers", tracker, TRACKERS)
 
