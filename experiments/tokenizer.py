@@ -32,14 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--megabytes", type=float, default=50, help="10^6 bytes of text to train on, at most")
     parser.add_argument("--validation_fraction", type=float, default=0.05)
-    parser.add_argument("--cache_dir", default="")
     flags = parser.parse_args(arguments)
     require(flags.megabytes > 0, f"--megabytes is {flags.megabytes}; it must be above 0.")
     require(
         0 < flags.validation_fraction < 1,
         f"--validation_fraction is {flags.validation_fraction}; it must lie between 0 and 1.",
     )
-    cache = data.cache_folder(flags.cache_dir)
+    cache = data.cache_folder()
 
     def texts(split: Split) -> Iterator[str]:
         documents = data.documents(flags.source, split, cache=cache, fraction=flags.validation_fraction)

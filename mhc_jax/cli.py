@@ -28,6 +28,8 @@ def define_config() -> Callable[[], ExperimentConfig]:
       A function that, once flags are parsed, converts the ConfigDict into the frozen configuration.  It raises
       `InputError` for an unknown key or a refused value.
     """
+    # Settings that are lists: train.trackers and connection.disable, whose entries commas separate.
+    config_flags.register_flag_parser_for_type(list, flags.ListParser())
     # No default here: absl would load it, and trip over overrides, before errors can be caught.
     holder = config_flags.DEFINE_config_file("config", None, f"Config file, with :arg (default {DEFAULT_CONFIG}).")
 

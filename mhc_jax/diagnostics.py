@@ -38,6 +38,8 @@ from mhc_kernels import split
 if TYPE_CHECKING:
     from mhc_jax.connections import Connection
 
+DIAGNOSTICS_TOKENS = 64
+"""Evenly spaced tokens of one held-out sequence at which gains are measured."""
 STREAM_MEASURES = ("stream_cosine", "stream_cosine_abs", "stream_rank")
 """Names of the numbers that show whether streams have become one; summary.json has their means over sub-layers as `final_*`."""
 

@@ -23,6 +23,14 @@ def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
     raise InputError(f"{name} is {given!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
 
 
+def at_least(least: int, config: object, prefix: str, *names: str) -> None:
+    """Raise `InputError` unless each of these settings of `config` is at least `least`; the message names it after `prefix`."""
+    for name in names:
+        value = getattr(config, name)
+        bound = f"be at least {least}" if least else "not be negative"
+        require(value >= least, f"{prefix}{name} is {value}; it must {bound}.")
+
+
 def require(condition: bool, sentence: str) -> None:
     """Raise `InputError(sentence)` unless `condition` holds."""
     if not condition:

@@ -37,7 +37,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
 
     With no slots, the cache after a call holds the tokens of that call and no more.
     """
-    if config.attention_kind == "mla":
+    if config.uses_mla:
         shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}
     else:
         heads = (config.num_kv_heads, config.head_dim)

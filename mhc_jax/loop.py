@@ -37,10 +37,18 @@ from mhc_jax.parallel.sharding import (
     using,
 )
 from mhc_jax.remat_plan import resolve
-from mhc_jax.runs.checkpoint import Checkpoints, check_text, check_tokenizer
+from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer
 from mhc_jax.runs.environment import environment
 from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
-from mhc_jax.runs.metrics import MetricsWriter, NoWriter, SpikeDetector, check_writers, plain
+from mhc_jax.runs.metrics import (
+    SPIKE_THRESHOLD,
+    SPIKE_WINDOW,
+    MetricsWriter,
+    NoWriter,
+    SpikeDetector,
+    check_trackers,
+    plain,
+)
 from mhc_jax.runs.progress import NoProgress, RunProgress
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.train_step import init_state, make_diagnostics_step, make_eval_step, make_train_step, make_unstaged_step
@@ -78,7 +86,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
         )
         return ended
-    distributed.on_every_process(lambda: check_writers(config.train.tensorboard, config.train.wandb))
+    distributed.on_every_process(lambda: check_trackers(config.train.trackers))
     # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
@@ -90,7 +98,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     if planned := resolve(config)[1]:
         distributed.print_once(f"{label}: {planned}")
     create_run_folder(folder, mapping)
-    checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
+    checkpoints = Checkpoints(folder, KEEP_CHECKPOINTS)
     try:
         with using(mesh):
             summary = _Run(config, mapping, folder, label, data, checkpoints, mesh).run()
@@ -160,7 +168,7 @@ class _Run:
             distributed.barrier()
             self.state = init()
         self.done = int(self.state.step)
-        self.spikes = SpikeDetector(cfg.spike_window, cfg.spike_threshold, loop["spikes"])
+        self.spikes = SpikeDetector(SPIKE_WINDOW, SPIKE_THRESHOLD, loop["spikes"])
         placed = batch_sharding(self.mesh) if self.mesh else None
         example = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct(self.shape, np.int32, sharding=placed))
         self.tokens_per_step = math.prod(self.shape)
@@ -180,7 +188,7 @@ class _Run:
             if not restored or not (self.folder / "env.json").exists():
                 write_json(self.folder / "env.json", {**env, **self.mesh_name, "data": self.data.summary()})
             keep = self.done if restored else -1
-            self.writer = MetricsWriter(self.folder, keep, cfg.tensorboard, cfg.wandb, self.mapping)
+            self.writer = MetricsWriter(self.folder, keep, cfg.trackers, self.mapping)
             progress = RunProgress(self.label, cfg.steps, self.done)
             (self.folder / "summary.json").unlink(missing_ok=True)  # of an interruption; the run goes on
         else:
@@ -322,7 +330,7 @@ class _Run:
         self.clock["train_s"] += elapsed
         self.step_times, self.losses = [*self.step_times, elapsed][-200:], [*self.losses, loss][-10:]
         tokens = self.tokens_per_step
-        bad = not math.isfinite(loss) or not math.isfinite(norm) or (cfg.divergence_loss and loss > cfg.divergence_loss)
+        bad = not math.isfinite(loss) or not math.isfinite(norm)
         if bad or step % cfg.log_every == 0 or step == cfg.steps:
             clip = self.config.optimizer.grad_clip
             self.writer.write(
@@ -340,7 +348,7 @@ class _Run:
                 },
             )
         if bad:
-            self.first_nonfinite = None if math.isfinite(loss) and math.isfinite(norm) else step
+            self.first_nonfinite = step
             return False
         if self.spikes.update(step, loss):
             self.writer.write("event", step, {"event": "spike", "loss": loss, "median": self.spikes.median})

@@ -24,8 +24,9 @@ from mhc_jax.kv_cache import Cache, written
 from mhc_jax.layers.attention import Attention, Past
 from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
-from mhc_jax.layers.moe import MoE
-from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.layers.moe import ROUTED_SCALE, MoE
+from mhc_jax.layers.norm import NORM_EPS, RMSNorm
+from mhc_jax.layers.rope import ROPE_THETA
 from mhc_jax.parallel.sharding import constrain, token_axes
 
 Carry = tuple[Any, Any, Array]
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
                     kept[name] = {key: extra.pop(key) for key in cache.kept[name]}
                 aux |= extra
 
-            x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry, at)
+            x = leave(cfg, ends, RMSNorm(NORM_EPS, name="final_norm"), carry, at)
             if cfg.tied_embeddings:
                 unembedding = embedding.T
             else:
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
         dense = name == "dense_layers" or not cfg.num_experts
         indices = jnp.arange(blocks.start, blocks.stop)
         # Without a gradient nothing is kept for it, and initialisation is the same program under every policy.
-        policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat
+        policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat_policy
 
         if policy in ("connection", "auto"):
 
@@ -188,17 +189,17 @@ def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> 
 def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
     """The branches of one block by name, in order.  Each is a function F(h) -> (y, auxiliary values) with its own pre-norm."""
     shared: dict[str, Any] = {
-        "norm_eps": config.norm_eps,
+        "norm_eps": NORM_EPS,
         "output_scale": 1 / math.sqrt(config.num_sublayers) if config.depth_scaled_init else 1.0,
         "dtype": jnp.dtype(config.compute_dtype),
     }
     heads: dict[str, Any] = {
         "num_heads": config.num_heads,
         "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
+        "rope_theta": ROPE_THETA,
         "implementation": config.attention,
     }
-    if config.attention_kind == "mla":
+    if config.uses_mla:
         widths = {"rope_width": config.rope_width, "kv_rank": config.kv_rank}
         attention = LatentAttention(**heads, **widths, **shared, name="attention")
     else:
@@ -210,7 +211,7 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
         num_active=config.num_active_experts,
         num_shared=config.num_shared_experts,
         hidden=config.expert_width,
-        routed_scale=config.routed_scale,
+        routed_scale=ROUTED_SCALE,
         buffer=config.expert_buffer,
         **shared,
         name="mlp",

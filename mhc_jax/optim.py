@@ -1,7 +1,7 @@
 """AdamW, its schedules (WSD among them), and which parameters take weight decay.
 
 Weight decay by parameter: matrices that activations are multiplied with take it.  Norms and routers' biases do not (`NO_DECAY`),
-nor do the static parameters of connections (`Connection.static_params`), unless `optimizer.decay_static` is set.
+nor do the static parameters of connections (`Connection.static_params`).
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ def mask(params: Any, pattern: str) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
-def no_decay_pattern(config: OptimizerConfig, connection: type[Connection]) -> str:
+def no_decay_pattern(connection: type[Connection]) -> str:
     """Regular expression of all parameters without weight decay: `NO_DECAY`, and the static parameters of the connection.
 
     Examples:
       >>> from mhc_jax.connections import connection_module, parse
-      >>> pattern = no_decay_pattern(OptimizerConfig(), connection_module(parse("mhc")))
+      >>> pattern = no_decay_pattern(connection_module(parse("mhc")))
       >>> paths = ("layers/mlp/W_up", "final_norm/weight", "layers/mlp_connection/phi", "layers/mlp_connection/bias")
       >>> [path for path in paths if re.search(pattern, path)]
       ['final_norm/weight', 'layers/mlp_connection/bias']
     """
-    if config.decay_static or not connection.static_params:
+    if not connection.static_params:
         return NO_DECAY
     return f"{NO_DECAY}|{CONNECTION}({'|'.join(connection.static_params)})$"
 
@@ -88,7 +88,7 @@ def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection])
 
     Weight decay reaches all parameters but those of `no_decay_pattern`, and is multiplied with the learning rate, as in PyTorch.
     """
-    no_decay = no_decay_pattern(config, connection)
+    no_decay = no_decay_pattern(connection)
     transforms = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(
@@ -108,7 +108,7 @@ def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection])
 def describe(params: Any, config: OptimizerConfig, connection: type[Connection]) -> str:
     """One sentence for the log that names the parameters without weight decay and those of connections."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    no_decay = [p for p in paths if re.search(no_decay_pattern(config, connection), p)]
+    no_decay = [p for p in paths if re.search(no_decay_pattern(connection), p)]
     of_connections = [p for p in paths if re.search(CONNECTION, p)]
     return (
         f"{len(paths)} arrays: weight decay {config.weight_decay} on {len(paths) - len(no_decay)}, none on "

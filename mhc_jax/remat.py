@@ -27,7 +27,7 @@ Sublayer = Callable[[int, Any, Any, jax.Array], tuple[Any, dict[str, Any]]]
 
 
 def block_length(config: ModelConfig, streams: Any) -> int:
-    """L_r: model.remat_block, or the one with the least memory for these streams (`memory_io.best_recompute`)."""
+    """L_r: that of model.remat, or the one with the least memory for these streams (`memory_io.best_recompute`)."""
     tokens = jax.tree.leaves(streams)[0].shape[:2]
     carried = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(streams))
     return config.remat_block or best_recompute(config.num_sublayers, carried // (math.prod(tokens) * config.width))

@@ -79,10 +79,10 @@ def _rows(sizes: _Sizes, L: int) -> list[Row]:
 
 
 def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE) -> Plan:
-    """Choose among none, connection (with model.remat_block or L_r*) and full, in this order, the first that fits.
+    """Choose among none, connection (with L_r*, or the L_r of model.remat) and full, in this order, the first that fits.
 
     Args:
-      config: model.remat_budget_gb is the limit; 0: none is known, and `connection` is chosen.
+      config: model.remat says the limit, as `auto:80` does; `auto` alone: none is known, and `connection` is chosen.
       tokens: of one device and one backward pass.
       sequence_length: T.
       mesh: splits parameters, gradients and moments, and logits.
@@ -109,7 +109,7 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
     chosen = (fitting[0] if fitting else "full") if limit else "connection"
     listed = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in estimates.items())
     if not limit:
-        why = "no model.remat_budget_gb is set"
+        why = "no memory of a device is given, as model.remat=auto:80 does"
     elif fitting:
         why = f"the first that fits {config.remat_budget_gb:g} GB"
     else:
@@ -133,13 +133,12 @@ def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
     The sentence is '' where nothing was to choose.  `config` has its vocabulary.
     """
     model, data, mesh = config.model, config.data, config.mesh
-    if model.remat != "auto":
+    if model.remat_policy != "auto":
         return config, ""
     sequences = data.batch_size // config.optimizer.accumulation_steps
     tokens = sequences * data.sequence_length // (mesh.batch * mesh.sequence)
     found = plan(model, tokens, data.sequence_length, mesh)
-    L_r = found.L_r if found.remat == "connection" else 0
-    chosen = dataclasses.replace(model, remat=found.remat, remat_block=L_r, remat_budget_gb=0.0)
+    chosen = dataclasses.replace(model, remat=f"connection:{found.L_r}" if found.remat == "connection" else found.remat)
     return dataclasses.replace(config, model=chosen), found.sentence
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
-from mhc_jax.layers.moe import balanced_bias, router_health
+from mhc_jax.diagnostics import DIAGNOSTICS_TOKENS
+from mhc_jax.layers.moe import BALANCING_RATE, balanced_bias, router_health
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
 from mhc_jax.parallel.sharding import constrain
@@ -97,7 +98,7 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
     """The function (state, batch) -> (state, metrics) of one optimizer step.
 
     Metrics are loss, grad_norm (before clipping), grad_norm_per_layer [L/2] (of each block) and learning_rate (of this update).
-    With experts there are also the numbers of `layers.moe.router_health`, and with an expert_buffer router_dropped; the step then
+    With experts there are also the numbers of `layers.moe.router_health`, and with a buffer of experts router_dropped; the step then
     moves the routers' biases by the loads of the batch.
 
     A step whose loss or gradient is not finite changes nothing, so that the state left behind stays usable.
@@ -122,7 +123,7 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
         params = optax.apply_updates(state.params, updates)
         if router:
             load = router["expert_load"]
-            params = move_router_bias(params, state.params, load, config.model.balancing_rate)
+            params = move_router_bias(params, state.params, load, BALANCING_RATE)
             metrics |= router_health(load, router["router_entropy"], router["router_bias"])
             if config.model.expert_buffer:
                 metrics["router_dropped"] = router["router_dropped"]
@@ -154,15 +155,17 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
     return step
 
 
-def make_diagnostics_step(config: ExperimentConfig) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
-    """The function (params, tokens) -> what `diagnostics.summarize` takes.
+def make_diagnostics_step(
+    config: ExperimentConfig, sample: int = DIAGNOSTICS_TOKENS
+) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
+    """The function (params, tokens) -> what `diagnostics.summarize` takes, of `sample` tokens.
 
     It is a forward pass beside the train step, so that the latter has no cost of diagnostics.
     """
     model = Decoder(config.model)
 
     def step(params, tokens):
-        _, collected = model.apply({"params": params}, tokens, config.train.diagnostics_tokens)
+        _, collected = model.apply({"params": params}, tokens, sample)
         return dict(collected)
 
     return step

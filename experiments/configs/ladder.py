@@ -29,19 +29,17 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     one_of("The rung in the argument of ladder.py", rung, RUNGS)
     layers, heads, length, sequences = RUNGS[rung]
     width = 80 * heads
+    expert_width = 7 * width // 10
     config = ConfigDict(to_mapping(ExperimentConfig()))
 
     config.model.num_layers = layers
     config.model.width = width
-    config.model.attention_kind = "mla"
+    config.model.attention_kind = f"mla:kv_rank={2 * width // 5}"
     config.model.num_heads = heads
     config.model.num_kv_heads = heads
     config.model.head_width = 128
-    config.model.kv_rank = 2 * width // 5
-    config.model.num_experts = 64
-    config.model.expert_width = 7 * width // 10
-    config.model.num_dense_layers = 1
-    config.model.mlp_width = 8 * config.model.expert_width
+    config.model.experts = f"64:width={expert_width}:dense_layers=1"
+    config.model.mlp_width = 8 * expert_width
 
     # The plain residual's count, so that every connection gets the same tokens and learning rate.
     config.model.connection = to_mapping(parse("residual"))

@@ -44,6 +44,5 @@ def get_config(arg: str = "mhc") -> ConfigDict:
     config.train.validate_every = 250
     config.train.validation_batches = 8
     config.train.checkpoint_every = 250
-    config.train.keep_checkpoints = 1
     config.train.diagnostics_every = 250
     return config

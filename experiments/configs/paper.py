@@ -39,17 +39,11 @@ def get_config(arg: str = "3b:mhc") -> ConfigDict:
     config.model.vocab_size = 129280
     config.model.num_layers = layers
     config.model.width = width
-    config.model.attention_kind = "mla"
+    config.model.attention_kind = "mla:kv_rank=512:rope_width=64"
     config.model.num_heads = heads
     config.model.num_kv_heads = heads
     config.model.head_width = 128
-    config.model.kv_rank = 512
-    config.model.rope_width = 64
-    config.model.num_experts = experts
-    config.model.num_active_experts = 6
-    config.model.num_shared_experts = 2
-    config.model.expert_width = expert_width
-    config.model.num_dense_layers = 1
+    config.model.experts = f"{experts}:active=6:shared=2:width={expert_width}:dense_layers=1"
     config.model.mlp_width = 8 * expert_width
     config.model.compute_dtype = "bfloat16"
     config.model.stream_dtype = "bfloat16"

@@ -36,6 +36,5 @@ def get_config(arg: str = "mhc") -> ConfigDict:
     config.train.validate_every = 100
     config.train.validation_batches = 32
     config.train.checkpoint_every = 100
-    config.train.keep_checkpoints = 1
     config.train.diagnostics_every = 50
     return config

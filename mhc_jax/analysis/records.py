@@ -22,13 +22,7 @@ from mhc_jax.errors import InputError, one_of, require
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
-NEUTRAL_KEYS = (
-    "data.cache_dir",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.tensorboard",
-    "train.wandb",
-)
+NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
 """Settings that change no number of a run; with the sections `mesh` and `pipeline`, which change rounding alone."""
 SHORT = {
     "optimizer.learning_rate": "lr",

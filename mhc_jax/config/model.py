@@ -5,104 +5,96 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mhc_jax import connections
+from mhc_jax.config.parts import (
+    Experts,
+    LatentAttention,
+    Remat,
+    read_attention,
+    read_experts,
+    read_remat,
+    write_attention,
+    write_experts,
+    write_remat,
+)
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import at_least, one_of, require
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_KINDS = ("gqa", "mla")
 ATTENTION = ("xla", "cudnn", "splash")
-REMAT = ("none", "connection", "full", "auto")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder.  Letters as in the README: C width, L = 2 num_layers sub-layers, n streams."""
+    """Settings of the decoder.  Its letters are C for the width and L = 2 num_layers for the number of sub-layers.
+
+    `attention_kind`, `experts` and `remat` are texts.  They are stored in their shortest spelling, so that two spellings of one
+    value are one configuration; the properties below give their parts.
+    """
 
     vocab_size: int = 0
-    """0: the tokenizer's."""
+    """Tokens of the vocabulary; 0: as many as the tokenizer has."""
     width: int = 128
+    """C, the channels of one stream; at least 1."""
     num_layers: int = 8
-    """Blocks; each has two sub-layers, attention and feed-forward."""
+    """Blocks, at least 1; each has two sub-layers, attention and feed-forward."""
     num_heads: int = 4
+    """Heads of the queries, at least 1."""
     num_kv_heads: int = 2
-    """Key/value heads (GQA); equal to num_heads for multi-head attention, 1 for multi-query."""
+    """Heads of keys and values (GQA, arXiv 2305.13245), a divisor of num_heads; 1 is multi-query attention."""
     head_width: int = 0
-    """Of one attention head; 0: width / num_heads.  With `mla`: of its values, and of its queries and keys without RoPE."""
+    """Channels of one head; 0: width / num_heads.  With `mla` those of its values, and of its queries and keys without RoPE."""
     attention_kind: str = "gqa"
-    """`gqa` (grouped key/value heads), or `mla` (DeepSeek's multi-head latent attention), which ignores num_kv_heads."""
-    kv_rank: int = 512
-    """`mla` only: width of the latent that keys and values are made from."""
-    rope_width: int = 64
-    """`mla` only: columns of each query, and of the key that all heads share, that carry the position."""
+    """`gqa` (grouped key/value heads), or `mla` (multi-head latent attention; `LatentAttention`), which ignores num_kv_heads.
+
+    Settings of `mla` follow it, as in `mla:kv_rank=512:rope_width=64`."""
     attention: str = "xla"
     """`xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs; 16-bit compute_dtype only) or
     `splash` (JAX's flash attention for TPUs; sequence length and head width multiples of 128, with `mla` rope_width of 64)."""
     mlp_width: int = 384
-    """Hidden width of SwiGLU; with experts, that of the leading dense blocks."""
-    num_experts: int = 0
-    """Routed experts of a feed-forward sub-layer (DeepSeekMoE); 0: dense blocks only."""
-    num_active_experts: int = 6
-    """Routed experts that a token sees."""
-    num_shared_experts: int = 2
-    """Experts that every token sees."""
-    expert_width: int = 128
-    """Hidden width of one expert."""
-    num_dense_layers: int = 1
-    """Leading blocks without experts, where num_experts is not 0."""
-    routed_scale: float = 1.0
-    """What the gates of a token's routed experts sum to."""
-    balancing_rate: float = 1e-3
-    """gamma: what a router's bias moves a step towards even loads, without a loss term (DeepSeek-V3's 0.001); 0: not at all."""
-    expert_buffer: float = 0.0
-    """Under a mesh with an axis of experts: copies of tokens that a device has room for, in multiples of what it gets when loads
-    are even; more are dropped (metric router_dropped).  0: room for all that can come, and nothing is ever dropped."""
-    rope_theta: float = 1e4
-    norm_eps: float = 1e-20
-    """Of every RMSNorm, as in mHC Table 5; larger values break step-0 equality at small embeddings."""
+    """Hidden width of SwiGLU, at least 1; with experts, that of the leading dense blocks."""
+    experts: str = ""
+    """Empty for dense blocks only, or the number of routed experts and their settings (`Experts`).
+
+    `64:active=6:shared=2:width=128:dense_layers=1:buffer=0` spells the defaults of 64 experts, which `64` means alone."""
     embedding_init_std: float = 0.02
+    """Standard deviation of the embedding at initialisation, above 0 (GPT-2's 0.02)."""
     depth_scaled_init: bool = True
     """Start output projections at 1/sqrt(L) of the others, so that the sum over depth has the variance of one branch (GPT-2)."""
     tied_embeddings: bool = False
+    """The unembedding is the transposed embedding."""
     compute_dtype: str = "float32"
-    """Of branches; parameters are float32, norms, softmax and coefficients compute in float32."""
+    """Dtype of branches, one of `DTYPES`; parameters are float32, and norms, softmax and coefficients compute in float32."""
     stream_dtype: str = "float32"
-    """Of the residual stream(s) between sub-layers."""
+    """Dtype of the residual stream(s) between sub-layers, one of `DTYPES`."""
     remat: str = "none"
-    """What the backward pass computes again: `none`, `connection` (streams and coefficients from every L_r-th sub-layer, no
-    branch; mHC section 4.3.2), `full` (whole blocks), or `auto`: the first of these whose estimate fits remat_budget_gb."""
-    remat_block: int = 0
-    """`connection` and `auto` only: L_r, the sub-layers computed again at a time; 0: the one with the least memory (Eq. 20)."""
-    remat_budget_gb: float = 0.0
-    """`auto` only: memory of a device in GB (1e9 bytes); 0: no limit is known, and `auto` is `connection`."""
+    """What the backward pass computes again instead of keeping it, and so which memory it saves.
+
+    - `none`: nothing.
+    - `connection`: streams and coefficients, L_r sub-layers at a time, and no branch (mHC section 4.3.2).  `connection:6` sets
+      L_r = 6; alone it takes the L_r with the least memory (Eq. 20).
+    - `full`: whole blocks.
+    - `auto`: the first of these three whose estimate fits a device.  `auto:80` gives a device 80 GB (1e9 bytes); alone, no limit
+      is known, and it is `connection`."""
     unroll: int = 1
     """Blocks per step of the scan over depth; num_layers gives a graph without a loop."""
     connection: ConnectionConfig = field(default_factory=lambda: connections.default_config("mhc"))
+    """What replaces x + F(x); see `mhc_jax/connections/`."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll"):
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name} is {value}; it must be at least 1.")
-        require(self.head_width >= 0, f"model.head_width is {self.head_width}; use 0 for width / num_heads.")
+        at_least(1, self, "model.", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")
+        at_least(0, self, "model.", "vocab_size", "head_width")
         require(
             self.head_width > 0 or self.width % self.num_heads == 0,
             f"model.num_heads is {self.num_heads}, which does not divide model.width {self.width}; "
             f"choose heads among the divisors of the width, or set model.head_width.",
         )
         require(
-            self.head_dim % 2 == 0 or self.attention_kind == "mla",
-            f"The width of a head (model.head_width, or model.width / model.num_heads) is {self.head_dim}; rotary "
-            f"embeddings need an even one.",
-        )
-        require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads {self.num_heads}.",
         )
-        require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; use 0 for the tokenizer's size.")
         require(
             self.embedding_init_std > 0, f"model.embedding_init_std is {self.embedding_init_std}; it must be above 0."
         )
-        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be above 0.")
-        require(self.norm_eps >= 0, f"model.norm_eps is {self.norm_eps}; it must not be negative.")
         one_of("model.compute_dtype", self.compute_dtype, DTYPES)
         one_of("model.stream_dtype", self.stream_dtype, DTYPES)
         one_of("model.attention", self.attention, ATTENTION)
@@ -111,71 +103,39 @@ class ModelConfig:
             "model.attention is 'cudnn', which computes in bfloat16 or float16, and model.compute_dtype is 'float32'; "
             "change one of them.",
         )
-        one_of("model.remat", self.remat, REMAT)
-        require(
-            0 <= self.remat_block <= self.num_sublayers,
-            f"model.remat_block is {self.remat_block}; it must lie between 1 and the {self.num_sublayers} sub-layers, or be 0 "
-            "for the one with the least memory.",
-        )
-        require(
-            0 <= self.remat_budget_gb < float("inf"),
-            f"model.remat_budget_gb is {self.remat_budget_gb}; it must not be negative.",
-        )
-        require(
-            self.remat_block == 0 or self.remat in ("connection", "auto"),
-            f"model.remat_block is {self.remat_block}, and model.remat {self.remat!r} has no use for it; set model.remat to "
-            "'connection' or 'auto'.",
-        )
-        require(
-            self.remat_budget_gb == 0 or self.remat == "auto",
-            f"model.remat_budget_gb is {self.remat_budget_gb}, and model.remat {self.remat!r} has no use for it; set "
-            "model.remat to 'auto'.",
-        )
-        one_of("model.attention_kind", self.attention_kind, ATTENTION_KINDS)
-        if self.attention_kind == "mla":
-            self._check_mla()
-        require(self.num_experts >= 0, f"model.num_experts is {self.num_experts}; use 0 for dense blocks only.")
-        if self.num_experts:
-            self._check_experts()
+        self._check_parts()
+        shortest = {
+            "attention_kind": write_attention(self._latent),
+            "experts": write_experts(self._experts),
+            "remat": write_remat(self._remat),
+        }
+        for name, text in shortest.items():
+            object.__setattr__(self, name, text)
 
-    def _check_mla(self) -> None:
-        require(self.kv_rank >= 1, f"model.kv_rank is {self.kv_rank}; it must be at least 1.")
+    def _check_parts(self) -> None:
         require(
-            self.rope_width >= 2 and self.rope_width % 2 == 0,
-            f"model.rope_width is {self.rope_width}; rotary embeddings need an even width of at least 2.",
+            self.head_dim % 2 == 0 or self.uses_mla,
+            f"The width of a head (model.head_width, or model.width / model.num_heads) is {self.head_dim}; rotary "
+            f"embeddings need an even one.",
         )
         require(
-            self.attention != "cudnn",
+            self.attention != "cudnn" or not self.uses_mla,
             "model.attention is 'cudnn', which needs values as wide as keys; model.attention_kind 'mla' runs with 'xla' or "
             "'splash'.",
         )
+        require(
+            self.num_experts == 0 or self.num_dense_layers < self.num_layers,
+            f"model.experts is {self.experts!r}; dense_layers must lie between 0 and model.num_layers - 1, {self.num_layers - 1}: "
+            "leave model.experts empty for dense blocks only.",
+        )
+        require(
+            self.remat_block <= self.num_sublayers,
+            f"model.remat is {self.remat!r}; the number of sub-layers must lie between 1 and {self.num_sublayers}.",
+        )
 
-    def _check_experts(self) -> None:
-        require(self.expert_width >= 1, f"model.expert_width is {self.expert_width}; it must be at least 1.")
-        require(
-            1 <= self.num_active_experts <= self.num_experts,
-            f"model.num_active_experts is {self.num_active_experts}; it must lie between 1 and model.num_experts, "
-            f"{self.num_experts}.",
-        )
-        require(
-            self.num_shared_experts >= 0,
-            f"model.num_shared_experts is {self.num_shared_experts}; it must not be negative.",
-        )
-        require(
-            0 <= self.num_dense_layers < self.num_layers,
-            f"model.num_dense_layers is {self.num_dense_layers}; it must lie between 0 and model.num_layers - 1, "
-            f"{self.num_layers - 1}: use model.num_experts=0 for dense blocks only.",
-        )
-        require(0 < self.routed_scale < float("inf"), f"model.routed_scale is {self.routed_scale}; it must be above 0.")
-        require(
-            0 <= self.balancing_rate < float("inf"),
-            f"model.balancing_rate is {self.balancing_rate}; it must not be negative.",
-        )
-        require(
-            self.expert_buffer == 0 or 1 <= self.expert_buffer < float("inf"),
-            f"model.expert_buffer is {self.expert_buffer}; use 0 for room for all that can come, or a multiple of the even share "
-            f"that is at least 1.",
-        )
+    def require_vocabulary(self) -> None:
+        """Raise `InputError` unless vocab_size is set: a plan has no tokenizer that could say it."""
+        require(self.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
 
     @property
     def num_leading(self) -> int:
@@ -188,6 +148,83 @@ class ModelConfig:
         return self.head_width or self.width // self.num_heads
 
     @property
+    def key_width(self) -> int:
+        """Channels of a query or a key of one head, those that carry the position included."""
+        return self.head_dim + (self.rope_width if self.uses_mla else 0)
+
+    @property
     def num_sublayers(self) -> int:
         """L of the papers: attention and feed-forward count as two."""
         return 2 * self.num_layers
+
+    @property
+    def uses_mla(self) -> bool:
+        """Attention is multi-head latent attention."""
+        return self._latent is not None
+
+    @property
+    def kv_rank(self) -> int:
+        """Width of MLA's latent."""
+        return (self._latent or LatentAttention()).kv_rank
+
+    @property
+    def rope_width(self) -> int:
+        """Columns of MLA's queries and keys that carry the position."""
+        return (self._latent or LatentAttention()).rope_width
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a feed-forward sub-layer; 0 where all blocks are dense."""
+        return self._experts.number
+
+    @property
+    def num_active_experts(self) -> int:
+        """Routed experts that a token sees."""
+        return self._experts.active
+
+    @property
+    def num_shared_experts(self) -> int:
+        """Experts that every token sees."""
+        return self._experts.shared
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert."""
+        return self._experts.width
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Leading blocks without experts, where there are experts."""
+        return self._experts.dense_layers
+
+    @property
+    def expert_buffer(self) -> float:
+        """Room of an owner of experts, in multiples of the even share; 0: for all copies that can come."""
+        return self._experts.buffer
+
+    @property
+    def remat_policy(self) -> str:
+        """`none`, `connection`, `full` or `auto`."""
+        return self._remat.policy
+
+    @property
+    def remat_block(self) -> int:
+        """L_r, the sub-layers that `connection` computes again at a time; 0: the number with the least memory."""
+        return self._remat.block
+
+    @property
+    def remat_budget_gb(self) -> float:
+        """Memory of a device in GB (1e9 bytes) that `auto` plans for; 0: unknown."""
+        return self._remat.budget_gb
+
+    @property
+    def _latent(self) -> LatentAttention | None:
+        return read_attention(self.attention_kind)
+
+    @property
+    def _experts(self) -> Experts:
+        return read_experts(self.experts)
+
+    @property
+    def _remat(self) -> Remat:
+        return read_remat(self.remat)

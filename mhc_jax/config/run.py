@@ -1,4 +1,4 @@
-"""Settings of a run: text, optimizer, loop, and all sections together."""
+"""Settings of the text, the optimizer and the training loop, and all sections together."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ from dataclasses import dataclass, field
 
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig, check_dimensions
 from mhc_jax.config.model import ModelConfig
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import at_least, one_of, require
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text, tokenizer and the shape of a batch."""
+    """Text, tokenizer and the shape of a batch.
+
+    Prepared texts are kept in the folder $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
+    """
 
     source: str = "shakespeare"
     """`shakespeare` (embedded), `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files."""
     validation_source: str = ""
     """Held-out text in the same notation; empty: documents of `source` set apart by the hash of their text."""
     validation_fraction: float = 0.05
-    """Share of documents set apart when `validation_source` is empty and the source has no validation split."""
+    """Share of documents set apart, between 0 and 1, when `validation_source` is empty and the source has no validation split."""
     tokenizer: str = "byte"
     """`byte`, `gpt2`, `gpt2:<folder of encoder.json and vocab.bpe>` or `bpe:<tokenizer.json>`."""
     sequence_length: int = 256
-    """T."""
+    """T, the tokens of a sequence; at least 2."""
     batch_size: int = 8
-    """B: sequences an optimizer step, over all accumulation steps."""
+    """B, the sequences of an optimizer step over all accumulation steps; at least 1."""
     seed: int = 0
-    """Of the window order."""
-    cache_dir: str = ""
-    """Pre-tokenized arrays; empty: $MHC_JAX_CACHE, else ~/.cache/mhc_jax."""
+    """Seed of the order of the windows; not negative."""
 
     def __post_init__(self) -> None:
-        require(self.sequence_length >= 2, f"data.sequence_length is {self.sequence_length}; it must be at least 2.")
-        require(self.seed >= 0, f"data.seed is {self.seed}; it must not be negative.")
-        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        at_least(2, self, "data.", "sequence_length")
+        at_least(1, self, "data.", "batch_size")
+        at_least(0, self, "data.", "seed")
         require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
@@ -49,25 +51,33 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule (mHC Table 5 defaults where they do not depend on size)."""
+    """AdamW (arXiv 1711.05101) and its schedule; defaults are those of mHC Table 5 where they do not depend on size.
+
+    Norms, biases of routers and the static parameters of connections take no weight decay (`optim.no_decay_pattern`).
+    """
 
     learning_rate: float = 3e-3
+    """Its peak, above 0."""
     schedule: str = "cosine"
     """`constant`, `cosine`, `step` (x0.316 after 80 %, x0.1 after 90 %) or `wsd` (linear over the last 20 %): `optim.schedule`."""
     warmup_steps: int = 20
+    """Updates in which the learning rate grows linearly to its peak; at most train.steps."""
     final_fraction: float = 0.1
-    """Learning rate of the last step of `cosine` and `wsd`, as a share of the peak."""
+    """Learning rate of the last step of `cosine` and `wsd`, as a share of the peak; between 0 and 1."""
     b1: float = 0.9
+    """Decay of AdamW's mean of gradients, in [0, 1)."""
     b2: float = 0.95
+    """Decay of AdamW's mean of squared gradients, in [0, 1)."""
     eps: float = 1e-20
+    """What AdamW adds to the root of that mean; not negative."""
     weight_decay: float = 0.1
+    """Share of a parameter that an update takes off, times the learning rate; not negative."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest global norm of the gradient; 0: no clipping."""
     accumulation_steps: int = 1
+    """Slices of a batch whose gradients are averaged one after another; a divisor of data.batch_size."""
     connection_lr_multiplier: float = 1.0
-    """Learning rate of the connections' own parameters, relative to the rest."""
-    decay_static: bool = False
-    """Weight decay on the static parts of connections too; the papers do not."""
+    """Learning rate of the connections' parameters, relative to that of the others; not negative."""
 
     def __post_init__(self) -> None:
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
@@ -75,73 +85,47 @@ class OptimizerConfig:
             0 < self.learning_rate < float("inf"),
             f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.",
         )
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative.")
+        at_least(1, self, "optimizer.", "accumulation_steps")
+        at_least(0, self, "optimizer.", "warmup_steps", "grad_clip", "eps", "weight_decay", "connection_lr_multiplier")
         require(
             0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]."
         )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1).")
-        require(self.grad_clip >= 0, f"optimizer.grad_clip is {self.grad_clip}; use 0 to switch clipping off.")
-        require(self.eps >= 0, f"optimizer.eps is {self.eps}; it must not be negative.")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
-        require(
-            self.accumulation_steps >= 1,
-            f"optimizer.accumulation_steps is {self.accumulation_steps}; it must be at least 1.",
-        )
-        require(
-            self.connection_lr_multiplier >= 0,
-            f"optimizer.connection_lr_multiplier is {self.connection_lr_multiplier}; it must not be negative.",
-        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop: how long, how often, where."""
+    """Length of a run, and how often it logs, validates, saves and measures."""
 
     steps: int = 200
+    """Updates of the optimizer, at least 1."""
     seed: int = 0
-    """Of parameters; branches get the same values whatever the connection."""
+    """Seed of the parameters, not negative; branches get the same values whatever the connection."""
     log_every: int = 10
+    """Steps between two train lines of metrics.jsonl, at least 1."""
     validate_every: int = 50
-    """0: only at the end."""
+    """Steps between two validations; 0: only at the end."""
     validation_batches: int = 8
+    """Held-out batches of a validation, at least 1."""
     checkpoint_every: int = 100
-    """0: only at the end."""
-    keep_checkpoints: int = 2
+    """Steps between two checkpoints; 0: only at the end."""
     diagnostics_every: int = 50
-    """0: off; the ordinary train step is the same program either way."""
-    diagnostics_tokens: int = 64
-    """Tokens sampled from one sequence for per-token gains."""
-    spike_window: int = 50
-    """Steps of the rolling median that a loss spike is measured against."""
-    spike_threshold: float = 0.5
-    """Nats above the rolling median that count as a spike."""
-    divergence_loss: float = 0.0
-    """Stop when the loss exceeds this many nats; 0: only NaN and infinity stop a run."""
-    tensorboard: bool = False
-    wandb: bool = False
+    """Steps between two measurements of gains and streams; 0: none.  The train step is the same program either way."""
+    trackers: tuple[str, ...] = ()
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, both or neither."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "log_every",
-            "keep_checkpoints",
-            "validation_batches",
-            "diagnostics_tokens",
-            "spike_window",
-        ):
-            value = getattr(self, name)
-            require(value >= 1, f"train.{name} is {value}; it must be at least 1.")
-        for name in ("seed", "validate_every", "checkpoint_every", "diagnostics_every", "divergence_loss"):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name} is {value}; it must not be negative.")
-        require(self.spike_threshold > 0, f"train.spike_threshold is {self.spike_threshold}; it must be above 0.")
+        at_least(1, self, "train.", "steps", "log_every", "validation_batches")
+        at_least(0, self, "train.", "seed", "validate_every", "checkpoint_every", "diagnostics_every")
+        for tracker in self.trackers:
+            one_of("An entry of train.trackers", tracker, TRACKERS)
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

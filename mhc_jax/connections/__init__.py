@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,8 @@ from mhc_jax.connections.mhc_lite import MHCLite
 from mhc_jax.connections.residual import Residual
 from mhc_jax.connections.scalar_gated import ScalarGated
 from mhc_jax.connections.single_pass import SinglePass
-from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.errors import one_of
+from mhc_jax.spelling import read_settings, write_settings
 
 KINDS: dict[str, type[Connection]] = {
     "residual": Residual,
@@ -85,16 +85,9 @@ def parse(spec: str) -> ConnectionConfig:
       >>> config.init, config.num_streams, config.t_max
       ('home', 2, 20)
     """
-    kind, *settings = spec.split(":")
+    kind = spec.partition(":")[0]
     cls = config_class(kind)
-    defaults = _settings(cls())
-    values = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        require(bool(equals), f"{setting!r} in the connection {spec!r} is not of the form key=value.")
-        one_of(f"A setting of connection {kind!r}", key, defaults)
-        values[key] = _read_value(text, type(defaults[key]), f"connection {spec!r}: {key}")
-    return cls(**values)
+    return cls(**read_settings("connection", spec, vars(cls())))
 
 
 def spec(config: ConnectionConfig) -> str:
@@ -107,7 +100,7 @@ def spec(config: ConnectionConfig) -> str:
       >>> spec(parse("mhc:t_max=5"))
       'mhc:init=paper:t_max=5'
     """
-    return spec_of_mapping({"kind": config.kind, **_settings(config)})
+    return spec_of_mapping({"kind": config.kind, **vars(config)})
 
 
 def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
@@ -122,33 +115,8 @@ def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
     """
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items() if key != "kind"}
     kind = mapping["kind"]
-    defaults = _settings(KINDS[kind].config_class()) if kind in KINDS else {}
-    settings = {**defaults, **given}
-    named = [key for key in settings if key == "init" or key not in defaults or settings[key] != defaults[key]]
-    return ":".join([kind, *(f"{key}={_write_value(settings[key], type(defaults.get(key)))}" for key in named)])
-
-
-def _settings(config: ConnectionConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def _read_value(text: str, kind: type, name: str) -> Any:
-    readers = {
-        bool: {"True": True, "true": True, "False": False, "false": False}.__getitem__,
-        tuple: lambda t: tuple(t.split("+")),
-    }
-    try:
-        return readers.get(kind, kind)(text)
-    except (ValueError, KeyError):
-        form = "entries joined with +" if kind is tuple else f"a {kind.__name__}"
-        raise InputError(f"{name} is {text!r}; it must be {form}.") from None
-
-
-def _write_value(value: Any, kind: type) -> str:
-    if isinstance(value, tuple):
-        return "+".join(map(str, value))
-    # Python's str of a float is the shortest text that reads back as the same float.
-    return str(float(value) if kind is float else value)
+    defaults = vars(KINDS[kind].config_class()) if kind in KINDS else {}
+    return write_settings(kind, {**defaults, **given}, defaults, always=["init"])
 
 
 __all__ = [

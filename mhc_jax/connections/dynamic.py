@@ -40,15 +40,11 @@ class DynamicConfig(ConnectionConfig):
     """`paper` (1e-20 in the RMSNorm, none elsewhere) or `v4` (1e-6 in the RMSNorm, added to pre and inside Sinkhorn)."""
     alpha_init: float = ALPHA_INIT
     """Initial value of the gates alpha of the dynamic part."""
-    phi_init_std: float = 0.0
-    """Standard deviation of the initial projection phi.  At 0 the dynamic part starts at 0, as HC's does, so that the presets
-    alone decide whether step 0 equals Pre-Norm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("connection.init", self.init, PRESETS)
         one_of("connection.eps_convention", self.eps_convention, self.eps_conventions)
-        require(self.phi_init_std >= 0, f"connection.phi_init_std is {self.phi_init_std}; it must not be negative.")
         self.require_parts()
         require(
             self.num_streams > 1 or self.init != "home",
@@ -189,9 +185,8 @@ class DynamicConnection(Connection):
         cfg = self.config
         static = self.static_logits()
         k = sum(static[part].size for part in cfg.parts)
-        std = cfg.phi_init_std
-        phi_init = nn.initializers.normal(std) if std else nn.initializers.zeros
-        self.phi = self.param("phi", phi_init, (cfg.num_streams * self.width, k))
+        # Zero as in HC, so that the dynamic part starts at zero and step 0 can equal Pre-Norm exactly.
+        self.phi = self.param("phi", nn.initializers.zeros, (cfg.num_streams * self.width, k))
         self.alpha = self.param("alpha", nn.initializers.constant(cfg.alpha_init), (len(cfg.parts),))
         self.bias = self.param("bias", lambda _: jnp.concatenate([static[part].ravel() for part in cfg.parts]))
 

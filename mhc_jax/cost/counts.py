@@ -151,7 +151,7 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
     below 1 % at the papers' widths.
     """
     C, H, D, T = config.width, config.num_heads, config.head_dim, sequence_length
-    if config.attention_kind == "mla":
+    if config.uses_mla:
         R, rank = config.rope_width, config.kv_rank
         attention, scores = C * H * (D + R) + C * (rank + R) + rank * H * 2 * D + H * D * C, H * (2 * D + R)
         norms = C + rank

@@ -158,7 +158,7 @@ def load_data(config: DataConfig) -> Data:
         hold the same text.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    cache = cache_folder(config.cache_dir)
+    cache = cache_folder()
     fraction = config.validation_fraction
     if config.validation_source:
         sources.check_disjoint(config.source, config.validation_source)

@@ -50,6 +50,12 @@ class Experts(NamedTuple):
     """[E, F, C]."""
 
 
+ROUTED_SCALE = 1.0
+"""What the gates of a token's routed experts sum to (DeepSeek-V3, Eq. 13)."""
+BALANCING_RATE = 1e-3
+"""gamma, by which a step moves the bias of a router towards even loads (DeepSeek-V3, section 4.2)."""
+
+
 def route(
     x: Float[Array, "N C"], W: Float[Array, "C E"], bias: Float[Array, " E"], k: int, scale: float
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"], Float[Array, "N E"]]:

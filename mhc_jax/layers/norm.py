@@ -24,6 +24,10 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
     return normalized(x.astype(jnp.float32), eps) * weight[(None,) * (x.ndim - 1)]
 
 
+NORM_EPS = 1e-20
+"""eps of the decoder's RMSNorms (mHC Table 5); a larger one breaks the equality with Pre-Norm at step 0 for small embeddings."""
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned weight that starts at 1."""
 

@@ -52,7 +52,7 @@ def schedule_of(config: ExperimentConfig) -> Schedule | None:
     if config.mesh.stage == 1:
         return None
     microbatches, pipeline = config.optimizer.accumulation_steps, config.pipeline
-    return make(pipeline.schedule, config.mesh.stage, microbatches, pipeline.chunks, 2 if pipeline.overlap else 1)
+    return make(pipeline.schedule_name, config.mesh.stage, microbatches, pipeline.chunks, 2 if pipeline.overlap else 1)
 
 
 def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, Tree], tuple[tuple[Array, Tree], Tree]]:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.cost.memory_io import best_recompute
-from mhc_jax.layers.norm import RMSNorm
+from mhc_jax.layers.norm import NORM_EPS, RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
@@ -150,7 +150,7 @@ class Stage:
     def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
         """The loss of one microbatch in nats per token, float32 []."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
-        norm = RMSNorm(self.model.norm_eps).bind({"params": params["final_norm"]})
+        norm = RMSNorm(NORM_EPS).bind({"params": params["final_norm"]})
         x = leave(self.model, ends, norm, carry)
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)
@@ -175,11 +175,11 @@ class Stage:
             out: Any = Block(model, 0, dense, only=only, parent=None).apply({"params": params}, carry, layer)
             return out[0], out[1][1]
 
-        if model.remat == "connection":
+        if model.remat_policy == "connection":
             L_r = model.remat_block or best_recompute(2 * count, model.connection.num_streams)
             return recomputed(block, layers, carry, indices, 2, L_r, count)
         whole = functools.partial(block, None)
-        keep = jax.checkpoint(whole) if model.remat == "full" else whole
+        keep = jax.checkpoint(whole) if model.remat_policy == "full" else whole
         collected = []
         for k in range(count):
             carry, aux = keep(jax.tree.map(lambda a, k=k: a[k], layers), carry, indices[k])

@@ -30,6 +30,7 @@ from mhc_kernels.choice import IMPLEMENTATIONS
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.config.mapping import to_mapping
+from mhc_jax.config.mesh import fits_splash
 from mhc_jax.cost import counts, hlo
 from mhc_jax.cost.hlo import Collective, Instruction, Program
 from mhc_jax.cost.memory_io import best_recompute
@@ -72,9 +73,7 @@ def check_implementation(name: str) -> str | None:
 def best_attention(config: ExperimentConfig, platform: str) -> ExperimentConfig:
     """With `splash` where the configuration says `xla` and a TPU can run it; `xla` writes T x T scores."""
     model = config.model
-    keys = model.head_dim + (model.rope_width if model.attention_kind == "mla" else 0)
-    fits = config.data.sequence_length % 128 == 0 and model.head_dim % 128 == 0 and keys % 64 == 0
-    if platform != "tpu" or model.attention != "xla" or not fits or config.mesh.sequence > 1:
+    if platform != "tpu" or model.attention != "xla" or not fits_splash(config) or config.mesh.sequence > 1:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(model, attention="splash"))
 
@@ -95,7 +94,7 @@ class Step:
 
 def lower(config: ExperimentConfig, where: Slice, implementation: str | None) -> Step:
     """Trace the train step of `config` for the devices of `where`, as `config.mesh` splits it."""
-    require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+    config.model.require_vocabulary()
     try:
         mesh = sharding.make_mesh(config.mesh, where.devices)
     except NotImplementedError as error:  # jax lays an axis along whole sides of the torus
@@ -188,7 +187,7 @@ def kernel_cost(config: ExperimentConfig, one: Instruction) -> tuple[float, floa
     model, T, mesh = config.model, config.data.sequence_length, config.mesh
     if splash := re.search(r"splash_m[qh]a_(fwd|dkv|dq)", one.name):
         sequences = config.data.batch_size / config.optimizer.accumulation_steps / mesh.batch
-        D, E = model.head_dim + (model.rope_width if model.attention_kind == "mla" else 0), model.head_dim
+        D, E = model.key_width, model.head_dim
         widths = {"fwd": D + E, "dkv": 3 * D + 2 * E, "dq": 2 * D + E}[splash[1]]
         return sequences * T * T * model.num_heads / mesh.tensor * widths, 0.0
     return None
@@ -232,8 +231,8 @@ def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
     tokens = micro * data.sequence_length // (mesh.batch * mesh.sequence)
     carried = counts.stream_elements(model) * jnp.dtype(model.stream_dtype).itemsize
     L, kept = model.num_sublayers, {"none": model.num_sublayers, "full": model.num_layers}
-    if model.remat not in kept:
-        kept[model.remat] = math.ceil(
+    if model.remat_policy not in kept:
+        kept[model.remat_policy] = math.ceil(
             L / (model.remat_block or best_recompute(L, counts.stream_elements(model) // model.width))
         )
     schedule = schedule_of(config)
@@ -243,7 +242,7 @@ def by_shape(config: ExperimentConfig, step: Step) -> dict[str, int]:
         "parameters": shares(step.state.params),
         "optimizer state": shares(step.state.opt_state),
         "gradients": shares(step.state.params),
-        "streams": int(tokens * carried * kept[model.remat] * share),
+        "streams": int(tokens * carried * kept[model.remat_policy] * share),
         "logits": tokens * vocabulary * 4,
     }
 

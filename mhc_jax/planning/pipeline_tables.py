@@ -54,7 +54,7 @@ def of_model(
     pair: float,
 ) -> list[Row]:
     """One sequence a microbatch and device; kinds with streams once more with recompute."""
-    require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+    config.model.require_vocabulary()
     T = config.data.sequence_length
     each: dict[str, Callable[[int], Costs]] = {}
     for given in connections:

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mhc_jax.config.mapping import completed
 from mhc_jax.errors import InputError
 from mhc_jax.parallel import distributed
 from mhc_jax.train_step import TrainState
 
 ITEMS = ("state", "loop", "config", "tokenizer")
 """Of a checkpoint; those written before there was evaluation have no tokenizer."""
+KEEP_CHECKPOINTS = 2
+"""Checkpoints that a run keeps: the newest, and the one before it in case the newest cannot be read."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """What Orbax raises when the disk refuses: TensorStore's errors arrive as ValueError."""
 
@@ -170,7 +171,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-        changed = differences(completed(saved, config)["model"], config["model"], "model.")
+        changed = differences(saved["model"], config["model"], "model.")
         if changed:
             raise InputError(
                 f"The checkpoint {self.folder / str(step)} was made by another model ({'; '.join(changed)}); "

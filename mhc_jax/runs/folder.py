@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mhc_jax.config.mapping import completed
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.checkpoint import differences
@@ -68,7 +67,7 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     if saved.exists():
         # The mesh and what its stages do may change: a run goes on on the devices there are.
         free = {"mesh": None, "pipeline": None}
-        changed = differences({**completed(read_json(saved), config), **free}, {**config, **free})
+        changed = differences({**read_json(saved), **free}, {**config, **free})
         if changed:
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "

@@ -6,7 +6,7 @@
                  grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on up to and with this
                  step; step_time_s of this step; tokens_per_s of this step; with experts, means over layers of
                  router_load_cv, router_max_load, router_entropy, router_bias_range (`layers.moe.router_health`), and
-                 router_dropped where model.expert_buffer is set
+                 router_dropped where model.experts sets a buffer
     validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these (`Data.bits_per_nat`)
     diagnostics  `diagnostics.summarize` as lists, grad_norm_per_layer; with experts, the router_* numbers of each layer
     event        event = spike | resumed | saved | diverged | interrupted | checkpoint_skipped, and details
@@ -38,6 +38,7 @@ import math
 import statistics
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+SPIKE_WINDOW = 50
+"""Losses whose median a spike is measured against."""
+SPIKE_THRESHOLD = 0.5
+"""Nats above that median from which on a loss is a spike."""
 
 
 class SpikeDetector:
@@ -94,21 +101,20 @@ class SpikeDetector:
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
-def check_writers(tensorboard: bool, wandb: bool) -> None:
-    """Raise `InputError` if a writer that is switched on is not installed."""
-    for name, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise `InputError` if the package of a tracker is not installed."""
+    for name in trackers:
+        package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
         require(
-            not wanted or importlib.util.find_spec(package) is not None,
-            f"train.{name} is on, but {package} is missing: pip install 'mhc-jax[{name}]', or switch it off.",
+            importlib.util.find_spec(package) is not None,
+            f"train.trackers has {name!r}, but {package} is missing: pip install 'mhc-jax[{name}]', or leave it out.",
         )
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` (and TensorBoard, wandb); a line that `write` has written outlives a kill."""
 
-    def __init__(
-        self, folder: Path, keep_until: int, tensorboard: bool = False, wandb: bool = False, config: Any = None
-    ):
+    def __init__(self, folder: Path, keep_until: int, trackers: Sequence[str] = (), config: Any = None):
         """Continue the file of a resumed run: lines of steps after `keep_until` are dropped, as are half-written ones.
 
         A run that starts anew gives -1.
@@ -128,18 +134,18 @@ class MetricsWriter:
         replacement.replace(self.path)
         self._file = self.path.open("a")
         self._tensorboard = self._wandb = None
-        if tensorboard:
+        if "tensorboard" in trackers:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
-        if wandb:
-            import wandb as wandb_module
+        if "wandb" in trackers:
+            import wandb
 
             # Runs of other comparisons may have folders of the same name; the id is this folder's own.
             id_file = folder / "wandb_id"
             if not id_file.exists():
                 self._guard(lambda: id_file.write_text(uuid.uuid4().hex))
-            self._wandb = wandb_module.init(
+            self._wandb = wandb.init(
                 dir=str(folder), name=folder.name, config=config, resume="allow", id=id_file.read_text()
             )
 

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from mhc_jax.config import ExperimentConfig
-from mhc_jax.config.mapping import completed, from_mapping, to_mapping
+from mhc_jax.config.mapping import from_mapping
 from mhc_jax.data.tokenizers import Tokenizer, from_saved, load_tokenizer
 from mhc_jax.errors import require
 from mhc_jax.parallel.sharding import make_mesh, state_shardings
@@ -46,14 +46,13 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a run.")
     saved, step = saved_tokenizer(folder), newest_step(folder)
     # The run's own configuration says how it was sharded; that of the checkpoint has the size of the vocabulary.
-    known = to_mapping(ExperimentConfig())
     mapping, file = None, folder / "config.json"
     if file.is_file():
-        mapping = from_mapping(completed(json.loads(file.read_text()), known))
+        mapping = from_mapping(json.loads(file.read_text()))
     mesh = make_mesh(mapping.mesh) if mapping and mapping.mesh.size <= len(jax.devices()) else None
     shardings = None if mesh is None else (lambda shapes: state_shardings(mesh, shapes))
     config, params = load_params(folder, shardings)
-    config = from_mapping(completed(config, known))
+    config = from_mapping(config)
     if tokenizer or saved is None:
         chosen = load_tokenizer(tokenizer or config.data.tokenizer)
         check_tokenizer(

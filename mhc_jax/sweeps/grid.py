@@ -238,7 +238,7 @@ def _override(text: str) -> Point:
     readable = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\[.*\]|true|false", value)
     if value in ("True", "False"):
         return {key: value == "True"}
-    if readable and key != "connection":
+    if readable and key not in ("connection", "model.experts"):
         number = re.sub(r"^\+", "", value)
         return {key: int(number) if re.fullmatch(r"-?\d+", number) else _number(number)}
     return {key: value}

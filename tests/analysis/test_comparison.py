@@ -112,7 +112,7 @@ def test_a_confounded_pair_has_no_number(rates):
 
 
 def test_settings_without_effect_separate_no_pairs_and_label_runs_that_nothing_else_tells_apart(tmp_path):
-    more = {"train.tensorboard": True, "train.keep_checkpoints": 9, "mesh.data": 2}
+    more = {"train.trackers": ["wandb"], "train.checkpoint_every": 9, "mesh.data": 2}
     residual, hc = write(tmp_path, "residual", "residual", 0), write(tmp_path, "hc", "hc", 0, config=more)
     assert labels([residual, hc]) == ["residual", "hc"]
     assert baselines([residual, hc]) == [None, residual]

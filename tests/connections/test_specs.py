@@ -79,7 +79,7 @@ REFUSED = [
     ("mhcc", "connection.kind is 'mhcc'.*Did you mean 'mhc'"),
     ("mhc:innit=paper", "'innit'.*Did you mean 'init'"),
     ("mhc:init=pper", "connection.init is 'pper'.*Did you mean 'paper'"),
-    ("mhc:init", "'init' in the connection 'mhc:init' is not of the form key=value"),
+    ("mhc:init", "'init' in connection 'mhc:init' is not of the form key=value"),
     ("mhc:exit=mena", "Did you mean 'mean'"),
     ("mhc:exit=last", "connection.exit is 'last'; it must be one of 'sum', 'mean', 'head'"),
     ("mhc:num_streams=0", "connection.num_streams is 0; a connection needs at least 1 stream"),

@@ -102,7 +102,10 @@ def test_attention_of_a_tpu_is_splash_where_it_can_be():
     config = dataclasses.replace(CONFIG, model=wide, data=DataConfig(sequence_length=256, batch_size=8))
     assert compile_ahead.best_attention(config, "tpu").model.attention == "splash"
     assert compile_ahead.best_attention(config, "cpu").model.attention == "xla"
-    for model in (dataclasses.replace(wide, rope_width=32), dataclasses.replace(wide, head_width=64)):
+    for model in (
+        dataclasses.replace(wide, attention_kind="mla:rope_width=32"),
+        dataclasses.replace(wide, head_width=64),
+    ):
         assert compile_ahead.best_attention(dataclasses.replace(config, model=model), "tpu").model.attention == "xla"
     assert compile_ahead.best_attention(CONFIG, "tpu").model.attention == "xla", "16 tokens"
 
@@ -346,8 +349,7 @@ def test_a_step_for_tpus():
 
 def test_experts_for_tpus_multiply_each_row_once():
     """Of 16 experts a token sees 2: the FLOPs of a step are those of the active parameters, not of all."""
-    experts = {"num_experts": 16, "num_active_experts": 2, "num_shared_experts": 0, "expert_width": 128}
-    experts |= {"num_dense_layers": 0, "expert_buffer": 1.0}
+    experts = {"experts": "16:active=2:shared=0:width=128:dense_layers=0:buffer=1"}
     _, row = tpu_row("v6e:2x2", "xla", 256, 4, MeshConfig(fsdp=2, expert=2), experts)
     kernels = {name: times for name, times in row["kernels"].items() if "gmm" in name}
     assert kernels == {"gmm": 2 * 6, "tgmm": 2 * 3}, "three products forward, six backward, a layer"

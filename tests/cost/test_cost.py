@@ -97,9 +97,8 @@ def test_a_grouped_product_counts_each_row_once():
 
 
 SMALL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
-MLA: dict[str, Any] = {"attention_kind": "mla", "kv_rank": 6, "rope_width": 4, "head_width": 10}
-EXPERTS: dict[str, Any] = {"num_experts": 5, "num_active_experts": 2, "num_shared_experts": 3, "expert_width": 7}
-EXPERTS["num_dense_layers"] = 1
+MLA: dict[str, Any] = {"attention_kind": "mla:kv_rank=6:rope_width=4", "head_width": 10}
+EXPERTS: dict[str, Any] = {"experts": "5:active=2:shared=3:width=7"}
 SETTINGS = {"gqa": {}, "mla": {"tied_embeddings": True} | MLA, "moe": EXPERTS | MLA}
 FAST = {"residual": "gqa", "hc": "mla", "mhc:exit=head:t_max=2": "moe", "gated": "mla", "attnres_block": "gqa"}
 """Connection to the model that the fast suite counts it in."""
@@ -157,11 +156,11 @@ def test_the_ladder_climbs_towards_3b_at_64_tokens_a_parameter(rung):
     assert 1e6 < cost.active < 612e6
 
 
-@pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["gqa", "moe"])
+@pytest.mark.parametrize("settings", [{}, {"experts": "5:active=2:shared=3:width=256"}], ids=["gqa", "moe"])
 def test_training_flops_are_those_of_the_gradient(settings):
     """Products dominate at this width; what `model_cost` leaves out is elementwise."""
     wide = {"width": 256, "num_heads": 4, "mlp_width": 768, "connection": connections.parse("mhc:t_max=2")}
-    config = dataclasses.replace(SMALL, **settings | {"expert_width": 256} | wide)
+    config = dataclasses.replace(SMALL, **settings | wide)
     experiment = ExperimentConfig(model=config, data=DataConfig(sequence_length=128, batch_size=2))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     params = jax.eval_shape(lambda: init_state(experiment)).params
@@ -334,13 +333,13 @@ def test_the_page_of_a_device():
 
 
 def test_the_sentence_about_recompute_says_its_estimates():
-    config = dataclasses.replace(PAPER, connection=connections.parse("mhc:t_max=2"), remat="auto", remat_budget_gb=1e-9)
+    config = dataclasses.replace(PAPER, connection=connections.parse("mhc:t_max=2"), remat="auto:1e-9")
     found = remat_plan.plan(config, 4096, 128)
     listed = dict(re.findall(r"(\w+) ([\d.]+) GB", found.sentence.partition("estimates: ")[2]))
     rounded = {name: pytest.approx(found.estimates[name] / 1e9, rel=5e-3) for name in ("none", "connection", "full")}
     assert {name: float(size) for name, size in listed.items()} == rounded
     assert f"more than the {1e-9:g} GB there are" in found.sentence
-    free = remat_plan.plan(dataclasses.replace(config, remat_budget_gb=0.0), 4096, 128)
+    free = remat_plan.plan(dataclasses.replace(config, remat="auto"), 4096, 128)
     assert f"with L_r = {free.L_r} of 16 sub-layers" in free.sentence
 
 

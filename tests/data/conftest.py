@@ -17,6 +17,12 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache").resolve()
 
 
+@pytest.fixture(autouse=True)
+def cache_of_these_tests(cache, monkeypatch):
+    """Texts that these tests prepare stay out of the cache that other tests share."""
+    monkeypatch.setenv("MHC_JAX_CACHE", str(cache))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """60 documents of 40 to 99 words each: a small file whose windows are all different."""
@@ -39,6 +45,6 @@ def bpe(tmp_path_factory, texts) -> Path:
 
 
 @pytest.fixture
-def config(corpus, cache):
-    settings = DataConfig(source=str(corpus), cache_dir=str(cache), sequence_length=16, batch_size=4)
+def config(corpus):
+    settings = DataConfig(source=str(corpus), sequence_length=16, batch_size=4)
     return functools.partial(dataclasses.replace, settings)

@@ -20,13 +20,13 @@ def warned(settings, count=1) -> list[str]:
     return [line for line in data.load_data(settings).describe(count) if line.startswith("warning: ")]
 
 
-def test_the_identity_of_a_text_is_neither_its_place_nor_its_cache(tmp_path, config, corpus):
-    moved = tmp_path / "elsewhere.jsonl"
+def test_the_identity_of_a_text_is_neither_its_place_nor_its_cache(tmp_path, config, corpus, monkeypatch):
+    first, moved = data.load_data(config()), tmp_path / "elsewhere.jsonl"
     moved.write_bytes(corpus.read_bytes())
-    first, same = (data.load_data(c) for c in (config(), config(source=str(moved), cache_dir=str(tmp_path))))
-    assert first.identity == same.identity
+    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
+    assert data.load_data(config(source=str(moved))).identity == first.identity
     moved.write_text(corpus.read_text().replace("7", "8", 1))
-    assert data.load_data(config(source=str(moved), cache_dir=str(tmp_path))).identity != first.identity
+    assert data.load_data(config(source=str(moved))).identity != first.identity
 
 
 def test_a_glob_of_files_named_like_splits_is_warned_of(tmp_path, config):
@@ -42,14 +42,14 @@ def test_a_glob_of_files_named_like_splits_is_warned_of(tmp_path, config):
     assert [line for line in warned(turned) if share in line] == warned(turned) != []
 
 
-def test_more_held_out_than_was_asked_for_is_warned_of(config, monkeypatch):
+def test_more_held_out_than_was_asked_for_is_warned_of(config, monkeypatch, tmp_path):
     assert warned(config()) == warned(config(validation_fraction=0.4)) == []
     monkeypatch.setattr(sources, "position", lambda text: 0.04 if text[0] in "123" else 0.5)
-    cache = {"cache_dir": f"{config().cache_dir}/odd"}
-    (line,) = warned(config(**cache))
+    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path))
+    (line,) = warned(config())
     share = r"warning: \d\d% of all tokens are held out for validation, though data.validation_fraction is .*"
     assert re.fullmatch(share, line)
-    assert len(warned(config(**cache), count=10**6)) == 2
+    assert len(warned(config(), count=10**6)) == 2
 
 
 @pytest.mark.parametrize(

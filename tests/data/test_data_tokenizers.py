@@ -92,15 +92,15 @@ def test_tokenizer_mistakes(tmp_path, bpe):
             data.train_bpe([text], size, path)
 
 
-def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts):
+def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_path, texts, cache):
     """It counts held-out documents without their ends; an error is one line."""
     corpus, output = tmp_path / "corpus.jsonl", tmp_path / "my.json"
     corpus.write_text("".join(json.dumps({"text": f"façade {text}"}) + "\n" for text in texts))
 
-    flags = "--vocab_size=290", f"--output={output}", f"--cache_dir={tmp_path}"
+    flags = "--vocab_size=290", f"--output={output}"
     _, said, _ = run_here("tokenizer", f"--source={corpus}", *flags)
     tokenizer = data.load_tokenizer(f"bpe:{output}")
-    held_out = [found.text for found in data.documents(str(corpus), "validation", cache=tmp_path)]
+    held_out = [found.text for found in data.documents(str(corpus), "validation", cache=cache)]
     size, count = sum(len(text.encode()) for text in held_out), sum(len(tokenizer.encode(text)) for text in held_out)
     assert size > sum(map(len, held_out))
     assert said == f"{output}: 290 entries, {size / count:.3f} bytes per token on {size} bytes of validation text\n"

@@ -42,7 +42,7 @@ def texts_of(tokenizer, ids) -> list[bytes]:
 
 def bigram(tokenizer):
     """Parameters whose logits depend on the last token alone, and their log-probabilities [before, after] in float64."""
-    config = dataclasses.replace(RESIDUAL, vocab_size=tokenizer.vocab_size, norm_eps=1e-6)
+    config = dataclasses.replace(RESIDUAL, vocab_size=tokenizer.vocab_size)
     random = np.random.default_rng(3)
     zero = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes(config))  # every branch writes zero
     embedding = random.normal(size=(config.vocab_size, config.width)).astype(np.float32)
@@ -50,7 +50,7 @@ def bigram(tokenizer):
     unembedding = random.normal(size=(config.width, config.vocab_size)).astype(np.float32)
     params = {**zero, "embedding": embedding, "final_norm": {"weight": weight}, "unembedding": unembedding}
     x = embedding.astype(np.float64)
-    h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+    h = x / np.sqrt((x * x).mean(-1, keepdims=True)) * weight
     logits = h @ unembedding.astype(np.float64)
     top = logits.max(-1, keepdims=True)
     return config, jax.tree.map(jnp.asarray, params), logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))

@@ -24,7 +24,7 @@ from mhc_jax.runs.checkpoint import saved_tokenizer
 from mhc_jax.runs.trained import load_trained
 
 MODEL = ModelConfig(vocab_size=67, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=32)
-ATTENTION = {"gqa": {}, "mla": {"attention_kind": "mla", "kv_rank": 12, "rope_width": 6}}
+ATTENTION = {"gqa": {}, "mla": {"attention_kind": "mla:kv_rank=12:rope_width=6"}}
 LONG = (("mhc", "gqa"), ("single_pass", "mla"))
 PROMPTS = (np.arange(5), np.arange(7, 30))
 DRAW = jax.jit(draw)

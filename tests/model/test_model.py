@@ -320,7 +320,7 @@ def test_mla_in_bfloat16_stays_near_float32():
 def test_scores_cost_keys_of_d_and_r_columns_and_values_of_d():
     """Twice the length adds the FLOPs of the two products with T tokens: 2 a term, three times (forward and both gradients)."""
     config = ModelConfig(
-        width=16, num_layers=3, num_heads=H, head_width=D, attention_kind="mla", rope_width=R, kv_rank=5
+        width=16, num_layers=3, num_heads=H, head_width=D, attention_kind=f"mla:kv_rank=5:rope_width={R}"
     )
     more = model_cost(config, 64).training_flops - model_cost(config, 32).training_flops
     assert more == 3 * 3 * 32 * H * (2 * (D + R) + 2 * D)

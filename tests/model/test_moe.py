@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import shutil
 from pathlib import Path
 
@@ -208,7 +207,7 @@ def test_accumulation_sees_the_load_of_the_whole_batch():
 
 
 def test_dense_models_keep_their_parameter_names():
-    dense = dataclasses.replace(MODEL, num_experts=0)
+    dense = dataclasses.replace(MODEL, experts="")
     params = jax.eval_shape(lambda: Decoder(dense).init(jax.random.key(0), TOKENS))["params"]
     assert set(params) == {"embedding", "final_norm", "layers", "unembedding"}
     assert set(params["layers"]["mlp"]) == {"norm", "W_gate", "W_up", "W_down"}
@@ -234,14 +233,6 @@ def test_a_run_resumes_bitwise_and_records_the_routers(tmp_path):
     assert line["router_max_load"] >= 1
     assert 0 <= line["router_entropy"] <= 1
     assert len(tiny_runs.lines(resumed, "diagnostics")[-1]["router_load_cv"]) == 1
-    # A configuration from before there were experts is the same as one that says there are none.
-    dense = tiny_runs.tiny(text, "residual", train={"steps": 2})
-    train(dense, tmp_path / "dense")
-    saved = json.loads((tmp_path / "dense" / "config.json").read_text())
-    for name in (*EXPERTS, "attention_kind", "kv_rank", "rope_width", "routed_scale", "balancing_rate"):
-        del saved["model"][name]
-    (tmp_path / "dense" / "config.json").write_text(json.dumps(saved))
-    assert train(dense, tmp_path / "dense")["status"] == "finished"
 
 
 def arguments(sizes, M, C=256, F=128):

@@ -7,21 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import decoders
 from support.decoders import MLA, decoder_of, randomized
 from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, assert_close
 
 from mhc_jax import connections, remat, remat_plan
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
-from mhc_jax.config.mapping import completed, to_mapping
 from mhc_jax.cost import counts, hlo
 from mhc_jax.cost.memory_io import best_recompute, recompute_elements
 from mhc_jax.model import Decoder
 from mhc_jax.train_step import gradients, init_state
 
 MODEL = ModelConfig(vocab_size=31, width=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_width=48)
-EXPERTS = decoders.EXPERTS | {"expert_width": 16}
+EXPERTS = {"experts": "4:active=2:shared=1:width=16"}
 TOKENS = jnp.arange(64).reshape(2, 32) % 31
 model = functools.partial(decoder_of, base=MODEL)
 sizes_of = functools.cache(remat_plan._sizes)
@@ -32,7 +30,7 @@ def traced_once(monkeypatch):
     """Sizes depend on neither the policy nor the budget, and take a second to trace."""
 
     def sizes(config, sequence_length):
-        return sizes_of(dataclasses.replace(config, remat="none", remat_budget_gb=0.0), sequence_length)
+        return sizes_of(dataclasses.replace(config, remat="none"), sequence_length)
 
     monkeypatch.setattr(remat_plan, "_sizes", sizes)
 
@@ -49,7 +47,7 @@ def shapes(config):
 def both_gradients(config, L_r):
     """With and without recompute."""
     params = randomized(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS)["params"], spread=0.1)
-    kept = dataclasses.replace(config, remat="connection", remat_block=L_r)
+    kept = dataclasses.replace(config, remat=f"connection:{L_r}")
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     expected, actual = (run(params, own) for own in (config, kept))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -208,7 +206,7 @@ def test_estimates_are_near_the_compiler(policy):
 
 def limited(config, size):
     """The configuration with a device of that many bytes."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat_budget_gb=size / 1e9))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=f"auto:{size / 1e9}"))
 
 
 def test_auto_takes_the_first_that_fits():
@@ -224,7 +222,7 @@ def test_auto_takes_the_first_that_fits():
     }
     for policy, limit in between.items():
         resolved, sentence = remat_plan.resolve(limited(config, limit))
-        assert resolved.model.remat == policy
+        assert resolved.model.remat_policy == policy
         assert f"model.remat is {policy!r}" in sentence
         assert "the first that fits" in sentence
     assert "more than the" in remat_plan.plan(limited(config, sizes["full"] / 2).model, 2048, 256).sentence
@@ -261,11 +259,3 @@ def test_auto_plans_for_one_device_of_the_mesh(mesh):
     enough = limited(config, estimates["none"] + 1)
     assert remat_plan.resolve(enough)[0].model.remat == "none"
     assert remat_plan.resolve(dataclasses.replace(enough, mesh=MeshConfig()))[0].model.remat != "none"
-
-
-def test_runs_from_before_go_on():
-    for policy, old in (("none", False), ("full", True)):
-        wanted = to_mapping(ExperimentConfig(model=model("mhc", remat=policy)))
-        saved = {**wanted, "model": {**wanted["model"], "remat": old}}
-        del saved["model"]["remat_block"], saved["model"]["remat_budget_gb"]
-        assert completed(saved, wanted) == wanted

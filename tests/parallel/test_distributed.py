@@ -25,7 +25,7 @@ KINDS = {"residual": "residual", "mhc": "mhc:init=home:num_streams=2:t_max=2"}
 @pytest.fixture(scope="module")
 def configuration(tmp_path_factory):
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
-    every = {"steps": 12, "diagnostics_every": 0, "checkpoint_every": 3, "keep_checkpoints": 9}
+    every = {"steps": 12, "diagnostics_every": 0, "checkpoint_every": 3}
     return lambda kind: tiny(text, KINDS[kind], train=every)
 
 

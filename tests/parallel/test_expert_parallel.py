@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import meshes
 from support.meshes import assert_same_step, batch, collectives, name_of, random_params, tiny, trained
 from support.oracles_moe import moe_oracle
 from support.thinned import thin
@@ -170,8 +169,8 @@ def test_tokens_go_to_owners_and_back_and_nowhere_else():
         assert kinds.count("reduce-scatter") == (3 if ways == 4 else 0), found
 
 
-EXPERTS = meshes.EXPERTS | {"num_experts": 8, "num_active_experts": 3, "expert_width": 16}
-LATENT = {"attention_kind": "mla", "kv_rank": 16, "rope_width": 4}
+EXPERTS = {"experts": "8:active=3:shared=1:width=16:dense_layers=0"}
+LATENT = {"attention_kind": "mla:kv_rank=16:rope_width=4"}
 
 
 @pytest.mark.full
@@ -186,7 +185,7 @@ def test_a_decoder_of_latent_attention_and_experts_is_that_of_one_device(kind, m
 @pytest.mark.full
 def test_biases_move_by_the_loads_of_all_devices_and_what_is_dropped_is_recorded():
     (alone,), bias = trained(tiny("residual", **EXPERTS), 1)
-    (metrics,), moved = trained(tiny("residual", {"data": 2, "expert": 4}, **EXPERTS, expert_buffer=1.0), 1)
+    (metrics,), moved = trained(tiny("residual", {"data": 2, "expert": 4}, experts=f"{EXPERTS['experts']}:buffer=1"), 1)
     assert "router_dropped" not in alone
     # Layer 0 routes the same tokens; layer 1 those that layer 0 dropped copies of.
     np.testing.assert_array_equal(moved[0], bias[0])

@@ -25,7 +25,7 @@ from mhc_jax.schedules.validate import validate
 from mhc_jax.train_step import gradients
 
 T, MHC = 8, "mhc:t_max=2"
-DENSE_FIRST, COPIES = EXPERTS | {"num_dense_layers": 1}, {"data": 2, "expert": 2}
+DENSE_FIRST, COPIES = {"experts": "4:active=2:shared=1:width=12"}, {"data": 2, "expert": 2}
 
 
 def tiny(kind, schedule, stages, microbatches, mesh=None, sequences=1, overlap=False, **model):
@@ -66,7 +66,7 @@ ALL_CASES = [
 ]
 ALL_CASES += [(kind, "zb1p", 2, 3, {}) for kind in sorted({*connections.KINDS} - {"residual", "hc", "mhc"})]
 ALL_CASES += [(MHC, "1f1b", 2, 4, {"num_layers": 4, "remat": remat}) for remat in ("full", "connection")]
-TIED = {"tied_embeddings": True, "attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+TIED = {"tied_embeddings": True, "attention_kind": "mla:kv_rank=8:rope_width=4"}
 ALL_CASES += [(MHC, "dualpipev", 2, 4, TIED)]
 ALL_CASES += [("residual", "dualpipe", 2, 4, {"mesh": COPIES, "sequences": 4, **DENSE_FIRST})]
 for mesh in ({"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"data": 2, "fsdp": 2}):
@@ -197,10 +197,10 @@ def test_a_run_goes_on_with_and_without_stages(tmp_path):
 
 REFUSED = {
     "blocks": ({"num_layers": 3}, {}, "model.num_layers is 3, which does not divide into the 2 stages of '1f1b'"),
-    "dense": ({"num_layers": 4, **EXPERTS, "num_dense_layers": 3}, {}, "3, more than the 2 blocks of the first stage."),
+    "dense": ({"num_layers": 4, "experts": "6:dense_layers=3"}, {}, "3, more than the 2 blocks of the first stage."),
     "schedule": ({}, {"schedule": "1f2b"}, "pipeline.schedule is '1f2b'"),
     "microbatches": ({}, {"schedule": "dualpipe"}, "2 microbatches are too few for 'dualpipe' on 2 devices"),
-    "chunks": ({}, {"chunks": 3}, "The number of chunks of '1f1b' is fixed"),
+    "chunks": ({}, {"schedule": "1f1b:3"}, "a number can follow 'interleaved', and not '1f1b'"),
 }
 
 

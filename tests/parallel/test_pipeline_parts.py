@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
-from support.meshes import EXPERTS, tiny
+from support.meshes import tiny
 from support.thinned import thin
 
 from mhc_jax import connections
@@ -162,7 +162,7 @@ CAST = [(kind, remat) for kind in ("hc", MHC) for remat in ("none", "full", "con
 def test_weights_that_are_cast_are_cast_before_the_first_tick(kind, remat):
     """Matrices of the branches are cast; norms, the router and the connections compute in float32."""
     types = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
-    model = model_of(kind, remat=remat, **types, **EXPERTS | {"num_dense_layers": 1})
+    model = model_of(kind, remat=remat, **types, experts="4:active=2:shared=1:width=12")
 
     def made(params, layers):
         layers = jax.tree.map(lambda a: jnp.concatenate([a[:1], a]).reshape(2, 2, *a.shape[1:]), layers)
@@ -176,7 +176,7 @@ def test_weights_that_are_cast_are_cast_before_the_first_tick(kind, remat):
 
 
 def test_dense_blocks_may_fill_the_first_stage():
-    model = model_of("residual", **EXPERTS | {"num_dense_layers": 2})
+    model = model_of("residual", experts="4:active=2:shared=1:width=12:dense_layers=2")
     params, layers = params_of(model)
 
     @jax.jit

@@ -46,7 +46,7 @@ def test_a_step_is_that_of_one_device(kind, mesh):
     assert_same_step(tiny(kind, mesh))
 
 
-LATENT = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
+LATENT = {"attention_kind": "mla:kv_rank=8:rope_width=4"}
 OTHERS = {
     # 57 words, which tensor does not divide; blocks computed again in the backward pass.
     "mla, tied, odd vocabulary": (MHC, MIXED, {"vocab_size": 57, "tied_embeddings": True, "remat": "full", **LATENT}),
@@ -267,8 +267,13 @@ def test_moments_lie_like_their_parameters_and_connections_everywhere():
         ({"data": 3}, {}, r"accumulation_steps is 8, which mesh.data x mesh.fsdp x mesh.expert = 3 does not divide"),
         ({"data": 4}, {"accumulation_steps": 4}, "accumulation_steps is 2, which .* = 4 does not divide"),
         ({"sequence": 5}, {}, "data.sequence_length is 32, which mesh.sequence 5 does not divide"),
-        ({"expert": 4}, {"num_experts": 6}, "model.num_experts is 6, which mesh.expert 4 does not divide"),
+        (
+            {"expert": 4},
+            {"experts": "6"},
+            "number of experts in model.experts is 6, which mesh.expert 4 does not divide",
+        ),
         ({"sequence": 2}, {"attention": "splash"}, "mesh.sequence is 2 and model.attention 'splash'.*use 'xla'"),
+        ({}, {"attention": "splash"}, "'splash', which needs .* multiples of 64, not 32, 8 and 8; use 'xla'"),
         ({"data": 0}, {}, "mesh.data is 0; it must be at least 1"),
     ],
 )

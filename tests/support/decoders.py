@@ -15,8 +15,9 @@ from mhc_jax.model import Decoder
 MODEL = ModelConfig(vocab_size=31, width=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=24)
 TOKENS = jnp.arange(24).reshape(2, 12) % 31
 RESIDUAL = connections.parse("residual")
-MLA = {"attention_kind": "mla", "kv_rank": 8, "rope_width": 4}
-EXPERTS = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1, "expert_width": 8, "num_dense_layers": 1}
+MLA = {"attention_kind": "mla:kv_rank=8:rope_width=4"}
+EXPERTS = {"experts": "4:active=2:shared=1:width=8"}
+"""One block in front is dense."""
 
 OPTIMIZED = {"xla_backend_optimization_level": 3}
 """Options of the compiler that tests/conftest.py turns down, for tests of optimized programs."""

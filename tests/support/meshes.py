@@ -16,7 +16,7 @@ from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings
 from mhc_jax.train_step import gradients, init_state, make_train_step
 
 B, T, V = 8, 32, 56
-EXPERTS = dict(num_experts=4, num_active_experts=2, num_shared_experts=1, expert_width=12, num_dense_layers=0)
+EXPERTS = {"experts": "4:active=2:shared=1:width=12:dense_layers=0"}
 """An expert_width of 12 keeps the experts' weights from having the shape of the tokens.
 
 With equal shapes XLA may give the weights the sharding of the tokens inside a branch of a conditional.  That takes a collective

@@ -16,7 +16,7 @@ def _of_the_settings(make):
     """`make(config)` for all configurations that differ in nothing but where their text lies."""
 
     def shared(config):
-        nowhere = dataclasses.replace(config.data, source="text", validation_source="", cache_dir="")
+        nowhere = dataclasses.replace(config.data, source="text", validation_source="")
         return make(dataclasses.replace(config, data=nowhere))
 
     return shared

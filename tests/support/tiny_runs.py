@@ -32,9 +32,9 @@ def write_text(path: Path) -> Path:
 def tiny(text: Path, kind: str = "mhc", **settings) -> ExperimentConfig:
     """A configuration of 8 steps with a checkpoint every 3; `settings` by section, as train={"steps": 4}."""
     model = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
-    data = {"source": str(text), "sequence_length": 16, "batch_size": 4, "cache_dir": str(text.parent / "cache")}
+    data = {"source": str(text), "sequence_length": 16, "batch_size": 4}
     train = {"steps": 8, "log_every": 1, "validate_every": 4, "validation_batches": 1, "checkpoint_every": 3}
-    train |= {"keep_checkpoints": 3, "diagnostics_every": 0, "spike_window": 4}
+    train |= {"diagnostics_every": 0}
     return ExperimentConfig(
         model=ModelConfig(**model | {"connection": connections.parse(kind)} | settings.get("model", {})),
         data=DataConfig(**data | settings.get("data", {})),
@@ -96,7 +96,8 @@ def flags_of(config: ExperimentConfig) -> list[str]:
     for section in ("model", "data", "optimizer", "train"):
         for field in dataclasses.fields(part := getattr(config, section)):
             if field.name != "connection":
-                out.append(f"--config.{section}.{field.name}={getattr(part, field.name)}")
+                value = getattr(part, field.name)
+                out.append(f"--config.{section}.{field.name}={','.join(value) if isinstance(value, tuple) else value}")
     return out
 
 

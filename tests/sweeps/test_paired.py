@@ -57,7 +57,8 @@ def test_an_interrupted_comparison_goes_on_and_repeats_nothing(base, tmp_path, m
 
 
 def test_a_run_that_diverges_still_yields_a_report(base, tmp_path):
-    runs = paired.plan(with_train(base, divergence_loss=1.0), ["residual"])
+    huge = dataclasses.replace(base, model=dataclasses.replace(base.model, embedding_init_std=1e30))
+    runs = paired.plan(huge, ["residual"])
     assert paired.run_all(runs, tmp_path, "t") == 0
     assert read_json(tmp_path / "residual" / "summary.json")["status"] == "diverged"
     assert "diverged" in (tmp_path / "report.html").read_text()

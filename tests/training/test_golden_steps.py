@@ -39,11 +39,11 @@ def measure(name):
         data=DataConfig(sequence_length=12, batch_size=2),
         # AdamW divides by the size of the gradient: a usual eps would make rounding of small ones into whole steps.
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=2, eps=1e-3),
-        train=TrainConfig(steps=10, diagnostics_tokens=8),
+        train=TrainConfig(steps=10),
     )
     random = np.random.default_rng(0)
     state = jax.jit(lambda: init_state(config))()
-    step, diagnose = jax.jit(make_train_step(config)), jax.jit(make_diagnostics_step(config))
+    step, diagnose = jax.jit(make_train_step(config)), jax.jit(make_diagnostics_step(config, sample=8))
     out = {}
     for k in range(1, 11):
         text = random.integers(0, model.vocab_size, (2, 13))

@@ -101,7 +101,7 @@ def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     for folder in ("a/mhc", "a/mhc", "b/mhc"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        writer = MetricsWriter(tmp_path / folder, -1, wandb=True)
+        writer = MetricsWriter(tmp_path / folder, -1, ["wandb"])
         writer.write("train", 1, {"loss": 2.0, "list": [1.0]})
         writer.close()
     assert begun[0] == begun[1] != begun[2]

@@ -29,13 +29,13 @@ from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.sweeps.results import measurements
 from mhc_jax.train_step import init_state
 
-EXPERTS = {"num_experts": 4, "num_active_experts": 2, "expert_width": 8, "num_layers": 2, "num_dense_layers": 1}
+EXPERTS = {"num_layers": 2, "experts": "4:active=2:width=8:buffer=1"}
 
 
 @pytest.fixture(scope="module")
 def config(text):
-    train = {"steps": 12, "diagnostics_every": 3, "validate_every": 6, "checkpoint_every": 0, "spike_window": 8}
-    model, optimizer = {**EXPERTS, "expert_buffer": 1.0}, {"grad_clip": 2.0, "warmup_steps": 4}
+    train = {"steps": 12, "diagnostics_every": 3, "validate_every": 6, "checkpoint_every": 0}
+    model, optimizer = EXPERTS, {"grad_clip": 2.0, "warmup_steps": 4}
     config = tiny(text, "mhc:init=home:t_max=2", model=model, optimizer=optimizer, train=train)
     return dataclasses.replace(config, mesh=MeshConfig(data=2))
 

@@ -103,14 +103,13 @@ DYNAMIC = {"hc": of_links("W"), "mhc": of_links("phi"), "mhc:exit=head": of_link
 OWN = {kind: static | DYNAMIC.get(kind, set()) for kind, static in STATIC.items()}
 
 
-@pytest.mark.parametrize("decay_static", [False, True])
 @pytest.mark.parametrize("kind", STATIC)
-def test_what_decays(kind, decay_static):
+def test_what_decays(kind):
     """With no gradient, Adam does nothing and a decayed parameter shrinks by learning rate x decay."""
-    config = OptimizerConfig(0.5, "constant", 0, weight_decay=0.25, decay_static=decay_static)
+    config = OptimizerConfig(0.5, "constant", 0, weight_decay=0.25)
     found = updates(config, kind, 0.0)
     kept = {path for path, update in found.items() if not np.any(update)}
-    assert kept == NORMS | (set() if decay_static else STATIC[kind])
+    assert kept == NORMS | STATIC[kind]
     for path, update in found.items():
         np.testing.assert_array_equal(update, 0.0 if path in kept else -0.125)
     said = describe(ones(kind), config, connection_module(tiny_config(kind).model.connection))

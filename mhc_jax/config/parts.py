@@ -1,0 +1,131 @@
+"""Parts of the decoder that one setting spells as a text: attention, experts, and what the backward pass recomputes.
+
+`ModelConfig` keeps the text; its properties read the parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mhc_jax.errors import at_least, one_of, require
+from mhc_jax.spelling import read_number, read_settings, write_settings
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Settings of DeepSeek's multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434)."""
+
+    kv_rank: int = 512
+    """Width of the latent that keys and values are made from, at least 1."""
+    rope_width: int = 64
+    """Columns of each query, and of the key that all heads share, that carry the position; even, at least 2."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "model.attention_kind: ", "kv_rank")
+        require(
+            self.rope_width >= 2 and self.rope_width % 2 == 0,
+            f"model.attention_kind: rope_width is {self.rope_width}; rotary embeddings need an even width of at least 2.",
+        )
+
+
+def read_attention(text: str) -> LatentAttention | None:
+    """Settings of latent attention from `mla` or `mla:kv_rank=512:rope_width=64`; None for `gqa`."""
+    kind = text.partition(":")[0]
+    one_of("model.attention_kind", kind, ("gqa", "mla"))
+    defaults = vars(LatentAttention()) if kind == "mla" else {}
+    settings = read_settings("model.attention_kind", text, defaults)
+    return LatentAttention(**settings) if kind == "mla" else None
+
+
+def write_attention(latent: LatentAttention | None) -> str:
+    """The shortest text that `read_attention` reads as `latent`."""
+    return "gqa" if latent is None else write_settings("mla", vars(latent), vars(LatentAttention()))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Settings of a mixture of experts (DeepSeekMoE, arXiv 2401.06066)."""
+
+    number: int = 0
+    """Routed experts of a feed-forward sub-layer; 0: all blocks are dense."""
+    active: int = 6
+    """Routed experts that a token sees, at least 1 and at most all."""
+    shared: int = 2
+    """Experts that every token sees; 0: none."""
+    width: int = 128
+    """Hidden width of one expert, at least 1."""
+    dense_layers: int = 1
+    """Leading blocks without experts: fewer than model.num_layers, and 0 for none."""
+    buffer: float = 0.0
+    """Room of a device for copies of tokens, as a multiple of what it receives when all loads are even; at least 1.
+
+    It acts only where mesh.expert splits the experts.  Copies that find no room are dropped (metric router_dropped).  0 is room
+    for all copies that can come, so that none is ever dropped."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "model.experts: ", "width")
+        at_least(0, self, "model.experts: ", "shared", "dense_layers")
+        require(
+            self.number == 0 or 1 <= self.active <= self.number,
+            f"model.experts: active is {self.active}; it must lie between 1 and the {self.number} experts.",
+        )
+        require(
+            self.buffer == 0 or 1 <= self.buffer < float("inf"),
+            f"model.experts: buffer is {self.buffer}; use 0 for room for all that can come, or a multiple of the even share "
+            "that is at least 1.",
+        )
+
+
+def read_experts(text: str) -> Experts:
+    """Settings of the experts from `64` or `64:active=6:shared=2:width=128`; an empty text is a model without experts."""
+    if not text:
+        return Experts()
+    head = text.partition(":")[0]
+    require(
+        head.isdecimal() and int(head) >= 1,
+        f"model.experts is {text!r}; it must begin with the number of experts, as '64:active=6:width=128' does, or be empty "
+        "for dense blocks only.",
+    )
+    return Experts(int(head), **read_settings("model.experts", text, _without_number(Experts())))
+
+
+def write_experts(experts: Experts) -> str:
+    """The shortest text that `read_experts` reads as `experts`."""
+    if not experts.number:
+        return ""
+    return write_settings(str(experts.number), _without_number(experts), vars(Experts()))
+
+
+def _without_number(experts: Experts) -> dict[str, Any]:
+    return {name: value for name, value in vars(experts).items() if name != "number"}
+
+
+class Remat(NamedTuple):
+    """What the backward pass computes again instead of keeping it."""
+
+    policy: str
+    """`none`, `connection`, `full` or `auto`."""
+    block: int = 0
+    """L_r of `connection`: sub-layers computed again at a time; 0: the number with the least memory (mHC Eq. 20)."""
+    budget_gb: float = 0.0
+    """`auto`: memory of one device in GB (1e9 bytes); 0: no limit is known, and `auto` is `connection`."""
+
+
+def read_remat(text: str) -> Remat:
+    """`none`, `connection`, `connection:6` (L_r), `full`, `auto` or `auto:80` (GB of a device)."""
+    policies = ("none", "connection", "full", "auto")
+    policy, number = read_number("model.remat", text, policies, {"connection": int, "auto": float})
+    if number is None:
+        return Remat(policy)
+    if policy == "connection":
+        require(number >= 1, f"model.remat is {text!r}; the number of sub-layers must be at least 1.")
+        return Remat(policy, block=number)
+    require(0 < number < float("inf"), f"model.remat is {text!r}; the memory of a device in GB must be above 0.")
+    return Remat(policy, budget_gb=number)
+
+
+def write_remat(remat: Remat) -> str:
+    """The shortest text that `read_remat` reads as `remat`."""
+    number = remat.block or remat.budget_gb
+    return f"{remat.policy}:{str(number).removesuffix('.0')}" if number else remat.policy

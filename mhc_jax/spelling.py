@@ -1,0 +1,94 @@
+"""Settings that one line of text spells: `head:key=value:key=value`, or `head:number`.
+
+Connections, attention and experts take the first form; recompute and the schedule of a pipeline take the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mhc_jax.errors import InputError, one_of, require
+
+
+def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings behind the head of a text, each of the type of its default.
+
+    >>> read_settings("model.attention_kind", "mla:kv_rank=16", {"kv_rank": 512, "rope_width": 64})
+    {'kv_rank': 16}
+
+    Args:
+      name: what the text is a value of, for messages.
+      text: `head` or `head:key=value:key=value`; the entries of a tuple are joined with +.
+      defaults: every setting that the head knows.
+
+    Raises:
+      InputError: an unknown setting (with the nearest known one), or a value of the wrong type.
+    """
+    head, *pairs = text.split(":")
+    require(
+        not pairs or bool(defaults), f"{name} is {text!r}, and {head!r} has no settings; leave out what follows it."
+    )
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        require(bool(equals), f"{pair!r} in {name} {text!r} is not of the form key=value.")
+        one_of(f"A setting of {name} {head!r}", key, defaults)
+        values[key] = _read(value, type(defaults[key]), f"{name} {text!r}: {key}")
+    return values
+
+
+def write_settings(
+    head: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], always: Iterable[str] = ()
+) -> str:
+    """The shortest text of these settings, in their order: those that are not their default, and those of `always`.
+
+    >>> write_settings("mla", {"kv_rank": 16, "rope_width": 64}, {"kv_rank": 512, "rope_width": 64})
+    'mla:kv_rank=16'
+    """
+    named = [key for key in settings if key in always or key not in defaults or settings[key] != defaults[key]]
+    return ":".join([head, *(f"{key}={_write(settings[key], type(defaults.get(key)))}" for key in named)])
+
+
+def read_number(name: str, text: str, heads: Iterable[str], kinds: Mapping[str, type]) -> tuple[str, Any]:
+    """(head, number) of a text `head` or `head:number`; the number is None where the text has none.
+
+    >>> read_number("model.remat", "connection:6", ["none", "connection"], {"connection": int})
+    ('connection', 6)
+
+    Args:
+      name: what the text is a value of, for messages.
+      text: to read.
+      heads: every allowed head.
+      kinds: `int` or `float` for each head that a number may follow.
+
+    Raises:
+      InputError: an unknown head (with the nearest known one), or a number where none belongs, or no number where one does.
+    """
+    head, colon, number = text.partition(":")
+    one_of(name, head, heads)
+    if not colon:
+        return head, None
+    require(
+        head in kinds, f"{name} is {text!r}; a number can follow {' or '.join(map(repr, kinds))}, and not {head!r}."
+    )
+    return head, _read(number, kinds[head], f"The number in {name} {text!r}")
+
+
+def _read(text: str, kind: type, name: str) -> Any:
+    readers = {
+        bool: {"True": True, "true": True, "False": False, "false": False}.__getitem__,
+        tuple: lambda t: tuple(t.split("+")),
+    }
+    try:
+        return readers.get(kind, kind)(text)
+    except (ValueError, KeyError):
+        form = "entries joined with +" if kind is tuple else f"a {kind.__name__}"
+        raise InputError(f"{name} is {text!r}; it must be {form}.") from None
+
+
+def _write(value: Any, kind: type) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
+    # Python's str of a float is the shortest text that reads back as the same float.
+    return str(float(value) if kind is float else value)
