@@ -98,8 +98,8 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
     """The function (state, batch) -> (state, metrics) of one optimizer step.
 
     Metrics are loss, grad_norm (before clipping), grad_norm_per_layer [L/2] (of each block) and learning_rate (of this update).
-    With experts there are also the numbers of `layers.moe.router_health`, and with a buffer of experts router_dropped; the step then
-    moves the routers' biases by the loads of the batch.
+    With experts there are also the numbers of `layers.moe.router_health`, and with a buffer of experts router_dropped.  The step
+    then moves the routers' biases by the loads of the batch.
 
     A step whose loss or gradient is not finite changes nothing, so that the state left behind stays usable.
     """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mhc_jax.config.mesh import MeshConfig, PipelineConfig, check_dimensions
+from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
 from mhc_jax.errors import at_least, one_of, require
+from mhc_jax.schedules.tables import make, stage_count
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
 TRACKERS = ("tensorboard", "wandb")
@@ -145,3 +146,64 @@ class ExperimentConfig:
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
         )
         check_dimensions(self)
+
+
+def check_dimensions(config: ExperimentConfig) -> None:
+    """Raise `InputError` where an axis of `config.mesh` does not divide what it splits.
+
+    The vocabulary is the exception: where tensor does not divide it, it is not split; model.vocab_size may be set to a multiple.
+    """
+    mesh, model, data = config.mesh, config.model, config.data
+    micro = data.batch_size // config.optimizer.accumulation_steps
+    require(
+        micro % mesh.batch == 0,
+        f"data.batch_size / optimizer.accumulation_steps is {micro}, which mesh.data x mesh.fsdp x mesh.expert = {mesh.batch} "
+        f"does not divide; use a multiple.",
+    )
+    if mesh.stage > 1:
+        _check_stages(config)
+    split = [("data.sequence_length", data.sequence_length, "sequence"), ("model.width", model.width, "fsdp")]
+    split += [("model.num_heads", model.num_heads, "tensor")]
+    if not model.uses_mla:
+        split += [("model.num_kv_heads", model.num_kv_heads, "tensor")]
+    if not model.num_experts or model.num_leading:
+        split += [("model.mlp_width", model.mlp_width, "tensor")]
+    if model.num_experts:
+        split += [
+            ("The number of experts in model.experts", model.num_experts, "expert"),
+            ("model.experts: width", model.expert_width, "tensor"),
+        ]
+    for name, size, axis in split:
+        parts = getattr(mesh, axis)
+        require(size % parts == 0, f"{name} is {size}, which mesh.{axis} {parts} does not divide; change one of them.")
+    require(
+        mesh.sequence == 1 or model.attention == "xla",
+        f"mesh.sequence is {mesh.sequence} and model.attention {model.attention!r}, which needs whole sequences; use 'xla'.",
+    )
+    require(
+        model.attention != "splash" or fits_splash(config),
+        f"model.attention is 'splash', which needs data.sequence_length and model.head_width that are multiples of 128 and keys "
+        f"that are multiples of 64, not {data.sequence_length}, {model.head_dim} and {model.key_width}; use 'xla'.",
+    )
+
+
+def fits_splash(config: ExperimentConfig) -> bool:
+    """JAX's flash attention for TPUs takes these sizes: sequences and values in multiples of 128, keys in multiples of 64."""
+    model = config.model
+    return config.data.sequence_length % 128 == 0 and model.head_dim % 128 == 0 and model.key_width % 64 == 0
+
+
+def _check_stages(config: ExperimentConfig) -> None:
+    mesh, model, pipeline = config.mesh, config.model, config.pipeline
+    make(pipeline.schedule_name, mesh.stage, config.optimizer.accumulation_steps, pipeline.chunks)
+    stages = stage_count(pipeline.schedule_name, mesh.stage, pipeline.chunks)
+    require(
+        model.num_layers % stages == 0,
+        f"model.num_layers is {model.num_layers}, which does not divide into the {stages} stages of {pipeline.schedule!r} with "
+        f"mesh.stage {mesh.stage}; use a multiple of {stages}.",
+    )
+    require(
+        model.num_leading <= model.num_layers // stages,
+        f"model.experts: dense_layers is {model.num_leading}, more than the {model.num_layers // stages} blocks of the first "
+        "stage.",
+    )

@@ -30,7 +30,7 @@ from mhc_kernels.choice import IMPLEMENTATIONS
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.config.mapping import to_mapping
-from mhc_jax.config.mesh import fits_splash
+from mhc_jax.config.run import fits_splash
 from mhc_jax.cost import counts, hlo
 from mhc_jax.cost.hlo import Collective, Instruction, Program
 from mhc_jax.cost.memory_io import best_recompute

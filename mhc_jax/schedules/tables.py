@@ -281,7 +281,7 @@ SCHEDULES: dict[str, Callable[..., Plan]] = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }
-_CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
+DEFAULT_CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
 """Stages that a device holds, unless `interleaved` is given another number."""
 _FEWEST = {"gpipe": 0, "1f1b": 1, "interleaved": 1, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
 """The fewest microbatches, as a multiple of the devices."""
@@ -308,7 +308,7 @@ def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: i
         f"{microbatches} microbatches are too few for {name!r} on {devices} devices; use at least {fewest}.",
     )
     require(
-        name == "interleaved" or chunks in (0, _CHUNKS[name]),
+        name == "interleaved" or chunks in (0, DEFAULT_CHUNKS[name]),
         f"The number of chunks of {name!r} is fixed; leave it 0, or use 'interleaved'.",
     )
     more = (chunks,) if name == "interleaved" and chunks else ()
