@@ -20,7 +20,6 @@ from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
 from mhc_jax.parallel.sharding import constrain
 from mhc_jax.pipeline.executor import pipelined, schedule_of
-from mhc_jax.remat_plan import resolve
 
 Batch = dict[str, Int[Array, "B T"]]
 
@@ -49,8 +48,12 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
     With mesh.stage they are the microbatches of a pipeline.
 
     `router` is what the decoder tells of its routers, {} without experts.
+
+    Raises:
+      ValueError: model.remat is `auto`, which `remat_plan.resolve` replaces.
     """
-    config, _ = resolve(config)
+    if config.model.remat == "auto":
+        raise ValueError("model.remat is 'auto'; give the configuration that `remat_plan.resolve` returns.")
     A = config.optimizer.accumulation_steps
     if (table := schedule_of(config)) is not None:
         return pipelined(config, table)

@@ -38,21 +38,6 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, mapping, "config")
 
 
-def completed(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the settings of `wanted` that are younger than it, at their defaults, which change nothing.
-
-    model.remat was True (now `full`) or False (now `none`).
-    """
-    defaults = to_mapping(ExperimentConfig())
-    out = {section: defaults[section] for section in (wanted.keys() - saved.keys()) & defaults.keys()}
-    for section, values in saved.items():
-        if section == "model" and isinstance(values.get("remat"), bool):
-            values = {**values, "remat": "full" if values["remat"] else "none"}
-        younger = (wanted.get(section, {}).keys() - values.keys()) & defaults.get(section, {}).keys()
-        out[section] = {**values, **{key: defaults[section][key] for key in younger}}
-    return out
-
-
 def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
     if cls is ConnectionConfig:
         mapping = dict(mapping)

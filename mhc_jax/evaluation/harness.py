@@ -17,7 +17,7 @@ from mhc_jax.evaluation.scoring import FEW_ROWS, LN2, Scored, Scorer, memory_bud
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.generation import Generator, Sampling, bucket
 from mhc_jax.kv_cache import empty_cache
-from mhc_jax.runs.progress import ItemProgress
+from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.trained import Trained
 
 MAX_GEN_TOKS = 256
@@ -101,11 +101,12 @@ class DecoderLM(LM):
                 if key not in self.store.known:
                     work[key], cut[key] = Scored([*kept, *ids], len(ids)), len(given) - len(kept)
         names = list(work)
-        with ItemProgress(self.label, "log-likelihoods", len(names)) as progress:
+        with Progress(self.label, "log-likelihoods", len(names)) as progress:
             for index, score in self.scorer.scores(list(work.values())):
                 name = names[index]
                 self.store.add(name, [-score.bits * LN2, score.greedy], cut[name])
-                progress.advance(1, self.store.flush)
+                if progress.advance(1):
+                    self.store.flush()
         self.store.flush()
         out = []
         for key, lost, size in (found[index] for index in range(len(requests))):
@@ -156,12 +157,12 @@ class DecoderLM(LM):
                 ids = self.model.tokenizer.encode(prompt).tolist() or [self.model.tokenizer.end_of_document]
                 groups.setdefault(json.dumps(settings, sort_keys=True), {})[key] = ids
         total = sum(map(len, groups.values()))
-        with ItemProgress(self.label, "answers", total) as progress:
+        with Progress(self.label, "answers", total) as progress:
             for settings, prompts in groups.items():
                 self._answer(json.loads(settings), prompts, progress)
         return [self.store.known[key]["response"] for key in keys]
 
-    def _answer(self, settings: Mapping[str, Any], prompts: dict[str, list[int]], progress: ItemProgress) -> None:
+    def _answer(self, settings: Mapping[str, Any], prompts: dict[str, list[int]], progress: Progress) -> None:
         """Generate for prompts that share their settings, the longest first."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until

@@ -16,7 +16,7 @@ from support.ends import Poisoned, poisoned
 from support.tiny_runs import final_state, tiny
 from support.tiny_runs import lines as read_lines
 
-from mhc_jax import loop, train_step
+from mhc_jax import loop, runs, train_step
 from mhc_jax.analysis.records import read_run
 from mhc_jax.config import MeshConfig
 from mhc_jax.config.mapping import from_mapping
@@ -26,6 +26,7 @@ from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.runs.checkpoint import load_params
+from mhc_jax.runs.history import History
 from mhc_jax.sweeps.results import measurements
 from mhc_jax.train_step import init_state
 
@@ -147,19 +148,19 @@ def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(tmp_path):
 def test_the_train_lines_and_the_summary(text, tmp_path):
     """log_every=3: what is a mean or a median over steps is so over all of them."""
     times, losses, grads = [], [], []
-    read = loop._Run._read
+    read = loop.read
 
-    def reading(self, step, metrics):
-        before, out = self.clock["train_s"], read(self, step, metrics)
-        times.append(self.clock["train_s"] - before)
+    def reading(run, history, step, metrics):
+        before = history.clock.seconds["train_s"]
+        read(run, history, step, metrics)
+        times.append(history.clock.seconds["train_s"] - before)
         losses.append(float(metrics["loss"]))
         grads.append(float(metrics["grad_norm"]))
-        return out
 
     clip = {"warmup_steps": 4, "grad_clip": 0.7, "schedule": "wsd"}
     config = tiny(text, "residual", optimizer=clip, train={"steps": 13, "log_every": 3})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_read", reading)
+        patch.setattr(loop, "read", reading)
         summary = train(config, tmp_path / "run")
     logged = read_lines(tmp_path / "run", "train", times=True)
     steps = [3, 6, 9, 12, 13]
@@ -189,16 +190,16 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     assert hand + adamw < summary["flops_per_token"] < 1.25 * hand, "norms and softmax come on top"
 
 
-def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):
-    run = object.__new__(loop._Run)
-    run.step_times, run.losses = [9.0] * 100 + [1.0] * 98, []
-    run.config, run.clock, run._mark = residual, {"train_s": 0.0}, 0.0
-    run.tokens_per_step, run.spikes, run.progress = 64, loop.SpikeDetector(4, 0.5), loop.NoProgress()
-    run.writer, times = loop.NoWriter(), iter((2.0, 4.0, 6.0, 8.0))
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
-    for step in range(1, 5):
-        run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
-    assert run.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
+def test_times_are_those_of_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):
+    before, times = History.begin(residual.train), iter((0.0, 2.0, 4.0, 6.0, 8.0))
+    before.step_times = [9.0] * 100 + [1.0] * 98
+    history = History.begin(residual.train)
+    history.restore(json.loads(json.dumps(before.saved())))
+    monkeypatch.setattr(runs.history, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    history.clock.restart_step()
+    for _ in range(4):
+        history.add_step(1.0)
+    assert history.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
 
 
 def test_the_learning_rate_of_a_step_that_diverges_is_its_own(residual, tmp_path, monkeypatch):
