@@ -54,12 +54,16 @@ EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
 
 
 class DivergedError(Exception):
-    """A number is not finite, or the loss exceeds train.divergence_loss.  The argument is the step."""
+    """A number of a step is not finite, or its loss exceeds train.divergence_loss."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the functions of the loop share, and what does not change while it runs."""
+    """What the functions of the loop share and do not change."""
 
     config: ExperimentConfig
     data: Data
@@ -109,9 +113,15 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     ):
         feed = Feed(data, config, mesh)
         abstract = abstract_state(config, mesh)
-        state, remarks = restore(checkpoints, folder, abstract, config, data, feed, history)
-        if anew := state is None:
-            state = first_state(config, mesh, abstract)
+        if restored := checkpoints.restore_newest(abstract, to_mapping(config)):
+            state, saved, remarks = restored
+            check_tokenizer(saved["tokenizer"], data.tokenizer.fingerprint, folder)
+            check_text(saved["text"], data.identity, folder)
+            feed.train.set_state(saved["data"])
+            history.restore(saved["history"])
+        else:
+            state, remarks = first_state(config, mesh, abstract), []
+        anew = restored is None
         with history.clock.timed("compile_s"):
             traced = trace_train_step(planned, mesh, abstract)
         flops = flops_per_token(planned, mesh, abstract, traced)
@@ -124,7 +134,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             record_start(folder, config, data, writer, progress, history, remarks, anew)
             if history.ended(cfg.steps) is None:  # else it was killed between the last checkpoint and the summary
                 programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.say)
-                history.compiled_bytes = programs.memory
+                history.compiled_bytes = counts.compiled_memory(programs.train)
                 run = Run(config, data, feed, mesh, programs, checkpoints, writer, progress)
                 state = run_steps(run, state, history, stop, anew)
         summary = summary_of(config, state, history, flops, feed.bits_per_nat, peak_before)
@@ -162,30 +172,6 @@ def lost_process(checkpoints: Checkpoints, history: History, folder: Path) -> It
         raise distributed.lost(error, f", noticed at step {history.step}", go_on) from error
 
 
-def restore(
-    checkpoints: Checkpoints,
-    folder: Path,
-    abstract: TrainState,
-    config: ExperimentConfig,
-    data: Data,
-    feed: Feed,
-    history: History,
-) -> tuple[TrainState | None, list[str]]:
-    """(train state of the newest checkpoint, remarks about broken ones); feed and history go on from there.
-
-    The state is None where there is no checkpoint.
-    """
-    restored = checkpoints.restore_newest(abstract, to_mapping(config))
-    if restored is None:
-        return None, []
-    state, saved, remarks = restored
-    check_tokenizer(saved["tokenizer"], data.tokenizer.fingerprint, folder)
-    check_text(saved["text"], data.identity, folder)
-    feed.train.set_state(saved["data"])
-    history.restore(saved["history"])
-    return state, remarks
-
-
 def record_start(
     folder: Path,
     config: ExperimentConfig,
@@ -217,12 +203,28 @@ def record_start(
 
 
 def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, anew: bool) -> TrainState:
-    """Train until the last step, a divergence or a signal; returns the train state, which has been saved."""
+    """Train until the last step, a divergence or a signal.
+
+    The metrics of a step are read while the next step runs.  Before something that happens every k steps, all metrics are read.
+
+    Args:
+      run: what the functions of the loop share.
+      state: the train state after history.step updates; its arrays are donated.
+      history: the rest of the state of the loop, which is updated.
+      stop: a signal ends the run after the step that is on its way.
+      anew: the run starts here, and does not go on from a checkpoint.
+
+    Returns:
+      The train state, which has been saved.
+    """
     cfg = run.config.train
-    # What happens every k steps and at the last, in this order.  Each gets (run, state, history, metrics of the step).
-    hooks = ((cfg.validate_every, validate), (cfg.diagnostics_every, diagnose))
+    # What happens every k steps and after the last, in this order, before the checkpoint: add yours here.
+    hooks = (
+        (cfg.validate_every, validate),
+        (cfg.diagnostics_every, diagnose),
+    )
     agreement, signal = distributed.Agreement(run.mesh), 0
-    unread = deque()  # (step, metrics) of steps that are on their way
+    unread = deque()  # (step, metrics) of steps that have been dispatched
     try:
         if anew:
             connection = connection_module(run.config.model.connection)
@@ -236,20 +238,19 @@ def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, 
             unread.append((history.step, metrics))
             due = [hook for every, hook in hooks if is_due(every, history.step, cfg.steps)]
             saving = is_due(cfg.checkpoint_every, history.step, cfg.steps)
-            pausing = bool(due) or saving
-            while len(unread) > (0 if pausing else 1):
+            while len(unread) > (0 if due or saving else 1):
                 read(run, history, *unread.popleft())
             for hook in due:
                 hook(run, state, history, metrics)
-            if pausing:
-                stop_if_not_finite(history)
-                if saving:
-                    save(run, state, history, wait=history.step == cfg.steps)
+            stop_if_not_finite(history)
+            if saving:
+                save(run, state, history, wait=history.step == cfg.steps)
+            if due or saving:
                 history.clock.restart_step()
         while unread:
             read(run, history, *unread.popleft())
     except DivergedError as divergence:
-        end_diverged(run, state, history, *divergence.args)
+        end_diverged(run, state, history, divergence.step)
     else:
         if history.step < cfg.steps:
             end_interrupted(run, state, history, signal)

@@ -79,7 +79,7 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     if saved.exists():
         # The mesh and its pipeline may change, because a run goes on on the devices that are there.
         free = {"mesh": None, "pipeline": None}
-        changed = differences({**read_json(saved), **free}, {**config, **free})
+        changed = differences({**read_json(saved), **free}, {**plain(config), **free})
         if changed:
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "

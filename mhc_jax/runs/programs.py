@@ -102,8 +102,6 @@ class Programs:
     validate: Callable[[Any, Any], jax.Array]
     diagnose: Callable[[Any, Any], dict[str, jax.Array]] | None
     """None where train.diagnostics_every is 0."""
-    memory: int | None
-    """Bytes of the train step, as the compiler says."""
 
 
 def compile_programs(
@@ -140,4 +138,4 @@ def compile_programs(
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         step = jitted(make_diagnostics_step(config))
         diagnose = compiled("diagnostics", lambda: step.trace(params, feed.diagnostic_tokens), quick)
-    return Programs(train, validate, diagnose, counts.compiled_memory(train))
+    return Programs(train, validate, diagnose)

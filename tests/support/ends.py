@@ -1,4 +1,4 @@
-"""Ways in which a run ends early: a signal, a kill, a loss that is not a number."""
+"""Ways in which a run ends early: by a signal, by a kill, or by a loss that is not a number."""
 
 import signal
 
@@ -46,7 +46,7 @@ def train_until_killed(config, folder, name, when=lambda *args: True):
 
 
 class Poisoned(Data):
-    """Data whose batches from step `first` to `last` hold ids without an embedding, which `jnp.take` fills with NaN."""
+    """Data whose batches from step `first` to `last` hold ids without an embedding, for which `jnp.take` gives NaN."""
 
     first, last = 6, 6
 

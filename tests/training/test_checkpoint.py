@@ -1,4 +1,4 @@
-"""Checkpoints: a broken one is passed over, none is lost, a full disk and a foreign model are told in a sentence."""
+"""A broken checkpoint is passed over, none is lost, and a full disk or another model ends the run with a sentence."""
 
 import os
 import re
@@ -24,7 +24,7 @@ BYTE = ByteTokenizer().saved
 
 
 def toy(step):
-    """A state that tells its step."""
+    """A train state whose parameters are its step."""
     return TrainState(jnp.int32(step), {"w": jnp.full(3, step, jnp.float32)}, {"m": jnp.zeros(3)})
 
 
@@ -40,7 +40,7 @@ def save(folder, *steps, keep=3):
 
 
 def restored(folder, config=CONFIG, device=0):
-    """What `restore_newest` gives, and the steps that are there."""
+    """(result of `restore_newest`, steps that are saved)."""
     with Checkpoints(folder, 3) as checkpoints:
         return checkpoints.restore_newest(toy_shapes(device), config), checkpoints.steps()
 

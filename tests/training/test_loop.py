@@ -1,6 +1,7 @@
 """A run that is stopped and goes on ends bitwise like one that is not, and every end leaves a usable folder."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -182,7 +183,7 @@ def test_streams_too_large_to_measure_are_null_and_end_no_run(residual, tmp_path
 
 
 def test_pauses_are_no_part_of_a_step_and_counted_once(residual, tmp_path, monkeypatch):
-    """On a clock that moves by 1 s while a step is waited for, by 100 s in a save and by 1000 s in diagnostics."""
+    """The clock moves by 1 s while a step is waited for, by 100 s in a save and by 1000 s in diagnostics."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(history, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -242,7 +243,7 @@ def interrupted_script(config, folder, number):
 
 
 def test_a_signal_to_the_script(residual, alone, tmp_path):
-    """The flags are those of the configuration; another process may go on with the run."""
+    """A run that a script began goes on in this process, since the flags give the same configuration."""
     interrupted_script(residual, tmp_path / "run", signal.SIGTERM)
     assert train(residual, tmp_path / "run")["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
@@ -271,6 +272,12 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
     assert [p.name for p in notes.iterdir()] == ["mine.txt"]
     with pytest.raises(InputError, match=r"Cannot create .*: Not a directory"):
         train(residual, notes / "mine.txt" / "run")
+
+
+def test_a_setting_of_many_digits_is_no_other_configuration(text, tmp_path):
+    mapping = to_mapping(tiny(text, "residual", optimizer={"learning_rate": 3e-4 * math.sqrt(2)}))
+    loop.create_run_folder(tmp_path / "run", mapping)
+    assert loop.check_run_folder(tmp_path / "run", mapping) is None
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", ""])

@@ -1,4 +1,4 @@
-"""The numbers that a run writes, against its own files, float64 loops and hand counts: one tiny run with experts on two devices."""
+"""The numbers of a run agree with its files, float64 loops and counts by hand: a tiny run with experts on two devices."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def config(text):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """Its folder and summary, and its lines by kind."""
+    """The folder and the summary of a run, and its lines by kind."""
     folder = tmp_path_factory.mktemp("run") / "run"
     train(config, folder)
     lines = {kind: read_lines(folder, kind, times=True) for kind in ("train", "validation", "diagnostics")}
@@ -76,7 +76,7 @@ def test_every_key_is_on_the_page_of_numbers(run):
 
 
 def test_flops_of_a_token(config, run):
-    """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
+    """All that is counted beside products, forward and backward, is elementwise."""
     products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
     assert products < run.summary["flops_per_token"] < 2 * products
     elementwise = run.summary["flops_per_token"] - products
@@ -99,7 +99,7 @@ def test_loss_is_the_negative_log_likelihood():
 
 
 def test_gradient_norms_are_those_of_the_gradient(config, monkeypatch):
-    """Before clipping, over all parameters and over those of each block, summed in float64."""
+    """Norms are those before clipping, of all parameters and of each block, here summed in float64."""
     whole = resolve_vocabulary(config, load_data(config.data))
     draw = np.random.default_rng(0)
     state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(lambda: init_state(whole)))
@@ -116,7 +116,7 @@ HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏"
 
 
 def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(tmp_path):
-    """A run on a mix of scripts under BPE; a part of the held-out text is validated."""
+    """A run on English and Chinese text under BPE validates a part of the held-out text."""
     draw = random.Random(1)
     chinese = ["".join(draw.choice(HAN) for _ in range(150)) for _ in range(20)]
     english = [" ".join(draw.choice(("stream", "gate", "norm", "loss")) for _ in range(80)) for _ in range(20)]
@@ -146,7 +146,7 @@ def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(tmp_path):
 
 
 def test_the_train_lines_and_the_summary(text, tmp_path):
-    """log_every=3: what is a mean or a median over steps is so over all of them."""
+    """With log_every=3, means and medians over steps are still those over all steps."""
     times, losses, grads = [], [], []
     read = loop.read
 
@@ -211,7 +211,7 @@ def test_the_learning_rate_of_a_step_that_diverges_is_its_own(residual, tmp_path
 
 
 def test_the_peak_is_this_run_s_and_not_that_of_one_before_it(residual, alone, tmp_path, monkeypatch):
-    """Against a stand-in for a GPU's counter, which keeps the peak of the whole process."""
+    """A stand-in for the counter of a GPU keeps the peak of the whole process."""
     compiled = json.loads((alone / "summary.json").read_text())["peak_memory_bytes"]
     for name, peaks, wanted in (("first", [100, 5000], 5000), ("smaller", [5000, 5000], compiled)):
         with monkeypatch.context() as patch:
