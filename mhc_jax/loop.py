@@ -63,7 +63,7 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What the functions of the loop share and do not change."""
+    """The things that the functions of the loop share and do not replace."""
 
     config: ExperimentConfig
     data: Data

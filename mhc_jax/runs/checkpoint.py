@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mhc_jax.train_step import TrainState
 ITEMS = ("state", "loop", "config", "tokenizer")
 """The parts of a checkpoint."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-"""What Orbax raises when the disk refuses; errors of TensorStore arrive as ValueError."""
+"""Exceptions of Orbax when the disk refuses; errors of TensorStore arrive as ValueError."""
 
 
 class Checkpoints:
@@ -77,22 +78,16 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        try:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            # Orbax writes it while the run goes on and appends to its lists.
+            loop=ocp.args.JsonSave(copy.deepcopy(loop)),
+            config=ocp.args.JsonSave(config),
+            tokenizer=ocp.args.JsonSave(tokenizer),
+        )
+        with self._writing():
             self._manager.wait_until_finished()
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    # Orbax writes it while the run goes on and appends to its lists.
-                    loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-                    config=ocp.args.JsonSave(config),
-                    tokenizer=ocp.args.JsonSave(tokenizer),
-                ),
-            )
-        except WRITE_ERRORS as error:
-            if distributed.is_loss(error):
-                raise
-            raise self._failure(error) from error
+            self._manager.save(step, args=items)
 
     def wait(self) -> None:
         """Wait until every save that has started is on disk.
@@ -100,8 +95,13 @@ class Checkpoints:
         Raises:
           InputError: a save failed.
         """
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except WRITE_ERRORS as error:
             if distributed.is_loss(error):
                 raise

@@ -1,4 +1,4 @@
-"""What a run was made with: devices, versions of packages, commit and command."""
+"""The circumstances of a run: devices, versions of packages, commit and command."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def environment() -> dict[str, Any]:
 
 
 def devices_of(config: ExperimentConfig) -> dict[str, Any]:
-    """What env.json, summary.json and the events say of the mesh and of several processes; {} for one device."""
+    """The entries about mesh and processes in env.json, summary.json and events; {} for one device."""
     mesh = {"mesh": str(config.mesh)} if config.mesh.size > 1 else {}
     return mesh | ({"processes": jax.process_count()} if distributed.several() else {})

@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
-    """What env.json says of the text and tokenizer of a run (`Data.summary`); {} where the file is not there yet.
+    """The entry of env.json about the text and the tokenizer of a run (`Data.summary`); {} where the file is not there yet.
 
     Raises:
       InputError: the file is no JSON object.

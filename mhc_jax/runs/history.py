@@ -1,4 +1,4 @@
-"""What a run remembers of its steps: times, losses, spikes, gains and how it ended."""
+"""The history of a run: times, losses, spikes and gains of its steps, how it ended, and the summary of all that."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class History:
     spikes: SpikeDetector
     clock: Clock = field(default_factory=Clock)
     step: int = 0
-    """Updates dispatched; a checkpoint says its own step."""
+    """Updates that have been dispatched."""
     losses: list[float] = field(default_factory=list)
-    """Of the last steps, in nats per token."""
+    """Losses of the last steps, in nats per token."""
     step_times: list[float] = field(default_factory=list)
-    """Of the last steps, in seconds."""
+    """Seconds of the last steps."""
     validation_loss: float | None = None
     gains: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("max_composite_forward", "max_composite_backward", "max_column_error"))
@@ -71,9 +71,11 @@ class History:
         default_factory=lambda: {f"final_{key}": None for key in STREAM_MEASURES}
     )
     diverged_at: int | None = None
+    """The step at which the run diverged."""
     first_nonfinite: int | None = None
+    """The step at which a number was not finite."""
     compiled_bytes: int | None = None
-    """Memory of the train step, as the compiler says."""
+    """Bytes of the train step, as the compiler says."""
 
     @classmethod
     def begin(cls, config: TrainConfig) -> History:
@@ -81,7 +83,7 @@ class History:
         return cls(SpikeDetector(config.spike_window, config.spike_threshold))
 
     def saved(self) -> dict[str, Any]:
-        """JSON-serialisable, for checkpoints."""
+        """The history as JSON has it, for `restore`; later steps change its lists."""
         return {**vars(self), "spikes": self.spikes.state(), "clock": self.clock.seconds}
 
     def restore(self, saved: dict[str, Any]) -> None:

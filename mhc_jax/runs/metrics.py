@@ -76,7 +76,7 @@ class SpikeDetector:
         return False
 
     def state(self) -> dict[str, Any]:
-        """What the constructor takes as `state`, JSON-serialisable."""
+        """The state that the constructor takes, JSON-serialisable."""
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
