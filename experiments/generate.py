@@ -1,8 +1,8 @@
-"""Talk to a run: text from the newest checkpoint of a run folder.
+"""Generate text with the newest checkpoint of a run.
 
     python experiments/generate.py --checkpoint=runs/demo/mhc-init-home --prompt='KING HENRY:' --max_new=200 --top_p=0.95
 
-Without --prompt it reads prompts from standard input, one a line, until the end of the file; the text appears as it is made.
+Without --prompt, every line of standard input is a prompt.  The text appears as it is generated.
 """
 
 import sys
@@ -15,20 +15,20 @@ from mhc_jax.errors import require
 from mhc_jax.generation import Generator, Sampling
 from mhc_jax.runs.trained import beyond_training, load_trained
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder.", required=True)
-PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
-MAX_NEW = flags.DEFINE_integer("max_new", 200, "Tokens to make, at most.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
-TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw among the most likely tokens that have this probability together.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the run.", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+MAX_NEW = flags.DEFINE_integer("max_new", 200, "Most tokens to generate.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Temperature of the sampling; 0: always the most likely token.")
+TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample from the fewest tokens that have this probability together.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 CONTEXT = flags.DEFINE_integer(
-    "context", 0, "Tokens of prompt and answer, at most (0: the sequence length of training)."
+    "context", 0, "Most tokens of prompt and answer together (0: the sequence length of training)."
 )
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "As data.tokenizer (default: the one in the checkpoint).")
 
 
 def main() -> int:
-    """Generate, and say how fast."""
+    """Generate, and print how long it took; returns the exit status."""
     require(MAX_NEW.value >= 1, f"--max_new is {MAX_NEW.value}; it must be at least 1.")
     require(CONTEXT.value >= 0, f"--context is {CONTEXT.value}; it must not be negative.")
     sampling = Sampling(TEMPERATURE.value, TOP_P.value, SEED.value)
@@ -40,7 +40,7 @@ def main() -> int:
     prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
 
     def answer(made: list[int]) -> tuple[list[int], bool]:
-        """The tokens before the end of the document, and whether it was reached."""
+        """(tokens before the end of the document, whether it was reached)."""
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 

@@ -4,8 +4,9 @@
 
 The same command on the same --workdir goes on from the newest checkpoint.  Exit status: 0 finished, 2 a mistake in the
 settings, 3 diverged, 4 another process of the run has gone, 130 stopped by Ctrl-C or SIGTERM (saved).
-Several processes: one call of the command for each, with --coordinator_address, --num_processes and --process_id, or under
-Slurm, Open MPI, Kubernetes or on the hosts of a TPU slice, which tell them (README, On GPUs and TPU pods).
+
+A run of several processes takes one call of the command for each, with --coordinator_address, --num_processes and
+--process_id.  Slurm, Open MPI, Kubernetes and the hosts of a TPU slice set these themselves (README, On GPUs and TPU pods).
 """
 
 import json
@@ -19,11 +20,13 @@ from mhc_jax.parallel import distributed
 
 CONFIG = cli.define_config()
 PROCESSES = cli.define_processes()
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: config, metrics and checkpoints.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: its configuration, metrics and checkpoints.", required=True
+)
 
 
 def main() -> int:
-    """Train, and print the summary."""
+    """Train, and print the summary; returns the exit status."""
     folder, config = Path(WORKDIR.value), CONFIG()
     PROCESSES()
     summary = train(config, folder, label=folder.name)

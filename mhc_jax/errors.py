@@ -1,4 +1,4 @@
-"""The one exception for mistakes a person can mend."""
+"""The exception for mistakes that a person can mend."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A wrong setting, file or folder, told in one sentence: what was given, what is allowed, what to do.
+    """A wrong setting, file or folder.  The message says in one sentence what was given, what is allowed and what to do.
 
     The scripts of `experiments/` print the sentence alone, without a traceback, and exit with status 2.
     """
 
 
 def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
-    """Raise `InputError` unless `given` is among `allowed`; the message names the nearest match."""
+    """Raise `InputError` unless `given` is among `allowed`.  The message names the nearest match."""
     allowed = list(allowed)
     if given in allowed:
         return

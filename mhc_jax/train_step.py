@@ -21,7 +21,6 @@ from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.optim import optimizer, schedule
 from mhc_jax.parallel.sharding import constrain
 from mhc_jax.pipeline.executor import pipelined, schedule_of
-from mhc_jax.remat_plan import resolve
 
 Batch = dict[str, Int[Array, "B T"]]
 
@@ -55,7 +54,8 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
     All three are means over optimizer.accumulation_steps slices of the batch; with mesh.stage these are the microbatches of a
     pipeline.  `router` holds the auxiliary values of routers (see `Decoder`), and is {} without experts.
     """
-    config, _ = resolve(config)
+    if config.model.remat_policy == "auto":
+        raise ValueError("model.remat is 'auto'; give the configuration that `remat_plan.resolve` returns.")
     A = config.optimizer.accumulation_steps
     if (table := schedule_of(config)) is not None:
         return pipelined(config, table)

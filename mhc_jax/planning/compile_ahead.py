@@ -40,6 +40,7 @@ from mhc_jax.parallel import sharding
 from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.planning import pipeline_compiled
 from mhc_jax.planning.slices import Chip, Slice
+from mhc_jax.remat_plan import resolve
 from mhc_jax.train_step import init_state, make_train_step
 
 
@@ -95,6 +96,7 @@ class Step:
 def lower(config: ExperimentConfig, where: Slice, implementation: str | None) -> Step:
     """Trace the train step of `config` for the devices of `where`, as `config.mesh` splits it."""
     config.model.require_vocabulary()
+    config, _ = resolve(config)
     try:
         mesh = sharding.make_mesh(config.mesh, where.devices)
     except NotImplementedError as error:  # jax lays an axis along whole sides of the torus

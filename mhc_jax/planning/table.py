@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.planning.compile_ahead import cached, estimate, key_of
 from mhc_jax.planning.slices import Slice
-from mhc_jax.runs.progress import WorkProgress
+from mhc_jax.runs.progress import Progress
 
 Estimate = Callable[[ExperimentConfig], dict[str, Any]]
 
@@ -37,16 +38,18 @@ def estimates(
     """A row a connection, as `compile_ahead.estimate` gives it, and with `largest` also `largest_batch`."""
     configs = {kind: with_connection(config, kind) for kind in kinds}  # mistakes before the first compile
     rows = []
-    with WorkProgress("compile", len(configs)) as progress:
+    with Progress("compile", "connections", len(configs)) as progress:
 
         def known(name: str) -> Estimate:
             def one(config: ExperimentConfig) -> dict[str, Any]:
-                progress.started(f"{name}, {config.data.batch_size} sequences")
+                program, began = f"{name}, {config.data.batch_size} sequences", time.monotonic()
+                progress.say(f"{program} ...")
                 key = key_of(config, where, implementation)
                 row, old = cached(key, folder, lambda: estimate(config, where, implementation))
                 needs = "an unknown amount" if row["needs"] is None else f"{row['needs'] / 2**30:.1f} GiB"
                 verdict = f"{'fits' if row['fits'] else 'does not fit'} ({needs} a device)"
-                progress.said(f"{verdict}, {'known' if old else 'compiled'} ({row['compile_s']:.0f} s)")
+                told = f"{verdict}, {'known' if old else 'compiled'} ({row['compile_s']:.0f} s)"
+                progress.say(f"{program}: {told} after {time.monotonic() - began:.0f} s")
                 return row
 
             return one
@@ -56,7 +59,7 @@ def estimates(
             if largest:
                 row["largest_batch"] = largest_batch(own, row["hbm"], known(kind))
             rows.append(row)
-            progress.done()
+            progress.advance(1)
     return rows
 
 

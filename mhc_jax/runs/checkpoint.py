@@ -1,13 +1,13 @@
-"""Checkpoints: train state, data position, loop state and configuration in one Orbax folder a step, whole or absent."""
+"""Checkpoints: an Orbax folder for each saved step, which holds all that a run goes on from and is whole or absent."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
-import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,22 @@ import orbax.checkpoint as ocp
 
 from mhc_jax.errors import InputError
 from mhc_jax.parallel import distributed
+from mhc_jax.runs.folder import differences, read_json
 from mhc_jax.train_step import TrainState
 
 ITEMS = ("state", "loop", "config", "tokenizer")
-"""Of a checkpoint; those written before there was evaluation have no tokenizer."""
+"""The parts of a checkpoint."""
 KEEP_CHECKPOINTS = 2
 """Checkpoints that a run keeps: the newest, and the one before it in case the newest cannot be read."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-"""What Orbax raises when the disk refuses: TensorStore's errors arrive as ValueError."""
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`model.width: 64 -> 128` for every leaf that two nested mappings do not share."""
-    out = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return out
+"""Exceptions of Orbax when the disk refuses; errors of TensorStore arrive as ValueError."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder/checkpoints/<step>/`.
+    """The checkpoints of one run, `folder/checkpoints/<step>/`.  Use as a context manager.
 
     Saving is asynchronous: `save` returns once the arrays are copied to the host.  A step folder gets its final name
-    only when it is complete, so a kill leaves at most a temporary folder, which the next start removes.
+    only when it is complete, so that a kill leaves at most a temporary folder, which the next start removes.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -57,30 +46,33 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"Cannot use {self.folder} for checkpoints: {error.strerror or error}.") from error
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # To close is to wait for all processes, and one of them may be gone.
+        if kind is None or not distributed.is_multiprocess():
+            self.close()
+
     def steps(self) -> list[int]:
         """Steps saved, oldest first."""
         return sorted(self._manager.all_steps())
 
     def newest(self) -> str:
         """The newest checkpoint that is whole on disk, in words; empty if there is none.  Asks no other process."""
-        steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
+        steps = saved_steps(self.folder)
         return f"the checkpoint of step {max(steps)}" if steps else ""
 
     def save(
-        self,
-        step: int,
-        state: TrainState,
-        loop: dict[str, Any],
-        config: dict[str, Any],
-        tokenizer: dict[str, str] | None = None,
+        self, step: int, state: TrainState, loop: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, str]
     ) -> None:
-        """Start saving.
+        """Start saving, unless the step is saved already.
 
         Args:
           step: updates done.
           state: train state.
-          loop: JSON-serialisable: position of the data iterator, spike detector, clocks.
-          config: the run's configuration (`mapping.to_mapping`).
+          loop: the rest of what the loop goes on from, JSON-serialisable.
+          config: the configuration of the run (`mapping.to_mapping`).
           tokenizer: `Tokenizer.saved`.
 
         Raises:
@@ -88,31 +80,30 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        try:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            # Orbax writes it while the run goes on and appends to its lists.
+            loop=ocp.args.JsonSave(copy.deepcopy(loop)),
+            config=ocp.args.JsonSave(config),
+            tokenizer=ocp.args.JsonSave(tokenizer),
+        )
+        with self._writing():
             self._manager.wait_until_finished()
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    # Orbax writes it while the run goes on and appends to its lists.
-                    loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-                    config=ocp.args.JsonSave(config),
-                    **({"tokenizer": ocp.args.JsonSave(tokenizer)} if tokenizer else {}),
-                ),
-            )
-        except WRITE_ERRORS as error:
-            if distributed.is_lost_process(error):
-                raise
-            raise self._failure(error) from error
+            self._manager.save(step, args=items)
 
     def wait(self) -> None:
-        """Until everything started is on disk.
+        """Wait until every save that has started is on disk.
 
         Raises:
           InputError: a save failed.
         """
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except WRITE_ERRORS as error:
             if distributed.is_lost_process(error):
                 raise
@@ -122,7 +113,7 @@ class Checkpoints:
         full = "no space left" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else _reason(error)
         self._failed = True
-        # Orbax leaves its other writes unstarted, and Python says so of each while it shuts down.
+        # Orbax leaves its other writes unstarted, and Python warns of each while it shuts down.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         newest = self.newest()
         kept = f"{newest} is whole" if newest else "there is no earlier one"
@@ -134,18 +125,17 @@ class Checkpoints:
     def restore_newest(
         self, abstract: TrainState, config: dict[str, Any]
     ) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """Newest checkpoint that can be read, or None if there is none.
+        """The newest checkpoint that can be read, or None if there is none.
 
         Args:
-          abstract: shapes and dtypes of the state (`jax.eval_shape`), with shardings if it is to be placed.
-          config: of the run that wants to go on.
+          abstract: shapes, dtypes and shardings of the state.
+          config: the configuration of the run that wants to go on.
 
         Returns:
-          (state, loop, remarks): the remarks name the broken checkpoints that were passed over and set aside.
+          (state, loop, remarks).  The remarks name the broken checkpoints that were passed over and set aside.
 
         Raises:
-          InputError: the newest readable checkpoint belongs to another architecture, or none can be read though some
-            exist.
+          InputError: the newest readable checkpoint belongs to another model, or none of those that exist can be read.
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -156,7 +146,7 @@ class Checkpoints:
                 raise
             except Exception as error:
                 reason = _reason(error)
-            # Of several processes one alone may miss its part.
+            # Each process reads its part, and any of them may be broken.
             reason = next(filter(None, distributed.allgather_text(reason)), "")
             if out and not reason:
                 return *out, self._set_aside(broken)
@@ -183,7 +173,7 @@ class Checkpoints:
         return out["state"], out["loop"]
 
     def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
-        """Move broken checkpoints out of the way of the steps that will be saved again; one remark each."""
+        """Move broken checkpoints out of the way of the steps that will be saved again; returns a remark for each."""
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
@@ -207,7 +197,7 @@ class Checkpoints:
         """Wait for pending saves and release threads.
 
         Raises:
-          InputError: a save failed, and neither `save` nor `wait` has said so.
+          InputError: a save failed, and neither `save` nor `wait` has raised it.
         """
         try:
             self._manager.close()
@@ -220,28 +210,28 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def check_tokenizer(saved: str | None, given: str, folder: Path) -> None:
-    """Raise `InputError` where the fingerprint of a tokenizer is not the one that a run was trained with.
+def check_tokenizer(saved: str, given: str, folder: Path) -> None:
+    """Raise `InputError` unless a tokenizer is the one that a run was trained with.
 
     Args:
-      saved: of the run; None where it is not known.
-      given: of the tokenizer at hand.
-      folder: of the run.
+      saved: fingerprint of the tokenizer of the run.
+      given: fingerprint of the tokenizer at hand.
+      folder: folder of the run.
     """
-    if saved not in (None, given):
+    if saved != given:
         raise InputError(
             f"The tokenizer is not the one that {folder} was trained with (SHA-256 {given[:12]}, not {saved[:12]}): its ids mean "
-            "other text; leave the tokenizer out to use the checkpoint's own, or restore the file."
+            "other text; leave the tokenizer out to use that of the checkpoint, or restore the file."
         )
 
 
 def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path) -> None:
-    """Raise `InputError` where the text is not the one that a run has read (`Data.identity`).
+    """Raise `InputError` where the text is not the one that a run was trained with.
 
     Args:
-      saved: of the run; what it lacks is not compared.
-      given: of the text at hand.
-      folder: of the run.
+      saved: what is recorded of the text of the run; hashes that it lacks are not compared.
+      given: `Data.identity` of the text at hand.
+      folder: folder of the run.
     """
     for name, new in given.items():
         if (old := saved.get(name, new)) != new:
@@ -252,14 +242,18 @@ def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path)
             )
 
 
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps whose checkpoints are whole on disk, in no order."""
+    return [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
+
+
 def newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint of a run folder.
+    """The step of the newest checkpoint of a run folder.
 
     Raises:
       InputError: there is none.
     """
-    root = folder / "checkpoints"
-    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit()] if root.is_dir() else []
+    steps = saved_steps(folder / "checkpoints")
     if not steps:
         raise InputError(
             f"{folder} holds no checkpoint; give the folder of a run (it has config.json and checkpoints/)."
@@ -270,12 +264,12 @@ def newest_step(folder: Path) -> int:
 def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> tuple[dict[str, Any], Any]:
     """(configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
 
-    The configuration is the one the checkpoint holds: model.vocab_size has the tokenizer's size where the run left it
-    at 0.
+    The configuration is that of the checkpoint, whose model.vocab_size is the size of the tokenizer where the run has 0.
 
     Args:
-      folder: of the run.
-      shardings: shapes and dtypes of the parameters -> where they go (`sharding.state_shardings`); the first device if not given.
+      folder: the run folder.
+      shardings: a function from the shapes and dtypes of the state to its shardings (`sharding.state_shardings`); without it,
+        everything goes to the first device.
 
     Raises:
       InputError: the folder holds no checkpoint, or the newest cannot be read.
@@ -284,15 +278,15 @@ def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> 
     root = (folder / "checkpoints").resolve()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    # Not all are wanted, but Orbax warns of an item that has no handler.
+    # Orbax warns of an item without a handler, even where it is not wanted.
     handlers = {"state": ocp.StandardCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
     try:
         with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-            # The state was saved on the run's devices; it is wanted on ours.
+            # The state was saved on the devices of the run, and is wanted on those of this process.
             saved = manager.item_metadata(step)["state"]
-            own = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
-            target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, own)
+            places = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
+            target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, places)
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target), config=ocp.args.JsonRestore())
             out = manager.restore(step, args=wanted)
     except Exception as error:
@@ -302,16 +296,10 @@ def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> 
     return out["config"], out["state"]["params"]
 
 
-def saved_tokenizer(folder: Path) -> dict[str, str] | None:
-    """What the newest checkpoint of a run folder holds of its tokenizer; None for those written before there was evaluation.
+def saved_tokenizer(folder: Path) -> dict[str, str]:
+    """The tokenizer of the newest checkpoint of a run folder (`Tokenizer.saved`).
 
     Raises:
       InputError: the folder holds no checkpoint, or its tokenizer cannot be read.
     """
-    file = folder / "checkpoints" / str(newest_step(folder)) / "tokenizer" / "metadata"
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as error:
-        raise InputError(
-            f"{file} cannot be read ({_reason(error)}); remove that checkpoint to use an earlier one."
-        ) from error
+    return read_json(folder / "checkpoints" / str(newest_step(folder)) / "tokenizer" / "metadata")

@@ -1,4 +1,4 @@
-"""Where and from what a run was made: device, versions, commit."""
+"""The circumstances of a run: devices, versions of packages, commit and command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.parallel import distributed
+
+COMMAND = "MHC_JAX_COMMAND"
+"""The environment variable in which a sweep hands its command on to the processes that it starts."""
 
 _PACKAGES = ("mhc-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -34,17 +40,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-COMMAND = "MHC_JAX_COMMAND"
-"""Environment variable in which a sweep hands its own command on to the processes that it starts."""
-
-
 def command() -> str:
-    """The command that a person typed: that of the sweep in its workers, else this process's."""
+    """The command that a person typed: in a worker of a sweep that of the sweep, else that of this process."""
     return os.environ.get(COMMAND) or shlex.join(["python", *sys.argv])
 
 
 def environment() -> dict[str, Any]:
-    """Date (UTC), command, commit and dirty flag (None outside a checkout), Python, packages, devices."""
+    """The values of env.json: date (UTC), command, commit, whether files differ from it, Python, packages and devices.
+
+    The two entries about the commit are None outside a checkout.
+    """
     status = _git("status", "--porcelain", "--untracked-files=no")
     devices = jax.devices()
     return {
@@ -58,3 +63,9 @@ def environment() -> dict[str, Any]:
         "device": devices[0].device_kind if devices[0].platform != "cpu" else f"cpu ({platform.machine()})",
         "device_count": len(devices),
     }
+
+
+def devices_of(config: ExperimentConfig) -> dict[str, Any]:
+    """The entries about mesh and processes in env.json, summary.json and events; {} for one device."""
+    mesh = {"mesh": str(config.mesh)} if config.mesh.size > 1 else {}
+    return mesh | ({"processes": jax.process_count()} if distributed.is_multiprocess() else {})

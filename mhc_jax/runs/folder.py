@@ -1,21 +1,21 @@
-"""The run folder: whose it is, and its JSON files."""
+"""The folder of a run: whether a configuration may use it, and its JSON files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.checkpoint import differences
 from mhc_jax.runs.metrics import plain
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically.
+    """Write a JSON file, which is whole or absent whatever happens meanwhile.
 
     Raises:
       InputError: the folder cannot be written.
@@ -31,10 +31,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+    """Read a JSON object.
 
     Raises:
-      InputError: the file is no JSON object.
+      InputError: the file cannot be read, or holds something else.
     """
     try:
         value = json.loads(path.read_text())
@@ -45,29 +45,41 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
-    """What env.json says of the text and tokenizer that a run was trained with (`Data.summary`); empty without that file.
+    """The entry of env.json about the text and the tokenizer of a run (`Data.summary`); {} where the file is not there yet.
 
     Raises:
       InputError: the file is no JSON object.
     """
     file = folder / "env.json"
-    return read_json(file).get("data", {}) if file.is_file() else {}
+    return read_json(file)["data"] if file.is_file() else {}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`model.width: 64 -> 128` for every leaf in which two nested mappings differ."""
+    out = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return out
 
 
 def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Recognise a run folder that this very configuration began, or a place for a new one; nothing is written.
+    """See whether a run of this configuration may start or go on in a folder.  Nothing is written.
 
     Returns:
-      The summary if the run has already ended, else None.
+      The summary if the run has ended already, else None.
 
     Raises:
       InputError: the folder holds something else, or a run of another configuration.
     """
     saved = folder / "config.json"
     if saved.exists():
-        # The mesh and what its stages do may change: a run goes on on the devices there are.
+        # The mesh and its pipeline may change, because a run goes on on the devices that are there.
         free = {"mesh": None, "pipeline": None}
-        changed = differences({**read_json(saved), **free}, {**config, **free})
+        changed = differences({**read_json(saved), **free}, {**plain(config), **free})
         if changed:
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
@@ -76,19 +88,19 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
         summary = folder / "summary.json"
         if summary.exists():
             ended = read_json(summary)
-            return ended if ended.get("status") != "interrupted" else None
+            return ended if ended["status"] != "interrupted" else None
         return None
-    # config.tmp alone: killed while it was written.
+    # A run that was killed while it wrote config.json leaves config.tmp alone.
     if folder.exists() and (not folder.is_dir() or any(p.name != "config.tmp" for p in folder.iterdir())):
         raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
     return None
 
 
 def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder and write config.json; of several processes the first does, and the others look.
+    """Make the folder and write config.json.  Of several processes the first does it, and the others look for the file.
 
     Raises:
-      InputError: it cannot be written, or another process does not see it.
+      InputError: the folder cannot be written, or another process does not see it.
     """
     distributed.on_every_process(lambda: _create(folder, config) if distributed.is_first_process() else None)
     sentence = f"{folder} is not the folder that the first process writes to; give a run folder that all hosts share."

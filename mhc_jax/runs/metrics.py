@@ -1,32 +1,16 @@
-"""The record of a run: JSON lines, a loss-spike detector, and optional TensorBoard and wandb writers.
+"""metrics.jsonl: its writer, which also feeds TensorBoard and wandb, and the detector of loss spikes.
 
-`metrics.jsonl` holds one object a line with `kind` and `step` (updates done, counted from 1):
+The file holds one object a line.  Each has a `kind` and a `step`, the number of updates done:
 
     train        loss [nats/token], the mean over the batch before the update; grad_norm (before clipping); clipped (1 where
-                 grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on up to and with this
-                 step; step_time_s of this step; tokens_per_s of this step; with experts, means over layers of
-                 router_load_cv, router_max_load, router_entropy, router_bias_range (`layers.moe.router_health`), and
-                 router_dropped where model.experts sets a buffer
+                 grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on, this step included;
+                 step_time_s; tokens_per_s.  With experts, means over layers of router_load_cv, router_max_load, router_entropy
+                 and router_bias_range (`layers.moe.router_health`), and with a buffer in model.experts of router_dropped
     validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these (`Data.bits_per_nat`)
-    diagnostics  `diagnostics.summarize` as lists, grad_norm_per_layer; with experts, the router_* numbers of each layer
-    event        event = spike | resumed | saved | diverged | interrupted | checkpoint_skipped, and details
+    diagnostics  `diagnostics.summarize` as lists; grad_norm_per_layer; with experts, the router_* numbers of each layer
+    event        event = spike | resumed | diverged | interrupted | checkpoint_skipped, and details
 
 A train line is written every train.log_every steps, and at the last.  NaN and infinity are written as null.
-
-`summary.json` holds, of the whole run however often it was stopped:
-
-    steps                  updates in the saved state
-    parameters             all; connection_parameters: those of them that connections have
-    flops_per_token        operations of one train step over its tokens, recomputation included (`cost.counts.flops`)
-    step_time_s            median of the last 200 steps, validation, diagnostics and checkpoints not included
-    peak_memory_bytes      most that arrays took on the first device; what the compiler says of the train step where the device
-                           keeps no count, or where something before the run in the same process took more
-    train_loss             mean of the losses of the last 10 steps, without those that are not finite
-    validation_loss        of the last validation, and bits_per_byte
-    spikes                 number of spike_steps (`SpikeDetector`)
-    first_nonfinite_step   step at which a loss or a gradient norm was not finite, if that ended the run
-    wall_clock_s           sum of compile_s, train_s, validation_s, diagnostics_s and checkpoint_s: reading text, making the
-                           first state and steps lost to a kill are not included
 """
 
 from __future__ import annotations
@@ -38,17 +22,18 @@ import math
 import statistics
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mhc_jax.errors import InputError, require
+from mhc_jax.parallel import distributed
 
 
 def plain(value: Any) -> Any:
-    """Numbers and arrays as JSON has them; NaN and infinity become None."""
+    """The value as JSON has it: arrays as lists, floats rounded to 9 digits, NaN and infinity as None."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -67,9 +52,9 @@ SPIKE_THRESHOLD = 0.5
 
 
 class SpikeDetector:
-    """A step is a spike when its loss exceeds the median of the last `window` non-spike losses by `threshold` nats.
+    """Finds spikes: steps whose loss exceeds the median of the last `window` other losses by more than `threshold` nats.
 
-    It starts to judge once `window` / 2 losses are seen; a run of spikes in consecutive steps counts once.
+    It judges once it has seen `window` / 2 losses.  Spikes of consecutive steps count as one.
     """
 
     def __init__(self, window: int, threshold: float, state: dict[str, Any] | None = None):
@@ -81,11 +66,11 @@ class SpikeDetector:
 
     @property
     def median(self) -> float:
-        """Of the losses in the window, in nats."""
+        """The median of the losses in the window, in nats per token."""
         return statistics.median(self.recent)
 
     def update(self, step: int, loss: float) -> bool:
-        """True when a new spike begins at this step."""
+        """Add the loss of a step; returns whether a spike begins with it."""
         if len(self.recent) >= max(self.window // 2, 1) and loss > self.median + self.threshold:
             begins = step != self.last + 1
             self.last = step
@@ -97,7 +82,7 @@ class SpikeDetector:
         return False
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable, for checkpoints."""
+        """The state that the constructor takes, JSON-serialisable."""
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
@@ -112,78 +97,99 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` (and TensorBoard, wandb); a line that `write` has written outlives a kill."""
+    """Appends to `metrics.jsonl`, TensorBoard and wandb.  A line that has been written outlives a kill.
+
+    Use as a context manager.  Of several processes the first alone writes.
+    """
 
     def __init__(self, folder: Path, keep_until: int, trackers: Sequence[str] = (), config: Any = None):
-        """Continue the file of a resumed run: lines of steps after `keep_until` are dropped, as are half-written ones.
+        """Open the files of a run.
 
-        A run that starts anew gives -1.
+        Args:
+          folder: of the run.
+          keep_until: lines of later steps are dropped, as are half-written ones; -1 for a run that starts anew.
+          trackers: what else is written, names of `train.trackers`.
+          config: the configuration that wandb shows.
         """
         self.path = folder / "metrics.jsonl"
+        self._sinks: list[Callable[[str, int, dict[str, Any]], Any]] = []
+        self._open = contextlib.ExitStack()
+        if not distributed.is_first_process():
+            return
+        self._keep(keep_until)
+        self._file = self.path.open("a")
+        self._open.callback(self._close_file)
+        self._sinks.append(self._write_line)
+        if "tensorboard" in trackers:
+            from tensorboardX import SummaryWriter
+
+            board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
+            self._open.callback(board.close)
+            self._sinks.append(
+                lambda kind, step, record: [board.add_scalar(*item, step) for item in _scalars(kind, record)]
+            )
+        if "wandb" in trackers:
+            run = self._wandb_run(folder, config)
+            self._open.callback(run.finish)
+            self._sinks.append(lambda kind, step, record: run.log(dict(_scalars(kind, record)), step=step))
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one record.
+
+        Raises:
+          InputError: the disk is full, or the file is gone.
+        """
+        record = plain(values)
+        for sink in self._sinks:
+            sink(kind, step, record)
+
+    def close(self) -> None:
+        """Flush and close every writer."""
+        self._open.close()
+
+    def _keep(self, until: int) -> None:
+        """Rewrite the file with its whole lines up to the step `until`."""
         kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if record["step"] <= keep_until:
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= until:
                     kept.append(line + "\n")
         replacement = self.path.with_suffix(".tmp")
         self._guard(lambda: replacement.write_text("".join(kept)))
         replacement.replace(self.path)
-        self._file = self.path.open("a")
-        self._tensorboard = self._wandb = None
-        if "tensorboard" in trackers:
-            from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
-        if "wandb" in trackers:
-            import wandb
+    def _write_line(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        line = json.dumps({"kind": kind, "step": step, **record}) + "\n"
+        self._guard(lambda: (self._file.write(line), self._file.flush()))
 
-            # Runs of other comparisons may have folders of the same name; the id is this folder's own.
-            id_file = folder / "wandb_id"
-            if not id_file.exists():
-                self._guard(lambda: id_file.write_text(uuid.uuid4().hex))
-            self._wandb = wandb.init(
-                dir=str(folder), name=folder.name, config=config, resume="allow", id=id_file.read_text()
-            )
+    def _close_file(self) -> None:
+        with contextlib.suppress(OSError):  # `write` has reported what it could not flush
+            self._file.close()
 
-    def _guard(self, action):
+    def _wandb_run(self, folder: Path, config: Any) -> Any:
+        import wandb
+
+        # Runs of other comparisons may have folders of the same name, so that the folder holds the id of its run.
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            self._guard(lambda: id_file.write_text(uuid.uuid4().hex))
+        return wandb.init(dir=str(folder), name=folder.name, config=config, resume="allow", id=id_file.read_text())
+
+    def _guard(self, action: Callable[[], Any]) -> None:
         try:
-            return action()
+            action()
         except OSError as error:
             raise InputError(
                 f"Cannot write {self.path}: {error.strerror}. What is on disk stays; make room and run the same "
                 f"command again."
             ) from error
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record."""
-        record = {"kind": kind, "step": step, **plain(values)}
-        self._guard(lambda: (self._file.write(json.dumps(record) + "\n"), self._file.flush()))
-        scalars = {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, float | int) and k != "step"}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
 
-    def close(self) -> None:
-        """Flush and close every writer."""
-        with contextlib.suppress(OSError):  # what `write` could not flush, it has reported
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-class NoWriter:
-    """The writer of the processes that write nothing."""
-
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+def _scalars(kind: str, record: dict[str, Any]) -> list[tuple[str, float | int]]:
+    return [(f"{kind}/{key}", value) for key, value in record.items() if isinstance(value, float | int)]

@@ -1,4 +1,4 @@
-"""A run that is asked to stop."""
+"""Signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    """Keeps the first SIGINT or SIGTERM in `signal`; a second one acts as usual.  Use as a context manager."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,8 +1,7 @@
-"""A trained model as its checkpoint has it: configuration, parameters, tokenizer."""
+"""A trained model as its newest checkpoint holds it: configuration, parameters and tokenizer."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mhc_jax.data.tokenizers import Tokenizer, from_saved, load_tokenizer
 from mhc_jax.errors import require
 from mhc_jax.parallel.sharding import make_mesh, state_shardings
 from mhc_jax.runs.checkpoint import check_tokenizer, load_params, newest_step, saved_tokenizer
-from mhc_jax.runs.folder import recorded_data
+from mhc_jax.runs.folder import read_json
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,19 @@ class Trained:
     step: int
     config: ExperimentConfig
     params: Any
-    """Under `params` of the decoder; on the mesh, or on the first device."""
+    """The `params` collection of the decoder, on the mesh or on the first device."""
     tokenizer: Tokenizer
     mesh: Mesh | None
 
 
 def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
-    """Load a run folder's newest checkpoint, sharded as the run was where there are as many devices, else on one.
+    """Load the newest checkpoint of a run.
+
+    Parameters are sharded as in the run if there are as many devices here, and lie on the first device otherwise.
 
     Args:
-      folder: of the run.
-      tokenizer: as data.tokenizer; empty: the one in the checkpoint, or, where it is older than that, the run's by its name.
+      folder: the run folder.
+      tokenizer: as data.tokenizer; empty: the one in the checkpoint.
 
     Raises:
       InputError: no folder or checkpoint, or a tokenizer that the model was not trained with.
@@ -45,30 +46,18 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     folder = Path(folder)
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a run.")
     saved, step = saved_tokenizer(folder), newest_step(folder)
-    # The run's own configuration says how it was sharded; that of the checkpoint has the size of the vocabulary.
-    mapping, file = None, folder / "config.json"
-    if file.is_file():
-        mapping = from_mapping(json.loads(file.read_text()))
-    mesh = make_mesh(mapping.mesh) if mapping and mapping.mesh.size <= len(jax.devices()) else None
-    shardings = None if mesh is None else (lambda shapes: state_shardings(mesh, shapes))
-    config, params = load_params(folder, shardings)
-    config = from_mapping(config)
-    if tokenizer or saved is None:
-        chosen = load_tokenizer(tokenizer or config.data.tokenizer)
-        check_tokenizer(
-            saved["fingerprint"] if saved else recorded_data(folder).get("fingerprint"), chosen.fingerprint, folder
-        )
-    else:
-        chosen = from_saved(saved)
-    require(
-        chosen.vocab_size <= config.model.vocab_size,
-        f"The tokenizer has {chosen.vocab_size} tokens and the model of {folder} {config.model.vocab_size}; use the run's own.",
-    )
+    # config.json says how the run was sharded; the configuration in the checkpoint has the size of the vocabulary.
+    wanted = from_mapping(read_json(folder / "config.json")).mesh
+    mesh = make_mesh(wanted) if wanted.size <= len(jax.devices()) else None
+    mapping, params = load_params(folder, None if mesh is None else lambda shapes: state_shardings(mesh, shapes))
+    config = from_mapping(mapping)
+    chosen = load_tokenizer(tokenizer) if tokenizer else from_saved(saved)
+    check_tokenizer(saved["fingerprint"], chosen.fingerprint, folder)
     return Trained(folder, step, config, params, chosen, mesh)
 
 
 def beyond_training(name: str, trained: int, context: int) -> str:
-    """A sentence where a model reads more tokens than its training's sequences had; else an empty string."""
+    """A sentence where a model reads longer sequences than it was trained on, otherwise an empty string."""
     if context <= trained:
         return ""
     return (

@@ -117,7 +117,7 @@ class _Pool:
         self.active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
         self.failed: dict[str, str] = {}
         self.waiting: dict[str, str] = {}
-        self.progress = SweepProgress(workdir, len(todo) + done, done, workers)
+        self.progress = SweepProgress(workdir, len(todo) + done, done)
 
     def work(self, stop: StopRequest) -> None:
         """Until nothing is left to do, or `stop`."""

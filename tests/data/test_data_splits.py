@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-from support.ends import kill_at, train_until_killed
+from support.ends import at_read_of, kill_at, train_until_killed
 from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import data_of, tiny, with_train, write_text
 
-from mhc_jax import data, loop
+from mhc_jax import data
 from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
@@ -74,11 +74,11 @@ def changed(text):
 
 def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
     config = tiny(text := write_text(tmp_path / "text.txt"), "residual")
-    train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: step == 5)
+    train_until_killed(config, tmp_path / "run", "read", at_read_of(5))
     before, files = text.read_text(), {p.name for p in (tmp_path / "run").rglob("*")}
     changed(text)
     with monkeypatch.context() as patch:
-        kill_at(patch, loop._Run, "_compile", lambda *args: True)
+        kill_at(patch, "compile_programs")
         with pytest.raises(InputError, match=r"The training text is not the one that .*run was trained with \(SHA-256"):
             train(config, tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").rglob("*")} == files
@@ -88,7 +88,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
 
 def test_a_run_that_starts_anew_says_and_records_the_text_that_it_reads(tmp_path, capsys):
     config = tiny(text := write_text(tmp_path / "text.txt"), "residual")
-    train_until_killed(config, tmp_path / "run", loop._Run, "_read", lambda self, step, metrics: True)
+    train_until_killed(config, tmp_path / "run", "read")
     changed(text)
     capsys.readouterr()
     train(config, tmp_path / "run")

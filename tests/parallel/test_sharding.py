@@ -1,7 +1,6 @@
 """Steps on meshes of simulated devices equal those of one device; what they communicate; checkpoints between meshes."""
 
 import collections
-import contextlib
 import dataclasses
 import math
 import re
@@ -28,7 +27,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import attend
 from mhc_jax.parallel.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
 from mhc_jax.runs.checkpoint import Checkpoints
-from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.runs.folder import read_json
 from mhc_jax.train_step import init_state
 
 FULL, SLOW = pytest.mark.full, pytest.mark.slow
@@ -184,7 +183,7 @@ def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
     mesh = make_mesh(MeshConfig(**mesh))
     shardings = state_shardings(mesh, state) if mesh else jax.tree.map(lambda _: here, state)
     wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    with contextlib.closing(Checkpoints(folder, 3)) as checkpoints:
+    with Checkpoints(folder, 3) as checkpoints:
         restored, _, _ = checkpoints.restore_newest(wanted, to_mapping(config))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding == s, restored, shardings)))
     saved = final_state(folder)
@@ -206,15 +205,6 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     losses = [[line["loss"] for line in lines(each, "train")] for each in (before, folder)]
     assert losses[0][:6] == losses[1][:6]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_an_older_run_folder_without_a_mesh_is_recognised(run, tmp_path):
-    config, before = run
-    folder = shutil.copytree(before, tmp_path / "run")
-    saved = read_json(folder / "config.json")
-    del saved["mesh"]
-    write_json(folder / "config.json", saved)
-    assert loop.train(dataclasses.replace(config, mesh=MeshConfig()), folder)["status"] == "finished"
 
 
 def test_one_device_is_no_mesh():

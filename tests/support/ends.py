@@ -1,4 +1,4 @@
-"""Ways in which a run ends early: a signal, a kill, a loss that is not a number."""
+"""Ways in which a run ends early: by a signal, by a kill, or by a loss that is not a number."""
 
 import signal
 
@@ -10,43 +10,43 @@ from mhc_jax.data import Data, load_data
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """Stands for kill -9, because nothing catches it."""
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """A signal while the metrics of `step` are read, that is, while the next step is on its way."""
-    read = loop._Run._read
+    """Raise a signal while the metrics of `step` are read, when the next step is already on its way."""
+    read = loop.read
 
-    def reading(self, at, metrics):
+    def reading(run, history, at, metrics):
         if at == step:
             signal.raise_signal(number)
-        return read(self, at, metrics)
+        read(run, history, at, metrics)
 
-    monkeypatch.setattr(loop._Run, "_read", reading)
+    monkeypatch.setattr(loop, "read", reading)
 
 
-def kill_at(monkeypatch, owner, name, when):
-    """Die instead of calling `owner.name` once `when(arguments)` holds."""
-    real = getattr(owner, name)
+def kill_at(monkeypatch, name, when=lambda *args: True):
+    """Let `loop.train` die instead of calling `loop.name` once `when(arguments)` holds."""
+    real = getattr(loop, name)
 
     def dying(*args, **kwargs):
         if when(*args):
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dying)
+    monkeypatch.setattr(loop, name, dying)
 
 
-def train_until_killed(config, folder, owner, name, when):
-    """`train` that dies instead of calling `owner.name` once `when(arguments)` holds."""
+def train_until_killed(config, folder, name, when=lambda *args: True):
+    """Train, and die as `kill_at` says."""
     with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, owner, name, when)
+        kill_at(patch, name, when)
         with pytest.raises(Killed):
             loop.train(config, folder)
 
 
 class Poisoned(Data):
-    """Data whose batches from step `first` to `last` hold ids without an embedding, which `jnp.take` fills with NaN."""
+    """Data whose batches from step `first` to `last` hold ids without an embedding, for which `jnp.take` gives NaN."""
 
     first, last = 6, 6
 
@@ -62,6 +62,11 @@ class Poisoned(Data):
                 return {**batch, "inputs": np.full_like(batch["inputs"], 1 << 20)} if bad else batch
 
         return Iterator()
+
+
+def at_read_of(step):
+    """For `kill_at` with the name `read`: whether the metrics of this step are read."""
+    return lambda run, history, at, metrics: at == step
 
 
 def poisoned(config):

@@ -1,4 +1,4 @@
-"""A script of experiments/ run in this process: a new one would spend seconds on importing JAX."""
+"""Scripts of experiments/ run in this process, since a new one would spend seconds on importing JAX."""
 
 import contextlib
 import importlib.machinery
@@ -38,7 +38,7 @@ def run_here(name: str, *args: object) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def script_here(name: str, *args: str):
-    """experiments/<name>.py as a module with its flags parsed."""
+    """Import experiments/<name>.py as a module with its flags parsed."""
     loader = importlib.machinery.SourceFileLoader(f"script_{name}", str(ROOT / "experiments" / f"{name}.py"))
     with _own_flags():
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
@@ -51,7 +51,7 @@ def script_here(name: str, *args: str):
 
 @contextlib.contextmanager
 def _own_flags():
-    """The flags that a script declares are away afterwards; those of libraries, which are imported once, stay."""
+    """Remove the flags that a script declares afterwards; those of libraries, which are imported once, stay."""
     known = set(FLAGS)
     try:
         yield

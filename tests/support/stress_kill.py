@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m support.stress_kill 20  # and a seed
 
 The run saves a checkpoint every 5 steps.  `kill -9` lands by turns while it starts (imports, compiling, restoring),
-among the steps, and while a checkpoint is being written; the same command then starts it again.  Every start must go
-on, and losses, summary and final state must be bitwise those of the run that was never killed.  About 10 s a kill.
+among the steps, and while a checkpoint is being written.  The same command then starts it again.  Every start must go
+on, and losses, summary and final state must be bitwise those of the run that was never killed.  A kill takes 10 s.
 """
 
 import os
@@ -22,7 +22,11 @@ from support.tiny_runs import assert_same_run, flags_of, run_script, script, tin
 
 
 def stress(folder: Path, kills: int, seed: int = 0) -> str:
-    """Do it in an empty folder; a line of counts.  AssertionError when a start fails or the ends differ."""
+    """Kill and start a run in an empty folder until it ends; returns a line of counts.
+
+    Raises:
+      AssertionError: a start fails, or the ends differ.
+    """
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     rng, steps = random.Random(seed), 25 * kills + 50
@@ -53,13 +57,13 @@ def stress(folder: Path, kills: int, seed: int = 0) -> str:
 
 
 class Watch:
-    """What a started run is doing, seen from its folder."""
+    """Sees from the folder of a run what it is doing."""
 
     def __init__(self, folder: Path):
         self.folder, self.began, self.size = folder, time.time(), None
 
     def training(self) -> bool:
-        """Has this start written metrics of its own?  It replaces the file, then appends `resumed`, then steps."""
+        """Whether this start has written train lines; it replaces the file, appends `resumed`, and then its steps."""
         file = self.folder / "metrics.jsonl"
         if not file.exists() or file.stat().st_mtime < self.began:
             return False
@@ -72,7 +76,7 @@ class Watch:
 
 
 def kill_at(process: subprocess.Popen, folder: Path, wanted: str, rng: random.Random, start_s: float) -> str:
-    """Kill -9 at a random moment of the wanted sort; what the run was doing then."""
+    """Kill -9 at a random moment of the wanted sort; returns what the run was doing then."""
     watch = Watch(folder)
     end = time.monotonic() + (rng.uniform(0, start_s) if wanted == "start" else 600)
     while process.poll() is None and time.monotonic() < end and not watch.training():

@@ -1,4 +1,4 @@
-"""The smallest run that trains: 1 block, width 16, on words drawn from a short list; the scripts as processes and in this one."""
+"""The smallest run that trains, with 1 block of width 16 on words drawn from a short list; and scripts as processes."""
 
 import dataclasses
 import json
@@ -17,13 +17,13 @@ from mhc_jax.data import load_data
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 1200
-"""With a process, however busy the machine: beyond it a test fails instead of hanging; none waits for it to pass."""
+"""A process that takes longer has hung, however busy the machine is; its test then fails."""
 TIMES = ("step_time_s", "tokens_per_s")
 WORDS = ("stream", "gate", "norm", "layer", "width", "depth", "token", "loss", "rate", "decay")
 
 
 def write_text(path: Path) -> Path:
-    """40 paragraphs of 60 words, the same at every call."""
+    """Write 40 paragraphs of 60 words, the same at every call."""
     rng = random.Random(0)
     path.write_text("\n\n".join(" ".join(rng.choice(WORDS) for _ in range(60)) for _ in range(40)))
     return path
@@ -49,24 +49,24 @@ def with_train(config: ExperimentConfig, **settings) -> ExperimentConfig:
 
 
 def data_of(config: ExperimentConfig):
-    """What `load_data` reads for it."""
+    """The text of a configuration."""
     return load_data(config.data)
 
 
 def lines(folder: Path, kind: str | None = None, times: bool = False) -> list[dict]:
-    """Lines of metrics.jsonl, unless told without the times, which differ from run to run."""
+    """Lines of metrics.jsonl, of one kind or all; without `times` they lack what differs from run to run."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     left_out = () if times else TIMES
     return [{k: v for k, v in line.items() if k not in left_out} for line in read if kind in (None, line["kind"])]
 
 
 def measured(folder: Path) -> list[dict]:
-    """All lines but events."""
+    """All lines of metrics.jsonl but events."""
     return [line for line in lines(folder) if line["kind"] != "event"]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bitwise the same losses, diagnostics and final state, and the same results in summary.json."""
+    """Two runs have bitwise the same losses, diagnostics, final state and results in summary.json."""
     assert measured(one) == measured(other)
     states = [final_state(folder) for folder in (one, other)]
     jax.tree.map(np.testing.assert_array_equal, *states)
@@ -78,7 +78,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def final_state(folder: Path):
-    """The newest checkpoint's state as NumPy arrays."""
+    """The train state of the newest checkpoint, as NumPy arrays."""
     import orbax.checkpoint as ocp
 
     newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
@@ -90,7 +90,7 @@ def final_state(folder: Path):
 
 
 def flags_of(config: ExperimentConfig) -> list[str]:
-    """The command line that gives this configuration on top of the demo's (same kind of connection)."""
+    """The flags that make this configuration of the demo with the same kind of connection."""
     kind = config.model.connection.kind
     out = [f"--config={ROOT}/experiments/configs/demo.py:{kind}"]
     for section in ("model", "data", "optimizer", "train"):
@@ -102,7 +102,7 @@ def flags_of(config: ExperimentConfig) -> list[str]:
 
 
 def at_step(signals: dict[str, tuple[int, int, str]]) -> dict[str, str]:
-    """The environment in which runs send themselves, or their parent, a signal at a step: see startup/sitecustomize.py."""
+    """Environment variables that make runs signal themselves, or their parent, at a step (startup/sitecustomize.py)."""
     path = os.pathsep.join([str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path.rstrip(os.pathsep), "SIGNAL_AT_STEP": json.dumps(signals)}
 

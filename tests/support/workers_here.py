@@ -71,20 +71,20 @@ class Clock:
 @contextlib.contextmanager
 def workers_here(at=None):
     """Runs of a sweep are trained in this process, and its clock moves when it sleeps; `at` is that of Worker."""
-    read = loop._Run._read
+    read = loop.read
 
-    def reading(self, step, metrics):
-        at, number = Worker.at.get(self.label, (0, 0))
+    def reading(run, history, step, metrics):
+        at, number = Worker.at.get(run.progress.label, (0, 0))
         if step == at:
-            del Worker.at[self.label]
+            del Worker.at[run.progress.label]
             if number == signal.SIGKILL:
                 raise Killed
             signal.raise_signal(number)
-        return read(self, step, metrics)
+        read(run, history, step, metrics)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "at", dict(at or {}))
-        patch.setattr(loop._Run, "_read", reading)
+        patch.setattr(loop, "read", reading)
         patch.setattr(runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
         patch.setattr(runner, "time", Clock())
         patch.setattr(worker, "threading", mock.MagicMock())  # nobody watches for the end of this process

@@ -1,4 +1,4 @@
-"""What the tests of runs share: the text, one finished run, and the programs that runs of one configuration compile."""
+"""Fixtures that the tests of runs share: a text, a finished run, and the programs that runs of one configuration compile."""
 
 import pytest
 from support.shared_programs import shared_programs  # noqa: F401
@@ -14,7 +14,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def residual(text):
-    """Its loss jumps at step 4."""
+    """A configuration whose loss jumps at step 4."""
     return tiny(text, "residual", optimizer={"learning_rate": 1.0}, train={"diagnostics_every": 8})
 
 

@@ -1,6 +1,5 @@
-"""Checkpoints: a broken one is passed over, none is lost, a full disk and a foreign model are told in a sentence."""
+"""A broken checkpoint is passed over, none is lost, and a full disk or another model ends the run with a sentence."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -13,16 +12,19 @@ import numpy as np
 import pytest
 from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run_script, with_train
 
+from mhc_jax.data import ByteTokenizer
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
-from mhc_jax.runs.checkpoint import Checkpoints, differences, load_params
+from mhc_jax.runs.checkpoint import Checkpoints, load_params
+from mhc_jax.runs.folder import differences
 from mhc_jax.train_step import TrainState
 
 CONFIG = {"model": {"width": 4}}
+BYTE = ByteTokenizer().saved
 
 
 def toy(step):
-    """A state that tells its step."""
+    """A train state whose parameters are its step."""
     return TrainState(jnp.int32(step), {"w": jnp.full(3, step, jnp.float32)}, {"m": jnp.zeros(3)})
 
 
@@ -31,19 +33,15 @@ def toy_shapes(device=0):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), toy(0))
 
 
-def opened(folder, keep=3):
-    return contextlib.closing(Checkpoints(folder, keep))
-
-
 def save(folder, *steps, keep=3):
-    with opened(folder, keep) as checkpoints:
+    with Checkpoints(folder, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, toy(step), {"at": step}, CONFIG)
+            checkpoints.save(step, toy(step), {"at": step}, CONFIG, BYTE)
 
 
 def restored(folder, config=CONFIG, device=0):
-    """What `restore_newest` gives, and the steps that are there."""
-    with opened(folder) as checkpoints:
+    """(result of `restore_newest`, steps that are saved)."""
+    with Checkpoints(folder, 3) as checkpoints:
         return checkpoints.restore_newest(toy_shapes(device), config), checkpoints.steps()
 
 
@@ -63,10 +61,10 @@ def test_differences_name_every_leaf():
 def test_round_trip_keeps_the_newest_and_the_first_of_a_step_saved_twice(tmp_path):
     assert restored(tmp_path) == (None, [])
     save(tmp_path, 1, 2, 3, keep=2)
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(3, toy(30), {"at": 30}, CONFIG)
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(3, toy(30), {"at": 30}, CONFIG, BYTE)
         with mock.patch.object(checkpoints._manager, "save") as written:
-            checkpoints.save(4, toy(4), given := {"at": [4]}, CONFIG)
+            checkpoints.save(4, toy(4), given := {"at": [4]}, CONFIG, BYTE)
         given["at"].append(5)  # as a run does while Orbax still writes
         assert written.call_args.kwargs["args"].loop.item == {"at": [4]}
     (state, loop, remarks), steps = restored(tmp_path, device=3)
@@ -79,12 +77,12 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
     save(tmp_path, 1, 2, 3)
     truncate(tmp_path / "checkpoints" / "3")
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "loop")
-    with opened(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, 3) as checkpoints:
         state, loop, remarks = checkpoints.restore_newest(toy_shapes(), CONFIG)
         assert (int(state.step), loop) == (1, {"at": 1})
         assert [r.split(" cannot")[0] for r in remarks] == ["checkpoint 3", "checkpoint 2"]
         assert "moved to broken-checkpoint-3" in remarks[0]
-        checkpoints.save(3, toy(30), {"at": 3}, CONFIG)
+        checkpoints.save(3, toy(30), {"at": 3}, CONFIG, BYTE)
     assert (tmp_path / "broken-checkpoint-3").is_dir()
     assert int(restored(tmp_path)[0][0].step) == 30
 
@@ -125,9 +123,9 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
 def test_a_save_that_failed_in_the_background_is_told_once(how, tmp_path, monkeypatch):
     fail = mock.Mock(side_effect=OSError(28, "No space left on device"))
     checkpoints = Checkpoints(tmp_path, 3)
-    checkpoints.save(1, toy(1), {"at": 1}, CONFIG)
+    checkpoints.save(1, toy(1), {"at": 1}, CONFIG, BYTE)
     checkpoints.wait()
-    action = {"save": lambda: checkpoints.save(3, toy(3), {}, CONFIG)}.get(how, getattr(checkpoints, how))
+    action = {"save": lambda: checkpoints.save(3, toy(3), {}, CONFIG, BYTE)}.get(how, getattr(checkpoints, how))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints._manager, "wait_until_finished", fail)
         with pytest.raises(InputError, match=r"the disk is full; the checkpoint of step 1 is whole. Make room and run"):
@@ -171,9 +169,9 @@ def test_load_params_and_the_configuration_with_the_vocabulary(residual, alone, 
 
 
 def test_load_params_puts_those_of_the_latest_step_on_the_first_device_here(tmp_path):
-    with opened(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, 3) as checkpoints:
         for step in (9, 10):
-            checkpoints.save(step, jax.device_put(toy(step), jax.devices()[3]), {}, CONFIG)
+            checkpoints.save(step, jax.device_put(toy(step), jax.devices()[3]), {}, CONFIG, BYTE)
     params = load_params(tmp_path)[1]
     assert params["w"].devices() == {jax.devices()[0]}
     np.testing.assert_array_equal(params["w"], [10, 10, 10])

@@ -33,11 +33,11 @@ COMPILED = pytest.param((PROGRAM, "jax.block_until_ready(f(x))", SIZE), marks=py
 
 
 def faults(setup: str, call: str, size: str, how: str) -> int:
-    """Median of the page faults of a call, which takes at least 64 MiB."""
+    """The median number of page faults of a call that takes at least 64 MiB."""
     command = [sys.executable, "-c", COUNT.format(setup=setup, call=call, size=size), how, host_memory.__file__]
-    found, taken = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    count, taken = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert taken >= 2**26
-    return found
+    return count
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")

@@ -1,6 +1,7 @@
 """A run that is stopped and goes on ends bitwise like one that is not, and every end leaves a usable folder."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -10,14 +11,16 @@ import jax
 import numpy as np
 import pytest
 from support import stress_kill
-from support.ends import Poisoned, kill_at, poisoned, stop_at, train_until_killed
+from support.ends import Poisoned, at_read_of, kill_at, poisoned, stop_at, train_until_killed
 from support.tiny_runs import assert_same_run, at_step, final_state, flags_of, lines, run_script, tiny, with_train
 
 from mhc_jax import loop
 from mhc_jax.config.mapping import to_mapping
+from mhc_jax.cost import counts
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
+from mhc_jax.runs import history
 from mhc_jax.runs.checkpoint import load_params
 
 
@@ -67,7 +70,7 @@ def test_stop_and_go_on_is_bitwise_one_run(kind, text, residual, alone, tmp_path
 
 def test_a_run_that_goes_on_remembers_its_spikes(residual, tmp_path, monkeypatch):
     """With a window of four losses, in which the jump at step 4 is a spike."""
-    monkeypatch.setattr(loop, "SPIKE_WINDOW", 4)
+    monkeypatch.setattr(history, "SPIKE_WINDOW", 4)
     train(residual, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
@@ -104,7 +107,7 @@ def test_a_second_signal_acts_as_usual(usual_sigint):
 @pytest.mark.parametrize(("at", "resumed"), [(5, [("resumed", 3)]), (2, [])])
 def test_killed_between_steps_goes_on_from_the_checkpoint_or_starts_anew(at, resumed, residual, alone, tmp_path):
     folder = tmp_path / "run"
-    train_until_killed(residual, folder, loop._Run, "_read", lambda self, step, metrics: step == at)
+    train_until_killed(residual, folder, "read", at_read_of(at))
     assert max(line["step"] for line in lines(folder)) == at - 1
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5, "lo')
@@ -116,8 +119,8 @@ def test_killed_between_steps_goes_on_from_the_checkpoint_or_starts_anew(at, res
 
 
 def test_killed_between_the_last_checkpoint_and_the_summary(residual, alone, tmp_path, monkeypatch):
-    train_until_killed(residual, tmp_path / "run", loop._Run, "_summary", lambda self, status: True)
-    kill_at(monkeypatch, loop._Run, "_compile", lambda *args: True)  # nothing is left to compile for
+    train_until_killed(residual, tmp_path / "run", "summary_of")
+    kill_at(monkeypatch, "compile_programs")  # nothing is left to compile for
     assert train(residual, tmp_path / "run")["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
 
@@ -138,7 +141,7 @@ def test_nan_stops_the_run_and_leaves_finite_parameters(residual, tmp_path, caps
     assert train(residual, folder) == summary, "a diverged run has ended"
 
     (folder / "summary.json").unlink()  # killed before it was written
-    kill_at(monkeypatch, loop._Run, "_compile", lambda *args: True)
+    kill_at(monkeypatch, "compile_programs")
     again = train(residual, folder, data=poisoned(residual))
     assert [again[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", summary["steps"], 6]
 
@@ -163,17 +166,17 @@ def test_float16_that_overflows_diverges(text, tmp_path):
 
 
 def test_diagnostics_change_no_loss_and_not_the_train_step(text, tmp_path, monkeypatch):
-    programs, count = [], loop.counts.jaxpr_flops
+    traced, count = [], counts.jaxpr_flops
 
     def keeping(jaxpr):
-        programs.append(re.sub("0x[0-9a-f]+", "", str(jaxpr)))
+        traced.append(re.sub("0x[0-9a-f]+", "", str(jaxpr)))
         return count(jaxpr)
 
-    monkeypatch.setattr(loop.counts, "jaxpr_flops", keeping)
+    monkeypatch.setattr(counts, "jaxpr_flops", keeping)
     for every in (0, 1):
         settings = {"steps": 2, "validate_every": 2, "diagnostics_every": every}
         train(tiny(text, "hc:num_streams=2", train=settings), tmp_path / str(every))
-    assert programs[0] == programs[1]
+    assert traced[0] == traced[1]
     for kind in ("train", "validation"):
         assert lines(tmp_path / "0", kind) == lines(tmp_path / "1", kind)
     none, diagnostics = (lines(tmp_path / every, "diagnostics") for every in ("0", "1"))
@@ -190,9 +193,9 @@ def test_streams_too_large_to_measure_are_null_and_end_no_run(residual, tmp_path
 
 
 def test_pauses_are_no_part_of_a_step_and_counted_once(residual, tmp_path, monkeypatch):
-    """On a clock that moves by 1 s while a step is waited for, by 100 s in a save and by 1000 s in diagnostics."""
+    """The clock moves by 1 s while a step is waited for, by 100 s in a save and by 1000 s in diagnostics."""
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(history, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
     def slow(owner, name, seconds):
         real = getattr(owner, name)
@@ -203,7 +206,7 @@ def test_pauses_are_no_part_of_a_step_and_counted_once(residual, tmp_path, monke
 
         monkeypatch.setattr(owner, name, slower)
 
-    for of_one in ((loop._Run, "_read", 1), (loop.Checkpoints, "save", 100), (loop, "summarize", 1000)):
+    for of_one in ((loop, "read", 1), (loop.Checkpoints, "save", 100), (loop, "summarize", 1000)):
         slow(*of_one)
     summary = train(residual, tmp_path / "run")
     assert [line["step_time_s"] for line in lines(tmp_path / "run", "train", times=True)] == [1.0] * 8
@@ -250,7 +253,7 @@ def interrupted_script(config, folder, number):
 
 
 def test_a_signal_to_the_script(residual, alone, tmp_path):
-    """The flags are those of the configuration; another process may go on with the run."""
+    """A run that a script began goes on in this process, since the flags give the same configuration."""
     interrupted_script(residual, tmp_path / "run", signal.SIGTERM)
     assert train(residual, tmp_path / "run")["status"] == "finished"
     assert_same_run(alone, tmp_path / "run")
@@ -279,6 +282,12 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
     assert [p.name for p in notes.iterdir()] == ["mine.txt"]
     with pytest.raises(InputError, match=r"Cannot create .*: Not a directory"):
         train(residual, notes / "mine.txt" / "run")
+
+
+def test_a_setting_of_many_digits_is_no_other_configuration(text, tmp_path):
+    mapping = to_mapping(tiny(text, "residual", optimizer={"learning_rate": 3e-4 * math.sqrt(2)}))
+    loop.create_run_folder(tmp_path / "run", mapping)
+    assert loop.check_run_folder(tmp_path / "run", mapping) is None
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", ""])

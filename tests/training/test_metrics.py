@@ -1,4 +1,4 @@
-"""The record: spikes counted once, no line lost or doubled when a run goes on; and what is printed while something runs."""
+"""Spikes count once, no line of metrics is lost or doubled when a run goes on, and lines of progress say what is left."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def test_a_line_can_be_read_as_soon_as_it_is_written_and_a_full_disk_is_a_senten
 
 
 def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
-    """Against a stand-in: which id is given, and what is logged."""
+    """A stand-in for wandb notes the ids of runs, and what is logged."""
     begun, logged = [], []
     run = types.SimpleNamespace(log=lambda scalars, step: logged.append((scalars, step)), finish=lambda: None)
     stand_in = types.SimpleNamespace(init=lambda **given: begun.append(given["id"]) or run)
@@ -110,29 +110,37 @@ def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Set by hand."""
-    own = types.SimpleNamespace(now=100.0, monotonic=lambda: own.now)
-    monkeypatch.setattr(progress, "time", own)
-    return own
+    """A clock that the test sets."""
+    fake = types.SimpleNamespace(now=100.0, monotonic=lambda: fake.now)
+    monkeypatch.setattr(progress, "time", fake)
+    return fake
 
 
 def test_a_line_of_a_run_says_what_is_left_without_compilation(clock, capsys):
-    """Compilation takes 90 s, of which the first step waits for 60; then a step takes 2 s."""
-    shown = progress.RunProgress("run", 10, start=3, every_s=0.0)
-    for step, now in ((4, 190.0), (5, 192.0), (8, 198.0), (10, 202.0)):
+    """The first step ends after 90 s of compilation; the others take 2 s each, but for the last two."""
+    shown = progress.Progress("run", "step", 10, done=3, every_s=3.0)
+    told = []
+    for steps, now in ((1, 190.0), (1, 192.0), (3, 198.0), (2, 199.0)):
         clock.now = now
-        shown.update(step, 2.34567, 12345.6)
+        told.append(shown.advance(steps, "loss 2.3457"))
+    assert told == [True, False, True, True]
     assert capsys.readouterr().err.splitlines() == [
-        "run: step 4/10  loss 2.3457  12,346 tokens/s",
-        "run: step 5/10  loss 2.3457  12,346 tokens/s  10 s left",
-        "run: step 8/10  loss 2.3457  12,346 tokens/s  4 s left",
-        "run: step 10/10  loss 2.3457  12,346 tokens/s  0 s left",
+        "run: step 4/10  loss 2.3457",
+        "run: step 8/10  loss 2.3457  4 s left",
+        "run: step 10/10  loss 2.3457  0 s left",
     ]
 
 
+def test_a_process_that_is_not_the_first_shows_nothing(capsys):
+    with progress.Progress("run", "step", 2, every_s=0.0, shown=False) as shown:
+        shown.say("compiling")
+        shown.advance(2)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path, capsys):
-    """5 runs, 1 done before; of the 4, two took 60 s side by side: 30 s a run, so that 60 are left."""
-    shown = progress.SweepProgress(tmp_path, 5, 1, 2)
+    """Two of four runs took 60 s side by side, which is 30 s a run, so that the other two take 60 s."""
+    shown = progress.SweepProgress(tmp_path, 5, 1)
     shown.started("a")
     shown.started("b")
     clock.now = 150.0
@@ -151,11 +159,3 @@ def test_the_bar_of_a_running_run_shows_the_newest_whole_line(tmp_path):
     line = '{{"kind": "train", "step": {}, "loss": 1.0}}\n'.format
     metrics.write_text("".join(map(line, range(3000))) + '{"kind": "event", "step": 2999}\n' + line(3000)[:30])
     assert progress.last_train_line(metrics)["step"] == 2999
-
-
-def test_a_line_of_items(clock, capsys):
-    shown = progress.ItemProgress("run", "answers", 40, every_s=0.0)
-    shown.advance(10)
-    clock.now = 120.0
-    shown.advance(10)
-    assert capsys.readouterr().err == "run: answers 10/40\nrun: answers 20/40  40 s left\n"

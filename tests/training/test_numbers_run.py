@@ -1,4 +1,4 @@
-"""The numbers that a run writes, against its own files, float64 loops and hand counts: one tiny run with experts on two devices."""
+"""The numbers of a run agree with its files, float64 loops and counts by hand: a tiny run with experts on two devices."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from support.ends import Poisoned, poisoned
 from support.tiny_runs import final_state, tiny
 from support.tiny_runs import lines as read_lines
 
-from mhc_jax import loop, train_step
+from mhc_jax import loop, runs, train_step
 from mhc_jax.analysis.records import read_run
 from mhc_jax.config import MeshConfig
 from mhc_jax.config.mapping import from_mapping
@@ -26,6 +26,7 @@ from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.runs.checkpoint import load_params
+from mhc_jax.runs.history import History
 from mhc_jax.sweeps.results import measurements
 from mhc_jax.train_step import init_state
 
@@ -42,7 +43,7 @@ def config(text):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """Its folder and summary, and its lines by kind."""
+    """The folder and the summary of a run, and its lines by kind."""
     folder = tmp_path_factory.mktemp("run") / "run"
     train(config, folder)
     lines = {kind: read_lines(folder, kind, times=True) for kind in ("train", "validation", "diagnostics")}
@@ -75,7 +76,7 @@ def test_every_key_is_on_the_page_of_numbers(run):
 
 
 def test_flops_of_a_token(config, run):
-    """Products of the branches, scores, router and connection, forward and backward; what else it counts is elementwise."""
+    """All that is counted beside products, forward and backward, is elementwise."""
     products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
     assert products < run.summary["flops_per_token"] < 2 * products
     elementwise = run.summary["flops_per_token"] - products
@@ -98,7 +99,7 @@ def test_loss_is_the_negative_log_likelihood():
 
 
 def test_gradient_norms_are_those_of_the_gradient(config, monkeypatch):
-    """Before clipping, over all parameters and over those of each block, summed in float64."""
+    """Norms are those before clipping, of all parameters and of each block, here summed in float64."""
     whole = resolve_vocabulary(config, load_data(config.data))
     draw = np.random.default_rng(0)
     state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(lambda: init_state(whole)))
@@ -115,7 +116,7 @@ HAN = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏"
 
 
 def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(tmp_path):
-    """A run on a mix of scripts under BPE; a part of the held-out text is validated."""
+    """A run on English and Chinese text under BPE validates a part of the held-out text."""
     draw = random.Random(1)
     chinese = ["".join(draw.choice(HAN) for _ in range(150)) for _ in range(20)]
     english = [" ".join(draw.choice(("stream", "gate", "norm", "loss")) for _ in range(80)) for _ in range(20)]
@@ -145,21 +146,21 @@ def test_bits_per_byte_are_those_of_the_tokens_that_are_validated(tmp_path):
 
 
 def test_the_train_lines_and_the_summary(text, tmp_path):
-    """log_every=3: what is a mean or a median over steps is so over all of them."""
+    """With log_every=3, means and medians over steps are still those over all steps."""
     times, losses, grads = [], [], []
-    read = loop._Run._read
+    read = loop.read
 
-    def reading(self, step, metrics):
-        before, out = self.clock["train_s"], read(self, step, metrics)
-        times.append(self.clock["train_s"] - before)
+    def reading(run, history, step, metrics):
+        before = history.clock.seconds["train_s"]
+        read(run, history, step, metrics)
+        times.append(history.clock.seconds["train_s"] - before)
         losses.append(float(metrics["loss"]))
         grads.append(float(metrics["grad_norm"]))
-        return out
 
     clip = {"warmup_steps": 4, "grad_clip": 0.7, "schedule": "wsd"}
     config = tiny(text, "residual", optimizer=clip, train={"steps": 13, "log_every": 3})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_read", reading)
+        patch.setattr(loop, "read", reading)
         summary = train(config, tmp_path / "run")
     logged = read_lines(tmp_path / "run", "train", times=True)
     steps = [3, 6, 9, 12, 13]
@@ -189,16 +190,16 @@ def test_the_train_lines_and_the_summary(text, tmp_path):
     assert hand + adamw < summary["flops_per_token"] < 1.25 * hand, "norms and softmax come on top"
 
 
-def test_the_median_is_over_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):
-    run = object.__new__(loop._Run)
-    run.step_times, run.losses = [9.0] * 100 + [1.0] * 98, []
-    run.config, run.clock, run._mark = residual, {"train_s": 0.0}, 0.0
-    run.tokens_per_step, run.spikes, run.progress = 64, loop.SpikeDetector(4, 0.5), loop.NoProgress()
-    run.writer, times = loop.NoWriter(), iter((2.0, 4.0, 6.0, 8.0))
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
-    for step in range(1, 5):
-        run._read(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0})
-    assert run.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
+def test_times_are_those_of_the_last_200_steps_however_often_the_run_was_stopped(residual, monkeypatch):
+    before, times = History(), iter((0.0, 2.0, 4.0, 6.0, 8.0))
+    before.step_times = [9.0] * 100 + [1.0] * 98
+    history = History()
+    history.restore(json.loads(json.dumps(before.saved())))
+    monkeypatch.setattr(runs.history, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    history.clock.restart_step()
+    for _ in range(4):
+        history.add_step(1.0)
+    assert history.step_times == [9.0] * 98 + [1.0] * 98 + [2.0] * 4
 
 
 def test_the_learning_rate_of_a_step_that_diverges_is_its_own(residual, tmp_path, monkeypatch):
@@ -210,7 +211,7 @@ def test_the_learning_rate_of_a_step_that_diverges_is_its_own(residual, tmp_path
 
 
 def test_the_peak_is_this_run_s_and_not_that_of_one_before_it(residual, alone, tmp_path, monkeypatch):
-    """Against a stand-in for a GPU's counter, which keeps the peak of the whole process."""
+    """A stand-in for the counter of a GPU keeps the peak of the whole process."""
     compiled = json.loads((alone / "summary.json").read_text())["peak_memory_bytes"]
     for name, peaks, wanted in (("first", [100, 5000], 5000), ("smaller", [5000, 5000], compiled)):
         with monkeypatch.context() as patch:

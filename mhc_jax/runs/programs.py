@@ -1,0 +1,141 @@
+"""The compiled programs of a run, and the arrays that they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.cost import counts
+from mhc_jax.data import Batch, Data
+from mhc_jax.parallel import distributed
+from mhc_jax.parallel.sharding import batch_sharding, global_batch, local_rows, replicate, state_shardings
+from mhc_jax.runs.history import Clock
+from mhc_jax.train_step import (
+    TrainState,
+    init_state,
+    make_diagnostics_step,
+    make_eval_step,
+    make_train_step,
+    make_unstaged_step,
+)
+
+
+class Feed:
+    """The batches that a run reads.  Each process reads the rows of a batch that its devices hold."""
+
+    def __init__(self, data: Data, config: ExperimentConfig, mesh: Mesh | None):
+        self._mesh = mesh
+        self._shape = (config.data.batch_size, config.data.sequence_length)
+        self._rows = local_rows(mesh, self._shape) if mesh and distributed.is_multiprocess() else None
+        count = config.train.validation_batches
+        self.train = data.train_iterator(rows=self._rows)
+        self.validation = data.validation_batches(count, self._rows)
+        self.bits_per_nat = data.bits_per_nat(count)
+        # One held-out sequence, the same at every diagnostics step and in every run of a comparison.
+        self.diagnostic_tokens: Any = data.validation_batches(1, np.arange(1))[0]["inputs"]
+        if mesh and self._rows is not None:
+            self.diagnostic_tokens = replicate(mesh, self.diagnostic_tokens)
+
+    def placed(self, batch: Batch) -> Any:
+        """The batch split over the mesh; `batch` itself without a mesh."""
+        if self._mesh is None:
+            return batch
+        if self._rows is None:
+            return jax.device_put(batch, batch_sharding(self._mesh))
+        return {name: global_batch(self._mesh, self._shape, self._rows, part) for name, part in batch.items()}
+
+
+def abstract_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
+    """Shapes, dtypes and shardings of the train state on the devices of this run."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    # A checkpoint names the devices of the machine that wrote it, so that those of this one are said here.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = state_shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: here, shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
+def first_state(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> TrainState:
+    """The train state before the first step, made where `abstract` says."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract) if mesh else None
+    program = jax.jit(lambda: init_state(config), out_shardings=shardings).lower().compile()
+    distributed.barrier()
+    return program()
+
+
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of an array that every device of the mesh holds; None without a mesh."""
+    return NamedSharding(mesh, PartitionSpec()) if mesh else None
+
+
+def trace_train_step(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> Any:
+    """The traced train step (`jax.stages.Traced`), which donates its state."""
+    shardings = (jax.tree.map(lambda a: a.sharding, abstract), replicated(mesh)) if mesh else None
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings)
+    return step.trace(abstract, _example(config, mesh))
+
+
+def flops_per_token(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState, traced: Any) -> float:
+    """Operations of a train step over its tokens.  A pipeline's are those of the same step without stages."""
+    if config.mesh.stage > 1:
+        traced = jax.jit(make_unstaged_step(config)).trace(abstract, _example(config, mesh))
+    return counts.jaxpr_flops(traced.jaxpr) / (config.data.batch_size * config.data.sequence_length)
+
+
+def _example(config: ExperimentConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh) if mesh else None)
+    return {"inputs": tokens, "targets": tokens}
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled steps of a run, as `train_step` describes them."""
+
+    train: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+    validate: Callable[[Any, Any], jax.Array]
+    diagnose: Callable[[Any, Any], dict[str, jax.Array]] | None
+    """None where train.diagnostics_every is 0."""
+
+
+def compile_programs(
+    config: ExperimentConfig, mesh: Mesh | None, traced: Any, params: Any, feed: Feed, clock: Clock, say: Callable
+) -> Programs:
+    """Compile the steps of a run.
+
+    Args:
+      config: with model.remat resolved.
+      mesh: of the run.
+      traced: `trace_train_step`.
+      params: as they lie on the devices.
+      feed: of the run.
+      clock: what diagnostics cost is charged to them alone, their compilation included.
+      say: called with a sentence before each compilation.
+    """
+
+    def compiled(name: str, trace: Callable[[], Any], options: dict[str, Any] | None = None) -> Any:
+        say(f"compiling the {name} step")
+        with clock.timed("diagnostics_s" if name == "diagnostics" else "compile_s"):
+            program = trace().lower().compile(options)
+            distributed.barrier()
+        return program
+
+    def jitted(step: Callable) -> Any:
+        return jax.jit(step, out_shardings=replicated(mesh))
+
+    train = compiled("train", lambda: traced)
+    held_out = feed.placed(feed.validation[0])
+    validate = compiled("validation", lambda: jitted(make_eval_step(config)).trace(params, held_out))
+    diagnose = None
+    if config.train.diagnostics_every:
+        # It runs a few times on one sequence: on CPUs half the time to compile beats a faster program.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        step = jitted(make_diagnostics_step(config))
+        diagnose = compiled("diagnostics", lambda: step.trace(params, feed.diagnostic_tokens), quick)
+    return Programs(train, validate, diagnose)
