@@ -1,11 +1,12 @@
-"""What the scripts of `experiments/` share: config-file flags, and mistakes told in one sentence."""
+"""What the scripts of `experiments/` share: flags that edit a configuration, and mistakes told in one sentence."""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,20 +49,26 @@ def define_processes() -> Callable[[], None]:
     Returns:
       A function that, once flags are parsed, joins them (`distributed.start`).
     """
-    address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, of several on their own.")
-    count = flags.DEFINE_integer("num_processes", 0, "How many there are; 1: this one alone.", lower_bound=0)
-    index = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.", lower_bound=-1)
+    address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where no scheduler names it.")
+    count = flags.DEFINE_integer("num_processes", 0, "Number of processes; 1: this one alone.", lower_bound=0)
+    index = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0.", lower_bound=-1)
     wait = flags.DEFINE_integer("start_timeout", 300, "Seconds until all processes must have come.", lower_bound=1)
     silence = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process is dead.", lower_bound=1)
     return lambda: distributed.start(address.value, count.value, index.value, wait.value, silence.value)
 
 
-def main(function: Callable[..., int | None], positional: Sequence[str] = ()) -> None:
+def main(
+    function: Callable[..., int | None],
+    positional: Sequence[str] = (),
+    configuration: Callable[[str], Mapping[str, Any]] | None = None,
+) -> None:
     """Run a script: absl parses its flags; an `InputError` is printed alone and ends the process with status 2.
 
     Args:
       function: called with the positional arguments; returns the exit status.
-      positional: their names, all required.
+      positional: names of the arguments, all required.
+      configuration: returns the nested configuration that belongs to the first argument.  The flags `--config.model.width=128`
+        edit it, and `function` gets the result as its last argument.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -75,7 +82,8 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
             if len(given) < len(positional):
                 missing = positional[len(given)]
                 raise InputError(f"{missing} is missing; the command is {Path(argv[0]).name} {' '.join(positional)}.")
-            status = function(*given) or 0
+            edited = [flags.FLAGS["config"].value.to_dict()] if configuration else []
+            status = function(*given, *edited) or 0
             distributed.shut()
             return status
         except InputError as error:
@@ -102,11 +110,11 @@ def main(function: Callable[..., int | None], positional: Sequence[str] = ()) ->
     sys.unraisablehook = _report_unraisable
     if cpu_alone():
         keep_pages()
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, configuration=configuration))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags as absl does; errors of config files are told like any other mistake."""
+def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]] | None) -> list[str]:
+    """Parse flags as absl does, and tell errors of config files like any other mistake."""
     argv = list(argv)
     file = ""
     if "config" in flags.FLAGS:
@@ -119,17 +127,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if not Path(file).is_file():
             _exit(f"The config file {file!r} does not exist; give --config=FILE.py or --config=FILE.py:arg.")
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(argv, known_only=configuration is not None)
+        if configuration:
+            arguments = [word for word in rest[1:] if not word.startswith("-")]
+            if not arguments:
+                return rest[:1]
+            base = ConfigDict(configuration(arguments[0]))
+            config_flags.DEFINE_config_dict("config", base, "Settings of all runs, as --config.model.width=128.")
+            rest = flags.FLAGS(argv)
     except Exception as error:
         _exit(_sentence(error, file))
     if flags.FLAGS["verbosity"].using_default_value:
-        # Orbax logs a page a checkpoint at INFO, and at ERROR the traceback of every error that it also raises.
+        # Orbax logs a page for each checkpoint at INFO, and at ERROR the traceback of every error that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
     return rest
 
 
 def _sentence(error: Exception, file: str) -> str:
-    """What went wrong in the flags or in the config file, in one line."""
+    """Say in one line what is wrong in the flags or in the config file."""
     root: BaseException = error
     while below := root.__cause__ or root.__context__:
         root = below
@@ -145,8 +160,10 @@ def _sentence(error: Exception, file: str) -> str:
     if isinstance(root, KeyError) and re.fullmatch(r"'\w+'", str(root)):
         key = root.args[0]
         near = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"Did you mean {near[1]!r}?" if near else f"{file} shows its keys."
+        hint = f"Did you mean {near[1]!r}?" if near else "The classes in mhc_jax/config show its keys."
         return f"The configuration has no key {key!r}. {hint}"
+    if "Overriding config is not allowed" in text:
+        return "--config=FILE has no use here; --config.a.b=value changes a setting."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=... ({flags.FLAGS[missing[1]].help})"
     if illegal := re.match(r"flag --([\w.]+)=(.*?): ", text):

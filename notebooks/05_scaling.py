@@ -24,12 +24,12 @@ from mhc_jax.analysis.comparison import findings, statistics_rows
 from mhc_jax.analysis.grouping import group
 from mhc_jax.analysis.statistics import power_law
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.page import markdown_table
+from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.record import how_to_make, newest_record, read_record
 
 RECORDS = Path("../experiments/records")
 chosen = (
-    "setting",
+    "variant",
     "seeds",
     "mean loss",
     "st. dev.",
@@ -71,12 +71,12 @@ else:
     sizes = group(read_record(record))
     display(SWEEP_FIGURES["ladder"].draw(sizes))
     lines = ["| connection | loss at x_0 (nats per token) | exponent b | 95 % interval |", "| --- | --- | --- | --- |"]
-    for name in dict.fromkeys(setting.any_run.connection for setting in sizes):
+    for name in dict.fromkeys(variant.any_run.connection for variant in sizes):
         runs = [
             run
-            for setting in sizes
-            if setting.any_run.connection == name
-            for run in setting.runs.values()
+            for variant in sizes
+            if variant.any_run.connection == name
+            for run in variant.runs.values()
             if run.status == "finished"
         ]
         x = [run.result("flops_per_token") * run.tokens for run in runs]

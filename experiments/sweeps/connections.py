@@ -2,7 +2,7 @@
 
     python experiments/sweep.py experiments/sweeps/connections.py --workdir=runs/connections
     python experiments/sweep.py experiments/sweeps/connections.py --workdir=runs/connections-mix \\
-        --set=data.source=texts/train.jsonl.zst --set=data.validation_source=texts/validation.jsonl.zst
+        --config.data.source=texts/train.jsonl.zst --config.data.validation_source=texts/validation.jsonl.zst
 
 Expect: the largest composite gain of HC far above 1 and mHC's near 1; paired differences in loss of a few hundredths of a nat,
 of either sign.  With `init=paper` the streams stay nearly equal (cosine near 1), with `init=home` they differ. Cost: 12 runs of

@@ -1,7 +1,7 @@
 """Residual, HC and mHC (`init=home`) at 110M parameters on one GPU, two seeds each; it goes on where a time limit cut it.
 
     python experiments/sweep.py experiments/sweeps/one_gpu.py --workdir=runs/one_gpu \\
-        --set=data.source=TEXT --set=data.tokenizer=bpe:bpe16k.json
+        --config.data.source=TEXT --config.data.tokenizer=bpe:bpe16k.json
 
 The tokenizer and the token cache are made beforehand, on any machine (`experiments/configs/one_gpu.py`).  Where a job may last
 minutes only, run it under `timeout --signal=INT`: the run in progress saves and stops, and the same command goes on.

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from mhc_jax.analysis.grouping import Setting, frontier_lines, lines, loss_threshold
+from mhc_jax.analysis.grouping import Variant, frontier_lines, lines, loss_threshold
 from mhc_jax.analysis.records import paired_gap, series
 from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
 from mhc_jax.plots.style import GRID, INK, LOOKS, OTHER_LOOK, STYLE, NothingToDraw, Plot, log_axis, panels, smooth
@@ -33,7 +33,7 @@ MEASURES = (
 def _register(title: str, caption: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
     def wrap(function: Callable[..., Figure]) -> Callable[..., Figure]:
         @functools.wraps(function)
-        def draw(settings: Sequence[Setting]) -> Figure:
+        def draw(settings: Sequence[Variant]) -> Figure:
             with matplotlib.rc_context(STYLE):
                 return function(settings)
 
@@ -49,7 +49,7 @@ def look(kind: str) -> dict[str, Any]:
     return {"color": color, "linestyle": line, "marker": marker}
 
 
-def _kinds(settings: Sequence[Setting]) -> list[str]:
+def _kinds(settings: Sequence[Variant]) -> list[str]:
     return list(dict.fromkeys(setting.kind for setting in settings))
 
 
@@ -62,12 +62,12 @@ def _beside(axis: Axes) -> None:
     "Training loss minus that of the baseline run of the same seed at the same step (moving median); thin lines are seeds, the "
     "thick line is their mean. Below zero is better. The axis spans the second half of the means.",
 )
-def gap_curves(settings: Sequence[Setting]) -> Figure:
+def gap_curves(settings: Sequence[Variant]) -> Figure:
     """One panel a kind; its legend names the connections."""
     compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     kinds = _kinds([setting for setting, _ in compared])
     if not kinds:
-        raise NothingToDraw("no setting has a baseline to be compared with")
+        raise NothingToDraw("no variant has a baseline to be compared with")
     figure, axes = panels(len(kinds), 1, height=2.6)
     drawn = False
     for axis, kind in zip(axes, kinds, strict=True):
@@ -94,7 +94,7 @@ def gap_curves(settings: Sequence[Setting]) -> Figure:
         _beside(axis)
     axes[-1].set_xlabel("optimizer step")
     if not drawn:
-        raise NothingToDraw("no two settings share a seed and logged steps")
+        raise NothingToDraw("no two variants share a seed and logged steps")
     return figure
 
 
@@ -103,10 +103,10 @@ BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm be
 
 @_register(
     "Loss and gradient norm, mean and band",
-    "Moving medians over steps: the line is the mean of the setting's seeds, the band reaches from its lowest to its highest seed. "
+    "Moving medians over steps: the line is the mean of the variant's seeds, the band reaches from its lowest to its highest seed. "
     "Triangles at the top mark loss spikes of any seed. The loss axis leaves out the first quarter.",
 )
-def seed_bands(settings: Sequence[Setting]) -> Figure:
+def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Training loss and gradient norm of every setting that has curves."""
     figure, axes = panels(1, 2, height=3.2)
     turn: dict[str, int] = {}
@@ -152,11 +152,11 @@ def seed_bands(settings: Sequence[Setting]) -> Figure:
 
 @_register(
     "Seeds",
-    "Validation loss of every run (dots) and the mean of each setting (bar). The grey band is the setting's baseline: mean plus "
+    "Validation loss of every run (dots) and the mean of each variant (bar). The grey band is the variant's baseline: mean plus "
     f"and minus one standard deviation over its seeds, from {MIN_SEEDS} seeds on. Runs without a "
     "final loss are counted at the right.",
 )
-def seed_strip(settings: Sequence[Setting]) -> Figure:
+def seed_strip(settings: Sequence[Variant]) -> Figure:
     """One row a setting."""
     figure, (axis,) = panels(1, 1, height=0.9 + 0.27 * len(settings))
     drawn = False
@@ -186,9 +186,9 @@ def seed_strip(settings: Sequence[Setting]) -> Figure:
 @_register(
     "Measurements against what is swept",
     "One row a swept number, one column a measurement: dots are runs that finished, lines their means over seeds. Only "
-    "settings that differ in nothing else are joined.",
+    "variants that differ in nothing else are joined.",
 )
-def swept(settings: Sequence[Setting]) -> Figure:
+def swept(settings: Sequence[Variant]) -> Figure:
     """Loss and gains against every numeric key that is swept."""
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
@@ -235,7 +235,7 @@ def swept(settings: Sequence[Setting]) -> Figure:
     "sweep; hollow with a cross, not. The bar reaches from the first filled rate to the last one before a rate that is "
     "not.",
 )
-def frontier(settings: Sequence[Setting]) -> Figure:
+def frontier(settings: Sequence[Variant]) -> Figure:
     """One row a connection, learning rate to the right."""
     threshold = loss_threshold(settings)
     found = frontier_lines(settings)
@@ -269,7 +269,7 @@ def frontier(settings: Sequence[Setting]) -> Figure:
     "Validation loss against training FLOPs (logarithmic axes): dots are runs, lines power laws fitted to them, with the exponent "
     "and its 95 % interval from the scatter of the dots about the line. With one run a size it does not hold the noise of seeds.",
 )
-def ladder(settings: Sequence[Setting]) -> Figure:
+def ladder(settings: Sequence[Variant]) -> Figure:
     """Power law of each connection whose runs differ in training FLOPs by at least a factor of two, over three sizes."""
     figure, (axis,) = panels(1, 1, height=3.2)
     sizes = {"model.width", "model.num_layers", "train.steps"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mhc_jax.data.tokenizers import Tokenizer, from_saved, load_tokenizer
 from mhc_jax.errors import require
 from mhc_jax.parallel.sharding import make_mesh, state_shardings
 from mhc_jax.runs.checkpoint import check_tokenizer, load_params, newest_step, saved_tokenizer
-from mhc_jax.runs.folder import recorded_data
+from mhc_jax.runs.folder import read_json, recorded_data
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     known = to_mapping(ExperimentConfig())
     mapping, file = None, folder / "config.json"
     if file.is_file():
-        mapping = from_mapping(completed(json.loads(file.read_text()), known))
+        mapping = from_mapping(completed(read_json(file), known))
     mesh = make_mesh(mapping.mesh) if mapping and mapping.mesh.size <= len(jax.devices()) else None
     shardings = None if mesh is None else (lambda shapes: state_shardings(mesh, shapes))
     config, params = load_params(folder, shardings)

@@ -17,7 +17,8 @@ from mhc_jax.analysis.records import flatten, labels, last_diagnostics, not_defa
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.reports.page import find_runs, header, markdown_table, write_folder_report, write_report
+from mhc_jax.reports.markup import markdown_table
+from mhc_jax.reports.page import find_runs, header, write_folder_report, write_report
 from mhc_jax.sweeps.results import measurements
 
 
@@ -81,8 +82,8 @@ def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
             read_run(tmp_path / missing)
     folder = write_run(tmp_path, "run", "mhc")
     for name, text, sentence in (
-        ("summary", "{", r"summary\.json' is not valid JSON"),
-        ("summary", "[]", r"summary\.json' must hold a JSON object"),
+        ("summary", "{", r"summary\.json cannot be read"),
+        ("summary", "[]", r"summary\.json holds no JSON object"),
         ("config", '{"model": {}}', r"has no model\.connection\.kind"),
     ):
         (folder / f"{name}.json").write_text(text)
@@ -338,7 +339,7 @@ def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
     assert "mhc:init=home:t_max=5" in page
     drawn = [name for name, _ in figures]
     assert set(drawn) == {*plots.FIGURES, "gap_curves", "seed_bands", "seed_strip"} - {"loss_gap"}
-    means = [mean_record(setting) for setting in group(seeds)]
+    means = [mean_record(variant) for variant in group(seeds)]
     for name, figure in [*figures, ("loss_gap", plots.FIGURES["loss_gap"].draw(means))]:
         for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
             assert not MHC.search(text.get_text()) or "init=" in text.get_text(), (name, text.get_text())

@@ -44,7 +44,7 @@ def write_run(
     whole: dict[str, Any] = {
         "model": {"width": 64, "num_layers": SUBLAYERS // 2, "connection": {"kind": kind}},
         "data": {"source": "shakespeare", "seed": seed, "batch_size": 16, "sequence_length": 128},
-        "optimizer": {"learning_rate": 3e-3, "grad_clip": 1.0},
+        "optimizer": {"learning_rate": 3e-3, "grad_clip": 1.0, "warmup_steps": 0},
         "train": {"steps": STEPS, "seed": seed},
     }
     if kind != "residual":

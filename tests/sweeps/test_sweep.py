@@ -29,7 +29,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.reports.record import newest_record, read_record, shortened, write_record
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps import runner, worker
-from mhc_jax.sweeps.grid import Busy, Grid, over, plan, product, run_lock, seeds, write_plan
+from mhc_jax.sweeps.grid import Busy, Grid, applied, over, plan, product, run_lock, seeds, write_plan
 from mhc_jax.sweeps.results import result_rows
 from mhc_jax.train_step import init_state, make_eval_step, make_train_step
 
@@ -208,7 +208,7 @@ def grid(tmp_path) -> Grid:
 
 
 def test_a_divergence_is_a_result_and_no_failure(grid, tmp_path, capsys):
-    runs = plan(base(tmp_path), over("connection", ["residual"]), [{"train.divergence_loss": 1.0}])
+    runs = plan(applied(base(tmp_path), {"train.divergence_loss": 1.0}), over("connection", ["residual"]))
     assert runner.run_local(tmp_path / "w", Grid("title", runs), runs, 1) == 0
     row = table(tmp_path / "w")["residual"]
     assert (row["status"], row["error"]) == ("diverged", "")
@@ -277,13 +277,13 @@ def ended(tmp_path: Path) -> Path:
     """Folder of a sweep whose runs read a file of this machine, four of four ended."""
     folder, source = tmp_path / "runs" / "pair", "/x/texts/train.jsonl.zst"
     points = product(over("connection", ["residual", "hc"]), seeds(2))
-    runs = plan(to_mapping(ExperimentConfig()), points, [{"data.source": source}])
+    runs = plan(applied(to_mapping(ExperimentConfig()), {"data.source": source}), points)
     write_plan(folder, Grid("Two kinds, two seeds.", runs))
     for run in runs:
         place = write_run(folder, run.name, run.config.model.connection.kind, seed=run.config.train.seed)
         write_json(place / "config.json", to_mapping(run.config))
         env = {"packages": {"jax": "0.10.2"}, "python": "3.11.7", "device_count": 1, "data": {"source": source}}
-        env["command"] = f"python experiments/sweep.py {tmp_path}/pair.py --set=data.source={source}"
+        env["command"] = f"python experiments/sweep.py {tmp_path}/pair.py --config.data.source={source}"
         write_json(place / "env.json", read_json(place / "env.json") | env)
         (place / "checkpoints").mkdir()
     return folder
@@ -299,16 +299,16 @@ def test_record_of_a_sweep(ended, tmp_path):
         assert not any(place in path.read_bytes() for place in (b"/home", str(tmp_path).encode())), path
     readme = (folder / "README.md").read_text()
     for part in (
-        "\n    python experiments/sweep.py pair.py --set=data.source=train.jsonl.zst\n",
+        "\n    python experiments/sweep.py pair.py --config.data.source=train.jsonl.zst\n",
         "Shared settings that are not defaults: data.source=train.jsonl.zst.",
         "4 runs: 4 finished",
         "| hc | 2 | 1.6",
         "A note.",
     ):
         assert part in readme
-    settings = group(read_record(folder))
-    assert [setting.label for setting in settings] == ["hc", "residual"]
-    assert len(settings[0].any_run.train["step"]) == 100
+    variants = group(read_record(folder))
+    assert [variant.label for variant in variants] == ["hc", "residual"]
+    assert len(variants[0].any_run.train["step"]) == 100
     assert newest_record(folder.parent, "pair") == folder
     assert newest_record(folder.parent, "width") is None
 
@@ -348,7 +348,7 @@ def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp
     [
         ("/x/a b/c.txt", "a b/c.txt"),
         ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
-        ("--set=data.source=/x/y.txt", "--set=data.source=y.txt"),
+        ("--config.data.source=/x/y.txt", "--config.data.source=y.txt"),
         ("https://host/path/file", "https://host/path/file"),
         ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
     ],
