@@ -82,7 +82,7 @@ def main(
             if len(given) < len(positional):
                 missing = positional[len(given)]
                 raise InputError(f"{missing} is missing; the command is {Path(argv[0]).name} {' '.join(positional)}.")
-            edited = [flags.FLAGS["config"].value.to_dict()] if configuration else []
+            edited = [flags.FLAGS.config.to_dict()] if configuration else []
             status = function(*given, *edited) or 0
             distributed.shut()
             return status

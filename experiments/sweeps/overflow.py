@@ -1,10 +1,10 @@
-"""Runs whose streams overflow are diverged: HC at 40 settings, residual and mHC at six of the hardest.
+"""Check that runs whose streams overflow count as diverged: 40 runs of HC, and the six hardest of residual and of mHC.
 
     python experiments/sweep.py experiments/sweeps/overflow.py --workdir=runs/overflow
 
-A model of width 16 for 120 steps, learning rates from 1e-3 to 1, streams in float32, bfloat16 and float16. Expect: HC with 32 or
-64 sub-layers diverges from a learning rate of 0.1 on (0.01 in float16), with 8 sub-layers in float16 alone. Residual and mHC
-diverge in float16 at a learning rate of 1 alone. No run that finishes has a gradient norm of zero.
+A model of width 16 is trained for 120 steps at learning rates from 1e-3 to 1, with streams in float32, bfloat16 and float16.
+Expect: HC with 32 or 64 sub-layers diverges from a learning rate of 0.1 on (0.01 in float16), and with 8 sub-layers in float16
+alone.  Residual and mHC diverge in float16 at a learning rate of 1 alone.  No run that finishes has a gradient norm of zero.
 Cost: 52 runs of 10 to 60 s on 2 cores.
 """
 
@@ -12,7 +12,7 @@ from mhc_jax.sweeps.grid import Point, Sweep, over, product
 
 
 def hyper(connection: str, blocks: int, clip: float, schedule: str) -> list[Point]:
-    """One point."""
+    """Make an axis of one point."""
     return [
         {
             "connection": connection,
@@ -24,7 +24,7 @@ def hyper(connection: str, blocks: int, clip: float, schedule: str) -> list[Poin
 
 
 def get_sweep() -> Sweep:
-    """Setting x stream dtype x learning rate."""
+    """Cross the connections and depths with the dtypes of the streams and the learning rates."""
     hard = (32, 0.0, "constant")
     hc = [
         *hyper("hc", 32, 1.0, "cosine"),

@@ -29,7 +29,7 @@ NEUTRAL_KEYS = (
     "train.tensorboard",
     "train.wandb",
 )
-"""Settings that change no number of a run; the sections `mesh` and `pipeline`, which change rounding alone, count as neutral too."""
+"""Settings that change no number of a run; the sections `mesh` and `pipeline`, which change rounding alone, are neutral, too."""
 SHORT = {
     "optimizer.learning_rate": "lr",
     "model.num_layers": "layers",
