@@ -74,36 +74,27 @@ def main(
     def guarded(argv: Sequence[str]) -> int:
         try:
             given = argv[1:]
-            if len(given) > len(positional):
-                unexpected = given[len(positional)]
-                raise InputError(
-                    f"Unexpected argument {unexpected!r}; settings are given as --name=value (see --help)."
-                )
-            if len(given) < len(positional):
-                missing = positional[len(given)]
-                raise InputError(f"{missing} is missing; the command is {Path(argv[0]).name} {' '.join(positional)}.")
+            if missing := positional[len(given) :]:
+                command = f"{Path(argv[0]).name} {' '.join(positional)}"
+                raise InputError(f"{missing[0]} is missing; the command is {command}.")
+            if more := given[len(positional) :]:
+                raise InputError(f"Unexpected argument {more[0]!r}; settings are given as --name=value (see --help).")
             edited = [flags.FLAGS.config.to_dict()] if configuration else []
             status = function(*given, *edited) or 0
             distributed.shut()
             return status
-        except InputError as error:
+        except (InputError, distributed.ProcessLostError) as error:
             print(f"error: {error}", file=sys.stderr)
-            status = 2
-        except distributed.ProcessLostError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = distributed.LOST
+            status = 2 if isinstance(error, InputError) else distributed.LOST
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
         except Exception as error:
             if not distributed.joined():
                 raise
-            if distributed.is_loss(error):
-                print(f"error: {distributed.lost(error)}", file=sys.stderr)
-                status = distributed.LOST
-            else:
-                traceback.print_exc()
-                status = 1
+            lost = distributed.is_loss(error)
+            print(f"error: {distributed.lost(error)}" if lost else traceback.format_exc(), file=sys.stderr)
+            status = distributed.LOST if lost else 1
         distributed.leave(status)
         return status
 

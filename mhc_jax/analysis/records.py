@@ -37,8 +37,6 @@ SHORT = {
     "data.seed": "dataseed",
 }
 """Short names of settings in labels and run folders; any other key is shown by its last part."""
-REDONE_EVENTS = ("spike", "diverged")
-"""Events that a run writes again when it resumes from an earlier step and repeats the steps that followed."""
 ABSENT = "(absent)"
 """Stands for a setting that a run's config lacks, because each kind of connection has settings of its own."""
 
@@ -47,8 +45,7 @@ ABSENT = "(absent)"
 class RunRecord:
     """What a run folder holds.
 
-    JSON null, which stands for NaN and infinity, is NaN here.  After a `resumed` event the lines of repeated steps replace the
-    earlier ones.
+    JSON null, which stands for NaN and infinity, is NaN here.
     """
 
     name: str
@@ -286,32 +283,23 @@ def _word(value: Any) -> str:
 
 
 def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of metrics.jsonl by kind, each kind in the order of steps; lists of diagnostics become arrays."""
-    lines: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in MEASUREMENTS}
-    events: list[dict[str, Any]] = []
-    raw = [(i, line) for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    """Return the lines of metrics.jsonl by kind; lists of diagnostics become arrays."""
+    lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MEASUREMENTS, "event")}
+    raw = [(number, text) for number, text in enumerate(path.read_bytes().split(b"\n"), 1) if text.strip()]
     for number, text in raw:
         try:
             line = json.loads(text)
-            kind, step = line["kind"], int(line["step"])
+            kind, line["step"] = line["kind"], int(line["step"])
             if kind == "diagnostics":
-                arrays = {k: v for k, v in line.items() if isinstance(v, list)}
-                line |= {k: np.asarray(v, float) for k, v in arrays.items()}
+                line |= {key: np.asarray(value, float) for key, value in line.items() if isinstance(value, list)}
         except (ValueError, TypeError, KeyError) as error:
             if number == raw[-1][0]:
                 break
             raise InputError(
                 f"Line {number} of {str(path)!r} is not a JSON object with kind and step ({error}); remove that line."
             ) from error
-        if kind == "event":
-            if line.get("event") == "resumed":
-                undone = [e for e in events if e["step"] > step and e.get("event") in REDONE_EVENTS]
-                events = [e for e in events if e not in undone]
-                lines = {k: {s: v for s, v in by.items() if s <= step} for k, by in lines.items()}
-            events.append(line)
-        elif kind in lines:
-            lines[kind][step] = line
-    return {k: [by[step] for step in sorted(by)] for k, by in lines.items()} | {"event": events}
+        lines.setdefault(kind, []).append(line)
+    return lines
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " K"]]:

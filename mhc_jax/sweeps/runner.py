@@ -125,16 +125,7 @@ class _Pool:
         """Start processes and wait for them until nothing is left to do, or until `stop`."""
         patience = time.monotonic() + PATIENCE_S
         while (self.queue or self.active) and stop.signal is None:
-            while self.queue and len(self.active) < self.workers:
-                run = self.queue.popleft()
-                if (holder := self._holder(run.name)) is None:
-                    self.waiting.pop(run.name, None)
-                    self._start(run)
-                    continue
-                self.waiting[run.name] = holder
-                self.queue.append(run)
-                if all(queued.name in self.waiting for queued in self.queue):
-                    break
+            self._start_free()
             if self.active:
                 patience = time.monotonic() + PATIENCE_S
             elif time.monotonic() > patience:
@@ -156,13 +147,20 @@ class _Pool:
             process.kill()
             process.wait()
 
-    def _holder(self, name: str) -> str | None:
-        """Return which process has a run, or None."""
-        try:
-            with run_lock(self.workdir, name):
-                return None
-        except Busy as holder:
-            return str(holder)
+    def _start_free(self) -> None:
+        """Start queued runs that no other process has, as long as there is room; the others go to the end of the queue."""
+        for _ in range(len(self.queue)):
+            if len(self.active) == self.workers:
+                return
+            run = self.queue.popleft()
+            try:
+                with run_lock(self.workdir, run.name):
+                    self.waiting.pop(run.name, None)
+            except Busy as holder:
+                self.waiting[run.name] = str(holder)
+                self.queue.append(run)
+            else:
+                self._start(run)
 
     def _start(self, run: Run) -> None:
         share = str(max(1, cores() // self.workers))

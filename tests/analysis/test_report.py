@@ -62,17 +62,6 @@ def test_a_broken_line_is_left_out_at_the_end_and_named_by_its_number_in_the_mid
         read_run(folder)
 
 
-def test_steps_done_again_after_a_resume_replace_the_first_attempt(tmp_path):
-    folder = write_run(tmp_path, "run", "hc", spikes=(50, 100, 150))
-    append(folder, "event", 100, event="resumed")
-    append(folder, "train", 102, loss=7.0)
-    record = read_run(folder)
-    steps, loss = series(record, "train", "loss")
-    assert (*steps[-2:], loss[-1]) == (100, 102, 7.0)
-    assert series(record, "validation", "loss")[0].tolist() == [50, 100]
-    assert [(e["event"], e["step"]) for e in record.events] == [("spike", 50), ("spike", 100), ("resumed", 100)]
-
-
 def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
     with pytest.raises(InputError, match="There is no folder"):
         read_run(tmp_path / "nowhere")
