@@ -60,7 +60,7 @@ def main() -> int:
     for folder in map(Path, CHECKPOINT.value):
         mapping, params = load_params(folder)
         config = from_mapping(mapping)
-        n = getattr(config.model.connection, "num_streams", 1)
+        n = mapping["model"]["connection"].get("num_streams", 1)
         require(n > 1, f"{folder} has one stream; give runs of a connection with several.")
         config = dataclasses.replace(config, mesh=type(config.mesh)())
         batches = load_data(config.data).validation_batches(BATCHES.value)

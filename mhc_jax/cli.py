@@ -137,7 +137,7 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
 def _sentence(error: Exception, file: str) -> str:
     """Say in one line what is wrong in the flags or in the config file."""
     root: BaseException = error
-    while below := root.__cause__ or root.__context__:
+    while not isinstance(root, InputError) and (below := root.__cause__ or root.__context__):
         root = below
     if isinstance(root, InputError):
         return str(root)

@@ -25,7 +25,7 @@ RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048,
 
 
 def get_config(arg: str = "w160:mhc") -> ConfigDict:
-    """Return the defaults with the changes of the rung."""
+    """Return a configuration with every leaf: the settings that define the rung, and defaults."""
     rung, _, connection = arg.partition(":")
     one_of("The rung in the argument of ladder.py", rung, RUNGS)
     layers, heads, length, sequences = RUNGS[rung]

@@ -14,7 +14,7 @@ from mhc_jax.connections import parse
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:
-    """Return the defaults with the changes of the small size."""
+    """Return a configuration with every leaf: the settings that define the small size, and defaults."""
     config = ConfigDict(to_mapping(ExperimentConfig()))
     config.model.connection = to_mapping(parse(arg))
 

@@ -10,28 +10,20 @@ Cost: 52 runs of 10 to 60 s on 2 cores.
 
 from mhc_jax.sweeps.grid import Point, Sweep, over, product
 
+KEYS = ("connection", "model.num_layers", "optimizer.grad_clip", "optimizer.schedule")
 
-def hyper(connection: str, blocks: int, clip: float, schedule: str) -> list[Point]:
-    """Make an axis of one point."""
-    return [
-        {
-            "connection": connection,
-            "model.num_layers": blocks,
-            "optimizer.grad_clip": clip,
-            "optimizer.schedule": schedule,
-        }
-    ]
+
+def points(*rows: tuple) -> list[Point]:
+    """Make a point of each row of values of `KEYS`."""
+    return [dict(zip(KEYS, row, strict=True)) for row in rows]
 
 
 def get_sweep() -> Sweep:
     """Cross the connections and depths with the dtypes of the streams and the learning rates."""
     hard = (32, 0.0, "constant")
-    hc = [
-        *hyper("hc", 32, 1.0, "cosine"),
-        *hyper("hc:tanh=False", *hard),
-        *hyper("hc:tanh=False", 4, 0.0, "cosine"),
-    ]
-    others = [*hyper("residual", *hard), *hyper("mhc:init=paper", *hard)]
+    hc = points(("hc", 32, 1.0, "cosine"), ("hc:tanh=False", *hard), ("hc:tanh=False", 4, 0.0, "cosine"))
+    others = points(("residual", *hard), ("mhc:init=paper", *hard))
+    clipped = points(("hc:tanh=False", 16, 1.0, "constant"))
     rates, high = (over("optimizer.learning_rate", values) for values in ([1e-3, 1e-2, 0.1, 1.0], [0.1, 1.0]))
     dtypes = over("model.stream_dtype", ["float32", "bfloat16", "float16"])
     size = {"model.width": 16, "model.mlp_width": 16, "model.num_heads": 2, "model.num_kv_heads": 1}
@@ -42,7 +34,7 @@ def get_sweep() -> Sweep:
         points=[
             *product(others, dtypes, high),
             *product(hc, dtypes, rates),
-            *product(hyper("hc:tanh=False", 16, 1.0, "constant"), dtypes[:1], rates),
+            *product(clipped, dtypes[:1], rates),
         ],
         settings=size | short | every | {"train.checkpoint_every": 120},
     )

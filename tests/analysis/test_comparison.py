@@ -1,4 +1,4 @@
-"""Grouping, baselines, verdicts, findings and the figures of variants: one rule for comparisons and sweeps."""
+"""Grouping, baselines, verdicts, findings and the figures of variants follow one rule for comparisons and sweeps."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ INFERENCE = ("t interval", "p (t)", "p (sign flip)", "effect")
 
 
 def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, results=None, **more):
-    """A synthetic run with a learning rate and, where it finishes, a final validation loss of its own."""
+    """Write a synthetic run with this learning rate and, where it finishes, this final validation loss."""
     config = {"optimizer.learning_rate": rate, "data.seed": seed if data_seed is None else data_seed}
     config |= {f"model.connection.{key}": value for key, value in (connection or {}).items()} | more.pop("config", {})
     loss = {} if more.get("diverged_at") else {"validation_loss": LOSS[kind][seed] if loss is None else loss}
@@ -30,7 +30,7 @@ def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connecti
 
 @pytest.fixture(scope="module")
 def connections(tmp_path_factory):
-    """Three seeds of each; the largest gains of a seed are 10 times its number and 1."""
+    """Runs of three seeds of each connection; the largest gains of seed k are 10 k + 1."""
     root = tmp_path_factory.mktemp("connections")
     gains = [{f"max_composite_{side}": 10 * seed + 1 for side in ("forward", "backward")} for seed in range(3)]
     return [write(root, f"{kind}-seed{seed}", kind, seed, results=gains[seed]) for kind in LOSS for seed in range(3)]
@@ -38,7 +38,7 @@ def connections(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rates(tmp_path_factory):
-    """HC's second seed diverges at the higher rate."""
+    """Runs at two learning rates; HC's second seed diverges at the higher one."""
     root, out = tmp_path_factory.mktemp("rates"), []
     for kind, rate, seed in itertools.product(LOSS, RATES, range(2)):
         lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
@@ -168,7 +168,7 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
     assert frontier_lines(variants)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
 
     def without_mhc(*at):
-        """The group of all runs, of which mHC's at these rates have not ended."""
+        """Return the variants of all runs, of which mHC's at these rates have not ended."""
         going = [run.kind == "mhc" and run.config["optimizer"]["learning_rate"] in at for run in rates]
         return group([dataclasses.replace(r, summary=None) if g else r for r, g in zip(rates, going, strict=True)])
 
@@ -181,7 +181,7 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
 
 
 def with_streams(record, cosine, rank, rms=1.0):
-    """The run with other numbers on its streams in every diagnostics line; `rms` is the second stream's."""
+    """Return the run with these measures of its streams in every diagnostics line; `rms` is the second stream's."""
     sizes = np.tile([1.0, rms, 1.0, 1.0], (len(rank), 1))
     more = {"stream_cosine": np.asarray(cosine), "stream_rank": np.asarray(rank), "stream_rms": sizes}
     return dataclasses.replace(record, diagnostics=[{**line, **more} for line in record.diagnostics])
@@ -241,7 +241,7 @@ def test_bands_reach_over_the_seeds(connections):
 
 
 def test_ladder_fits_runs_of_three_sizes(tmp_path):
-    """loss = 3 (x / x_0)^-0.1, x the FLOPs per token times 200 steps of 16 x 128 tokens."""
+    """The losses are 3 (x / x_0)^-0.1, where x is the FLOPs per token times 200 steps of 16 x 128 tokens."""
     runs = []
     for k, width in enumerate((32, 64, 128)):
         more = {"results": {"flops_per_token": 1e6 * 4.0**k}, "config": {"model.width": width}}
@@ -256,7 +256,7 @@ def test_ladder_fits_runs_of_three_sizes(tmp_path):
 
 @pytest.mark.parametrize("loser", ["hc", "residual"])
 def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path, loser):
-    """One of them diverges in three of six seeds, after low losses; in the three others HC's are all lower than residual's."""
+    """One of two diverges with three of six seeds, after low losses; with the others HC's losses are lower than residual's."""
     runs, losses = [], {"residual": [2.0, 2.01, 2.02], "hc": [1.8, 1.811, 1.822]}
     for kind, k in itertools.product(losses, range(6)):
         ends = {"diverged_at": 60, "results": {"validation_loss": 1.0}} if kind == loser and k > 2 else {}

@@ -1,4 +1,4 @@
-"""Run folders are read back whatever they lack, and told on a page of their own; wherever mHC stands, its init does too."""
+"""Run folders are read back whatever they lack, and shown on a page; wherever the page names mHC, it names its init."""
 
 import dataclasses
 import html
@@ -131,7 +131,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["three figures", pytest.param("all figures", marks=pytest.mark.full)])
 def page(runs, tmp_path_factory, request):
-    """The page of the four runs.  A figure that is not rendered is a file with the signature of PNG alone."""
+    """Path of the page of the four runs.  The file of a figure that is not rendered holds the signature of PNG alone."""
     folder = tmp_path_factory.mktemp("report")
     save, svg, rendered = plots.save, plots.svg, []
 
@@ -284,14 +284,14 @@ def test_folders_are_searched_for_runs(tmp_path):
 
 
 MHC = re.compile(r"\bm[hH][cC]\b(?![_\w]*\.|-|'s paper| (?:Table|Figure|Eq|section|ICML))")
-"""mHC as a run or a result: neither a file name nor a place in the paper."""
+"""Matches mHC as the name of a run or a result, but neither in a file name nor in a reference to the paper."""
 KEEPS_ITS_NAME = ("Kind", "What to change", "Formula", "Letter", "`model.remat`", "Notebook")
-"""Heads of tables of what there is, without a result in them."""
+"""Headings of tables without results."""
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """Three seeds of each connection, and mHC with two inits."""
+    """Runs of three seeds of each connection, and of mHC with two inits."""
     root, out = tmp_path_factory.mktemp("runs"), []
     for kind, config in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
         config = {f"model.connection.{key}": value for key, value in config.items()}
@@ -300,7 +300,7 @@ def seeds(tmp_path_factory):
 
 
 def rows_without_init(text):
-    """Rows of Markdown tables that name mHC, in their first cells or in the heading row, and not its init."""
+    """Return the rows of Markdown tables that name mHC in their first cells or in the heading row, without its init."""
     wrong = []
     for table in re.findall(r"^\|.*(?:\n\|.*)*", text, re.MULTILINE):
         for k, line in enumerate(table.splitlines()):
@@ -315,7 +315,7 @@ def rows_without_init(text):
 
 
 def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
-    """What a page says outside its figures, and every text in them; they are drawn and not rendered."""
+    """The test reads the text outside the figures, and every text in them; they are drawn but not rendered."""
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path, vector: figures.append((path.stem, figure)))
     monkeypatch.setattr(plots, "svg", lambda figure: "")

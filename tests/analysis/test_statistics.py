@@ -1,4 +1,4 @@
-"""Paired differences, intervals, p-values, verdicts, stability frontiers and power laws are those of the textbook."""
+"""Paired differences, intervals, p-values, verdicts, stability frontiers and power laws agree with SciPy and the textbook."""
 
 import math
 
@@ -26,13 +26,13 @@ def series(*values):
 
 
 LOSSES = st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min_size=3, max_size=6)
-"""Hundredths of a nat above 20, of a variant and its baseline."""
+"""Losses of a variant and its baseline, in hundredths of a nat above 20."""
 
 
 @settings(max_examples=30)
 @given(LOSSES, st.integers(-500, 500), st.sampled_from([0.5, 2.0, 64.0]))
 def test_p_values_and_interval_are_those_of_the_paired_test(losses, shift, scale):
-    """Whatever the seeds; they move with what all runs have in common and scale with the unit of the loss."""
+    """They do so whatever the losses are.  A shift of all losses changes nothing, and the unit of the loss scales the interval."""
     a, b = 20 + np.asarray(losses).T / 100
     result, d = paired(series(*a), series(*b)), a - b
     assert result.differences == pytest.approx(d.tolist())

@@ -1,4 +1,4 @@
-"""A grid of runs: points, names, configurations, mistakes, the plan on disk, the shipped sweeps."""
+"""The grid of a sweep: its points, names, configurations and mistakes, its plan on disk, and the sweeps that are shipped."""
 
 import itertools
 import json
@@ -105,12 +105,13 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(tmp_path, points, sent
         (["FILE", "--config=demo.py"], "--config=FILE has no use here"),
         (["FILE", "more"], "Unexpected argument 'more'"),
         (["none.py", "--config.train.steps=4"], "The file 'none.py' does not exist"),
+        ([__file__], "has no get_sweep"),
         (["--config.train.steps=4"], "SWEEP.py is missing"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path, arguments, sentence):
     file = str(write_sweep(tmp_path))
-    words = [word.replace("FILE", file) if word == "FILE" else word for word in arguments]
+    words = [file if word == "FILE" else word for word in arguments]
     status, _, err = run_here("sweep", *words, f"--workdir={tmp_path / 'w'}")
     assert (status, err.count("\n")) == (2, 1)
     assert sentence in err

@@ -1,4 +1,4 @@
-"""The scripts: every mistake is one line on standard error, exit status 2, and nothing is written."""
+"""A mistake on the command line of a script is one line on standard error with exit status 2, and nothing is written."""
 
 import pytest
 from support.in_process import run_here
