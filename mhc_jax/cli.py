@@ -136,11 +136,12 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
 
 def _sentence(error: Exception, file: str) -> str:
     """Say in one line what is wrong in the flags or in the config file."""
-    root: BaseException = error
-    while not isinstance(root, InputError) and (below := root.__cause__ or root.__context__):
-        root = below
-    if isinstance(root, InputError):
-        return str(root)
+    chain: list[BaseException] = [error]
+    while below := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(below)
+    root = chain[-1]
+    if mistakes := [link for link in chain if isinstance(link, InputError)]:
+        return str(mistakes[-1])  # ml_collections wraps what get_config raises in another error of the same class
     if isinstance(root, SyntaxError):
         return f"The config file {file!r} is not Python: {root.msg} (line {root.lineno})."
     text = " ".join(str(error).split())

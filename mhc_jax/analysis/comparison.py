@@ -247,7 +247,7 @@ def _streams(variant: Variant) -> str:
             "matrix with unit row sums changes nothing there, so H_res is inert."
         )
     if any(collapsed):
-        each = ", a number a seed" if len(collapsed) > 1 else ""
+        each = ", one number for each seed" if len(collapsed) > 1 else ""
         return (
             f"streams are nearly one vector up to sign and scale at {', '.join(map(str, collapsed))} of the {len(ranks[0])} "
             f"sub-layers after the first{each}: at least 99 % of their squared size lies along it (rank below "
@@ -262,7 +262,7 @@ def _spikes(variants: Sequence[Variant]) -> list[str]:
         for variant in variants
         if any(run.spike_steps for run in variant.runs.values())
     ]
-    return [f"Loss spikes, a number a run: {'; '.join(counts)}."] if counts else []
+    return [f"Loss spikes, one number for each run: {'; '.join(counts)}."] if counts else []
 
 
 def _frontiers(variants: Sequence[Variant]) -> list[str]:
@@ -273,8 +273,8 @@ def _frontiers(variants: Sequence[Variant]) -> list[str]:
         reach = f"stable up to learning rate {best:g}" if best is not None else "stable at no learning rate tried"
         end = f"not at {first:g}" if first is not None else "the largest whose runs have ended"
         out.append(
-            f"{name}: {reach}, {end} (stable: every run finished below {threshold:.3f} nats/token; runs a rate: {seeds} or "
-            "more; lower rates that finished above it are slow, not unstable)."
+            f"{name}: {reach}, {end} (stable: every run finished below {threshold:.3f} nats/token; at least {seeds} "
+            "runs for each rate; lower rates that finished above it are slow, not unstable)."
         )
     return out
 

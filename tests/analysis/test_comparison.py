@@ -147,7 +147,7 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
     assert "hc lr=0.01: loss minus residual lr=0.01's -0.0200; one seed, no claim." in said
     assert "hc lr=0.01 diverged in 1 of 2 runs, at step 120: these have no final loss." in said
     for stable in (
-        "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; runs a rate: 2 ",
+        "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; at least 2 runs ",
         "mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended",
     ):
         assert any(sentence.startswith(stable) for sentence in said)
@@ -158,7 +158,7 @@ def test_one_seed_ranks_nothing(singles):
     assert "hc: loss minus residual's -0.0600; one seed, no claim." in said
     assert "mhc:init=paper: loss minus residual's -0.0300; one seed, no claim." in said
     assert not any(word in sentence for sentence in said for word in ("lowest loss", "resolved", "interval", "best"))
-    assert "Loss spikes, a number a run: hc 2." in said
+    assert "Loss spikes, one number for each run: hc 2." in said
     assert any("hc 38.25 forward, 52 backward" in s for s in said if s.startswith("Largest composite gain"))
 
 

@@ -105,13 +105,15 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(tmp_path, points, sent
         (["FILE", "--config=demo.py"], "--config=FILE has no use here"),
         (["FILE", "more"], "Unexpected argument 'more'"),
         (["none.py", "--config.train.steps=4"], "The file 'none.py' does not exist"),
-        ([__file__], "has no get_sweep"),
+        (["BROKEN"], "broken.py' fails: SyntaxError: '(' was never closed"),
         (["--config.train.steps=4"], "SWEEP.py is missing"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path, arguments, sentence):
     file = str(write_sweep(tmp_path))
-    words = [file if word == "FILE" else word for word in arguments]
+    (tmp_path / "broken.py").write_text("x = (")
+    paths = {"FILE": file, "BROKEN": str(tmp_path / "broken.py")}
+    words = [paths.get(word, word) for word in arguments]
     status, _, err = run_here("sweep", *words, f"--workdir={tmp_path / 'w'}")
     assert (status, err.count("\n")) == (2, 1)
     assert sentence in err
