@@ -1,10 +1,11 @@
-"""Are a run's streams one vector up to sign and scale?  Validation loss with each token's streams replaced by one vector.
+"""Measure whether the streams of a run are one vector up to sign and scale: the loss when one vector replaces them.
 
     python experiments/collapse.py --checkpoint=runs/demo/hc,runs/demo/mhc-init-paper,runs/demo/mhc-init-home
 
-The newest checkpoint of each run is evaluated on the first validation batches of its text: unchanged, then with every token's
-streams replaced by their best rank-one approximation (`mhc_jax.diagnostics.rank_one`) each time they were written.  `from l`
-replaces what sub-layers l to L read, l from 1.  A loss that equals `unchanged` says that from there on the model uses one vector.
+The newest checkpoint of each run is evaluated on the first validation batches of its text.  The first loss is that of the
+unchanged model.  For the others the streams of every token are replaced by their best rank-one approximation
+(`mhc_jax.diagnostics.rank_one`) after every write.  `from l` does so for the streams that sub-layers l to L read, counted from 1.
+Where that loss equals the unchanged one, the model uses one vector from there on.
 """
 
 import dataclasses
@@ -25,12 +26,17 @@ from mhc_jax.errors import require
 from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.train_step import make_eval_step
 
-CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders.")
-BATCHES = flags.DEFINE_integer("batches", 16, "Validation batches.")
+CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders, joined with commas.")
+BATCHES = flags.DEFINE_integer("batches", 16, "Number of validation batches.")
 
 
 def replaced(n: int, first: int) -> nn.module.Interceptor:
-    """Every boundary of sub-layer `first` (from 0) and later as write, rank-one approximation, coefficients, read."""
+    """Return an interceptor that replaces the streams before the coefficients and the read of sub-layers `first` and later.
+
+    Args:
+      n: number of streams.
+      first: sub-layer, counted from 0.
+    """
 
     def intercept(call, args, kwargs, context):
         module = context.module
@@ -49,12 +55,12 @@ def replaced(n: int, first: int) -> nn.module.Interceptor:
 
 
 def main() -> int:
-    """Print one line a run."""
+    """Print one line for each run."""
     require(bool(CHECKPOINT.value), "--checkpoint is empty; give run folders with checkpoints, joined with commas.")
     for folder in map(Path, CHECKPOINT.value):
         mapping, params = load_params(folder)
         config = from_mapping(mapping)
-        n = getattr(config.model.connection, "num_streams", 1)
+        n = mapping["model"]["connection"].get("num_streams", 1)
         require(n > 1, f"{folder} has one stream; give runs of a connection with several.")
         config = dataclasses.replace(config, mesh=type(config.mesh)())
         batches = load_data(config.data).validation_batches(BATCHES.value)
@@ -64,13 +70,13 @@ def main() -> int:
         for first in (0, L // 4, L // 2, 3 * L // 4):
             with nn.intercept_methods(replaced(n, first)):
                 losses[f"from {first + 1}"] = _loss(step, params, batches)
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        print(f"{folder.name} ({spec(config.model.connection)}), validation loss in nats/token: {told}")
+        listed = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        print(f"{folder.name} ({spec(config.model.connection)}), validation loss in nats/token: {listed}")
     return 0
 
 
 def _loss(step, params, batches) -> float:
-    compiled = jax.jit(lambda params, batch: step(params, batch))  # a new function, which is traced anew
+    compiled = jax.jit(lambda params, batch: step(params, batch))  # A new function is traced anew.
     return float(np.mean([compiled(params, batch) for batch in batches]))
 
 

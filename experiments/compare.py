@@ -1,10 +1,11 @@
-"""Train the same decoder with several connections, side by side, and write one report.
+"""Train the same decoder with several connections and write one report: a sweep of one axis.
 
     python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
     python experiments/compare.py --connections=mhc:init=paper,mhc:init=home --seeds=3 --workdir=runs/presets
 
-The runs are paired: they share data order, tokenizer, branch initialisation and schedule; only the connection differs.
-Runs that are done are not repeated, so an interrupted comparison goes on with the same command.
+The runs are paired: they share data order, tokenizer, branch initialisation and schedule, and only the connection differs.
+Runs that are done are not repeated, so the same command goes on with an interrupted comparison.  Exit status: 0 done, 1 a run
+failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from pathlib import Path
@@ -12,8 +13,14 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.analysis.comparison import rows
+from mhc_jax.analysis.records import read_run
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import require
-from mhc_jax.sweeps.paired import plan, run_all
+from mhc_jax.reports.markup import markdown_table
+from mhc_jax.reports.page import write_report
+from mhc_jax.sweeps.grid import Grid, over, plan, product
+from mhc_jax.sweeps.runner import run_local
 
 CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list(
@@ -27,11 +34,23 @@ TITLE = flags.DEFINE_string("title", "", "Title of the report (default: the conn
 
 
 def main() -> int:
-    """Run what is missing, then report."""
+    """Train the runs that are not done, one after the other, then write the report and print the table."""
+    require(bool(CONNECTIONS.value), "--connections is empty; name at least one, such as mhc.")
     require(SEEDS.value >= 1, f"--seeds is {SEEDS.value}; it must be at least 1.")
-    runs = plan(CONFIG(), CONNECTIONS.value, SEEDS.value)
+    config, workdir = CONFIG(), Path(WORKDIR.value)
+    points = over("connection", CONNECTIONS.value)
+    if SEEDS.value > 1:
+        first, ahead = config.train.seed, config.data.seed - config.train.seed
+        seeds = range(first, first + SEEDS.value)
+        points = product(points, [{"seed": seed, **({"data.seed": seed + ahead} if ahead else {})} for seed in seeds])
     title = TITLE.value or f"{', '.join(CONNECTIONS.value)} side by side"
-    return run_all(runs, Path(WORKDIR.value), title)
+    grid = Grid(title, plan(to_mapping(config), points))
+    status = run_local(workdir, grid, grid.runs, workers=1)
+    if status == 0:
+        records = [read_run(workdir / run.name) for run in grid.runs]
+        report = write_report(records, workdir, title)
+        print(f"\n{markdown_table(rows(records))}\n\nReport: {report}")
+    return status
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import numpy as np
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec
 from mhc_jax.generation import CHUNK, Generator
 from mhc_jax.model import Decoder
-from mhc_jax.sweeps.paired import plan
+from mhc_jax.sweeps.grid import over, plan
 from mhc_jax.train_step import init_state
 
 CONFIG = cli.define_config()
@@ -34,8 +35,8 @@ def main() -> None:
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=VOCABULARY))
     prompt = np.random.default_rng(0).integers(0, 256, T // 2)
     runs = {}
-    for config in plan(base, CONNECTIONS.value).values():
-        name = spec(config.model.connection)
+    for run in plan(to_mapping(base), over("connection", CONNECTIONS.value)):
+        config, name = run.config, spec(run.config.model.connection)
         params = jax.jit(lambda c=config: init_state(c).params)()
         generator = Generator(config.model, params, T, shortest=T)
         model = Decoder(config.model)

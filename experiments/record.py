@@ -1,9 +1,9 @@
-"""Keep the record of a sweep: experiments/records/<date>-sweep-NAME, without checkpoints, locks and paths of this machine.
+"""Write the record of a sweep, experiments/records/<date>-sweep-NAME, without checkpoints, locks and paths of this machine.
 
     python experiments/record.py runs/width width
     python experiments/record.py runs/connections connections --metrics --note='Nothing else ran on the machine.'
 
-NAME is that of the sweep's file in experiments/sweeps.  The date is that of the last run (UTC).
+NAME is the name of the sweep's file in experiments/sweeps.  The date is that of the last run (UTC).
 """
 
 from pathlib import Path
@@ -16,14 +16,14 @@ from mhc_jax.reports.record import write_record
 from mhc_jax.sweeps.results import result_rows
 
 METRICS = flags.DEFINE_bool("metrics", False, "Keep metrics.jsonl of every run, too.")
-UNFINISHED = flags.DEFINE_bool("unfinished", False, "Record a sweep some of whose runs have not ended.")
+UNFINISHED = flags.DEFINE_bool("unfinished", False, "Record a sweep although some of its runs have not ended.")
 NOTE = flags.DEFINE_string("note", "", "A sentence for README.md, such as what else ran on the machine.")
 RECORDS = flags.DEFINE_string("records", "", "Folder of the record (default experiments/records).")
 HERE = Path(__file__).resolve().parent
 
 
 def main(folder: str, name: str) -> int:
-    """Write the record."""
+    """Write the record of the sweep in a folder."""
     dates = [row["date"] for row in result_rows(Path(folder)) if row["date"]]
     require(bool(dates), f"No run of {folder} has begun; there is nothing to record.")
     place = Path(RECORDS.value or HERE / "records") / f"{max(dates)[:10]}-sweep-{name}"

@@ -3,8 +3,8 @@
     python experiments/report.py runs/connections
     python experiments/report.py runs/connections --title='Connections at 1M parameters' --output=pages/connections
 
-Runs that differ in seeds alone are one setting.  It is compared, seed by seed, with the setting of the baseline's connection that
-agrees with it in everything else: residual, unless the sweep names another.
+Runs that differ in seeds alone are a variant.  It is compared, seed by seed, with the variant that has the baseline's connection
+and agrees with it in everything else.  The baseline is residual, unless the sweep names another.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ OUTPUT = flags.DEFINE_string("output", "", "Folder to write to (default: FOLDER)
 
 
 def main(folder: str) -> int:
-    """Read what is there, and report."""
+    """Write the page of the runs that have begun."""
     print(f"Report: {write_folder_report(Path(folder), Path(OUTPUT.value) if OUTPUT.value else None, TITLE.value)}")
     return 0
 

@@ -12,9 +12,10 @@ import numpy as np
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec
 from mhc_jax.cost import counts
-from mhc_jax.sweeps.paired import plan
+from mhc_jax.sweeps.grid import over, plan
 from mhc_jax.train_step import init_state, make_train_step
 
 CONFIG = cli.define_config()
@@ -32,8 +33,8 @@ def main() -> None:
     batch = {"inputs": tokens, "targets": np.roll(tokens, -1, 1)}
     runs, rows = {}, {}
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=VOCABULARY))
-    for config in plan(base, CONNECTIONS.value).values():
-        name = spec(config.model.connection)
+    for run in plan(to_mapping(base), over("connection", CONNECTIONS.value)):
+        config, name = run.config, spec(run.config.model.connection)
         state = jax.jit(lambda c=config: init_state(c))()
         step = make_train_step(config)
         flops = counts.flops(step, state, batch) / tokens.size

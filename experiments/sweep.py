@@ -1,21 +1,24 @@
-"""Run the grid of a sweep file: each run in a process of its own, done ones skipped, interrupted ones continued.
+"""Run the grid of a sweep file, each run in a process of its own.
 
     python experiments/sweep.py experiments/sweeps/connections.py --workdir=runs/connections
     python experiments/sweep.py experiments/sweeps/connections.py --list
-    python experiments/sweep.py experiments/sweeps/width.py --set=data.source='texts/*.jsonl.zst' --set=train.steps=400
+    python experiments/sweep.py experiments/sweeps/width.py --config.data.source='texts/*.jsonl.zst' --config.train.steps=400
     python experiments/sweep.py experiments/sweeps/width.py --workdir=/shared/width --slurm_partition=gpu --slurm_gpus=1
 
-The table is WORKDIR/results.csv and results.parquet, the page of a finished sweep WORKDIR/report.html.  Exit status: 0 done, 1 a
-run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM (saved; the same command goes on).
+Runs that are done are skipped, and interrupted ones go on.  `--config.a.b=value` changes a setting of all runs; where a point of
+the grid has that setting, too, the point's value holds.  The table is WORKDIR/results.csv and results.parquet, the page of a
+finished sweep WORKDIR/report.html.  Exit status: 0 done, 1 a run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or
+SIGTERM (saved; the same command goes on).
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from mhc_jax import cli
 from mhc_jax.reports.page import write_folder_report
-from mhc_jax.sweeps.grid import load_sweep, select
+from mhc_jax.sweeps.grid import base_configuration, load_sweep, select
 from mhc_jax.sweeps.results import run_status
 from mhc_jax.sweeps.runner import default_workers, run_local, submit
 
@@ -25,19 +28,18 @@ LIST = flags.DEFINE_bool("list", False, "Print each run and its state, and stop.
 SELECT = flags.DEFINE_string(
     "select", "", "k/of: every of-th run from the k-th on, for several machines on one folder."
 )
-SET = flags.DEFINE_multi_string("set", [], "key=value, a setting of all runs, such as data.source=texts/*.txt.")
-PARTITION = flags.DEFINE_string("slurm_partition", "", "Submit an array of one task a run to this Slurm partition.")
-MINUTES = flags.DEFINE_integer("slurm_minutes", 60, "Time limit of a task.")
+PARTITION = flags.DEFINE_string("slurm_partition", "", "Submit an array to this Slurm partition, a task for each run.")
+MINUTES = flags.DEFINE_integer("slurm_minutes", 60, "Time limit of a task, in minutes.")
 CPUS = flags.DEFINE_integer("slurm_cpus", 2, "Cores of a task.")
 GPUS = flags.DEFINE_integer("slurm_gpus", 0, "GPUs of a task.")
 MEMORY = flags.DEFINE_integer("slurm_memory_gb", 8, "Memory of a task.")
-PARALLEL = flags.DEFINE_integer("slurm_parallel", 64, "Tasks at once.")
+PARALLEL = flags.DEFINE_integer("slurm_parallel", 64, "Tasks that run at once.")
 
 
-def main(file: str) -> int:
-    """List, submit or run."""
+def main(file: str, base: dict[str, Any]) -> int:
+    """List, submit or run the selected runs of a sweep file; `base` is the configuration that they share."""
     workdir = Path(WORKDIR.value or f"runs/{Path(file).stem}")
-    grid = load_sweep(file, SET.value)
+    grid = load_sweep(file, base)
     selected = select(grid.runs, SELECT.value)
     if LIST.value:
         for run in selected:
@@ -60,9 +62,9 @@ def main(file: str) -> int:
     if status == 0:
         print(f"Report: {write_folder_report(workdir)}")
     else:
-        print(f"`python experiments/report.py {workdir}` writes the page of the runs that there are.")
+        print(f"`python experiments/report.py {workdir}` writes a page of the runs that have begun.")
     return status
 
 
 if __name__ == "__main__":
-    cli.main(main, ["SWEEP.py"])
+    cli.main(main, ["SWEEP.py"], base_configuration)

@@ -1,11 +1,12 @@
-"""What the scripts of `experiments/` share: config-file flags, and mistakes told in one sentence."""
+"""What the scripts of `experiments/` share: flags that edit a configuration, and mistakes told in one sentence."""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,65 +51,65 @@ def define_processes() -> Callable[[], None]:
     Returns:
       A function that, once flags are parsed, joins them (`distributed.start`).
     """
-    address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, of several on their own.")
-    count = flags.DEFINE_integer("num_processes", 0, "How many there are; 1: this one alone.", lower_bound=0)
-    index = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.", lower_bound=-1)
+    address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where no scheduler names it.")
+    count = flags.DEFINE_integer("num_processes", 0, "Number of processes; 1: this one alone.", lower_bound=0)
+    index = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0.", lower_bound=-1)
     wait = flags.DEFINE_integer("start_timeout", 300, "Seconds until all processes must have come.", lower_bound=1)
     silence = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process is dead.", lower_bound=1)
     return lambda: distributed.start(address.value, count.value, index.value, wait.value, silence.value)
 
 
-def main(function: Callable[..., int | None], positional: Sequence[str] = ()) -> None:
+def main(
+    function: Callable[..., int | None],
+    positional: Sequence[str] = (),
+    configuration: Callable[[str], Mapping[str, Any]] | None = None,
+) -> None:
     """Run a script: absl parses its flags; an `InputError` is printed alone and ends the process with status 2.
 
     Args:
       function: called with the positional arguments; returns the exit status.
-      positional: their names, all required.
+      positional: names of the arguments, all required.
+      configuration: returns the nested configuration that belongs to the first argument.  The flags `--config.model.width=128`
+        edit it, and `function` gets the result as its last argument.
     """
 
     def guarded(argv: Sequence[str]) -> int:
         try:
             given = argv[1:]
-            if len(given) > len(positional):
-                unexpected = given[len(positional)]
-                raise InputError(
-                    f"Unexpected argument {unexpected!r}; settings are given as --name=value (see --help)."
-                )
-            if len(given) < len(positional):
-                missing = positional[len(given)]
-                raise InputError(f"{missing} is missing; the command is {Path(argv[0]).name} {' '.join(positional)}.")
-            status = function(*given) or 0
+            if missing := positional[len(given) :]:
+                command = f"{Path(argv[0]).name} {' '.join(positional)}"
+                raise InputError(f"{missing[0]} is missing; the command is {command}.")
+            if more := given[len(positional) :]:
+                raise InputError(f"Unexpected argument {more[0]!r}; settings are given as --name=value (see --help).")
+            edited = [flags.FLAGS.config.to_dict()] if configuration else []
+            status = function(*given, *edited) or 0
             distributed.shutdown()
             return status
-        except InputError as error:
+        except (InputError, distributed.ProcessLostError) as error:
             print(f"error: {error}", file=sys.stderr)
-            status = 2
-        except distributed.ProcessLostError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = distributed.LOST
+            status = 2 if isinstance(error, InputError) else distributed.LOST
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
         except Exception as error:
             if not distributed.joined():
                 raise
-            if distributed.is_lost_process(error):
-                print(f"error: {distributed.process_lost_error(error)}", file=sys.stderr)
-                status = distributed.LOST
-            else:
-                traceback.print_exc()
-                status = 1
+            lost = distributed.is_lost_process(error)
+            print(
+                f"error: {distributed.process_lost_error(error)}" if lost else traceback.format_exc(), file=sys.stderr
+            )
+            status = distributed.LOST if lost else 1
         distributed.exit_if_joined(status)
         return status
 
     sys.unraisablehook = _report_unraisable
     if cpu_alone():
         keep_pages()
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, configuration=configuration))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags as absl does; errors of config files are told like any other mistake."""
+def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]] | None) -> list[str]:
+    """Parse flags as absl does, and tell errors of config files like any other mistake."""
     argv = list(argv)
     file = ""
     if "config" in flags.FLAGS:
@@ -121,22 +122,30 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if not Path(file).is_file():
             _exit(f"The config file {file!r} does not exist; give --config=FILE.py or --config=FILE.py:arg.")
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(argv, known_only=configuration is not None)
+        if configuration:
+            arguments = [word for word in rest[1:] if not word.startswith("-")]
+            if not arguments:
+                return rest[:1]
+            base = ConfigDict(configuration(arguments[0]))
+            config_flags.DEFINE_config_dict("config", base, "Settings of all runs, as --config.model.width=128.")
+            rest = flags.FLAGS(argv)
     except Exception as error:
         _exit(_sentence(error, file))
     if flags.FLAGS["verbosity"].using_default_value:
-        # Orbax logs a page a checkpoint at INFO, and at ERROR the traceback of every error that it also raises.
+        # Orbax logs a page for each checkpoint at INFO, and at ERROR the traceback of every error that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
     return rest
 
 
 def _sentence(error: Exception, file: str) -> str:
-    """What went wrong in the flags or in the config file, in one line."""
-    root: BaseException = error
-    while below := root.__cause__ or root.__context__:
-        root = below
-    if isinstance(root, InputError):
-        return str(root)
+    """Say in one line what is wrong in the flags or in the config file."""
+    chain: list[BaseException] = [error]
+    while below := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(below)
+    root = chain[-1]
+    if mistakes := [link for link in chain if isinstance(link, InputError)]:
+        return str(mistakes[-1])  # ml_collections wraps what get_config raises in another error of the same class
     if isinstance(root, SyntaxError):
         return f"The config file {file!r} is not Python: {root.msg} (line {root.lineno})."
     text = " ".join(str(error).split())
@@ -147,8 +156,10 @@ def _sentence(error: Exception, file: str) -> str:
     if isinstance(root, KeyError) and re.fullmatch(r"'\w+'", str(root)):
         key = root.args[0]
         near = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"Did you mean {near[1]!r}?" if near else f"{file} shows its keys."
+        hint = f"Did you mean {near[1]!r}?" if near else "The classes in mhc_jax/config show its keys."
         return f"The configuration has no key {key!r}. {hint}"
+    if "Overriding config is not allowed" in text:
+        return "--config=FILE has no use here; --config.a.b=value changes a setting."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=... ({flags.FLAGS[missing[1]].help})"
     if illegal := re.match(r"flag --([\w.]+)=(.*?): ", text):

@@ -31,14 +31,14 @@ from mhc_jax import plots
 from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.analysis.records import last_diagnostics, read_run
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
-from mhc_jax.config.mapping import from_mapping
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import summarize
 from mhc_jax.loop import train
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.record import read_newest
 from mhc_jax.runs.checkpoint import load_params
-from mhc_jax.sweeps.paired import plan
+from mhc_jax.sweeps.grid import over, plan
 from mhc_jax.train_step import make_diagnostics_step
 
 TINY = os.environ.get("MHC_JAX_TINY") == "1"  # shrinks the live run, for tests
@@ -51,8 +51,8 @@ RECORDS = Path("../experiments/records")
 # seeds.
 
 # %%
-settings = group(read_newest(RECORDS, "connections"))
-several = [mean_record(setting) for setting in settings if setting.kind != "residual"]
+variants = group(read_newest(RECORDS, "connections"))
+several = [mean_record(variant) for variant in variants if variant.kind != "residual"]
 display(plots.gain_depth(several))
 
 # %% [markdown]
@@ -74,11 +74,11 @@ display(plots.gain_step(several))
 lines = ["| | largest composite gain, forward | backward |", "| --- | --- | --- |"]
 lines += ["| HC, 27B (mHC Figure 3) | larger of the two: near 3000 | |"]
 lines += ["| mHC, 27B, `init=paper` (mHC Figure 7) | larger of the two: near 1.6 | |"]
-for setting in settings:
-    if setting.kind != "residual":
-        sides = [setting.results(f"max_composite_{side}").values() for side in ("forward", "backward")]
+for variant in variants:
+    if variant.kind != "residual":
+        sides = [variant.results(f"max_composite_{side}").values() for side in ("forward", "backward")]
         cells = [f"{np.mean(list(v)):.4g} ({min(v):.4g} to {max(v):.4g})" for v in sides]
-        lines.append(f"| {setting.label}, here: mean of {len(setting.runs)} seeds (range) | {' | '.join(cells)} |")
+        lines.append(f"| {variant.label}, here: mean of {len(variant.runs)} seeds (range) | {' | '.join(cells)} |")
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
@@ -121,12 +121,12 @@ base = ExperimentConfig(
     ),
 )
 scratch = tempfile.TemporaryDirectory()
-live = plan(base, ["hc", "mhc:init=home"])
+live = plan(to_mapping(base), over("connection", ["hc", "mhc:init=home"]))
 data = load_data(base.data)
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for name, config in live.items():
-        train(config, Path(scratch.name) / name, data=data)
-runs = [read_run(Path(scratch.name) / name) for name in live]
+    for run in live:
+        train(run.config, Path(scratch.name) / run.name, data=data)
+runs = [read_run(Path(scratch.name) / run.name) for run in live]
 display(plots.gain_depth(runs))
 
 # %% [markdown]

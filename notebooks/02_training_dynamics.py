@@ -26,15 +26,15 @@ from mhc_jax.analysis.comparison import findings, statistics_rows
 from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.analysis.records import seed_name
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.page import markdown_table
+from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
-settings = group(read_newest(RECORDS, "connections"))
-settings.sort(key=lambda setting: (("residual", "hc", "mhc").index(setting.kind), setting.label))
+variants = group(read_newest(RECORDS, "connections"))
+variants.sort(key=lambda variant: (("residual", "hc", "mhc").index(variant.kind), variant.label))
 
 # %%
-display(SWEEP_FIGURES["seed_bands"].draw(settings))
+display(SWEEP_FIGURES["seed_bands"].draw(variants))
 
 # %% [markdown]
 # *Left: training loss without the first quarter; right: global gradient norm before clipping (at 1). Lines are means of
@@ -42,14 +42,14 @@ display(SWEEP_FIGURES["seed_bands"].draw(settings))
 # the last 50 steps).*
 
 # %%
-display(SWEEP_FIGURES["gap_curves"].draw(settings))
+display(SWEEP_FIGURES["gap_curves"].draw(variants))
 
 # %% [markdown]
 # *Training loss minus the loss of the residual run of the same seed on the same batch. Below zero the connection is
 # better. Thin lines are seeds; their spread shows how little one seed says.*
 
 # %%
-display(plots.loss([mean_record(setting) for setting in settings]))
+display(plots.loss([mean_record(variant) for variant in variants]))
 
 # %% [markdown]
 # *Means over seeds of the whole run and of its second half, with validation losses as markers.*
@@ -57,20 +57,20 @@ display(plots.loss([mean_record(setting) for setting in settings]))
 # ## Spikes and final losses
 
 # %%
-for setting in settings:
-    for seed, run in setting.runs.items():
+for variant in variants:
+    for seed, run in variant.runs.items():
         spikes = ", ".join(map(str, run.spike_steps)) or "none"
         print(
-            f"{setting.label:14s} {seed_name(seed)}: validation loss {run.result('validation_loss'):.4f}, spikes at {spikes}"
+            f"{variant.label:14s} {seed_name(seed)}: validation loss {run.result('validation_loss'):.4f}, spikes at {spikes}"
         )
-display(SWEEP_FIGURES["seed_strip"].draw(settings))
+display(SWEEP_FIGURES["seed_strip"].draw(variants))
 
 # %% [markdown]
 # *Validation loss of every run. The grey band is residual's mean plus and minus one standard deviation over seeds.*
 
 # %%
 chosen = (
-    "setting",
+    "variant",
     "seeds",
     "mean loss",
     "st. dev.",
@@ -81,8 +81,8 @@ chosen = (
     "spikes",
     "verdict",
 )
-display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(settings)])))
-display(Markdown("\n".join(f"- {sentence}" for sentence in findings(settings))))
+display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(variants)])))
+display(Markdown("\n".join(f"- {sentence}" for sentence in findings(variants))))
 
 # %% [markdown]
 # The paper's 27B mHC ends 0.021 nats below residual, and HC's loss surges near step 12,000. A run of 400 steps at 1M

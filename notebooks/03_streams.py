@@ -29,14 +29,14 @@ from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.analysis.records import last_diagnostics
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.page import markdown_table
+from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
-chosen = ("setting", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")
-settings = [s for s in group(read_newest(RECORDS, "connections")) if s.kind != "residual"]
-first = [setting.any_run for setting in settings]
-means = [mean_record(setting) for setting in settings]
+chosen = ("variant", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")
+variants = [s for s in group(read_newest(RECORDS, "connections")) if s.kind != "residual"]
+first = [variant.any_run for variant in variants]
+means = [mean_record(variant) for variant in variants]
 
 # %% [markdown]
 # ## Mixing matrices and their composite
@@ -73,12 +73,12 @@ display(plots.reads_and_writes(first))
 
 # %%
 lines = ["| | share of the most-read stream in H_pre | of the most-written in H_post |", "| --- | --- | --- |"]
-for setting in settings:
+for variant in variants:
     shares = []
     for key in ("h_pre", "h_post"):
-        coefficients = [np.abs(last_diagnostics(run, key)[1]) for run in setting.runs.values()]
+        coefficients = [np.abs(last_diagnostics(run, key)[1]) for run in variant.runs.values()]
         shares.append(np.mean([(c.max(1) / c.sum(1)).mean() for c in coefficients]))
-    lines.append(f"| {setting.label} | {shares[0]:.2f} | {shares[1]:.2f} |")
+    lines.append(f"| {variant.label} | {shares[0]:.2f} | {shares[1]:.2f} |")
 display(Markdown("\n".join([*lines, "", "Means over sub-layers and seeds; 1/n = 0.25 is uniform, 1 a single stream."])))
 
 # %% [markdown]
@@ -96,14 +96,14 @@ display(plots.stream_similarity(means))
 
 
 # %%
-def stream_cells(setting):
+def stream_cells(variant):
     """Return the measures at the end of training, means over sub-layers and seeds; a dash where the runs have none."""
-    values = [setting.mean(f"final_{key}") for key in STREAM_MEASURES]
+    values = [variant.mean(f"final_{key}") for key in STREAM_MEASURES]
     cells = [Cell("–" if value is None else f"{value:.3f}", value) for value in values]
     return dict(zip(("signed cosine", "absolute cosine", "rank"), cells, strict=True))
 
 
-table = [{"setting": Cell(setting.label, setting.label)} | stream_cells(setting) for setting in settings]
+table = [{"variant": Cell(variant.label, variant.label)} | stream_cells(variant) for variant in variants]
 display(Markdown(markdown_table(table)))
 
 # %% [markdown]
@@ -149,12 +149,12 @@ display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(t
 
 # %%
 presets = group(read_newest(RECORDS, "presets"))
-rows = {row["setting"].text: row for row in statistics_rows(presets)}
+rows = {row["variant"].text: row for row in statistics_rows(presets)}
 table = []
-for setting in presets:
-    if setting.kind == "mhc":
-        loss = rows[setting.label]["mean loss"]
-        table.append({"setting": Cell(setting.label, setting.label), **stream_cells(setting), "loss": loss})
+for variant in presets:
+    if variant.kind == "mhc":
+        loss = rows[variant.label]["mean loss"]
+        table.append({"variant": Cell(variant.label, variant.label), **stream_cells(variant), "loss": loss})
 display(Markdown(markdown_table(table)))
 
 # %% [markdown]

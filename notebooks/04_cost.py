@@ -66,8 +66,8 @@ display(cost.recompute(60, (2, 4, 8), C))
 # the compiled step.
 
 # %%
-settings = group(read_newest(RECORDS, "connections"))
-results = {setting.label: mean_record(setting) for setting in settings}
+variants = group(read_newest(RECORDS, "connections"))
+results = {variant.label: mean_record(variant) for variant in variants}
 shown = ("hc", "mhc:init=home")
 measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "compiled memory": "peak_memory_bytes"}
 ratios = {

@@ -24,12 +24,12 @@ from mhc_jax.analysis.comparison import findings, statistics_rows
 from mhc_jax.analysis.grouping import group
 from mhc_jax.analysis.statistics import power_law
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.page import markdown_table
+from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.record import read_newest
 
 RECORDS = Path("../experiments/records")
 chosen = (
-    "setting",
+    "variant",
     "seeds",
     "mean loss",
     "st. dev.",
@@ -63,8 +63,8 @@ display(Markdown("\n".join(f"- {sentence}" for sentence in findings(widths))))
 sizes = group(read_newest(RECORDS, "ladder"))
 display(SWEEP_FIGURES["ladder"].draw(sizes))
 lines = ["| connection | loss at x_0 (nats per token) | exponent b | 95 % interval |", "| --- | --- | --- | --- |"]
-for name in dict.fromkeys(setting.any_run.connection for setting in sizes):
-    runs = [run for setting in sizes if setting.any_run.connection == name for run in setting.finished]
+for name in dict.fromkeys(variant.any_run.connection for variant in sizes):
+    runs = [run for variant in sizes if variant.any_run.connection == name for run in variant.finished]
     x = [run.result("flops_per_token") * run.tokens for run in runs]
     fit = power_law(x, [run.result("validation_loss") for run in runs])
     interval = "none" if fit.b_interval is None else f"{fit.b_interval[0]:.3f} to {fit.b_interval[1]:.3f}"

@@ -1,12 +1,12 @@
-"""The comparison of `make demo`: a 16-block decoder on the plays of Shakespeare, byte by byte.
+"""Configure the comparison of `make demo`: a decoder of 16 blocks on the plays of Shakespeare, byte by byte.
 
     python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
     python experiments/train.py --config=experiments/configs/demo.py:mhc --workdir=runs/mhc
 
 `arg` is a connection, with settings if wanted: `residual`, `hc:dynamic=False`, `mhc:init=home:num_streams=8`.
 
-The learning rate, 7e-3, is high on purpose: the gain of unconstrained mixing grows with lr x steps x depth, and this is where a
-run of minutes shows what a run of weeks shows at 27B.
+The learning rate, 7e-3, is high on purpose: the gain of unconstrained mixing grows with learning rate, steps and depth, and with
+this one a run of minutes shows what a run of weeks shows at 27B.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from mhc_jax.connections import parse
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:
-    """Every leaf is present with its default; what follows is what the demo changes."""
+    """Return a configuration with every leaf: the settings that define the demo, and defaults."""
     config = ConfigDict(to_mapping(ExperimentConfig()))
     config.model.connection = to_mapping(parse(arg))
 

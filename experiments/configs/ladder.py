@@ -1,12 +1,13 @@
-"""Rungs of compute between the demo and the paper's 3B, by the shape rules of mHC Table 5.
+"""Configure rungs of compute between the demo and the paper's 3B, by the shape rules of mHC Table 5.
 
     python experiments/train.py --config=experiments/configs/ladder.py:w320:hc --workdir=runs/w320-hc
 
-`arg` is a rung and a connection: `w160`, `w320`, `w640`, `w960` (the width), then as in paper.py.  What the rungs share with the
-table: 80 columns a head, heads of 128 + 64 (MLA), 64 experts of 0.7 width of which a token sees 6, and 2 shared ones, first block
-dense and 8 experts wide, 64 tokens an active parameter.  The latent is 0.4 width (512 at 3B).  The learning rate is the table's
-line through 3B and 27B, 8.6e-4 (active / 612M)^-0.4, at most 3e-3.  Parameters outside the vocabulary are counted
-(`mhc_jax.cost.counts.model_cost`), because the vocabulary is the tokenizer's.
+`arg` is a rung, named by its width (`w160`, `w320`, `w640`, `w960`), and a connection as in paper.py.  The rungs share with the
+table: 80 channels of width for each head; heads of 128 + 64 channels (MLA); 64 experts of 0.7 times the width, of which a token
+sees 6, and 2 shared ones; a dense first block, 8 experts wide; 64 training tokens for each active parameter.  The latent is 0.4
+times the width (512 at 3B).  The learning rate lies on the line through the table's 3B and 27B, 8.6e-4 (active / 612M)^-0.4, and
+is at most 3e-3.  Active parameters are counted without the vocabulary (`mhc_jax.cost.counts.model_cost`), whose size is the
+tokenizer's.
 
 Losses: not measured.
 """
@@ -19,12 +20,12 @@ from mhc_jax.connections import parse
 from mhc_jax.cost.counts import model_cost
 from mhc_jax.errors import one_of
 
-# layers, heads, tokens of a sequence, sequences a step
+# Layers, heads, tokens of a sequence, sequences of a step.
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}
 
 
 def get_config(arg: str = "w160:mhc") -> ConfigDict:
-    """Every leaf is present with its default; what follows is what the rung changes."""
+    """Return a configuration with every leaf: the settings that define the rung, and defaults."""
     rung, _, connection = arg.partition(":")
     one_of("The rung in the argument of ladder.py", rung, RUNGS)
     layers, heads, length, sequences = RUNGS[rung]
@@ -41,7 +42,7 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.model.experts = f"64:width={expert_width}:dense_layers=1"
     config.model.mlp_width = 8 * expert_width
 
-    # The plain residual's count, so that every connection gets the same tokens and learning rate.
+    # Parameters are counted with the residual connection, so that every connection has the same tokens and learning rate.
     config.model.connection = to_mapping(parse("residual"))
     active = model_cost(from_mapping(config.to_dict()).model, length).active
     config.model.connection = to_mapping(parse(connection or "mhc"))
@@ -53,7 +54,7 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.optimizer.schedule = "step"
 
     config.train.steps = round(64 * active / (length * sequences))
-    config.optimizer.warmup_steps = config.train.steps // 15  # 2000 of 30,000
+    config.optimizer.warmup_steps = config.train.steps // 15  # As 2000 of the table's 30,000.
     config.train.validate_every = 500
     config.train.checkpoint_every = 500
     config.train.diagnostics_every = 500

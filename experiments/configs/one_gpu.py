@@ -1,11 +1,11 @@
-"""A decoder of 110M parameters for one GPU: width 768, 12 blocks, sequences of 1024 BPE tokens, 98M tokens.
+"""Configure a decoder of 110M parameters for one GPU: width 768, 12 blocks, sequences of 1024 BPE tokens, 98M tokens.
 
     python experiments/tokenizer.py --source=TEXT --vocab_size=16384 --output=bpe16k.json
     python experiments/train.py --config=experiments/configs/one_gpu.py:mhc --workdir=runs/one-gpu-mhc \\
         --config.data.source=TEXT --config.data.tokenizer=bpe:bpe16k.json
 
-`arg` is a connection, as in demo.py.  Branches and streams in bfloat16, attention through cuDNN (an NVIDIA GPU from Ampere on;
---config.model.attention=xla elsewhere).  85M parameters in the blocks, 25M in the two vocabulary matrices.
+`arg` is a connection, as in demo.py.  Branches and streams are in bfloat16.  Attention is cuDNN's, which needs an NVIDIA GPU from
+Ampere on; give --config.model.attention=xla elsewhere.  The blocks have 85M parameters, the two vocabulary matrices 25M.
 
 Losses: not measured.  Cost: 5e16 FLOPs a run, some minutes on an H100.
 """
@@ -18,7 +18,7 @@ from mhc_jax.connections import parse
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:
-    """Every leaf is present with its default; what follows is what the size changes."""
+    """Return a configuration with every leaf: the settings that define this size, and defaults."""
     config = ConfigDict(to_mapping(ExperimentConfig()))
     config.model.connection = to_mapping(parse(arg))
 

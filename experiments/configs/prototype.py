@@ -1,9 +1,9 @@
-"""The small protocol of the shipped sweeps: width 48, 12 blocks (24 sub-layers), 200 steps of 8 sequences of 48 bytes.
+"""Configure the runs of the shipped sweeps: width 48, 12 blocks (24 sub-layers), 200 steps of 8 sequences of 48 bytes.
 
     python experiments/train.py --config=experiments/configs/prototype.py:hc --workdir=runs/hc
 
-`arg` is a connection, as in demo.py.  AdamW (0.9, 0.95), weight decay 0.1, warm-up 20, cosine to 10 %, clipping at 1, learning
-rate 3e-3: settings at which HC's gain shows within a run of seconds on two cores.
+`arg` is a connection, as in demo.py.  The optimizer is AdamW (0.9, 0.95) with a learning rate of 3e-3, weight decay 0.1, 20 steps
+of warm-up, a cosine to 10 %, and clipping at 1.  With these settings HC's gain shows within seconds on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from mhc_jax.connections import parse
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:
-    """Every leaf is present with its default; what follows is what the protocol changes."""
+    """Return a configuration with every leaf: the settings that define the small size, and defaults."""
     config = ConfigDict(to_mapping(ExperimentConfig()))
     config.model.connection = to_mapping(parse(arg))
 

@@ -1,17 +1,17 @@
-"""Gain against depth: residual, HC and mHC (`init=home`) with 8 to 256 sub-layers.
+"""Measure the gain against depth: residual, HC and mHC (`init=home`) with 8 to 256 sub-layers.
 
     python experiments/sweep.py experiments/sweeps/depth.py --workdir=runs/depth
 
-Expect: HC's composite gain grows with depth, mHC's stays at 1 forward and slightly above backward. Cost: 54 runs from 10 s to
-several minutes on 2 cores.
+Expect: HC's composite gain grows with depth; mHC's stays at 1 forward and slightly above 1 backward.
+Cost: 54 runs of 10 s to several minutes on 2 cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Connection x blocks."""
-    # A block has two sub-layers.  80 steps: 256 sub-layers are to stay a matter of minutes.
+    """Cross the connections with the numbers of blocks and the seeds."""
+    # A block has two sub-layers.  80 steps keep 256 sub-layers a matter of minutes.
     return Sweep(
         base="../configs/prototype.py",
         points=product(

@@ -1,17 +1,17 @@
-"""Is a learned H_res needed: HC and mHC against H_res = I, a scalar-gated residual, and residual.
+"""Ask whether a learned H_res is needed: HC and mHC against H_res = I, a scalar-gated residual, and residual.
 
     python experiments/sweep.py experiments/sweeps/mixing.py --workdir=runs/mixing
 
-Expect: mHC and identity differ by less than the seeds' noise at this size.  HC beside the scalar-gated residual tells how much
-of HC's gain in loss a scalar gain gives too. Cost: 15 runs of 10 to 60 s on 2 cores.
+Expect: mHC and identity differ by less than the noise of seeds at this size.  HC beside the scalar-gated residual tells how much of
+HC's improvement in loss a scalar gate gives, too.  Cost: 15 runs of 10 to 60 s on 2 cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Kind x seed."""
-    # init=home: each sub-layer reads and writes its own stream, so that streams differ and H_res acts at all; with equal
-    # streams a mixing matrix of unit row sums changes nothing.
+    """Cross the kinds with the seeds."""
+    # With init=home each sub-layer reads and writes its home stream, so that streams differ.  Where streams are equal, a mixing
+    # matrix with unit row sums changes nothing.
     connections = ["residual", "hc", "mhc:init=home", "identity:init=home", "scalar_gated"]
     return Sweep(base="../configs/prototype.py", points=product(over("connection", connections), seeds(3)))

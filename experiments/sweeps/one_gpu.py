@@ -1,10 +1,10 @@
-"""Residual, HC and mHC (`init=home`) at 110M parameters on one GPU, two seeds each; it goes on where a time limit cut it.
+"""Compare residual, HC and mHC (`init=home`) at 110M parameters on one GPU, with two seeds each.
 
     python experiments/sweep.py experiments/sweeps/one_gpu.py --workdir=runs/one_gpu \\
-        --set=data.source=TEXT --set=data.tokenizer=bpe:bpe16k.json
+        --config.data.source=TEXT --config.data.tokenizer=bpe:bpe16k.json
 
-The tokenizer and the token cache are made beforehand, on any machine (`experiments/configs/one_gpu.py`).  Where a job may last
-minutes only, run it under `timeout --signal=INT`: the run in progress saves and stops, and the same command goes on.
+The tokenizer and the token cache are made beforehand, on any machine (`experiments/configs/one_gpu.py`).  Where a job may last only
+minutes, run it under `timeout --signal=INT`: the run in progress saves and stops, and the same command goes on.
 
 Losses: not measured.  Cost: 6 runs of some minutes on an H100.
 """
@@ -13,6 +13,6 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Connection x seed; seed first, so that a sweep that was cut off has pairs."""
+    """Cross the seeds with the connections; seeds vary slowest, so that a sweep that was cut off has pairs."""
     points = product(seeds(2), over("connection", ["residual", "hc", "mhc:init=home"]))
     return Sweep(base="../configs/one_gpu.py", points=points)

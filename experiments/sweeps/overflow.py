@@ -1,37 +1,29 @@
-"""Runs whose streams overflow are diverged: HC at 40 settings, residual and mHC at six of the hardest.
+"""Check that runs whose streams overflow count as diverged: 40 runs of HC, and the six hardest of residual and of mHC.
 
     python experiments/sweep.py experiments/sweeps/overflow.py --workdir=runs/overflow
 
-A model of width 16 for 120 steps, learning rates from 1e-3 to 1, streams in float32, bfloat16 and float16. Expect: HC with 32 or
-64 sub-layers diverges from a learning rate of 0.1 on (0.01 in float16), with 8 sub-layers in float16 alone. Residual and mHC
-diverge in float16 at a learning rate of 1 alone. No run that finishes has a gradient norm of zero.
+A model of width 16 is trained for 120 steps at learning rates from 1e-3 to 1, with streams in float32, bfloat16 and float16.
+Expect: HC with 32 or 64 sub-layers diverges from a learning rate of 0.1 on (0.01 in float16), and with 8 sub-layers in float16
+alone.  Residual and mHC diverge in float16 at a learning rate of 1 alone.  No run that finishes has a gradient norm of zero.
 Cost: 52 runs of 10 to 60 s on 2 cores.
 """
 
 from mhc_jax.sweeps.grid import Point, Sweep, over, product
 
+KEYS = ("connection", "model.num_layers", "optimizer.grad_clip", "optimizer.schedule")
 
-def hyper(connection: str, blocks: int, clip: float, schedule: str) -> list[Point]:
-    """One point."""
-    return [
-        {
-            "connection": connection,
-            "model.num_layers": blocks,
-            "optimizer.grad_clip": clip,
-            "optimizer.schedule": schedule,
-        }
-    ]
+
+def points(*rows: tuple) -> list[Point]:
+    """Make a point of each row of values of `KEYS`."""
+    return [dict(zip(KEYS, row, strict=True)) for row in rows]
 
 
 def get_sweep() -> Sweep:
-    """Setting x stream dtype x learning rate."""
+    """Cross the connections and depths with the dtypes of the streams and the learning rates."""
     hard = (32, 0.0, "constant")
-    hc = [
-        *hyper("hc", 32, 1.0, "cosine"),
-        *hyper("hc:tanh=False", *hard),
-        *hyper("hc:tanh=False", 4, 0.0, "cosine"),
-    ]
-    others = [*hyper("residual", *hard), *hyper("mhc:init=paper", *hard)]
+    hc = points(("hc", 32, 1.0, "cosine"), ("hc:tanh=False", *hard), ("hc:tanh=False", 4, 0.0, "cosine"))
+    others = points(("residual", *hard), ("mhc:init=paper", *hard))
+    clipped = points(("hc:tanh=False", 16, 1.0, "constant"))
     rates, high = (over("optimizer.learning_rate", values) for values in ([1e-3, 1e-2, 0.1, 1.0], [0.1, 1.0]))
     dtypes = over("model.stream_dtype", ["float32", "bfloat16", "float16"])
     size = {"model.width": 16, "model.mlp_width": 16, "model.num_heads": 2, "model.num_kv_heads": 1}
@@ -42,7 +34,7 @@ def get_sweep() -> Sweep:
         points=[
             *product(others, dtypes, high),
             *product(hc, dtypes, rates),
-            *product(hyper("hc:tanh=False", 16, 1.0, "constant"), dtypes[:1], rates),
+            *product(clipped, dtypes[:1], rates),
         ],
         settings=size | short | every | {"train.checkpoint_every": 120},
     )

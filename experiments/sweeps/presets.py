@@ -1,15 +1,15 @@
-"""Where mHC's static logits start: the presets of `init=`.
+"""Compare where mHC's static logits start: the presets of `init=`.
 
     python experiments/sweep.py experiments/sweeps/presets.py --workdir=runs/presets
 
-Expect: the presets differ in stream cosine (only `home` tells streams apart) more than in loss. Cost: 18 runs of 10 to 90 s on 2
-cores.
+Expect: the presets differ in stream cosine (only `home` tells streams apart) more than in loss.
+Cost: 18 runs of 10 to 90 s on 2 cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Residual, then the presets."""
+    """Cross residual and the presets with the seeds."""
     presets = [f"mhc:init={preset}" for preset in ("home", "paper", "residual", "zeros", "hc")]
     return Sweep(base="../configs/prototype.py", points=product(over("connection", ["residual", *presets]), seeds(3)))

@@ -1,16 +1,17 @@
-"""How many Sinkhorn iterations: marginal error and composite gain of mHC (`init=home`) against t_max.
+"""Measure how many Sinkhorn iterations are enough: marginals and composite gain of mHC (`init=home`) against t_max.
 
     python experiments/sweep.py experiments/sweeps/sinkhorn.py --workdir=runs/sinkhorn
 
-Learning rate 1e-2 without warm-up, where the logits leave the region in which few iterations do. Expect: forward gain 1
-throughout (Sinkhorn ends on rows), backward gain above 1 and falling with t_max. Cost: 18 runs of 10 to 90 s on 2 cores.
+The learning rate is 1e-2 without warm-up, where the logits leave the region in which few iterations are enough.  Expect: the
+forward gain is 1 throughout, because Sinkhorn ends on rows; the backward gain is above 1 and falls with t_max. Cost: 18 runs of
+10 to 90 s on 2 cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Residual, then mHC with each t_max."""
+    """Cross residual and mHC with each t_max with the seeds."""
     t_max = product(over("connection", ["mhc:init=home"]), over("model.connection.t_max", [1, 3, 5, 20, 40]))
     return Sweep(
         base="../configs/prototype.py",

@@ -1,17 +1,17 @@
-"""Does the number of streams matter: HC and mHC (`init=home`) with n = 1, 2, 4, 8.
+"""Ask whether the number of streams matters: HC and mHC (`init=home`) with n = 1, 2, 4, 8.
 
     python experiments/sweep.py experiments/sweeps/width.py --workdir=runs/width
 
-Expect: mHC's forward gain is 1 at every n; differences in loss between n = 2, 4 and 8 of the size of the seeds' noise. Cost: 27
-runs of 10 to 90 s on 2 cores.
+Expect: mHC's forward gain is 1 at every n.  Losses at n = 2, 4 and 8 differ by about the noise of seeds.
+Cost: 27 runs of 10 to 90 s on 2 cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Connection, n and seed; residual once."""
-    # With one stream there is no home stream to tell apart, hence the paper's preset there.
+    """Cross the connections with n and the seeds; residual has no n."""
+    # With one stream there is no home stream to tell apart, so mHC has the paper's preset there.
     single = over("connection", ["hc:num_streams=1", "mhc:num_streams=1:init=paper"])
     several = product(over("connection", ["hc", "mhc:init=home"]), over("model.connection.num_streams", [2, 4, 8]))
     points = over("connection", ["residual"]) + single + several

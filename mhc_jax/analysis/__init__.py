@@ -1,1 +1,1 @@
-"""Runs read back, and what they show: records, statistics, settings and comparisons."""
+"""Runs read back, and what they show: records, statistics, variants and comparisons."""

@@ -1,12 +1,14 @@
-"""Runs grouped by setting, and what each setting is compared with.
+"""Runs grouped into variants, and what each variant is compared with.
 
-Runs of one setting differ in their seeds alone.  The baseline of a setting is the setting that has the baseline's connection and
-agrees in every other setting that a run's numbers depend on; where there is none, nothing is compared.
+The runs of a variant differ in their seeds alone.  The baseline of a variant has the settings that the sweep chose for baselines
+(as a rule the residual connection), and agrees with the variant in every other setting that a run's numbers depend on.  A
+variant without such a baseline is not compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import numpy as np
 
 from mhc_jax import connections
 from mhc_jax.analysis.records import SEED_KEYS, RunRecord, flatten, identities, labels
-from mhc_jax.errors import require
+from mhc_jax.errors import InputError, require
 
 Baseline = Mapping[str, Any]
 """Settings that a baseline has, by dotted key or `connection` (a spec); it shares all others with what is compared."""
@@ -24,33 +26,33 @@ ENDED = ("finished", "diverged")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A setting and its runs."""
+class Variant:
+    """The runs whose configurations differ in seeds alone."""
 
     label: str
-    """The connection's spec, and the other settings that differ between the settings of the group."""
+    """The connection's spec, and the other settings that differ between the variants of the group."""
     kind: str
     varying: Mapping[str, Any]
-    """Settings that differ between those of its kind, by dotted key."""
+    """Settings that differ between the variants of its kind, by dotted key."""
     runs: Mapping[tuple[int, int], RunRecord]
-    """(train.seed, data.seed) to run."""
-    baseline: Setting | None = None
-    """What it is compared with; None for a baseline itself, and where no setting matches."""
+    """Runs by (train.seed, data.seed)."""
+    baseline: Variant | None = None
+    """The variant that it is compared with; None for a baseline itself, and where no variant matches."""
     is_baseline: bool = False
 
     @property
     def any_run(self) -> RunRecord:
-        """The run of the first seed."""
+        """The run of the lowest seed."""
         return self.runs[min(self.runs)]
 
     @property
     def diverged(self) -> int:
-        """Runs that diverged."""
+        """Number of runs that diverged."""
         return sum(run.status == "diverged" for run in self.runs.values())
 
     @property
     def unfinished(self) -> int:
-        """Runs that have not ended."""
+        """Number of runs that have not ended."""
         return sum(run.status not in ENDED for run in self.runs.values())
 
     @property
@@ -59,44 +61,46 @@ class Setting:
         return [run for run in self.runs.values() if run.status == "finished"]
 
     def results(self, key: str) -> dict[tuple[int, int], float]:
-        """Seed to a number of summary.json, for the seeds that have one and ended well."""
-        found = {seed: run.result(key) for seed, run in self.runs.items() if run.status == "finished"}
-        return {seed: float(value) for seed, value in found.items() if value is not None}
+        """Map seeds to a number of summary.json, for the runs that finished and have that number."""
+        values = {run.seed: run.result(key) for run in self.finished}
+        return {seed: float(value) for seed, value in values.items() if value is not None}
 
     def mean(self, key: str) -> float | None:
-        """Mean over `results`."""
+        """Return the mean of `results`, or None where there are none."""
         values = list(self.results(key).values())
         return float(np.mean(values)) if values else None
 
     def label_without(self, key: str) -> str:
-        """The connection's spec and the settings that vary, all but `key`."""
+        """Return the connection's spec and the settings that vary, all but `key`."""
         section, _, leaf = key.rpartition(".")
         connection = dict(self.any_run.config["model"]["connection"])
         if section == "model.connection":
             connection.pop(leaf, None)
-        others = {k: v for k, v in self.varying.items() if k != key and not k.startswith("model.connection.")}
-        words = [f"{k.rpartition('.')[2]}={v}" for k, v in others.items()]
+        rest = {k: v for k, v in self.varying.items() if k != key and not k.startswith("model.connection.")}
+        words = [f"{k.rpartition('.')[2]}={v}" for k, v in rest.items()]
         return " ".join([connections.spec_of_mapping(connection), *words])
 
 
-def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> list[Setting]:
-    """Settings in the order of their first runs, each with its baseline.
+def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> list[Variant]:
+    """Group runs into variants, each with its baseline, in the order of their first runs.
 
     Args:
       records: the runs.
-      baseline: what the others are compared with; None: the residual connection or, without residual runs, the first run's
-        connection.
+      baseline: settings of the variants that others are compared with; None: the residual connection or, without residual runs,
+        the first run's connection.
 
     Raises:
       InputError: no runs, or two of one configuration.
     """
     require(bool(records), "There are no runs to report; give a folder that holds run folders.")
     members: dict[str, dict[tuple[int, int], RunRecord]] = {}
-    what = dict(zip(map(id, records), identities(records), strict=True))
-    for record in records:
-        runs = members.setdefault(_text(what[id(record)]), {})
-        if (twin := runs.get(record.seed)) is not None:
-            require(False, f"{record.folder} is the same run as {twin.folder}; report one of them.")
+    settings: dict[str, dict[str, Any]] = {}
+    for record, identity in zip(records, identities(records), strict=True):
+        text = _text(identity)
+        settings[text] = identity
+        runs = members.setdefault(text, {})
+        if twin := runs.get(record.seed):
+            raise InputError(f"{record.folder} is the same run as {twin.folder}; report one of them.")
         runs[record.seed] = record
     firsts = [next(iter(runs.values())) for runs in members.values()]
     if baseline is None:
@@ -104,15 +108,15 @@ def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> lis
         baseline = {"connection": (residual or firsts)[0].connection}
     elif "connection" in baseline:
         baseline = {**baseline, "connection": connections.spec(connections.parse(baseline["connection"]))}
-    targets = [_text({**what[id(record)], **baseline}) for record in firsts]
+    targets = {text: _text({**identity, **baseline}) for text, identity in settings.items()}
     names = labels(firsts, seeds=False)
-    plain = {
-        text: Setting(name, record.kind, _varying(record, firsts), members[text], is_baseline=text == target)
-        for text, record, name, target in zip(members, firsts, names, targets, strict=True)
+    variants = {
+        text: Variant(name, first.kind, _varying(first, firsts), runs, is_baseline=text == targets[text])
+        for (text, runs), first, name in zip(members.items(), firsts, names, strict=True)
     }
     return [
-        setting if setting.is_baseline else dataclasses.replace(setting, baseline=plain.get(target))
-        for setting, target in zip(plain.values(), targets, strict=True)
+        variant if variant.is_baseline else dataclasses.replace(variant, baseline=variants.get(targets[text]))
+        for text, variant in variants.items()
     ]
 
 
@@ -121,81 +125,80 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 
 def _varying(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
-    flat = [flatten(other.config) for other in records if other.kind == record.kind]
-    mine = flatten(record.config)
+    same_kind = [flatten(run.config) for run in records if run.kind == record.kind]
     return {
-        key: mine[key]
-        for key in mine
-        if key not in SEED_KEYS and len({json.dumps(other.get(key)) for other in flat}) > 1
+        key: value
+        for key, value in flatten(record.config).items()
+        if key not in SEED_KEYS and len({json.dumps(config.get(key)) for config in same_kind}) > 1
     }
 
 
 def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
-    """For each run the baseline's run of its seeds, with the usual baseline of `group`; None where there is none."""
+    """Return for each run the baseline's run of the same seeds, with the usual baseline of `group`, or None."""
     of_run = {}
-    for setting in group(records):
-        for seed, run in setting.runs.items():
-            of_run[run.folder] = setting.baseline.runs.get(seed) if setting.baseline else None
+    for variant in group(records):
+        for seed, run in variant.runs.items():
+            of_run[run.folder] = variant.baseline.runs.get(seed) if variant.baseline else None
     return [of_run[record.folder] for record in records]
 
 
-def lines(settings: Sequence[Setting], key: str) -> dict[str, list[Setting]]:
-    """Settings that differ in the number `key` alone, by what they share; at least two each."""
-    out: dict[str, list[Setting]] = {}
-    for setting in settings:
-        value = setting.varying.get(key)
+def lines(variants: Sequence[Variant], key: str) -> dict[str, list[Variant]]:
+    """Collect variants that differ in the number `key` alone, at least two of them, under the label of what they share."""
+    out: dict[str, list[Variant]] = {}
+    for variant in variants:
+        value = variant.varying.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            out.setdefault(setting.label_without(key), []).append(setting)
+            out.setdefault(variant.label_without(key), []).append(variant)
     return {name: members for name, members in out.items() if len(members) > 1}
 
 
-def loss_threshold(settings: Sequence[Setting]) -> float:
-    """0.5 nats above the best mean validation loss of the sweep; infinity where no run has one."""
-    means = [mean for setting in settings if (mean := setting.mean("validation_loss")) is not None]
+def loss_threshold(variants: Sequence[Variant]) -> float:
+    """Return the loss above which a run counts as unstable: the lowest mean validation loss of a variant plus 0.5 nats.
+
+    It is infinite where no run has a loss.
+    """
+    means = [mean for variant in variants if (mean := variant.mean("validation_loss")) is not None]
     return min(means) + 0.5 if means else float("inf")
 
 
-def frontier_lines(settings: Sequence[Setting]) -> dict[str, dict[float, list[float | None]]]:
-    """What settings share to learning rate to the final losses of its runs, None for one that diverged.
+def frontier_lines(variants: Sequence[Variant]) -> dict[str, dict[float, list[float | None]]]:
+    """Map the label of what variants share to their final losses by learning rate; None stands for a run that diverged.
 
-    Rates stop below the first one with a run that has not ended: nothing can be said of it, nor of a frontier beyond it.
+    The rates end below the first one with a run that has not ended, because nothing can be said of that rate, nor of a frontier
+    beyond it.
     """
     key = "optimizer.learning_rate"
     out: dict[str, dict[float, list[float | None]]] = {}
-    for name, members in lines(settings, key).items():
-        for setting in sorted(members, key=lambda s: s.varying[key]):
-            if setting.unfinished:
+    for name, members in lines(variants, key).items():
+        for variant in sorted(members, key=lambda member: member.varying[key]):
+            if variant.unfinished:
                 break
-            losses = setting.results("validation_loss")
-            out.setdefault(name, {})[setting.varying[key]] = [losses.get(seed) for seed in setting.runs]
+            losses = variant.results("validation_loss")
+            out.setdefault(name, {})[variant.varying[key]] = [losses.get(seed) for seed in variant.runs]
     return out
 
 
-def mean_record(setting: Setting) -> RunRecord:
-    """The mean of a setting's runs as one record without seeds, for figures of single runs.
+def mean_record(variant: Variant) -> RunRecord:
+    """Average the runs of a variant into one record without seeds, for figures of single runs.
 
-    Training and validation columns and diagnostics are averaged at the steps that all runs logged, numbers of the summary over
-    the runs that have one; events and spikes are all runs' together.  Where a run finished, only those that did are taken.
+    Training and validation columns and diagnostics are means at the steps that all runs logged.  Numbers of the summary are means
+    over the runs that have them.  Events and spikes are those of all runs together.  Where a run finished, only finished runs
+    count.
     """
-    runs = setting.finished or list(setting.runs.values())
-    if len(setting.runs) == 1:
+    runs = variant.finished or list(variant.runs.values())
+    if len(variant.runs) == 1:
         return runs[0]
-    first = runs[0]
-    summaries = [run.summary for run in runs if run.summary is not None]
-    summary: dict[str, Any] | None = dict(summaries[0]) if summaries else None
-    for key in summary or {}:
-        values = [s[key] for s in summaries if isinstance(s.get(key), int | float)]
-        if summary and values:
-            summary[key] = float(np.mean(values))
-    if summary:
-        summary |= {"spike_steps": [step for run in runs for step in run.spike_steps], "first_nonfinite_step": None}
-    config = {
-        name: {k: v for k, v in section.items() if k != "seed"} if isinstance(section, Mapping) else section
-        for name, section in first.config.items()
-    }
+    summary: dict[str, Any] | None = None
+    if summaries := [run.summary for run in runs if run.summary is not None]:
+        numbers = {key: [s[key] for s in summaries if isinstance(s.get(key), int | float)] for key in summaries[0]}
+        means = {key: float(np.mean(values)) for key, values in numbers.items() if values}
+        spikes = [step for run in runs for step in run.spike_steps]
+        summary = {**summaries[0], **means, "spike_steps": spikes, "first_nonfinite_step": None}
+    sections = runs[0].config.items()
+    config = {name: {key: value for key, value in section.items() if key != "seed"} for name, section in sections}
     return dataclasses.replace(
-        first,
-        name=setting.label,
+        runs[0],
+        name=variant.label,
         config=config,
         summary=summary,
         train=_mean_columns([run.train for run in runs]),
@@ -206,19 +209,16 @@ def mean_record(setting: Setting) -> RunRecord:
 
 
 def _mean_columns(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    steps = tables[0]["step"]
-    for table in tables[1:]:
-        steps = np.intersect1d(steps, table["step"])
+    steps = functools.reduce(np.intersect1d, [table["step"] for table in tables])
     keys = set.intersection(*(set(table) for table in tables))
-    rows = [np.isin(table["step"], steps) for table in tables]
-    return {key: np.mean([t[key][row] for t, row in zip(tables, rows, strict=True)], axis=0) for key in sorted(keys)}
+    return {key: np.mean([t[key][np.isin(t["step"], steps)] for t in tables], axis=0) for key in sorted(keys)}
 
 
 def _mean_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     by_step = [{line["step"]: line for line in run} for run in runs]
     out = []
-    for step in sorted(set.intersection(*(set(lines) for lines in by_step))):
-        lines = [lines[step] for lines in by_step]
+    for step in sorted(set.intersection(*map(set, by_step))):
+        lines = [of_run[step] for of_run in by_step]
         keys = [k for k, v in lines[0].items() if isinstance(v, np.ndarray) and all(k in line for line in lines)]
         out.append({"step": step, **{key: np.mean([line[key] for line in lines], axis=0) for key in keys}})
     return out

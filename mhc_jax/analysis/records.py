@@ -1,7 +1,6 @@
 """Run folders, read back: config, environment, metrics and summary as plain values and arrays.
 
-Letters: K lines of one sort in metrics.jsonl, S sub-layers (attention and feed-forward count as
-two), n streams.
+Letters: K train lines and V validation lines of metrics.jsonl, S sub-layers (attention and feed-forward count as two), n streams.
 """
 
 from __future__ import annotations
@@ -19,45 +18,43 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.runs.folder import read_json
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
 NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
-"""Settings that change no number of a run; with the sections `mesh` and `pipeline`, which change rounding alone."""
+"""Settings that change no number of a run; the sections `mesh` and `pipeline`, which change rounding alone, are neutral, too."""
 SHORT = {
     "optimizer.learning_rate": "lr",
     "model.num_layers": "layers",
     "train.seed": "trainseed",
     "data.seed": "dataseed",
 }
-"""Names of settings in labels and run folders; any other key goes by its last part."""
-REDONE_EVENTS = ("spike", "diverged")
-"""Events of steps past the one a run resumed from; those steps were done again."""
+"""Short names of settings in labels and run folders; any other key is shown by its last part."""
 ABSENT = "(absent)"
-"""Stands for a setting that a run's config lacks; each kind of connection has its own settings."""
+"""Stands for a setting that a run's config lacks, because each kind of connection has settings of its own."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder.
+    """What a run folder holds.
 
-    JSON null (a NaN or an infinity of the run) is NaN here.  After a
-    `resumed` event the lines of the steps that were done again replace the earlier ones.
+    JSON null, which stands for NaN and infinity, is NaN here.
     """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
-    """Nested, as `mapping.to_mapping` wrote it."""
+    """The nested configuration, as `mapping.to_mapping` wrote it."""
     env: Mapping[str, Any]
-    """Free form: device, versions, commit; empty when the folder has none."""
+    """Device, versions, commit and the like; empty when the folder has no env.json."""
     summary: Mapping[str, Any] | None
-    """None while the run goes on, or when it was killed."""
+    """None while the run goes on, and after a kill."""
     train: Mapping[str, Float[np.ndarray, " K"]]
     """Columns `step`, `loss` (nats/token), ...; NaN where a line lacks the key."""
     validation: Mapping[str, Float[np.ndarray, " V"]]
     diagnostics: Sequence[Mapping[str, Any]]
-    """One mapping a line: `step` (int) and arrays [S, ...]."""
+    """A mapping for each line: `step` (int) and arrays [S, ...]."""
     events: Sequence[Mapping[str, Any]]
 
     @property
@@ -67,7 +64,7 @@ class RunRecord:
 
     @property
     def connection(self) -> str:
-        """The connection as `connections.spec` spells it, with its init and every setting that is not the kind's default."""
+        """Spec of the connection, with its init and every setting that is not the kind's default."""
         return spec_of_mapping(self.config["model"]["connection"])
 
     @property
@@ -77,12 +74,12 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """`finished`, `diverged` or `interrupted`; `no summary` while running or after a kill."""
+        """How the run ended: `finished`, `diverged` or `interrupted`; `no summary` while it runs or after a kill."""
         return self.result("status") or ("no summary" if self.diverged_at is None else "diverged")
 
     @property
     def diverged_at(self) -> int | None:
-        """Step of the first non-finite loss, or of the `diverged` event; None without either."""
+        """Step at which the first number was not finite, or of the `diverged` event; None without either."""
         steps = [e["step"] for e in self.events if e.get("event") == "diverged"]
         first = self.result("first_nonfinite_step")
         return int(first) if first is not None else (int(steps[0]) if steps else None)
@@ -97,7 +94,7 @@ class RunRecord:
 
     @property
     def num_streams(self) -> int:
-        """n, as seen in the diagnostics, else as configured; 1 for a connection without streams."""
+        """Number n of streams in the diagnostics, else in the configuration; 1 for a connection without streams."""
         last = last_diagnostics(self, "h_pre") or last_diagnostics(self, "h_res")
         if last is not None:
             return int(last[1].shape[-1])
@@ -105,24 +102,23 @@ class RunRecord:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens trained on, steps x batch x sequence length; None without a summary."""
+        """Number of tokens trained on, steps x batch x sequence length; None without a summary."""
         data, steps = self.config["data"], self.result("steps")
         return None if steps is None else int(steps) * data["batch_size"] * data["sequence_length"]
 
     def result(self, key: str) -> Any:
-        """Value of `key` in summary.json; None when there is no summary or no such key."""
+        """Return the value of `key` in summary.json, or None without a summary or such a key."""
         return None if self.summary is None else self.summary.get(key)
 
 
 def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
     """Read a run folder.
 
-    A last line of metrics.jsonl that is no JSON was being written when the process was killed, and
-    is left out.
+    A last line of metrics.jsonl that is no JSON is left out: it was being written when the process was killed.
 
     Args:
-      folder: the run's.
-      metrics: read metrics.jsonl; without it the run has its summary and no curves.
+      folder: the run folder.
+      metrics: whether to read metrics.jsonl; without it the record has a summary and no curves.
 
     Raises:
       InputError: no such folder; no config.json or metrics.jsonl in it; a file that does not parse.
@@ -134,7 +130,7 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
             (folder / file).is_file(),
             f"{str(folder)!r} is not a run folder: it has no {file}; give a folder that a training run wrote.",
         )
-    config = _read_mapping(folder / "config.json")
+    config = read_json(folder / "config.json")
     kind = flatten(config).get("model.connection.kind")
     require(
         isinstance(kind, str),
@@ -146,8 +142,8 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         name=folder.resolve().name,
         folder=folder,
         config=config,
-        env=_read_mapping(env) if env.is_file() else {},
-        summary=_read_mapping(summary) if summary.is_file() else None,
+        env=read_json(env) if env.is_file() else {},
+        summary=read_json(summary) if summary.is_file() else None,
         train=_columns(lines["train"]),
         validation=_columns(lines["validation"]),
         diagnostics=lines["diagnostics"],
@@ -156,7 +152,7 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
 
 
 def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, "K ..."]]:
-    """Steps and values of one measurement, in order of steps; both empty when no line has the key.
+    """Return the steps and values of one measurement, in the order of steps; both are empty when no line has the key.
 
     Args:
       record: the run.
@@ -165,9 +161,9 @@ def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"
     """
     one_of("kind", kind, MEASUREMENTS)
     if kind == "diagnostics":
-        found = [(d["step"], d[key]) for d in record.diagnostics if d.get(key) is not None]
-        steps, values = [s for s, _ in found], [v for _, v in found]
-        return np.asarray(steps, int), np.stack(values) if values else np.empty(0)
+        lines = [line for line in record.diagnostics if line.get(key) is not None]
+        steps = np.asarray([line["step"] for line in lines], int)
+        return steps, np.stack([line[key] for line in lines]) if lines else np.empty(0)
     columns = record.train if kind == "train" else record.validation
     if key not in columns:
         return np.empty(0, int), np.empty(0)
@@ -175,7 +171,7 @@ def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"
 
 
 def last_diagnostics(record: RunRecord, key: str) -> tuple[int, Float[np.ndarray, "S ..."]] | None:
-    """Step and value of the last diagnostics line with a finite number in `key`, or None."""
+    """Return the step and value of the last diagnostics line with a finite number in `key`, or None."""
     for line in reversed(record.diagnostics):
         if line.get(key) is not None and np.isfinite(line[key]).any():
             return line["step"], line[key]
@@ -183,7 +179,7 @@ def last_diagnostics(record: RunRecord, key: str) -> tuple[int, Float[np.ndarray
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to dotted keys: {"model": {"width": 8}} becomes {"model.width": 8}."""
+    """Turn a nested mapping into one with dotted keys: {"model": {"width": 8}} becomes {"model.width": 8}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -194,37 +190,36 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]:
-    """What a run is, but for its seeds: `connection` (its spec), and every other setting that its numbers depend on.
+    """Return what tells a run from those of other variants: `connection` (its spec), and the settings its numbers depend on.
 
     Args:
       config: nested, as `mapping.to_mapping` wrote it.
-      neutral: with the settings that change no number.
+      neutral: whether to keep the settings that change no number.
     """
-    dropped = () if neutral else NEUTRAL_KEYS
     sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
-    kept = {
-        key: value
-        for key, value in flatten(config).items()
-        if not key.startswith(sections) and key not in (*SEED_KEYS, *dropped)
-    }
+    keys = SEED_KEYS if neutral else SEED_KEYS + NEUTRAL_KEYS
+    kept = {k: v for k, v in flatten(config).items() if not k.startswith(sections) and k not in keys}
     return {"connection": spec_of_mapping(config["model"]["connection"]), **kept}
 
 
 def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """`identity` of each run and, where all runs recorded it, of its training text (`text`, start of a hash).
+    """Return the `identity` of each run and, where all runs recorded it, the start of the hash of its training text (`text`).
 
-    Where runs differ in neutral settings alone, as in a sweep over meshes, these belong to it too.
+    Where runs differ in neutral settings alone, as in a sweep over meshes, the identities hold these settings too.
     """
-    texts = [flatten(record.env).get("data.train_sha256") for record in records]
-    of_text = [{"text": text[:8]} if None not in texts else {} for text in map(str, texts)]
-    found = [identity(record.config) | text for record, text in zip(records, of_text, strict=True)]
-    if len({(json.dumps(one, sort_keys=True), r.seed) for one, r in zip(found, records, strict=True)}) < len(records):
-        return [identity(r.config, neutral=True) | text for r, text in zip(records, of_text, strict=True)]
-    return found
+    hashes = [flatten(record.env).get("data.train_sha256") for record in records]
+    texts = [{} if None in hashes else {"text": str(text)[:8]} for text in hashes]
+
+    def all_of(neutral: bool) -> list[dict[str, Any]]:
+        return [identity(record.config, neutral) | text for record, text in zip(records, texts, strict=True)]
+
+    known = zip(all_of(neutral=False), records, strict=True)
+    distinct = {(json.dumps(settings, sort_keys=True), record.seed) for settings, record in known}
+    return all_of(neutral=len(distinct) < len(records))
 
 
 def not_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings outside the connection and the seeds that differ from the project's defaults; dotted key to value."""
+    """Return the settings, by dotted key, that differ from the project's defaults, without the connection and the seeds."""
     defaults = flatten(to_mapping(ExperimentConfig()))
     return {
         key: value
@@ -236,12 +231,11 @@ def not_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 def paired_gap(
     record: RunRecord, baseline: RunRecord, kind: str
 ) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, " K"]]:
-    """Steps that both runs logged, and `record` minus `baseline` in loss (nats/token) there.
-
-    Below 0 means that `record` has the lower loss.
+    """Return the steps that both runs logged, and the loss of `record` minus that of `baseline` (nats/token) there.
 
     Args:
-      record, baseline: two runs.
+      record: the run that has the lower loss where the difference is below 0.
+      baseline: the run that it is compared with.
       kind: `train` or `validation`.
     """
     steps, loss = series(record, kind, "loss")
@@ -251,27 +245,27 @@ def paired_gap(
 
 
 def seed_name(seed: tuple[int, int]) -> str:
-    """`seed 1`, or `seeds 0/1` of training and data where they differ."""
+    """Return `seed 1`, or `seeds 0/1` where the seeds of training and data differ."""
     return f"seed {seed[0]}" if seed[0] == seed[1] else f"seeds {seed[0]}/{seed[1]}"
 
 
 def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
-    """One name a run: its connection, the other settings in which the runs differ, and its seeds where they differ.
+    """Name each run by its connection, by the other settings in which the runs differ, and by its seeds where they differ.
 
-    Runs of one folder name and the same settings are told apart by primes.
+    Primes tell runs apart that would have the same name.
 
     Args:
       records: the runs.
-      seeds: name the seeds.
+      seeds: whether to name the seeds.
     """
-    found = identities(records)
-    keys = [key for key in dict.fromkeys(key for one in found for key in one) if key != "connection"]
-    varying = [key for key in keys if len({json.dumps(one.get(key, ABSENT)) for one in found}) > 1]
+    known = identities(records)
+    keys = [key for key in dict.fromkeys(key for settings in known for key in settings) if key != "connection"]
+    varying = [key for key in keys if len({json.dumps(settings.get(key, ABSENT)) for settings in known}) > 1]
     several = seeds and len({record.seed for record in records}) > 1
     out: list[str] = []
-    for record, one in zip(records, found, strict=True):
-        words = [f"{SHORT.get(key, key.rpartition('.')[2])}={_word(one[key])}" for key in varying if key in one]
-        label = " ".join([one["connection"], *words, *([seed_name(record.seed)] if several else [])])
+    for record, settings in zip(records, known, strict=True):
+        words = [f"{SHORT.get(k, k.rpartition('.')[2])}={_word(settings[k])}" for k in varying if k in settings]
+        label = " ".join([settings["connection"], *words, *([seed_name(record.seed)] if several else [])])
         while seeds and label in out:
             label += "'"
         out.append(label)
@@ -282,48 +276,27 @@ def _word(value: Any) -> str:
     return ("+".join(map(str, value)) or "none") if isinstance(value, list) else f"{value}"
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not valid JSON ({error}); restore it.") from error
-    require(
-        isinstance(value, dict),
-        f"{str(path)!r} must hold a JSON object; restore it.",
-    )
-    return value
-
-
 def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines by kind, those of one kind in order of steps; diagnostics have arrays for lists."""
-    lines: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in MEASUREMENTS}
-    events: list[dict[str, Any]] = []
-    raw = [(i, line) for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    """Return the lines of metrics.jsonl by kind; lists of diagnostics become arrays."""
+    lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MEASUREMENTS, "event")}
+    raw = [(number, text) for number, text in enumerate(path.read_bytes().split(b"\n"), 1) if text.strip()]
     for number, text in raw:
         try:
             line = json.loads(text)
-            kind, step = line["kind"], int(line["step"])
+            kind, line["step"] = line["kind"], int(line["step"])
             if kind == "diagnostics":
-                arrays = {k: v for k, v in line.items() if isinstance(v, list)}
-                line |= {k: np.asarray(v, float) for k, v in arrays.items()}
+                line |= {key: np.asarray(value, float) for key, value in line.items() if isinstance(value, list)}
         except (ValueError, TypeError, KeyError) as error:
             if number == raw[-1][0]:
                 break
             raise InputError(
                 f"Line {number} of {str(path)!r} is not a JSON object with kind and step ({error}); remove that line."
             ) from error
-        if kind == "event":
-            if line.get("event") == "resumed":
-                undone = [e for e in events if e["step"] > step and e.get("event") in REDONE_EVENTS]
-                events = [e for e in events if e not in undone]
-                lines = {k: {s: v for s, v in by.items() if s <= step} for k, by in lines.items()}
-            events.append(line)
-        elif kind in lines:
-            lines[kind][step] = line
-    return {k: [by[step] for step in sorted(by)] for k, by in lines.items()} | {"event": events}
+        lines.setdefault(kind, []).append(line)
+    return lines
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " K"]]:
-    """Columns of the numeric keys; null and missing are NaN."""
+    """Make a column of each numeric key; null and missing values are NaN."""
     keys = sorted({k for line in lines for k, v in line.items() if isinstance(v, int | float)} | {"step"})
     return {key: np.asarray([line.get(key) for line in lines], float) for key in keys}

@@ -1,10 +1,10 @@
-"""What a handful of seeds allows to say: paired differences, stability frontier, power laws.
+"""What a handful of seeds allows to say: paired differences, stability frontiers, power laws.
 
 One rule holds for every table, figure and sentence of the project: below `MIN_SEEDS` paired seeds there are differences, but no
-interval, no p-value, no effect size and no claim.  The tests and intervals are scipy's.
+interval, no p-value, no effect size and no claim.  The tests and intervals are SciPy's.
 
-Letters: K seeds that both settings have.  Differences are `setting - baseline` of one measurement, so that below 0 is better for
-a loss.
+Letters: K is the number of seeds that both variants have.  A difference is `variant - baseline` of one measurement, so for a loss
+below 0 is better.
 """
 
 from __future__ import annotations
@@ -22,55 +22,55 @@ from mhc_jax.errors import require
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-"""Seeds from which on an interval is shown: with two, Student's factor is 12.7, and any claim hangs on one number."""
+"""Smallest number of seeds with an interval.  With two, Student's factor is 12.7, and the spread rests on one number."""
 SPREAD = 1e-9
-"""Values that differ by less are equal: summaries hold nine digits, and the deviation of equal floats need not be 0."""
+"""Values that differ by less count as equal: summaries hold nine digits, and rounding alone makes equal values deviate."""
 MOST_FLIPS = 2**14
-"""Sign patterns that `sign_flip_p` looks at: all of them up to 14 seeds, random ones from there on."""
+"""Largest number of sign patterns that `sign_flip_p` looks at: all patterns of up to 14 seeds, random ones of more."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Paired differences of one setting against its baseline, over seeds.
+    """Paired differences of one variant from its baseline, over seeds.
 
-    The interval is of 95 % and p-values are two-sided; all are None below `MIN_SEEDS` seeds, and where the differences are
-    all equal.
+    The interval has a confidence of 95 %, and the p-values are two-sided.  All are None below `MIN_SEEDS` seeds, and where the
+    differences are all equal.
     """
 
     differences: tuple[float, ...]
     mean: float
     t_interval: tuple[float, float] | None
-    """Student's interval of the mean difference, K - 1 degrees of freedom."""
+    r"""Student's interval of the mean difference: $\bar d \pm t_{0.975, K-1}\, s_d / \sqrt{K}$."""
     p_t: float | None
-    """p-value of the paired t test."""
+    r"""p-value of the paired t test, whose statistic is $\bar d \sqrt{K} / s_d$."""
     p_sign_flip: float | None
-    """p-value of the permutation test of the mean under flips of signs; with K seeds it cannot fall below 2^(1-K)."""
+    r"""p-value of the permutation test of the mean under flips of signs; with K seeds it is at least $2^{1-K}$."""
     effect: float | None
     """Mean difference in standard deviations of the baseline over the same seeds."""
 
     @property
     def seeds(self) -> int:
-        """K."""
+        """Number K of seeds that both have."""
         return len(self.differences)
 
     @property
     def resolved(self) -> bool:
-        """Whether there is an interval, and it leaves 0 out."""
+        """Whether there is an interval that leaves 0 out."""
         return self.t_interval is not None and (self.t_interval[0] > 0 or self.t_interval[1] < 0)
 
 
-def paired(setting: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paired | None:
-    """Compare two settings seed by seed; None when no seed has a finite value in both.
+def paired(variant: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paired | None:
+    """Compare two variants seed by seed; None when no seed has a finite value in both.
 
     Args:
-      setting: seed to value.
-      baseline: seed to value, in the same units.
+      variant: values by seed.
+      baseline: values by seed, in the same units.
     """
-    common = [s for s in setting if s in baseline and math.isfinite(setting[s]) and math.isfinite(baseline[s])]
+    common = [s for s in variant if s in baseline and math.isfinite(variant[s]) and math.isfinite(baseline[s])]
     if not common:
         return None
     base = np.asarray([baseline[s] for s in common])
-    d = np.asarray([setting[s] for s in common]) - base
+    d = np.asarray([variant[s] for s in common]) - base
     interval = p_t = p_flip = effect = None
     if len(d) >= MIN_SEEDS and np.ptp(d) > SPREAD:
         test: Any = stats.ttest_1samp(d, 0)
@@ -80,57 +80,59 @@ def paired(setting: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paire
 
 
 def t_interval(values: Float[np.ndarray, " K"]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of at least two values."""
+    """Return Student's 95 % interval of the mean of at least two values."""
     interval = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     return float(interval.low), float(interval.high)
 
 
 def sign_flip_p(differences: Float[np.ndarray, " K"]) -> float:
-    """Two-sided p-value of the mean under flips of signs: exact up to 14 values, of 2^14 random flips above."""
+    """Return the two-sided p-value of the mean under flips of signs.
+
+    It is exact for up to 14 values; for more it comes from 2^14 random flips.
+    """
     test = stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=MOST_FLIPS, rng=np.random.default_rng(0)
     )
     return float(test.pvalue)
 
 
-def verdict(result: Paired | None, baseline: str, noun: str = "loss") -> str:
-    """One sentence: what the seeds allow to say about the setting, and what not.
+def verdict(result: Paired | None, baseline: str) -> str:
+    """Say in one sentence what the seeds allow to say about a variant, and what not.
 
     Args:
-      result: of `paired`.
-      baseline: name of the setting it is compared with.
-      noun: the measurement.
+      result: what `paired` returned.
+      baseline: name of the variant that it is compared with.
     """
     if result is None:
-        return f"no claim: no seed has a final {noun} here and in {baseline}."
+        return f"no claim: no seed has a final loss here and in {baseline}."
     if result.seeds < MIN_SEEDS:
         which = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
-        found = ", ".join("0.0000" if abs(d) < 5e-5 else f"{d:+.4f}" for d in result.differences)
-        return f"{noun} minus {baseline}'s {found}; {which}, no claim."
+        differences = ", ".join("0.0000" if abs(d) < 5e-5 else f"{d:+.4f}" for d in result.differences)
+        return f"loss minus {baseline}'s {differences}; {which}, no claim."
     if result.t_interval is None:
         return f"no claim: the {result.seeds} differences from {baseline} are all {result.mean:+.4f}, without spread."
     low, high = result.t_interval
     size = f"{result.mean:+.4f} [{low:+.4f}, {high:+.4f}], {result.seeds} seeds"
     if result.resolved:
         side = "lower" if result.mean < 0 else "higher"
-        return f"resolved at this size: {noun} {side} than {baseline}'s ({size})."
-    return f"not resolved at this size: the interval of {noun} minus {baseline}'s holds 0 ({size})."
+        return f"resolved at this size: loss {side} than {baseline}'s ({size})."
+    return f"not resolved at this size: the interval of loss minus {baseline}'s holds 0 ({size})."
 
 
 def stability_frontier(
     losses: Mapping[float, Sequence[float | None]], threshold: float
 ) -> tuple[float | None, float | None]:
-    """Largest learning rate up to which every seed is stable, and the first one that is not.
+    """Find the largest learning rate up to which every seed is stable, and the first one that is not.
 
-    Stable: every loss is finite and below `threshold`.  Rates above the first unstable one do not count, whatever they gave.
-    Rates below the first stable one whose losses are all finite are too slow, which is not unstable; they are passed over.
+    A rate is stable where every loss is finite and below `threshold`.  Rates above the first unstable one do not count, whatever
+    they gave.  Rates below the first stable one whose losses are all finite are slow and not unstable; they are passed over.
 
     Args:
-      losses: learning rate to the final losses of its seeds, None for a run without one.
+      losses: final losses of the seeds by learning rate, None for a run without one.
       threshold: in nats/token.
 
     Returns:
-      Either is None where there is none among the rates tried.
+      Both rates; either is None where there is none among those tried.
     """
     last = None
     for rate in sorted(losses):
@@ -145,7 +147,10 @@ def stability_frontier(
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """loss = a (x / x_0)^-b, x_0 the geometric mean of x; fitted to the logarithms, so that relative errors count alike."""
+    r"""The law $\text{loss} = a (x / x_0)^{-b}$, where $x_0$ is the geometric mean of x.
+
+    It is fitted to the logarithms by least squares, so that relative errors count alike.
+    """
 
     a: float
     b: float
@@ -155,11 +160,11 @@ class PowerLaw:
 
 
 def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw:
-    """Fit a compute ladder.
+    """Fit a power law to the losses of models of several sizes.
 
     Args:
       x: training FLOPs, or any other positive size.
-      loss: positive, one a size.
+      loss: one positive value for each size.
 
     Raises:
       InputError: fewer than two different sizes, or a value that is not positive.

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's view of a trained model (`DecoderLM`), and of one that knows the answers (`GoldLM`)."""
+"""Models as lm-evaluation-harness sees them: a trained one (`DecoderLM`), and one that knows the answers (`GoldLM`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows
 
 from mhc_jax.errors import require
 from mhc_jax.evaluation.scoring import FEW_ROWS, LN2, Scored, Scorer, memory_budget, split_texts
@@ -21,37 +19,43 @@ from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.trained import Trained
 
 MAX_GEN_TOKS = 256
-"""Tokens of an answer where the task names no limit, as in lm-eval's own models."""
+"""Tokens of an answer where the task names no limit, as in the models of lm-evaluation-harness."""
 MOST_ROWS = {"cpu": 32}
+"""Prompts answered at once, at most, by platform."""
 MORE_ROWS = 256
+"""The same on platforms that `MOST_ROWS` does not name."""
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation after its context."""
+    """The likelihood of a continuation after its context."""
 
     nats: float
-    """ln of the probability of the scored tokens."""
+    """Natural logarithm of the probability of the scored tokens."""
     greedy: bool
-    """Whether each of them was the most likely one."""
+    """Whether each scored token was the most likely one."""
     cut: int
-    """Tokens that the context lost at its beginning."""
+    """Tokens that the context lost at its beginning, because it did not fit."""
     size: int
-    """Bytes of the text that was scored: those of the continuation, and of the context what `split_texts` adds to it."""
+    """Bytes of the scored text: the continuation, and what `split_texts` adds to it from the end of the context."""
 
 
-@register_model("mhc_jax")
-class DecoderLM(LM):
-    """A checkpoint of any connection.  Prompts that do not fit lose their beginning, which is counted."""
+class _HarnessLM(LM):
+    def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        raise NotImplementedError("No benchmark here asks for the likelihood of whole documents.")
+
+
+class DecoderLM(_HarnessLM):
+    """A trained model of any connection.  Prompts that do not fit the context lose their beginning, which is counted."""
 
     def __init__(self, model: Trained, store: Responses, context: int = 0, batch_size: int = 0, max_gen_toks: int = 0):
-        """Nothing is compiled yet.
+        """Prepare the model; nothing is compiled yet.
 
         Args:
-          model: of `load_trained`.
-          store: where responses go, and come from.
-          context: tokens of prompt and answer; 0: the sequence length of training.
-          batch_size: rows of a batch; 0: as many as fit.
-          max_gen_toks: tokens of an answer at most, whatever the task says; 0: what it says.
+          model: as from `load_trained`.
+          store: keeps responses, and has those of earlier calls.
+          context: tokens of prompt and answer together; 0: the sequence length of training.
+          batch_size: rows of a batch; 0: as many as fit the memory.
+          max_gen_toks: tokens of an answer at most, even where the task allows more; 0: what the task allows.
         """
         super().__init__()
         self.model, self.store, self.limit, self.batch_size = model, store, max_gen_toks, batch_size
@@ -63,23 +67,23 @@ class DecoderLM(LM):
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """Number of programs compiled so far."""
         return self.scorer.compilations + len(self.generator.programs)
 
     def scored(self, requests: Sequence[Instance]) -> list[Likelihood]:
-        """Likelihoods of (context, continuation), computed where the store does not have them.
+        """Return the likelihood of each (context, continuation), computed where the store does not have it.
 
-        The continuations of one context in one item share their conditioning tokens (`split_texts`).  A context that does
-        not fit loses its beginning until the longest continuation fits, for all of them alike; lm-evaluation-harness's own
-        models cut each to its own length.
+        The continuations of one context in one item share their conditioning tokens (`split_texts`).  A context that does not
+        fit loses its beginning until the longest continuation fits, for all continuations alike.  The models of
+        lm-evaluation-harness instead cut the context for each continuation by itself.
 
         Raises:
-          InputError: a continuation that is empty or longer than the context; before anything is computed.
+          InputError: a continuation is empty or longer than the context.  Nothing has been computed then.
         """
         items: dict[tuple[str | None, int | None, str], list[int]] = {}
         for index, request in enumerate(requests):
             items.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(index)
-        found: dict[int, tuple[str, int, int]] = {}
+        answers: dict[int, tuple[str, int, int]] = {}
         work: dict[str, Scored] = {}
         cut: dict[str, int] = {}
         sizes = self.model.tokenizer.token_bytes
@@ -91,56 +95,38 @@ class DecoderLM(LM):
             longest = max(map(len, scored))
             require(
                 longest <= self.max_length,
-                f"{name} has {longest} tokens to score and the context {self.max_length}; give a longer one with --context.",
+                f"{name} has {longest} tokens to score and the context {self.max_length}; give a longer context with --context.",
             )
             kept = given[-(self.max_length + 1 - longest) :]
             for index, text, ids in zip(indices, texts, scored, strict=True):
-                # With the text, these two lengths say which tokens were scored after which.
+                # Together with the text, the two lengths determine the scored tokens and those before them.
                 key = self.store.key("loglikelihood", [context, text, len(kept), len(ids)])
-                found[index] = key, len(given) - len(kept), int(sizes[ids].sum())
+                answers[index] = key, len(given) - len(kept), int(sizes[ids].sum())
                 if key not in self.store.known:
                     work[key], cut[key] = Scored([*kept, *ids], len(ids)), len(given) - len(kept)
-        names = list(work)
-        with Progress(self.label, "log-likelihoods", len(names)) as progress:
+        keys = list(work)
+        with Progress(self.label, "log-likelihoods", len(keys)) as progress:
             for index, score in self.scorer.scores(list(work.values())):
-                name = names[index]
-                self.store.add(name, [-score.bits * LN2, score.greedy], cut[name])
+                key = keys[index]
+                self.store.add(key, [-score.bits * LN2, score.greedy], cut[key])
                 if progress.advance(1):
                     self.store.flush()
         self.store.flush()
         out = []
-        for key, lost, size in (found[index] for index in range(len(requests))):
+        for key, lost, size in (answers[index] for index in range(len(requests))):
             nats, greedy = self.store.known[key]["response"]
             out.append(Likelihood(nats, greedy, lost, size))
         return out
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(ln p, greedy) of each continuation after its context."""
-        return [(own.nats, own.greedy) for own in self.scored(requests)]
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text in nats, windows of the context's length side by side, each token predicted once."""
-        out = []
-        for request in requests:
-            (text,) = request.args
-            key = self.store.key("rolling", text)
-            if key not in self.store.known:
-                windows = get_rolling_token_windows(
-                    self.model.tokenizer.encode(text).tolist(), self.model.tokenizer.end_of_document, self.max_length, 1
-                )
-                # A window is (inputs, predicted), and the inputs end with all predicted tokens but the last.
-                sequences = [Scored([*given, predicted[-1]], len(predicted)) for given, predicted in windows]
-                bits = sum(score.bits for _, score in self.scorer.scores(sequences))
-                self.store.add(key, -bits * LN2)
-                self.store.flush()
-            out.append(self.store.known[key]["response"])
-        return out
+        """Return (ln p, greedy) of each continuation after its context."""
+        return [(answer.nats, answer.greedy) for answer in self.scored(requests)]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first stop string, greedy unless the task asks for samples.
+        """Return answers up to the first stop string, greedy unless the task asks for samples.
 
         Raises:
-          InputError: an answer that leaves no room for a prompt; before anything is computed.
+          InputError: the longest answer that a task allows leaves no room for a prompt.  Nothing has been computed then.
         """
         keys = [self.store.key("generate", [*request.args, self.limit]) for request in requests]
         groups: dict[str, dict[str, list[int]]] = {}
@@ -151,7 +137,7 @@ class DecoderLM(LM):
                 require(
                     max_new < self.max_length,
                     f"The context of {self.max_length} tokens is too short for {request.task_name}, whose prompts stand "
-                    f"before an answer of up to {max_new}; give a longer one with --context, or shorter answers with "
+                    f"before an answer of up to {max_new}; give a longer context with --context, or shorter answers with "
                     "--max_gen_toks.",
                 )
                 ids = self.model.tokenizer.encode(prompt).tolist() or [self.model.tokenizer.end_of_document]
@@ -163,7 +149,7 @@ class DecoderLM(LM):
         return [self.store.known[key]["response"] for key in keys]
 
     def _answer(self, settings: Mapping[str, Any], prompts: dict[str, list[int]], progress: Progress) -> None:
-        """Generate for prompts that share their settings, the longest first."""
+        """Answer prompts that share their settings, the longest first."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         max_new = self._max_new(settings)
@@ -175,7 +161,7 @@ class DecoderLM(LM):
         tokenizer, end = self.model.tokenizer, self.model.tokenizer.end_of_document
 
         def text_of(made: list[int]) -> tuple[str, bool]:
-            """The answer up to the first stop, and whether there was one."""
+            """Return the answer up to the first stop, and whether there was one."""
             text = tokenizer.decode(made[: made.index(end)] if end in made else made)
             stops = [text.index(stop) for stop in until if stop in text]
             return (text[: min(stops)], True) if stops else (text, end in made)
@@ -183,29 +169,32 @@ class DecoderLM(LM):
         order = sorted(prompts, key=lambda key: -len(prompts[key]))
         while order:
             T = bucket(min(len(prompts[order[0]]), room))
-            here = [key for key in order[: self._rows(T)] if bucket(min(len(prompts[key]), room)) == T]
-            order = order[len(here) :]
-            kept = [prompts[key][-room:] for key in here]
+            batch = [key for key in order[: self._rows(T)] if bucket(min(len(prompts[key]), room)) == T]
+            order = order[len(batch) :]
+            kept = [prompts[key][-room:] for key in batch]
             count = len(kept)
-            # A batch that is not full is filled, so that it needs few programs of its own.
+            # Repeated prompts fill an incomplete batch up to one of few sizes, each of which is a program.
             kept += [kept[-1]] * (min(self._rows(T), bucket(count, FEW_ROWS)) - count)
 
             def ended(row: int, made: list[int], count: int = count) -> bool:
                 return row >= count or text_of(made)[1]
 
             made = self.generator.generate(kept, max_new, sampling, ended)
-            for key, ids in zip(here, made, strict=False):
+            for key, ids in zip(batch, made, strict=False):
                 self.store.add(key, text_of(ids)[0], max(0, len(prompts[key]) - room))
             self.store.flush()
             progress.advance(count)
 
     def _max_new(self, settings: Mapping[str, Any]) -> int:
-        """Tokens of an answer at most."""
+        """Return the tokens of an answer at most."""
         asked = int(settings.get("max_gen_toks", MAX_GEN_TOKS))
         return min(asked, self.limit or asked)
 
     def _rows(self, T: int) -> int:
-        """Prompts of T tokens at a time: a power of two whose caches and scores take half the memory there is at most."""
+        """Return the number of prompts of T tokens answered at once.
+
+        It is a power of two, for which keys, values and attention scores take at most half of `memory_budget`.
+        """
         if self.batch_size:
             return self.batch_size
         config, S = self.model.config.model, bucket(self.max_length)
@@ -216,22 +205,18 @@ class DecoderLM(LM):
         return min(most, 1 << (fit.bit_length() - 1))
 
 
-class GoldLM(LM):
-    """Answers with the gold text: what the plumbing from data to metric lets a perfect model score."""
+class GoldLM(_HarnessLM):
+    """A model that answers with the gold text.  Its score is what data, prompts and metrics let a perfect model reach."""
 
     def __init__(self, gold: Callable[[str, Mapping[str, Any]], Any]):
-        """`gold`: (task, item) -> the answer, or for multiple choice the index of the choice."""
+        """Take the answers from `gold`: (task, item) -> the answer, or for multiple choice the index of the choice."""
         super().__init__()
         self.gold = gold
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """0 for the right choice, -1e3 for the others."""
+        """Return 0 for the right choice and -1e3 for the others."""
         return [(0.0, True) if r.idx == self.gold(r.task_name, r.doc) else (-1e3, False) for r in requests]
 
-    def loglikelihood_rolling(self, requests) -> list[float]:
-        """Certainty."""
-        return [0.0] * len(requests)
-
     def generate_until(self, requests) -> list[str]:
-        """The answer."""
+        """Return the gold answers."""
         return [self.gold(r.task_name, r.doc) for r in requests]

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from mhc_jax.analysis.grouping import Setting, frontier_lines, lines, loss_threshold
+from mhc_jax.analysis.grouping import Variant, frontier_lines, lines, loss_threshold
 from mhc_jax.analysis.records import paired_gap, series
 from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
 from mhc_jax.plots.style import (
@@ -43,7 +43,7 @@ MEASURES = (
 
 
 @register(SWEEP_FIGURES, "Loss gap, seeds and mean")
-def gap_curves(settings: Sequence[Setting]) -> Figure:
+def gap_curves(settings: Sequence[Variant]) -> Figure:
     """Draw the paired difference of training losses against steps, one panel a kind.
 
     Training loss minus that of the baseline's run of the same seed at the same step, in nats/token against optimizer steps, as a
@@ -86,7 +86,7 @@ BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm be
 
 
 @register(SWEEP_FIGURES, "Loss and gradient norm, mean and band")
-def seed_bands(settings: Sequence[Setting]) -> Figure:
+def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Draw training loss and gradient norm against steps, over the seeds of every variant.
 
     Left: training loss in nats/token; right: global norm of the gradient before clipping, in nats/token on a logarithmic axis;
@@ -128,7 +128,7 @@ def seed_bands(settings: Sequence[Setting]) -> Figure:
 
 
 @register(SWEEP_FIGURES, "Seeds")
-def seed_strip(settings: Sequence[Setting]) -> Figure:
+def seed_strip(settings: Sequence[Variant]) -> Figure:
     """Draw the final validation loss of every run, one row a variant.
 
     Validation loss in nats/token at the end of training: dots are runs, the bar is the mean of the variant's seeds. The grey
@@ -161,7 +161,7 @@ def seed_strip(settings: Sequence[Setting]) -> Figure:
 
 
 @register(SWEEP_FIGURES, "Measurements against what is swept")
-def swept(settings: Sequence[Setting]) -> Figure:
+def swept(settings: Sequence[Variant]) -> Figure:
     """Draw loss, gains and column errors against every swept number.
 
     One row a swept number, one column a measurement: validation loss in nats/token, the largest composite gain forward and
@@ -197,7 +197,7 @@ def swept(settings: Sequence[Setting]) -> Figure:
 
 
 @register(SWEEP_FIGURES, "Stability frontier")
-def frontier(settings: Sequence[Setting]) -> Figure:
+def frontier(settings: Sequence[Variant]) -> Figure:
     """Draw which learning rates are stable, one row a connection.
 
     Every learning rate tried, on a logarithmic axis. Filled: every run finished with a validation loss less than 0.5 nats/token
@@ -229,7 +229,7 @@ def frontier(settings: Sequence[Setting]) -> Figure:
 
 
 @register(SWEEP_FIGURES, "Compute ladder")
-def ladder(settings: Sequence[Setting]) -> Figure:
+def ladder(settings: Sequence[Variant]) -> Figure:
     """Draw a power law for each connection with at least three sizes whose training FLOPs differ by a factor of two or more.
 
     Validation loss in nats/token against training arithmetic in FLOPs (FLOPs per token × tokens), both axes logarithmic. Dots are

@@ -1,7 +1,7 @@
-"""The record of a sweep: what of its folder is kept in the repository, with a page of numbers, and how it is read back.
+"""The record of a sweep: what the repository keeps of its folder, with a page of numbers, and how it is read back.
 
-A record holds README.md, results.csv, results.parquet and a folder a run with config.json, env.json, summary.json and, if wanted,
-metrics.jsonl.  Checkpoints, locks and logs stay behind; of absolute paths only the last part is kept.
+A record holds README.md, results.csv, results.parquet and a folder for each run with config.json, env.json, summary.json and, if
+wanted, metrics.jsonl.  Checkpoints, locks and logs stay behind.  Of absolute paths only the last part is kept.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from pathlib import Path
 
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Baseline, group
-from mhc_jax.analysis.records import RunRecord, flatten, not_defaults, read_run
+from mhc_jax.analysis.records import RunRecord, read_run
 from mhc_jax.errors import InputError, require
-from mhc_jax.reports.page import changed_settings, markdown_table
+from mhc_jax.reports.markup import markdown_table
+from mhc_jax.reports.page import changed_settings
 from mhc_jax.runs.folder import read_json
 from mhc_jax.sweeps.results import result_rows, write_table
 
 MISSING = ("pending", "begun", "interrupted")
+"""States of runs that have not ended, although they may still end well."""
 FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
-"""The folders of an absolute path; those of a URL or a relative path are left."""
+"""Matches the folders of an absolute path, but not those of a URL or a relative path."""
 
 
 def shortened(text: str) -> str:
-    """Text without the folders of absolute paths.
+    """Return text without the folders of absolute paths.
 
     >>> shortened("train.py --data=/home/me/texts/*.txt texts/a.txt")
     'train.py --data=*.txt texts/a.txt'
@@ -38,10 +40,10 @@ def write_record(
     """Copy what a record keeps of a sweep; nothing in the sweep's folder is written.
 
     Args:
-      sweep_folder: where `experiments/sweep.py` wrote.
-      folder: of the record; must not exist.
-      metrics: keep metrics.jsonl too.
-      unfinished: accept runs that have not ended; they are left out, and counted in README.md.
+      sweep_folder: the folder that `experiments/sweep.py` wrote.
+      folder: folder of the record; must not exist.
+      metrics: whether to keep metrics.jsonl, too.
+      unfinished: whether to accept runs that have not ended; they are left out, and README.md counts them.
       note: a sentence for README.md.
 
     Returns:
@@ -60,31 +62,24 @@ def write_record(
     )
     require(bool(ended), f"No run of {sweep_folder} has ended; there is nothing to record.")
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
-    records = [read_run(sweep_folder / name) for name in ended]
     sweep = read_json(sweep_folder / "sweep.json")
-    text = page(sweep["title"], records, [row["status"] for row in rows], sweep.get("baseline") or None, note)
-    files = ("config.json", "env.json", "summary.json") + (("metrics.jsonl",) if metrics else ())
+    records = [read_run(sweep_folder / name) for name in ended]
+    text = _page(sweep["title"], records, [row["status"] for row in rows], sweep["baseline"] or None, note)
     folder.mkdir(parents=True)
     for name in ended:
         (folder / name).mkdir()
-        for file in files:
+        for file in ("config.json", "env.json", "summary.json", *(["metrics.jsonl"] if metrics else [])):
             (folder / name / file).write_text(shortened((sweep_folder / name / file).read_text()))
     write_table([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(shortened(text))
     return folder
 
 
-def page(
-    title: str,
-    records: Sequence[RunRecord],
-    states: Sequence[str],
-    baseline: Baseline | None = None,
-    note: str = "",
-) -> str:
-    """README.md of a record: command, date, device, commit, settings, what ended how, findings, statistics by setting.
+def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], baseline: Baseline | None, note: str) -> str:
+    """Write README.md: the command and circumstances, how the runs ended, the findings, and the table of variants.
 
     Args:
-      title: of the sweep.
+      title: title of the sweep.
       records: the runs that ended.
       states: how each run of the sweep stands.
       baseline: as `grouping.group` takes it.
@@ -92,42 +87,41 @@ def page(
     """
     envs = [record.env for record in records]
     dates = sorted(str(env["date"]) for env in envs)
-    devices = ", ".join(sorted({f"{env['device_count']} x {env['device']}" for env in envs}))
-    versions = ", ".join(sorted({f"jax {env['packages']['jax']}, Python {env['python']}" for env in envs}))
-    commits = ", ".join(sorted({str(env["commit"])[:7] + " (changed files)" * bool(env["dirty"]) for env in envs}))
+    commits = {str(env["commit"])[:7] + " (changed files)" * bool(env["dirty"]) for env in envs}
+    devices = {f"{env['device_count']} x {env['device']}" for env in envs}
+    versions = {f"jax {env['packages']['jax']}, Python {env['python']}" for env in envs}
+    made = "; ".join(", ".join(sorted(values)) for values in (commits, devices, versions))
     counts = ", ".join(f"{list(states).count(state)} {state}" for state in dict.fromkeys(states))
-    settings = group(records, baseline)
-    flat = [flatten(record.config) for record in records]
-    changed = not_defaults(records[0].config)
-    shared = {key: value for key, value in changed.items() if all(other.get(key) == value for other in flat)}
+    variants = group(records, baseline)
     lines = [
         f"# {title}",
         "",
         *(f"    {command}" for command in dict.fromkeys(str(env["command"]) for env in envs)),
         "",
-        f"Commit {commits}; {devices}; {versions}; begun {dates[0]}, last run {dates[-1]}. {len(states)} runs: {counts}.",
-        changed_settings(shared),
+        f"Commit {made}; begun {dates[0]}, last run {dates[-1]}. {len(states)} runs: {counts}.",
+        changed_settings(records),
         *([note] if note else []),
         "",
-        *(f"- {sentence}" for sentence in findings(settings)),
+        *(f"- {sentence}" for sentence in findings(variants)),
         "",
-        markdown_table(statistics_rows(settings)),
+        markdown_table(statistics_rows(variants)),
         "",
         STATISTICS,
+        "",
     ]
-    return shortened("\n".join(lines) + "\n")
+    return "\n".join(lines)
 
 
 def read_record(folder: str | Path) -> list[RunRecord]:
-    """Runs of a record, by name; without metrics.jsonl a run has its summary and no curves.
+    """Read the runs of a record, in the order of their names; a run without metrics.jsonl has its summary and no curves.
 
     Raises:
-      InputError: no record.
+      InputError: `folder` is no record.
     """
     folder = Path(folder)
-    found = sorted(path.parent for path in folder.glob("*/summary.json"))
-    require(bool(found), f"{folder} is no record of a sweep: it holds no run with a summary.json.")
-    return [read_run(place, metrics=(place / "metrics.jsonl").is_file()) for place in found]
+    places = sorted(path.parent for path in folder.glob("*/summary.json"))
+    require(bool(places), f"{folder} is no record of a sweep: it holds no run with a summary.json.")
+    return [read_run(place, metrics=(place / "metrics.jsonl").is_file()) for place in places]
 
 
 def read_newest(root: str | Path, name: str) -> list[RunRecord]:

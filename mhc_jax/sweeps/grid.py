@@ -1,4 +1,4 @@
-"""A grid of runs: points, their names and their configurations, and what a sweep's folder says about them.
+"""The grid of a sweep: its points, the names and configurations of its runs, and the files that describe it on disk.
 
 A sweep file is Python with a docstring and `get_sweep()`:
 
@@ -16,8 +16,10 @@ import contextlib
 import copy
 import difflib
 import fcntl
+import functools
 import itertools
 import json
+import operator
 import os
 import re
 import runpy
@@ -35,7 +37,10 @@ from mhc_jax.errors import InputError, require
 from mhc_jax.runs.folder import read_json, write_json
 
 Point = dict[str, Any]
-"""Settings of one run: dotted keys of the configuration, and the two short hands `connection` (a spec) and `seed`."""
+"""Settings that one run changes: dotted keys of the configuration, and the shorthands `connection` (a spec) and `seed`.
+
+`seed` sets train.seed and data.seed.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,18 @@ class Sweep:
     """Config file, with `:arg` if wanted; relative to the sweep file."""
     points: Sequence[Point]
     settings: Point = field(default_factory=dict)
-    """Of all runs; they do not show in names."""
+    """Settings of all runs; names of runs leave them out."""
     baseline: Point = field(default_factory=dict)
-    """What the other points are compared with, such as {"connection": "hc"}; it agrees with each of them in all settings but
-    these.  Empty: the residual connection or, without it, the connection of the first point."""
+    """Settings of the variant that others are compared with, such as {"connection": "hc"}.
+
+    A baseline agrees with the variant that it is compared with in all other settings.  Empty: the residual connection or,
+    without it, the connection of the first point.
+    """
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep with its configurations built."""
+    """The runs of a sweep, with their configurations built."""
 
     title: str
     """First line of the sweep file's docstring."""
@@ -73,22 +81,22 @@ class Run:
 
 
 def over(key: str, values: Sequence[Any]) -> list[Point]:
-    """One point a value."""
+    """Make one point of each value."""
     return [{key: value} for value in values]
 
 
 def seeds(k: int) -> list[Point]:
-    """k points; `seed` sets train.seed and data.seed, so that runs of one seed are paired."""
+    """Make k points whose `seed` counts from 0, so that runs of one seed are paired."""
     return over("seed", range(k))
 
 
 def product(*axes: Sequence[Point]) -> list[Point]:
-    """Every combination, the last axis fastest."""
+    """Combine every point of each axis with every point of the others; the last axis varies fastest."""
     return [_merged(parts) for parts in itertools.product(*axes)]
 
 
 def zip_points(*axes: Sequence[Point]) -> list[Point]:
-    """First with first, second with second.
+    """Combine the first point of each axis, then the second of each, and so on.
 
     Raises:
       InputError: the axes have different lengths.
@@ -105,100 +113,112 @@ def _merged(parts: Sequence[Point]) -> Point:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Grid:
+def load_sweep(file: str | Path, base: Mapping[str, Any] | None = None) -> Grid:
     """Read a sweep file and build every configuration of its grid.
 
     Args:
       file: the sweep file.
-      overrides: `key=value`, for all runs; a key that a point sets is the point's.
+      base: the configuration that the points change; None: `base_configuration` of the file.
 
     Raises:
-      InputError: a file that cannot be used, an unknown key, a refused value, two runs of one name or one configuration, a
+      InputError: a file that cannot be used, an unknown key, a refused value, two runs of one name or one configuration, or a
         baseline that no run of the grid is.
     """
-    file = Path(file)
-    found = _run_file(file)
-    require(
-        "get_sweep" in found, f"The sweep file {str(file)!r} has no get_sweep(); README's section Sweeps shows one."
-    )
-    require(bool(found["__doc__"]), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
-    sweep = _call(file, found["get_sweep"])
-    require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
-    path, _, arg = sweep.base.partition(":")
-    config_file = file.parent / path
-    config = _run_file(config_file)
-    require("get_config" in config, f"The config file {str(config_file)!r} has no get_config().")
-    base = _call(config_file, config["get_config"], *([arg] if arg else [])).to_dict()
-    title = found["__doc__"].strip().splitlines()[0].rstrip(".")
-    runs = plan(base, sweep.points, [sweep.settings, *map(_override, overrides)])
+    title, sweep = _read_sweep(Path(file))
+    runs = plan(base_configuration(file) if base is None else base, sweep.points)
     return Grid(title, runs, canonical_baseline(sweep.baseline, runs))
 
 
-def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
-    """The baseline as the runs of the grid spell it.
+def base_configuration(file: str | Path) -> dict[str, Any]:
+    """Return what all runs of a sweep file share: its config file with `Sweep.settings`, as a nested mapping.
 
     Raises:
-      InputError: no mapping of settings, or no run of the grid has these settings.
+      InputError: a file that cannot be used, or an unknown key.
+    """
+    _, sweep = _read_sweep(Path(file))
+    config_file, *arg = sweep.base.split(":", 1)
+    config, _ = _call(Path(file).parent / config_file, "get_config", *arg)
+    return applied(config.to_dict(), sweep.settings)
+
+
+def _read_sweep(file: Path) -> tuple[str, Sweep]:
+    """Return the title of a sweep file and its sweep."""
+    sweep, docstring = _call(file, "get_sweep")
+    require(bool(docstring), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
+    require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
+    return docstring.strip().splitlines()[0].rstrip("."), sweep
+
+
+def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
+    """Run a Python file and call a function of it; return the result and the file's docstring."""
+    require(file.is_file(), f"The file {str(file)!r} does not exist; give a Python file.")
+    try:
+        names = runpy.run_path(str(file))
+        require(function in names, f"The file {str(file)!r} has no {function}(); the files in experiments/ show one.")
+        return names[function](*args), names["__doc__"] or ""
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"The file {str(file)!r} fails: {type(error).__name__}: {error}") from error
+
+
+def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
+    """Return the baseline of a sweep, with its values spelled as the runs of the grid spell them.
+
+    Raises:
+      InputError: `baseline` is no mapping of settings, or no run of the grid has these settings.
     """
     require(
         isinstance(baseline, Mapping) and isinstance(baseline.get("connection", ""), str),
         f"baseline of the sweep is {baseline!r}; give a mapping such as {{'connection': 'hc'}}.",
     )
-    known = [identity(to_mapping(run.config)) for run in runs]
+    identities = [identity(to_mapping(run.config)) for run in runs]
     wanted = dict(baseline)
     if "connection" in wanted:
         wanted["connection"] = connections.spec(connections.parse(wanted["connection"]))
     for key in wanted:
         hint = "spell the connection as a spec" if key.startswith("model.connection.") else "give a setting of the runs"
-        require(key in known[0], f"baseline of the sweep sets {key!r}, by which runs are not told apart; {hint}.")
-    found = [one for one in known if all(one[key] == value for key, value in wanted.items())]
+        require(key in identities[0], f"baseline of the sweep sets {key!r}, by which runs are not told apart; {hint}.")
+    matches = [known for known in identities if all(known[key] == value for key, value in wanted.items())]
     require(
-        bool(found),
-        f"No point of the sweep is its baseline {_spelled(dict(baseline))}; give settings that one of the points has.",
+        bool(matches),
+        f"No point of the sweep is its baseline {_spelled(baseline)}; give settings that one of the points has.",
     )
-    return {key: found[0][key] for key in wanted}
+    return {key: matches[0][key] for key in wanted}
 
 
-def plan(base: Mapping[str, Any], points: Sequence[Point], overrides: Sequence[Point] = ()) -> list[Run]:
-    """Runs of a grid, validated.
+def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
+    """Name and configure the run of each point.
 
     Args:
       base: nested mapping with every leaf of the configuration.
       points: what each run changes.
-      overrides: changes of all runs, applied first; they do not show in names.
 
     Raises:
-      InputError: as `load_sweep`.
+      InputError: no points, an unknown key, a refused value, or two points of one name or one configuration.
     """
     require(bool(points), "The sweep has no points; give at least one.")
     runs: dict[str, Run] = {}
-    seen: dict[str, Point] = {}
+    points_of: dict[str, Point] = {}
     for point in points:
-        mapping = copy.deepcopy(dict(base))
-        for change in (*overrides, point):
-            _apply(mapping, change)
         try:
-            config = from_mapping(mapping)
+            config = from_mapping(applied(base, point))
         except InputError as error:
             raise InputError(f"Point {_spelled(point)}: {error}") from error
-        name = run_name(point)
-        text = json.dumps(to_mapping(config), sort_keys=True)
-        require(
-            text not in seen,
-            f"Points {_spelled(seen.get(text, {}))} and {_spelled(point)} are the same configuration; leave one out.",
-        )
-        require(
-            name not in runs,
-            f"Points {_spelled(runs[name].point) if name in runs else ''} and {_spelled(point)} would share the run "
-            f"folder {name!r}; spell one differently.",
-        )
-        seen[text] = point
+        name, text = run_name(point), json.dumps(to_mapping(config), sort_keys=True)
+        if text in points_of:
+            both = f"{_spelled(points_of[text])} and {_spelled(point)}"
+            raise InputError(f"Points {both} are the same configuration; leave one out.")
+        if name in runs:
+            both = f"{_spelled(runs[name].point)} and {_spelled(point)}"
+            raise InputError(f"Points {both} would share the run folder {name!r}; spell one differently.")
+        points_of[text] = point
         runs[name] = Run(name, point, config)
     return list(runs.values())
 
 
 def run_name(point: Point) -> str:
-    """Folder of a run: made from its own settings alone, so that it stays when other points come and go.
+    """Name the folder of a run after its point alone, so that the name stays when other points come and go.
 
     >>> run_name({"optimizer.learning_rate": 0.01, "seed": 2, "connection": "mhc:t_max=5"})
     'mhc-t_max-5-lr0.01-seed2'
@@ -212,73 +232,42 @@ def run_name(point: Point) -> str:
     return re.sub(r"[^\w.+-]+", "-", "-".join(parts)).strip("-.") or "base"
 
 
-def _apply(mapping: dict[str, Any], point: Point) -> None:
-    """Write a point into a nested configuration; the connection first, since its settings may be keys of the point."""
+def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """Return a copy of a nested configuration with the settings of a point.
+
+    `connection` is set first, because other keys of the point may be settings of that connection.
+
+    Raises:
+      InputError: a key that the configuration does not have, or a connection that does not parse.
+    """
+    out = copy.deepcopy(dict(base))
     if "connection" in point:
-        mapping["model"]["connection"] = to_mapping(connections.parse(point["connection"]))
+        out["model"]["connection"] = to_mapping(connections.parse(point["connection"]))
+    if "seed" in point:
+        out["train"]["seed"] = out["data"]["seed"] = point["seed"]
+    known = flatten(out)
     for key, value in point.items():
-        if key == "seed":
-            mapping["train"]["seed"] = mapping["data"]["seed"] = value
-        elif key != "connection":
-            known = flatten(mapping)
-            near = difflib.get_close_matches(key, [*known, "connection", "seed"], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(known)}."
-            require(key in known, f"The sweep sets {key!r}, which the configuration does not have. {hint}")
-            *path, leaf = key.split(".")
-            section = mapping
-            for part in path:
-                section = section[part]
-            section[leaf] = value
+        if key in ("connection", "seed"):
+            continue
+        near = difflib.get_close_matches(key, [*known, "connection", "seed"], n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(known)}."
+        require(key in known, f"The sweep sets {key!r}, which the configuration does not have. {hint}")
+        *path, leaf = key.split(".")
+        section = functools.reduce(operator.getitem, path, out)
+        # A setting keeps its type, by which the command line reads it.
+        section[leaf] = float(value) if isinstance(section[leaf], float) and type(value) is int else value
+    return out
 
 
-def _override(text: str) -> Point:
-    """`key=value`, the value as Python spells it, else as text."""
-    key, equals, value = text.partition("=")
-    require(bool(equals), f"--set is {text!r}; give key=value, such as --set=data.source=texts/*.jsonl.")
-    readable = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\[.*\]|true|false", value)
-    if value in ("True", "False"):
-        return {key: value == "True"}
-    if readable and key not in ("connection", "model.experts"):
-        number = re.sub(r"^\+", "", value)
-        return {key: int(number) if re.fullmatch(r"-?\d+", number) else _number(number)}
-    return {key: value}
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return json.loads(text)
-
-
-def _spelled(point: Point) -> str:
+def _spelled(point: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{key}: {value}" for key, value in point.items()) + "}"
 
 
-def _run_file(file: Path) -> dict[str, Any]:
-    require(file.is_file(), f"The file {str(file)!r} does not exist; give a Python file.")
-    try:
-        return runpy.run_path(str(file))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"The file {str(file)!r} fails: {type(error).__name__}: {error}") from error
-
-
-def _call(file: Path, function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{function.__name__} of {str(file)!r} fails: {type(error).__name__}: {error}") from error
-
-
 def select(runs: Sequence[Run], part: str) -> list[Run]:
-    """Every `of`-th run from the k-th on, for `part` = 'k/of' with k from 1; all runs for an empty one.
+    """Return every `of`-th run from the k-th on, for `part` = 'k/of' with k from 1; all runs for an empty `part`.
 
     Raises:
-      InputError: not of that form.
+      InputError: `part` is not of that form.
     """
     if not part:
         return list(runs)
@@ -289,7 +278,7 @@ def select(runs: Sequence[Run], part: str) -> list[Run]:
 
 
 def write_plan(workdir: Path, grid: Grid) -> None:
-    """Write what workers and results read: one file a run, and sweep.json.
+    """Write the files that workers and results read: sweep.json, and the configuration of every run.
 
     Raises:
       InputError: the folder cannot be written.
@@ -301,39 +290,46 @@ def write_plan(workdir: Path, grid: Grid) -> None:
     except OSError as error:
         raise InputError(f"Cannot create {workdir}: {error.strerror}; choose a folder you may write to.") from error
     for run in grid.runs:
-        entry = {"name": run.name, "point": run.point, "config": to_mapping(run.config)}
-        write_json(workdir / ".sweep" / "runs" / f"{run.name}.json", entry)
-    write_json(
-        workdir / "sweep.json",
-        {"title": grid.title, "baseline": grid.baseline, "runs": [run.name for run in grid.runs]},
-    )
+        write_json(_planned(workdir, run.name), to_mapping(run.config))
+    names = [run.name for run in grid.runs]
+    write_json(workdir / "sweep.json", {"title": grid.title, "baseline": grid.baseline, "runs": names})
 
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Run name to its entry (name, point, config): the latest grid, then earlier runs that were begun.
+    """Map each run's name to its configuration: the latest grid, then runs of earlier grids that were begun.
 
     Raises:
       InputError: `workdir` is no folder of a sweep.
     """
     require((workdir / "sweep.json").is_file(), f"{str(workdir)!r} is no folder of a sweep: it has no sweep.json.")
     names = list(read_json(workdir / "sweep.json")["runs"])
-    others = sorted(path.stem for path in (workdir / ".sweep" / "runs").glob("*.json"))
-    names += [name for name in others if name not in names and (workdir / name).is_dir()]
-    return {name: read_json(workdir / ".sweep" / "runs" / f"{name}.json") for name in names}
+    earlier = sorted(path.stem for path in _planned(workdir, "any").parent.glob("*.json"))
+    names += [name for name in earlier if name not in names and (workdir / name).is_dir()]
+    return {name: read_json(_planned(workdir, name)) for name in names}
+
+
+def read_planned(workdir: Path, name: str) -> ExperimentConfig:
+    """Return the configuration that the plan in `workdir` has for a run."""
+    return from_mapping(read_json(_planned(workdir, name)))
+
+
+def _planned(workdir: Path, name: str) -> Path:
+    return workdir / ".sweep" / "runs" / f"{name}.json"
 
 
 class Busy(Exception):  # noqa: N818  (a state, not a mistake)
-    """Another process has the run; the text names it."""
+    """Another process has the run; the text names that process."""
 
 
 @contextlib.contextmanager
 def run_lock(workdir: Path, name: str) -> Iterator[None]:
     """Hold a run while it is trained.
 
-    The lock is the kernel's (flock), so that a dead process holds none, however it died; the file names the last holder.
+    The lock is the kernel's (flock), so a process that dies releases its locks, however it died.  The file names the last
+    holder.
 
     Raises:
-      Busy: another process holds it.
+      Busy: another process holds the lock.
     """
     path = workdir / ".sweep" / "locks" / name
     with path.open("a+") as file:

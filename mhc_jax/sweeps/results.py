@@ -1,4 +1,4 @@
-"""The table of a sweep: one tidy row a run, as CSV and Parquet."""
+"""The table of a sweep, one row for each run, as CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ SUMMARY_KEYS = (
     "step_time_s",
     "flops_per_token",
 )
-"""Of summary.json, as `loop.train` wrote them."""
+"""Numbers that are copied from summary.json."""
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Write `workdir`/results.csv and results.parquet, each atomically, and return the rows.
 
     Columns: run, status, connection (its spec), kind, seed (train.seed), data_seed; every other setting that differs between
-    runs, by its dotted key; the measurements (losses in nats/token, times in s); device, commit, date, error.  Empty where a run
-    has no such value.
+    runs, by its dotted key; the measurements (losses in nats/token, times in s); device, commit, date, error.  A cell is empty
+    where a run has no such value.
     """
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -64,54 +64,51 @@ def write_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def result_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Rows of every run of the sweep, begun or not.
+    """Return one row for every run of the sweep, begun or not.
 
     Raises:
       InputError: `workdir` is no folder of a sweep.
     """
-    entries = list(read_plan(workdir).values())
-    flat = [flatten(entry["config"]) for entry in entries]
-    keys = sorted(set().union(*flat) - {"train.seed", "data.seed", "model.connection.kind"})
-    varying = [key for key in keys if len({json.dumps(f.get(key)) for f in flat}) > 1]
-    rows = []
-    for entry, settings in zip(entries, flat, strict=True):
-        name, kind = entry["name"], settings["model.connection.kind"]
-        rows.append(
-            {
-                "run": name,
-                "status": run_status(workdir, name),
-                "connection": spec_of_mapping(entry["config"]["model"]["connection"]),
-                "kind": kind,
-                "seed": settings["train.seed"],
-                "data_seed": settings["data.seed"],
-                **{key: settings.get(key) for key in varying},
-                **measurements(_record(workdir / name)),
-                "error": failure(workdir, name).get("error"),
-            }
-        )
-    return rows
+    plan = read_plan(workdir)
+    flat = {name: flatten(config) for name, config in plan.items()}
+    keys = sorted(set().union(*flat.values()) - {"train.seed", "data.seed", "model.connection.kind"})
+    varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
+    return [
+        {
+            "run": name,
+            "status": run_status(workdir, name),
+            "connection": spec_of_mapping(plan[name]["model"]["connection"]),
+            "kind": settings["model.connection.kind"],
+            "seed": settings["train.seed"],
+            "data_seed": settings["data.seed"],
+            **{key: settings.get(key) for key in varying},
+            **measurements(_record(workdir / name)),
+            "error": read_json(file)["error"] if (file := failure_file(workdir, name)).is_file() else None,
+        }
+        for name, settings in flat.items()
+    ]
 
 
 def run_status(workdir: Path, name: str) -> str:
-    """`finished`, `diverged`, `interrupted`, `failed`, `begun` (running, or killed) or `pending`."""
+    """Return `finished`, `diverged`, `interrupted`, `failed`, `begun` (running, or killed) or `pending`."""
     summary = workdir / name / "summary.json"
     if summary.is_file():
         return read_json(summary)["status"]
-    if failure(workdir, name):
+    if failure_file(workdir, name).is_file():
         return "failed"
     return "begun" if (workdir / name / "metrics.jsonl").is_file() else "pending"
 
 
-def failure(workdir: Path, name: str) -> Mapping[str, Any]:
-    """What is recorded of a run's last failure: `exit` and `error`; empty without one."""
-    path = workdir / ".sweep" / "failed" / f"{name}.json"
-    return read_json(path) if path.is_file() else {}
+def failure_file(workdir: Path, name: str) -> Path:
+    """Return the file that records a run's last failure: `exit` and `error`.  Without a failure there is no file."""
+    return workdir / ".sweep" / "failed" / f"{name}.json"
 
 
 def measurements(record: RunRecord | None) -> dict[str, Any]:
-    """Numbers of one run, None where it has none.
+    """Return the numbers of one run; all are None without a record.
 
-    `max_grad_norm` is over logged steps after the warm-up (before clipping), `clipped_fraction` over all logged steps.
+    `max_grad_norm` is the largest finite norm before clipping at the logged steps after the warm-up.  `clipped_fraction` is
+    the share of all logged steps whose gradient was clipped.
     """
     out: dict[str, Any] = dict.fromkeys(
         (*SUMMARY_KEYS, "max_grad_norm", "clipped_fraction", "device", "commit", "date"), None
@@ -120,7 +117,7 @@ def measurements(record: RunRecord | None) -> dict[str, Any]:
         return out
     out |= {key: record.result(key) for key in SUMMARY_KEYS}
     steps, norms = series(record, "train", "grad_norm")
-    late = norms[(steps > flatten(record.config).get("optimizer.warmup_steps", 0)) & np.isfinite(norms)]
+    late = norms[(steps > record.config["optimizer"]["warmup_steps"]) & np.isfinite(norms)]
     clipped = series(record, "train", "clipped")[1]
     out["max_grad_norm"] = float(late.max()) if len(late) else None
     out["clipped_fraction"] = float(np.mean(clipped)) if len(clipped) else None
@@ -128,7 +125,7 @@ def measurements(record: RunRecord | None) -> dict[str, Any]:
 
 
 def _record(folder: Path) -> RunRecord | None:
-    """The run, or None before its first line is written."""
+    """Read a run; None before its first line is written."""
     if not (folder / "metrics.jsonl").is_file():
         return None
     try:
@@ -138,7 +135,7 @@ def _record(folder: Path) -> RunRecord | None:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """One type a column; lists, and kinds of values that do not mix, as JSON text."""
+    """Make a column of one type; lists and mixtures of types become JSON text."""
     kinds = {type(v) for v in values if v is not None}
     if kinds <= {int, float} and float in kinds:
         return pa.array([None if v is None else float(v) for v in values])

@@ -1,4 +1,4 @@
-"""The runs of a sweep as processes: side by side here, or as a Slurm array."""
+"""Training the runs of a sweep in processes: side by side on this machine, or as a Slurm array."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mhc_jax.config import DataConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data import load_data
 from mhc_jax.errors import InputError, require
-from mhc_jax.loop import EXIT_CODES, StopRequest
+from mhc_jax.loop import EXIT_CODES
 from mhc_jax.runs.checkpoint import check_text
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
 from mhc_jax.runs.folder import check_run_folder, recorded_data, write_json
 from mhc_jax.runs.progress import SweepProgress
+from mhc_jax.runs.stop import StopRequest
 from mhc_jax.sweeps.grid import Busy, Grid, Run, run_lock, write_plan
-from mhc_jax.sweeps.results import run_status, write_results
+from mhc_jax.sweeps.results import failure_file, run_status, write_results
 from mhc_jax.sweeps.worker import BUSY
 from mhc_jax.sweeps.worker import run as run_one
 
 POLL_S = 0.2
 PATIENCE_S = 20.0
-"""How long to wait for runs that another process has: a killed sweep's workers save and end within seconds."""
+"""Time to wait for runs that another process has.  The workers of a killed sweep save and end within seconds."""
 GRACE_S = 120.0
-"""From SIGTERM to SIGKILL: a worker finishes its step and saves."""
+"""Time from SIGTERM to SIGKILL, in which a worker finishes its step and saves."""
 ERROR_LINES = 8
+"""Lines of a log that the record of a failure keeps."""
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """One process per accelerator-less pair of cores; one alone where a GPU or TPU would be shared."""
+    """Return the number of processes to run side by side: one for two cores, or a single one where there is a GPU or TPU."""
     accelerator = Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     return 1 if accelerator else max(1, cores() // 2)
 
@@ -51,26 +52,26 @@ def default_workers() -> int:
 def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
     """Check every run folder, write the plan, tokenize the data once, and return the runs that are not done.
 
-    A page of the sweep is removed where there is something to do, lest it show another grid than the folder holds.
+    The page of the sweep is removed where there is something to do, because it may show another grid than the folder will hold.
 
     Raises:
       InputError: a run folder that cannot be used, data that cannot be read, or a run that was begun with another text; before
         the first run starts.
     """
-    ended = {run.name for run in selected if check_run_folder(workdir / run.name, to_mapping(run.config))}
-    todo = [run for run in selected if run.name not in ended]
+    todo = [run for run in selected if not check_run_folder(workdir / run.name, to_mapping(run.config))]
 
-    def key(data: DataConfig) -> tuple[Any, ...]:
+    def text_of(run: Run) -> tuple[Any, ...]:
+        data = run.config.data
         return data.source, data.validation_source, data.validation_fraction, data.tokenizer
 
-    texts = {}
-    for name, config in {key(run.config.data): run.config for run in todo}.items():
-        data = load_data(config.data)
-        texts[name] = data.identity
-        print("\n".join(data.describe(config.train.validation_batches)), file=sys.stderr)
-    for run in grid.runs:  # begun here or on another machine, ended or not
-        if text := texts.get(key(run.config.data)):
-            check_text(recorded_data(workdir / run.name), text, workdir / run.name)
+    identities = {}
+    for text, run in {text_of(run): run for run in todo}.items():
+        data = load_data(run.config.data)
+        identities[text] = data.identity
+        print("\n".join(data.describe(run.config.train.validation_batches)), file=sys.stderr)
+    for run in grid.runs:  # runs that another machine began are checked, too
+        if read := identities.get(text_of(run)):
+            check_text(recorded_data(workdir / run.name), read, workdir / run.name)
     write_plan(workdir, grid)
     if todo:
         (workdir / "report.html").unlink(missing_ok=True)
@@ -78,13 +79,14 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
 
 
 def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) -> int:
-    """Train what is not done, `workers` processes side by side, and keep the results table up to date.
+    """Train the selected runs that are not done, `workers` processes side by side, and keep the results table up to date.
 
-    A run that fails is recorded and the others go on; SIGINT and SIGTERM make every process save and end, and the same
-    call goes on afterwards.
+    A run that fails is recorded, and the others go on.  SIGINT and SIGTERM make every process save and end; the same call
+    goes on from there.
 
     Returns:
-      Exit status: 0 all done (a divergence is a result), 1 some failed or are another process's, 130 stopped.
+      Exit status: 0 when all runs are done (a divergence is a result), 1 when some failed or another process has them, 130
+      when stopped.
 
     Raises:
       InputError: before the first run starts.
@@ -109,7 +111,7 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
 
 
 class _Pool:
-    """Processes of one call of `run_local`."""
+    """The processes of one call of `run_local`."""
 
     def __init__(self, workdir: Path, todo: Sequence[Run], workers: int, done: int):
         self.workdir, self.workers = workdir, workers
@@ -120,19 +122,10 @@ class _Pool:
         self.progress = SweepProgress(workdir, len(todo) + done, done)
 
     def work(self, stop: StopRequest) -> None:
-        """Until nothing is left to do, or `stop`."""
+        """Start processes and wait for them until nothing is left to do, or until `stop`."""
         patience = time.monotonic() + PATIENCE_S
         while (self.queue or self.active) and stop.signal is None:
-            while self.queue and len(self.active) < self.workers:
-                run = self.queue.popleft()
-                if (holder := self._holder(run.name)) is None:
-                    self.waiting.pop(run.name, None)
-                    self._start(run)
-                    continue
-                self.waiting[run.name] = holder
-                self.queue.append(run)
-                if all(other.name in self.waiting for other in self.queue):
-                    break
+            self._start_free()
             if self.active:
                 patience = time.monotonic() + PATIENCE_S
             elif time.monotonic() > patience:
@@ -149,24 +142,31 @@ class _Pool:
                 self._reap(stopping=True)
 
     def kill(self) -> None:
-        """End what still runs; after `work` that is only so when it was cut short."""
+        """End the processes that still run, which is only so where `work` was cut short."""
         for _, process in self.active.values():
             process.kill()
             process.wait()
 
-    def _holder(self, name: str) -> str | None:
-        """Who has a run; None when nobody has."""
-        try:
-            with run_lock(self.workdir, name):
-                return None
-        except Busy as holder:
-            return str(holder)
+    def _start_free(self) -> None:
+        """Start queued runs that no other process has, as long as there is room; the others go to the end of the queue."""
+        for _ in range(len(self.queue)):
+            if len(self.active) == self.workers:
+                return
+            run = self.queue.popleft()
+            try:
+                with run_lock(self.workdir, run.name):
+                    self.waiting.pop(run.name, None)
+            except Busy as holder:
+                self.waiting[run.name] = str(holder)
+                self.queue.append(run)
+            else:
+                self._start(run)
 
     def _start(self, run: Run) -> None:
         share = str(max(1, cores() // self.workers))
         env = {
             **os.environ,
-            # Sizes the thread pool of XLA's CPU client.
+            # NPROC is the size of the thread pool of XLA's CPU client.
             "NPROC": share,
             "OMP_NUM_THREADS": share,
             "PYTHONUNBUFFERED": "1",
@@ -176,7 +176,7 @@ class _Pool:
         env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
         command = [sys.executable, "-m", "mhc_jax.sweeps.worker", str(self.workdir), run.name, str(os.getpid())]
         with (self.workdir / "logs" / f"{run.name}.log").open("ab") as log:
-            # A session of its own: Ctrl-C reaches this process alone, which then asks each worker once.
+            # In a new session Ctrl-C reaches this process alone, which then asks each worker once.
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -198,7 +198,7 @@ class _Pool:
 
 
 def record_failure(workdir: Path, name: str, code: int) -> str:
-    """Write how a run's process ended and its last lines; return the reason in a few words."""
+    """Record how a run's process ended, with the last lines of its log, and return the reason in a few words."""
     reason = f"exit status {code}"
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
@@ -206,19 +206,18 @@ def record_failure(workdir: Path, name: str, code: int) -> str:
     elif code == EXIT_CODES["interrupted"]:
         reason = "stopped by a signal from elsewhere; saved"
     lines = (workdir / "logs" / f"{name}.log").read_text(errors="replace").splitlines()[-ERROR_LINES:]
-    entry = {"exit": code, "error": "\n".join([reason, *lines])}
-    write_json(workdir / ".sweep" / "failed" / f"{name}.json", entry)
+    write_json(failure_file(workdir, name), {"exit": code, "error": "\n".join([reason, *lines])})
     return f"{reason}: {lines[-1]}" if lines and code > 0 else reason
 
 
 class SlurmTask:
-    """What one task of a Slurm array does: the same run as a local worker, in the task's process."""
+    """What a task of a Slurm array does: it trains one run in its own process, as a local worker does."""
 
     def __init__(self, workdir: Path):
         self.workdir, self.command = workdir.resolve(), typed_command()
 
     def __call__(self, name: str) -> int:
-        """Train one run; a failure is recorded, then raised."""
+        """Train one run; a failure is recorded and then raised."""
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
         os.environ[COMMAND] = self.command
         try:
@@ -226,8 +225,7 @@ class SlurmTask:
         except Busy:
             return BUSY
         except Exception as error:
-            entry = {"exit": 1, "error": f"{type(error).__name__}: {error}"}
-            write_json(self.workdir / ".sweep" / "failed" / f"{name}.json", entry)
+            write_json(failure_file(self.workdir, name), {"exit": 1, "error": f"{type(error).__name__}: {error}"})
             with contextlib.suppress(OSError):
                 write_results(self.workdir)
             raise
@@ -236,14 +234,14 @@ class SlurmTask:
 
 
 def submit(workdir: Path, grid: Grid, selected: Sequence[Run], cluster: str, parameters: dict[str, Any]) -> list[Any]:
-    """Submit what is not done as one array, a task a run; return submitit's jobs.
+    """Submit the selected runs that are not done as one array with a task for each run, and return submitit's jobs.
 
     Args:
-      workdir: on a file system that the nodes share.
+      workdir: a folder on a file system that the nodes share.
       grid: the whole grid.
-      selected: what to run of it.
+      selected: runs of it.
       cluster: `slurm`, or submitit's `local` and `debug`.
-      parameters: of `submitit.AutoExecutor.update_parameters`, such as slurm_partition.
+      parameters: arguments of `submitit.AutoExecutor.update_parameters`, such as slurm_partition.
 
     Raises:
       InputError: submitit is missing, or refuses the cluster or a parameter.

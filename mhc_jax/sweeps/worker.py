@@ -1,4 +1,4 @@
-"""One run of a sweep, in a process of its own: `python -m mhc_jax.sweeps.worker WORKDIR NAME PARENT`."""
+"""The process that trains one run of a sweep: `python -m mhc_jax.sweeps.worker WORKDIR NAME PARENT`."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ from pathlib import Path
 
 from absl import logging
 
-from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.loop import EXIT_CODES, train
-from mhc_jax.runs.folder import read_json
 from mhc_jax.runs.host_memory import cpu_alone, keep_pages
-from mhc_jax.sweeps.grid import Busy, run_lock
-from mhc_jax.sweeps.results import write_results
+from mhc_jax.sweeps.grid import Busy, read_planned, run_lock
+from mhc_jax.sweeps.results import failure_file, write_results
 
 BUSY = 75
-"""Exit status: another process has the run (EX_TEMPFAIL)."""
+"""Exit status where another process has the run (EX_TEMPFAIL)."""
 
 
 def run(workdir: Path, name: str) -> int:
     """Train one run of the plan and bring the results up to date.
 
     Returns:
-      Exit status: 0 finished, 3 diverged, 130 stopped (saved).
+      Exit status: 0 when finished, 3 when diverged, 130 when stopped and saved.
 
     Raises:
       Busy: another process has the run.
       InputError: a run folder or data that cannot be used.
     """
-    entry = read_json(workdir / ".sweep" / "runs" / f"{name}.json")
+    config = read_planned(workdir, name)
     with run_lock(workdir, name):
-        (workdir / ".sweep" / "failed" / f"{name}.json").unlink(missing_ok=True)
-        summary = train(from_mapping(entry["config"]), workdir / name, label=name)
+        failure_file(workdir, name).unlink(missing_ok=True)
+        summary = train(config, workdir / name, label=name)
     write_results(workdir)
     return EXIT_CODES[summary["status"]]
 
 
 def watch(parent: int) -> None:
-    """Ask this process to save and stop once `parent` is gone: a killed sweep leaves nothing running."""
+    """Wait until the process `parent` is gone, then ask this one to save and stop.
+
+    So a sweep that is killed leaves nothing running.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
-    """Run what the command line names."""
+    """Train the run that the command line names."""
     workdir, name, parent = sys.argv[1:]
     if cpu_alone():
         keep_pages()
     threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
-    logging.set_verbosity(logging.FATAL)  # as cli.main: Orbax logs a page a checkpoint
+    logging.set_verbosity(logging.FATAL)  # as in cli.main: Orbax logs a page for each checkpoint
     try:
         return run(Path(workdir), name)
     except Busy as holder:

@@ -1,4 +1,4 @@
-"""Grouping, baselines, verdicts, findings and the figures of settings: one rule for comparisons and sweeps."""
+"""Grouping, baselines, verdicts, findings and the figures of variants follow one rule for comparisons and sweeps."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ INFERENCE = ("t interval", "p (t)", "p (sign flip)", "effect")
 
 
 def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connection=None, results=None, **more):
-    """A synthetic run with a learning rate and, where it finishes, a final validation loss of its own."""
+    """Write a synthetic run with this learning rate and, where it finishes, this final validation loss."""
     config = {"optimizer.learning_rate": rate, "data.seed": seed if data_seed is None else data_seed}
     config |= {f"model.connection.{key}": value for key, value in (connection or {}).items()} | more.pop("config", {})
     loss = {} if more.get("diverged_at") else {"validation_loss": LOSS[kind][seed] if loss is None else loss}
@@ -30,7 +30,7 @@ def write(root, name, kind, seed, rate=3e-3, loss=None, data_seed=None, connecti
 
 @pytest.fixture(scope="module")
 def connections(tmp_path_factory):
-    """Three seeds of each; the largest gains of a seed are 10 times its number and 1."""
+    """Runs of three seeds of each connection; the largest gains of seed k are 10 k + 1."""
     root = tmp_path_factory.mktemp("connections")
     gains = [{f"max_composite_{side}": 10 * seed + 1 for side in ("forward", "backward")} for seed in range(3)]
     return [write(root, f"{kind}-seed{seed}", kind, seed, results=gains[seed]) for kind in LOSS for seed in range(3)]
@@ -38,7 +38,7 @@ def connections(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rates(tmp_path_factory):
-    """HC's second seed diverges at the higher rate."""
+    """Runs at two learning rates; HC's second seed diverges at the higher one."""
     root, out = tmp_path_factory.mktemp("rates"), []
     for kind, rate, seed in itertools.product(LOSS, RATES, range(2)):
         lost = 120 if (kind, rate, seed) == ("hc", 1e-2, 1) else None
@@ -51,19 +51,19 @@ def singles(tmp_path_factory):
     return make_four(tmp_path_factory.mktemp("runs"))
 
 
-def test_runs_that_differ_in_seeds_alone_are_one_setting(connections, rates):
+def test_runs_that_differ_in_seeds_alone_are_one_variant(connections, rates):
     names = ["residual", "hc", "mhc:init=paper"]
     assert [(s.label, len(s.runs)) for s in group(connections)] == [(name, 3) for name in names]
-    settings = group(rates)
-    assert [s.label for s in settings] == [f"{name} lr={rate}" for name in names for rate in RATES]
-    assert dict(settings[0].varying) == {"optimizer.learning_rate": 1e-3}
-    assert (settings[3].diverged, settings[3].results("validation_loss")) == (1, {(0, 0): 1.98})
+    variants = group(rates)
+    assert [s.label for s in variants] == [f"{name} lr={rate}" for name in names for rate in RATES]
+    assert dict(variants[0].varying) == {"optimizer.learning_rate": 1e-3}
+    assert (variants[3].diverged, variants[3].results("validation_loss")) == (1, {(0, 0): 1.98})
     for runs, sentence in (([connections[0]] * 2, "is the same run as"), ([], "no runs")):
         with pytest.raises(InputError, match=sentence):
             group(runs)
 
 
-def test_runs_that_differ_in_the_seed_of_the_data_alone_are_runs_of_one_setting(tmp_path):
+def test_runs_that_differ_in_the_seed_of_the_data_alone_are_runs_of_one_variant(tmp_path):
     both = itertools.product((("residual", 2.0), ("hc", 1.9)), range(3))
     runs = [write(tmp_path, f"{kind}-{k}", kind, 0, loss=loss + 0.1 * k * k, data_seed=k) for (kind, loss), k in both]
     residual, hc = group(runs)
@@ -79,21 +79,21 @@ def test_a_label_names_the_init_and_what_else_is_no_default(tmp_path):
     assert [s.label for s in group([home])] == ["mhc:init=home:t_max=5"]
 
 
-def bases(settings):
-    return [setting.baseline and setting.baseline.label for setting in settings]
+def bases(variants):
+    return [variant.baseline and variant.baseline.label for variant in variants]
 
 
 def test_a_baseline_agrees_in_everything_but_the_connection_and_a_sweep_chooses_it(rates):
-    settings = group(rates)
-    assert bases(settings) == [None, None, *["residual lr=0.001", "residual lr=0.01"] * 2]
-    assert [s.is_baseline for s in settings] == [True, True] + 4 * [False]
+    variants = group(rates)
+    assert bases(variants) == [None, None, *["residual lr=0.001", "residual lr=0.01"] * 2]
+    assert [s.is_baseline for s in variants] == [True, True] + 4 * [False]
     # Without residual the first connection is the baseline.
-    settings = group([run for run in rates if run.kind != "residual"])
-    assert bases(settings) == [None, None, "hc lr=0.001", "hc lr=0.01"]
-    said = findings(settings)
+    variants = group([run for run in rates if run.kind != "residual"])
+    assert bases(variants) == [None, None, "hc lr=0.001", "hc lr=0.01"]
+    said = findings(variants)
     assert "mhc:init=paper lr=0.001: loss minus hc lr=0.001's -0.0800, -0.1200; 2 seeds, no claim." in said
-    settings = group(rates, {"connection": "mhc"})
-    assert settings[0].baseline is settings[4]
+    variants = group(rates, {"connection": "mhc"})
+    assert variants[0].baseline is variants[4]
     rated = bases(group(rates, {"optimizer.learning_rate": 1e-3}))
     assert rated == [None, "residual lr=0.001", None, "hc lr=0.001", None, "mhc:init=paper lr=0.001"]
 
@@ -103,7 +103,7 @@ def test_a_confounded_pair_has_no_number(rates):
     residual, mhc = group(runs)
     assert (residual.label, mhc.label) == ("residual lr=0.001", "mhc:init=paper lr=0.01")
     assert mhc.baseline is None
-    said = f"{mhc.label}: not compared: no run that a baseline could be has its other settings."
+    said = f"{mhc.label}: not compared: no baseline agrees with it in the other settings."
     assert said in findings([residual, mhc])
     row = statistics_rows([residual, mhc])[1]
     assert row["verdict"].text == "not compared"
@@ -117,7 +117,7 @@ def test_settings_without_effect_separate_no_pairs_and_label_runs_that_nothing_e
     assert labels([residual, hc]) == ["residual", "hc"]
     assert baselines([residual, hc]) == [None, residual]
     other = write(tmp_path, "two", "hc", 0, config=more | {"mesh.data": 1})
-    assert [setting.label for setting in group([hc, other])] == ["hc data=2", "hc data=1"]
+    assert [variant.label for variant in group([hc, other])] == ["hc data=2", "hc data=1"]
 
 
 def test_rows_hold_the_numbers_of_the_summaries_and_the_gap_its_step(singles, tmp_path):
@@ -147,7 +147,7 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
     assert "hc lr=0.01: loss minus residual lr=0.01's -0.0200; one seed, no claim." in said
     assert "hc lr=0.01 diverged in 1 of 2 runs, at step 120: these have no final loss." in said
     for stable in (
-        "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; runs a rate: 2 ",
+        "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; at least 2 runs ",
         "mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended",
     ):
         assert any(sentence.startswith(stable) for sentence in said)
@@ -158,17 +158,17 @@ def test_one_seed_ranks_nothing(singles):
     assert "hc: loss minus residual's -0.0600; one seed, no claim." in said
     assert "mhc:init=paper: loss minus residual's -0.0300; one seed, no claim." in said
     assert not any(word in sentence for sentence in said for word in ("lowest loss", "resolved", "interval", "best"))
-    assert "Loss spikes, a number a run: hc 2." in said
+    assert "Loss spikes, one number for each run: hc 2." in said
     assert any("hc 38.25 forward, 52 backward" in s for s in said if s.startswith("Largest composite gain"))
 
 
 def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_have_not_ended(rates):
-    settings = group(rates)
-    assert loss_threshold(settings) == pytest.approx(1.955 + 0.5)
-    assert frontier_lines(settings)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
+    variants = group(rates)
+    assert loss_threshold(variants) == pytest.approx(1.955 + 0.5)
+    assert frontier_lines(variants)["hc"] == {1e-3: [1.98, 2.13], 1e-2: [1.98, None]}
 
     def without_mhc(*at):
-        """The group of all runs, of which mHC's at these rates have not ended."""
+        """Return the variants of all runs, of which mHC's at these rates have not ended."""
         going = [run.kind == "mhc" and run.config["optimizer"]["learning_rate"] in at for run in rates]
         return group([dataclasses.replace(r, summary=None) if g else r for r, g in zip(rates, going, strict=True)])
 
@@ -181,7 +181,7 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
 
 
 def with_streams(record, cosine, rank, rms=1.0):
-    """The run with other numbers on its streams in every diagnostics line; `rms` is the second stream's."""
+    """Return the run with these measures of its streams in every diagnostics line; `rms` is the second stream's."""
     sizes = np.tile([1.0, rms, 1.0, 1.0], (len(rank), 1))
     more = {"stream_cosine": np.asarray(cosine), "stream_rank": np.asarray(rank), "stream_rms": sizes}
     return dataclasses.replace(record, diagnostics=[{**line, **more} for line in record.diagnostics])
@@ -241,7 +241,7 @@ def test_bands_reach_over_the_seeds(connections):
 
 
 def test_ladder_fits_runs_of_three_sizes(tmp_path):
-    """loss = 3 (x / x_0)^-0.1, x the FLOPs per token times 200 steps of 16 x 128 tokens."""
+    """The losses are 3 (x / x_0)^-0.1, where x is the FLOPs per token times 200 steps of 16 x 128 tokens."""
     runs = []
     for k, width in enumerate((32, 64, 128)):
         more = {"results": {"flops_per_token": 1e6 * 4.0**k}, "config": {"model.width": width}}
@@ -256,28 +256,28 @@ def test_ladder_fits_runs_of_three_sizes(tmp_path):
 
 @pytest.mark.parametrize("loser", ["hc", "residual"])
 def test_the_seeds_that_finished_alone_give_no_verdict(tmp_path, loser):
-    """One of them diverges in three of six seeds, after low losses; in the three others HC's are all lower than residual's."""
+    """One of two diverges with three of six seeds, after low losses; with the others HC's losses are lower than residual's."""
     runs, losses = [], {"residual": [2.0, 2.01, 2.02], "hc": [1.8, 1.811, 1.822]}
     for kind, k in itertools.product(losses, range(6)):
         ends = {"diverged_at": 60, "results": {"validation_loss": 1.0}} if kind == loser and k > 2 else {}
         runs.append(write(tmp_path, f"{kind}-{k}", kind, k, loss=losses[kind][k % 3], **ends))
-    settings = group(runs)
-    row = statistics_rows(settings)[1]
+    variants = group(runs)
+    row = statistics_rows(variants)[1]
     assert (row["seeds"].text, row["verdict"].text) == ("3 of 6" if loser == "hc" else "6", "no claim")
     assert row["mean loss"].text == "1.8110"
     assert [row[key].value for key in INFERENCE] == [None] * 4
     said = (
         "hc: no claim, since 3 runs of it and residual did not finish; loss minus residual's -0.1990 over the 3 seeds"
     )
-    assert any(sentence.startswith(said) for sentence in findings(settings))
-    assert rows(runs, settings)[5 if loser == "residual" else -1]["validation loss"].text == "–"
-    assert mean_record(settings[1]).result("validation_loss") == pytest.approx(1.811)
+    assert any(sentence.startswith(said) for sentence in findings(variants))
+    assert rows(runs, variants)[5 if loser == "residual" else -1]["validation loss"].text == "–"
+    assert mean_record(variants[1]).result("validation_loss") == pytest.approx(1.811)
 
 
 def test_runs_on_two_texts_are_not_compared(tmp_path):
     texts = {"residual": {"train_sha256": "a" * 64}, "hc": {"train_sha256": "b" * 64}}
     runs = [dataclasses.replace(write(tmp_path, kind, kind, 0), env={"data": texts[kind]}) for kind in texts]
-    assert [setting.label for setting in group(runs)] == ["residual text=aaaaaaaa", "hc text=bbbbbbbb"]
+    assert [variant.label for variant in group(runs)] == ["residual text=aaaaaaaa", "hc text=bbbbbbbb"]
     assert group(runs)[1].baseline is None
 
 

@@ -1,4 +1,4 @@
-"""Run folders are read back whatever they lack, and told on a page of their own; wherever mHC stands, its init does too."""
+"""Run folders are read back whatever they lack, and shown on a page; wherever the page names mHC, it names its init."""
 
 import dataclasses
 import html
@@ -17,7 +17,8 @@ from mhc_jax.analysis.records import flatten, labels, last_diagnostics, not_defa
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.reports.page import find_runs, header, markdown_table, write_folder_report, write_report
+from mhc_jax.reports.markup import markdown_table
+from mhc_jax.reports.page import find_runs, header, write_folder_report, write_report
 from mhc_jax.sweeps.results import measurements
 
 
@@ -61,17 +62,6 @@ def test_a_broken_line_is_left_out_at_the_end_and_named_by_its_number_in_the_mid
         read_run(folder)
 
 
-def test_steps_done_again_after_a_resume_replace_the_first_attempt(tmp_path):
-    folder = write_run(tmp_path, "run", "hc", spikes=(50, 100, 150))
-    append(folder, "event", 100, event="resumed")
-    append(folder, "train", 102, loss=7.0)
-    record = read_run(folder)
-    steps, loss = series(record, "train", "loss")
-    assert (*steps[-2:], loss[-1]) == (100, 102, 7.0)
-    assert series(record, "validation", "loss")[0].tolist() == [50, 100]
-    assert [(e["event"], e["step"]) for e in record.events] == [("spike", 50), ("spike", 100), ("resumed", 100)]
-
-
 def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
     with pytest.raises(InputError, match="There is no folder"):
         read_run(tmp_path / "nowhere")
@@ -81,8 +71,8 @@ def test_wrong_folders_and_files_are_told_in_a_sentence(tmp_path):
             read_run(tmp_path / missing)
     folder = write_run(tmp_path, "run", "mhc")
     for name, text, sentence in (
-        ("summary", "{", r"summary\.json' is not valid JSON"),
-        ("summary", "[]", r"summary\.json' must hold a JSON object"),
+        ("summary", "{", r"summary\.json cannot be read"),
+        ("summary", "[]", r"summary\.json holds no JSON object"),
         ("config", '{"model": {}}', r"has no model\.connection\.kind"),
     ):
         (folder / f"{name}.json").write_text(text)
@@ -141,7 +131,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["three figures", pytest.param("all figures", marks=pytest.mark.full)])
 def page(runs, tmp_path_factory, request):
-    """The page of the four runs.  A figure that is not rendered is a file with the signature of PNG alone."""
+    """Path of the page of the four runs.  The file of a figure that is not rendered holds the signature of PNG alone."""
     folder = tmp_path_factory.mktemp("report")
     save, svg, rendered = plots.save, plots.svg, []
 
@@ -294,14 +284,14 @@ def test_folders_are_searched_for_runs(tmp_path):
 
 
 MHC = re.compile(r"\bm[hH][cC]\b(?![_\w]*\.|-|'s paper| (?:Table|Figure|Eq|section|ICML))")
-"""mHC as a run or a result: neither a file name nor a place in the paper."""
+"""Matches mHC as the name of a run or a result, but neither in a file name nor in a reference to the paper."""
 KEEPS_ITS_NAME = ("Kind", "What to change", "Formula", "Letter", "`model.remat`", "Notebook")
-"""Heads of tables of what there is, without a result in them."""
+"""Headings of tables without results."""
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """Three seeds of each connection, and mHC with two inits."""
+    """Runs of three seeds of each connection, and of mHC with two inits."""
     root, out = tmp_path_factory.mktemp("runs"), []
     for kind, config in (("residual", {}), ("hc", {}), ("mhc", {}), ("mhc", {"init": "home", "t_max": 5})):
         config = {f"model.connection.{key}": value for key, value in config.items()}
@@ -310,7 +300,7 @@ def seeds(tmp_path_factory):
 
 
 def rows_without_init(text):
-    """Rows of Markdown tables that name mHC, in their first cells or in the heading row, and not its init."""
+    """Return the rows of Markdown tables that name mHC in their first cells or in the heading row, without its init."""
     wrong = []
     for table in re.findall(r"^\|.*(?:\n\|.*)*", text, re.MULTILINE):
         for k, line in enumerate(table.splitlines()):
@@ -325,7 +315,7 @@ def rows_without_init(text):
 
 
 def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
-    """What a page says outside its figures, and every text in them; they are drawn and not rendered."""
+    """The test reads the text outside the figures, and every text in them; they are drawn but not rendered."""
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path, vector: figures.append((path.stem, figure)))
     monkeypatch.setattr(plots, "svg", lambda figure: "")
@@ -338,7 +328,7 @@ def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
     assert "mhc:init=home:t_max=5" in page
     drawn = [name for name, _ in figures]
     assert set(drawn) == {*plots.FIGURES, "gap_curves", "seed_bands", "seed_strip"} - {"loss_gap"}
-    means = [mean_record(setting) for setting in group(seeds)]
+    means = [mean_record(variant) for variant in group(seeds)]
     for name, figure in [*figures, ("loss_gap", plots.FIGURES["loss_gap"].draw(means))]:
         for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):
             assert not MHC.search(text.get_text()) or "init=" in text.get_text(), (name, text.get_text())

@@ -1,4 +1,4 @@
-"""Paired differences, intervals, p-values, verdicts, stability frontiers and power laws are those of the textbook."""
+"""Paired differences, intervals, p-values, verdicts, stability frontiers and power laws agree with SciPy and the textbook."""
 
 import math
 
@@ -26,13 +26,13 @@ def series(*values):
 
 
 LOSSES = st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min_size=3, max_size=6)
-"""Hundredths of a nat above 20, of a setting and its baseline."""
+"""Losses of a variant and its baseline, in hundredths of a nat above 20."""
 
 
 @settings(max_examples=30)
 @given(LOSSES, st.integers(-500, 500), st.sampled_from([0.5, 2.0, 64.0]))
 def test_p_values_and_interval_are_those_of_the_paired_test(losses, shift, scale):
-    """Whatever the seeds; they move with what all runs have in common and scale with the unit of the loss."""
+    """They do so whatever the losses are.  A shift of all losses changes nothing, and the unit of the loss scales the interval."""
     a, b = 20 + np.asarray(losses).T / 100
     result, d = paired(series(*a), series(*b)), a - b
     assert result.differences == pytest.approx(d.tolist())
@@ -54,7 +54,7 @@ def test_p_values_and_interval_are_those_of_the_paired_test(losses, shift, scale
 
 @pytest.mark.parametrize("seeds", thin([3, 5, 8], lambda seeds: seeds == 3))
 def test_the_interval_covers_the_truth_19_times_in_20(seeds):
-    """2,000 paired experiments: seeds move both settings together, the difference is -0.03 with noise of its own."""
+    """2,000 paired experiments: seeds move both variants together, the difference is -0.03 with noise of its own."""
     rng = np.random.default_rng(seeds)
     shared = rng.normal(2, 0.1, (2000, seeds))
     differences = shared + rng.normal(-0.03, 0.05, (2000, seeds)) - shared
@@ -77,7 +77,7 @@ def test_many_seeds_flip_signs_at_random():
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"),
+    ("variant", "sentence"),
     [
         (series(1.9), "loss minus residual's -0.1000; one seed, no claim."),
         (series(1.9, 2.0), "loss minus residual's -0.1000, -0.2000; 2 seeds, no claim."),
@@ -87,8 +87,8 @@ def test_many_seeds_flip_signs_at_random():
         ({7: 1.0}, "no claim: no seed has a final loss here and in residual."),
     ],
 )
-def test_verdict(setting, sentence):
-    assert verdict(paired(setting, series(2.0, 2.2, 2.2, 2.1)), "residual").startswith(sentence)
+def test_verdict(variant, sentence):
+    assert verdict(paired(variant, series(2.0, 2.2, 2.2, 2.1)), "residual").startswith(sentence)
 
 
 def test_fewer_seeds_than_three_and_equal_differences_have_no_interval():

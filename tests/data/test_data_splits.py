@@ -6,14 +6,15 @@ import re
 import pytest
 from support.ends import at_read_of, kill_at, train_until_killed
 from support.shared_programs import shared_programs  # noqa: F401
-from support.tiny_runs import data_of, tiny, with_train, write_text
+from support.tiny_runs import data_of, tiny, write_text
 
 from mhc_jax import data
 from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.runs.checkpoint import check_text
-from mhc_jax.sweeps.paired import run_all
+from mhc_jax.sweeps.grid import Grid, plan, seeds
+from mhc_jax.sweeps.runner import prepare
 
 
 def warned(settings, count=1) -> list[str]:
@@ -105,12 +106,12 @@ def test_a_run_that_starts_anew_says_and_records_the_text_that_it_reads(tmp_path
 
 def test_a_comparison_does_not_mix_texts(tmp_path):
     config = tiny(text := write_text(tmp_path / "text.txt"), "residual")
-    runs = {"residual": config, "other": with_train(config, seed=1)}
-    train(config, tmp_path / "runs/residual")
+    runs = plan(to_mapping(config), seeds(2))
+    train(config, tmp_path / "runs/seed0")
     changed(text)
-    with pytest.raises(InputError, match=r"The training text is not the one that .*residual was trained with"):
-        run_all(runs, tmp_path / "runs", "two texts")
-    assert not (tmp_path / "runs/other").exists()
+    with pytest.raises(InputError, match=r"The training text is not the one that .*seed0 was trained with"):
+        prepare(tmp_path / "runs", Grid("two texts", runs), runs)
+    assert not (tmp_path / "runs/sweep.json").exists()
 
 
 def test_what_is_not_known_of_a_text_is_not_compared(tmp_path):

@@ -1,4 +1,4 @@
-"""Run folders with made-up but plausible numbers, for tests of records, plots and report."""
+"""Writes run folders with made-up but plausible numbers, for tests of records, plots and reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mhc_jax.diagnostics import STREAM_MEASURES, backward_gain, composites, forw
 STEPS = 200
 SUBLAYERS = 16
 LOSS_OFFSET = {"residual": 0.0, "hc": -0.06, "mhc": -0.03}
-"""Nats that the final losses lie from residual's."""
+"""Distance of the final losses from residual's, in nats/token."""
 
 
 def write_run(
@@ -33,10 +33,11 @@ def write_run(
     config: Mapping[str, Any] = {},
     results: Mapping[str, Any] = {},
 ) -> Path:
-    """Write a run folder and return it; `drop`: keys to leave out of every line.
+    """Write a run folder and return it.
 
-    `config` has settings by dotted key, and `results` numbers of the summary, other than those below.  `streams`: "differ", more
-    with depth, or "equal", or "opposite": half of them one vector, half its negative.
+    `drop` names keys to leave out of every line, `config` has settings by dotted key, and `results` numbers of the summary that
+    replace those below.  `streams` is "differ" (the more, the deeper), "equal", or "opposite" (half of them one vector, half its
+    negative).
     """
     folder = root / name
     folder.mkdir(parents=True)
@@ -44,7 +45,7 @@ def write_run(
     whole: dict[str, Any] = {
         "model": {"width": 64, "num_layers": SUBLAYERS // 2, "connection": {"kind": kind}},
         "data": {"source": "shakespeare", "seed": seed, "batch_size": 16, "sequence_length": 128},
-        "optimizer": {"learning_rate": 3e-3, "grad_clip": 1.0},
+        "optimizer": {"learning_rate": 3e-3, "grad_clip": 1.0, "warmup_steps": 0},
         "train": {"steps": STEPS, "seed": seed},
     }
     if kind != "residual":
@@ -106,7 +107,7 @@ def write_run(
 
 
 def _stream_measures(n: int, streams: str) -> dict[str, list[float]]:
-    """Streams of equal norm: every pair has one cosine; with `opposite`, 1 within each half of them and -1 between the halves."""
+    """Return the measures of streams of equal norm of which every pair has the same absolute cosine."""
     cosine = 1 - 0.3 * np.linspace(0, 1, SUBLAYERS) if streams == "differ" and n > 1 else np.ones(SUBLAYERS)
     signed = np.full(SUBLAYERS, -1 / (n - 1)) if streams == "opposite" and n > 1 else cosine
     return {
@@ -117,12 +118,12 @@ def _stream_measures(n: int, streams: str) -> dict[str, list[float]]:
 
 
 def make_run(root: Path, name: str, kind: str, **more: Any) -> RunRecord:
-    """What `read_run` reads of such a folder."""
+    """Write such a folder, and return what `read_run` reads of it."""
     return read_run(write_run(root, name, kind, **more))
 
 
 def make_four(root: Path, streams: str = "equal") -> list[RunRecord]:
-    """Residual, HC with two spikes, mHC with such streams, and an HC with float16 streams that diverges at step 120."""
+    """Write residual, HC with two spikes, mHC with such streams, and an HC in float16 that diverges at step 120."""
     return [
         make_run(root, "residual", "residual"),
         make_run(root, "hc", "hc", spikes=(90, 150)),

@@ -1,4 +1,4 @@
-"""A sweep file and its config file: five tiny runs, the first of which cannot train on a CPU."""
+"""Writes a sweep file and its config file: five tiny runs, of which the first cannot train on a CPU."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Workers of a sweep in the process of the tests, which end, or are ended, where a test says."""
+"""Runs the workers of a sweep in the process of the tests, and ends them where a test says."""
 
 import contextlib
 import signal
@@ -17,10 +17,10 @@ from mhc_jax.sweeps import runner, worker
 
 
 class Worker:
-    """In place of `subprocess.Popen`: runs the worker here when it is first asked how it ended.
+    """Stands for `subprocess.Popen`, and runs the worker here when it is first asked how it ended.
 
     `at` maps a run to (step, signal): the worker gets the signal once, while the metrics of that step are read.
-    `asleep`: runs that do nothing until they are asked to stop.
+    `asleep` names runs that do nothing until they are asked to stop.
     """
 
     at: ClassVar[dict[str, tuple[int, int]]] = {}
@@ -54,7 +54,7 @@ class Worker:
 
 
 class Clock:
-    """Moves when someone sleeps; `at`: time -> what happens then."""
+    """A clock that moves when someone sleeps; `at` maps a time to the function that is called then."""
 
     def __init__(self, at=None):
         self.now, self.at = 0.0, at or {}
@@ -87,7 +87,7 @@ def workers_here(at=None):
         patch.setattr(loop, "read", reading)
         patch.setattr(runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
         patch.setattr(runner, "time", Clock())
-        patch.setattr(worker, "threading", mock.MagicMock())  # nobody watches for the end of this process
+        patch.setattr(worker, "threading", mock.MagicMock())  # no thread watches for the end of this process
         patch.setattr(worker, "cpu_alone", lambda: False)
         patch.setattr(worker.logging, "set_verbosity", lambda level: None)
         yield

@@ -1,4 +1,4 @@
-"""A grid of runs: points, names, configurations, mistakes, the plan on disk, the shipped sweeps."""
+"""The grid of a sweep: its points, names, configurations and mistakes, its plan on disk, and the sweeps that are shipped."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def test_names_are_readable_and_made_of_the_point_alone():
 
 def test_a_point_becomes_a_configuration(tmp_path):
     point = {"model.connection.t_max": 3, "connection": "mhc", "seed": 4, "optimizer.learning_rate": 1e-2}
-    (run,) = plan(base(tmp_path), [point], [{"train.steps": 5}, {"seed": 9}])
+    (run,) = plan(grid.applied(base(tmp_path), {"train.steps": 5, "seed": 9}), [point])
     assert (run.config.train.seed, run.config.data.seed, run.config.train.steps) == (4, 4, 5)
     assert to_mapping(run.config)["model"]["connection"]["t_max"] == 3
     assert run.config.optimizer.learning_rate == 1e-2
@@ -75,8 +75,7 @@ def test_any_grid_has_every_point_once_under_names_of_its_own_and_is_read_back_f
     with tempfile.TemporaryDirectory() as folder:
         write_plan(Path(folder), Grid("title", runs))
         read = read_plan(Path(folder))
-    assert {name: from_mapping(entry["config"]) for name, entry in read.items()} == {r.name: r.config for r in runs}
-    assert [entry["point"] for entry in read.values()] == points
+    assert {name: from_mapping(config) for name, config in read.items()} == {run.name: run.config for run in runs}
 
 
 @pytest.mark.parametrize(
@@ -97,10 +96,27 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(tmp_path, points, sent
         plan(base(tmp_path), points)
 
 
-def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path):
-    status, _, err = run_here("sweep", write_sweep(tmp_path), f"--workdir={tmp_path / 'w'}", "--set=train.step=4")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["FILE", "--config.train.step=4"], "The configuration has no key 'step'. Did you mean 'steps'?"),
+        (["FILE", "--config.train.steps=many"], "--config.train.steps is 'many'; it must be of type int."),
+        (["FILE", "--config.train.steps=0"], "train.steps is 0; it must be at least 1."),
+        (["FILE", "--config=demo.py"], "--config=FILE has no use here"),
+        (["FILE", "more"], "Unexpected argument 'more'"),
+        (["none.py", "--config.train.steps=4"], "The file 'none.py' does not exist"),
+        (["BROKEN"], "broken.py' fails: SyntaxError: '(' was never closed"),
+        (["--config.train.steps=4"], "SWEEP.py is missing"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path, arguments, sentence):
+    file = str(write_sweep(tmp_path))
+    (tmp_path / "broken.py").write_text("x = (")
+    paths = {"FILE": file, "BROKEN": str(tmp_path / "broken.py")}
+    words = [paths.get(word, word) for word in arguments]
+    status, _, err = run_here("sweep", *words, f"--workdir={tmp_path / 'w'}")
     assert (status, err.count("\n")) == (2, 1)
-    assert "Did you mean 'train.steps'?" in err
+    assert sentence in err
     assert not (tmp_path / "w").exists()
 
 
@@ -121,14 +137,17 @@ def test_sweep_files_that_cannot_be_used(tmp_path):
         load_sweep(tmp_path / "none.py")
 
 
-def test_overrides_are_read_as_python_spells_them(tmp_path):
+def test_the_command_line_edits_what_all_runs_share_and_points_win(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(grid, "plan", lambda *told: planned.append(plan(*told)) or planned[-1])
     path = write_sweep(tmp_path)
-    told = ["train.steps=50", "optimizer.learning_rate=1e-4", "model.tied_embeddings=True"]
-    config = load_sweep(path, [*told, "data.source=texts/*.jsonl.zst"]).runs[0].config
-    assert (config.train.steps, config.optimizer.learning_rate, config.model.tied_embeddings) == (50, 1e-4, True)
-    assert config.data.source == "texts/*.jsonl.zst"
-    with pytest.raises(InputError, match="give key=value"):
-        load_sweep(path, ["train.steps"])
+    path.write_text(path.read_text().replace("points=points", 'points=points, settings={"optimizer.grad_clip": 0}'))
+    told = ["train.steps=50", "optimizer.grad_clip=0.5", "model.tied_embeddings=True", "train.seed=9"]
+    status, out, _ = run_here("sweep", *(f"--config.{text}" for text in told), path, "--list")
+    assert (status, len(out.splitlines())) == (0, 5)
+    broken, *rest = [run.config for run in planned[0]]
+    assert (broken.train.steps, broken.optimizer.grad_clip, broken.model.tied_embeddings) == (50, 0.5, True)
+    assert [config.train.seed for config in (broken, *rest)] == [9, 0, 0, 1, 1]
 
 
 def test_a_baseline_is_spelled_as_the_runs_are_and_one_that_no_point_is_is_refused(tmp_path):

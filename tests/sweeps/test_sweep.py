@@ -1,4 +1,4 @@
-"""A sweep: done runs are not repeated, failed, killed and stopped ones go on, and table and record tell.
+"""A sweep repeats no run that is done, goes on with failed, killed and stopped ones, and writes its table and record.
 
 Workers run in this process; only the tests marked `full` start real ones.
 """
@@ -29,7 +29,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.reports.record import read_newest, read_record, shortened, write_record
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps import runner, worker
-from mhc_jax.sweeps.grid import Busy, Grid, over, plan, product, run_lock, seeds, write_plan
+from mhc_jax.sweeps.grid import Busy, Grid, applied, over, plan, product, run_lock, seeds, write_plan
 from mhc_jax.sweeps.results import result_rows
 from mhc_jax.train_step import init_state, make_eval_step, make_train_step
 
@@ -39,7 +39,7 @@ TIMES = ("step_time_s", "date", "commit")
 
 
 def table(workdir: Path) -> dict[str, dict]:
-    """results.csv by run, without what differs between two calls."""
+    """Rows of results.csv by run, without the columns that differ between two calls."""
     with (workdir / "results.csv").open() as file:
         return {row["run"]: {k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)}
 
@@ -57,7 +57,7 @@ def file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(file):
-    """The whole sweep, uninterrupted: (folder, exit status, standard error)."""
+    """Folder, exit status and standard error of the whole sweep, which nothing interrupted."""
     workdir = file.parent / "done"
     status, _, err = run_here("sweep", file, f"--workdir={workdir}", "--workers=1")
     return workdir, status, err
@@ -94,7 +94,7 @@ def test_a_sweep_runs_all_its_points_and_names_the_one_that_fails(done):
 
 
 def test_seeds_share_their_programs(tmp_path):
-    """Of the first and of the second seed the training and the validation step are one program each."""
+    """The training step of two seeds is one program, and so is the validation step."""
     config = to_mapping(meshes.tiny("residual"))
     tokens, found = meshes.batch(meshes.tiny("residual")), set()
     for run in plan(config, seeds(2)):
@@ -117,7 +117,7 @@ def test_a_second_call_repeats_nothing_but_the_failure(file, done):
 
 
 def test_killed_and_stopped_at_will_the_table_is_the_same(file, done):
-    """Kill -9 of a worker, a signal to a worker, a signal to the sweep; then a call that is left alone."""
+    """A worker is killed, another one gets a signal, then the sweep gets one; the last call is left alone."""
     workdir = file.parent / "killed"
     command = ("sweep", file, f"--workdir={workdir}", "--workers=1", "--select=2/2")
     first, second = RUNS[0], RUNS[2]
@@ -146,7 +146,7 @@ def test_killed_and_stopped_at_will_the_table_is_the_same(file, done):
 
 
 def check_gone_on(workdir, done):
-    """The runs of the first sweep are those of the second, which was left alone; the others have not begun."""
+    """Assert that the two runs that were stopped ended like those of a sweep that was left alone; the others have not begun."""
     assert (table(workdir)[FAILS]["status"], table(workdir)[RUNS[1]]["status"]) == ("pending", "pending")
     for run in RUNS[::2]:
         events = [line["event"] for line in lines(workdir / run, "event") if line["event"] == "resumed"]
@@ -157,7 +157,7 @@ def check_gone_on(workdir, done):
 
 @pytest.mark.full
 def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path, monkeypatch):
-    """As above, with processes; and a sweep that is killed, whose worker saves and ends. Seeds compile once."""
+    """As above with processes, and with a killed sweep, whose worker saves and ends.  Seeds compile once."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # so that programs are kept where the sweep says
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     file, first, second = write_sweep(tmp_path), RUNS[0], RUNS[2]
@@ -202,7 +202,7 @@ def test_a_worker_whose_sweep_has_gone_asks_itself_to_stop(monkeypatch):
 
 @pytest.fixture
 def grid(tmp_path) -> Grid:
-    """Of one run, whose folder is `tmp_path`/w/residual."""
+    """A grid of one run, whose folder is `tmp_path`/w/residual."""
     write_text(tmp_path / "text.txt")
     return Grid("title", plan(base(tmp_path), over("connection", ["residual"])))
 
@@ -274,16 +274,16 @@ def test_a_run_that_was_begun_with_another_text_stops_the_sweep_before_its_first
 
 @pytest.fixture
 def ended(tmp_path: Path) -> Path:
-    """Folder of a sweep whose runs read a file of this machine, four of four ended."""
+    """Folder of a sweep whose four runs read a file of this machine and have ended."""
     folder, source = tmp_path / "runs" / "pair", "/x/texts/train.jsonl.zst"
     points = product(over("connection", ["residual", "hc"]), seeds(2))
-    runs = plan(to_mapping(ExperimentConfig()), points, [{"data.source": source}])
+    runs = plan(applied(to_mapping(ExperimentConfig()), {"data.source": source}), points)
     write_plan(folder, Grid("Two kinds, two seeds.", runs))
     for run in runs:
         place = write_run(folder, run.name, run.config.model.connection.kind, seed=run.config.train.seed)
         write_json(place / "config.json", to_mapping(run.config))
         env = {"packages": {"jax": "0.10.2"}, "python": "3.11.7", "device_count": 1, "data": {"source": source}}
-        env["command"] = f"python experiments/sweep.py {tmp_path}/pair.py --set=data.source={source}"
+        env["command"] = f"python experiments/sweep.py {tmp_path}/pair.py --config.data.source={source}"
         write_json(place / "env.json", read_json(place / "env.json") | env)
         (place / "checkpoints").mkdir()
     return folder
@@ -299,7 +299,7 @@ def test_record_of_a_sweep(ended, tmp_path):
         assert not any(place in path.read_bytes() for place in (b"/home", str(tmp_path).encode())), path
     readme = (folder / "README.md").read_text()
     for part in (
-        "\n    python experiments/sweep.py pair.py --set=data.source=train.jsonl.zst\n",
+        "\n    python experiments/sweep.py pair.py --config.data.source=train.jsonl.zst\n",
         "Shared settings that are not defaults: data.source=train.jsonl.zst.",
         "4 runs: 4 finished",
         "| hc | 2 | 1.6",
@@ -351,7 +351,7 @@ def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp
     [
         ("/x/a b/c.txt", "a b/c.txt"),
         ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
-        ("--set=data.source=/x/y.txt", "--set=data.source=y.txt"),
+        ("--config.data.source=/x/y.txt", "--config.data.source=y.txt"),
         ("https://host/path/file", "https://host/path/file"),
         ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
     ],

@@ -1,4 +1,4 @@
-"""The scripts: every mistake is one line on standard error, exit status 2, and nothing is written."""
+"""A mistake on the command line of a script is one line on standard error with exit status 2, and nothing is written."""
 
 import pytest
 from support.in_process import run_here
@@ -28,10 +28,13 @@ TRAIN = {
 }
 
 COMPARE = {
-    "twice": (["--connections=mhc,mhc"], "Connections 'mhc' and 'mhc' are the same"),
-    "twice in other words": (["--connections=hc,hc:num_streams=4"], "'hc' and 'hc:num_streams=4' are the same"),
+    "twice": (["--connections=mhc,mhc"], "Points {connection: mhc} and {connection: mhc} are the same configuration"),
+    "twice in other words": (
+        ["--connections=hc,hc:num_streams=4"],
+        "{connection: hc:num_streams=4} are the same configuration",
+    ),
     "unknown": (["--connections=residual,hyper"], "connection.kind is 'hyper'"),
-    "none": (["--connections="], "No connection is given"),
+    "none": (["--connections="], "--connections is empty; name at least one"),
     "no seeds": (["--seeds=0"], "--seeds is 0; it must be at least 1."),
 }
 

@@ -1,0 +1,63 @@
+"""Tables and lists as HTML and Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mhc_jax.analysis.comparison import Cell
+
+
+def escaped(value: Any) -> str:
+    """Return a value as text of a page."""
+    return html.escape(str(value))
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    """Return sentences as an HTML list."""
+    return "<ul>" + "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def fold(summary: str, content: str, is_open: bool = False) -> str:
+    """Return HTML that is hidden below its summary until a reader opens it."""
+    return f"<details{' open' * is_open}><summary>{escaped(summary)}</summary>{content}</details>"
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return an HTML table of text."""
+    head = "".join(f"<th>{escaped(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return _scrolling("text", head, body)
+
+
+def sortable_table(table: Sequence[Mapping[str, Cell]], links: Mapping[str, str] | None = None) -> str:
+    """Return an HTML table with a button in each heading; its cells carry the numbers that they are sorted by.
+
+    Args:
+      table: rows of the same headings.
+      links: text of a cell to the address that it leads to.
+    """
+    head = "".join(f'<th><button type="button">{escaped(heading)}</button></th>' for heading in table[0])
+    body = ""
+    for row in table:
+        body += "<tr>"
+        for cell in row.values():
+            text, address = escaped(cell.text), (links or {}).get(cell.text)
+            if address is not None:
+                text = f'<a href="{escaped(address)}">{text}</a>'
+            body += f'<td data-value="{escaped("" if cell.value is None else cell.value)}">{text}</td>'
+        body += "</tr>"
+    return _scrolling("sortable", head, body)
+
+
+def _scrolling(kind: str, head: str, body: str) -> str:
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
+    """Return rows of the same headings as Markdown, for a page, a notebook or a terminal."""
+    lines = [list(table[0]), ["---"] + ["---:"] * (len(table[0]) - 1)]
+    lines += [[cell.text for cell in row.values()] for row in table]
+    return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
