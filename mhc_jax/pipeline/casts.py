@@ -14,17 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from mhc_jax.jaxprs import called
 from mhc_jax.pipeline.split import CALLS
 
 Tree = Any
 
-_INNER = CALLS | {
-    "scan": "jaxpr",
-    "shard_map": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-"""Operations that run a program on what they get, in order, and the parameter that holds it."""
+_INNER = CALLS | {"scan", "shard_map", "custom_jvp_call", "custom_vjp_call"}
+"""Operations that run a program on what they get, in order."""
 _MOVES = frozenset({"slice", "dynamic_slice", "squeeze", "reshape", "expand_dims", "transpose", "split", "copy"})
 """Operations that take elements of their first operand as they are."""
 
@@ -69,7 +65,6 @@ def _use(eqn: Any, jaxpr: core.Jaxpr, k: int) -> set[Any]:
     if name in _MOVES and k == 0:
         return set().union(*(_casts(jaxpr, out) for out in eqn.outvars))
     if name in _INNER:
-        inner = eqn.params[_INNER[name]]
-        inner = getattr(inner, "jaxpr", inner)
-        return _casts(inner, inner.invars[k])
+        (inner,) = called(eqn)
+        return _casts(inner.jaxpr, inner.jaxpr.invars[k])
     return {None}

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from mhc_jax.remat import reached
+from mhc_jax.jaxprs import called, computed_from
 
 Tree = Any
 
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
-"""Operations that are a call of others, and the parameter that holds those."""
+CALLS = frozenset({"jit", "pjit", "checkpoint", "remat2", "closed_call"})
+"""Operations that are a call of others."""
 EXACT = frozenset(
     (
         *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"),
@@ -70,7 +70,7 @@ def split(
     wanted, rest = jaxpr.outvars[:count], jaxpr.outvars[count:]
     inputs = set(jaxpr.invars) | set(jaxpr.constvars)
     start = jaxpr.invars[len(jax.tree.leaves(free)) :]
-    made = reached(jaxpr, start)
+    made = computed_from(jaxpr, start)
 
     own = [v for v in rest if isinstance(v, core.Var) and v in made]
     first = _needed(jaxpr.eqns, wanted + own if at_once else wanted, inputs)
@@ -179,8 +179,8 @@ def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) 
         name, params = eqn.primitive.name, eqn.params
         own = [_value(values, v) for v in eqn.invars]
         if name in CALLS:
-            inner = params[CALLS[name]]
-            out = _opened(*((inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())), own)
+            (inner,) = called(eqn)
+            out = _opened(inner.jaxpr, inner.consts, own)
         elif name == "scan" and params["unroll"] >= params["length"] > 0:
             out = _unrolled(params, own)
         else:
