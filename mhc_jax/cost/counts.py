@@ -134,7 +134,7 @@ def compiled_memory(compiled: Any) -> int | None:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a configuration costs; parameters are counts, FLOPs and bytes are per token."""
+    """What a configuration costs; FLOPs are per token."""
 
     total: int
     """All parameters."""
@@ -148,15 +148,18 @@ class ModelCost:
     """Forward and backward, without recomputation and optimizer: products of the branches, T x T scores, connections."""
     connection_flops: float
     """The part of `training_flops` that belongs to the connections."""
-    stream_bytes: int
-    """Least traffic of a forward pass between the sub-layers: streams read and written once, h written and y read."""
 
 
 def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
-    """Cost of a model from its configuration alone; nothing of it is built but the shapes of one connection.
+    r"""Cost of a model from its configuration alone; nothing of it is built but the shapes of one connection.
 
-    Products count 2 FLOPs per weight and token forward and 4 backward.  Norms, activations and softmax are left out; they are below
-    1 % at the papers' widths.
+    Products count 2 FLOPs per weight and token forward and 4 backward.  With N weights that a token meets in products (the output
+    embedding among them), S products per pair of tokens in scores and values of one block, and F FLOPs of the connections, a token
+    of training takes
+
+    $$6 (N + \mathrm{num\_layers} \, T S) + F$$
+
+    Norms, activations and softmax are left out; they are below 1 % at the papers' widths.
     """
     C, T, layers, E = config.width, sequence_length, config.num_layers, config.num_experts
     attention, scores, norms = _attention_cost(config)
@@ -168,11 +171,10 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
     matrix = config.vocab_size * C
     vocabulary = matrix if config.tied_embeddings else 2 * matrix
 
-    connection, connection_flops, carried = _connection_cost(config)
+    connection, connection_flops = _connection_cost(config)
     weights = layers * attention + dense + always + sparse * config.num_active_experts * expert
     # The last terms: norms of the feed-forward sub-layers, biases of the routers, the final norm.
     total = weights + unseen + vocabulary + connection + layers * (norms + C) + sparse * E + C
-    width = jnp.dtype(config.stream_dtype).itemsize
     return ModelCost(
         total=total,
         active=total - unseen - (vocabulary - matrix),
@@ -180,7 +182,6 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
         connection=connection,
         training_flops=6.0 * (weights + matrix + layers * T * scores) + connection_flops,
         connection_flops=connection_flops,
-        stream_bytes=config.num_sublayers * 2 * (carried * width + C * jnp.dtype(config.compute_dtype).itemsize),
     )
 
 
@@ -195,9 +196,8 @@ def _attention_cost(config: ModelConfig) -> tuple[int, int, int]:
 
 def carry_shapes(config: ModelConfig, tokens: int) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
     """Shapes of what a block hands to the next, for one sequence: the streams, and the coefficients and y of the pending write."""
-    x, y = _token_shapes(config, tokens)
-    streams, c = jax.eval_shape(lambda k, x: _ends(config).init_with_output(k, x, method="start")[0], _key(), x)
-    return streams, c, y
+    streams, c = _entry_shapes(config, tokens)[0]
+    return streams, c, jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.compute_dtype))
 
 
 def stream_elements(config: ModelConfig) -> int:
@@ -205,33 +205,25 @@ def stream_elements(config: ModelConfig) -> int:
     return _size(carry_shapes(config, 1)[0])
 
 
-def _connection_cost(config: ModelConfig) -> tuple[int, float, int]:
-    """(parameters of all connections, FLOPs per token of all boundaries and their gradients, elements carried per token)."""
+def _connection_cost(config: ModelConfig) -> tuple[int, float]:
+    """(parameters of all connections, FLOPs per token of all boundaries and their gradients)."""
     tokens, L = 256, config.num_sublayers
     link = connection_module(config.connection)(config.connection, config.width, L, 1)
-    carry = carry_shapes(config, tokens)
-    x, _ = _token_shapes(config, tokens)
-    of_ends = jax.eval_shape(lambda k, x: _ends(config).init(k, x, method="start"), _key(), x)
+    carry, of_ends = carry_shapes(config, tokens), _entry_shapes(config, tokens)[1]
     params = jax.eval_shape(lambda k, *a: link.init(k, *a, method="write_read"), _key(), *carry)
 
     def boundary_and_gradient(*args):
         out, back = jax.vjp(lambda params, *carry: link.apply(params, *carry, method="write_read"), *args)
         return back(jax.tree.map(jnp.ones_like, out))
 
-    count = _size(of_ends) + L * _size(params)
-    return count, L * flops(boundary_and_gradient, params, *carry) / tokens, _size(carry[0]) // tokens
+    return _size(of_ends) + L * _size(params), L * flops(boundary_and_gradient, params, *carry) / tokens
 
 
-def _token_shapes(config: ModelConfig, tokens: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes of an embedding and of a branch output, for one sequence."""
-    shape = (1, tokens, config.width)
-    dtypes = (config.stream_dtype, config.compute_dtype)
-    x, y = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for dtype in dtypes)
-    return x, y
-
-
-def _ends(config: ModelConfig) -> Any:
-    return connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
+def _entry_shapes(config: ModelConfig, tokens: int) -> tuple[tuple[Any, Any], Any]:
+    """Shapes of (streams, coefficients) that enter the first block for one sequence, and of the parameters of the ends."""
+    ends = connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
+    x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
+    return jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), _key(), x)
 
 
 def _key() -> Any:

@@ -43,15 +43,14 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
     """Trace the train step of a configuration for the devices of a slice, as its mesh splits it.
 
     Args:
-      config: its mesh has all devices of the slice, its model.vocab_size is set, and its model.remat is not `auto`.
+      config: its mesh has all devices of the slice, its vocabulary is known, and its model.remat is not `auto`.
       where: the slice.
       implementation: of the connections' operations; None: the one of the platform.
 
     Raises:
-      InputError: the mesh does not fit the slice, or the vocabulary is not known.
+      InputError: the mesh does not fit the slice.
     """
     devices = len(where.devices)
-    require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
     require(
         config.mesh.size == devices,
         f"The mesh ({config.mesh}) has {config.mesh.size} devices and {where.name} has {devices}; set "

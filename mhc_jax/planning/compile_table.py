@@ -73,7 +73,7 @@ def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[Experi
       estimate: compiles the step of a configuration.
 
     Returns:
-      `sequences` per step (0: not even the smallest fits), `per_device` and accumulation step, `predicted` and `needs` in bytes.
+      `sequences` per step (0: not even the smallest fits), `per_device` and accumulation step, and `needs` in bytes.
     """
     unit = config.mesh.batch * config.optimizer.accumulation_steps
 
@@ -82,7 +82,7 @@ def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[Experi
 
     first, second = compiled(1), compiled(2)
     if not first["fits"]:
-        return {"sequences": 0, "per_device": 0, "predicted": first["needs"], "needs": first["needs"]}
+        return {"sequences": 0, "per_device": 0, "needs": first["needs"]}
     slope = max((second["needs"] or hbm) - first["needs"], 1)
     k = max(1, min(1 + (hbm - first["needs"]) // slope, 4096))
     row = first
@@ -90,7 +90,7 @@ def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[Experi
         over = ((row["needs"] or hbm) - hbm) // slope
         k = max(1, k - max(1, over))
     needs = row["needs"] if k > 1 else first["needs"]
-    return {"sequences": k * unit, "per_device": k, "predicted": first["needs"] + (k - 1) * slope, "needs": needs}
+    return {"sequences": k * unit, "per_device": k, "needs": needs}
 
 
 def markdown(rows: Sequence[Row], where: Slice) -> str:

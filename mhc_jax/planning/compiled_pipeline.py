@@ -176,10 +176,8 @@ class CompiledPipeline:
             "schedule": self.schedule.name,
             "stages": self.schedule.stages,
             "blocks": blocks,
-            "latency": self.schedule.latency,
             "seconds": {"F": costs.F, "B": costs.B, "W": costs.W, "message": send, "tick": self.tick_cost(seconds)},
             "pair": costs.pair,
-            "makespan": run.makespan,
             "bubble": max(run.bubble),
             "bubble_fraction": run.bubble_fraction,
             "messages": {

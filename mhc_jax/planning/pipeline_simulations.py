@@ -26,12 +26,15 @@ class Row:
     label: str
     """Connection and whether it recomputes; empty for costs by hand."""
     run: Timeline
-    unit: str
-    """Unit of times: `s`, or empty where the costs have none."""
     sized: bool
     """Whether activations are bytes, those that the connections keep."""
     over: float | None = None
     """Makespan over the first row's of the same schedule, less 1."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of times; empty for costs by hand."""
+        return "s" if self.label else ""
 
     @property
     def title(self) -> str:
@@ -51,7 +54,7 @@ def schedules(names: Sequence[str], devices: int, microbatches: int) -> list[Sch
 
 def of_hand(schedules: Sequence[Schedule], F: float, B: float, W: float, pair: float, send: float) -> list[Row]:
     """Simulate stages that take the same given times under every schedule."""
-    return _rows(schedules, {"": lambda stages: by_hand(stages, F, B, W, pair, send)}, unit="")
+    return _rows(schedules, {"": lambda stages: by_hand(stages, F, B, W, pair, send)})
 
 
 def of_model(
@@ -107,7 +110,7 @@ def of_report(
     return _rows(schedules, costs)
 
 
-def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages], unit: str = "s") -> list[Row]:
+def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages]) -> list[Row]:
     rows = []
     for schedule in schedules:
         base = None
@@ -115,7 +118,7 @@ def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages], uni
             stages = of_stages(schedule.stages)
             run = simulate(schedule, stages)
             over = None if base is None else run.makespan / base - 1
-            rows.append(Row(label, run, unit, bool(stages.activations), over))
+            rows.append(Row(label, run, bool(stages.activations), over))
             base = base or run.makespan
     return rows
 

@@ -235,7 +235,7 @@ def test_the_table():
     row |= {"mfu, collectives hidden": 0.5, "kernels": {"splash": 1, "other (no estimate)": 2}}
     gather = {"kind": "all-gather", "axes": "fsdp", "group": 4, "count": 3, "seconds": 0.002}
     gathers = [{**gather, "bytes": size} for size in (10**9, 10**8)]
-    largest = {"sequences": 12, "per_device": 3, "predicted": 1, "needs": 2**30}
+    largest = {"sequences": 12, "per_device": 3, "needs": 2**30}
     rows = [
         timed("residual", 0.01, 0.01, 0.0, 0.02, collectives=[]),
         timed("mhc", 0.011, 0.008, 0.003, 0.022, collectives=gathers, largest_batch=largest),

@@ -171,11 +171,6 @@ def test_training_flops_are_those_of_the_gradient(settings):
     assert model_cost(config, 128).training_flops == pytest.approx(whole / 256, rel=0.05)
 
 
-def test_streams_move_twice_a_sublayer():
-    config = dataclasses.replace(SMALL, connection=connections.parse("mhc:num_streams=4"), stream_dtype="bfloat16")
-    assert model_cost(config, 4).stream_bytes == 6 * 2 * (4 * 16 * 2 + 16 * 4)
-
-
 @pytest.mark.parametrize(("n", "C"), [(1, 8), (4, 128), (8, 2560)])
 def test_tables_of_the_paper(n, C):
     small, unfused, merged = n * n + 2 * n, memory_io.unfused(n, C), memory_io.merged(n, C)

@@ -14,7 +14,6 @@ from support.tolerances import ANOTHER_PROGRAM, assert_close
 
 from mhc_jax import connections, remat, remat_plan
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
-from mhc_jax.config.mapping import completed, to_mapping
 from mhc_jax.cost import counts, hlo
 from mhc_jax.model import Decoder
 from mhc_jax.remat import best_block_length, kept_elements
@@ -266,11 +265,3 @@ def test_auto_plans_for_one_device_of_the_mesh(mesh):
     enough = limited(config, estimates["none"] + 1)
     assert remat_plan.resolve(enough)[0].model.remat == "none"
     assert remat_plan.resolve(dataclasses.replace(enough, mesh=MeshConfig()))[0].model.remat != "none"
-
-
-def test_runs_from_before_go_on():
-    for policy, old in (("none", False), ("full", True)):
-        wanted = to_mapping(ExperimentConfig(model=model("mhc", remat=policy)))
-        saved = {**wanted, "model": {**wanted["model"], "remat": old}}
-        del saved["model"]["remat_block"], saved["model"]["remat_budget_gb"]
-        assert completed(saved, wanted) == wanted
