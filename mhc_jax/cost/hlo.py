@@ -21,8 +21,6 @@ from mhc_jax.cost.device_groups import axes_of, groups
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 KERNEL = 'custom_call_target="tpu_custom_call"'
 """Part of the line of every Pallas kernel."""
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4}
-"""Bits of the types whose name does not end in their width."""
 _FREE = frozenset(
     (
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
@@ -151,7 +149,7 @@ def arrays(shape: str) -> list[int]:
     out = []
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
         width = re.match(r"[a-z]+(\d+)", kind)
-        bits = _BITS[kind] if kind in _BITS else int(width[1]) if width else 0
+        bits = 8 if kind == "pred" else int(width[1]) if width else 0
         out.append(math.prod(_numbers(sizes)) * bits // 8)
     return out
 
