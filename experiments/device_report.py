@@ -1,9 +1,9 @@
-"""What this device makes of the connections: correctness, kernel times, train-step times, repeatability.  One command:
+"""Check and time the connections on this device: correctness, kernel times, train-step times, repeatability.
 
     python experiments/device_report.py [--workdir=experiments/records/<date>-device-<name>] [--budget=480] [--tiny]
 
-Works through its parts in order of importance and writes report.json and README.md after each; when the budget (seconds)
-is spent it stops, and the same command with the same --workdir goes on where it stopped.  Needs no data and no network.
+The command works through its parts in order of importance and writes report.json and README.md after each.  When the budget
+(seconds) is spent it stops; the same command with the same --workdir goes on where it stopped.  It needs no data and no network.
 `--tiny` is for a CPU: small shapes, whose times mean nothing.
 """
 
@@ -14,7 +14,7 @@ import re
 import time
 from pathlib import Path
 
-from mhc_jax.benchmarks.record import plan, readme, run, write
+from mhc_jax.benchmarks.device_report import plan, readme, run, write
 from mhc_jax.runs.environment import environment
 
 NEEDS = 30
@@ -22,7 +22,7 @@ NEEDS = 30
 
 
 def main() -> int:
-    """Exit status 1 when an implementation is wrong."""
+    """Write the report; the exit status is 1 when an implementation is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--budget", type=float, default=480.0)

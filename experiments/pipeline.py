@@ -2,14 +2,20 @@
 
     python experiments/pipeline.py --microbatches=20 --schedules=1f1b,zb1p,dualpipe --picture=timeline.png
     python experiments/pipeline.py --chip=v5p --config=experiments/configs/paper.py:27b:mhc --stages=8 --microbatches=32
-    python experiments/pipeline.py --compiled=27b.json --blocks=30 --stages=8
-    python experiments/pipeline.py --report=REPORT/report.json --workload=27b --connections=residual,"mhc triton" --blocks=32
+    python experiments/pipeline.py --compiled=27b.json --config.model.num_layers=30 --stages=8
+    python experiments/pipeline.py --report=REPORT/report.json --workload=27b --connections=residual,"mhc triton" \\
+        --config.model.num_layers=32
 
-Without --chip, --compiled or --report a stage takes --F, --B (both gradients) and --W, and --send a message.  With --chip, seconds
-from `mhc_jax/planning/pipeline_costs.py` for --config: bytes and FLOPs at shares of the chip's peaks, which are assumptions.  With
---compiled, those that the compiler estimates, in files of `experiments/compile.py --mesh=stage=4 --json=FILE`.  `--stages` are
-devices; dualpipev and interleaved cut the model into twice as many.  Nothing is trained.  Exit status: 0, or 2 for a mistake in
-the settings.
+Nothing is trained.  The costs of a stage come from one of four places:
+
+    (none)      --F, --B (both gradients) and --W of a stage, and --send of a message, in any unit --chip      --config, in
+    seconds (`mhc_jax/planning/stage_costs.py`), with the chip at shares of its peaks, which are assumptions --compiled  the
+    compiler's estimates, in files of `experiments/compile.py --config.mesh.stage=4 --json=FILE` --report    train steps that
+    `experiments/device_report.py` has measured
+
+`--stages` are devices; dualpipev and interleaved cut the model into twice as many.  The model has config.model.num_layers blocks.
+Exit
+status: 0, or 2 for a mistake in the settings.
 """
 
 from pathlib import Path
@@ -17,8 +23,8 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.planning import pipeline_tables
-from mhc_jax.planning.pipeline_costs import chip_rates
+from mhc_jax.planning import pipeline_simulations
+from mhc_jax.planning.stage_costs import chip_rates
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save
 from mhc_jax.runs.folder import read_json
@@ -26,39 +32,42 @@ from mhc_jax.schedules.tables import SCHEDULES
 
 CONFIG = cli.define_config()
 STAGES = flags.DEFINE_integer("stages", 8, "Devices along the stage axis.")
-MICROBATCHES = flags.DEFINE_integer("microbatches", 32, "Of a step.")
-NAMES = flags.DEFINE_list("schedules", list(SCHEDULES), "Which.")
+MICROBATCHES = flags.DEFINE_integer("microbatches", 32, "Microbatches of a step.")
+NAMES = flags.DEFINE_list("schedules", list(SCHEDULES), "Schedules to simulate.")
 CONNECTIONS = flags.DEFINE_list(
     "connections", ["residual", "mhc"], "With --chip or --report; the first is the baseline."
 )
-UNITS = [
-    flags.DEFINE_float(name, value, "By hand.") for name, value in (("F", 1.0), ("B", 2.0), ("W", 1.0), ("send", 0.0))
-]
-PAIR = flags.DEFINE_float("pair", 1.0, "F&B over F + B.")
-CHIP = flags.DEFINE_string("chip", "", "One of topology.CHIPS: costs of --config on it.")
-SHARES = [flags.DEFINE_float(f"{name}_share", v, "Of the peak.") for name, v in (("flops", 0.5), ("bandwidth", 0.7))]
+FORWARD = flags.DEFINE_float("F", 1.0, "Time of a forward, by hand.")
+BACKWARD = flags.DEFINE_float("B", 2.0, "Time of a backward, both gradients, by hand.")
+WEIGHTS = flags.DEFINE_float("W", 1.0, "The part of B for the gradients of weights, by hand.")
+SEND = flags.DEFINE_float("send", 0.0, "Time of a message, by hand.")
+PAIR = flags.DEFINE_float("pair", 1.0, "Time of an overlapped F&B over F + B, by hand or with --chip.")
+CHIP = flags.DEFINE_string("chip", "", "One of slices.CHIPS: costs of --config on it.")
+FLOPS_SHARE = flags.DEFINE_float("flops_share", 0.5, "With --chip: share of its peak FLOPs.")
+BANDWIDTH_SHARE = flags.DEFINE_float("bandwidth_share", 0.7, "With --chip: share of its peak bandwidth.")
 REPORT = flags.DEFINE_string("report", "", "report.json of experiments/device_report.py.")
-WORKLOAD = flags.DEFINE_string("workload", "27b", "With --report: whose train steps.")
-BLOCKS = flags.DEFINE_integer("blocks", 32, "With --compiled or --report: of the model.")
+WORKLOAD = flags.DEFINE_string("workload", "27b", "With --report: the model whose train steps were measured.")
 COMPILED = flags.DEFINE_list("compiled", [], "JSON files of experiments/compile.py; the first row is the baseline.")
 PICTURE = flags.DEFINE_string("picture", "", "File to draw to; .png and .svg are written.")
 
 
 def main() -> int:
     """Simulate, print, draw."""
-    where = (NAMES.value, STAGES.value, MICROBATCHES.value)
+    config = CONFIG()
+    blocks = config.model.num_layers
+    schedules = pipeline_simulations.schedules(NAMES.value, STAGES.value, MICROBATCHES.value)
     if REPORT.value:
         report = read_json(Path(REPORT.value))
-        rows = pipeline_tables.of_report(*where, report, WORKLOAD.value, CONNECTIONS.value, BLOCKS.value)
+        rows = pipeline_simulations.of_report(schedules, report, WORKLOAD.value, CONNECTIONS.value, blocks)
     elif COMPILED.value:
-        rows = pipeline_tables.of_compiled(*where, [read_json(Path(path)) for path in COMPILED.value], BLOCKS.value)
+        rows = pipeline_simulations.of_compiled(schedules, [read_json(Path(path)) for path in COMPILED.value], blocks)
     elif CHIP.value:
-        rates = chip_rates(CHIP.value, *(flag.value for flag in SHARES))
-        rows = pipeline_tables.of_model(*where, CONFIG(), CONNECTIONS.value, rates, PAIR.value)
+        rates = chip_rates(CHIP.value, FLOPS_SHARE.value, BANDWIDTH_SHARE.value)
+        rows = pipeline_simulations.of_model(schedules, config, CONNECTIONS.value, rates, PAIR.value)
     else:
-        F, B, W, send = (flag.value for flag in UNITS)
-        rows = pipeline_tables.of_hand(*where, F, B, W, PAIR.value, send)
-    print(pipeline_tables.markdown(rows))
+        times = (FORWARD.value, BACKWARD.value, WEIGHTS.value)
+        rows = pipeline_simulations.of_hand(schedules, *times, PAIR.value, SEND.value)
+    print(pipeline_simulations.markdown(rows))
     if PICTURE.value:
         figure = timeline([row.run for row in rows], [row.title for row in rows], rows[0].unit)
         save(figure, PICTURE.value, vector=True)

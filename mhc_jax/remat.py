@@ -1,14 +1,15 @@
-"""Recomputing the connections in the backward pass (mHC section 4.3.2), and the scan over depth that does it.
+r"""Recomputing the connections in the backward pass (mHC section 4.3.2), and the scan over depth that does it.
 
-Of L sub-layers, every L_r-th keeps the streams that enter it (nC a token) and every one what autodiff of its branch F keeps,
-but for h, and y = F(h) (C).  The backward pass computes streams, coefficients and h of L_r sub-layers again from those; F is not
-run again.
+The forward pass keeps three things: the streams that enter every L_r-th sub-layer, every branch output y, and what autodiff needs
+of every branch F beside its input h.  The backward pass computes streams, coefficients and h again, L_r sub-layers at a time.  No
+branch runs twice.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.cost.memory_io import best_recompute
+from mhc_jax.errors import require
+from mhc_jax.jaxprs import computed_from
 
 KEPT = "branch"
 """Name of the values that the policy `connection` keeps."""
@@ -26,18 +28,50 @@ Branch = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Sublayer = Callable[[int, Any, Any, jax.Array], tuple[Any, dict[str, Any]]]
 
 
-def block_length(config: ModelConfig, streams: Any) -> int:
-    """L_r: that of model.remat, or the one with the least memory for these streams (`memory_io.best_recompute`)."""
+def kept_elements(L_r: int, L: int, n: int, C: int) -> int:
+    r"""Elements per token that the connections keep when streams are stored at every L_r-th sub-layer (mHC Eq. 20).
+
+    $$nC \lceil L / L_r \rceil + (n + 2) C L_r$$
+
+    The first term is what is stored, the second what lives while L_r sub-layers are computed again.  The branch outputs y (LC) do
+    not depend on L_r and are left out, as in the paper.
+
+    Raises:
+      InputError: L_r is not one of 1 ... L.
+    """
+    require(1 <= L_r <= L, f"L_r is {L_r}; give a number of sub-layers from 1 to L = {L}.")
+    return n * C * math.ceil(L / L_r) + (n + 2) * C * L_r
+
+
+def best_block_length(L: int, n: int) -> int:
+    r"""The L_r with the fewest `kept_elements`, and the smaller of two that tie (mHC Eq. 20).
+
+    $$L_r^* = \arg\min_{L_r} \left[ nC \lceil L / L_r \rceil + (n + 2) C L_r \right] \approx \sqrt{nL / (n + 2)}$$
+    """
+    return min(range(1, L + 1), key=lambda L_r: kept_elements(L_r, L, n, 1))
+
+
+def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
+    """The L_r of a stack of sub-layers: model.remat_block, or else `best_block_length`.
+
+    Args:
+      config: of the model.
+      streams: what the connection carries, as arrays or shapes [B, T, ...]; n is its size over B T C.
+      sublayers: L of the stack; 0: all of the model.
+    """
     tokens = jax.tree.leaves(streams)[0].shape[:2]
     carried = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(streams))
-    return config.remat_block or best_recompute(config.num_sublayers, carried // (math.prod(tokens) * config.width))
+    n = carried // (math.prod(tokens) * config.width)
+    return config.remat_block or best_block_length(sublayers or config.num_sublayers, n)
 
 
 def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array, Any]:
-    """function(params, h) = (y, aux), of which `recomputed` keeps y and what its gradient needs, so that it runs once.
+    """Run a branch, (y, aux) = function(params, h), so that under `recomputed` the backward pass does not run it again.
 
-    What depends on the parameters alone (their casts, masks, angles of RoPE) is made again: it has no token axis to compute on.
-    h is made again by the boundary.  No gradient flows through aux.
+    What its gradient needs is kept with y, except for two kinds of values.  Those that depend on the parameters alone (their casts,
+    masks, angles of RoPE) are made again: that costs nothing per token.  h is made again by the boundary.
+
+    No gradient flows through aux.
     """
 
     @jax.custom_vjp
@@ -58,75 +92,36 @@ def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array,
     return branch(params, h)
 
 
-def reached(jaxpr: core.Jaxpr, start: Iterable[Any]) -> set[Any]:
-    """`start`, some variables of a jaxpr, and all that is computed from them."""
-    found = set(start)
-    for eqn in jaxpr.eqns:
-        if any(isinstance(v, core.Var) and v in found for v in eqn.invars):
-            found.update(eqn.outvars)
-    return found
-
-
 def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -> list[bool]:
-    """Which results of `function` are computed from h, h itself not among them."""
+    """Say of each result of `function` whether it is computed from h; h itself is not."""
     jaxpr = jax.make_jaxpr(function)(h).jaxpr
-    made = reached(jaxpr, jaxpr.invars) - set(jaxpr.invars)
+    made = computed_from(jaxpr, jaxpr.invars) - set(jaxpr.invars)
     return [isinstance(v, core.Var) and v in made for v in jaxpr.outvars]
 
 
 def recomputed(
     sublayer: Sublayer, params: Any, carry: Any, indices: jax.Array, kinds: int, L_r: int, unroll: int = 1
 ) -> tuple[Any, dict[str, Any]]:
-    """Run the sub-layers of N blocks in order, keeping the carry of every L_r-th and the branches (`keep_branch`).
+    """Run the sub-layers of N blocks in order, keeping the carry of every L_r-th sub-layer and the branches (`keep_branch`).
 
-    A scan over as many blocks as hold a whole number of times L_r sub-layers, then the blocks that are left.
+    One turn of a scan takes as few blocks as hold a multiple of L_r sub-layers.  The blocks that are left follow the scan.
 
     Args:
-      sublayer: (which of a block's, parameters of the block, carry, index of the block) -> (carry, aux).
-      params: stacked, [N, ...].
-      carry: of the first sub-layer.
+      sublayer: (position within its block, parameters of the block, carry, index of the block) -> (carry, aux).
+      params: of all blocks, stacked: [N, ...].
+      carry: what the first sub-layer gets.
       indices: of the blocks, [N].
       kinds: sub-layers of a block.
       L_r: sub-layers between two carries that are kept, at least 1; it need not divide their number.
-      unroll: blocks per step of the scan, at least.
+      unroll: the least number of blocks in one turn of the scan.
 
     Returns:
-      the last carry, and aux of the sub-layers of a block as one dict, stacked over blocks.
+      the last carry, and aux: those of the sub-layers of a block merged into one dict, stacked over blocks.
     """
     blocks = len(indices)
     period = math.lcm(kinds, min(L_r, kinds * blocks)) // kinds
     turns = blocks // period
-
-    def run(carry, params_and_indices, *, prevent_cse):
-        """Some blocks, L_r sub-layers at a time."""
-        count = len(params_and_indices[1])
-
-        def segment(carry, params_and_indices, *, start, stop):
-            # Its transpose is a concatenation; that of an index would be a sum of padded arrays.
-            each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * count), params_and_indices)
-            collected = []
-            for l in range(start, stop):
-                own, index = jax.tree.map(
-                    lambda parts, b=l // kinds: parts[b][0], each, is_leaf=lambda node: isinstance(node, list)
-                )
-                carry, aux = sublayer(l % kinds, own, carry, index)
-                collected.append(aux)
-            return carry, collected
-
-        collected = []
-        for start in range(0, kinds * count, L_r):
-            keep = jax.checkpoint(
-                lambda *a, start=start: segment(*a, start=start, stop=min(start + L_r, kinds * count)),
-                prevent_cse=prevent_cse,
-                policy=jax.checkpoint_policies.save_only_these_names(KEPT),
-            )
-            carry, aux = keep(carry, params_and_indices)
-            collected += aux
-        merged = [
-            {key: value for aux in collected[i : i + kinds] for key, value in aux.items()}
-            for i in range(0, kinds * count, kinds)
-        ]
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
+    run = functools.partial(_run_blocks, sublayer, kinds, L_r)
 
     def part(first, last):
         return jax.tree.map(lambda a: a[first:last], (params, indices))
@@ -135,13 +130,49 @@ def recomputed(
     if turns:
         whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
         steps = min(max(1, unroll // period), turns)
-        # A loop keeps forward and backward apart by itself, unless it is unrolled, by us or because it has one turn.
-        alone = steps < turns
+        # A loop keeps forward and backward apart by itself.  One that is unrolled, or has a single turn, is no loop when compiled.
+        is_loop = steps < turns
         carry, aux = jax.lax.scan(
-            lambda carry, own: run(carry, own, prevent_cse=not alone), carry, whole, length=turns, unroll=steps
+            lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
         )
         pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
     if turns * period < blocks:
         carry, aux = run(carry, part(turns * period, blocks), prevent_cse=True)
         pieces.append(aux)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+
+
+def _run_blocks(
+    sublayer: Sublayer, kinds: int, L_r: int, carry: Any, blocks: Any, prevent_cse: bool
+) -> tuple[Any, Any]:
+    """Run blocks, given as (params, indices), so that the backward pass computes L_r sub-layers at a time again."""
+    count = len(blocks[1])
+    collected: list[dict[str, Any]] = []
+    for start in range(0, kinds * count, L_r):
+        segment = range(start, min(start + L_r, kinds * count))
+        keep = jax.checkpoint(
+            functools.partial(_run_segment, sublayer, kinds, segment),
+            prevent_cse=prevent_cse,
+            policy=jax.checkpoint_policies.save_only_these_names(KEPT),
+        )
+        carry, aux = keep(carry, blocks)
+        collected += aux
+    merged = [
+        {key: value for aux in collected[i : i + kinds] for key, value in aux.items()}
+        for i in range(0, kinds * count, kinds)
+    ]
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
+
+
+def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
+    """Run the sub-layers `segment` of some blocks; their aux is one list."""
+    # The transpose of a split is a concatenation; that of an index would be a sum of padded arrays.
+    each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
+    collected = []
+    for l in segment:
+        params, index = jax.tree.map(
+            lambda parts, b=l // kinds: parts[b][0], each, is_leaf=lambda node: isinstance(node, list)
+        )
+        carry, aux = sublayer(l % kinds, params, carry, index)
+        collected.append(aux)
+    return carry, collected

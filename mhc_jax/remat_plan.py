@@ -1,11 +1,10 @@
-"""What each way of recomputing keeps, from the configuration alone, and the choice that `model.remat=auto` makes.
+"""The choice that `model.remat=auto` makes, from the bytes that each way of recomputing keeps.
 
-Bytes are per token of one device and come from shapes: what autodiff of one block keeps is read off its jaxpr.
+Bytes are per token of one device.  They come from the configuration alone: what autodiff of one block keeps is read off its jaxpr.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,30 +15,20 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
-from mhc_jax.model import Block, Decoder, branches, connection
+from mhc_jax.cost.counts import carry_shapes
+from mhc_jax.jaxprs import computed_from
+from mhc_jax.model import Block, Decoder, branches
 from mhc_jax.parallel.sharding import abstract_mesh, state_shardings
-from mhc_jax.remat import block_length, reached
+from mhc_jax.remat import block_length
 
 STATE_BYTES = 16
-"""A parameter, its gradient and AdamW's two moments, float32."""
-ONE = MeshConfig()
-"""One device."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Bytes per token for one L_r (mHC Eq. 20, in the dtypes of the configuration)."""
-
-    L_r: int
-    stored: int
-    """Streams, and the coefficients of the write that is pending, at every L_r-th sub-layer."""
-    transient: int
-    """What is computed again and lives at once: streams, coefficients, what the branch reads and its norm."""
+"""Bytes of a parameter, its gradient and AdamW's two moments, all float32."""
+ONE_DEVICE = MeshConfig()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen."""
+    """The policy that was chosen, and why."""
 
     remat: str
     """`none`, `connection` or `full`."""
@@ -55,59 +44,51 @@ class _Sizes:
 
     streams: int
     coefficients: int
-    width: int
-    """Of h, in the dtype of the streams."""
+    h: int
+    """h, in the dtype of the streams."""
     y: int
     blocks: tuple[int, ...]
     """What autodiff of each block keeps."""
     branches: int
-    """What `connection` keeps of all branches, y among it."""
+    """What `connection` keeps of all branches, y included."""
 
 
-def table(config: ModelConfig, sequence_length: int) -> list[Row]:
-    """nC ceil(L / L_r) and (n + 2)C L_r in bytes per token, for L_r = 1 ... L.
+def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE_DEVICE) -> Plan:
+    r"""Choose among none, connection (with model.remat_block or the best L_r) and full the first that fits, in this order.
 
-    n and C are those of what is carried, whatever the kind of connection.  The y of all sub-layers and what the branches keep are
-    the same for every L_r and left out.
-    """
-    return _rows(_sizes(config, sequence_length), config.num_sublayers)
+    The estimate of `connection` is mHC Eq. 20 in bytes, plus what the branches keep.  To the paper's terms it adds the
+    coefficients c of the pending write, and it counts h and its norm in the dtype of the streams:
 
+    $$(nC + c) \lceil L / L_r \rceil + ((n + 2) C + c) L_r$$
 
-def _rows(sizes: _Sizes, L: int) -> list[Row]:
-    stored, transient = sizes.streams + sizes.coefficients, sizes.streams + sizes.coefficients + 2 * sizes.width
-    return [Row(L_r, stored * math.ceil(L / L_r), transient * L_r) for L_r in range(1, L + 1)]
-
-
-def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE) -> Plan:
-    """Choose among none, connection (with L_r*, or the L_r of model.remat) and full, in this order, the first that fits.
+    All estimates leave out what lives for a moment only.  They count what branches keep as whole, also where mesh.tensor splits
+    heads and hidden channels.
 
     Args:
-      config: model.remat says the limit, as `auto:80` does; `auto` alone: none is known, and `connection` is chosen.
+      config: model.remat has the limit, as in `auto:80`; in `auto` none is known, and `connection` is chosen.
       tokens: of one device and one backward pass.
       sequence_length: T.
       mesh: splits parameters, gradients and moments, and logits.
 
     Returns:
-      the plan; `full` where nothing fits, and its sentence says so.  Estimates leave out what lives for a moment only, and take
-      what branches keep as whole, also where mesh.tensor splits heads and hidden channels.
+      the plan; `full` where nothing fits, which its sentence says.
     """
     sizes = _sizes(config, sequence_length)
-    L, L_r = config.num_sublayers, _length(config)
-    rows = _rows(sizes, L)
+    L, L_r = config.num_sublayers, block_length(config, carry_shapes(config, 1)[0])
     boundary = sizes.streams + sizes.coefficients
     kept = {
         "none": sum(sizes.blocks),
-        "connection": sizes.branches + rows[L_r - 1].stored + rows[L_r - 1].transient,
+        "connection": sizes.branches + boundary * math.ceil(L / L_r) + (boundary + 2 * sizes.h) * L_r,
         "full": (boundary + sizes.y) * L // 2 + max(sizes.blocks),
     }
     # Float32 logits and their gradient.
     columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
     fixed = float(state_bytes(config, mesh) + 8 * columns * tokens)
-    estimates = {name: fixed + size * tokens for name, size in kept.items()}
+    estimates = {policy: fixed + size * tokens for policy, size in kept.items()}
     limit = config.remat_budget_gb * 1e9
-    fitting = [name for name, size in estimates.items() if size <= limit]
+    fitting = [policy for policy, size in estimates.items() if size <= limit]
     chosen = (fitting[0] if fitting else "full") if limit else "connection"
-    listed = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in estimates.items())
+    listed = ", ".join(f"{policy} {size / 1e9:.3g} GB" for policy, size in estimates.items())
     if not limit:
         why = "no memory of a device is given, as model.remat=auto:80 does"
     elif fitting:
@@ -119,86 +100,81 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
 
 
 def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
-    """Parameters, gradients and moments of one device."""
+    """Bytes of parameters, gradients and moments on one device."""
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
     parts = jax.tree.map(
-        lambda a, place: place.shard_shape(a.shape), shapes, state_shardings(abstract_mesh(mesh), shapes)
+        lambda a, place: math.prod(place.shard_shape(a.shape)), shapes, state_shardings(abstract_mesh(mesh), shapes)
     )
-    return STATE_BYTES * sum(math.prod(part) for part in jax.tree.leaves(parts, is_leaf=lambda a: isinstance(a, tuple)))
+    return STATE_BYTES * sum(jax.tree.leaves(parts))
 
 
 def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
-    """The configuration with `auto` replaced by what is planned for a device of its mesh, and the sentence about it.
+    """Replace model.remat `auto` by what is planned for one device of the mesh.
 
-    The sentence is '' where nothing was to choose.  `config` has its vocabulary.
+    Args:
+      config: its model.vocab_size is set.
+
+    Returns:
+      the configuration, and the plan's sentence; '' where model.remat is not `auto`.
     """
-    model, data, mesh = config.model, config.data, config.mesh
-    if model.remat_policy != "auto":
+    data, mesh = config.data, config.mesh
+    if config.model.remat_policy != "auto":
         return config, ""
     sequences = data.batch_size // config.optimizer.accumulation_steps
     tokens = sequences * data.sequence_length // (mesh.batch * mesh.sequence)
-    found = plan(model, tokens, data.sequence_length, mesh)
-    chosen = dataclasses.replace(model, remat=f"connection:{found.L_r}" if found.remat == "connection" else found.remat)
-    return dataclasses.replace(config, model=chosen), found.sentence
-
-
-def _carry(config: ModelConfig, tokens: int) -> Any:
-    """Shapes of (streams, c, y) for one sequence."""
-    x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
-    ends = connection(config, None, "ends")
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    (streams, c), _ = jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), key, x)
-    return streams, c, jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.compute_dtype))
-
-
-def _length(config: ModelConfig) -> int:
-    return block_length(config, _carry(config, 1)[0])
+    planned = plan(config.model, tokens, data.sequence_length, mesh)
+    chosen = f"connection:{planned.L_r}" if planned.remat == "connection" else planned.remat
+    return config.with_settings(model={"remat": chosen}), planned.sentence
 
 
 def _sizes(config: ModelConfig, sequence_length: int) -> _Sizes:
-    T = sequence_length
-    carry = _carry(config, T)
-    layer = jax.ShapeDtypeStruct((), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def of_block(dense: bool) -> tuple[int, int]:
-        """(what autodiff keeps of a block, what `connection` keeps of its branches)."""
-        whole = Block(config, 0, dense, parent=None)
-        params = jax.eval_shape(whole.init, key, carry, layer)["params"]
-
-        def pull(params, carry):
-            index = jnp.zeros((), jnp.int32)
-            return jax.vjp(lambda p, a: whole.apply({"params": p}, a, index)[0], params, carry)[1]
-
-        block = _bytes(pull, params, carry, own=True)
-        kept = 0
-        for name, branch in branches(config, dense).items():
-            h = jax.ShapeDtypeStruct((1, T, config.width), jnp.dtype(config.stream_dtype))
-
-            def pull_branch(params, h, branch=branch):
-                return jax.vjp(lambda p, h: branch.apply({"params": p}, h)[0], params, h)[1]
-
-            kept += _bytes(pull_branch, params[name], h, own=False)
-        return block // T, kept // T
-
-    dense, sparse = of_block(True), of_block(not config.num_experts)
+    carry = carry_shapes(config, sequence_length)
+    dense, sparse = _block_bytes(config, carry, True), _block_bytes(config, carry, not config.num_experts)
     counts = ((dense, config.num_leading), (sparse, config.num_layers - config.num_leading))
-    streams, c, y = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) // T for part in carry)
+    streams, c, y = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) // sequence_length for part in carry
+    )
     return _Sizes(
         streams=streams,
         coefficients=c,
-        width=config.width * jnp.dtype(config.stream_dtype).itemsize,
+        h=config.width * jnp.dtype(config.stream_dtype).itemsize,
         y=y,
         blocks=tuple(block for (block, _), count in counts for _ in range(count)),
         branches=sum(kept * count for (_, kept), count in counts) + y * config.num_sublayers,
     )
 
 
-def _bytes(pull: Callable[[Any, Any], Any], params: Any, given: Any, own: bool) -> int:
-    """Bytes of what a pull-back holds that is computed from `given`, and of `given` itself if `own`."""
-    jaxpr = jax.make_jaxpr(lambda *a: jax.tree.leaves(pull(*a)))(params, given).jaxpr
+def _block_bytes(config: ModelConfig, carry: Any, dense: bool) -> tuple[int, int]:
+    """(what autodiff keeps of a block, what `connection` keeps of its branches), bytes per token.
+
+    Args:
+      config: of the model.
+      carry: shapes of what the block gets.
+      dense: the block is one without experts.
+    """
+    block, T = Block(config, 0, dense, parent=None), carry[2].shape[1]
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    params = jax.eval_shape(block.init, jax.eval_shape(lambda: jax.random.key(0)), carry, layer)["params"]
+
+    def apply_block(params, carry):
+        return block.apply({"params": params}, carry, jnp.zeros((), jnp.int32))[0]
+
+    h = jax.ShapeDtypeStruct((1, T, config.width), jnp.dtype(config.stream_dtype))
+    of_branches = 0
+    for name, branch in branches(config, dense).items():
+
+        def apply_branch(params, h, branch=branch):
+            return branch.apply({"params": params}, h)[0]
+
+        of_branches += _residual_bytes(apply_branch, params[name], h, include_given=False)
+    return _residual_bytes(apply_block, params, carry, include_given=True) // T, of_branches // T
+
+
+def _residual_bytes(function: Callable[[Any, Any], Any], params: Any, given: Any, include_given: bool) -> int:
+    """Bytes that the pull-back of function(params, given) holds of values computed from `given`, and perhaps of `given` itself."""
+    jaxpr = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(function, *a)[1]))(params, given).jaxpr
     start = jaxpr.invars[len(jax.tree.leaves(params)) :]
-    made = reached(jaxpr, start) - (set() if own else set(start))
-    held = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v in made}
+    counted = computed_from(jaxpr, start) - (set() if include_given else set(start))
+    held = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v in counted}
     avals: list[Any] = [v.aval for v in held]
     return sum(aval.size * aval.dtype.itemsize for aval in avals)

@@ -2,14 +2,16 @@
 
     python experiments/train.py --config=experiments/configs/paper.py:27b:mhc --workdir=runs/27b-mhc
 
-`arg` is a size and a connection: `3b:residual`, `9b:hc`, `27b:mhc:init=home`, `3b_1t:mhc` (one trillion tokens).  `mhc`
-alone is the paper's: n = 4, alpha 0.01, t_max 20 and the static biases of its appendix A.6 (`init=paper`) are the defaults.  The
-text is the caller's: give --config.data.source and a tokenizer of at most 129,280 tokens.
+`arg` is a size and a connection: `3b:residual`, `9b:hc`, `27b:mhc:init=home`, `3b_1t:mhc` (one trillion tokens).  `mhc` alone is
+the paper's: n = 4, alpha 0.01, t_max 20 and the static biases of its appendix A.6 (`init=paper`) are the defaults.  No text is
+given: set --config.data.source and a tokenizer of at most 129,280 tokens.
 
-Expected from `mhc_jax.cost.counts.model_cost` (tests/cost/test_cost.py), with `residual`: 2.970 / 9.172 / 27.033 B parameters,
-of which 0.609 / 1.654 / 4.124 B active; the table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  What the table leaves open, and
-this reading of it settles: embeddings untied, queries without a low rank, the dense first layer 8 experts wide.
-Losses: not measured.  Cost: thousands of accelerators' days; `experiments/compile.py` says what a step takes on a slice of TPUs.
+With `residual`, `mhc_jax.cost.counts.model_cost` counts 2.970 / 9.172 / 27.033 B parameters, of which 0.609 / 1.654 / 4.124 B are
+active (tests/cost/test_cost.py).  The table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  Where it leaves something open, this
+file chooses: untied embeddings, queries without a low rank, a dense first layer as wide as 8 experts.
+
+Losses are not measured.  A run costs thousands of accelerator days; `experiments/compile.py` says what a step takes on a slice of
+TPUs.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +31,7 @@ SIZES = {
 
 
 def get_config(arg: str = "3b:mhc") -> ConfigDict:
-    """Every leaf is present with its default; what follows is Table 5."""
+    """Build the configuration of a size and a connection: every setting at its default, but for those of Table 5."""
     size, _, connection = arg.partition(":")
     one_of("The size in the argument of paper.py", size, SIZES)
     layers, width, heads, experts, expert_width, sequences, steps, rate = SIZES[size]

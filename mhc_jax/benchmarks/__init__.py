@@ -1,1 +1,1 @@
-"""What a device that is here does: step times at real sizes, and the record of them."""
+"""Times on the device that is here: train steps at real sizes, and the report of them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
@@ -146,6 +148,15 @@ class ExperimentConfig:
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
         )
         check_dimensions(self)
+
+    def with_settings(self, **sections: Mapping[str, Any]) -> ExperimentConfig:
+        """Copy the configuration with some settings changed: `config.with_settings(model={"width": 64}, data={"seed": 1})`.
+
+        Raises:
+          InputError: the settings do not fit together.
+        """
+        changed = {name: replace(getattr(self, name), **settings) for name, settings in sections.items()}
+        return replace(self, **changed)
 
 
 def check_dimensions(config: ExperimentConfig) -> None:

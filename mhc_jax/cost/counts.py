@@ -1,4 +1,4 @@
-"""What a program costs, counted from its jaxpr and from the compiler: parameters, FLOPs, memory; and what a model would cost."""
+"""Parameters, FLOPs and memory: of a program, from its jaxpr and its compiler, and of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from jax.extend import core
 from mhc_jax.config import ModelConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.connections.parameter_paths import CONNECTION, path_of
+from mhc_jax.jaxprs import called
 
-# One operation per output element; comparisons, selects, copies and reshapes are free.
 _ELEMENTWISE = frozenset(
     (
         *("add", "sub", "mul", "div", "neg", "max", "min", "add_any", "cumsum", "square", "integer_pow", "pow"),
         *("exp", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "sin", "cos"),
     )
 )
+"""Operations that count as one FLOP per element of their result; comparisons, selects, copies and reshapes are free."""
 _REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "argmax"))
+"""Operations that count as one FLOP per element of their operand."""
 
 
 def parameter_counts(params: Any) -> tuple[int, int]:
-    """(all parameters, those that belong to connections)."""
+    """Count the entries of all parameters, and of those that belong to connections."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    total = sum(math.prod(leaf.shape) for _, leaf in leaves)
-    own = sum(math.prod(leaf.shape) for path, leaf in leaves if re.search(CONNECTION, path_of(path)))
-    return total, own
+    of_connections = [leaf for path, leaf in leaves if re.search(CONNECTION, path_of(path))]
+    return _size(params), _size(of_connections)
+
+
+# -- programs
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """Floating-point operations of one call: 2 m n k for a product, 1 an element for arithmetic; from its jaxpr.
+    """Count the floating-point operations of one call: 2 m n k for a product, 1 per element for arithmetic.
 
-    The body of a scan counts once a turn, that of a Pallas kernel once a program of its grid, that of a shard_map once a part of
-    what it splits; of a cond the dearer branch; of a while loop, whose turns are not known, one turn.
+    Loops and parallel parts count as often as they run: the body of a scan once per turn, a Pallas kernel once per program of its
+    grid, a shard_map once per device that has a part of its own.  A cond counts as its dearer branch.  The number of turns of a
+    while loop is not known; it counts as one.
 
     Args:
       function: traceable.
@@ -47,166 +52,182 @@ def flops(function: Callable[..., Any], *args: Any) -> float:
     return jaxpr_flops(jax.make_jaxpr(function)(*args))
 
 
-def jaxpr_flops(closed: core.ClosedJaxpr) -> float:
-    """`flops` of a program that is traced already (`jax.jit(f).trace(...).jaxpr`)."""
-    return _count(closed.jaxpr)
+def jaxpr_flops(program: core.ClosedJaxpr) -> float:
+    """Count the `flops` of a program that is traced already (`jax.jit(f).trace(...).jaxpr`)."""
+    return sum((_operation_flops(eqn) for eqn in program.jaxpr.eqns), 0.0)
 
 
-def _count(jaxpr: core.Jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            contracted, _ = params["dimension_numbers"][0]
-            k = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
-            total += 2.0 * k * math.prod(_shape(eqn.outvars[0]))
-        elif name == "ragged_dot_general":
-            dims = params["ragged_dot_dimension_numbers"]
-            contracted, _ = dims.dot_dimension_numbers[0]
-            k = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
-            # With ragged rows each row meets one group; where rows are summed, the groups share them.
-            groups = _shape(eqn.outvars[0])[0] if set(contracted) & set(dims.lhs_ragged_dimensions) else 1
-            total += 2.0 * k * math.prod(_shape(eqn.outvars[0])) / groups
-        elif name in _ELEMENTWISE:
-            total += math.prod(_shape(eqn.outvars[0]))
-        elif name in _REDUCTIONS:
-            total += math.prod(_shape(eqn.invars[0]))
-        else:
-            times = 1
-            if name == "scan":
-                times = params["length"]
-            elif name == "pallas_call":
-                times = math.prod(params["grid_mapping"].grid)
-            elif name == "shard_map":
-                times = _parts(params)
-            inner = [p for p in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(p)]
-            if name == "cond":
-                total += max(_count(_open(p)) for p in inner)
-            else:
-                total += times * sum(_count(_open(p)) for p in inner)
-    return total
+def _operation_flops(eqn: core.JaxprEqn) -> float:
+    name = eqn.primitive.name
+    if name in ("dot_general", "ragged_dot_general"):
+        return _product_flops(eqn)
+    if name in _ELEMENTWISE:
+        return float(math.prod(_shape(eqn.outvars[0])))
+    if name in _REDUCTIONS:
+        return float(math.prod(_shape(eqn.invars[0])))
+    inner = [jaxpr_flops(program) for program in called(eqn)]
+    return max(inner) if name == "cond" else _times(eqn) * sum(inner, 0.0)
 
 
-def _parts(shard_map: dict[str, Any]) -> int:
-    """Devices with work of their own: over the other axes of the mesh all do the same."""
-    specs = (*shard_map["in_specs"], *shard_map["out_specs"])
-    names = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
-    return math.prod(size for name, size in dict(shard_map["mesh"].shape).items() if name in names)
+def _product_flops(eqn: core.JaxprEqn) -> float:
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), groups = eqn.params["dimension_numbers"][0], 1
+    else:
+        dims = eqn.params["ragged_dot_dimension_numbers"]
+        contracted, _ = dims.dot_dimension_numbers[0]
+        # With ragged rows each row meets one group; where rows are summed, the groups share them.
+        groups = _shape(eqn.outvars[0])[0] if set(contracted) & set(dims.lhs_ragged_dimensions) else 1
+    k = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
+    return 2.0 * k * math.prod(_shape(eqn.outvars[0])) / groups
+
+
+def _times(eqn: core.JaxprEqn) -> int:
+    """How often an operation runs the program that it calls."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":
+        # Along mesh axes that split none of its arrays, devices all do the same.
+        specs = (*params["in_specs"], *params["out_specs"])
+        axes = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
+        return math.prod(size for name, size in dict(params["mesh"].shape).items() if name in axes)
+    return 1
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
-
-
-def _open(value: Any) -> core.Jaxpr:
-    return value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
-
-
 def device_peak() -> int:
-    """Most bytes that the arrays of this process have ever taken on its first device; 0 where it keeps no count, as a CPU."""
+    """The most bytes that arrays of this process have ever taken on its first device; 0 on a CPU, which keeps no count."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def compiled_memory(compiled: Any) -> int | None:
-    """Bytes a compiled step needs at its peak: arguments, outputs that do not reuse them, and temporaries."""
+def memory_parts(compiled: Any) -> dict[str, int] | None:
+    """Bytes per device that a compiled program needs at its peak; None where the backend does not say.
+
+    Returns:
+      `arguments`, `outputs`, `temporaries`, `aliased` (outputs that reuse arguments), and `total`, which counts those once.
+    """
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    return int(
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
+    sizes = {
+        "arguments": int(analysis.argument_size_in_bytes),
+        "outputs": int(analysis.output_size_in_bytes),
+        "temporaries": int(analysis.temp_size_in_bytes),
+        "aliased": int(analysis.alias_size_in_bytes),
+    }
+    return {**sizes, "total": sum(sizes.values()) - 2 * sizes["aliased"]}
+
+
+def compiled_memory(compiled: Any) -> int | None:
+    """The `total` of `memory_parts`."""
+    parts = memory_parts(compiled)
+    return None if parts is None else parts["total"]
+
+
+# -- models
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a configuration costs; parameters are counts, FLOPs and bytes are per token."""
+    """What a configuration costs; FLOPs are per token."""
 
     total: int
     """All parameters."""
     active: int
-    """Without the experts that a token does not see, and with one of the two vocabulary matrices (as mHC Table 5 counts)."""
+    """Parameters without the experts that a token does not see, and with one of the two vocabulary matrices (mHC Table 5)."""
     vocabulary: int
-    """Input and output embeddings."""
+    """Parameters of the input and output embeddings."""
     connection: int
     """Parameters of the connections."""
     training_flops: float
     """Forward and backward, without recomputation and optimizer: products of the branches, T x T scores, connections."""
     connection_flops: float
-    """The part of the connections."""
-    stream_bytes: int
-    """Least traffic of a forward pass between the sub-layers: streams read and written once, h written and y read."""
+    """The part of `training_flops` that belongs to the connections."""
 
 
 def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
-    """Cost of a model from its configuration alone; nothing of it is built but the shapes of one connection.
+    r"""Cost of a model from its configuration alone; nothing of it is built but the shapes of one connection.
 
-    Products count 2 FLOPs a weight and token forward and 4 backward; norms, activations and softmax are left out, which are
-    below 1 % at the papers' widths.
+    Products count 2 FLOPs per weight and token forward and 4 backward.  With N weights that a token meets in products (the output
+    embedding among them), S products per pair of tokens in scores and values of one block, and F FLOPs of the connections, a token
+    of training takes
+
+    $$6 (N + \mathrm{num\_layers} \, T S) + F$$
+
+    Norms, activations and softmax are left out; they are below 1 % at the papers' widths.
     """
-    C, H, D, T = config.width, config.num_heads, config.head_dim, sequence_length
-    if config.uses_mla:
-        R, rank = config.rope_width, config.kv_rank
-        attention, scores = C * H * (D + R) + C * (rank + R) + rank * H * 2 * D + H * D * C, H * (2 * D + R)
-        norms = C + rank
-    else:
-        attention, scores = 2 * C * H * D + 2 * C * config.num_kv_heads * D, 2 * H * D
-        norms = C
-    layers, E, k = config.num_layers, config.num_experts, config.num_active_experts
+    C, T, layers, E = config.width, sequence_length, config.num_layers, config.num_experts
+    attention, scores, norms = _attention_cost(config)
     sparse = layers - config.num_leading if E else 0
     expert = 3 * C * config.expert_width
+    unseen = sparse * (E - config.num_active_experts) * expert
     dense = (layers - sparse) * 3 * C * config.mlp_width
     always = sparse * (C * E + config.num_shared_experts * expert)
     matrix = config.vocab_size * C
     vocabulary = matrix if config.tied_embeddings else 2 * matrix
 
-    connection, forward_and_backward, carried = _connection_cost(config)
-    weights = layers * attention + dense + always + sparse * k * expert
+    connection, connection_flops = _connection_cost(config)
+    weights = layers * attention + dense + always + sparse * config.num_active_experts * expert
     # The last terms: norms of the feed-forward sub-layers, biases of the routers, the final norm.
-    total = weights + sparse * (E - k) * expert + vocabulary + connection + layers * (norms + C) + sparse * E + C
-    width = jnp.dtype(config.stream_dtype).itemsize
+    total = weights + unseen + vocabulary + connection + layers * (norms + C) + sparse * E + C
     return ModelCost(
         total=total,
-        active=total - sparse * (E - k) * expert - (vocabulary - matrix),
+        active=total - unseen - (vocabulary - matrix),
         vocabulary=vocabulary,
         connection=connection,
-        training_flops=6.0 * (weights + matrix + layers * T * scores) + forward_and_backward,
-        connection_flops=forward_and_backward,
-        stream_bytes=config.num_sublayers * 2 * (carried * width + C * jnp.dtype(config.compute_dtype).itemsize),
+        training_flops=6.0 * (weights + matrix + layers * T * scores) + connection_flops,
+        connection_flops=connection_flops,
     )
+
+
+def _attention_cost(config: ModelConfig) -> tuple[int, int, int]:
+    """(weights of products, products per pair of tokens in scores and values, weights of norms) of one attention sub-layer."""
+    C, H, D = config.width, config.num_heads, config.head_dim
+    if config.uses_mla:
+        R, rank = config.rope_width, config.kv_rank
+        return C * H * (D + R) + C * (rank + R) + rank * H * 2 * D + H * D * C, H * (2 * D + R), C + rank
+    return 2 * C * H * D + 2 * C * config.num_kv_heads * D, 2 * H * D, C
+
+
+def carry_shapes(config: ModelConfig, tokens: int) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
+    """Shapes of what a block hands to the next, for one sequence: the streams, and the coefficients and y of the pending write."""
+    streams, c = _entry_shapes(config, tokens)[0]
+    return streams, c, jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.compute_dtype))
 
 
 def stream_elements(config: ModelConfig) -> int:
     """Elements that a connection carries per token between sub-layers: nC, and what it keeps beside the streams."""
-    return _connection_cost(config)[2]
+    return _size(carry_shapes(config, 1)[0])
 
 
-def _connection_cost(config: ModelConfig) -> tuple[int, float, int]:
-    """(parameters of all connections, FLOPs per token of all boundaries and their gradients, elements carried per token)."""
-    tokens, module = 256, connection_module(config.connection)
-    ends, link = (module(config.connection, config.width, config.num_sublayers, l) for l in (None, 1))
-    x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
-    y = jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.compute_dtype))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    (streams, c), own_ends = jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), key, x)
-    params = jax.eval_shape(lambda k, *a: link.init(k, *a, method="write_read"), key, streams, c, y)
+def _connection_cost(config: ModelConfig) -> tuple[int, float]:
+    """(parameters of all connections, FLOPs per token of all boundaries and their gradients)."""
+    tokens, L = 256, config.num_sublayers
+    link = connection_module(config.connection)(config.connection, config.width, L, 1)
+    carry, of_ends = carry_shapes(config, tokens), _entry_shapes(config, tokens)[1]
+    params = jax.eval_shape(lambda k, *a: link.init(k, *a, method="write_read"), _key(), *carry)
 
-    def boundary(params, streams, c, y):
-        return link.apply(params, streams, c, y, method="write_read")
-
-    def there_and_back(*args):
-        out, back = jax.vjp(boundary, *args)
+    def boundary_and_gradient(*args):
+        out, back = jax.vjp(lambda params, *carry: link.apply(params, *carry, method="write_read"), *args)
         return back(jax.tree.map(jnp.ones_like, out))
 
-    L = config.num_sublayers
-    count = _size(own_ends) + L * _size(params)
-    return count, L * flops(there_and_back, params, streams, c, y) / tokens, _size(streams) // tokens
+    return _size(of_ends) + L * _size(params), L * flops(boundary_and_gradient, params, *carry) / tokens
+
+
+def _entry_shapes(config: ModelConfig, tokens: int) -> tuple[tuple[Any, Any], Any]:
+    """Shapes of (streams, coefficients) that enter the first block for one sequence, and of the parameters of the ends."""
+    ends = connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
+    x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
+    return jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), _key(), x)
+
+
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _size(tree: Any) -> int:

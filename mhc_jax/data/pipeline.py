@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -200,7 +200,7 @@ def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {size} tokens; use 0 or more."
         )
-    return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or size))
+    return config.with_settings(model={"vocab_size": config.model.vocab_size or size})
 
 
 def _windows(tokens: int, length: int) -> int:

@@ -14,17 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from mhc_jax.jaxprs import called
 from mhc_jax.pipeline.split import CALLS
 
 Tree = Any
 
-_INNER = CALLS | {
-    "scan": "jaxpr",
-    "shard_map": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-"""Primitives that run a jaxpr on their operands in order, and the parameter that holds this jaxpr."""
+_INNER = CALLS | {"scan", "shard_map", "custom_jvp_call", "custom_vjp_call"}
+"""Primitives that run a jaxpr on their operands in order."""
 _MOVES = frozenset({"slice", "dynamic_slice", "squeeze", "reshape", "expand_dims", "transpose", "split", "copy"})
 """Primitives that move elements of their first operand without changing them."""
 
@@ -71,7 +67,6 @@ def _use(eqn: Any, jaxpr: core.Jaxpr, k: int) -> set[Any]:
     if name in _MOVES and k == 0:
         return set().union(*(_casts(jaxpr, out) for out in eqn.outvars))
     if name in _INNER:
-        inner = eqn.params[_INNER[name]]
-        inner = getattr(inner, "jaxpr", inner)
-        return _casts(inner, inner.invars[k])
+        (inner,) = called(eqn)
+        return _casts(inner.jaxpr, inner.jaxpr.invars[k])
     return {None}

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from mhc_jax.remat import reached
+from mhc_jax.jaxprs import called, computed_from
 
 Tree = Any
 
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
-"""Primitives that call a jaxpr, and the parameter that holds it."""
+CALLS = frozenset({"jit", "pjit", "checkpoint", "remat2", "closed_call"})
+"""Primitives that call a jaxpr."""
 EXACT = frozenset(
     (
         *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"),
@@ -71,7 +71,7 @@ def split(
     wanted_now, wanted_later = jaxpr.outvars[:count], jaxpr.outvars[count:]
     known = set(jaxpr.invars) | set(jaxpr.constvars)
     given_vars = jaxpr.invars[len(jax.tree.leaves(free)) :]
-    dependent = reached(jaxpr, given_vars)
+    dependent = computed_from(jaxpr, given_vars)
 
     also = [v for v in wanted_later if isinstance(v, core.Var) and v in dependent] if at_once else []
     first = _needed(jaxpr.eqns, wanted_now + also, known)
@@ -183,8 +183,8 @@ def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) 
         name, params = eqn.primitive.name, eqn.params
         own = [_value(values, v) for v in eqn.invars]
         if name in CALLS:
-            inner = params[CALLS[name]]
-            out = _opened(*((inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())), own)
+            (inner,) = called(eqn)
+            out = _opened(inner.jaxpr, inner.consts, own)
         elif name == "scan" and params["unroll"] >= params["length"] > 0:
             out = _unrolled(params, own)
         else:

@@ -19,13 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.cost.memory_io import best_recompute
 from mhc_jax.layers.norm import NORM_EPS, RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import CHEAP, EXACT, split
-from mhc_jax.remat import recomputed
+from mhc_jax.remat import block_length, recomputed
 
 Tree = Any
 
@@ -176,7 +175,7 @@ class Stage:
             return out[0], out[1][1]
 
         if model.remat_policy == "connection":
-            L_r = model.remat_block or best_recompute(2 * count, model.connection.num_streams)
+            L_r = block_length(model, carry[0], sublayers=2 * count)
             return recomputed(block, layers, carry, indices, 2, L_r, count)
         whole = functools.partial(block, None)
         keep = jax.checkpoint(whole) if model.remat_policy == "full" else whole

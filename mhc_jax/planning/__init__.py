@@ -1,1 +1,1 @@
-"""Machines that are not here: programs compiled for slices of TPUs, and what a step would take on them."""
+"""Costs on machines that are not here: train steps compiled for slices of TPUs, and simulated pipelines."""

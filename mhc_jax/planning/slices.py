@@ -1,9 +1,9 @@
 """Slices of TPUs by name, compiled for without being there: `v5p:4x4x4`, `v5e:16x16`, `v6e:8x8`, `cpu:8`.
 
 Peak FLOPs, memory and links are those of Google Cloud's pages of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e):
-bfloat16 FLOP/s, HBM capacity and bandwidth of a chip, and its interconnect's bits per second over its ports (4 in two dimensions,
-6 in three).  The clock, which they do not name, is the peak over 2 FLOPs x MXUs x MXU area: v4 8 of 128 x 128, v5e 4, v5p 8,
-v6e 4 of 256 x 256.  Of a v4 libtpu makes two devices, each with half of everything.
+bfloat16 FLOP/s, HBM capacity and bandwidth of a chip, and the bits per second of all its ports (4 in two dimensions, 6 in three).
+The pages do not name the clock.  It is the peak over 2 FLOPs x MXUs x MXU area: v4 has 8 MXUs of 128 x 128, v5e 4, v5p 8, and v6e
+4 of 256 x 256.  libtpu makes two devices of a v4, each with half of everything.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Chip:
-    """What the compiler calls a device: a chip, of v4 one of its two cores; all per second figures are peaks."""
+    """What the compiler calls a device: a chip, or one of the two cores of a v4.  All figures per second are peaks."""
 
     name: str
     flops: float
-    """bfloat16 FLOP/s."""
+    """FLOP/s in bfloat16."""
     bandwidth: float
-    """HBM, bytes/s, reads and writes together."""
+    """Bytes/s of HBM, reads and writes together."""
     hbm: int
-    """Bytes."""
+    """Bytes of HBM."""
     clock: float
-    """Hz: what the compiler's cycles count."""
+    """Hz of the cycles that the compiler counts."""
     link: float
     """Bytes/s of one port, one way."""
     dimensions: int
-    """Of the torus of chips; two ports each."""
+    """Dimensions of the torus of chips; a chip has two ports in each."""
     devices: int
-    """Of one chip."""
+    """Devices of one chip."""
     whole: int
-    """A side that closes to a ring: any multiple of it.  Shorter sides are lines."""
+    """Sides of the torus that are a multiple of this close to a ring; shorter sides are lines."""
     largest: int
     """Chips of the largest slice."""
 
@@ -72,7 +72,7 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 1.64e12, 32 * 2**30, 1.75e9, 3584e9 / 8 / 4, 2, 1, 16, 256),
 }
 CPU = Chip("cpu", 1e11, 2e10, 8 * 2**30, 1e9, 1e9, 1, 1, 1, 4096)
-"""Round numbers, for tests of the command where there is no libtpu: sizes and counts mean something, times do not."""
+"""Round numbers, to try commands out where there is no libtpu: sizes and counts mean something, times do not."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,27 @@ class Slice:
 
     @property
     def platform(self) -> str:
-        """`tpu` or `cpu`, as `mhc_kernels.settings` takes it."""
+        """The name, `tpu` or `cpu`, that `mhc_kernels.settings` takes."""
         return "cpu" if self.chip is CPU else "tpu"
 
     def coordinates(self, device: Any) -> tuple[int, ...]:
-        """Of a chip in the torus."""
+        """Place of a device's chip in the torus."""
         return (device.id,) if self.chip is CPU else tuple(device.coords)[: self.chip.dimensions]
 
     def bandwidth(self, spans: tuple[int, ...]) -> float:
-        """Bytes/s that a chip sends to a group of chips, `spans` chips long on each side of the torus.
+        """Bytes/s that a chip sends to a group of chips.
 
-        Both ports of every side that the group spans; one, where the side is a line and not a ring.
+        It uses both ports of every side that the group spans, or one port where the side is a line and not a ring.
+
+        Args:
+          spans: chips of the group along each side of the torus.
         """
         sides = zip(spans, self.sides, strict=True)
         return self.chip.link * sum(2 if side % self.chip.whole == 0 else 1 for span, side in sides if span > 1)
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """(chip, sides) of `v5p:4x4x4`.
+    """Read (chip, sides) from a name such as `v5p:4x4x4`.
 
     Raises:
       InputError: an unknown chip, or sides it cannot have.
@@ -126,22 +129,29 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 @functools.cache
 def get_slice(name: str) -> Slice:
-    """The topology of that name.
+    """Make the slice of that name.
 
     Raises:
       InputError: an unknown topology, or libtpu, the TPU compiler, is not there.
     """
     chip, sides = parse(name)
-    if chip is CPU:
-        with contextlib.suppress(RuntimeError):  # the devices are there already
-            jax.config.update("jax_num_cpu_devices", sides[0])
-        found = jax.devices("cpu")
-        require(
-            len(found) >= sides[0],
-            f"--topology is {name!r} and this process has {len(found)} CPU devices; set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={sides[0]}.",
-        )
-        return Slice(name, chip, sides, tuple(found[: sides[0]]))
+    devices = _cpu_devices(name, sides[0]) if chip is CPU else _tpu_devices(name, sides)
+    return Slice(name, chip, sides, devices)
+
+
+def _cpu_devices(name: str, count: int) -> tuple[Any, ...]:
+    with contextlib.suppress(RuntimeError):  # the devices are there already
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    require(
+        len(devices) >= count,
+        f"--topology is {name!r} and this process has {len(devices)} CPU devices; set "
+        f"XLA_FLAGS=--xla_force_host_platform_device_count={count}.",
+    )
+    return tuple(devices[:count])
+
+
+def _tpu_devices(name: str, sides: tuple[int, ...]) -> tuple[Any, ...]:
     require(
         importlib.util.find_spec("libtpu") is not None,
         f"--topology is {name!r} and libtpu, the TPU compiler, is not installed; run `make aot` once and put .venv/aot on "
@@ -157,4 +167,4 @@ def get_slice(name: str) -> Slice:
         raise InputError(f"--topology is {name!r}, which libtpu does not know: {reason}") from error
     # A program compiled for a device that is not here can be written to the cache of compiled programs and not read.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    return Slice(name, chip, sides, tuple(topology.devices))
+    return tuple(topology.devices)

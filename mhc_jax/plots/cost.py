@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from mhc_jax import remat
 from mhc_jax.cost import memory_io
 from mhc_jax.plots.style import INK, LOOKS, NothingToDraw, color_of, house_style, log_axis, panels, ticks_at
 
@@ -63,9 +64,9 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
     figure, (axis,) = panels(1, 1, height=2.9)
     L_r = range(1, L + 1)
     for k, n in enumerate(streams):
-        kib = [memory_io.recompute_elements(r, L, n, C) * itemsize / 1024 for r in L_r]
+        kib = [remat.kept_elements(r, L, n, C) * itemsize / 1024 for r in L_r]
         color = matplotlib.colormaps["viridis"](0.85 * k / max(1, len(streams) - 1))
-        best = memory_io.best_recompute(L, n)
+        best = remat.best_block_length(L, n)
         axis.plot(L_r, kib, color=color, label=f"n = {n}: best L_r = {best}")
         axis.plot(best, kib[best - 1], "o", color=color)
     log_axis(axis)

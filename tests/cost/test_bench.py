@@ -1,4 +1,4 @@
-"""The benchmark: workloads, traffic, the gate that keeps wrong results from being timed, peers' layouts, the device report."""
+"""Benchmarks: workloads, traffic, the gate that keeps wrong results from being timed, layouts of peers, the device report."""
 
 import dataclasses
 import importlib.util
@@ -18,7 +18,7 @@ from support.thinned import thin
 from support.tiny_runs import ROOT, run_script
 from support.tolerances import FLOAT64_CHAIN, FLOAT64_SUMS, ROUNDED, assert_close
 
-from mhc_jax.benchmarks import record, steps
+from mhc_jax.benchmarks import device_report, step_times
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def scripts():
 
 
 class Wrong:
-    """`xla`, but for one result, which is `by` times what it should be."""
+    """The implementation `xla` with one wrong result, which is `by` times the right one."""
 
     def __init__(self, spoil, by=1.01, backward_only=False, name="wrong"):
         self.spoil, self.by, self.backward_only, self.name = spoil, by, backward_only, name
@@ -245,9 +245,9 @@ def test_copy_bandwidth_counts_both_ways(monkeypatch):
 
 
 def test_a_cut_device_report_goes_on(tmp_path, monkeypatch, capsys):
-    """By a clock on which a part takes the whole budget: one part a call, which the next call does not do again."""
+    """On a clock by which a part takes the whole budget, each call does one part, and the next call does not repeat it."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    report_script, now, run = importlib.import_module("device_report"), [0.0], record.run
+    report_script, now, run = importlib.import_module("device_report"), [0.0], device_report.run
 
     def part(key, rounds, report):
         now[0] += 480.0
@@ -292,15 +292,15 @@ def test_device_report_of_this_cpu(tmp_path):
 
 
 def test_device_report_names_only_known_parts_and_the_papers_layers():
-    for keys in map(record.plan, (True, False)):
+    for keys in map(device_report.plan, (True, False)):
         assert len(set(keys)) == len(keys)
         for key in keys:
             what, name, op = (*key.split("/"), "")[:3]
-            known = steps.LAYERS if what in ("step", "gradient") else SPECS
+            known = step_times.LAYERS if what in ("step", "gradient") else SPECS
             assert name in known
-            assert op in (("",) if known is steps.LAYERS else OPS)
+            assert op in (("",) if known is step_times.LAYERS else OPS)
     for name, width, expert in (("3b", 1280, 896), ("27b", 2560, 1536)):
-        model = steps.config_of(steps.LAYERS[name], "mhc", 1).model
+        model = step_times.config_of(step_times.LAYERS[name], "mhc", 1).model
         assert (model.width, model.mlp_width, model.head_dim) == (width, 8 * expert, 128)
         assert (model.compute_dtype, model.stream_dtype) == ("bfloat16", "bfloat16")
 
@@ -308,8 +308,8 @@ def test_device_report_names_only_known_parts_and_the_papers_layers():
 def test_results_that_differ_between_calls_are_named():
     first, second = iter((0.0, 0.0, 1.0)), iter((0.0, -0.0))
     run = lambda: [jnp.asarray([1.0, np.nan]), jnp.asarray([next(first)])]  # noqa: E731
-    assert steps._differing(run, ["same", "changing"], 3) == ["changing"]
-    assert steps._differing(lambda: [jnp.asarray([next(second)])], ["sign"], 2) == ["sign"]
+    assert step_times.differing(run, ["same", "changing"], 3) == ["changing"]
+    assert step_times.differing(lambda: [jnp.asarray([next(second)])], ["sign"], 2) == ["sign"]
 
 
 def test_compiled_table_has_registers_and_bytes(scripts):

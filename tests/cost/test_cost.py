@@ -1,4 +1,4 @@
-"""Costs by hand: FLOPs, parameters, the sizes of mHC Table 5, traffic of Table 2 and Equation 20, and tables as printed."""
+"""Costs against values by hand: FLOPs, parameters, sizes of mHC Table 5, traffic of Table 2, Eq. 20, and printed tables."""
 
 import dataclasses
 import importlib
@@ -15,23 +15,25 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from mhc_kernels.ops.arg_specs import SPECS
-from support.in_process import run_here, script_here
+from support.in_process import run_here
 from support.thinned import thin
 from support.tiny_runs import ROOT, flags_of, tiny, write_text
 
 from mhc_jax import connections, remat_plan
-from mhc_jax.benchmarks import record
+from mhc_jax.benchmarks import device_report
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.cost import memory_io
 from mhc_jax.cost.counts import flops, model_cost, parameter_counts
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
-from mhc_jax.planning import pipeline_tables, slices, table
-from mhc_jax.planning.pipeline_costs import Rates
+from mhc_jax.planning import compile_table, pipeline_simulations, slices
+from mhc_jax.planning.pipeline_simulations import schedules
+from mhc_jax.planning.stage_costs import Rates
 from mhc_jax.plots import NothingToDraw
 from mhc_jax.plots import cost as figures
 from mhc_jax.plots.pipeline import timeline
+from mhc_jax.remat import best_block_length, kept_elements
 from mhc_jax.train_step import gradients, init_state
 
 
@@ -101,11 +103,11 @@ MLA: dict[str, Any] = {"attention_kind": "mla:kv_rank=6:rope_width=4", "head_wid
 EXPERTS: dict[str, Any] = {"experts": "5:active=2:shared=3:width=7"}
 SETTINGS = {"gqa": {}, "mla": {"tied_embeddings": True} | MLA, "moe": EXPERTS | MLA}
 FAST = {"residual": "gqa", "hc": "mla", "mhc:exit=head:t_max=2": "moe", "gated": "mla", "attnres_block": "gqa"}
-"""Connection to the model that the fast suite counts it in."""
+"""For each connection the model in which the fast suite counts it."""
 
 
 def counted(config):
-    """Parameters of the model, and those of its connections."""
+    """Count the parameters of the model, and those of its connections."""
     tokens = jnp.zeros((1, 4), jnp.int32)
     return parameter_counts(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"])
 
@@ -158,7 +160,7 @@ def test_the_ladder_climbs_towards_3b_at_64_tokens_a_parameter(rung):
 
 @pytest.mark.parametrize("settings", [{}, {"experts": "5:active=2:shared=3:width=256"}], ids=["gqa", "moe"])
 def test_training_flops_are_those_of_the_gradient(settings):
-    """Products dominate at this width; what `model_cost` leaves out is elementwise."""
+    """What `model_cost` leaves out is elementwise; at this width products dominate."""
     wide = {"width": 256, "num_heads": 4, "mlp_width": 768, "connection": connections.parse("mhc:t_max=2")}
     config = dataclasses.replace(SMALL, **settings | wide)
     experiment = ExperimentConfig(model=config, data=DataConfig(sequence_length=128, batch_size=2))
@@ -166,11 +168,6 @@ def test_training_flops_are_those_of_the_gradient(settings):
     params = jax.eval_shape(lambda: init_state(experiment)).params
     whole = flops(gradients(experiment), params, {"inputs": tokens, "targets": tokens})
     assert model_cost(config, 128).training_flops == pytest.approx(whole / 256, rel=0.05)
-
-
-def test_streams_move_twice_a_sublayer():
-    config = dataclasses.replace(SMALL, connection=connections.parse("mhc:num_streams=4"), stream_dtype="bfloat16")
-    assert model_cost(config, 4).stream_bytes == 6 * 2 * (4 * 16 * 2 + 16 * 4)
 
 
 @pytest.mark.parametrize(("n", "C"), [(1, 8), (4, 128), (8, 2560)])
@@ -185,8 +182,8 @@ def test_tables_of_the_paper(n, C):
 
 @pytest.mark.parametrize(("L", "n"), [(60, 4), (24, 2), (1, 4), (128, 8)])
 def test_best_recompute_is_near_the_root(L, n):
-    best = memory_io.best_recompute(L, n)
-    kept = [memory_io.recompute_elements(L_r, L, n, 3) for L_r in range(1, L + 1)]
+    best = best_block_length(L, n)
+    kept = [kept_elements(L_r, L, n, 3) for L_r in range(1, L + 1)]
     assert kept[best - 1] == min(kept)
     assert best == pytest.approx((n * L / (n + 2)) ** 0.5, abs=1.5)
 
@@ -215,7 +212,7 @@ def test_figures_of_cost():
     with pytest.raises(NothingToDraw, match="no ratios"):
         figures.overhead({})
     with pytest.raises(InputError, match="from 1 to L = 4"):
-        memory_io.recompute_elements(5, 4, 4, 8)
+        kept_elements(5, 4, 4, 8)
 
 
 def test_roofline_of_a_device_record():
@@ -238,30 +235,31 @@ def cells(line):
 
 
 def printed(text):
-    """Heading to cell, of every row of the first table of a text."""
+    """Rows of the first table of a text, as heading -> cell."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     end = next((k for k, line in enumerate(lines[2:], 2) if set(line) <= set("| -")), len(lines) + 1)
     return [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2 : end - 1]]
 
 
 def test_a_row_of_a_pipeline_by_hand():
-    """1F1B on 4 devices: 8 microbatches of F + B = 3 each, and 3 (F + B) that a device waits; at most 4 are alive."""
-    rows = pipeline_tables.of_hand(["1f1b"], 4, 8, 1.0, 2.0, 1.0, 1.0, 0.0)
-    (row,) = printed(pipeline_tables.markdown(rows))
+    """1F1B on 4 devices: 8 microbatches of F + B = 3 each, a wait of 3 (F + B), and at most 4 microbatches alive."""
+    rows = pipeline_simulations.of_hand(schedules(["1f1b"], 4, 8), 1.0, 2.0, 1.0, 1.0, 0.0)
+    (row,) = printed(pipeline_simulations.markdown(rows))
     expected = {"schedule": "1f1b", "connection": "", "devices x stages": "4 x 4", "step": f"{8 * 3 + 3 * 3}"}
     expected |= {"longest wait": f"{3 * 3}", "waiting (%)": f"{100 * 9 / 33:.1f}", "messages exposed": "0"}
     assert row == {**expected, "activations (stages)": "4", "kept by connections (GB)": "", "over the first": ""}
     axis = timeline([rows[0].run], ["one"], rows[0].unit).axes[0]
     assert axis.get_xlabel() == "time"
     assert sorted(cell.get_width() for cell in axis.patches) == pytest.approx([1.0] * 32 + [2.0] * 32)
-    (many,) = printed(pipeline_tables.markdown(pipeline_tables.of_hand(["gpipe"], 2, 1500, 1.0, 2.0, 1.0, 1.0, 0.0)))
+    many = pipeline_simulations.of_hand(schedules(["gpipe"], 2, 1500), 1.0, 2.0, 1.0, 1.0, 0.0)
+    (many,) = printed(pipeline_simulations.markdown(many))
     assert (many["activations (stages)"], many["kept by connections (GB)"]) == ("1500", "")
 
 
 def test_a_row_of_a_pipeline_of_a_model_has_seconds_and_bytes():
     config = ExperimentConfig(model=PAPER, data=DataConfig(sequence_length=4096))
-    rows = pipeline_tables.of_model(["1f1b"], 4, 8, config, ["residual", "mhc:t_max=2"], RATES, 1.0)
-    residual, mhc, _ = printed(pipeline_tables.markdown(rows))
+    rows = pipeline_simulations.of_model(schedules(["1f1b"], 4, 8), config, ["residual", "mhc:t_max=2"], RATES, 1.0)
+    residual, mhc, _ = printed(pipeline_simulations.markdown(rows))
     assert mhc["step (s)"] == f"{rows[1].run.makespan:.4g}"
     assert mhc["over the first"] == f"{100 * (rows[1].run.makespan / rows[0].run.makespan - 1):+.2f} %"
     assert timeline([rows[0].run], ["one"], rows[0].unit).axes[0].get_xlabel() == "time (s)"
@@ -274,13 +272,13 @@ def test_operations_of_a_compiled_pipeline():
     seconds = {"F": [0.001, 0.004], "B": [0.002, 0.0], "W": [0.0005, 0.0], "message": 0.0003, "tick": 0.0}
     found = {"schedule": "zb1p", "stages": 4, "seconds": seconds, "pair": 0.94, "bubble_fraction": 0.125}
     found["messages"] = {"a tick": 2, "asynchronous": 1, "hidden": 0, "bytes": 10}
-    (row,) = printed("\n".join(table.pipelines([{"connection": "mhc", "pipeline": found}])))
+    (row,) = printed("\n".join(compile_table.pipelines([{"connection": "mhc", "pipeline": found}])))
     assert list(row.values()) == ["mhc", "zb1p", "4", "4.00", "2.00", "0.50", "0.94", "0.30", "12.5", "2", "1", "0"]
     assert "waiting (%)" in row
 
 
 def test_chips_are_those_of_the_published_pages():
-    """Of a chip: bfloat16 TFLOP/s, GB/s and GiB of memory, Gbit/s of all its ports; ports; devices."""
+    """Published per chip: bfloat16 TFLOP/s, GB/s and GiB of memory, Gbit/s of all ports, number of ports, devices."""
     published = {
         "v4": (275, 1200, 32, 2400, 6, 2),
         "v5e": (197, 819, 16, 1600, 4, 1),
@@ -293,13 +291,6 @@ def test_chips_are_those_of_the_published_pages():
         assert (chip.devices, 2 * chip.dimensions, chip.hbm * devices) == (devices, ports, memory * 2**30)
         rates = [devices * rate for rate in (chip.flops, chip.bandwidth, chip.link * ports * 8)]
         assert rates == pytest.approx([speed * 1e12, bandwidth * 1e9, bits * 1e9])
-
-
-def test_estimated_cycles_of_attention_are_those_of_the_chip():
-    with script_here("tpu_estimate", "--topology=v6e:2x2") as tpu_estimate:
-        cycles = tpu_estimate.attention_cycles(slices.CHIPS["v6e"])
-    # Two layers of 32 heads of 128, 2 x 4096 tokens: seven products over half of T x T, at 918 TFLOP/s and 1.75 GHz.
-    assert cycles == pytest.approx(2 * 7 * 2 * 2 * 32 * 4096**2 / 2 * 128 / 918e12 * 1.75e9)
 
 
 def test_the_textbook_table_has_medians_and_their_ratio(monkeypatch):
@@ -316,7 +307,7 @@ def test_the_textbook_table_has_medians_and_their_ratio(monkeypatch):
 
 
 def test_the_page_of_a_device():
-    """Two layers, 2 x 4096 tokens: 4 x 8192 sub-layers and tokens."""
+    """Two layers and 2 x 4096 tokens make 4 x 8192 pairs of sub-layer and token."""
     step = {"shape": {"name": "27b", "width": 2560, "num_heads": 32, "mlp_width": 12288}, "batch_size": 2}
     mhc = {"name": "mhc xla", "status": "ok", "ms": 105.0, "overhead": 0.05, "memory_bytes": 3 * 2**30, "loss": 6.93}
     mhc["us_per_sublayer_token"] = 1e6 * 0.005 / (4 * 8192)
@@ -324,7 +315,7 @@ def test_the_page_of_a_device():
     correct = {"op": "read", "spec": dataclasses.asdict(SPECS["27b"]), "implementation": "xla", "status": "ok"} | gate
     env = {"device": "D", "command": "c", "date": "d", "commit": "0", "dirty": False, "python": "3", "packages": {}}
     parts = {"correct/27b/read": [correct], "step/27b": {**step, "attention": "cudnn", "steps": [mhc]}}
-    text = record.readme({"env": env, "parts": parts, "left": []})
+    text = device_report.readme({"env": env, "parts": parts, "left": []})
     assert "| read | 27b (16384 x 4 x 2560, bfloat16) | xla | ok | 8.0e-03 (dx, 2e-02) |" in text
     (row,) = printed(text[text.index("## Train step") :])
     expected = {"connection": "mhc xla", "step (ms)": "105.00", "over residual": "+5.0 %"}
@@ -351,7 +342,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Reads a quarter of a second later at every look: no printed time depends on the machine, and none is rounded to 0."""
+    """A clock that goes on by a quarter of a second at every look, so that printed times do not depend on the machine."""
     looks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(looks) / 4)
 
@@ -373,7 +364,13 @@ def test_the_table_of_step_times(flags, clock):
 
 
 def test_the_table_of_decoding(flags, clock):
-    status, out, err = run_here("decodetime", *flags, "--connections=residual,mhc:t_max=2", "--tokens=64", "--rounds=1")
+    status, out, err = run_here(
+        "decodetime",
+        *flags,
+        "--config.data.sequence_length=64",
+        "--connections=residual,mhc:t_max=2",
+        "--rounds=1",
+    )
     assert status == 0, err
     rows = printed(out)
     assert rows[0]["ratio"] == "1.00"

@@ -20,11 +20,12 @@ from mhc_jax.model import Decoder
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import EXACT, split
-from mhc_jax.pipeline.stage import Stage, Work
-from mhc_jax.planning import compile_ahead, pipeline_tables
-from mhc_jax.planning.pipeline_costs import from_compiled
+from mhc_jax.pipeline.stage import Stage
+from mhc_jax.planning import pipeline_simulations
+from mhc_jax.planning.compile_table import pipelines
 from mhc_jax.planning.slices import get_slice
-from mhc_jax.planning.table import pipelines
+from mhc_jax.planning.stage_costs import from_compiled
+from mhc_jax.planning.step_estimate import estimate
 
 SIZES = {"vocab_size": 40, "num_layers": 4, "num_heads": 2, "mlp_width": 64}
 TOKENS = jnp.zeros((2, 16), jnp.int32)
@@ -241,7 +242,7 @@ def row():
     """A step of four stages, ZB1P, eight microbatches, two copies."""
     pipeline = PipelineConfig(schedule="zb1p", overlap=True)
     config = tiny("residual", {"stage": 4, "data": 2}, 8, (32, 16), pipeline, **SIZES)
-    return {**compile_ahead.estimate(config, get_slice("cpu:8"), None), "connection": "residual"}
+    return {**estimate(config, get_slice("cpu:8"), None), "connection": "residual"}
 
 
 def test_operations_count_as_often_as_a_device_does_them(row):
@@ -259,25 +260,26 @@ def test_costs_of_a_compiled_step(row):
     assert found["F"][1] == found["F"][2] != found["F"][0] == pytest.approx(found["F"][1], rel=0.05), "looks tokens up"
     assert found["F"][3] > 1.05 * found["F"][1], "the loss"
     assert found["B"][1] == found["B"][2] > found["W"][1] > found["tick"] > 0
-    costs = from_compiled(row, stages=4, blocks=4, leveled=False)
+    costs = from_compiled(row, stages=4, blocks=4)
     np.testing.assert_allclose(costs.F, found["F"])
     np.testing.assert_allclose(costs.B, [found["B"][1] - found["tick"] + found["tick"]] * 4)
-    more = from_compiled(row, stages=2, blocks=12, leveled=False)
+    more = from_compiled(row, stages=2, blocks=12)
     assert more.F[0] - costs.F[0] == pytest.approx(5 * (costs.F[1] - found["tick"]))
     loss = 3 * (found["F"][1] + found["B"][1] - 2 * found["tick"])  # as dear as 3 blocks
     heavy = {**found, "F": [*found["F"][:3], found["F"][1] + loss]}
     leveled = from_compiled({"pipeline": {**row["pipeline"], "seconds": heavy}}, stages=4, blocks=41)
     assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"])
     files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]
-    run, other = pipeline_tables.of_compiled(["zb1p"], 4, 8, files, 4)
+    (zb1p,) = pipeline_simulations.schedules(["zb1p"], 4, 8)
+    run, other = pipeline_simulations.of_compiled([zb1p], files, 4)
     assert (run.label, other.label, other.over) == ("residual", "residual, remat connection", 0.0)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
     for wrong, sentence in (([{"env": {}}], r"not of experiments/compile\.py"), (files[:1] * 2, "two rows 'residual'")):
         with pytest.raises(InputError, match=sentence):
-            pipeline_tables.of_compiled(["zb1p"], 4, 8, wrong, 4)
+            pipeline_simulations.of_compiled([zb1p], wrong, 4)
     whole = {"schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}
     for wrong, sentence in (
-        ({"connection": "mhc"}, "compile it with --mesh=stage=4"),
+        ({"connection": "mhc"}, "compile it with --config.mesh.stage=4"),
         ({"pipeline": row["pipeline"] | {"stages": 2}}, "2 stages, so none in the middle"),
         ({"pipeline": row["pipeline"] | whole}, "'1f1b' has no W of its own; compile 'zb1p' or 'dualpipe'"),
     ):

@@ -16,7 +16,7 @@ from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.pipeline.executor import IN_PLACE, writes
 from mhc_jax.pipeline.program import Operation, compile_table
-from mhc_jax.planning import pipeline_costs, pipeline_tables
+from mhc_jax.planning import pipeline_simulations, stage_costs
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
 from mhc_jax.schedules.simulate import by_hand, simulate
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(name, P, M, sentence):
         make(name, P, M)
 
 
-RATES = pipeline_costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
+RATES = stage_costs.Rates(flops=1e14, bandwidth=2e12, link=1e11)
 
 
 def paper(kind="mhc:t_max=2"):
@@ -161,9 +161,9 @@ def test_costs_of_a_model_add_up():
     model, T = paper().model, 4096
     C, blocks = model.width, model.num_layers
     for stages in (8, 16):
-        found = pipeline_costs.from_model(model, T, stages, RATES)
-        again = pipeline_costs.from_model(model, T, stages, RATES, recompute=True)
-        plain = pipeline_costs.from_model(paper("residual").model, T, stages, RATES)
+        found = stage_costs.from_model(model, T, stages, RATES)
+        again = stage_costs.from_model(model, T, stages, RATES, recompute=True)
+        plain = stage_costs.from_model(paper("residual").model, T, stages, RATES)
         more = 2 * blocks * (10 - 4) * C * 2 * T / 2e12
         assert sum(found.F) - sum(plain.F) == pytest.approx(more)
         assert sum(found.B) - sum(plain.B) == pytest.approx(2.5 * more)
@@ -177,9 +177,7 @@ def test_costs_of_a_model_add_up():
 def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward():
     """A product of V C weights and T tokens in F, its two gradients in B, the one of the weights in W."""
     model = dataclasses.replace(paper("residual").model, width=256, num_layers=8)
-    one, more = (
-        pipeline_costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, RATES) for V in (1000, 1100)
-    )
+    one, more = (stage_costs.from_model(dataclasses.replace(model, vocab_size=V), 64, 4, RATES) for V in (1000, 1100))
     product = 2 * 100 * 256 * 64 / 1e14
     for kind, times in (("F", 1), ("B", 2), ("W", 1)):
         added = np.subtract(getattr(more, kind), getattr(one, kind))
@@ -187,11 +185,11 @@ def test_the_last_stage_has_the_output_embedding_once_forward_and_twice_backward
 
 
 def test_blocks_go_where_there_is_least_work():
-    assert pipeline_costs.blocks_of_stages(8, 4) == [2, 2, 2, 2]
-    assert pipeline_costs.blocks_of_stages(8, 4, head=2.5) == [3, 3, 2, 0]
-    assert sum(pipeline_costs.blocks_of_stages(30, 16, head=2.6)) == 30
+    assert stage_costs.blocks_of_stages(8, 4) == [2, 2, 2, 2]
+    assert stage_costs.blocks_of_stages(8, 4, head=2.5) == [3, 3, 2, 0]
+    assert sum(stage_costs.blocks_of_stages(30, 16, head=2.6)) == 30
     with pytest.raises(InputError, match="3 blocks do not divide into 4 stages"):
-        pipeline_costs.blocks_of_stages(3, 4)
+        stage_costs.blocks_of_stages(3, 4)
 
 
 def test_costs_of_a_report():
@@ -199,35 +197,38 @@ def test_costs_of_a_report():
     steps = [{"name": name, "status": "ok", "ms": ms} for name, ms in (("residual", 120.0), ("mhc xla", 134.0))]
     steps += [{"name": "mhc triton", "status": "needs a GPU"}]
     report = {"parts": {"step/27b": {"shape": shape, "batch_size": 2, "steps": steps}}}
-    found = pipeline_costs.from_report(report, "27b", "mhc xla", stages=4, blocks=8, link=1e6)
+    found = stage_costs.from_report(report, "27b", "mhc xla", stages=4, blocks=8)
     # 2 of 2 blocks, 1 of 2 sequences: half of 134 ms, whose 7 more are 2 and 5.
     np.testing.assert_allclose(found.F, 0.022)
     np.testing.assert_allclose(found.B, 0.045)
     np.testing.assert_allclose(found.W, 0.020)
-    assert found.send == pytest.approx(4 * 64 * 32 * 2 / 1e6)
+    assert found.send == 0
     with pytest.raises(InputError, match="'mhc triton'; it must be one of 'residual', 'mhc xla'"):
-        pipeline_costs.from_report(report, "27b", "mhc triton", 4, 8)
+        stage_costs.from_report(report, "27b", "mhc triton", 4, 8)
     with pytest.raises(InputError, match="no train steps of '3b'; it has 27b"):
-        pipeline_costs.from_report(report, "3b", "residual", 4, 8)
-    rows = pipeline_tables.of_report(["1f1b", "zb1p"], 4, 8, report, "27b", ["residual", "mhc xla"], 8)
+        stage_costs.from_report(report, "3b", "residual", 4, 8)
+    rows = pipeline_simulations.of_report(
+        pipeline_simulations.schedules(["1f1b", "zb1p"], 4, 8), report, "27b", ["residual", "mhc xla"], 8
+    )
     # Equal stages: a schedule of B whole is longer by what a microbatch is.
     assert rows[1].over == pytest.approx(134 / 120 - 1)
 
 
 def test_the_table_of_a_model_has_recompute_beside_each_kind_with_streams():
-    rates = pipeline_costs.chip_rates("v5p")
-    rows = pipeline_tables.of_model(["1f1b", "dualpipe"], 4, 8, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
+    rates = stage_costs.chip_rates("v5p", 0.5, 0.7)
+    schedules = pipeline_simulations.schedules(["1f1b", "dualpipe"], 4, 8)
+    rows = pipeline_simulations.of_model(schedules, paper(), ["residual", "mhc:t_max=2"], rates, 1.0)
     labels = ["residual", "mhc:init=paper:t_max=2", "mhc:init=paper:t_max=2, recompute"]
     assert [row.label for row in rows] == 2 * labels
     for plain, mhc, again in (rows[:3], rows[3:]):
         assert plain.over is None
         assert 0 < mhc.over < again.over < 0.2
         assert max(again.run.activations) < max(mhc.run.activations)
-    lines = pipeline_tables.markdown(rows).splitlines()
+    lines = pipeline_simulations.markdown(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert f"{100 * rows[1].over:+.2f} %" in lines[3]
     with pytest.raises(InputError, match="vocab_size"):
-        pipeline_tables.of_model(["1f1b"], 4, 8, ExperimentConfig(), ["residual"], rates, 1.0)
+        pipeline_simulations.of_model(schedules, ExperimentConfig(), ["residual"], rates, 1.0)
 
 
 @pytest.mark.parametrize(("P", "M"), [(4, 8), pytest.param(8, 20, marks=pytest.mark.full)])

@@ -1,8 +1,6 @@
 """Scripts of experiments/ run in this process, since a new one would spend seconds on importing JAX."""
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import io
 import runpy
 import sys
@@ -34,19 +32,6 @@ def run_here(name: str, *args: object) -> tuple[int, str, str]:
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
     return status, out.getvalue(), err.getvalue()
-
-
-@contextlib.contextmanager
-def script_here(name: str, *args: str):
-    """Import experiments/<name>.py as a module with its flags parsed."""
-    loader = importlib.machinery.SourceFileLoader(f"script_{name}", str(ROOT / "experiments" / f"{name}.py"))
-    with _own_flags():
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        loader.exec_module(module)
-        argv = mock.patch.object(sys, "argv", [name, *map(str, args)])  # where it looks for --config.a.b=...
-        with argv, warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' load_module
-            FLAGS(sys.argv)
-        yield module
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Random tables of pipelines, tables with one error, and a replay of their programs without JAX."""
+"""Pipeline schedules for tests: arguments drawn at random, tables with one fault, and programs followed without JAX."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from mhc_jax.schedules.validate import operations, peak_activations
 
 @st.composite
 def arguments(draw, name):
-    """(stages, microbatches, chunks, latency) that the schedule accepts."""
+    """Draw (devices, microbatches, chunks, latency) that the schedule accepts."""
     P, chunks, latency = draw(st.integers(2, 5)), 0, draw(st.integers(1, 2))
     if name == "interleaved":
         return P, P * draw(st.integers(1, 3)), draw(st.integers(2, 3)), latency
@@ -21,14 +21,16 @@ def arguments(draw, name):
 
 
 def replay(schedule, program):
-    """Follow the columns as the executor does, with (microbatch, stage) in place of arrays.
+    """Follow the columns as the executor does, with (microbatch, stage) in place of arrays, and check every slot that is read.
 
-    Asserts that every read finds the array that was meant.  Activations and deferrals are written at once, the rest when a tick
-    ends.  Returns the operations (kind, microbatch, stage) in order.
+    Activations and what W waits for are written at once, the rest when a tick ends.
+
+    Returns:
+      (kind, microbatch, stage) of every operation, in order.
     """
     column, done = program.columns, []
     lies = {what: {} for what in ("inputs", "gradients", "activations", "deferrals")}
-    late = [{} for _ in range(schedule.latency)]  # of a tick: (device, kind) -> what it sends
+    late = [{} for _ in range(schedule.latency)]  # for each tick, (device, kind) -> what is sent
     for tick in range(len(schedule.table)):
         made, landed = {}, {}
         for d in range(schedule.devices):
@@ -82,13 +84,14 @@ WAYS = ("dropped", "twice", "microbatch", "kind", "receives", "sends", "chunk", 
 
 
 def replaced(schedule, tick, device, cell) -> Schedule:
+    """The schedule with another cell."""
     row = schedule.table[tick]
     row = (*row[:device], tuple(cell), *row[device + 1 :])
     return dataclasses.replace(schedule, table=(*schedule.table[:tick], row, *schedule.table[tick + 1 :]))
 
 
 def corrupted(schedule, how, pick):
-    """The schedule with one error of the kind `how`, at a place that the number `pick` chooses."""
+    """The schedule with one fault of the kind `how`; the number `pick` chooses where."""
     some = list(operations(schedule))
     if how == "late":  # only what another operation needs can be too late
         some = [found for found in some if found[2].kind not in "BW" or found[2].sends is not None]

@@ -1,4 +1,4 @@
-"""A train step compiled ahead of time: slices, estimates on CPU devices, prices of kernels and links, and the command."""
+"""Train steps compiled ahead of time: slices, estimates on CPU devices, prices of kernels and links, and the command."""
 
 import dataclasses
 import importlib.util
@@ -23,8 +23,8 @@ from mhc_jax.cost import counts
 from mhc_jax.cost.hlo import Collective, Instruction, Program, arrays
 from mhc_jax.errors import InputError
 from mhc_jax.pipeline.executor import schedule_of
-from mhc_jax.planning import compile_ahead, slices, table
-from mhc_jax.planning.pipeline_compiled import Step
+from mhc_jax.planning import compile_ahead, compile_table, estimate_cache, slices, step_estimate
+from mhc_jax.planning.compiled_pipeline import CompiledPipeline
 
 MODEL = ModelConfig(64, 32, 3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual"))
 DATA = DataConfig(sequence_length=16, batch_size=16)
@@ -85,16 +85,10 @@ def test_devices_of_a_slice(name, devices):
     assert max(chips) == tuple(side - 1 for side in slice_.sides)
 
 
-def test_a_mesh_in_words():
-    assert compile_ahead.parse_mesh("data=2,fsdp=4", 8) == MeshConfig(data=2, fsdp=4)
-    assert compile_ahead.parse_mesh("", 8) == MeshConfig(fsdp=8)
-    for text, sentence in (
-        ("fdsp=8", "An axis of --mesh is 'fdsp'.*Did you mean 'fsdp'"),
-        ("fsdp", "write axis=size"),
-        ("fsdp=4", "4 devices, and the topology has 8"),
-    ):
-        with pytest.raises(InputError, match=sentence):
-            compile_ahead.parse_mesh(text, 8)
+def test_a_mesh_of_another_number_of_devices_is_told():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2))
+    with pytest.raises(InputError, match=r"mesh \(data 2\) has 2 devices and cpu:8 has 8; set --config\.mesh\.fsdp=8"):
+        compile_ahead.lower(config, slices.get_slice("cpu:8"), None)
 
 
 def test_attention_of_a_tpu_is_splash_where_it_can_be():
@@ -112,7 +106,7 @@ def test_attention_of_a_tpu_is_splash_where_it_can_be():
 
 @pytest.fixture(scope="module")
 def row():
-    return compile_ahead.estimate(CONFIG, slices.get_slice("cpu:8"), None)
+    return step_estimate.estimate(CONFIG, slices.get_slice("cpu:8"), None)
 
 
 def test_estimate_holds_what_shapes_and_shardings_say(row):
@@ -143,33 +137,31 @@ def test_estimate_counts_the_flops_of_the_model(row):
 
 @pytest.mark.parametrize(("remat", "kept"), [("none", 6), ("full", 3), ("connection", 3)])
 def test_streams_that_are_kept(remat, kept):
-    """Four streams of bfloat16, on 2 of 16 sequences, in two accumulation steps."""
+    """A device has 1 of 16 sequences in each of two accumulation steps, with four streams of bfloat16."""
     model = dataclasses.replace(MODEL, connection=parse("mhc:t_max=2"), stream_dtype="bfloat16", remat=remat)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OptimizerConfig(accumulation_steps=2))
-    sizes = compile_ahead.by_shape(
-        config, compile_ahead.Step(None, None, types.SimpleNamespace(params={}, opt_state={}))
-    )
+    sizes = step_estimate.by_shape(config, types.SimpleNamespace(params={}, opt_state={}))
     assert (sizes["streams"], sizes["logits"]) == (kept * 16 * 4 * 32 * 2, 16 * 64 * 4)
 
 
 def test_kernels_are_priced():
-    """Attention: q k and P v; backward q k, dO v, P dO, dS k and dS q, each over half of T x T; keys and values of 16."""
+    """Attention computes q k and P v, and backward q k, dO v, P dO, dS k and dS q, each over half of T x T; heads are 16 wide."""
 
     def kernel(name, rest=""):
         return Instruction(name, "bf16[1]", "custom-call", (), f"{name} = bf16[1] custom-call(){rest}")
 
     for name, products in (("fwd_residuals", 2), ("dkv_fused", 5)):  # 2 sequences a device, 2 heads
         flops = 2 * 2 * products * 2 * (16 * 16 / 2) * 16
-        assert compile_ahead.kernel_cost(CONFIG, kernel(f"splash_mqa_{name}.1")) == (flops, 0.0)
+        assert step_estimate.kernel_cost(CONFIG, kernel(f"splash_mqa_{name}.1")) == (flops, 0.0)
     own = kernel("mhc_read.1", ', backend_config={"flops":"8","bytes_accessed":"6"}')
-    assert compile_ahead.kernel_cost(CONFIG, own) == (8.0, 6.0)
-    assert compile_ahead.kernel_cost(CONFIG, kernel("other.1")) is None
+    assert step_estimate.kernel_cost(CONFIG, own) == (8.0, 6.0)
+    assert step_estimate.kernel_cost(CONFIG, kernel("other.1")) is None
     assert (
-        compile_ahead.kernel_cycles(V5P, (459e12, 1.0))
-        == compile_ahead.kernel_cycles(V5P, (1.0, 2.765e12))
+        step_estimate.kernel_cycles(V5P, (459e12, 1.0))
+        == step_estimate.kernel_cycles(V5P, (1.0, 2.765e12))
         == V5P.clock
     )
-    assert compile_ahead.kernel_cycles(V5P, None) == 0
+    assert step_estimate.kernel_cycles(V5P, None) == 0
 
 
 def test_links_are_those_of_the_torus():
@@ -179,7 +171,7 @@ def test_links_are_those_of_the_torus():
     mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=devices))
 
     def seconds(kind, group):
-        return compile_ahead.collective_seconds(Collective(kind, "", tuple(group), 1, 8_000_000), where, mesh)
+        return step_estimate.collective_seconds(Collective(kind, "", tuple(group), 1, 8_000_000), where, mesh)
 
     assert seconds("all-gather", range(4)) == pytest.approx(6e6 / 200e9), "one ring, both ways"
     assert seconds("all-gather", range(16)) == pytest.approx(7.5e6 / 400e9)
@@ -200,11 +192,11 @@ def test_a_result_is_kept_until_something_changes(tmp_path, monkeypatch):
     def work():
         return {"needs": next(calls)}
 
-    assert compile_ahead.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, False)
-    assert compile_ahead.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, True)
-    assert compile_ahead.cached({"a": 2}, tmp_path, work) == ({"needs": 2}, False)
-    monkeypatch.setattr(compile_ahead, "sources", lambda: "changed")
-    assert compile_ahead.cached({"a": 1}, tmp_path, work) == ({"needs": 3}, False)
+    assert estimate_cache.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, False)
+    assert estimate_cache.cached({"a": 1}, tmp_path, work) == ({"needs": 1}, True)
+    assert estimate_cache.cached({"a": 2}, tmp_path, work) == ({"needs": 2}, False)
+    monkeypatch.setattr(estimate_cache, "sources", lambda: "changed")
+    assert estimate_cache.cached({"a": 1}, tmp_path, work) == ({"needs": 3}, False)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +205,7 @@ def test_a_result_is_kept_until_something_changes(tmp_path, monkeypatch):
     ids=["linear", "more than linear", "none", "one", "far more"],
 )
 def test_the_largest_batch(base, slope, extra, expected):
-    """`extra` bytes come on top from three sequences a device on."""
+    """From three sequences per device on, a step needs `extra` bytes more than the line."""
     asked = []
 
     def one(config):
@@ -223,7 +215,7 @@ def test_the_largest_batch(base, slope, extra, expected):
         return {"needs": needs, "fits": needs <= 100}
 
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(accumulation_steps=2))
-    found = table.largest_batch(config, 100, one)
+    found = compile_table.largest_batch(config, 100, one)
     assert (found["per_device"], found["sequences"]) == (expected, 16 * expected)
     assert expected < 2 or expected in asked, "it is compiled"
     assert len(asked) == 2 + bool(base + slope * 3 <= 100) + bool(expected == 11), "and nothing that need not be"
@@ -246,13 +238,13 @@ def test_the_table():
     row |= {"mfu, collectives hidden": 0.5, "kernels": {"splash": 1, "other (no estimate)": 2}}
     gather = {"kind": "all-gather", "axes": "fsdp", "group": 4, "count": 3, "seconds": 0.002}
     gathers = [{**gather, "bytes": size} for size in (10**9, 10**8)]
-    largest = {"sequences": 12, "per_device": 3, "predicted": 1, "needs": 2**30}
+    largest = {"sequences": 12, "per_device": 3, "needs": 2**30}
     rows = [
         timed("residual", 0.01, 0.01, 0.0, 0.02, collectives=[]),
         timed("mhc", 0.011, 0.008, 0.003, 0.022, collectives=gathers, largest_batch=largest),
         {"connection": "hc", **memory, "needs": None, "fits": False},
     ]
-    text = table.table(rows, slices.get_slice("cpu:8"))
+    text = compile_table.markdown(rows, slices.get_slice("cpu:8"))
     half = "0.50 | 0.50 | 0.50 | 0.50 | 0.50"
     for part in (
         f"| mhc | {half} | 3.00 of 4.00 | yes | 5.00 | 6.0 | 11.0 | 8.0 | 3.0 | 22.0 | +10.0 % | 40.0 to 50.0 % |",
@@ -266,7 +258,14 @@ def test_the_table():
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "cache"))
-    command = ("compile", *FLAGS, "--topology=cpu:2", "--connections=residual", f"--json={tmp_path / 'out.json'}")
+    command = (
+        "compile",
+        *FLAGS,
+        "--topology=cpu:2",
+        "--config.mesh.fsdp=2",
+        "--connections=residual",
+        f"--json={tmp_path / 'out.json'}",
+    )
     status, out, err = run_here(*command)
     assert status == 0, err
     assert "cpu:2, 2 devices, mesh fsdp 2; 4 x 16 tokens in 1 accumulation steps, attention xla" in out
@@ -289,20 +288,20 @@ def test_mistakes_in_the_command_are_told(tmp_path, monkeypatch):
 
 STUCK = """
 import runpy, sys, threading, types
-from mhc_jax.planning import compile_ahead
+from mhc_jax.planning import step_estimate
 class Lowered:
-    def compile(self, compiler_options):
+    def compile(self):
         print("compiling", file=sys.stderr, flush=True)
         threading.Event().wait()
-compile_ahead.lower = lambda *_: types.SimpleNamespace(lowered=Lowered())
-compile_ahead.by_shape = lambda *_: {}
+step_estimate.lower = lambda *_: types.SimpleNamespace(lowered=Lowered(), state=None)
+step_estimate.by_shape = lambda *_: {}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_ctrl_c_is_answered_while_it_compiles(usual_sigint, tmp_path):
-    """However long that takes: the compiler of this process never comes back."""
+    """The compiler of this process never returns."""
     env = {**os.environ, "XLA_FLAGS": "", "MHC_JAX_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", STUCK, f"{ROOT}/experiments/compile.py", *FLAGS, "--connections=mhc"]
     process = subprocess.Popen([*command, "--topology=cpu:1"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
@@ -330,15 +329,15 @@ TPU |= {"head_width": 128, "mlp_width": 256, "compute_dtype": "bfloat16", "strea
 
 
 def tpu_row(name, implementation, sequence_length, batch_size, mesh, model, **more):
-    """The estimate of these layers on a slice."""
+    """Configuration of two layers, and its estimate on a slice."""
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
     data = DataConfig(sequence_length=sequence_length, batch_size=batch_size)
     config = ExperimentConfig(model=dataclasses.replace(MODEL, **TPU | model), data=data, mesh=mesh, **more)
-    return config, compile_ahead.estimate(config, slices.get_slice(name), implementation)
+    return config, step_estimate.estimate(config, slices.get_slice(name), implementation)
 
 
 def test_a_step_for_tpus():
-    """Two layers on four v6e: Pallas kernels of mHC and of attention, priced, and estimated cycles."""
+    """Two layers on four v6e have priced Pallas kernels of mHC and of attention, and estimated cycles."""
     _, row = tpu_row("v6e:2x2", None, 128, 4, MeshConfig(fsdp=4), {"connection": parse("mhc")})
     assert row["fits"]
     assert row["cycles"] > 0
@@ -348,7 +347,7 @@ def test_a_step_for_tpus():
 
 
 def test_experts_for_tpus_multiply_each_row_once():
-    """Of 16 experts a token sees 2: the FLOPs of a step are those of the active parameters, not of all."""
+    """A token sees 2 of 16 experts, so the FLOPs of a step are those of the active parameters."""
     experts = {"experts": "16:active=2:shared=0:width=128:dense_layers=0:buffer=1"}
     _, row = tpu_row("v6e:2x2", "xla", 256, 4, MeshConfig(fsdp=2, expert=2), experts)
     kernels = {name: times for name, times in row["kernels"].items() if "gmm" in name}
@@ -358,7 +357,7 @@ def test_experts_for_tpus_multiply_each_row_once():
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
 def test_a_pipeline_on_v5p(schedule, monkeypatch):
-    """Messages, one up and one down a tick, are under way while the operation computes; sums and buffers are changed in place."""
+    """The two messages of a tick travel while the operation computes, and sums and buffers are changed in place."""
     programs = []
 
     class Remembered(Program):
@@ -366,20 +365,20 @@ def test_a_pipeline_on_v5p(schedule, monkeypatch):
             super().__init__(text)
             programs.append(self)
 
-    monkeypatch.setattr(compile_ahead, "Program", Remembered)
+    monkeypatch.setattr(step_estimate, "Program", Remembered)
     more = {"optimizer": OptimizerConfig(accumulation_steps=8)}
     more |= {"pipeline": PipelineConfig(schedule=schedule, overlap=True)}
     config, row = tpu_row("v5p:2x2x1", "xla", 128, 8, MeshConfig(stage=4), {"num_layers": 4}, **more)
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.1)
     found = row["pipeline"]["messages"]
     assert (found["a tick"], found["asynchronous"], found["hidden"]) == (2, 2, 2)
-    for conditional in Step(programs[0], schedule_of(config), leading=False).phases:
+    for conditional in CompiledPipeline(programs[0], schedule_of(config), leading=False).phases:
         for branch in conditional.branches():
             assert passed_on_as_copies(programs[0].bodies[branch]) == [], branch
 
 
 def passed_on_as_copies(body):
-    """Arrays of 64 KiB or more that a branch gives back as they came, in another place; to another layout is another matter."""
+    """Arrays of 64 KiB or more that a branch returns unchanged as a copy in the same layout."""
     told = {name for one in body.values() if one.line.lstrip().startswith("ROOT") for name in one.operands}
     copies = [one for name, one in body.items() if name in told and one.opcode == "copy"]
     same = [one.shape for one in copies if one.shape == body[one.operands[0]].shape]

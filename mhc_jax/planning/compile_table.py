@@ -1,0 +1,184 @@
+"""Train steps of several connections compiled for one slice: their estimates, their tables, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhc_jax import connections
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
+from mhc_jax.planning.estimate_cache import cached
+from mhc_jax.planning.slices import Slice
+from mhc_jax.planning.step_estimate import estimate
+from mhc_jax.runs.progress import Progress
+
+Row = dict[str, Any]
+
+
+def estimates(
+    config: ExperimentConfig,
+    kinds: Sequence[str],
+    where: Slice,
+    implementation: str | None,
+    folder: Path,
+    largest: bool,
+) -> list[Row]:
+    """Estimate the train step of each connection.
+
+    Args:
+      config: of the run, whatever its connection.
+      kinds: connections as `connections.parse` takes them.
+      where: the slice.
+      implementation: of the connections' operations; None: the one of the platform.
+      folder: where results are kept.
+      largest: search the largest batch as well.
+
+    Returns:
+      rows as `step_estimate.estimate` gives them, with `largest` each with `largest_batch`.
+    """
+    # All configurations first: a mistake is told before the first compile.
+    configs = {kind: config.with_settings(model={"connection": connections.parse(kind)}) for kind in kinds}
+    rows = []
+    with Progress("compile", "connections", len(configs)) as progress:
+
+        def known(kind: str, config: ExperimentConfig) -> Row:
+            program, began = f"{kind}, {config.data.batch_size} sequences", time.monotonic()
+            progress.say(f"{program} ...")
+            key = {"config": to_mapping(config), "topology": where.name, "implementation": implementation}
+            row, old = cached(key, folder, lambda: estimate(config, where, implementation))
+            needs = "an unknown amount" if row["needs"] is None else f"{row['needs'] / 2**30:.1f} GiB"
+            verdict = f"{'fits' if row['fits'] else 'does not fit'} ({needs} a device)"
+            result = f"{verdict}, {'known' if old else 'compiled'} ({row['compile_s']:.0f} s)"
+            progress.say(f"{program}: {result} after {time.monotonic() - began:.0f} s")
+            return row
+
+        for kind, with_kind in configs.items():
+            row = {**known(kind, with_kind), "connection": kind}
+            if largest:
+                row["largest_batch"] = largest_batch(with_kind, row["hbm"], lambda c, kind=kind: known(kind, c))
+            rows.append(row)
+            progress.advance(1)
+    return rows
+
+
+def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[ExperimentConfig], Row]) -> dict[str, Any]:
+    """Search the most sequences per step that fit, in the same mesh and number of accumulation steps.
+
+    Memory is taken as linear in the sequences of one device and accumulation step, from compiles of 1 and 2.  The largest that
+    fits by that is compiled, and smaller ones after it until one does.
+
+    Args:
+      config: of the run, whatever its batch.
+      hbm: bytes of a device.
+      estimate: compiles the step of a configuration.
+
+    Returns:
+      `sequences` per step (0: not even the smallest fits), `per_device` and accumulation step, and `needs` in bytes.
+    """
+    unit = config.mesh.batch * config.optimizer.accumulation_steps
+
+    def compiled(k: int) -> Row:
+        return estimate(config.with_settings(data={"batch_size": k * unit}))
+
+    first, second = compiled(1), compiled(2)
+    if not first["fits"]:
+        return {"sequences": 0, "per_device": 0, "needs": first["needs"]}
+    slope = max((second["needs"] or hbm) - first["needs"], 1)
+    k = max(1, min(1 + (hbm - first["needs"]) // slope, 4096))
+    row = first
+    while k > 1 and not (row := compiled(k))["fits"]:
+        over = ((row["needs"] or hbm) - hbm) // slope
+        k = max(1, k - max(1, over))
+    needs = row["needs"] if k > 1 else first["needs"]
+    return {"sequences": k * unit, "per_device": k, "needs": needs}
+
+
+def markdown(rows: Sequence[Row], where: Slice) -> str:
+    """Tables of steps, collectives and pipelines, and what a reader must know of them."""
+    out = [*_steps(rows), "", *_collectives(rows)]
+    for row in rows:
+        if largest := row.get("largest_batch"):
+            sizes = f"{largest['sequences']} sequences a step ({largest['per_device']} a device and accumulation step)"
+            out += ["", f"{row['connection']}: at most {sizes}, {_gib(largest['needs'])} GiB."]
+    out += pipelines(rows)
+    without = sorted({name for row in rows for name in row.get("kernels", {}) if name.endswith("(no estimate)")})
+    if without:
+        out += ["", f"Kernels that count as no time: {', '.join(without)}."]
+    if where.platform == "cpu":
+        out += ["", "Times are of no machine: a CPU stands for TPUs."]
+    return "\n".join(out)
+
+
+def _steps(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of memory and time of a step; overheads are over the first row that fits."""
+    out = [
+        "| connection | parameters (GiB) | optimizer (GiB) | gradients (GiB) | streams (GiB) | logits (GiB) | HBM (GiB) | fits "
+        "| TFLOP | GB moved | compute (ms) | collectives (ms) | longest wait (ms) | step (ms) | over the first that fits | MFU |",
+        "| --- " * 16 + "|",
+    ]
+    base = next((row["seconds"]["step"] for row in rows if "seconds" in row), None)
+    for row in rows:
+        sizes = [_gib(size) for size in row["by_shape"].values()]
+        cells = [
+            row["connection"],
+            *sizes,
+            f"{_gib(row['needs'])} of {_gib(row['hbm'])}",
+            "yes" if row["fits"] else "no",
+        ]
+        if seconds := row.get("seconds"):
+            cells += [f"{row['flops'] / 1e12:.2f}", f"{row['bytes'] / 1e9:.1f}"]
+            cells += [f"{1e3 * seconds[key]:.1f}" for key in ("compute", "collectives", "waiting", "step")]
+            cells += [f"{100 * (seconds['step'] / base - 1):+.1f} %"]
+            cells += [f"{100 * row['mfu']:.1f} to {100 * row['mfu, collectives hidden']:.1f} %"]
+        else:
+            cells += [""] * 8
+        out.append(_line(cells))
+    return out
+
+
+def _collectives(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of collectives, those of one kind, axes and group size together."""
+    out = ["| connection | collective | axes | devices | times | GB in all | ms |", "| --- " * 7 + "|"]
+    for row in rows:
+        merged: dict[tuple[str, str, int], list[float]] = {}
+        for collective in row.get("collectives", []):
+            key = (collective["kind"], collective["axes"], collective["group"])
+            sums = merged.setdefault(key, [0, 0.0, 0.0])
+            sums[0] += collective["count"]
+            sums[1] += collective["count"] * collective["bytes"]
+            sums[2] += collective["seconds"]
+        for key, (count, size, seconds) in merged.items():
+            out.append(
+                _line([row["connection"], *map(str, key), str(count), f"{size / 1e9:.2f}", f"{1e3 * seconds:.1f}"])
+            )
+    return out
+
+
+def pipelines(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of the operations of pipelined rows, each that of the dearest stage; none without such rows."""
+    if not any("pipeline" in row for row in rows):
+        return []
+    times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting (%)"
+    sent = "messages a tick | asynchronous | hidden"
+    out = ["", f"| connection | schedule | stages | {times} | {sent} |", "| --- " * 12 + "|"]
+    for row in rows:
+        if pipeline := row.get("pipeline"):
+            seconds = pipeline["seconds"]
+            cells = [row["connection"], pipeline["schedule"], str(pipeline["stages"])]
+            cells += [f"{1e3 * max(seconds[kind]):.2f}" for kind in "FBW"]
+            cells += [f"{pipeline['pair']:.2f}", f"{1e3 * seconds['message']:.2f}"]
+            cells += [f"{100 * pipeline['bubble_fraction']:.1f}"]
+            cells += [str(pipeline["messages"][name]) for name in ("a tick", "asynchronous", "hidden")]
+            out.append(_line(cells))
+    return out
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+def _gib(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**30:.2f}"

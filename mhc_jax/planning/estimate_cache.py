@@ -1,0 +1,50 @@
+"""Results of long computations, kept as JSON files until what they depend on changes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mhc_kernels
+
+
+def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Look a result up, or compute and keep it.
+
+    A file is named by a hash of the key, of the versions of packages and of our source files.
+
+    Args:
+      key: JSON values that decide the result.
+      folder: of the files.
+      work: computes the result.
+
+    Returns:
+      the result, and whether it was there.
+    """
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    packages["libtpu"] = importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else "none"
+    whole = json.dumps({**key, "packages": packages, "sources": sources()}, sort_keys=True)
+    path = folder / f"{hashlib.sha256(whole.encode()).hexdigest()[:24]}.json"
+    if path.exists():
+        return json.loads(path.read_text()), True
+    result = work()
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(result))
+    os.replace(unfinished, path)
+    return result, False
+
+
+def sources() -> str:
+    """Hash of the source files of both packages."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parents[1], Path(mhc_kernels.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
