@@ -234,7 +234,7 @@ def read(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*tokens C"]:
-    r"""What the branch of a sub-layer reads (mHC Eq. 3): $h = H^{pre} x = \sum_i H^{pre}_i x_i$.
+    r"""Read the input of a branch from the streams (mHC Eq. 3): $h = H^{pre} x = \sum_i H^{pre}_i x_i$.
 
     Args:
       x: flat streams, any float dtype.

@@ -1,4 +1,4 @@
-r"""What a backend is, and the custom gradient that all backends of an operation share.
+r"""Contract of a backend, and the custom gradient that all backends of an operation share.
 
 A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N tokens, without autodiff of its own:
 
@@ -47,7 +47,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 
 class Saved(NamedTuple):
-    """What the backward pass of `write_read` needs of the forward pass."""
+    """Arrays of the forward pass of `write_read` that its backward pass needs."""
 
     x: Array
     y: Array

@@ -1,4 +1,4 @@
-"""How streams, coefficients and their parameters lie in arrays."""
+"""Layout of streams, coefficients and their parameters in arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the XLA forms of the operations share.
+"""Arithmetic on streams that the XLA forms of the operations share.
 
 CPUs and accelerators want different programs for the same formula.  XLA:CPU is fastest on `[*tokens, n, C]`.  On a TPU that reshape
 moves every number, because n = 4 fills half of the 8 rows of a tile.  There, and on GPUs, streams are a list of n arrays that are

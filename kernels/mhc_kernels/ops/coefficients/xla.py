@@ -19,7 +19,7 @@ def projection(x: Array, phi: Array, eps_norm: float) -> Array:
 
 
 def _projection_fwd(x, phi, eps_norm):
-    """On CPUs tokens are merged into one axis, and z is kept as [tokens, k]."""
+    """Return z and what the gradient needs; on CPUs tokens are one axis, and z is kept as [tokens, k]."""
     if choice.platform() != "cpu":
         v = x.astype(jnp.float32)
         inverse = inverse_rms(jnp.mean(v * v, axis=-1), eps_norm)
