@@ -103,7 +103,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     without_messages = _run(schedule, dataclasses.replace(costs, send=0.0)) if costs.send else spans
     exposed = max(span.end for span in spans) - max(span.end for span in without_messages)
     peaks = peak_activations(schedule, costs.activations)
-    return Timeline(schedule, tuple(spans), exposed, tuple(most for most, _ in peaks))
+    return Timeline(schedule, tuple(spans), exposed, tuple(float(most) for most, _ in peaks))
 
 
 def _run(schedule: Schedule, costs: Costs) -> list[Span]:

@@ -129,7 +129,7 @@ def _check_cells(schedule: Schedule) -> None:
                 raise InputError(f"tick {tick}, device {device}: {both} in one cell; only F and B can be a pair.")
 
 
-def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tuple[float, int]]:
+def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tuple[int | float, int]]:
     """For each device, the most activations that it holds at once, and the first tick in which it holds as many.
 
     An activation, of one microbatch and stage, lives from F to the last of its gradients.  One that ends in a tick makes room in
@@ -140,8 +140,8 @@ def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tu
       sizes: of an activation of each stage; empty: 1 each.
     """
     sizes = sizes or (1,) * schedule.stages
-    alive: list[float] = [0] * schedule.devices
-    most: list[tuple[float, int]] = [(0, 0)] * schedule.devices
+    alive: list[int | float] = [0] * schedule.devices
+    most: list[tuple[int | float, int]] = [(0, 0)] * schedule.devices
     for tick, row in enumerate(schedule.table):
         for device, cell in enumerate(row):
             held = [(op.kind, sizes[schedule.wiring_of(device, op).stage]) for op in cell]
