@@ -20,7 +20,7 @@ from mhc_jax.model import Decoder
 from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.split import EXACT, split
-from mhc_jax.pipeline.stage import Stage
+from mhc_jax.pipeline.stage import Stage, Work
 from mhc_jax.planning import pipeline_simulations
 from mhc_jax.planning.compile_table import pipelines
 from mhc_jax.planning.slices import get_slice
