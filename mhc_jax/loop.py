@@ -54,7 +54,7 @@ EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
 
 
 class DivergedError(Exception):
-    """A number of a step is not finite, or its loss exceeds train.divergence_loss."""
+    """A number of a step is not finite."""
 
     def __init__(self, step: int):
         super().__init__(step)

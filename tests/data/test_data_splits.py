@@ -9,6 +9,7 @@ from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import data_of, tiny, write_text
 
 from mhc_jax import data
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data import sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train

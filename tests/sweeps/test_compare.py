@@ -69,7 +69,8 @@ def test_a_comparison_goes_on_and_repeats_nothing(base, tmp_path):
 
 
 def test_a_run_that_diverges_still_yields_a_report_and_one_that_fails_says_why(base, tmp_path):
-    assert compare(with_train(base, divergence_loss=1.0), tmp_path, "residual")[0] == 0
+    overflowing = dataclasses.replace(base, model=dataclasses.replace(base.model, embedding_init_std=1e30))
+    assert compare(overflowing, tmp_path, "residual")[0] == 0
     assert read_json(tmp_path / "residual" / "summary.json")["status"] == "diverged"
     assert "diverged" in (tmp_path / "report.html").read_text()
 

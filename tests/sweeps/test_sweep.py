@@ -208,7 +208,7 @@ def grid(tmp_path) -> Grid:
 
 
 def test_a_divergence_is_a_result_and_no_failure(grid, tmp_path, capsys):
-    runs = plan(base(tmp_path), over("connection", ["residual"]), [{"model.embedding_init_std": 1e30}])
+    runs = plan(applied(base(tmp_path), {"model.embedding_init_std": 1e30}), over("connection", ["residual"]))
     assert runner.run_local(tmp_path / "w", Grid("title", runs), runs, 1) == 0
     row = table(tmp_path / "w")["residual"]
     assert (row["status"], row["error"]) == ("diverged", "")
