@@ -9,7 +9,7 @@
 Nothing is trained.  The costs of a stage come from one of four places:
 
     (none)      by hand: --F, --B (both gradients) and --W of a stage, and --send of a message, in any unit
-    --chip      estimated from --config, in seconds, with the chip at assumed shares of its peaks (`mhc_jax/planning/stage_costs.py`)
+    --chip      estimated from --config in seconds, the chip at assumed shares of its peaks (`mhc_jax/planning/stage_costs.py`)
     --compiled  the compiler's estimates, in files of `experiments/compile.py --config.mesh.stage=4 --json=FILE`
     --report    train steps that `experiments/device_report.py` has measured
 

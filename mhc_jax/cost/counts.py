@@ -1,4 +1,4 @@
-"""Counts of parameters, FLOPs and memory: of a program from its jaxpr and its compiler, of a model from its configuration alone."""
+"""Counts of parameters, FLOPs and memory: of a program from its jaxpr and compiler, of a model from its configuration alone."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _connection_cost(config: ModelConfig) -> tuple[int, float]:
 
 
 def _entry_shapes(config: ModelConfig, tokens: int) -> tuple[tuple[Any, Any], Any]:
-    """Return shapes: of (streams, coefficients) that enter the first block for one sequence, and of the entry's and exit's parameters."""
+    """Return the shapes of (streams, coefficients) that enter the first block, and of the parameters of entry and exit."""
     ends = connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
     x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
     return jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), _key(), x)

@@ -16,9 +16,9 @@ _AXES = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 def groups(line: str, devices: int) -> list[tuple[int, ...]]:
     """Read the device groups from the HLO line of a collective, in any of HLO's three notations.
 
-    A list, `{{0,1},{2,3}}`, is empty for all devices.  An iota is reshaped, transposed and reshaped, as in `[4,2]<=[8]T(1,0)`.  Axes
-    of a mesh are named, as in `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.  In the notation by axes, `'a':(2)2` is a part of
-    axis a: of size 2, inside a part of size 2.
+    A list, `{{0,1},{2,3}}`, is empty for all devices.  An iota is reshaped, transposed and reshaped, as in `[4,2]<=[8]T(1,0)`.
+    Axes of a mesh are named, as in `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.  In the notation by axes, `'a':(2)2` is a
+    part of axis a: of size 2, inside a part of size 2.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
         return _listed(pairs[1])

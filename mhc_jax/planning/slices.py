@@ -1,4 +1,4 @@
-"""Slices of TPUs by name, such as `v5p:4x4x4`, `v5e:16x16`, `v6e:8x8`, `cpu:8`; programs are compiled for them without the hardware.
+"""Slices of TPUs by name, such as `v5p:4x4x4`, `v5e:16x16`, `v6e:8x8`, `cpu:8`; programs compile for them without hardware.
 
 Peak FLOPs, memory and links are from Google Cloud's pages of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e):
 bfloat16 FLOP/s, HBM capacity and bandwidth of a chip, and the bits per second of all its ports (4 in two dimensions, 6 in three).

@@ -7,8 +7,8 @@ From a configuration (`from_model`), one microbatch costs one device this much f
     recompute    $(2n + 2)C$ per boundary once more in I, for kinds with streams; blocks are the stages (mHC section 4.3.3)
     message      $nC$ elements per token over one link
 
-At n = 4 the fused backward kernels move 25C elements, which is $(5n + 5)C$ (`experiments/compile.py` and `kernels/bench.py --compile`
-list it).  n = 1 is the plain residual with its pre-norm.  The input embedding is free.  The output embedding is on the last stage.
+At n = 4 the fused backward kernels move 25C elements, which is $(5n + 5)C$ (listed by `experiments/compile.py` and
+`kernels/bench.py --compile`).  n = 1 is the plain residual with its pre-norm.  The input embedding is free.  The output embedding is on the last stage.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def from_report(report: Mapping[str, Any], workload: str, connection: str, stage
     """Return the seconds of one sequence on each stage, from train steps that `experiments/device_report.py` has measured.
 
     The blocks have the shape of the measured layers.  The residual connection's step is divided like the branches' FLOPs: a third
-    each to F, I and W.  The time that another connection adds is divided like its bytes: two sevenths to F, the rest to I.  Messages
-    take no time.
+    each to F, I and W.  The time that another connection adds is divided like its bytes: two sevenths to F, the rest to I.
+    Messages take no time.
 
     Args:
       report: contents of report.json of one device.

@@ -212,8 +212,8 @@ def collective_seconds(collective: Collective, where: Slice, mesh: Any) -> float
     """Return the seconds of one run of a collective.
 
     A collective runs on rings along every side of the torus that its group spans.  An all-to-all is bounded by the links across
-    the middle of the longest side of its group, which is s devices long.  Of an array of b bytes on each device, s b / 8 bytes cross
-    that middle each way if the side is a ring, and twice as many if it is a line.
+    the middle of the longest side of its group, which is s devices long.  Of an array of b bytes on each device, s b / 8 bytes
+    cross that middle each way if the side is a ring, and twice as many if it is a line.
     """
     places = np.array([where.coordinates(mesh.devices.flat[k]) for k in collective.group])
     spans = tuple(len(set(column)) for column in places.T.tolist())
