@@ -95,7 +95,9 @@ class Program:
                 yield from self._walk(instruction.called("to_apply") or instruction.called("calls"), times, fused)
 
     def turns(self, loop: Instruction) -> int:
-        """Return the number of turns of a while loop, as the compiler noted it, or else the one constant in the loop's condition.
+        """Return the number of turns of a while loop, as the compiler noted it.
+
+        Otherwise it is the one constant in the loop's condition, to which the loop counts from 0.
 
         Raises:
           ValueError: the compiler noted no number, and the condition has no single constant.

@@ -30,7 +30,7 @@ class Message:
     bytes: int
     """Size of the message in bytes on one device."""
     asynchronous: bool
-    """Whether the compiled message has a start and an end, with other instructions between."""
+    """Whether the compiled message is two instructions, a start and an end."""
     hidden: bool
     """Whether work that covers the message stands between its start and its end: all phases of the tick, or as much time."""
 

@@ -8,7 +8,8 @@ From a configuration (`from_model`), one microbatch costs one device this much f
     message      $nC$ elements per token over one link
 
 At n = 4 the fused backward kernels move 25C elements, which is $(5n + 5)C$ (listed by `experiments/compile.py` and
-`kernels/bench.py --compile`).  n = 1 is the plain residual with its pre-norm.  The input embedding is free.  The output embedding is on the last stage.
+`kernels/bench.py --compile`).  n = 1 is the plain residual with its pre-norm.  The input embedding is free.  The
+output embedding is on the last stage.
 """
 
 from __future__ import annotations
