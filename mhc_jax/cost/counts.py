@@ -158,7 +158,7 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
     r"""Count the parameters and FLOPs of a model from its configuration alone.  No array of the model is made.
 
     Products count 2 FLOPs per weight and token forward and 4 backward.  N is the number of weights that a token meets in
-    products, the output embedding among them.  S is the number of products per pair of tokens in the scores and values of one block.
+    products, the output embedding among them.  S is the number of products per pair of tokens in the scores and values of a block.
     F is the FLOPs of the connections.  Training takes, per token,
 
     $$6 (N + \mathrm{num\_layers} \, T S) + F$$
