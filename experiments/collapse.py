@@ -35,7 +35,7 @@ def replaced(n: int, first: int) -> nn.module.Interceptor:
 
     Args:
       n: number of streams.
-      first: sub-layer, counted from 0.
+      first: the first sub-layer whose streams are replaced, counted from 0.
     """
 
     def intercept(call, args, kwargs, context):
@@ -76,7 +76,9 @@ def main() -> int:
 
 
 def _loss(step, params, batches) -> float:
-    compiled = jax.jit(lambda params, batch: step(params, batch))  # A new function is traced anew.
+    compiled = jax.jit(
+        lambda params, batch: step(params, batch)
+    )  # A new function, so that jax traces the step anew under the present interceptor.
     return float(np.mean([compiled(params, batch) for batch in batches]))
 
 

@@ -1,4 +1,4 @@
-"""What a train step costs on a TPU slice: compiled ahead of time for each connection; it needs libtpu (`make aot`) and no TPU.
+"""Estimate a train step on a TPU slice, compiled ahead of time for each connection.  It needs libtpu (`make aot`) and no TPU.
 
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:27b:mhc --topology=v5p:4x4x4 \\
         --config.mesh.fsdp=64
@@ -13,7 +13,7 @@ Two dense layers of width 2560 on one chip, as XLA compiles the connections with
 
 Memory is the compiler's, beside what shapes and shardings say: parameters, optimizer state, gradients, kept streams, logits.
 Times are estimates of a step whose collectives hide behind nothing (`mhc_jax/planning/step_estimate.py` says how they are made);
-their ratios mean more than they do.  MFU is the FLOPs of `cost.counts.model_cost` over time and peak, without and with all
+the ratios of times mean more than the times.  MFU is the FLOPs of `cost.counts.model_cost` over time and peak, without and with all
 collectives hidden.  `--topology=cpu:8` tries the command out without libtpu.
 
 A result is kept in the cache folder ($MHC_JAX_CACHE) until configuration, versions or sources change.  Exit status: 0 all fit, 1
@@ -25,7 +25,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax
+os.environ["JAX_PLATFORMS"] = "cpu"  # It must be set before jax is imported.
 
 from absl import flags
 from mhc_kernels.choice import IMPLEMENTATIONS
@@ -53,7 +53,7 @@ JSON = flags.DEFINE_string("json", "", "File to write everything to.")
 
 
 def main() -> int:
-    """Compile, print, write."""
+    """Compile the train steps, print the tables, and write the file of --json; the exit status is 1 if a step does not fit."""
     where = get_slice(TOPOLOGY.value)
     config = best_attention(CONFIG(), where.platform)
     folder = cache_folder() / "compiled"

@@ -23,11 +23,11 @@ CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Decodings of each; the order turns every round.")
 VOCABULARY = 264
-"""Entries of the byte tokenizer; no text is read here."""
+"""Number of entries of the byte tokenizer.  Prompts are random, so no text is read."""
 
 
 def token_times(generator: Generator, prompt: np.ndarray, count: int) -> list[float]:
-    """Seconds per token of each call but the first, which follows the prompt."""
+    """Return the seconds per token of each chunk of decoding but the first, which follows the prompt."""
     ends: list[float] = []
     generator.generate([prompt], count, ended=lambda _row, _made: ends.append(time.perf_counter()) or False)
     return [(after - before) / CHUNK for before, after in itertools.pairwise(ends)]
@@ -56,7 +56,7 @@ def main() -> None:
             decoded = token_times(generator, prompt, T // 2)
             began = time.perf_counter()
             jax.block_until_ready(whole(generator.params, padded, last))
-            if k:  # the first round compiles
+            if k:  # The first round compiles and is not timed.
                 with_cache += decoded
                 without.append(time.perf_counter() - began)
     device = jax.devices()[0]

@@ -18,7 +18,7 @@ from mhc_jax.benchmarks.device_report import plan, readme, run, write
 from mhc_jax.runs.environment import environment
 
 NEEDS = 30
-"""Seconds that must be left for a part to begin."""
+"""Number of seconds of the budget that must be left for a part to begin."""
 
 
 def main() -> int:

@@ -40,7 +40,7 @@ def main() -> int:
     prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
 
     def answer(made: list[int]) -> tuple[list[int], bool]:
-        """(tokens before the end of the document, whether it was reached)."""
+        """Return (tokens before the end of the document, whether the end was reached)."""
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 
@@ -51,7 +51,7 @@ def main() -> int:
             nonlocal shown
             kept, over = answer(made)
             text = tokenizer.decode(kept)
-            # The last character may still lack bytes.
+            # The last character may still lack bytes, which decode to a replacement character.
             whole = text if over else text.rstrip("\N{REPLACEMENT CHARACTER}")
             print(whole[len(shown) :], end="", flush=True)
             shown = whole

@@ -1,4 +1,4 @@
-"""What a schedule of pipeline parallelism costs: bubbles, activations, messages that show, and mHC over residual.
+"""Simulate schedules of pipeline parallelism: bubbles, activations, messages that devices wait for, and mHC over residual.
 
     python experiments/pipeline.py --microbatches=20 --schedules=1f1b,zb1p,dualpipe --picture=timeline.png
     python experiments/pipeline.py --chip=v5p --config=experiments/configs/paper.py:27b:mhc --stages=8 --microbatches=32
@@ -8,14 +8,13 @@
 
 Nothing is trained.  The costs of a stage come from one of four places:
 
-    (none)      --F, --B (both gradients) and --W of a stage, and --send of a message, in any unit --chip      --config, in
-    seconds (`mhc_jax/planning/stage_costs.py`), with the chip at shares of its peaks, which are assumptions --compiled  the
-    compiler's estimates, in files of `experiments/compile.py --config.mesh.stage=4 --json=FILE` --report    train steps that
-    `experiments/device_report.py` has measured
+    (none)      by hand: --F, --B (both gradients) and --W of a stage, and --send of a message, in any unit
+    --chip      estimated from --config in seconds, the chip at assumed shares of its peaks (`mhc_jax/planning/stage_costs.py`)
+    --compiled  the compiler's estimates, in files of `experiments/compile.py --config.mesh.stage=4 --json=FILE`
+    --report    train steps that `experiments/device_report.py` has measured
 
-`--stages` are devices; dualpipev and interleaved cut the model into twice as many.  The model has config.model.num_layers blocks.
-Exit
-status: 0, or 2 for a mistake in the settings.
+`--stages` is the number of devices.  dualpipev and interleaved cut the model into twice as many stages.  The model has
+config.model.num_layers blocks.  Exit status: 0, or 2 for a mistake in the settings.
 """
 
 from pathlib import Path
@@ -52,7 +51,7 @@ PICTURE = flags.DEFINE_string("picture", "", "File to draw to; .png and .svg are
 
 
 def main() -> int:
-    """Simulate, print, draw."""
+    """Simulate the schedules, print the table of them, and draw the picture if --picture names a file."""
     config = CONFIG()
     blocks = config.model.num_layers
     schedules = pipeline_simulations.schedules(NAMES.value, STAGES.value, MICROBATCHES.value)

@@ -3,8 +3,8 @@
     python experiments/report.py runs/connections
     python experiments/report.py runs/connections --title='Connections at 1M parameters' --output=pages/connections
 
-Runs that differ in seeds alone are a variant.  It is compared, seed by seed, with the variant that has the baseline's connection
-and agrees with it in everything else.  The baseline is residual, unless the sweep names another.
+Runs that differ in seeds alone are a variant.  Each variant is compared, seed by seed, with the variant that has the baseline's
+connection and the same other settings.  The baseline is residual, unless the sweep names another.
 """
 
 from pathlib import Path

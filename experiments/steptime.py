@@ -21,11 +21,11 @@ CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each; the order turns every round.")
 VOCABULARY = 264
-"""Entries of the byte tokenizer; no text is read here."""
+"""Number of entries of the byte tokenizer.  Token ids are random, so no text is read."""
 
 
 def median_times(steps: dict[str, CompiledStep], rounds: int) -> dict[str, float]:
-    """Median seconds of each step over the rounds; a first round, which is not timed, warms up."""
+    """Return the median seconds of each step over the rounds.  A first round warms up and is not timed."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(rounds + 1):
         for name in list(steps) if k % 2 else list(steps)[::-1]:

@@ -5,8 +5,8 @@
     python experiments/sweep.py experiments/sweeps/width.py --config.data.source='texts/*.jsonl.zst' --config.train.steps=400
     python experiments/sweep.py experiments/sweeps/width.py --workdir=/shared/width --slurm_partition=gpu --slurm_gpus=1
 
-Runs that are done are skipped, and interrupted ones go on.  `--config.a.b=value` changes a setting of all runs; where a point of
-the grid has that setting, too, the point's value holds.  The table is WORKDIR/results.csv and results.parquet, the page of a
+Runs that are done are skipped, and interrupted ones go on.  `--config.a.b=value` changes a setting of all runs.  If a point of
+the grid has the setting, too, the point's value holds.  The table is WORKDIR/results.csv and results.parquet, the page of a
 finished sweep WORKDIR/report.html.  Exit status: 0 done, 1 a run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or
 SIGTERM (saved; the same command goes on).
 """

@@ -20,7 +20,7 @@ from mhc_jax.connections import parse
 from mhc_jax.cost.counts import model_cost
 from mhc_jax.errors import one_of
 
-# Layers, heads, tokens of a sequence, sequences of a step.
+# Numbers of layers, of heads, of tokens in a sequence, and of sequences in a step, by rung.
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}
 
 
@@ -54,7 +54,7 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.optimizer.schedule = "step"
 
     config.train.steps = round(64 * active / (length * sequences))
-    config.optimizer.warmup_steps = config.train.steps // 15  # As 2000 of the table's 30,000.
+    config.optimizer.warmup_steps = config.train.steps // 15  # mHC Table 5 has 2000 warm-up steps of 30,000.
     config.train.validate_every = 500
     config.train.checkpoint_every = 500
     config.train.diagnostics_every = 500

@@ -21,7 +21,7 @@ from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
 from mhc_jax.errors import one_of
 
-# layers, width, heads, routed experts, expert width, sequences a step, steps, learning rate
+# Layers, width, heads, routed experts, expert width, sequences in a step, steps, learning rate, by size.
 SIZES = {
     "3b": (12, 1280, 16, 64, 896, 320, 30_000, 8.6e-4),
     "9b": (18, 1920, 24, 64, 1280, 512, 50_000, 5.9e-4),
@@ -31,7 +31,7 @@ SIZES = {
 
 
 def get_config(arg: str = "3b:mhc") -> ConfigDict:
-    """Build the configuration of a size and a connection: every setting at its default, but for those of Table 5."""
+    """Build the configuration of a size and a connection: the settings of mHC Table 5, and defaults."""
     size, _, connection = arg.partition(":")
     one_of("The size in the argument of paper.py", size, SIZES)
     layers, width, heads, experts, expert_width, sequences, steps, rate = SIZES[size]

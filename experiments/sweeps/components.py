@@ -11,8 +11,8 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Cross the disabled mappings with the seeds."""
-    # `disable` names the mappings that are off.  `entry` is scaled, because streams that enter as copies and are all written alike
-    # stay equal: H_res alone, and H_res with H_pre, would give residual's losses to the last digit (experiments/LOG.md).
+    # `disable` names the mappings that are off.  `entry` is scaled, because streams that enter as copies stay equal if all are
+    # written alike.  H_res alone, and H_res with H_pre, would then give residual's losses to the last digit (experiments/LOG.md).
     bare = "identity:init=home:entry=scaled:disable=pre"
     mhc = "mhc:init=home:entry=scaled"
     connections = ["residual", bare, f"{mhc}:disable=pre+post", f"{mhc}:disable=post", mhc]

@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Cross the connections with the numbers of blocks and the seeds."""
-    # A block has two sub-layers.  80 steps keep 256 sub-layers a matter of minutes.
+    # A block has two sub-layers.  With 80 steps, a run with 256 sub-layers takes minutes.
     return Sweep(
         base="../configs/prototype.py",
         points=product(

@@ -1,4 +1,4 @@
-"""Show that HC's gain becomes NaN where the streams are float16.
+"""Show that HC's gain becomes NaN if the streams are float16.
 
     python experiments/sweep.py experiments/sweeps/fp16.py --workdir=runs/fp16
 

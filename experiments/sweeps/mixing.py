@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Cross the kinds with the seeds."""
-    # With init=home each sub-layer reads and writes its home stream, so that streams differ.  Where streams are equal, a mixing
+    # With init=home each sub-layer reads and writes its home stream, so that streams differ.  If streams are equal, a mixing
     # matrix with unit row sums changes nothing.
     connections = ["residual", "hc", "mhc:init=home", "identity:init=home", "scalar_gated"]
     return Sweep(base="../configs/prototype.py", points=product(over("connection", connections), seeds(3)))

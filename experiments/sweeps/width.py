@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Cross the connections with n and the seeds; residual has no n."""
-    # With one stream there is no home stream to tell apart, so mHC has the paper's preset there.
+    # A single stream has no other to be told apart from, so mHC with n = 1 has the paper's preset, not `home`.
     single = over("connection", ["hc:num_streams=1", "mhc:num_streams=1:init=paper"])
     several = product(over("connection", ["hc", "mhc:init=home"]), over("model.connection.num_streams", [2, 4, 8]))
     points = over("connection", ["residual"]) + single + several

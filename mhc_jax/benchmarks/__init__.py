@@ -1,1 +1,1 @@
-"""Times on the device that is here: train steps at real sizes, and the report of them."""
+"""Measurements on the present device: train-step times at real sizes, and the report of them."""

@@ -1,4 +1,4 @@
-"""The report that `experiments/device_report.py` writes: its parts, one after another, and report.json and README.md of them."""
+"""The report that `experiments/device_report.py` writes: the plan of its parts, and their results in report.json and README.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOUNDARY_FIRST = ("write_read", "write", "read", "coefficients", "sinkhorn")
 
 
 def plan(tiny: bool) -> list[str]:
-    """Parts in order of importance, as `<task>/<workload>[/<operation>]`."""
+    """List the parts of the report in order of importance, as `<task>/<workload>[/<operation>]`."""
     if tiny:
         ops = [f"{task}/tiny/{op}" for task in ("correct", "bench") for op in BOUNDARY_FIRST]
         return [*ops, "step/tiny", "repeat/tiny/write_read", "gradient/tiny", "correct/tiny-bf16/write_read"]
@@ -31,15 +31,15 @@ def plan(tiny: bool) -> list[str]:
 
 
 def run(key: str, rounds: int, report: dict[str, Any]) -> Any:
-    """Do one part of the plan.
+    """Measure one part of the plan.
 
     Args:
-      key: of the part.
-      rounds: of each time.
-      report: what is done so far; gets `copy_bytes_per_s` with the first bench.
+      key: name of the part, as `plan` gives it.
+      rounds: number of rounds of each measured time.
+      report: the report so far.  The first `bench` part adds `copy_bytes_per_s` to it.
 
     Returns:
-      JSON value of the part.
+      The JSON value of the part.
     """
     task, name, op = (*key.split("/"), "")[:3]
     if task == "step":
@@ -70,7 +70,7 @@ def run(key: str, rounds: int, report: dict[str, Any]) -> Any:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """Write README.md, and report.json in one move, so that a kill leaves a whole file."""
+    """Write report.json and README.md.  report.json is replaced in one move, so that a kill leaves a whole file."""
     (folder / "report.tmp").write_text(json.dumps(report, indent=1) + "\n")
     os.replace(folder / "report.tmp", folder / "report.json")
     (folder / "README.md").write_text(readme(report))
@@ -80,7 +80,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def readme(report: dict[str, Any]) -> str:
-    """Markdown of the parts that are done."""
+    """Return README.md, the Markdown of the parts that are done."""
     env, parts = report["env"], report["parts"]
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items() if version)
     out = [

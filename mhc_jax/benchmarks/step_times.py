@@ -1,6 +1,6 @@
-"""Train-step times of layers at real sizes on the device that is here, and calls that are repeated to see whether results differ.
+"""Train-step times of layers at real sizes on the present device, and repeated calls that show whether results differ.
 
-Needs no data: token ids are drawn at random.
+No data is needed: token ids are drawn at random.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mhc_jax.cost import counts
 from mhc_jax.train_step import Batch, gradients, init_state, make_train_step
 
 VOCABULARY = 1024
-"""Small, so that what is timed are layers."""
+"""Number of vocabulary entries.  It is small, so that the layers take nearly all of the time."""
 BASELINE = "residual"
 """The contestant that the others are compared with."""
 
@@ -41,7 +41,7 @@ class LayerShape:
     mlp_width: int
     sequence_length: int = 4096
     batch_size: int = 2
-    """Sequences to try first; halved until all contestants fit."""
+    """Number of sequences of the first try.  It is halved until the steps of all contestants fit."""
     num_layers: int = 2
     dtype: str = "bfloat16"
     head_width: int = 128
@@ -57,13 +57,13 @@ LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A connection and the implementation of its operations; None: the one of the platform."""
+    """A connection and the implementation of its operations.  None as the implementation is the platform's default."""
 
     kind: str
     implementation: str | None
 
     def obstacle(self, shape: LayerShape) -> str | None:
-        """Why the operations cannot run here at this shape; None: they can."""
+        """Return the reason why the operations cannot run on this device at this shape, or None if they can."""
         if self.implementation is None:
             return None
         op = "write_read" if self.kind == "mhc" else "write"
@@ -78,7 +78,7 @@ CONTESTANTS = {BASELINE: Contestant(BASELINE, None)} | {
 
 
 def attention_of(shape: LayerShape) -> str:
-    """`cudnn` where this device runs flash attention at this shape, else `xla`, which writes T x T scores to memory."""
+    """Return `cudnn` if this device runs its flash attention at this shape, else `xla`, which writes T x T scores to memory."""
     if jax.default_backend() != "gpu" or shape.dtype == "float32":
         return "xla"
     heads = jax.ShapeDtypeStruct((1, shape.sequence_length, shape.num_heads, shape.head_width), shape.dtype)
@@ -91,7 +91,7 @@ def attention_of(shape: LayerShape) -> str:
 
 
 def config_of(shape: LayerShape, kind: str, batch_size: int, attention: str = "xla") -> ExperimentConfig:
-    """Configuration of a run of these layers."""
+    """Return the configuration of a run with layers of this shape."""
     model = ModelConfig(
         vocab_size=VOCABULARY,
         width=shape.width,
@@ -109,7 +109,7 @@ def config_of(shape: LayerShape, kind: str, batch_size: int, attention: str = "x
 
 
 def random_batch(config: ExperimentConfig) -> Batch:
-    """Draw token ids, the same at every call."""
+    """Draw a batch of random token ids, with the same seed at every call."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     return {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(np.roll(tokens, -1, 1))}
@@ -128,13 +128,13 @@ class CompiledStep:
     compile_s: float
 
     def launch(self, _: int) -> Any:
-        """Start a step; returns its loss."""
+        """Start a step and return its loss, without waiting for the result."""
         self.state, metrics = self.compiled(self.state, self.batch)
         return metrics["loss"]
 
     @property
     def memory(self) -> int:
-        """Bytes that the compiled step needs; 0 where the backend does not say."""
+        """Bytes that the compiled step needs, or 0 if the backend does not report them."""
         return counts.compiled_memory(self.compiled) or 0
 
 
@@ -142,9 +142,9 @@ def compile_step(config: ExperimentConfig, batch: Any, implementation: str | Non
     """Compile the train step of a configuration on this device.
 
     Args:
-      config: its model.remat is not `auto`.
+      config: the configuration.  Its model.remat is not `auto`.
       batch: the batch of every step.
-      implementation: of the connections' operations; None: the one of the platform.
+      implementation: name of the implementation of the connections' operations.  None takes the platform's default.
     """
     with mhc_kernels.settings(implementation=implementation):
         began = time.perf_counter()
@@ -158,9 +158,9 @@ def step_times(shape: LayerShape, rounds: int) -> dict[str, Any]:
     """Time the train step of each contestant, alternating in one run.
 
     Returns:
-      `shape`, `batch_size`, `attention`, and `steps`, a row per contestant.  A row has `name`, `status`, and where that is `ok` the
-      median `ms`, `ms_rounds`, `overhead` (0.05: 5 % longer than the baseline), `us_per_sublayer_token` (what it adds),
-      `memory_bytes` and `loss`.
+      `shape`, `batch_size`, `attention`, and `steps`, a row per contestant.  A row has `name` and `status`.  If the status
+      is `ok`, it has the median `ms`, `ms_rounds`, `overhead` (0.05: 5 % longer than the baseline), `us_per_sublayer_token` (time
+      added to the baseline), `memory_bytes` and `loss`.
     """
     attention = attention_of(shape)
     obstacles = {name: contestant.obstacle(shape) for name, contestant in CONTESTANTS.items()}
@@ -193,7 +193,7 @@ def step_times(shape: LayerShape, rounds: int) -> dict[str, Any]:
 def _fitting_steps(
     shape: LayerShape, contestants: Mapping[str, Contestant], attention: str
 ) -> tuple[int, dict[str, CompiledStep], dict[str, str]]:
-    """The largest batch at which all steps fit, the steps, and the errors of those that have none."""
+    """Return the largest batch size at which all steps fit, the compiled steps, and the errors of contestants without a step."""
     batch_size = shape.batch_size
     while True:
         try:
@@ -201,17 +201,17 @@ def _fitting_steps(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
                 raise
-        # Outside the handler, whose traceback holds the arrays of the attempt.
+        # This stands outside the handler, because the handler's traceback keeps the arrays of the failed attempt alive.
         batch_size //= 2
 
 
 def _all_steps(
     shape: LayerShape, contestants: Mapping[str, Contestant], batch_size: int, attention: str
 ) -> tuple[dict[str, CompiledStep], dict[str, str]]:
-    """Compiled steps that have run once, and the errors of those that could not.
+    """Return the compiled steps that have run once, and the errors of contestants whose step could not run.
 
     Raises:
-      JaxRuntimeError: out of memory.
+      JaxRuntimeError: the device is out of memory.
     """
     steps, errors = {}, {}
     for name, contestant in contestants.items():
@@ -262,5 +262,5 @@ def differing(run: Callable[[], Any], names: list[str], repeats: int) -> list[st
 
 
 def _bits(*arrays: Any) -> list[Any]:
-    """Floats as integers, so that NaN equals itself and -0 differs from 0."""
+    """Return the bits of float arrays as integers, so that NaN equals itself and -0 differs from 0."""
     return [jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}")) for a in arrays]

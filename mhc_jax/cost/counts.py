@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory: of a program, from its jaxpr and its compiler, and of a model, from its configuration alone."""
+"""Counts of parameters, FLOPs and memory: of a program from its jaxpr and compiler, of a model from its configuration alone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _ELEMENTWISE = frozenset(
         *("exp", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "sin", "cos"),
     )
 )
-"""Operations that count as one FLOP per element of their result; comparisons, selects, copies and reshapes are free."""
+"""JAX primitives that count as one FLOP per element of their result.  Comparisons, selects, copies and reshapes are free."""
 _REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "argmax"))
-"""Operations that count as one FLOP per element of their operand."""
+"""JAX primitives that count as one FLOP per element of their operand."""
 
 
 def parameter_counts(params: Any) -> tuple[int, int]:
-    """Count the entries of all parameters, and of those that belong to connections."""
+    """Count the entries of all parameters, and the entries of the connections' parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     of_connections = [leaf for path, leaf in leaves if re.search(CONNECTION, path_of(path))]
     return _size(params), _size(of_connections)
@@ -39,21 +39,21 @@ def parameter_counts(params: Any) -> tuple[int, int]:
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """Count the floating-point operations of one call: 2 m n k for a product, 1 per element for arithmetic.
+    """Count the floating-point operations of one call: 2 m n k for a product of [m, k] and [k, n], 1 per element for arithmetic.
 
     Loops and parallel parts count as often as they run: the body of a scan once per turn, a Pallas kernel once per program of its
     grid, a shard_map once per device that has a part of its own.  A cond counts as its dearer branch.  The number of turns of a
     while loop is not known; it counts as one.
 
     Args:
-      function: traceable.
-      *args: arrays or `jax.ShapeDtypeStruct`.
+      function: a function that JAX can trace.
+      *args: its arguments, as arrays or `jax.ShapeDtypeStruct`.
     """
     return jaxpr_flops(jax.make_jaxpr(function)(*args))
 
 
 def jaxpr_flops(program: core.ClosedJaxpr) -> float:
-    """Count the `flops` of a program that is traced already (`jax.jit(f).trace(...).jaxpr`)."""
+    """Count the floating-point operations, as `flops` does, of a program that is traced already (`jax.jit(f).trace(...).jaxpr`)."""
     return sum((_operation_flops(eqn) for eqn in program.jaxpr.eqns), 0.0)
 
 
@@ -75,21 +75,21 @@ def _product_flops(eqn: core.JaxprEqn) -> float:
     else:
         dims = eqn.params["ragged_dot_dimension_numbers"]
         contracted, _ = dims.dot_dimension_numbers[0]
-        # With ragged rows each row meets one group; where rows are summed, the groups share them.
+        # If the ragged rows are kept, each row meets one group.  If they are summed, the groups share the rows.
         groups = _shape(eqn.outvars[0])[0] if set(contracted) & set(dims.lhs_ragged_dimensions) else 1
     k = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
     return 2.0 * k * math.prod(_shape(eqn.outvars[0])) / groups
 
 
 def _times(eqn: core.JaxprEqn) -> int:
-    """How often an operation runs the program that it calls."""
+    """Return how often an operation runs the program that it calls."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return params["length"]
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        # Along mesh axes that split none of its arrays, devices all do the same.
+        # Along a mesh axis that splits none of the arrays, all devices do identical work, which counts once.
         specs = (*params["in_specs"], *params["out_specs"])
         axes = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
         return math.prod(size for name, size in dict(params["mesh"].shape).items() if name in axes)
@@ -101,15 +101,15 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 
 def device_peak() -> int:
-    """The most bytes that arrays of this process have ever taken on its first device; 0 on a CPU, which keeps no count."""
+    """Return the most bytes that arrays have ever taken on this process's first device; 0 on a CPU, which keeps no count."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def memory_parts(compiled: Any) -> dict[str, int] | None:
-    """Bytes per device that a compiled program needs at its peak; None where the backend does not say.
+    """Return the bytes per device that a compiled program needs at its peak, or None if the backend does not report them.
 
     Returns:
-      `arguments`, `outputs`, `temporaries`, `aliased` (outputs that reuse arguments), and `total`, which counts those once.
+      `arguments`, `outputs`, `temporaries`, `aliased` (outputs that reuse arguments), and `total`, which counts reused bytes once.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -124,7 +124,7 @@ def memory_parts(compiled: Any) -> dict[str, int] | None:
 
 
 def compiled_memory(compiled: Any) -> int | None:
-    """The `total` of `memory_parts`."""
+    """Return the bytes per device that a compiled program needs at its peak: the `total` of `memory_parts`."""
     parts = memory_parts(compiled)
     return None if parts is None else parts["total"]
 
@@ -134,28 +134,32 @@ def compiled_memory(compiled: Any) -> int | None:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a configuration costs; FLOPs are per token."""
+    """Numbers of parameters of a model, and its FLOPs per token."""
 
     total: int
-    """All parameters."""
+    """Number of all parameters."""
     active: int
-    """Parameters without the experts that a token does not see, and with one of the two vocabulary matrices (mHC Table 5)."""
+    """Number of parameters that one token uses (mHC Table 5).
+
+    Of the experts only those count that a token is routed to, and the shared ones.  Of untied embeddings only one counts."""
     vocabulary: int
-    """Parameters of the input and output embeddings."""
+    """Number of parameters of the input and output embeddings."""
     connection: int
-    """Parameters of the connections."""
+    """Number of parameters of the connections."""
     training_flops: float
-    """Forward and backward, without recomputation and optimizer: products of the branches, T x T scores, connections."""
+    """FLOPs per token of forward and backward: products of the branches, T x T scores, and connections.
+
+    Recomputation and the optimizer do not count."""
     connection_flops: float
-    """The part of `training_flops` that belongs to the connections."""
+    """The FLOPs per token of the connections, which are part of `training_flops`."""
 
 
 def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
-    r"""Cost of a model from its configuration alone; nothing of it is built but the shapes of one connection.
+    r"""Count the parameters and FLOPs of a model from its configuration alone.  No array of the model is made.
 
-    Products count 2 FLOPs per weight and token forward and 4 backward.  With N weights that a token meets in products (the output
-    embedding among them), S products per pair of tokens in scores and values of one block, and F FLOPs of the connections, a token
-    of training takes
+    Products count 2 FLOPs per weight and token forward and 4 backward.  N is the number of weights that a token meets in
+    products, the output embedding among them.  S is the number of products per pair of tokens in the scores and values of a block.
+    F is the FLOPs of the connections.  Training takes, per token,
 
     $$6 (N + \mathrm{num\_layers} \, T S) + F$$
 
@@ -173,7 +177,7 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
 
     connection, connection_flops = _connection_cost(config)
     weights = layers * attention + dense + always + sparse * config.num_active_experts * expert
-    # The last terms: norms of the feed-forward sub-layers, biases of the routers, the final norm.
+    # The last three terms are the norms of the feed-forward sub-layers, the biases of the routers, and the final norm.
     total = weights + unseen + vocabulary + connection + layers * (norms + C) + sparse * E + C
     return ModelCost(
         total=total,
@@ -186,7 +190,7 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
 
 
 def _attention_cost(config: ModelConfig) -> tuple[int, int, int]:
-    """(weights of products, products per pair of tokens in scores and values, weights of norms) of one attention sub-layer."""
+    """Count one attention sub-layer: (weights of products, products per pair of tokens in scores and values, weights of norms)."""
     C, H, D = config.width, config.num_heads, config.head_dim
     if config.uses_mla:
         R, rank = config.rope_width, config.kv_rank
@@ -195,18 +199,18 @@ def _attention_cost(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def carry_shapes(config: ModelConfig, tokens: int) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
-    """Shapes of what a block hands to the next, for one sequence: the streams, and the coefficients and y of the pending write."""
+    """Return the shapes of what a block hands to the next block, for one sequence: (streams, coefficients, branch output y)."""
     streams, c = _entry_shapes(config, tokens)[0]
     return streams, c, jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.compute_dtype))
 
 
 def stream_elements(config: ModelConfig) -> int:
-    """Elements that a connection carries per token between sub-layers: nC, and what it keeps beside the streams."""
+    """Count the elements that a connection carries per token between sub-layers: nC, and what it keeps beside the streams."""
     return _size(carry_shapes(config, 1)[0])
 
 
 def _connection_cost(config: ModelConfig) -> tuple[int, float]:
-    """(parameters of all connections, FLOPs per token of all boundaries and their gradients)."""
+    """Count (parameters of all connections, FLOPs per token of all boundaries and their gradients)."""
     tokens, L = 256, config.num_sublayers
     link = connection_module(config.connection)(config.connection, config.width, L, 1)
     carry, of_ends = carry_shapes(config, tokens), _entry_shapes(config, tokens)[1]
@@ -220,7 +224,7 @@ def _connection_cost(config: ModelConfig) -> tuple[int, float]:
 
 
 def _entry_shapes(config: ModelConfig, tokens: int) -> tuple[tuple[Any, Any], Any]:
-    """Shapes of (streams, coefficients) that enter the first block for one sequence, and of the parameters of the ends."""
+    """Return the shapes of (streams, coefficients) that enter the first block, and of the parameters of entry and exit."""
     ends = connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
     x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
     return jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), _key(), x)

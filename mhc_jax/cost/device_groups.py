@@ -10,15 +10,15 @@ from collections.abc import Mapping
 import numpy as np
 
 _AXES = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-"""An axis in HLO's notation by axes, and perhaps a part of it."""
+"""A mesh axis in HLO's notation, such as `'a'`, or a part of an axis, such as `'a':(2)2`."""
 
 
 def groups(line: str, devices: int) -> list[tuple[int, ...]]:
-    """Read the device groups of a collective's line, in any of HLO's notations.
+    """Read the device groups from the HLO line of a collective, in any of HLO's three notations.
 
-    The notations are: a list, `{{0,1},{2,3}}`, which is empty for all devices; an iota that is reshaped, transposed and reshaped,
-    `[4,2]<=[8]T(1,0)`; and axes of a mesh, `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.  In the last one `'a':(2)2` is a
-    part of axis a: of size 2, inside one of size 2.
+    A list, `{{0,1},{2,3}}`, is empty for all devices.  An iota is reshaped, transposed and reshaped, as in `[4,2]<=[8]T(1,0)`.
+    Axes of a mesh are named, as in `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.  In the notation by axes, `'a':(2)2` is a
+    part of axis a: of size 2, inside a part of size 2.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
         return _listed(pairs[1])
@@ -49,19 +49,19 @@ def _listed(text: str) -> list[tuple[int, ...]]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Array of a text such as `[2,4]T(1,0)`: numbers from 0 on in that shape, transposed."""
+    """Return the array that a text such as `[2,4]T(1,0)` describes: numbers from 0 on in shape [2, 4], then transposed."""
     shape, turned = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore
     ids = np.arange(math.prod(sizes := [int(d) for d in shape.split(",")])).reshape(sizes)
     return ids.transpose([int(d) for d in turned.split(",")]) if turned else ids
 
 
 def axes_of(device_groups: list[tuple[int, ...]], mesh: Mapping[str, int], pairs: bool = False) -> str:
-    """Name the fewest mesh axes that the groups span, as `data+fsdp`; `other` where they span no product of axes.
+    """Name the fewest mesh axes that the groups span, as `data+fsdp`, or `other` if the groups span no product of axes.
 
     Args:
-      device_groups: positions in the mesh.
-      mesh: sizes of its axes, in order.
-      pairs: the groups are pairs that need not fill the axes; it is enough that each lies within them.
+      device_groups: groups of devices, by their positions in the mesh.
+      mesh: sizes of the mesh axes by name, in order.
+      pairs: whether the groups are pairs of devices.  Pairs need not fill the axes: it is enough that each lies within them.
     """
     ids = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
     wanted = {frozenset(group) for group in device_groups}

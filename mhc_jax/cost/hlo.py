@@ -1,4 +1,4 @@
-"""The HLO text of a compiled program, parsed, and what the program costs by it: cycles, FLOPs, bytes, collectives.
+"""A parser of the HLO text of a compiled program, and the costs counted from it: cycles, FLOPs, bytes, collectives.
 
 The compiler's own totals (`cost_analysis`) count the body of a loop once.  Here it counts once per turn, and nested loops by the
 product of their turns.  Cycles are the TPU compiler's estimates of single operations, which stand in the text.  It has none for
@@ -20,19 +20,19 @@ from mhc_jax.cost.device_groups import axes_of, groups
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 KERNEL = 'custom_call_target="tpu_custom_call"'
-"""Part of the line of every Pallas kernel."""
+"""Text that the HLO line of every Pallas kernel contains."""
 _FREE = frozenset(
     (
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
         *("after-all", "partition-id", "replica-id", "iota", "async-update"),
     )
 )
-"""Operations that move no bytes themselves."""
+"""HLO operations that move no bytes themselves."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """One instruction of an HLO computation, which is one line of the text."""
 
     name: str
     shape: str
@@ -41,12 +41,12 @@ class Instruction:
     line: str
 
     def called(self, attribute: str) -> str:
-        """Name of the computation that an attribute (`calls`, `body`, `condition`) names; empty: there is none."""
+        """Return the name of the computation in an attribute (`calls`, `body`, `condition`), or an empty text without one."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.line)
         return match[1] if match else ""
 
     def branches(self) -> list[str]:
-        """Computations that a conditional chooses from, by index; those of a truth value in the order false, true."""
+        """List the computations that a conditional chooses from, by index.  A truth value chooses in the order false, true."""
         if listed := re.search(r"branch_computations=\{([^}]*)\}", self.line):
             return re.findall(r"%?([\w.\-]+)", listed[1])
         return [name for name in map(self.called, ("false_computation", "true_computation")) if name]
@@ -58,7 +58,7 @@ class Program:
     def __init__(self, text: str):
         self.text = text
         self.shares: Mapping[str, Sequence[float]] = {}
-        """How often each branch of a conditional runs, by the conditional's name; branches of all others count once each."""
+        """How often each branch of a conditional runs, by the conditional's name.  Branches of unnamed conditionals count once."""
         self.bodies: dict[str, dict[str, Instruction]] = {}
         self.entry = current = ""
         for line in text.splitlines():
@@ -70,14 +70,14 @@ class Program:
                 self.bodies[current][instruction.name] = instruction
 
     def part(self, entry: str = "", shares: Mapping[str, Sequence[float]] | None = None) -> Program:
-        """The same program from another computation on, or with branches that run as often as `shares` says."""
+        """Return the program with another computation as its entry, or with branches that run as often as `shares` says."""
         part = copy.copy(self)
         part.entry = entry or self.entry
         part.shares = self.shares if shares is None else shares
         return part
 
     def walk(self, fused: bool = False) -> Iterator[tuple[Instruction, str, int | float]]:
-        """Yield every instruction, its computation, and the times it runs; with `fused`, those inside fusions too."""
+        """Yield every instruction, its computation, and how often it runs; with `fused`, instructions inside fusions too."""
         yield from self._walk(self.entry, 1, fused)
 
     def _walk(self, name: str, times: int | float, fused: bool) -> Iterator[tuple[Instruction, str, int | float]]:
@@ -95,10 +95,12 @@ class Program:
                 yield from self._walk(instruction.called("to_apply") or instruction.called("calls"), times, fused)
 
     def turns(self, loop: Instruction) -> int:
-        """Turns of a while loop: those the compiler noted, or else the one constant that its condition counts to from 0.
+        """Return the number of turns of a while loop, as the compiler noted it.
+
+        Otherwise it is the one constant in the loop's condition, to which the loop counts from 0.
 
         Raises:
-          ValueError: neither is there.
+          ValueError: the compiler noted no number, and the condition has no single constant.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
             return int(known[1])
@@ -129,7 +131,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Position behind the parenthesis that closes the one `text` begins with."""
+    """Return the position behind the parenthesis that closes the first parenthesis of `text`."""
     depth = 0
     for k, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -139,13 +141,13 @@ def _closing(text: str) -> int:
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """Dimensions of the first array in a shape such as `bf16[6,1024]{1,0:T(8,128)}`."""
+    """Read the dimensions of the first array in a shape such as `bf16[6,1024]{1,0:T(8,128)}`."""
     match = re.search(r"\[([\d,]*)\]", shape)
     return _numbers(match[1]) if match else ()
 
 
 def arrays(shape: str) -> list[int]:
-    """Bytes of every array of a shape, tuples flattened; without padding."""
+    """List the bytes of every array in an HLO shape, without padding.  Tuples are flattened."""
     out = []
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
         width = re.match(r"[a-z]+(\d+)", kind)
@@ -159,7 +161,7 @@ def _numbers(listed: str) -> tuple[int, ...]:
 
 
 def fusions(text: str) -> int:
-    """Count the fusions in the text of a compiled program; those in a loop count once."""
+    """Count the fusions in the text of a compiled program.  A fusion in a loop counts once."""
     return text.count(" fusion(")
 
 
@@ -170,12 +172,12 @@ def cycles(program: Program, kernel: Callable[[Instruction], float]) -> float:
     """Add up the estimated cycles of one run, collectives left out.
 
     Args:
-      program: compiled for a TPU.
-      kernel: cycles of a Pallas kernel, for which the compiler has no estimate.
+      program: the program, compiled for a TPU.
+      kernel: returns the cycles of a Pallas kernel, for which the compiler has no estimate.
     """
     total = 0.0
     for instruction, _, times in program.walk():
-        # An estimate of more digits is a -1, which means that there is none.
+        # A number of more than 15 digits is a -1 without its sign: the compiler has no estimate.
         if estimate := re.search(r'"estimated_cycles":"(\d{1,15})"', instruction.line):
             total += times * int(estimate[1])
         elif KERNEL in instruction.line:
@@ -184,7 +186,7 @@ def cycles(program: Program, kernel: Callable[[Instruction], float]) -> float:
 
 
 def kernel_estimate(kernel: Instruction) -> tuple[float, float] | None:
-    """(FLOPs, bytes) that a Pallas kernel's author wrote down (`pl.CostEstimate`); None: nothing."""
+    """Return (FLOPs, bytes) that a Pallas kernel's author wrote down as `pl.CostEstimate`, or None without an estimate."""
     moved = re.search(r'"bytes_accessed":"?(\d+)', kernel.line)
     work = re.search(r'"flops":"?(\d+)', kernel.line)
     return (float(work[1]) if work else 0.0, float(moved[1])) if moved else None
@@ -194,13 +196,13 @@ def kernel_estimate(kernel: Instruction) -> tuple[float, float] | None:
 
 
 def flops(program: Program, kernel: Callable[[Instruction], float]) -> float:
-    """Add up 2 x multiplications of all products, and the FLOPs of kernels.
+    """Add up the FLOPs of a program: 2 for each multiplication of a matrix product, and the FLOPs of Pallas kernels.
 
-    Products are `dot`, and `convolution`, which the TPU compiler makes of them.
+    Matrix products are `dot` and `convolution` instructions.  The TPU compiler turns the first into the second.
 
     Args:
-      program: compiled for any backend.
-      kernel: FLOPs of a Pallas kernel.
+      program: the program, compiled for any backend.
+      kernel: returns the FLOPs of a Pallas kernel.
     """
     total = 0.0
     for instruction, computation, times in program.walk(fused=True):
@@ -221,7 +223,7 @@ def _dot_flops(dot: Instruction, left: tuple[int, ...], right: tuple[int, ...]) 
 
 
 def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """2 x products of elements that both exist: in a batched product written as a convolution most pairs fall outside."""
+    """Count 2 FLOPs for each pair of elements that both exist; most pairs of a batched product fall into the padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.line)
     assert labels, convolution.line
     lhs, rhs, out = labels.groups()
@@ -247,8 +249,8 @@ def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: t
 def bytes_accessed(program: Program) -> float:
     """Add up the bytes read from and written to HBM: operands and results of every operation outside fusions.
 
-    Arrays in VMEM do not count.  Where a fusion takes a slice of an operand, or writes a slice into it, the slice counts.  An
-    operand that several operations read counts for each.
+    Arrays in VMEM do not count.  If a fusion reads or writes only a slice of an operand, the slice alone counts.  An operand that
+    several operations read counts once for each operation.
     """
     total = 0.0
     for instruction, computation, times in program.walk():
@@ -268,13 +270,13 @@ def bytes_accessed(program: Program) -> float:
 
 
 def _hbm_bytes(shape: str) -> int:
-    """Bytes of the arrays of a shape that live in HBM (memory space 0)."""
+    """Return the bytes of the arrays of an HLO shape that live in HBM (memory space 0)."""
     parts = re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?", shape)
     return sum(sum(arrays(part)) for part in parts if not re.search(r"S\([1-9]\)", part))
 
 
 def _sliced(fused: dict[str, Instruction], sizes: list[int], result: int) -> tuple[list[int], int]:
-    """Bytes of a fusion's operands and result, each operand that it slices counted as its slices."""
+    """Return the bytes of a fusion's operands and of its result.  An operand that the fusion slices counts as its slices."""
     sizes = list(sizes)
     for parameter in fused.values():
         if parameter.opcode != "parameter":
@@ -299,17 +301,17 @@ class Collective:
 
     kind: str
     axes: str
-    """Mesh axes it runs over, as `data+fsdp`; `other` where its groups are no product of axes."""
+    """Mesh axes that the collective runs over, as `data+fsdp`, or `other` if its groups are no product of axes."""
     group: tuple[int, ...]
-    """Positions in the mesh of the devices of one group."""
+    """Positions in the mesh of one group's devices."""
     count: int
-    """Times it runs, loops by their turns."""
+    """Number of times that the collective runs; in a loop it runs once per turn."""
     bytes: int
     """Bytes on one device of the whole array that is gathered, reduced, scattered or exchanged."""
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in one run on a ring; of an all-to-all, all but the part that it keeps."""
+        """Bytes that a device sends in one run on a ring.  In an all-to-all a device sends all but the part that it keeps."""
         g = len(self.group)
         shares = {"all-reduce": 2 * (g - 1) / g, "collective-permute": 1.0}
         return self.bytes * shares.get(self.kind, (g - 1) / g)
@@ -319,8 +321,8 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """List the collectives between devices, the largest total first.
 
     Args:
-      program: of all devices of the mesh.
-      mesh: sizes of its axes, in order.
+      program: the program, compiled for all devices of the mesh.
+      mesh: sizes of the mesh axes by name, in order.
     """
     counts: dict[Collective, float] = {}
     seen: set[tuple[str, str]] = set()
@@ -329,7 +331,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        # An asynchronous collective may stand in the fusions of its start, its steps and its end, on one channel.
+        # An asynchronous collective may stand in three fusions (start, steps, end) with one channel.  It counts once.
         channel = re.search(r"channel_id=(\d+)", instruction.line)
         if channel and computation in fused:
             if (kind, channel[1]) in seen:
@@ -338,7 +340,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         device_groups = groups(instruction.line, math.prod(mesh.values()))
         if max(map(len, device_groups)) < 2:
             continue
-        # The result of a start holds its operand too.
+        # The result of an asynchronous start is a tuple that holds the operand too.
         size = (max if instruction.opcode.endswith("-start") else sum)(arrays(instruction.shape))
         if kind == "reduce-scatter":
             size *= len(device_groups[0])

@@ -1,6 +1,6 @@
-r"""What the operations of a connection read and write, counted by hand (mHC Table 2).
+r"""Numbers of elements that the operations of a connection read and write, counted by hand (mHC Table 2).
 
-Numbers are elements per token and sub-layer, forward, without the branch F.  The connection has n streams of width C.
+All numbers are per token and sub-layer, for the forward pass without the branch F.  The connection has n streams of width C.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 
 class Moved(NamedTuple):
-    """Elements per token between memory and chip."""
+    """Numbers of elements per token that an operation reads from memory and writes to it."""
 
     read: int
     written: int
 
 
 def residual(C: int) -> Moved:
-    """What x + y moves (mHC Table 2, first row)."""
+    """Count the elements that the residual connection, x + y, moves (mHC Table 2, first row)."""
     return Moved(2 * C, C)
 
 
 def unfused(n: int, C: int) -> dict[str, Moved]:
-    r"""What each operation moves when it is a kernel of its own (mHC Table 2).
+    r"""Count the elements that each operation moves if it is a kernel of its own (mHC Table 2).
 
     In all $(5n + 1)C + n^2 + 2n$ elements are read and $(3n + 1)C + n^2 + 2n$ are written.
     """
@@ -35,9 +35,9 @@ def unfused(n: int, C: int) -> dict[str, Moved]:
 
 
 def merged(n: int, C: int) -> dict[str, Moved]:
-    """What each operation moves when H_post, H_res and the merge are one kernel (mHC section 4.3).
+    """Count the elements that each operation moves if H_post, H_res and the merge are one kernel (mHC section 4.3).
 
-    Instead of (3n + 1)C elements that kernel reads (n + 1)C, and instead of 3nC it writes nC.
+    The merged kernel reads (n + 1)C elements instead of (3n + 1)C, and writes nC elements instead of 3nC.
     """
     rows = unfused(n, C)
     return {key: rows[key] for key in ("coefficients", "apply H_pre")} | {
@@ -46,15 +46,16 @@ def merged(n: int, C: int) -> dict[str, Moved]:
 
 
 def total(rows: dict[str, Moved]) -> Moved:
-    """Sum over operations."""
+    """Add up the elements of all operations."""
     return Moved(sum(row.read for row in rows.values()), sum(row.written for row in rows.values()))
 
 
 def boundary(n: int, C: int) -> dict[str, int]:
-    """Elements read plus written between two branches, with the pre-norm and without the coefficients themselves.
+    """Count the elements read plus written between two branches, with the pre-norm and without the coefficients themselves.
 
-    `three kernels`, (4n + 4)C: statistics and coefficients read nC; the read takes nC and gives C; the write takes (n + 1)C and
-    gives nC; the pre-norm takes C and gives C.  `statistics in the write`, (3n + 2)C: the statistics are taken while x is
-    written, and the norm is part of the read.  `one pass`, (2n + 2)C: x and y are touched once each; nothing can move less.
+    `three kernels`, (4n + 4)C: statistics and coefficients read nC.  The read takes nC and gives C.  The write takes (n + 1)C and
+    gives nC.  The pre-norm takes C and gives C.
+    `statistics in the write`, (3n + 2)C: the statistics are taken while x is written, and the norm is part of the read.
+    `one pass`, (2n + 2)C: x and y are touched once each.  No implementation can move less.
     """
     return {"three kernels": (4 * n + 4) * C, "statistics in the write": (3 * n + 2) * C, "one pass": (2 * n + 2) * C}

@@ -1,1 +1,1 @@
-"""Costs on machines that are not here: train steps compiled for slices of TPUs, and simulated pipelines."""
+"""Cost estimates for machines that are not at hand: train steps compiled for slices of TPUs, and simulated pipelines."""

@@ -1,4 +1,4 @@
-"""A train step traced and compiled for a slice of TPUs that is not here."""
+"""Tracing and compiling of a train step for a slice of TPUs that this machine does not have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mhc_jax.train_step import init_state, make_train_step
 
 
 def best_attention(config: ExperimentConfig, platform: str) -> ExperimentConfig:
-    """Choose `splash` attention where the configuration says `xla`, which writes T x T scores, and a TPU can run it."""
+    """Replace `xla` attention, which writes T x T scores to memory, by `splash` attention if a TPU can run it."""
     model = config.model
     if platform != "tpu" or model.attention != "xla" or not fits_splash(config) or config.mesh.sequence > 1:
         return config
@@ -29,11 +29,11 @@ def best_attention(config: ExperimentConfig, platform: str) -> ExperimentConfig:
 
 @dataclass(frozen=True)
 class LoweredStep:
-    """A train step before it is compiled."""
+    """A train step that is traced and lowered, but not compiled."""
 
     lowered: Any
     mesh: Any
-    """`jax.sharding.Mesh`, or None for one device."""
+    """The `jax.sharding.Mesh` of the step, or None for one device."""
     state: Any
     """Shapes, dtypes and shardings of the train state."""
 
@@ -42,9 +42,9 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
     """Trace the train step of a configuration for the devices of a slice, as its mesh splits it.
 
     Args:
-      config: its mesh has all devices of the slice, its vocabulary is known, and its model.remat is not `auto`.
-      where: the slice.
-      implementation: of the connections' operations; None: the one of the platform.
+      config: the configuration.  Its mesh has all devices of the slice, its vocabulary is known, and its model.remat is not `auto`.
+      where: the slice to lower for.
+      implementation: name of the implementation of the connections' operations.  None takes the platform's default.
 
     Raises:
       InputError: the mesh does not fit the slice.
@@ -57,7 +57,7 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
     )
     try:
         mesh = sharding.make_mesh(config.mesh, where.devices)
-    except NotImplementedError as error:  # jax lays an axis along whole sides of the torus
+    except NotImplementedError as error:  # jax can lay an axis only along whole sides of the torus.
         sides = " x ".join(map(str, where.sides))
         raise InputError(
             f"The mesh ({config.mesh}) cannot be laid on {where.name}; every axis must be a product of whole sides of {sides}."
@@ -78,7 +78,7 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
 
 
 class DoesNotFitError(Exception):
-    """The compiler says that a program does not fit; `needs` and `has` are bytes, or None where it does not say them."""
+    """A program does not fit, as the compiler reports.  `needs` and `has` are bytes, or None if the report lacks them."""
 
     def __init__(self, text: str):
         super().__init__(text)

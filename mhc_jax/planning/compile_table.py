@@ -26,20 +26,20 @@ def estimates(
     folder: Path,
     largest: bool,
 ) -> list[Row]:
-    """Estimate the train step of each connection.
+    """Estimate the train step with each connection.
 
     Args:
-      config: of the run, whatever its connection.
+      config: the configuration of the step.  Its connection is replaced by each of `kinds`.
       kinds: connections as `connections.parse` takes them.
-      where: the slice.
-      implementation: of the connections' operations; None: the one of the platform.
-      folder: where results are kept.
-      largest: search the largest batch as well.
+      where: the slice to compile for.
+      implementation: name of the implementation of the connections' operations.  None takes the platform's default.
+      folder: folder of the cached results.
+      largest: whether to search the largest batch as well.
 
     Returns:
-      rows as `step_estimate.estimate` gives them, with `largest` each with `largest_batch`.
+      A row for each connection, as `step_estimate.estimate` gives it.  With `largest` it has an entry `largest_batch` as well.
     """
-    # All configurations first: a mistake is told before the first compile.
+    # All configurations are made first, so that a mistake in one is reported before the first compile.
     configs = {kind: config.with_settings(model={"connection": connections.parse(kind)}) for kind in kinds}
     rows = []
     with Progress("compile", "connections", len(configs)) as progress:
@@ -65,18 +65,19 @@ def estimates(
 
 
 def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[ExperimentConfig], Row]) -> dict[str, Any]:
-    """Search the most sequences per step that fit, in the same mesh and number of accumulation steps.
+    """Search the largest number of sequences per step that fits, with the mesh and accumulation steps of the configuration.
 
-    Memory is taken as linear in the sequences of one device and accumulation step, from compiles of 1 and 2.  The largest that
-    fits by that is compiled, and smaller ones after it until one does.
+    Memory is taken as linear in the number of sequences of one device and accumulation step.  Compiles with 1 and 2 sequences give
+    the line.  The largest number that fits by this line is compiled, then smaller numbers until one fits.
 
     Args:
-      config: of the run, whatever its batch.
-      hbm: bytes of a device.
-      estimate: compiles the step of a configuration.
+      config: the configuration of the step.  Its batch size is replaced.
+      hbm: memory of a device in bytes.
+      estimate: compiles the step of a configuration and returns its row.
 
     Returns:
-      `sequences` per step (0: not even the smallest fits), `per_device` and accumulation step, and `needs` in bytes.
+      `sequences`, the number per step, 0 if not even the smallest batch fits.  `per_device`, the number per device and accumulation
+      step.  `needs`, the memory of a device in bytes.
     """
     unit = config.mesh.batch * config.optimizer.accumulation_steps
 
@@ -97,7 +98,7 @@ def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[Experi
 
 
 def markdown(rows: Sequence[Row], where: Slice) -> str:
-    """Tables of steps, collectives and pipelines, and what a reader must know of them."""
+    """Return Markdown tables of the steps, collectives and pipelines, with the notes that a reader needs."""
     out = [*_steps(rows), "", *_collectives(rows)]
     for row in rows:
         if largest := row.get("largest_batch"):
@@ -113,7 +114,7 @@ def markdown(rows: Sequence[Row], where: Slice) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table of memory and time of a step; overheads are over the first row that fits."""
+    """Return the lines of a table of each step's memory and time.  Overheads are over the first row that fits."""
     out = [
         "| connection | parameters (GiB) | optimizer (GiB) | gradients (GiB) | streams (GiB) | logits (GiB) | HBM (GiB) | fits "
         "| TFLOP | GB moved | compute (ms) | collectives (ms) | longest wait (ms) | step (ms) | over the first that fits | MFU |",
@@ -140,7 +141,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 
 
 def _collectives(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table of collectives, those of one kind, axes and group size together."""
+    """Return the lines of a table of collectives.  Collectives with equal kind, axes and group size are added up."""
     out = ["| connection | collective | axes | devices | times | GB in all | ms |", "| --- " * 7 + "|"]
     for row in rows:
         merged: dict[tuple[str, str, int], list[float]] = {}
@@ -158,7 +159,7 @@ def _collectives(rows: Sequence[Row]) -> list[str]:
 
 
 def pipelines(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table of the operations of pipelined rows, each that of the dearest stage; none without such rows."""
+    """Return the lines of a table of each pipeline's operations at their dearest stages; no lines if no row has a pipeline."""
     if not any("pipeline" in row for row in rows):
         return []
     times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting (%)"

@@ -1,8 +1,8 @@
-"""What the compiler says of a pipelined train step: the cost of each operation, and what its messages hide behind.
+"""The costs of the operations of a compiled pipelined train step, and whether its messages hide behind other work.
 
-The step holds every operation once: as a branch of a conditional in the loop over ticks, with one conditional for each phase of a
-tick (`pipeline.executor`).  Each device takes the branches that its columns say.  Totals of the program are therefore weighted by
-how often an average device takes a branch, and what devices wait for each other is simulated with the costs of the branches.
+The program is a loop over ticks, with one conditional for each phase of a tick (`pipeline.executor`).  Every operation stands in it
+once, as a branch of a conditional.  The schedule's columns say which branches a device takes.  Totals of the program are therefore
+weighted by how often an average device takes a branch.  The waits of devices for each other are simulated with the branches' costs.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from mhc_jax.schedules.simulate import Costs, simulate
 from mhc_jax.schedules.tables import Schedule
 
 Cost = Callable[[Program], float]
-"""The cost of one run of a program, in any unit."""
+"""A function that returns the cost of one run of a program, in any unit."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message that one tick sends and receives (`collective-permute`), as it stands in the compiled order."""
+    """A message that one tick sends and receives, which is a `collective-permute` in the compiled program."""
 
     bytes: int
+    """Size of the message in bytes on one device."""
     asynchronous: bool
-    """Whether it has a start and an end."""
+    """Whether the compiled message is two instructions, a start and an end."""
     hidden: bool
-    """Whether all phases of the tick stand between the two, or other work that takes as long as the message."""
+    """Whether work that covers the message stands between its start and its end: all phases of the tick, or as much time."""
 
 
 class CompiledPipeline:
-    """The compiled program of a pipelined step, taken apart."""
+    """The compiled program of a pipelined train step, divided into the operations of its schedule."""
 
     def __init__(self, program: Program, schedule: Schedule, leading: bool):
         """Find the loop over ticks and the conditional of each phase.
 
         Args:
-          program: compiled from a step of that schedule.
-          schedule: of the step.
-          leading: the first stage has other blocks than the rest.
+          program: the program, compiled from a step that follows `schedule`.
+          schedule: the schedule of the step.
+          leading: whether the first stage has leading blocks, which differ from the blocks of the other stages.
 
         Raises:
           ValueError: the program has no loop over ticks.
@@ -63,10 +64,10 @@ class CompiledPipeline:
         if not self.body:
             raise ValueError(f"the compiled step has no loop of {ticks} ticks with a choice for each of their phases")
         self.phases = self._conditionals(self.body)
-        """The conditional of each phase."""
+        """The conditional of each phase of a tick, in order."""
 
     def _conditionals(self, body: str) -> list[Instruction]:
-        """The conditionals of a computation, by phase; empty where they are not those of the schedule."""
+        """List the conditionals of a computation, one for each phase; an empty list if they do not match the schedule."""
         by_scope = {}
         for instruction in self.program.bodies[body].values():
             if instruction.opcode == "conditional":
@@ -77,7 +78,7 @@ class CompiledPipeline:
         return [conditional for conditional in conditionals if conditional] if fits else []
 
     def weighted(self) -> Program:
-        """The program, whose branches run as often as an average device takes them."""
+        """Return the program with each branch weighted by how often an average device takes it."""
         taken: dict[str, Sequence[float]] = {}
         for k, (conditional, phase) in enumerate(zip(self.phases, self.table.phases, strict=True)):
             column = self.table.columns[f"operation_{k}"]
@@ -86,11 +87,11 @@ class CompiledPipeline:
         return self.program.part(shares={**taken, **self._end_shares(1 / S, 1 / S)})
 
     def costs(self, cost: Cost, send: float) -> Costs:
-        """Costs of every operation on every stage; the work of a tick itself counts with each operation.
+        """Return the cost of every operation on every stage; each operation includes the work of a tick itself.
 
         Args:
-          cost: of one run of a program.
-          send: cost of a message.
+          cost: returns the cost of one run of a program.
+          send: cost of one message, in the unit of `cost`.
         """
         S, tick = self.schedule.stages, self.tick_cost(cost)
         branch_of = {
@@ -101,7 +102,7 @@ class CompiledPipeline:
         has_leading = any(operation.forward_leads or operation.backward_leads for operation in branch_of)
 
         def on_all_stages(forward: str, backward: str) -> list[float]:
-            """Costs by stage, 0 where the operation does not occur."""
+            """List the costs of an operation on each stage, 0 where the operation does not occur."""
             out = []
             for stage in range(S):
                 leads = has_leading and stage == 0
@@ -118,15 +119,15 @@ class CompiledPipeline:
         return Costs(tuple(F), tuple(B), tuple(W), sum(ratios) / len(ratios) if ratios else 1.0, send)
 
     def tick_cost(self, cost: Cost) -> float:
-        """Cost of a tick without its operation: messages are put into buffers."""
+        """Return the cost of a tick without its operations: the messages that it puts into buffers."""
         nothing = {conditional.name: [0.0] * len(conditional.branches()) for conditional in self.phases}
         return cost(self.program.part(self.body, nothing))
 
     def messages(self, seconds: Cost, link: float) -> list[Message]:
-        """Messages of one tick.
+        """List the messages of one tick.
 
         Args:
-          seconds: of one run of a program.
+          seconds: returns the seconds of one run of a program.
           link: bytes per second from one stage to the next.
         """
         order = list(self.program.bodies[self.body].values())
@@ -144,13 +145,21 @@ class CompiledPipeline:
         return messages
 
     def _only(self, instructions: Sequence[Instruction]) -> Program:
-        """A program of these instructions alone."""
+        """Return a program that holds these instructions alone."""
         part = self.program.part("between", {})
         part.bodies = {**self.program.bodies, "between": {one.name: one for one in instructions}}
         return part
 
     def _end_shares(self, first: float, last: float) -> dict[str, tuple[float, float]]:
-        """Shares (no, yes) of the conditionals on what the first stage and the last stage do alone."""
+        """Return how often each branch (false, true) runs of the conditionals for the first stage's and the last stage's own work.
+
+        Args:
+          first: share of devices that are the first stage, from 0 to 1.
+          last: share of devices that are the last stage, from 0 to 1.
+
+        Returns:
+          The shares of the two branches, by the conditional's name.
+        """
         shares: dict[str, tuple[float, float]] = {}
         for body in self.program.bodies.values():
             for instruction in body.values():
@@ -161,12 +170,12 @@ class CompiledPipeline:
         return shares
 
     def describe(self, seconds: Cost, link: float, blocks: int) -> dict[str, Any]:
-        """JSON of the costs, of the simulation with them, and of the messages.
+        """Return JSON values of the operations' costs, of the step simulated with those costs, and of the messages.
 
         Args:
-          seconds: of one run of a program.
+          seconds: returns the seconds of one run of a program.
           link: bytes per second from one stage to the next.
-          blocks: of a stage.
+          blocks: number of blocks of one stage.
         """
         messages = self.messages(seconds, link)
         send = max((message.bytes for message in messages), default=0) / link
@@ -190,6 +199,6 @@ class CompiledPipeline:
 
 
 def _scopes(instruction: Instruction) -> list[str]:
-    """Named scopes that an operation was made in."""
+    """List the named scopes in which an instruction's operation was traced, outermost first."""
     name = re.search(r'op_name="([^"]*)"', instruction.line)
     return name[1].split("/") if name else []

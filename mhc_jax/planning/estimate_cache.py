@@ -1,4 +1,4 @@
-"""Results of long computations, kept as JSON files until what they depend on changes."""
+"""A cache of long computations: each result is a JSON file, and is computed again when its inputs change."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import mhc_kernels
 
 
 def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Look a result up, or compute and keep it.
+    """Read a result from the cache, or compute it and write it there.
 
-    A file is named by a hash of the key, of the versions of packages and of our source files.
+    The file's name is a hash of the key, of the versions of jax and its companions, and of the project's source files.
 
     Args:
       key: JSON values that decide the result.
-      folder: of the files.
+      folder: folder of the cached files.
       work: computes the result.
 
     Returns:
-      the result, and whether it was there.
+      The result, and whether it was in the cache.
     """
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     packages["libtpu"] = importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else "none"
@@ -42,7 +42,7 @@ def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, An
 
 
 def sources() -> str:
-    """Hash of the source files of both packages."""
+    """Return a hash of the source files of the packages mhc_jax and mhc_kernels."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parents[1], Path(mhc_kernels.__file__).parent):
         for path in sorted(package.rglob("*.py")):

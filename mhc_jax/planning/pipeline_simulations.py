@@ -1,4 +1,4 @@
-"""Pipeline schedules simulated with the costs of a model's stages, and the table of them that `experiments/pipeline.py` prints."""
+"""Simulations of pipeline schedules with the costs of a model's stages, and the table that `experiments/pipeline.py` prints."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ from mhc_jax.schedules.tables import Schedule, make
 from mhc_jax.schedules.validate import peak_activations, validate
 
 CostsOfStages = Callable[[int], Costs]
-"""Costs of a model that is cut into that many stages."""
+"""A function that takes a number of stages and returns the costs of a model cut into so many stages."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule with one set of costs."""
+    """The simulation of one schedule with one set of costs: one row of the table."""
 
     label: str
-    """Connection and whether it recomputes; empty for costs by hand."""
+    """Name of the connection, with "recompute" if it recomputes.  It is empty for costs given by hand."""
     run: Timeline
+    """The simulated step."""
     sized: bool
-    """Whether activations are bytes, those that the connections keep."""
+    """Whether the activations of `run` are the bytes that the connections keep.  Otherwise they count stages."""
     over: float | None = None
-    """Makespan over the first row's of the same schedule, less 1."""
+    """Makespan of this row over that of the schedule's first row, less 1.  The first row itself has None."""
 
     @property
     def unit(self) -> str:
-        """Unit of times; empty for costs by hand."""
+        """Unit of the row's times: seconds, or empty if the costs are given by hand."""
         return "s" if self.label else ""
 
     @property
     def title(self) -> str:
-        """Schedule, connection, sizes and bubble, for the picture."""
+        """Title of the row's picture: schedule, connection, sizes and bubble fraction."""
         schedule = self.run.schedule
         numbers = f"{schedule.devices} devices, {schedule.stages} stages, {schedule.microbatches} microbatches"
         return f"{schedule.name}{', ' if self.label else ''}{self.label}: {numbers}, bubble {100 * self.run.bubble_fraction:.1f} %"
 
 
 def schedules(names: Sequence[str], devices: int, microbatches: int) -> list[Schedule]:
-    """Make and prove the schedules of these names."""
+    """Make the schedules of these names and check that each is valid."""
     made = [make(name, devices, microbatches) for name in names]
     for schedule in made:
         validate(schedule)
@@ -53,7 +54,10 @@ def schedules(names: Sequence[str], devices: int, microbatches: int) -> list[Sch
 
 
 def of_hand(schedules: Sequence[Schedule], F: float, B: float, W: float, pair: float, send: float) -> list[Row]:
-    """Simulate stages that take the same given times under every schedule."""
+    """Simulate the schedules with costs given by hand.
+
+    Every stage takes F, B and W, whatever the number of stages into which a schedule cuts the model.
+    """
     return _rows(schedules, {"": lambda stages: by_hand(stages, F, B, W, pair, send)})
 
 
@@ -64,7 +68,10 @@ def of_model(
     rates: stage_costs.Rates,
     pair: float,
 ) -> list[Row]:
-    """Simulate a model with each connection, and kinds with streams once more with recompute; a microbatch is one sequence."""
+    """Simulate the schedules with a model's costs, once for each connection.
+
+    A connection with more than one stream is simulated a second time, with recompute.  A microbatch is one sequence.
+    """
     require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
     T = config.data.sequence_length
     costs: dict[str, CostsOfStages] = {}
@@ -79,15 +86,15 @@ def of_model(
 
 
 def of_compiled(schedules: Sequence[Schedule], files: Sequence[Mapping[str, Any]], blocks: int) -> list[Row]:
-    """Simulate steps that were compiled for a slice.
+    """Simulate the schedules with the costs of train steps that were compiled for a slice.
 
     Args:
-      schedules: to simulate.
-      files: contents of files that `experiments/compile.py --json` wrote; the first row of the first is the baseline.
-      blocks: of the whole model.
+      schedules: the schedules to simulate.
+      files: contents of files that `experiments/compile.py --json` wrote.  The first row of the first file is the baseline.
+      blocks: number of blocks of the whole model.
 
     Raises:
-      InputError: a file is of something else, or two rows are of one connection and one model.remat.
+      InputError: `experiments/compile.py --json` did not write a file, or two rows have the same connection and model.remat.
     """
     costs: dict[str, CostsOfStages] = {}
     for file in files:
@@ -103,7 +110,7 @@ def of_compiled(schedules: Sequence[Schedule], files: Sequence[Mapping[str, Any]
 def of_report(
     schedules: Sequence[Schedule], report: Mapping[str, Any], workload: str, names: Sequence[str], blocks: int
 ) -> list[Row]:
-    """Simulate train steps that a device report has measured; see `stage_costs.from_report`."""
+    """Simulate the schedules with train-step times that a device report has measured; see `stage_costs.from_report`."""
     costs: dict[str, CostsOfStages] = {
         name: functools.partial(stage_costs.from_report, report, workload, name, blocks=blocks) for name in names
     }
@@ -124,7 +131,10 @@ def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages]) -> 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Table of times in the unit of the costs, activations in stages of one microbatch, and what the connections keep of them."""
+    """Return the Markdown table of the rows.
+
+    Times are in the unit of the costs.  Activations count stages of one microbatch.  The bytes that connections keep are in GB.
+    """
     unit = f" ({rows[0].unit})" if rows and rows[0].unit else ""
     out = [
         f"| schedule | connection | devices x stages | step{unit} | longest wait{unit} | waiting (%) | messages exposed{unit} | "

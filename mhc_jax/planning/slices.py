@@ -1,6 +1,6 @@
-"""Slices of TPUs by name, compiled for without being there: `v5p:4x4x4`, `v5e:16x16`, `v6e:8x8`, `cpu:8`.
+"""Slices of TPUs by name, such as `v5p:4x4x4`, `v5e:16x16`, `v6e:8x8`, `cpu:8`; programs compile for them without hardware.
 
-Peak FLOPs, memory and links are those of Google Cloud's pages of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e):
+Peak FLOPs, memory and links are from Google Cloud's pages of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e):
 bfloat16 FLOP/s, HBM capacity and bandwidth of a chip, and the bits per second of all its ports (4 in two dimensions, 6 in three).
 The pages do not name the clock.  It is the peak over 2 FLOPs x MXUs x MXU area: v4 has 8 MXUs of 128 x 128, v5e 4, v5p 8, and v6e
 4 of 256 x 256.  libtpu makes two devices of a v4, each with half of everything.
@@ -22,7 +22,8 @@ from jax.experimental import topologies
 
 from mhc_jax.errors import InputError, one_of, require
 
-# No metadata server says which TPU this is, and libtpu locks a file of the whole machine; the rest spares pages of warnings.
+# Without a TPU no metadata server names the TPU, so a type is set here.  libtpu would lock a file for the whole machine, so several
+# loads are allowed.  The log level spares pages of warnings.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -34,34 +35,34 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Chip:
-    """What the compiler calls a device: a chip, or one of the two cores of a v4.  All figures per second are peaks."""
+    """The figures of a compiler's device, which is a chip, or one of the two cores of a v4.  All figures per second are peaks."""
 
     name: str
     flops: float
-    """FLOP/s in bfloat16."""
+    """Peak FLOPs per second in bfloat16."""
     bandwidth: float
-    """Bytes/s of HBM, reads and writes together."""
+    """Bandwidth of HBM in bytes per second, reads and writes together."""
     hbm: int
-    """Bytes of HBM."""
+    """Size of HBM in bytes."""
     clock: float
-    """Hz of the cycles that the compiler counts."""
+    """Number of the compiler's cycles per second."""
     link: float
-    """Bytes/s of one port, one way."""
+    """Bytes per second that one port sends in one direction."""
     dimensions: int
-    """Dimensions of the torus of chips; a chip has two ports in each."""
+    """Number of dimensions of the torus of chips.  A chip has two ports in each dimension."""
     devices: int
-    """Devices of one chip."""
+    """Number of devices of one chip."""
     whole: int
-    """Sides of the torus that are a multiple of this close to a ring; shorter sides are lines."""
+    """Number of chips of which a side of the torus must be a multiple to close to a ring.  Other sides are lines."""
     largest: int
-    """Chips of the largest slice."""
+    """Number of chips of the largest slice."""
 
     def bytes_cycles(self, size: float) -> float:
-        """Cycles that `size` bytes take at peak bandwidth."""
+        """Return the cycles that `size` bytes take at peak bandwidth."""
         return size / self.bandwidth * self.clock
 
     def flops_cycles(self, flops: float) -> float:
-        """Cycles that `flops` take at the peak."""
+        """Return the cycles that `flops` FLOPs take at the peak rate."""
         return flops / self.flops * self.clock
 
 
@@ -72,12 +73,12 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 1.64e12, 32 * 2**30, 1.75e9, 3584e9 / 8 / 4, 2, 1, 16, 256),
 }
 CPU = Chip("cpu", 1e11, 2e10, 8 * 2**30, 1e9, 1e9, 1, 1, 1, 4096)
-"""Round numbers, to try commands out where there is no libtpu: sizes and counts mean something, times do not."""
+"""A CPU with round numbers, to try commands out without libtpu.  Its sizes and counts mean something, its times do not."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A topology and its devices, which exist for the compiler only."""
+    """A torus of chips and its devices, which exist for the compiler only."""
 
     name: str
     chip: Chip
@@ -86,20 +87,20 @@ class Slice:
 
     @property
     def platform(self) -> str:
-        """The name, `tpu` or `cpu`, that `mhc_kernels.settings` takes."""
+        """The name of the platform, `tpu` or `cpu`, as `mhc_kernels.settings` takes it."""
         return "cpu" if self.chip is CPU else "tpu"
 
     def coordinates(self, device: Any) -> tuple[int, ...]:
-        """Place of a device's chip in the torus."""
+        """Return the place of a device's chip along each side of the torus."""
         return (device.id,) if self.chip is CPU else tuple(device.coords)[: self.chip.dimensions]
 
     def bandwidth(self, spans: tuple[int, ...]) -> float:
-        """Bytes/s that a chip sends to a group of chips.
+        """Return the bytes per second that a chip sends to a group of chips.
 
-        It uses both ports of every side that the group spans, or one port where the side is a line and not a ring.
+        The chip uses both ports of every side that the group spans, or one port if the side is a line and not a ring.
 
         Args:
-          spans: chips of the group along each side of the torus.
+          spans: number of chips of the group along each side of the torus.
         """
         sides = zip(spans, self.sides, strict=True)
         return self.chip.link * sum(2 if side % self.chip.whole == 0 else 1 for span, side in sides if span > 1)
@@ -109,7 +110,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Read (chip, sides) from a name such as `v5p:4x4x4`.
 
     Raises:
-      InputError: an unknown chip, or sides it cannot have.
+      InputError: the chip is unknown, or cannot have these sides.
     """
     kind, _, shape = name.partition(":")
     one_of("The chip of --topology", kind, [*CHIPS, "cpu"])
@@ -129,10 +130,10 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 @functools.cache
 def get_slice(name: str) -> Slice:
-    """Make the slice of that name.
+    """Make the slice of a name such as `v5p:4x4x4`.
 
     Raises:
-      InputError: an unknown topology, or libtpu, the TPU compiler, is not there.
+      InputError: the topology is unknown, or libtpu, the TPU compiler, is not installed.
     """
     chip, sides = parse(name)
     devices = _cpu_devices(name, sides[0]) if chip is CPU else _tpu_devices(name, sides)
@@ -140,7 +141,7 @@ def get_slice(name: str) -> Slice:
 
 
 def _cpu_devices(name: str, count: int) -> tuple[Any, ...]:
-    with contextlib.suppress(RuntimeError):  # the devices are there already
+    with contextlib.suppress(RuntimeError):  # jax has made its devices already.
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     require(
@@ -158,13 +159,13 @@ def _tpu_devices(name: str, sides: tuple[int, ...]) -> tuple[Any, ...]:
         f"PYTHONPATH (it needs no TPU).",
     )
     os.environ.update(LIBTPU_ENVIRONMENT)
-    # By default libtpu knows multiples of the four chips of a host only.
+    # By default libtpu knows only slices of whole hosts, which have four chips each.
     host = [2, 2, 1] if sides[0] % 2 == sides[1] % 2 == 0 else [1, 1, 1]
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
-    except Exception as error:  # what libtpu raises for a shape that was never built
+    except Exception as error:  # libtpu raises this for a shape that was never built.
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--topology is {name!r}, which libtpu does not know: {reason}") from error
-    # A program compiled for a device that is not here can be written to the cache of compiled programs and not read.
+    # jax can write a program for an absent device to its cache of compiled programs but not read it, so nothing is cached.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     return tuple(topology.devices)

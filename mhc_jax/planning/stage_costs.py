@@ -1,14 +1,15 @@
 r"""Times of the stages of a pipeline: from a configuration and a chip's rates, from a compiled step, or from a device report.
 
-From a configuration (`from_model`) the parts of one microbatch on one device take, for a block of two sub-layers:
+From a configuration (`from_model`), one microbatch costs one device this much for each block of two sub-layers:
 
     branches     6 FLOPs per weight and token, as `cost.counts.model_cost` counts: a third in F, a third in I, a third in W
     connection   bytes of two boundaries: $(2n + 2)C$ elements per token forward, $(5n + 5)C$ backward, all of it in F and I
     recompute    $(2n + 2)C$ per boundary once more in I, for kinds with streams; blocks are the stages (mHC section 4.3.3)
     message      $nC$ elements per token over one link
 
-$(5n + 5)C$ is what the fused backward kernels move at n = 4, 25C (`experiments/compile.py` and `kernels/bench.py --compile` list
-it).  n = 1 is the plain residual with its pre-norm.  The input embedding is free, the output embedding is on the last stage.
+At n = 4 the fused backward kernels move 25C elements, which is $(5n + 5)C$ (listed by `experiments/compile.py` and
+`kernels/bench.py --compile`).  n = 1 is the plain residual with its pre-norm.  The input embedding is free.  The
+output embedding is on the last stage.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from mhc_jax.schedules.simulate import Costs
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches, per second."""
+    """The speeds that a device reaches: FLOPs and bytes per second."""
 
     flops: float
-    """FLOPs of the branches."""
+    """FLOPs per second in the branches."""
     bandwidth: float
-    """Bytes between chip and memory, for the connections."""
+    """Memory bandwidth in bytes per second.  The connections' operations run at this speed."""
     link: float
-    """Bytes from one stage to the next."""
+    """Bytes per second that a device sends to the next stage."""
 
 
 def chip_rates(name: str, flops_share: float, bandwidth_share: float) -> Rates:
-    """Rates of one of `slices.CHIPS` at shares of its peaks.
+    """Return the rates of a chip of `slices.CHIPS`: its peak FLOPs and bandwidth, multiplied by the given shares.
 
-    The shares are assumptions.  The link is one port at its peak.
+    The shares are assumptions.  The link is one port of the chip at its peak.
     """
     one_of("The chip", name, CHIPS)
     require(
@@ -53,17 +54,20 @@ def chip_rates(name: str, flops_share: float, bandwidth_share: float) -> Rates:
 
 
 def blocks_of_stages(blocks: int, stages: int, head: float = 0.0) -> list[int]:
-    """Number of blocks of each stage: they are given, one by one, to the stage with the least work.
+    """Divide the blocks among the stages: each block in turn goes to the stage with the least work.
 
     The last stage may be left with the output embedding alone.
 
     Args:
-      blocks: of the model.
-      stages: of the model.
-      head: work of the output embedding, in blocks.
+      blocks: number of blocks of the model.
+      stages: number of stages of the model.
+      head: work of the output embedding on the last stage, in units of one block's work.
+
+    Returns:
+      The number of blocks of each stage.
 
     Raises:
-      InputError: there are fewer blocks than stages without an output embedding.
+      InputError: there are too few blocks.  Every stage needs one, save the last if `head` is above 0.
     """
     require(
         blocks >= stages - (head > 0),
@@ -80,15 +84,15 @@ def blocks_of_stages(blocks: int, stages: int, head: float = 0.0) -> list[int]:
 def from_model(
     config: ModelConfig, sequence_length: int, stages: int, rates: Rates, recompute: bool = False, pair: float = 1.0
 ) -> Costs:
-    """Seconds of one microbatch of one sequence, and bytes that the connections keep of it.
+    """Return the seconds that one sequence, as a microbatch, takes on each stage, and the bytes that the connections keep of it.
 
     Args:
-      config: with its vocabulary.
-      sequence_length: T.
-      stages: of the model.
-      rates: of one device.
-      recompute: keep streams at the entry of a stage alone, and compute the others again.
-      pair: see `Costs`.
+      config: configuration of the model, with its vocabulary size.
+      sequence_length: number of tokens of the sequence, T.
+      stages: number of stages of the model.
+      rates: the rates of one device.
+      recompute: whether to keep only the streams that enter a stage, and compute the streams inside the stage again.
+      pair: time of an overlapped F&B over F + B, as in `Costs`.
     """
     T, C, width = sequence_length, config.width, jnp.dtype(config.stream_dtype).itemsize
     cost, n = model_cost(config, T), stream_elements(config) // config.width
@@ -103,25 +107,26 @@ def from_model(
     W = [b * block for b in blocks]
     B = [b * (2 * block + 2.5 * boundary + again) for b in blocks]
     F[-1], B[-1], W[-1] = F[-1] + head, B[-1] + 2 * head, W[-1] + head
-    # With one stream the branch's input is the stream; with more, h and y are kept beside the streams, or y alone.
+    # With one stream the branch's input is the stream itself.  With several, the branch's input h and output y are kept beside the
+    # streams; with recompute only y is.
     elements = [2 * b * (n + 2 if n > 1 else 1) if not again else n + 2 * b for b in blocks]
     kept = tuple(float(e * C * width * T) for e in elements)
     return Costs(tuple(F), tuple(B), tuple(W), pair, n * C * width * T / rates.link, kept)
 
 
 def from_compiled(row: Mapping[str, Any], stages: int, blocks: int) -> Costs:
-    """Seconds as the compiler estimates them, from a pipelined train step of the same block (`experiments/compile.py --json`).
+    """Return the seconds of each stage that the compiler estimates, from a pipelined train step of a model with the same blocks.
 
-    A stage in the middle gives the cost of a block.  What the last stage takes beyond that is the loss, which counts in F alone; it
-    gets fewer blocks for it, as in `from_model`.
+    The second stage of the compiled step gives the cost of a block.  The time that the last stage's F takes beyond the second's is
+    the time of the loss.  The loss counts in F alone, and the last stage gets fewer blocks for it, as in `from_model`.
 
     Args:
-      row: of one connection.
-      stages: of the model.
-      blocks: of the whole model.
+      row: a row of a file that `experiments/compile.py --json` wrote, for one connection.
+      stages: number of stages of the model.
+      blocks: number of blocks of the whole model.
 
     Raises:
-      InputError: the row is of no pipeline, or of one without a stage in the middle or without W.
+      InputError: the row's step has no pipeline, fewer than 3 stages, or no W.
     """
     require("pipeline" in row, "The row is of no pipeline; compile it with --config.mesh.stage=4.")
     pipeline = row["pipeline"]
@@ -142,17 +147,18 @@ def from_compiled(row: Mapping[str, Any], stages: int, blocks: int) -> Costs:
 
 
 def from_report(report: Mapping[str, Any], workload: str, connection: str, stages: int, blocks: int) -> Costs:
-    """Seconds of one sequence from the measured train steps of `experiments/device_report.py`, for blocks of that shape.
+    """Return the seconds of one sequence on each stage, from train steps that `experiments/device_report.py` has measured.
 
-    Residual's step is divided into F, I and W as the branches' FLOPs are.  What another connection adds is divided by its bytes:
-    two sevenths to F, the rest to I.  Messages take no time.
+    The blocks have the shape of the measured layers.  The residual connection's step is divided like the branches' FLOPs: a third
+    each to F, I and W.  The time that another connection adds is divided like its bytes: two sevenths to F, the rest to I.
+    Messages take no time.
 
     Args:
       report: contents of report.json of one device.
-      workload: `27b`, `3b` or `tiny`.
-      connection: name of a row of its train steps.
-      stages: of the model; they must divide the blocks.
-      blocks: of the whole model.
+      workload: name of the measured model: `27b`, `3b` or `tiny`.
+      connection: name of a row of the workload's train steps.
+      stages: number of stages of the model.  It must divide the number of blocks.
+      blocks: number of blocks of the whole model.
 
     Raises:
       InputError: the report has no such step, or blocks do not divide into stages.

@@ -1,12 +1,13 @@
-r"""What a train step costs on a slice of TPUs, from its shapes and from what the compiler says of it.
+r"""The costs of a train step on a slice of TPUs, estimated from array shapes and from the compiled program.
 
-Memory is the compiler's.  Time is an upper estimate of one device's step:
+Memory is as the compiler reports it.  Time is an upper estimate of one device's step:
 
 $$t = t_{compute} + t_{collectives} + t_{wait}$$
 
-`compute` is the compiler's cycles at the chip's clock; a Pallas kernel, which has none, takes the longer of its FLOPs and its
-bytes at the chip's peaks.  `collectives` take their bytes over the links of the torus that their group spans (`Slice.bandwidth`),
-as if nothing ran beside them.  `wait` is the longest that a device of a pipeline waits, simulated; it is 0 without a pipeline.
+`compute` is the compiler's estimate of cycles, divided by the chip's clock.  The compiler has no cycles for a Pallas kernel: a
+kernel takes the time of its FLOPs or of its bytes at the chip's peaks, whichever is longer.  `collectives` is the time of their
+bytes over the links of the torus that their group spans (`Slice.bandwidth`), as if nothing ran beside them.  `wait` is the longest
+simulated wait of a device of the pipeline, and 0 without a pipeline.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from mhc_jax.remat_plan import resolve
 
 
 def estimate(config: ExperimentConfig, where: Slice, implementation: str | None) -> dict[str, Any]:
-    """Compile the train step and say what it costs.
+    """Compile the train step of a configuration and estimate its memory, work and time.
 
     Args:
-      config: its model.vocab_size is set, and its mesh has all devices of the slice.
-      where: the slice.
-      implementation: of the connections' operations; None: the one of the platform.
+      config: the configuration, with model.vocab_size set and a mesh of all devices of the slice.
+      where: the slice to compile for.
+      implementation: name of the implementation of the connections' operations.  None takes the platform's default.
 
     Returns:
-      JSON values.  Bytes and FLOPs are those of one device, times are seconds.  A step that does not fit has no costs.
+      JSON values by name.  Bytes and FLOPs count one device, times are in seconds.  A step that does not fit has no costs.
 
     Raises:
       InputError: the mesh does not fit the slice, or the vocabulary is not known.
@@ -71,7 +72,7 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
 
 
 def _costs(prices: Prices, program: Program) -> dict[str, Any]:
-    """Work, kernels, collectives, seconds and MFU of a compiled step."""
+    """Return the work, kernels, collectives, seconds and MFU of a compiled train step, by name."""
     config, where = prices.config, prices.where
     row: dict[str, Any] = {}
     wait = 0.0
@@ -100,14 +101,15 @@ def _costs(prices: Prices, program: Program) -> dict[str, Any]:
 
 
 def by_shape(config: ExperimentConfig, state: Any) -> dict[str, int]:
-    """Bytes on one device that the step must hold whatever the compiler does, from shapes and shardings.
+    """Return the bytes that a step must hold on one device whatever the compiler does, computed from shapes and shardings.
 
-    `streams` are those kept for the backward pass: of every sub-layer, of every block (`full`), or of every L_r-th sub-layer
-    (`connection`).  In a pipeline they are those of as many microbatches and stages as its schedule keeps.
+    `streams` counts the streams kept for the backward pass.  Without remat they are the streams of every sub-layer, with `full`
+    those of every block, and with `connection` those of every L_r-th sub-layer.  In a pipeline, as many microbatches and stages
+    count as the schedule keeps.
 
     Args:
-      config: of the run.
-      state: shapes of the train state with shardings.
+      config: the configuration of the run.
+      state: shapes of the train state, with their shardings.
     """
     model, mesh, data = config.model, config.mesh, config.data
     micro = data.batch_size // config.optimizer.accumulation_steps
@@ -128,28 +130,28 @@ def by_shape(config: ExperimentConfig, state: Any) -> dict[str, int]:
 
 
 def _shard_bytes(tree: Any) -> int:
-    """Bytes on one device of shapes with shardings."""
+    """Return the bytes that arrays of these shapes and shardings take on one device."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-# -- prices
+# -- prices of the parts of a step
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices of the parts of a train step that is compiled for a slice."""
+    """FLOPs, seconds and kernels of the parts of a train step that is compiled for a slice."""
 
     config: ExperimentConfig
     where: Slice
     mesh: Any
-    """`jax.sharding.Mesh`, or None for one device."""
+    """The `jax.sharding.Mesh` of the step, or None for one device."""
 
     def flops(self, part: Program) -> float:
-        """FLOPs of one run, kernels included."""
+        """Return the FLOPs of one run of a part of the step, Pallas kernels included."""
         return hlo.flops(part, lambda kernel: (kernel_cost(self.config, kernel) or (0.0, 0.0))[0])
 
     def compute_seconds(self, part: Program) -> float:
-        """Seconds of one run without its collectives."""
+        """Return the seconds of one run of a part of the step, without its collectives."""
         chip = self.where.chip
         if self.where.platform == "tpu":
             cycles = hlo.cycles(part, lambda kernel: kernel_cycles(chip, kernel_cost(self.config, kernel)))
@@ -158,9 +160,9 @@ class Prices:
         return cycles / chip.clock
 
     def collectives(self, part: Program) -> list[tuple[Collective, float]]:
-        """Collectives of one run, and the seconds that all runs of each take.
+        """List the collectives of one run of a part of the step, each with the seconds of all its repetitions.
 
-        Messages of a pipeline are left out: they hide behind operations, or devices wait for them, which the simulation counts.
+        Messages of a pipeline are left out.  Either they hide behind operations, or the simulation counts the wait for them.
         """
         if self.mesh is None:
             return []
@@ -171,11 +173,11 @@ class Prices:
         ]
 
     def seconds(self, part: Program) -> float:
-        """Seconds of one run."""
+        """Return the seconds of one run of a part of the step, collectives included."""
         return self.compute_seconds(part) + sum(seconds for _, seconds in self.collectives(part))
 
     def kernels(self, part: Program) -> dict[str, int | float]:
-        """How often each Pallas kernel runs, by its name; `(no estimate)` marks those that count as no time."""
+        """Count the runs of each Pallas kernel, by name.  `(no estimate)` after a name means that the kernel counts as no time."""
         times_of: dict[str, int | float] = {}
         for instruction, _, times in part.walk():
             if hlo.KERNEL in instruction.line:
@@ -186,9 +188,9 @@ class Prices:
 
 
 def kernel_cost(config: ExperimentConfig, kernel: Instruction) -> tuple[float, float] | None:
-    """(FLOPs, bytes) of a Pallas kernel in the train step of one device; None: nothing is known of it.
+    """Return (FLOPs, bytes) of a Pallas kernel in the train step of one device, or None if they are not known.
 
-    JAX's splash attention carries no estimate.  It computes two products forward and five backward, over half of T x T.
+    JAX's splash attention carries no estimate.  It computes two products forward and five backward, over half of the T x T scores.
     """
     if known := hlo.kernel_estimate(kernel):
         return known
@@ -202,20 +204,21 @@ def kernel_cost(config: ExperimentConfig, kernel: Instruction) -> tuple[float, f
 
 
 def kernel_cycles(chip: Chip, cost: tuple[float, float] | None) -> float:
-    """Cycles of a kernel: the longer of its FLOPs and its bytes at their peaks; 0 where nothing is known of it."""
+    """Return the cycles of a kernel: of its FLOPs or of its bytes at peak rate, whichever is more; 0 if its cost is None."""
     return max(chip.flops_cycles(cost[0]), chip.bytes_cycles(cost[1])) if cost else 0.0
 
 
 def collective_seconds(collective: Collective, where: Slice, mesh: Any) -> float:
-    """Seconds of one run of a collective.
+    """Return the seconds of one run of a collective.
 
-    It runs on rings along every side of the torus that its group spans.  An all-to-all is bounded by the links across the middle of
-    the longest side, s devices long, of its group: through a ring s bytes / 8 cross it each way, through a line twice as many.
+    A collective runs on rings along every side of the torus that its group spans.  An all-to-all is bounded by the links across
+    the middle of the longest side of its group, which is s devices long.  Of an array of b bytes on each device, s b / 8 bytes
+    cross that middle each way if the side is a ring, and twice as many if it is a line.
     """
     places = np.array([where.coordinates(mesh.devices.flat[k]) for k in collective.group])
     spans = tuple(len(set(column)) for column in places.T.tolist())
     longest = max(range(len(spans)), key=lambda k: spans[k])
-    if spans[longest] == 1:  # the two cores of a chip
+    if spans[longest] == 1:  # The group is the two cores of one chip.
         return collective.wire_bytes / where.chip.bandwidth
     if collective.kind.endswith("all-to-all"):
         ring = where.sides[longest] % where.chip.whole == 0
