@@ -1,4 +1,4 @@
-"""What the scripts of `experiments/` share: flags that edit a configuration, and mistakes told in one sentence."""
+"""Functions that the scripts of `experiments/` share: flags that edit a configuration, and mistakes told in one sentence."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ DEFAULT_CONFIG = "experiments/configs/demo.py"
 
 
 def define_config() -> Callable[[], ExperimentConfig]:
-    """Declare `--config=FILE[:arg]` and its overrides `--config.model.width=128`.
+    """Declare the flag `--config=FILE[:arg]` and its overrides, such as `--config.model.width=128`.
 
     Returns:
-      A function that, once flags are parsed, converts the ConfigDict into the frozen configuration.  It raises
-      `InputError` for an unknown key or a refused value.
+      A function to call once flags are parsed.  It returns the frozen configuration, and raises `InputError` for an unknown key
+      or a refused value.
     """
-    # Settings that are lists: train.trackers and connection.disable, whose entries commas separate.
+    # Flags of list settings, such as train.trackers and connection.disable, take entries separated by commas.
     config_flags.register_flag_parser_for_type(list, flags.ListParser())
-    # No default here: absl would load it, and trip over overrides, before errors can be caught.
+    # The flag has no default here: absl would load the default file, and fail at overrides, before errors can be caught.
     holder = config_flags.DEFINE_config_file("config", None, f"Config file, with :arg (default {DEFAULT_CONFIG}).")
 
     def read() -> ExperimentConfig:
@@ -46,10 +46,10 @@ def define_config() -> Callable[[], ExperimentConfig]:
 
 
 def define_processes() -> Callable[[], None]:
-    """Declare the flags by which several processes of one run find each other.
+    """Declare the flags by which the processes of one run find each other.
 
     Returns:
-      A function that, once flags are parsed, joins them (`distributed.start`).
+      A function to call once flags are parsed.  It joins the processes (`distributed.start`).
     """
     address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where no scheduler names it.")
     count = flags.DEFINE_integer("num_processes", 0, "Number of processes; 1: this one alone.", lower_bound=0)
@@ -64,13 +64,13 @@ def main(
     positional: Sequence[str] = (),
     configuration: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Run a script: absl parses its flags; an `InputError` is printed alone and ends the process with status 2.
+    """Run a script, whose flags absl parses.  An `InputError` is printed without a traceback and ends the process with status 2.
 
     Args:
-      function: called with the positional arguments; returns the exit status.
-      positional: names of the arguments, all required.
-      configuration: returns the nested configuration that belongs to the first argument.  The flags `--config.model.width=128`
-        edit it, and `function` gets the result as its last argument.
+      function: called with the positional arguments; returns the exit status, where None means 0.
+      positional: names of the positional arguments, all required.
+      configuration: returns the nested configuration that belongs to the first positional argument.  Flags such as
+        `--config.model.width=128` edit it, and `function` gets the result as its last argument.  None: no configuration.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -109,7 +109,7 @@ def main(
 
 
 def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]] | None) -> list[str]:
-    """Parse flags as absl does, and tell errors of config files like any other mistake."""
+    """Parse flags as absl does, and report errors of config files in one sentence, like any other mistake."""
     argv = list(argv)
     file = ""
     if "config" in flags.FLAGS:
@@ -133,19 +133,19 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
     except Exception as error:
         _exit(_sentence(error, file))
     if flags.FLAGS["verbosity"].using_default_value:
-        # Orbax logs a page for each checkpoint at INFO, and at ERROR the traceback of every error that it also raises.
+        # Orbax logs a page for each checkpoint at level INFO.  At level ERROR it logs the traceback of errors that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
     return rest
 
 
 def _sentence(error: Exception, file: str) -> str:
-    """Say in one line what is wrong in the flags or in the config file."""
+    """Return one line that says what is wrong in the flags or in the config file."""
     chain: list[BaseException] = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(below)
     root = chain[-1]
     if mistakes := [link for link in chain if isinstance(link, InputError)]:
-        return str(mistakes[-1])  # ml_collections wraps what get_config raises in another error of the same class
+        return str(mistakes[-1])  # ml_collections wraps an error of get_config in one of the same class
     if isinstance(root, SyntaxError):
         return f"The config file {file!r} is not Python: {root.msg} (line {root.lineno})."
     text = " ".join(str(error).split())
@@ -170,7 +170,7 @@ def _sentence(error: Exception, file: str) -> str:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    # When a save fails (disk full), TensorStore still calls back into the event loop of that save, dozens of times.
+    # After a save has failed (disk full), TensorStore still calls its closed event loop, dozens of times.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

@@ -1,4 +1,4 @@
-"""The exception for mistakes that a person can mend."""
+"""The exception for mistakes that a person can mend, and checks that raise it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
 
 
 def at_least(least: int, config: object, prefix: str, *names: str) -> None:
-    """Raise `InputError` unless each of these settings of `config` is at least `least`; the message names it after `prefix`."""
+    """Raise `InputError` unless each setting in `names` of `config` is at least `least`.
+
+    The message names the setting as `prefix` followed by its name.
+    """
     for name in names:
         value = getattr(config, name)
         bound = f"be at least {least}" if least else "not be negative"

@@ -1,8 +1,8 @@
 """The training loop: dispatch step N, then read the metrics of step N-1.
 
-A run folder holds config.json, env.json (of the start from step 0), metrics.jsonl, checkpoints/ and, when the run has ended,
-summary.json.  The same configuration on the same folder goes on from the newest checkpoint.  On a CPU, the losses that follow are
-bitwise those of a run that was never stopped.
+A run folder holds config.json, env.json (written when the run starts at step 0), metrics.jsonl and checkpoints/, and summary.json
+once the run has ended.  A run of the same configuration in the same folder goes on from the newest checkpoint.  On a CPU its
+losses are then bitwise the losses of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
 
 
 class DivergedError(Exception):
-    """A number of a step is not finite."""
+    """A training step, validation or diagnostics gave a number that is not finite."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -63,7 +63,7 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """The things that the functions of the loop share and do not replace."""
+    """The objects that the functions of the loop share and do not replace."""
 
     config: ExperimentConfig
     data: Data
@@ -79,19 +79,19 @@ class Run:
 
 
 def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Data | None = None) -> dict[str, Any]:
-    """Train one model into a run folder, or go on with a run that is there.
+    """Train one model into a run folder, or go on with the run that the folder holds.
 
     Args:
-      config: what to train.
+      config: settings of the run.
       folder: the run folder.
-      label: the name of the run in lines of progress.
-      data: text that is loaded already, shared by the runs of a comparison.
+      label: name of the run in progress lines.
+      data: text that is loaded already, which the runs of a comparison share; None: it is read here.
 
     Returns:
-      The summary that summary.json holds.
+      The content of summary.json.
 
     Raises:
-      InputError: a mistake that a person can mend; before any compilation where possible.
+      InputError: a mistake that a person can mend.  It is raised before any compilation if possible.
     """
     mapping = to_mapping(config)
     if ended := distributed.on_every_process(lambda: check_run_folder(folder, mapping)):
@@ -134,7 +134,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             StopRequest() as stop,
         ):
             record_start(folder, config, data, writer, progress, history, remarks, anew)
-            if history.ended(cfg.steps) is None:  # else it was killed between the last checkpoint and the summary
+            if history.ended(cfg.steps) is None:  # else a kill came between the last checkpoint and the summary
                 programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.say)
                 history.compiled_bytes = counts.compiled_memory(programs.train)
                 run = Run(config, data, feed, mesh, programs, checkpoints, writer, progress)
@@ -146,13 +146,13 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
 
 
 def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConfig, Mesh | None, Data]:
-    """The configuration with the size of its vocabulary, the mesh, and the text, which is read unless it is given.
+    """Return the configuration with the size of its vocabulary, the mesh, and the text, which is read if `data` is None.
 
     Raises:
-      InputError: a writer that is not installed, a dtype or a mesh that this machine does not have, or a text that cannot be used.
+      InputError: a tracker that is not installed, a dtype or a mesh that this machine does not have, or a text that cannot be used.
     """
     distributed.on_every_process(lambda: check_trackers(config.train.trackers))
-    # dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend does not have.
+    # dot_product_attention asks for float16 products that accumulate in float32, which XLA's CPU backend does not have.
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
     mesh = make_mesh(config.mesh)
@@ -164,7 +164,7 @@ def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConf
 
 @contextlib.contextmanager
 def lost_process(checkpoints: Checkpoints, history: History, folder: Path) -> Iterator[None]:
-    """Turn an error that says that another process has gone into the sentence that says where the run can go on from."""
+    """Turn the error of a lost process into one that says from which checkpoint the run can go on."""
     try:
         yield
     except Exception as error:
@@ -184,12 +184,12 @@ def record_start(
     remarks: list[str],
     anew: bool,
 ) -> None:
-    """Write and say what the run starts with, or from where it goes on."""
+    """Write env.json, and print the data and the checkpoint that the run starts from."""
     env = environment() | devices_of(config)
     if distributed.is_first_process():
         if anew or not (folder / "env.json").exists():
             write_json(folder / "env.json", env | {"data": data.summary()})
-        (folder / "summary.json").unlink(missing_ok=True)  # that of an interruption
+        (folder / "summary.json").unlink(missing_ok=True)  # left by an interruption
     for line in data.describe(config.train.validation_batches):
         progress.say(line)
     for remark in remarks:
@@ -207,26 +207,26 @@ def record_start(
 def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, anew: bool) -> TrainState:
     """Train until the last step, a divergence or a signal.
 
-    The metrics of a step are read while the next step runs.  Before something that happens every k steps, all metrics are read.
+    The metrics of a step are read while the next step runs.  Before a hook or a checkpoint, all metrics are read.
 
     Args:
-      run: what the functions of the loop share.
-      state: the train state after history.step updates; its arrays are donated.
-      history: the rest of the state of the loop, which is updated.
-      stop: a signal ends the run after the step that is on its way.
-      anew: the run starts here, and does not go on from a checkpoint.
+      run: the objects that the functions of the loop share.
+      state: train state after history.step updates.  Its arrays are donated, so they cannot be used afterwards.
+      history: the rest of the state of the loop, which this function updates.
+      stop: holds the signal, if one has come, that ends the run after the current step.
+      anew: whether the run starts here, instead of going on from a checkpoint.
 
     Returns:
       The train state, which has been saved.
     """
     cfg = run.config.train
-    # What happens every k steps and after the last, in this order, before the checkpoint: add yours here.
+    # Hooks that run every k steps and after the last step, in this order and before the checkpoint: add yours here.
     hooks = (
         (cfg.validate_every, validate),
         (cfg.diagnostics_every, diagnose),
     )
     agreement, signal = distributed.Agreement(run.mesh), 0
-    unread = deque()  # (step, metrics) of steps that have been dispatched
+    unread = deque()  # (step, metrics) of dispatched steps whose metrics are not yet read
     try:
         if anew:
             connection = connection_module(run.config.model.connection)
@@ -260,15 +260,15 @@ def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, 
 
 
 def is_due(every: int, step: int, last: int) -> bool:
-    """Whether something happens after this step: every `every` steps, 0 meaning never, and after the last."""
+    """Return whether a hook or a save is due after `step`: every `every` steps (0: never) and after step `last`."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def read(run: Run, history: History, step: int, metrics: dict[str, Any]) -> None:
-    """Wait for the metrics of a step and record them.
+    """Wait for the metrics of a step, and record them in history, metrics.jsonl and progress.
 
     Raises:
-      DivergedError: the run ends with this step.
+      DivergedError: the loss or the norm of the gradient is not finite.
     """
     cfg, clip = run.config.train, run.config.optimizer.grad_clip
     loss, norm, rate = (float(metrics[key]) for key in ("loss", "grad_norm", "learning_rate"))
@@ -296,7 +296,7 @@ def read(run: Run, history: History, step: int, metrics: dict[str, Any]) -> None
 
 
 def router_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of routers, an entry for each layer with experts."""
+    """Return the metrics of routers by name; each is an array with an entry for each layer with experts."""
     return {name: value for name, value in metrics.items() if name.startswith("router_")}
 
 
@@ -313,7 +313,7 @@ def validate(run: Run, state: TrainState, history: History, _metrics: dict[str, 
 def diagnose(run: Run, state: TrainState, history: History, metrics: dict[str, Any] | None) -> None:
     """Record gains, marginals and stream measures on a held-out sequence, unless train.diagnostics_every is 0.
 
-    Before the first step there are no metrics.
+    `metrics` of the step are None before the first step.
     """
     if run.programs.diagnose is None:
         return
@@ -327,13 +327,13 @@ def diagnose(run: Run, state: TrainState, history: History, metrics: dict[str, A
 
 
 def stop_if_not_finite(history: History) -> None:
-    """Raise `DivergedError` where validation or diagnostics met a number that is not finite."""
+    """Raise `DivergedError` if validation or diagnostics met a number that is not finite."""
     if history.first_nonfinite is not None:
         raise DivergedError(history.step)
 
 
 def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
-    """Start saving a checkpoint, and with `wait` see that it is on disk."""
+    """Start saving a checkpoint.  With `wait` return only when it is on disk."""
     with history.clock.timed("checkpoint_s"):
         loop = {
             "data": run.feed.train.get_state(),
@@ -348,7 +348,7 @@ def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
 
 
 def end_diverged(run: Run, state: TrainState, history: History, step: int) -> None:
-    """Record that the run diverged at `step`, and save the state, which a step that is not finite leaves as it was."""
+    """Record that the run diverged at `step`, and save the state.  A step that is not finite does not change the state."""
     history.step, history.diverged_at = int(state.step), step
     run.writer.write("event", step, {"event": "diverged", "updates_saved": history.step})
     save(run, state, history, wait=True)

@@ -1,6 +1,6 @@
-"""Settings that one line of text spells: `head:key=value:key=value`, or `head:number`.
+"""Read and write settings that are one line of text: `head:key=value:key=value`, or `head:number`.
 
-Connections, attention and experts take the first form; recompute and the schedule of a pipeline take the second.
+Connections, attention and experts take the first form.  model.remat and pipeline.schedule take the second.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from mhc_jax.errors import InputError, one_of, require
 
 
 def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings behind the head of a text, each of the type of its default.
+    """Read the settings that follow the head of a text.  Each value gets the type of its default.
 
     >>> read_settings("model.attention_kind", "mla:kv_rank=16", {"kv_rank": 512, "rope_width": 64})
     {'kv_rank': 16}
 
     Args:
-      name: what the text is a value of, for messages.
+      name: name of the setting that has the text as its value, for messages.
       text: `head` or `head:key=value:key=value`; the entries of a tuple are joined with +.
-      defaults: every setting that the head knows.
+      defaults: every setting that may follow the head, and its default.
 
     Raises:
-      InputError: an unknown setting (with the nearest known one), or a value of the wrong type.
+      InputError: an unknown setting (the message names the nearest known one), or a value of the wrong type.
     """
     head, *pairs = text.split(":")
     require(
@@ -41,7 +41,7 @@ def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str
 def write_settings(
     head: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], always: Iterable[str] = ()
 ) -> str:
-    """The shortest text of these settings, in their order: those that are not their default, and those of `always`.
+    """Return the shortest text of `settings`, in their order: the settings that differ from their default, and those in `always`.
 
     >>> write_settings("mla", {"kv_rank": 16, "rope_width": 64}, {"kv_rank": 512, "rope_width": 64})
     'mla:kv_rank=16'
@@ -51,19 +51,20 @@ def write_settings(
 
 
 def read_number(name: str, text: str, heads: Iterable[str], kinds: Mapping[str, type]) -> tuple[str, Any]:
-    """(head, number) of a text `head` or `head:number`; the number is None where the text has none.
+    """Return (head, number) of a text `head` or `head:number`.  The number is None if the text has none.
 
     >>> read_number("model.remat", "connection:6", ["none", "connection"], {"connection": int})
     ('connection', 6)
 
     Args:
-      name: what the text is a value of, for messages.
-      text: to read.
+      name: name of the setting that has the text as its value, for messages.
+      text: the text to read.
       heads: every allowed head.
       kinds: `int` or `float` for each head that a number may follow.
 
     Raises:
-      InputError: an unknown head (with the nearest known one), or a number where none belongs, or no number where one does.
+      InputError: an unknown head (the message names the nearest known one), a number after a head that takes none, or a text after
+        the colon that is no number.
     """
     head, colon, number = text.partition(":")
     one_of(name, head, heads)

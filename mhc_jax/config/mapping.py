@@ -1,7 +1,7 @@
-"""Settings as plain nested mappings, and back: what config files, command lines and config.json hold.
+"""Convert settings to plain nested mappings and back.  Config files, command lines and config.json hold such mappings.
 
-`ml_collections.ConfigDict` lives at the edge only (`experiments/` and config files).  `to_mapping` gives a config file its
-defaults, `from_mapping` turns the edited tree back into an `ExperimentConfig` once, refusing unknown keys.
+`ml_collections.ConfigDict` is used in `experiments/` and config files only.  `to_mapping` gives a config file its defaults.
+`from_mapping` turns the edited mapping back into an `ExperimentConfig` once, and refuses unknown keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mhc_jax.errors import InputError, one_of, require
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Nested dict of plain values, every leaf present; tuples become lists as JSON has them."""
+    """Return the settings of `config`, defaults included, as a nested dict of plain values.  Tuples become lists, as in JSON."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

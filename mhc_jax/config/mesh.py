@@ -13,20 +13,20 @@ from mhc_jax.spelling import read_number
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh, at least 1; where all are 1 there is one device, and no mesh."""
+    """Number of devices along each axis of the mesh, at least 1.  If all are 1 there is one device, and no mesh."""
 
     stage: int = 1
-    """Devices that share the blocks as a pipeline; it has optimizer.accumulation_steps microbatches."""
+    """Number of devices that share the blocks as a pipeline.  The pipeline has optimizer.accumulation_steps microbatches."""
     data: int = 1
-    """Copies of the model, which split the batch."""
+    """Number of copies of the model, which split the batch."""
     fsdp: int = 1
-    """Devices that split the batch, the parameters and the state of the optimizer."""
+    """Number of devices that split the batch, the parameters and the state of the optimizer."""
     tensor: int = 1
-    """Devices that split heads, hidden channels and, where it divides the vocabulary, that too."""
+    """Number of devices that split heads and hidden channels.  If it divides model.vocab_size, they split the vocabulary too."""
     expert: int = 1
-    """Devices that split the batch and the experts."""
+    """Number of devices that split the batch and the experts."""
     sequence: int = 1
-    """Devices that split each sequence; model.attention must be `xla`."""
+    """Number of devices that split each sequence.  If above 1, model.attention must be `xla`."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "mesh.", *AXES)
@@ -42,7 +42,7 @@ class MeshConfig:
         return self.data * self.fsdp * self.expert
 
     def __str__(self) -> str:
-        """The axes that are split, as in `data 2, fsdp 4`."""
+        """Return the axes of more than one device, as in `data 2, fsdp 4`; `1 device` if there are none."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
 
@@ -52,14 +52,16 @@ AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How the stages of mesh.stage work together; without stages these settings have no effect."""
+    """Settings of the pipeline, which mesh.stage devices form.  They have no effect if mesh.stage is 1."""
 
     schedule: str = "1f1b"
-    """`gpipe`, `1f1b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev` (`mhc_jax/schedules/tables.py`).
+    """Name of the schedule: `gpipe`, `1f1b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev` (`mhc_jax/schedules/tables.py`).
 
     `interleaved:4` gives each device 4 stages instead of 2."""
     overlap: bool = False
-    """Boundary tensors travel while the next tick computes, instead of between two ticks; a schedule then takes more ticks."""
+    """Whether boundary tensors travel while the next tick computes, instead of between two ticks.
+
+    With overlap a schedule takes more ticks."""
 
     def __post_init__(self) -> None:
         name, chunks = self._read()
@@ -72,12 +74,12 @@ class PipelineConfig:
 
     @property
     def schedule_name(self) -> str:
-        """The schedule without the number of stages."""
+        """Name of the schedule, without the number of stages: `interleaved` for `interleaved:4`."""
         return self._read()[0]
 
     @property
     def chunks(self) -> int:
-        """Stages of the model that a device holds; 0: the schedule's own number."""
+        """Number of stages of the model that a device holds; 0: the default of the schedule."""
         return self._read()[1] or 0
 
     def _read(self) -> tuple[str, int | None]:

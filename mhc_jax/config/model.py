@@ -25,60 +25,67 @@ ATTENTION = ("xla", "cudnn", "splash")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Settings of the decoder.  Its letters are C for the width and L = 2 num_layers for the number of sub-layers.
+    """Settings of the decoder.  C stands for the width, and L = 2 num_layers for the number of sub-layers.
 
     `attention_kind`, `experts` and `remat` are texts.  They are stored in their shortest spelling, so that two spellings of one
-    value are one configuration; the properties below give their parts.
+    value are one configuration.  Properties such as `kv_rank` and `num_experts` give the parts of these texts.
     """
 
     vocab_size: int = 0
-    """Tokens of the vocabulary; 0: as many as the tokenizer has."""
+    """Number of tokens of the vocabulary; 0: as many as the tokenizer has."""
     width: int = 128
-    """C, the channels of one stream; at least 1."""
+    """C, the number of channels of one stream; at least 1."""
     num_layers: int = 8
-    """Blocks, at least 1; each has two sub-layers, attention and feed-forward."""
+    """Number of blocks, at least 1.  Each block has two sub-layers, attention and feed-forward."""
     num_heads: int = 4
-    """Heads of the queries, at least 1."""
+    """Number of query heads, at least 1."""
     num_kv_heads: int = 2
-    """Heads of keys and values (GQA, arXiv 2305.13245), a divisor of num_heads; 1 is multi-query attention."""
+    """Number of key/value heads (GQA, arXiv 2305.13245), a divisor of num_heads; 1 is multi-query attention."""
     head_width: int = 0
-    """Channels of one head; 0: width / num_heads.  With `mla` those of its values, and of its queries and keys without RoPE."""
+    """Number of channels of one head; 0: width / num_heads.
+
+    With `mla` values have this width, and so do queries and keys without their RoPE columns."""
     attention_kind: str = "gqa"
-    """`gqa` (grouped key/value heads), or `mla` (multi-head latent attention; `LatentAttention`), which ignores num_kv_heads.
+    """Kind of attention: `gqa` (grouped key/value heads) or `mla` (multi-head latent attention).
 
-    Settings of `mla` follow it, as in `mla:kv_rank=512:rope_width=64`."""
+    Settings of `mla` (`LatentAttention`) follow it, as in `mla:kv_rank=512:rope_width=64`.  `mla` ignores num_kv_heads."""
     attention: str = "xla"
-    """`xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs; 16-bit compute_dtype only) or
-    `splash` (JAX's flash attention for TPUs; sequence length and head width multiples of 128, with `mla` rope_width of 64)."""
-    mlp_width: int = 384
-    """Hidden width of SwiGLU, at least 1; with experts, that of the leading dense blocks."""
-    experts: str = ""
-    """Empty for dense blocks only, or the number of routed experts and their settings (`Experts`).
+    """Program that computes attention.  T is the length of a sequence.
 
-    `64:active=6:shared=2:width=128:dense_layers=1:buffer=0` spells the defaults of 64 experts, which `64` means alone."""
+    - `xla`: any device and dtype; writes T x T scores to memory.
+    - `cudnn`: flash attention of NVIDIA GPUs; 16-bit compute_dtype only.
+    - `splash`: JAX's flash attention for TPUs.  T and the head width are multiples of 128, with `mla` rope_width of 64."""
+    mlp_width: int = 384
+    """Hidden width of SwiGLU in dense blocks, at least 1.  With experts only the leading blocks are dense."""
+    experts: str = ""
+    """Number of routed experts and their settings (`Experts`); empty: dense blocks only.
+
+    `64` means `64:active=6:shared=2:width=128:dense_layers=1:buffer=0`: 64 experts with the default settings."""
     embedding_init_std: float = 0.02
     """Standard deviation of the embedding at initialisation, above 0 (GPT-2's 0.02)."""
     depth_scaled_init: bool = True
-    """Start output projections at 1/sqrt(L) of the others, so that the sum over depth has the variance of one branch (GPT-2)."""
+    """Whether output projections start at 1/sqrt(L) of the standard deviation of other projections (GPT-2).
+
+    The sum over depth then has the variance of one branch."""
     tied_embeddings: bool = False
-    """The unembedding is the transposed embedding."""
+    """Whether the unembedding is the transposed embedding."""
     compute_dtype: str = "float32"
-    """Dtype of branches, one of `DTYPES`; parameters are float32, and norms, softmax and coefficients compute in float32."""
+    """Dtype of branches, one of `DTYPES`.  Parameters are float32, and norms, softmax and coefficients compute in float32."""
     stream_dtype: str = "float32"
     """Dtype of the residual stream(s) between sub-layers, one of `DTYPES`."""
     remat: str = "none"
-    """What the backward pass computes again instead of keeping it, and so which memory it saves.
+    """What the backward pass computes again, in order to save memory, instead of keeping it from the forward pass.
 
     - `none`: nothing.
     - `connection`: streams and coefficients, L_r sub-layers at a time, and no branch (mHC section 4.3.2).  `connection:6` sets
-      L_r = 6; alone it takes the L_r with the least memory (Eq. 20).
+      L_r = 6; without a number L_r is the one that takes the least memory (Eq. 20).
     - `full`: whole blocks.
-    - `auto`: the first of these three whose estimate fits a device.  `auto:80` gives a device 80 GB (1e9 bytes); alone, no limit
-      is known, and it is `connection`."""
+    - `auto`: the first of `none`, `connection` and `full` whose estimated memory fits a device.  `auto:80` says that a device has
+      80 GB (1e9 bytes).  Without a number no limit is known, and `auto` means `connection`."""
     unroll: int = 1
-    """Blocks per step of the scan over depth; num_layers gives a graph without a loop."""
+    """Number of blocks per step of the scan over depth.  With num_layers the program has no loop over depth."""
     connection: ConnectionConfig = field(default_factory=lambda: connections.default_config("mhc"))
-    """What replaces x + F(x); see `mhc_jax/connections/`."""
+    """Connection around each sub-layer F, which replaces x + F(x), and its settings (`mhc_jax/connections/`)."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")
@@ -134,12 +141,12 @@ class ModelConfig:
         )
 
     def require_vocabulary(self) -> None:
-        """Raise `InputError` unless vocab_size is set: a plan has no tokenizer that could say it."""
+        """Raise `InputError` unless vocab_size is set.  A plan needs it, because it has no tokenizer to take the size from."""
         require(self.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
 
     @property
     def num_leading(self) -> int:
-        """Dense blocks in front of those with experts; 0 where all blocks are alike."""
+        """Number of dense blocks in front of the blocks with experts; 0 if all blocks are alike."""
         return self.num_dense_layers if self.num_experts else 0
 
     @property
@@ -149,42 +156,42 @@ class ModelConfig:
 
     @property
     def key_width(self) -> int:
-        """Channels of a query or a key of one head, those that carry the position included."""
+        """Number of channels of a query or a key of one head, including MLA's columns that carry the position."""
         return self.head_dim + (self.rope_width if self.uses_mla else 0)
 
     @property
     def num_sublayers(self) -> int:
-        """L of the papers: attention and feed-forward count as two."""
+        """Number of sub-layers, the L of the papers.  Attention and feed-forward of a block count as two."""
         return 2 * self.num_layers
 
     @property
     def uses_mla(self) -> bool:
-        """Attention is multi-head latent attention."""
+        """Whether attention is multi-head latent attention (MLA)."""
         return self._latent is not None
 
     @property
     def kv_rank(self) -> int:
-        """Width of MLA's latent."""
+        """Width of the latent that MLA makes keys and values from."""
         return (self._latent or LatentAttention()).kv_rank
 
     @property
     def rope_width(self) -> int:
-        """Columns of MLA's queries and keys that carry the position."""
+        """Number of columns of MLA's queries and keys that carry the position."""
         return (self._latent or LatentAttention()).rope_width
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of a feed-forward sub-layer; 0 where all blocks are dense."""
+        """Number of routed experts of a feed-forward sub-layer; 0 if all blocks are dense."""
         return self._experts.number
 
     @property
     def num_active_experts(self) -> int:
-        """Routed experts that a token sees."""
+        """Number of routed experts that a token is sent to."""
         return self._experts.active
 
     @property
     def num_shared_experts(self) -> int:
-        """Experts that every token sees."""
+        """Number of experts that every token is sent to."""
         return self._experts.shared
 
     @property
@@ -194,22 +201,25 @@ class ModelConfig:
 
     @property
     def num_dense_layers(self) -> int:
-        """Leading blocks without experts, where there are experts."""
+        """Number of leading blocks without experts.  It has no effect if the model has no experts."""
         return self._experts.dense_layers
 
     @property
     def expert_buffer(self) -> float:
-        """Room of an owner of experts, in multiples of the even share; 0: for all copies that can come."""
+        """Capacity of the buffer of each device that owns experts, in multiples of the even load.
+
+        0: room for all copies of tokens that can come, so that none is dropped.
+        """
         return self._experts.buffer
 
     @property
     def remat_policy(self) -> str:
-        """`none`, `connection`, `full` or `auto`."""
+        """What the backward pass computes again: `none`, `connection`, `full` or `auto`, without the number that may follow."""
         return self._remat.policy
 
     @property
     def remat_block(self) -> int:
-        """L_r, the sub-layers that `connection` computes again at a time; 0: the number with the least memory."""
+        """L_r, the number of sub-layers that `connection` computes again at a time; 0: the L_r that takes the least memory."""
         return self._remat.block
 
     @property

@@ -1,6 +1,6 @@
-"""Parts of the decoder that one setting spells as a text: attention, experts, and what the backward pass recomputes.
+"""Read and write settings of the decoder that are one text each: attention, experts, and what the backward pass recomputes.
 
-`ModelConfig` keeps the text; its properties read the parts.
+`ModelConfig` keeps the texts, and its properties read their parts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class LatentAttention:
     kv_rank: int = 512
     """Width of the latent that keys and values are made from, at least 1."""
     rope_width: int = 64
-    """Columns of each query, and of the key that all heads share, that carry the position; even, at least 2."""
+    """Number of columns that carry the position, in each query and in the key that all heads share; even, at least 2."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.attention_kind: ", "kv_rank")
@@ -30,7 +30,7 @@ class LatentAttention:
 
 
 def read_attention(text: str) -> LatentAttention | None:
-    """Settings of latent attention from `mla` or `mla:kv_rank=512:rope_width=64`; None for `gqa`."""
+    """Return the settings of latent attention from `mla` or `mla:kv_rank=512:rope_width=64`; None for `gqa`."""
     kind = text.partition(":")[0]
     one_of("model.attention_kind", kind, ("gqa", "mla"))
     defaults = vars(LatentAttention()) if kind == "mla" else {}
@@ -39,7 +39,7 @@ def read_attention(text: str) -> LatentAttention | None:
 
 
 def write_attention(latent: LatentAttention | None) -> str:
-    """The shortest text that `read_attention` reads as `latent`."""
+    """Return the shortest text that `read_attention` reads as `latent`."""
     return "gqa" if latent is None else write_settings("mla", vars(latent), vars(LatentAttention()))
 
 
@@ -48,20 +48,21 @@ class Experts:
     """Settings of a mixture of experts (DeepSeekMoE, arXiv 2401.06066)."""
 
     number: int = 0
-    """Routed experts of a feed-forward sub-layer; 0: all blocks are dense."""
+    """Number of routed experts of a feed-forward sub-layer; 0: all blocks are dense."""
     active: int = 6
-    """Routed experts that a token sees, at least 1 and at most all."""
+    """Number of routed experts that a token is sent to, from 1 to `number`."""
     shared: int = 2
-    """Experts that every token sees; 0: none."""
+    """Number of experts that every token is sent to; 0: none."""
     width: int = 128
     """Hidden width of one expert, at least 1."""
     dense_layers: int = 1
-    """Leading blocks without experts: fewer than model.num_layers, and 0 for none."""
+    """Number of leading blocks without experts, fewer than model.num_layers; 0: none."""
     buffer: float = 0.0
-    """Room of a device for copies of tokens, as a multiple of what it receives when all loads are even; at least 1.
+    """Capacity of the buffer of each device that owns experts, in multiples of the even load; at least 1, or 0.
 
-    It acts only where mesh.expert splits the experts.  Copies that find no room are dropped (metric router_dropped).  0 is room
-    for all copies that can come, so that none is ever dropped."""
+    The even load is the number of copies of tokens that a device receives if all loads are equal.  Copies that find no room are
+    dropped (metric router_dropped).  0: room for all copies that can come, so that none is dropped.  The buffer acts only if
+    mesh.expert splits the experts."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.experts: ", "width")
@@ -78,7 +79,7 @@ class Experts:
 
 
 def read_experts(text: str) -> Experts:
-    """Settings of the experts from `64` or `64:active=6:shared=2:width=128`; an empty text is a model without experts."""
+    """Return the settings of the experts from `64` or `64:active=6:shared=2:width=128`.  An empty text means no experts."""
     if not text:
         return Experts()
     head = text.partition(":")[0]
@@ -91,7 +92,7 @@ def read_experts(text: str) -> Experts:
 
 
 def write_experts(experts: Experts) -> str:
-    """The shortest text that `read_experts` reads as `experts`."""
+    """Return the shortest text that `read_experts` reads as `experts`."""
     if not experts.number:
         return ""
     return write_settings(str(experts.number), _without_number(experts), vars(Experts()))
@@ -102,18 +103,18 @@ def _without_number(experts: Experts) -> dict[str, Any]:
 
 
 class Remat(NamedTuple):
-    """What the backward pass computes again instead of keeping it."""
+    """What the backward pass computes again instead of keeping it from the forward pass."""
 
     policy: str
-    """`none`, `connection`, `full` or `auto`."""
+    """Name of the policy: `none`, `connection`, `full` or `auto`, as model.remat explains them."""
     block: int = 0
-    """L_r of `connection`: sub-layers computed again at a time; 0: the number with the least memory (mHC Eq. 20)."""
+    """L_r of `connection`, the number of sub-layers computed again at a time; 0: the L_r with the least memory (mHC Eq. 20)."""
     budget_gb: float = 0.0
-    """`auto`: memory of one device in GB (1e9 bytes); 0: no limit is known, and `auto` is `connection`."""
+    """Memory of one device in GB (1e9 bytes), for `auto`; 0: no limit is known, and `auto` means `connection`."""
 
 
 def read_remat(text: str) -> Remat:
-    """`none`, `connection`, `connection:6` (L_r), `full`, `auto` or `auto:80` (GB of a device)."""
+    """Read `none`, `connection`, `connection:6` (L_r), `full`, `auto` or `auto:80` (memory of a device in GB)."""
     policies = ("none", "connection", "full", "auto")
     policy, number = read_number("model.remat", text, policies, {"connection": int, "auto": float})
     if number is None:
@@ -126,6 +127,6 @@ def read_remat(text: str) -> Remat:
 
 
 def write_remat(remat: Remat) -> str:
-    """The shortest text that `read_remat` reads as `remat`."""
+    """Return the shortest text that `read_remat` reads as `remat`."""
     number = remat.block or remat.budget_gb
     return f"{remat.policy}:{str(number).removesuffix('.0')}" if number else remat.policy

@@ -1,4 +1,4 @@
-"""Settings of the text, the optimizer and the training loop, and all sections together."""
+"""Settings of the text, the optimizer and the training loop, and the configuration of a run, which holds all sections."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text, tokenizer and the shape of a batch.
+    """Settings of the text, the tokenizer and the shape of a batch.
 
     Prepared texts are kept in the folder $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
     """
 
     source: str = "shakespeare"
-    """`shakespeare` (embedded), `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files."""
+    """Training text: `shakespeare`, `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files.
+
+    `shakespeare` is the corpus embedded in this package."""
     validation_source: str = ""
-    """Held-out text in the same notation; empty: documents of `source` set apart by the hash of their text."""
+    """Held-out text, in the notation of `source`.
+
+    Empty: the validation split of `source`, else documents of `source` that are set apart by the hash of their text."""
     validation_fraction: float = 0.05
-    """Share of documents set apart, between 0 and 1, when `validation_source` is empty and the source has no validation split."""
+    """Share of documents that are set apart for validation, between 0 and 1.
+
+    It has no effect if `validation_source` is given or `source` has a validation split."""
     tokenizer: str = "byte"
-    """`byte`, `gpt2`, `gpt2:<folder of encoder.json and vocab.bpe>` or `bpe:<tokenizer.json>`."""
+    """Tokenizer: `byte`, `gpt2`, `gpt2:<folder of encoder.json and vocab.bpe>` or `bpe:<tokenizer.json>`."""
     sequence_length: int = 256
-    """T, the tokens of a sequence; at least 2."""
+    """T, the number of tokens of a sequence; at least 2."""
     batch_size: int = 8
-    """B, the sequences of an optimizer step over all accumulation steps; at least 1."""
+    """B, the number of sequences of an optimizer step, over all its accumulation steps; at least 1."""
     seed: int = 0
-    """Seed of the order of the windows; not negative."""
+    """Seed of the order in which training windows are read; not negative."""
 
     def __post_init__(self) -> None:
         at_least(2, self, "data.", "sequence_length")
@@ -54,33 +60,37 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) and its schedule; defaults are those of mHC Table 5 where they do not depend on size.
+    """Settings of AdamW (arXiv 1711.05101) and its schedule.  Defaults that do not depend on size are from mHC Table 5.
 
     Norms, biases of routers and the static parameters of connections take no weight decay (`optim.no_decay_pattern`).
     """
 
     learning_rate: float = 3e-3
-    """Its peak, above 0."""
+    """Peak of the learning rate, above 0."""
     schedule: str = "cosine"
-    """`constant`, `cosine`, `step` (x0.316 after 80 %, x0.1 after 90 %) or `wsd` (linear over the last 20 %): `optim.schedule`."""
+    """Course of the learning rate after the warm-up (`optim.schedule`), as shares of the peak and of the steps.
+
+    `constant`, `cosine`, `step` (x0.316 after 80 %, x0.1 after 90 %) or `wsd` (linear over the last 20 %)."""
     warmup_steps: int = 20
-    """Updates in which the learning rate grows linearly to its peak; at most train.steps."""
+    """Number of updates in which the learning rate grows linearly to its peak; at most train.steps."""
     final_fraction: float = 0.1
     """Learning rate of the last step of `cosine` and `wsd`, as a share of the peak; between 0 and 1."""
     b1: float = 0.9
-    """Decay of AdamW's mean of gradients, in [0, 1)."""
+    """Decay of AdamW's running mean of gradients, in [0, 1)."""
     b2: float = 0.95
-    """Decay of AdamW's mean of squared gradients, in [0, 1)."""
+    """Decay of AdamW's running mean of squared gradients, in [0, 1)."""
     eps: float = 1e-20
-    """What AdamW adds to the root of that mean; not negative."""
+    """Number that AdamW adds to the root of the mean of squared gradients; not negative."""
     weight_decay: float = 0.1
-    """Share of a parameter that an update takes off, times the learning rate; not negative."""
+    """Weight decay of AdamW: an update subtracts weight_decay x learning rate x parameter; not negative."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient; 0: no clipping."""
+    """Global norm to which larger gradients are clipped; 0: no clipping."""
     accumulation_steps: int = 1
-    """Slices of a batch whose gradients are averaged one after another; a divisor of data.batch_size."""
+    """Number of slices that a batch is cut into, a divisor of data.batch_size.
+
+    Their gradients are computed one after another and averaged.  With mesh.stage above 1 the slices are the microbatches."""
     connection_lr_multiplier: float = 1.0
-    """Learning rate of the connections' parameters, relative to that of the others; not negative."""
+    """Learning rate of the connections' parameters, as a multiple of `learning_rate`; not negative."""
 
     def __post_init__(self) -> None:
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
@@ -103,21 +113,21 @@ class TrainConfig:
     """Length of a run, and how often it logs, validates, saves and measures."""
 
     steps: int = 200
-    """Updates of the optimizer, at least 1."""
+    """Number of updates of the optimizer, at least 1."""
     seed: int = 0
-    """Seed of the parameters, not negative; branches get the same values whatever the connection."""
+    """Seed of the initial parameters, not negative.  Branches get the same values with every connection."""
     log_every: int = 10
-    """Steps between two train lines of metrics.jsonl, at least 1."""
+    """Number of steps between two train lines of metrics.jsonl, at least 1."""
     validate_every: int = 50
-    """Steps between two validations; 0: only at the end."""
+    """Number of steps between two validations; 0: only at the end."""
     validation_batches: int = 8
-    """Held-out batches of a validation, at least 1."""
+    """Number of held-out batches of a validation, at least 1."""
     checkpoint_every: int = 100
-    """Steps between two checkpoints; 0: only at the end."""
+    """Number of steps between two checkpoints; 0: only at the end."""
     diagnostics_every: int = 50
-    """Steps between two measurements of gains and streams; 0: none.  The train step is the same program either way."""
+    """Number of steps between two measurements of gains and streams; 0: none.  The value does not change the train step."""
     trackers: tuple[str, ...] = ()
-    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, both or neither."""
+    """Trackers that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "train.", "steps", "log_every", "validation_batches")
@@ -160,9 +170,10 @@ class ExperimentConfig:
 
 
 def check_dimensions(config: ExperimentConfig) -> None:
-    """Raise `InputError` where an axis of `config.mesh` does not divide what it splits.
+    """Raise `InputError` if an axis of `config.mesh` does not divide what it splits.
 
-    The vocabulary is the exception: where tensor does not divide it, it is not split; model.vocab_size may be set to a multiple.
+    The vocabulary is the exception.  If mesh.tensor does not divide model.vocab_size, the vocabulary is not split.  To split it,
+    set model.vocab_size to a multiple of mesh.tensor.
     """
     mesh, model, data = config.mesh, config.model, config.data
     micro = data.batch_size // config.optimizer.accumulation_steps
@@ -199,7 +210,10 @@ def check_dimensions(config: ExperimentConfig) -> None:
 
 
 def fits_splash(config: ExperimentConfig) -> bool:
-    """JAX's flash attention for TPUs takes these sizes: sequences and values in multiples of 128, keys in multiples of 64."""
+    """Return whether JAX's flash attention for TPUs takes the sizes of `config`.
+
+    It takes lengths of sequences and widths of values in multiples of 128, and widths of keys in multiples of 64.
+    """
     model = config.model
     return config.data.sequence_length % 128 == 0 and model.head_dim % 128 == 0 and model.key_width % 64 == 0
 

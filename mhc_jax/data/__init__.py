@@ -1,4 +1,4 @@
-"""Text, tokenizers and batches.  This package alone imports tensorflow_datasets and grain."""
+"""Text, tokenizers and batches.  Only this package imports tensorflow_datasets and grain."""
 
 from mhc_jax.data.cache import cache_folder
 from mhc_jax.data.files import Document

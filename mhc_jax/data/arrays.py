@@ -1,7 +1,7 @@
 """Tokenized text: a memory-mapped array of ids for each source, split and tokenizer, kept in the cache folder.
 
-Every document is followed by the end-of-document token.  Beside `<key>.npy` lies `<key>.json` with counts and checksums.  The key
-is a hash of everything that the ids depend on, so nothing has to be invalidated by hand.
+Every document is followed by the end-of-document token.  The ids are in `<key>.npy`, and counts and checksums in `<key>.json`.  The
+key is a hash of everything that the ids depend on, so that outdated files are never read.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
 
 FORMAT = 1
-"""Part of the key.  It must be raised when a change of the code gives the same text other ids or another layout."""
+"""Version of the stored arrays, a part of their key in the cache.
+
+Raise it if a change of the code gives the same text other ids or another layout."""
 CHUNK = 1 << 22
-"""Characters that the tokenizer gets at once, and bytes of a file that are read at once."""
+"""Number of characters that the tokenizer gets at once, and number of bytes of a file that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,16 @@ class Counts:
 
     documents: int
     tokens: int
-    """With one end of a document for each."""
+    """Number of tokens, including one end-of-document token for each document."""
     bytes: int
-    """Of the text in UTF-8."""
+    """Number of bytes of the text in UTF-8."""
     sha256: str
-    """Hash, in hex, of the ids as they are stored.  It identifies the text under its tokenizer, wherever the files lie."""
+    """SHA-256, in hex, of the ids as they are stored.  It identifies the text and its tokenizer, wherever the files lie."""
 
 
 @dataclass(frozen=True)
 class TokenArray:
-    """A tokenized split."""
+    """The ids of a tokenized split, and its counts."""
 
     tokens: np.ndarray
     """Ids [counts.tokens], uint16 or uint32, memory mapped and read-only."""
@@ -55,15 +57,15 @@ class TokenArray:
 def token_array(
     source: str, split: sources.Split, tokenizer: Tokenizer, *, cache: Path, fraction: float = 0.05
 ) -> TokenArray:
-    """Return the ids of one split, from the cache if it holds them undamaged, else tokenized anew.
+    """Return the ids of one split.  They come from the cache if it holds them undamaged; otherwise the text is tokenized.
 
-    A file in the cache is checked against its CRC-32.  Several processes may call this at once: each writes under a name of its
-    own and renames the file, and all write the same bytes.
+    A file in the cache is checked against its CRC-32.  Several processes may call this function at once.  Each writes
+    the same bytes under a name of its own, and renames the file.
 
     Args:
       source, split, fraction: as in `sources.documents`.
-      tokenizer: as from `tokenizers.load_tokenizer`.
-      cache: folder, as from `cache.cache_folder`.
+      tokenizer: tokenizer from `tokenizers.load_tokenizer`.
+      cache: cache folder from `cache.cache_folder`.
 
     Raises:
       InputError: the source cannot be read or the cache cannot be written.
@@ -86,7 +88,7 @@ def token_array(
 
 
 def _load(stem: Path) -> TokenArray | None:
-    """Read an array and its counts; None where a file is missing or damaged."""
+    """Read an array and its counts from the cache; None if a file is missing or damaged."""
     path = stem.with_suffix(".npy")
     try:
         meta = json.loads(stem.with_suffix(".json").read_text("utf-8"))
@@ -99,7 +101,7 @@ def _load(stem: Path) -> TokenArray | None:
 
 
 def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-    """Write an array and its counts, each of which appears by one rename."""
+    """Write an array and its counts into the cache.  Each file is written under another name and renamed."""
     with tempfile.TemporaryDirectory(dir=stem.parent, prefix=f".{stem.name}.") as folder:
         array, meta = Path(folder) / "array", Path(folder) / "meta"
         with array.open("wb") as file:
@@ -128,7 +130,7 @@ def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) 
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, tokens: int) -> None:
-    """Write the .npy header.  NumPy pads it for 21 digits of the size, so that a second header takes the same room."""
+    """Write the .npy header.  NumPy pads it for 21 digits of the size, so that headers of all sizes have the same length."""
     header = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
 

@@ -10,7 +10,7 @@ from mhc_jax.errors import InputError
 
 
 def cache_folder() -> Path:
-    """Return the cache folder, created: $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
+    """Create and return the cache folder: $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
 
     Raises:
       InputError: the folder cannot be created or written to.

@@ -1,4 +1,4 @@
-r"""Documents in local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet.
+r"""Read documents from local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet.
 
 JSON lines are split at `\n` alone, since other Unicode line separators may occur inside a text.  Compressed files are read through
 pyarrow: unlike the `zstandard` package, it refuses a file that ends in the middle of a frame.
@@ -20,7 +20,7 @@ from mhc_jax.errors import InputError, require
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ALLOWED = "a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
 BLOCK = 8192
-"""Characters after which a block of a single .txt file ends at the next blank line."""
+"""Number of characters after which a block of a single .txt file ends at the next blank line."""
 
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 _LINE_END = re.compile(r"\n")
@@ -28,7 +28,7 @@ _LINE_END = re.compile(r"\n")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that belongs to one split as a whole, and the name by which it is known."""
+    """A text and its name.  A document as a whole belongs to one split."""
 
     id: str
     text: str
@@ -60,9 +60,10 @@ def expand(source: str) -> list[Path]:
 
 
 def read_files(files: Sequence[Path]) -> Iterator[Document]:
-    """Yield the documents of `files` in order, without those that have no visible character.
+    """Yield the documents of `files` in order, except documents without a visible character.
 
-    Each of several .txt files is a document.  A single one is cut into blocks (`text_blocks`), so that some can be held out.
+    Each of several .txt files is a document.  A single .txt file is cut into blocks (`text_blocks`), so that some blocks can be
+    held out.
     JSON lines and parquet rows hold the text under `text` and may hold a name under `id`.
 
     Raises:
@@ -81,9 +82,10 @@ def read_files(files: Sequence[Path]) -> Iterator[Document]:
 
 
 def text_blocks(text: str) -> Iterator[str]:
-    """Yield blocks of `text`, which joined give `text` again.
+    """Yield consecutive blocks of `text`; joined they give `text` again.
 
-    A block ends at the first blank line after `BLOCK` characters, or, without one, at the first line end after twice as many.
+    A block ends at the first blank line between `BLOCK` and 2 `BLOCK` characters.  If there is none, it ends at the first line end
+    after 2 `BLOCK` characters.
     """
     start = 0
     while start < len(text):

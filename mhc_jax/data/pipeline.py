@@ -1,4 +1,4 @@
-"""Batches of a `DataConfig`, in an order that depends on the data settings alone."""
+"""Make batches as a `DataConfig` says, in an order that depends only on the data settings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from mhc_jax.config import DataConfig, ExperimentConfig
 
 Batch = dict[str, np.ndarray]
-"""`inputs` and `targets`, int32 [B, T]; targets are the inputs one token later."""
+"""A batch: `inputs` and `targets`, int32 [B, T] of B sequences of T tokens.  Each target is the token after its input."""
 
 ODD_SHARE = 0.2
-"""Share of all tokens above which held-out text is warned of, if it is also more than twice data.validation_fraction."""
+"""Held-out share of all tokens above which a run warns, if the share is also more than twice data.validation_fraction."""
 ENDLESS = 1 << 48
-"""Windows after which an iterator ends.  Grain's endless repeat would overflow `len` at a batch size of 1."""
+"""Number of windows after which a training iterator ends.  Grain's endless repeat would overflow `len` at a batch size of 1."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,27 @@ class Data:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The hashes of both splits (`Counts.sha256`), under their keys in `summary`."""
+        """Hashes of the training and the validation text (`Counts.sha256`), under the keys that `summary` has for them."""
         return {"train_sha256": self.train.counts.sha256, "validation_sha256": self.validation.counts.sha256}
 
     def target_bytes(self, batches: Sequence[Batch]) -> int:
-        """Count the UTF-8 bytes that the targets of `batches` stand for; the end of a document stands for none."""
+        """Return the number of UTF-8 bytes that the targets of `batches` stand for.  The end of a document stands for none."""
         return sum(int(self.tokenizer.token_bytes[batch["targets"]].sum()) for batch in batches)
 
     def bits_per_nat(self, count: int) -> float:
         r"""Return the factor from mean loss in nats/token to bits per byte, over the first `count` validation batches.
 
         Bits per byte are $-\sum_i \ln p_i / (\ln 2 \cdot \text{bytes})$, over the targets $i$ of exactly these batches and the
-        bytes that they stand for.  The end of a document counts in the sum, since the model must predict it, and has no bytes.
-        The factor is NaN where no target has a byte.
+        bytes that these targets stand for.  The end of a document counts in the sum, since the model must predict it.  It has no
+        bytes.
+        The factor is NaN if no target has a byte.
         """
         batches = self.validation_batches(count)
         size = self.target_bytes(batches)
         return sum(batch["targets"].size for batch in batches) / math.log(2) / size if size else math.nan
 
     def summary(self) -> dict[str, Any]:
-        """Return what env.json of a run says about its data, as JSON values."""
+        """Return the entry of env.json about the data of a run, as JSON values."""
         return {
             "source": self.config.source,
             "validation_source": self.config.validation_source,
@@ -70,10 +71,10 @@ class Data:
         }
 
     def describe(self, count: int) -> list[str]:
-        """Return lines for the start of a run: the sizes of both splits, then warnings about unusual ones.
+        """Return lines for the start of a run: the sizes of both splits, then warnings about unusual splits.
 
         Args:
-          count: validation batches that a run asks for (`validation_batches`).
+          count: number of validation batches that the run asks for (train.validation_batches).
         """
         config, held_out = self.config, self.validation.counts
         fills = _windows(held_out.tokens, config.sequence_length) // config.batch_size
@@ -105,21 +106,22 @@ class Data:
     def train_iterator(self, start_step: int = 0, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
         """Return an endless iterator over shuffled training batches, after `start_step` batches.
 
-        Window i holds T + 1 tokens from token i T on.  Every epoch visits each window once, in a new order, and a batch may span
-        two epochs.  One thread reads two batches ahead; `close()` ends it.  The state is `{"next_index": batches drawn}`: exact,
-        JSON, and set in constant time.
+        Window i holds T + 1 tokens from token i T on.  Every epoch visits each window once, in a new order.  A batch may span
+        two epochs.  One thread reads two batches ahead, and `close()` ends the thread.  The state of the iterator is the JSON value
+        `{"next_index": batches drawn}`, which is exact and is set in constant time.
 
         Args:
-          start_step: number of batches to pass over.
-          rows: which rows of each batch to read, in this order; None: all.  Order and state do not depend on it.  Processes that
-            read different rows therefore make one batch together, and a run may go on with more or fewer processes.
+          start_step: number of batches to skip.
+          rows: numbers of the rows of each batch to read, in this order; None: all rows.  The order of windows and the state do not
+            depend on `rows`.  Processes that read different rows therefore make one batch together, and a run may go on with more
+            or fewer processes.
         """
         import grain  # 1 s
 
         length, tokens = self.config.sequence_length, self.train.tokens
         windows = _windows(len(tokens), length)
         batches = (
-            # Grain sees indices alone, and windows are cut a batch at a time: 20 us each instead of 45.
+            # Grain handles only indices, and windows are cut a batch at a time.  A window then takes 20 us instead of 45 us.
             grain.MapDataset.range(windows)
             .seed(self.config.seed)
             .shuffle()
@@ -133,14 +135,14 @@ class Data:
         return iterator
 
     def validation_batches(self, count: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """Return the first `count` batches of consecutive windows of the validation text, or as many as it fills.
+        """Return the first `count` batches of consecutive windows of the validation text, or as many as the text fills.
 
-        Shapes are always [B, T].  An incomplete last batch is left out, but a text of fewer than B windows is repeated until it
+        Shapes are always [B, T].  An incomplete last batch is left out.  But a text of fewer than B windows is repeated until it
         fills one batch.
 
         Args:
-          count: batches at most.
-          rows: as in `train_iterator`.
+          count: largest number of batches.
+          rows: numbers of the rows of each batch to read, as in `train_iterator`.
         """
         length, size = self.config.sequence_length, self.config.batch_size
         windows = _windows(len(self.validation.tokens), length)
@@ -190,10 +192,10 @@ def load_data(config: DataConfig) -> Data:
 
 
 def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
-    """Return the configuration with the vocabulary size of the tokenizer where model.vocab_size is 0.
+    """Return the configuration, in which a model.vocab_size of 0 is replaced by the vocabulary size of the tokenizer.
 
     Raises:
-      InputError: model.vocab_size is set and too small.
+      InputError: model.vocab_size is set and is smaller than the vocabulary of the tokenizer.
     """
     size = data.tokenizer.vocab_size
     if config.model.vocab_size and config.model.vocab_size < size:
@@ -204,12 +206,12 @@ def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig
 
 
 def _windows(tokens: int, length: int) -> int:
-    """Number of windows of `length` + 1 tokens that overlap by one token."""
+    """Return the number of windows in a text of `tokens` tokens.  A window has `length` + 1 tokens; neighbours share one token."""
     return (tokens - 1) // length
 
 
 def _cutter(tokens: np.ndarray, length: int, rows: np.ndarray | None) -> Callable[[np.ndarray], Batch]:
-    """Return the function from numbers of windows [B] to a batch."""
+    """Return the function that makes a batch from the numbers of its windows, [B].  `rows` picks rows of the batch; None: all."""
 
     def cut(windows: np.ndarray) -> Batch:
         windows = windows if rows is None else windows[rows]

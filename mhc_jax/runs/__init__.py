@@ -1,1 +1,1 @@
-"""One run on disk: folder, checkpoints, metrics, progress, stop and environment."""
+"""The parts of one training run: its folder, checkpoints, metrics, progress, stop signals and environment."""

@@ -1,4 +1,4 @@
-"""Checkpoints: an Orbax folder for each saved step, which holds all that a run goes on from and is whole or absent."""
+"""Save and read checkpoints: an Orbax folder for each saved step, with all that a run needs to go on.  It is whole or absent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mhc_jax.runs.folder import differences, read_json
 from mhc_jax.train_step import TrainState
 
 ITEMS = ("state", "loop", "config", "tokenizer")
-"""The parts of a checkpoint."""
+"""Names of the parts of a checkpoint."""
 KEEP_CHECKPOINTS = 2
-"""Checkpoints that a run keeps: the newest, and the one before it in case the newest cannot be read."""
+"""Number of checkpoints that a run keeps: the newest, and the one before it in case the newest cannot be read."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-"""Exceptions of Orbax when the disk refuses; errors of TensorStore arrive as ValueError."""
+"""Exceptions that Orbax raises if writing to disk fails.  Errors of TensorStore arrive as ValueError."""
 
 
 class Checkpoints:
@@ -50,30 +50,30 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # To close is to wait for all processes, and one of them may be gone.
+        # Closing waits for all processes, and after an error one of them may be gone.
         if kind is None or not distributed.is_multiprocess():
             self.close()
 
     def steps(self) -> list[int]:
-        """Steps saved, oldest first."""
+        """Return the saved steps, oldest first."""
         return sorted(self._manager.all_steps())
 
     def newest(self) -> str:
-        """The newest checkpoint that is whole on disk, in words; empty if there is none.  Asks no other process."""
+        """Return words for the newest checkpoint that is whole on disk; empty if there is none.  Other processes are not asked."""
         steps = saved_steps(self.folder)
         return f"the checkpoint of step {max(steps)}" if steps else ""
 
     def save(
         self, step: int, state: TrainState, loop: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, str]
     ) -> None:
-        """Start saving, unless the step is saved already.
+        """Start saving a checkpoint, unless the step is saved already.
 
         Args:
-          step: updates done.
+          step: number of updates done.
           state: train state.
-          loop: the rest of what the loop goes on from, JSON-serialisable.
-          config: the configuration of the run (`mapping.to_mapping`).
-          tokenizer: `Tokenizer.saved`.
+          loop: the rest of the state of the training loop, JSON-serialisable.
+          config: configuration of the run (`mapping.to_mapping`).
+          tokenizer: tokenizer of the run (`Tokenizer.saved`).
 
         Raises:
           InputError: this or the previous save could not be written (disk full, folder gone).
@@ -82,7 +82,7 @@ class Checkpoints:
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            # Orbax writes it while the run goes on and appends to its lists.
+            # Orbax writes `loop` while the run goes on and appends to the lists in it.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
             config=ocp.args.JsonSave(config),
             tokenizer=ocp.args.JsonSave(tokenizer),
@@ -113,7 +113,7 @@ class Checkpoints:
         full = "no space left" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else _reason(error)
         self._failed = True
-        # Orbax leaves its other writes unstarted, and Python warns of each while it shuts down.
+        # Orbax never starts its remaining writes, and Python would warn of each of them at exit.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         newest = self.newest()
         kept = f"{newest} is whole" if newest else "there is no earlier one"
@@ -125,17 +125,18 @@ class Checkpoints:
     def restore_newest(
         self, abstract: TrainState, config: dict[str, Any]
     ) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that can be read, or None if there is none.
+        """Return the newest checkpoint that can be read, or None if there is no checkpoint.
 
         Args:
-          abstract: shapes, dtypes and shardings of the state.
+          abstract: shapes, dtypes and shardings of the train state.
           config: the configuration of the run that wants to go on.
 
         Returns:
-          (state, loop, remarks).  The remarks name the broken checkpoints that were passed over and set aside.
+          (state, loop, remarks): the train state, the rest of the state of the loop, and a remark for each broken checkpoint that
+          was set aside.
 
         Raises:
-          InputError: the newest readable checkpoint belongs to another model, or none of those that exist can be read.
+          InputError: the newest readable checkpoint belongs to another model, or there are checkpoints and none can be read.
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -146,7 +147,7 @@ class Checkpoints:
                 raise
             except Exception as error:
                 reason = _reason(error)
-            # Each process reads its part, and any of them may be broken.
+            # Each process reads its part of the checkpoint, and the part of any process may be broken.
             reason = next(filter(None, distributed.allgather_text(reason)), "")
             if out and not reason:
                 return *out, self._set_aside(broken)
@@ -173,7 +174,7 @@ class Checkpoints:
         return out["state"], out["loop"]
 
     def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
-        """Move broken checkpoints out of the way of the steps that will be saved again; returns a remark for each."""
+        """Move broken checkpoints out of the folder, so that their steps can be saved again.  Returns a remark for each."""
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
@@ -211,11 +212,11 @@ def _reason(error: Exception) -> str:
 
 
 def check_tokenizer(saved: str, given: str, folder: Path) -> None:
-    """Raise `InputError` unless a tokenizer is the one that a run was trained with.
+    """Raise `InputError` unless the given tokenizer is the one that a run was trained with.
 
     Args:
       saved: fingerprint of the tokenizer of the run.
-      given: fingerprint of the tokenizer at hand.
+      given: fingerprint of the given tokenizer.
       folder: folder of the run.
     """
     if saved != given:
@@ -226,11 +227,11 @@ def check_tokenizer(saved: str, given: str, folder: Path) -> None:
 
 
 def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path) -> None:
-    """Raise `InputError` where the text is not the one that a run was trained with.
+    """Raise `InputError` if the given text is not the one that a run was trained with.
 
     Args:
-      saved: what is recorded of the text of the run; hashes that it lacks are not compared.
-      given: `Data.identity` of the text at hand.
+      saved: recorded hashes of the text of the run.  A hash that is not recorded is not compared.
+      given: hashes of the given text (`Data.identity`).
       folder: folder of the run.
     """
     for name, new in given.items():
@@ -243,15 +244,15 @@ def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path)
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """The steps whose checkpoints are whole on disk, in no order."""
+    """Return the steps whose checkpoints are whole on disk, in no particular order."""
     return [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint of a run folder.
+    """Return the step of the newest checkpoint of a run folder.
 
     Raises:
-      InputError: there is none.
+      InputError: the folder holds no checkpoint.
     """
     steps = saved_steps(folder / "checkpoints")
     if not steps:
@@ -262,13 +263,13 @@ def newest_step(folder: Path) -> int:
 
 
 def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> tuple[dict[str, Any], Any]:
-    """(configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
+    """Return (configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
 
-    The configuration is that of the checkpoint, whose model.vocab_size is the size of the tokenizer where the run has 0.
+    model.vocab_size is never 0 in this configuration: if it is 0 in config.json, the checkpoint has the size of the tokenizer.
 
     Args:
       folder: the run folder.
-      shardings: a function from the shapes and dtypes of the state to its shardings (`sharding.state_shardings`); without it,
+      shardings: a function from the shapes and dtypes of the train state to its shardings (`sharding.state_shardings`).  None:
         everything goes to the first device.
 
     Raises:
@@ -278,12 +279,12 @@ def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> 
     root = (folder / "checkpoints").resolve()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    # Orbax warns of an item without a handler, even where it is not wanted.
+    # Orbax warns of each item without a handler, even if the item is not read.
     handlers = {"state": ocp.StandardCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
     try:
         with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-            # The state was saved on the devices of the run, and is wanted on those of this process.
+            # The state was saved on the devices of the run, and is restored to the devices of this process.
             saved = manager.item_metadata(step)["state"]
             places = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
             target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, places)
@@ -297,7 +298,7 @@ def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> 
 
 
 def saved_tokenizer(folder: Path) -> dict[str, str]:
-    """The tokenizer of the newest checkpoint of a run folder (`Tokenizer.saved`).
+    """Return the tokenizer of the newest checkpoint of a run folder, as `Tokenizer.saved` gives it.
 
     Raises:
       InputError: the folder holds no checkpoint, or its tokenizer cannot be read.

@@ -1,4 +1,4 @@
-"""The circumstances of a run: devices, versions of packages, commit and command."""
+"""Record the circumstances of a run: devices, versions of packages, commit and command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.parallel import distributed
 
 COMMAND = "MHC_JAX_COMMAND"
-"""The environment variable in which a sweep hands its command on to the processes that it starts."""
+"""Name of the environment variable through which a sweep passes its command to the processes that it starts."""
 
 _PACKAGES = ("mhc-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -41,14 +41,14 @@ def _version(package: str) -> str | None:
 
 
 def command() -> str:
-    """The command that a person typed: in a worker of a sweep that of the sweep, else that of this process."""
+    """Return the command that a person typed: the command of the sweep in a process of a sweep, else of this process."""
     return os.environ.get(COMMAND) or shlex.join(["python", *sys.argv])
 
 
 def environment() -> dict[str, Any]:
-    """The values of env.json: date (UTC), command, commit, whether files differ from it, Python, packages and devices.
+    """Return the values of env.json: date (UTC), command, commit, Python, packages and devices.
 
-    The two entries about the commit are None outside a checkout.
+    `dirty` says whether files differ from the commit.  `commit` and `dirty` are None outside a git checkout.
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
     devices = jax.devices()
@@ -66,6 +66,9 @@ def environment() -> dict[str, Any]:
 
 
 def devices_of(config: ExperimentConfig) -> dict[str, Any]:
-    """The entries about mesh and processes in env.json, summary.json and events; {} for one device."""
+    """Return the entries about mesh and processes in env.json, summary.json and events.
+
+    There is no `mesh` for a single device, and no `processes` for a single process.
+    """
     mesh = {"mesh": str(config.mesh)} if config.mesh.size > 1 else {}
     return mesh | ({"processes": jax.process_count()} if distributed.is_multiprocess() else {})

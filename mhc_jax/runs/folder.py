@@ -1,4 +1,4 @@
-"""The folder of a run: whether a configuration may use it, and its JSON files."""
+"""Check and create the folder of a run, and read and write its JSON files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mhc_jax.runs.metrics import plain
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, which is whole or absent whatever happens meanwhile.
+    """Write a JSON file, which is never half-written, even if the process is killed.
 
     Raises:
       InputError: the folder cannot be written.
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-      InputError: the file cannot be read, or holds something else.
+      InputError: the file cannot be read, or holds no JSON object.
     """
     try:
         value = json.loads(path.read_text())
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
-    """The entry of env.json about the text and the tokenizer of a run (`Data.summary`); {} where the file is not there yet.
+    """Return the entry of env.json about the text and the tokenizer of a run (`Data.summary`); {} if there is no env.json yet.
 
     Raises:
       InputError: the file is no JSON object.
@@ -55,7 +55,7 @@ def recorded_data(folder: Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`model.width: 64 -> 128` for every leaf in which two nested mappings differ."""
+    """Return a line such as `model.width: 64 -> 128` for every value in which two nested mappings differ."""
     out = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
@@ -67,17 +67,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """See whether a run of this configuration may start or go on in a folder.  Nothing is written.
+    """Check that a run of this configuration may start or go on in a folder.  Nothing is written.
 
     Returns:
       The summary if the run has ended already, else None.
 
     Raises:
-      InputError: the folder holds something else, or a run of another configuration.
+      InputError: the folder is not a run folder and not empty, or holds a run of another configuration.
     """
     saved = folder / "config.json"
     if saved.exists():
-        # The mesh and its pipeline may change, because a run goes on on the devices that are there.
+        # The mesh and the pipeline may differ from the recorded ones, because a run may go on with other devices.
         free = {"mesh": None, "pipeline": None}
         changed = differences({**read_json(saved), **free}, {**plain(config), **free})
         if changed:
@@ -90,14 +90,14 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
             ended = read_json(summary)
             return ended if ended["status"] != "interrupted" else None
         return None
-    # A run that was killed while it wrote config.json leaves config.tmp alone.
+    # A run that was killed while it wrote config.json leaves config.tmp as the only file.
     if folder.exists() and (not folder.is_dir() or any(p.name != "config.tmp" for p in folder.iterdir())):
         raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
     return None
 
 
 def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder and write config.json.  Of several processes the first does it, and the others look for the file.
+    """Make the run folder and write config.json.  The first process does this, and every process checks that it sees the file.
 
     Raises:
       InputError: the folder cannot be written, or another process does not see it.

@@ -1,4 +1,4 @@
-"""The history of a run: times, losses, spikes and gains of its steps, how it ended, and the summary of all that."""
+"""The history of a run: times, losses, spikes and gains of its steps, how it ended, and its summary."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mhc_jax.runs.metrics import SPIKE_THRESHOLD, SPIKE_WINDOW, SpikeDetector, p
 from mhc_jax.train_step import TrainState
 
 KEPT_TIMES, KEPT_LOSSES = 200, 10
-"""Steps whose times and losses summary.json is made from."""
+"""Number of last steps whose times are kept for summary.json, and number of last steps whose losses are kept for it."""
 
 
 class Clock:
-    """Seconds of a run by what they were spent on."""
+    """A clock that adds up the seconds of a run by the part they were spent on, such as compilation or validation."""
 
     def __init__(self) -> None:
         parts = ("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s")
@@ -33,17 +33,17 @@ class Clock:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the time that the body takes to `part`."""
+        """Add the seconds that the body of the `with` statement takes to the total of `part`."""
         began = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - began
 
     def restart_step(self) -> None:
-        """Let the next step begin now, so that pauses are no part of it."""
+        """Let the next step begin now, so that pauses before it do not count as its time."""
         self._step_began = time.perf_counter()
 
     def end_step(self) -> float:
-        """Seconds since the last step ended, or since `restart_step`; they are added to `train_s`."""
+        """Return the seconds since the last step ended or `restart_step` was called, and add them to `train_s`."""
         now = time.perf_counter()
         elapsed, self._step_began = now - self._step_began, now
         self.seconds["train_s"] += elapsed
@@ -52,61 +52,61 @@ class Clock:
 
 @dataclass
 class History:
-    """The state of the loop beside the train state.  A checkpoint holds it, so that summary.json covers the whole run."""
+    """The state of the training loop beside the train state.  Checkpoints hold it, so that summary.json covers the whole run."""
 
     spikes: SpikeDetector = field(default_factory=lambda: SpikeDetector(SPIKE_WINDOW, SPIKE_THRESHOLD))
     clock: Clock = field(default_factory=Clock)
     step: int = 0
-    """Updates that have been dispatched."""
+    """Number of updates that have been dispatched."""
     losses: list[float] = field(default_factory=list)
-    """Losses of the last steps, in nats per token."""
+    """Losses of the last `KEPT_LOSSES` steps, in nats per token."""
     step_times: list[float] = field(default_factory=list)
-    """Seconds of the last steps."""
+    """Seconds that each of the last `KEPT_TIMES` steps took."""
     validation_loss: float | None = None
     gains: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("max_composite_forward", "max_composite_backward", "max_column_error"))
     )
-    """The largest value over depth and over all diagnostics steps so far."""
+    """Largest value of each gain or error over depth and all diagnostics steps so far; None before the first diagnostics step."""
     last_diagnostics: dict[str, float | None] = field(
         default_factory=lambda: {f"final_{key}": None for key in STREAM_MEASURES}
     )
     diverged_at: int | None = None
-    """The step at which the run diverged."""
+    """Step at which the run diverged; None if it has not."""
     first_nonfinite: int | None = None
-    """The step at which a number was not finite."""
+    """Step at which a number was not finite; None if all were finite."""
     compiled_bytes: int | None = None
-    """Bytes of the train step, as the compiler says."""
+    """Memory of the compiled train step in bytes, as the compiler estimates it; None if unknown."""
 
     def saved(self) -> dict[str, Any]:
-        """The history as JSON has it, for `restore`; later steps change its lists."""
+        """Return the history as JSON values for `restore`.  Later steps change the lists in it, so copy them to keep them."""
         return {**vars(self), "spikes": self.spikes.state(), "clock": self.clock.seconds}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `saved` gave."""
+        """Take over the history that `saved` returned."""
         self.spikes = SpikeDetector(self.spikes.window, self.spikes.threshold, saved["spikes"])
         self.clock.seconds = saved["clock"]
         vars(self).update({f.name: saved[f.name] for f in fields(self) if f.name not in ("spikes", "clock")})
 
     def ended(self, steps: int) -> str | None:
-        """`diverged` or `finished`; None while some of the `steps` are left to do."""
+        """Return `diverged` or `finished`, or None if the run has done fewer than `steps` steps."""
         if self.diverged_at is not None:
             return "diverged"
         return "finished" if self.step == steps else None
 
     def add_step(self, loss: float) -> float:
-        """Remember a step that has ended; returns its seconds."""
+        """Record the loss and the time of a step that has ended, and return its seconds."""
         seconds = self.clock.end_step()
         self.step_times = [*self.step_times, seconds][-KEPT_TIMES:]
         self.losses = [*self.losses, loss][-KEPT_LOSSES:]
         return seconds
 
     def add_validation(self, loss: float) -> None:
-        """Remember the loss of a validation."""
+        """Record the loss of a validation, and whether it is finite."""
         self.validation_loss = loss
         self.first_nonfinite = None if math.isfinite(loss) else self.step
 
     def add_diagnostics(self, values: dict[str, np.ndarray]) -> None:
-        """Remember what `diagnostics.summarize` gave."""
+        """Record the values that `diagnostics.summarize` returned, and whether they are finite."""
         for key, before in self.gains.items():
             largest = float(np.max(np.nan_to_num(values[key.removeprefix("max_")], nan=np.inf)))
             self.gains[key] = largest if before is None else max(before, largest)
@@ -123,30 +123,30 @@ def summary_of(
     bits_per_nat: float,
     peak_before: int,
 ) -> dict[str, Any]:
-    """The values of summary.json, which are those of the whole run however often it was stopped.
+    """Return the values of summary.json.  They cover the whole run, however often it was stopped.
 
-    steps                 updates in the saved state
-    parameters            all; connection_parameters: those of connections
+    steps                 number of updates in the saved state
+    parameters            number of all parameters; connection_parameters: number of the parameters of connections
     flops_per_token       operations of one train step over its tokens, recomputation included (`cost.counts.flops`)
-    step_time_s           median of the last 200 steps, without validation, diagnostics and checkpoints
-    peak_memory_bytes     the most that arrays took on the first device.  It is the compiler's estimate of the train step where the
-                          device keeps no count, or where something before the run in this process took more
+    step_time_s           median time of the last 200 steps, without validation, diagnostics and checkpoints
+    peak_memory_bytes     the most that arrays took on the first device.  It is the compiler's estimate of the train step if the
+                          device keeps no count, or if something before the run in this process took more
     train_loss            mean of the losses of the last 10 steps, without those that are not finite
-    validation_loss       of the last validation, and bits_per_byte
-    max_*                 largest gain or error over depth and diagnostics steps; gains_overflowed: one of them is infinite
+    validation_loss       loss of the last validation; bits_per_byte: its value in bits per byte
+    max_*                 largest gain or error over depth and diagnostics steps; gains_overflowed: whether one is infinite
     final_*               mean over sub-layers at the last diagnostics step (`diagnostics.STREAM_MEASURES`)
-    spikes                number of spike_steps (`SpikeDetector`)
+    spikes                number of loss spikes; spike_steps: the steps at which they begin (`SpikeDetector`)
     first_nonfinite_step  step at which a number that is not finite ended the run
     wall_clock_s          sum of compile_s, train_s, validation_s, diagnostics_s and checkpoint_s.  Reading text, making the first
                           state and steps lost to a kill are not included
 
     Args:
-      config: with the size of the vocabulary.
-      state: at the end.
-      history: of the run.
-      flops: `programs.flops_per_token`.
-      bits_per_nat: of the validation batches.
-      peak_before: `counts.device_peak` before the run.
+      config: settings of the run, with the size of the vocabulary.
+      state: train state at the end.
+      history: history of the run.
+      flops: operations per token (`programs.flops_per_token`).
+      bits_per_nat: factor from nats/token to bits per byte, over the validation batches.
+      peak_before: peak of memory in bytes before the run (`counts.device_peak`).
     """
     parameters, of_connections = counts.parameter_counts(state.params)
     peak = counts.device_peak()

@@ -1,16 +1,16 @@
-"""metrics.jsonl: its writer, which also feeds TensorBoard and wandb, and the detector of loss spikes.
+"""The writer of metrics.jsonl, which also feeds TensorBoard and wandb, and the detector of loss spikes.
 
-The file holds one object a line.  Each has a `kind` and a `step`, the number of updates done:
+The file holds one JSON object a line.  Each object has a `kind` and a `step`, the number of updates done:
 
-    train        loss [nats/token], the mean over the batch before the update; grad_norm (before clipping); clipped (1 where
+    train        loss [nats/token], the mean over the batch before the update; grad_norm (before clipping); clipped (1 if
                  grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on, this step included;
                  step_time_s; tokens_per_s.  With experts, means over layers of router_load_cv, router_max_load, router_entropy
                  and router_bias_range (`layers.moe.router_health`), and with a buffer in model.experts of router_dropped
-    validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these (`Data.bits_per_nat`)
+    validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these tokens (`Data.bits_per_nat`)
     diagnostics  `diagnostics.summarize` as lists; grad_norm_per_layer; with experts, the router_* numbers of each layer
     event        event = spike | resumed | diverged | interrupted | checkpoint_skipped, and details
 
-A train line is written every train.log_every steps, and at the last.  NaN and infinity are written as null.
+A train line is written every train.log_every steps, and at the last step.  NaN and infinity are written as null.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mhc_jax.parallel import distributed
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: arrays as lists, floats rounded to 9 digits, NaN and infinity as None."""
+    """Return `value` as JSON values: arrays as lists, floats rounded to 9 significant digits, NaN and infinity as None."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -46,15 +46,16 @@ def plain(value: Any) -> Any:
 
 
 SPIKE_WINDOW = 50
-"""Losses whose median a spike is measured against."""
+"""Number of last losses whose median a new loss is compared with, to find spikes."""
 SPIKE_THRESHOLD = 0.5
-"""Nats above that median from which on a loss is a spike."""
+"""A loss is a spike if it exceeds the median of the last `SPIKE_WINDOW` losses by more than this, in nats per token."""
 
 
 class SpikeDetector:
-    """Finds spikes: steps whose loss exceeds the median of the last `window` other losses by more than `threshold` nats.
+    """Finds spikes: steps whose loss exceeds the median of the last `window` losses by more than `threshold` nats per token.
 
-    It judges once it has seen `window` / 2 losses.  Spikes of consecutive steps count as one.
+    Losses of spikes are not among these `window` losses.  The detector finds spikes once it has seen `window` / 2 losses.  Spikes
+    of consecutive steps count as one.
     """
 
     def __init__(self, window: int, threshold: float, state: dict[str, Any] | None = None):
@@ -70,7 +71,7 @@ class SpikeDetector:
         return statistics.median(self.recent)
 
     def update(self, step: int, loss: float) -> bool:
-        """Add the loss of a step; returns whether a spike begins with it."""
+        """Add the loss of a step.  Returns whether a spike begins with this step."""
         if len(self.recent) >= max(self.window // 2, 1) and loss > self.median + self.threshold:
             begins = step != self.last + 1
             self.last = step
@@ -82,7 +83,7 @@ class SpikeDetector:
         return False
 
     def state(self) -> dict[str, Any]:
-        """The state that the constructor takes, JSON-serialisable."""
+        """Return the state as JSON values, which the constructor takes as `state`."""
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
@@ -97,19 +98,20 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`, TensorBoard and wandb.  A line that has been written outlives a kill.
+    """Appends records to `metrics.jsonl`, TensorBoard and wandb.  A written line is kept if the process is killed.
 
-    Use as a context manager.  Of several processes the first alone writes.
+    Use as a context manager.  With several processes, only the first writes.
     """
 
     def __init__(self, folder: Path, keep_until: int, trackers: Sequence[str] = (), config: Any = None):
         """Open the files of a run.
 
         Args:
-          folder: of the run.
-          keep_until: lines of later steps are dropped, as are half-written ones; -1 for a run that starts anew.
-          trackers: what else is written, names of `train.trackers`.
-          config: the configuration that wandb shows.
+          folder: folder of the run.
+          keep_until: the last step whose lines are kept.  Lines of later steps and half-written lines are dropped; -1 drops all,
+            for a run that starts anew.
+          trackers: trackers that get the metrics too, as in train.trackers.
+          config: configuration that wandb shows.
         """
         self.path = folder / "metrics.jsonl"
         self._sinks: list[Callable[[str, int, dict[str, Any]], Any]] = []
@@ -154,7 +156,7 @@ class MetricsWriter:
         self._open.close()
 
     def _keep(self, until: int) -> None:
-        """Rewrite the file with its whole lines up to the step `until`."""
+        """Rewrite metrics.jsonl with only the complete lines up to the step `until`."""
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
@@ -169,13 +171,13 @@ class MetricsWriter:
         self._guard(lambda: (self._file.write(line), self._file.flush()))
 
     def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # `write` has reported what it could not flush
+        with contextlib.suppress(OSError):  # `write` has already reported the failed flush
             self._file.close()
 
     def _wandb_run(self, folder: Path, config: Any) -> Any:
         import wandb
 
-        # Runs of other comparisons may have folders of the same name, so that the folder holds the id of its run.
+        # Other comparisons may have run folders of the same name, so the id of the wandb run is kept in a file of the folder.
         id_file = folder / "wandb_id"
         if not id_file.exists():
             self._guard(lambda: id_file.write_text(uuid.uuid4().hex))

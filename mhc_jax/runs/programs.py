@@ -1,4 +1,4 @@
-"""The compiled programs of a run, and the arrays that they start from."""
+"""The compiled programs of a run, its batches, and its first train state."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Feed:
             self.diagnostic_tokens = replicate(mesh, self.diagnostic_tokens)
 
     def placed(self, batch: Batch) -> Any:
-        """The batch split over the mesh; `batch` itself without a mesh."""
+        """Return the batch as arrays split over the devices of the mesh, or `batch` itself without a mesh."""
         if self._mesh is None:
             return batch
         if self._rows is None:
@@ -52,16 +52,16 @@ class Feed:
 
 
 def abstract_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
-    """Shapes, dtypes and shardings of the train state on the devices of this run."""
+    """Return the shapes, dtypes and shardings of the train state on the devices of this run."""
     shapes = jax.eval_shape(lambda: init_state(config))
-    # A checkpoint names the devices of the machine that wrote it, so that those of this one are said here.
+    # A checkpoint names the devices of the machine that wrote it.  The shardings here name the devices of this machine.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = state_shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: here, shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def first_state(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> TrainState:
-    """The train state before the first step, made where `abstract` says."""
+    """Return the train state before the first step, on the devices that the shardings of `abstract` name."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract) if mesh else None
     program = jax.jit(lambda: init_state(config), out_shardings=shardings).lower().compile()
     distributed.barrier()
@@ -69,26 +69,29 @@ def first_state(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainStat
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of an array that every device of the mesh holds; None without a mesh."""
+    """Return the sharding of an array of which each device of the mesh holds a full copy; None without a mesh."""
     return NamedSharding(mesh, PartitionSpec()) if mesh else None
 
 
 def trace_train_step(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> Any:
-    """The traced train step (`jax.stages.Traced`), which donates its state."""
+    """Return the traced train step (`jax.stages.Traced`), which donates its input state."""
     shardings = (jax.tree.map(lambda a: a.sharding, abstract), replicated(mesh)) if mesh else None
     step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings)
     return step.trace(abstract, _example(config, mesh))
 
 
 def flops_per_token(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState, traced: Any) -> float:
-    """Operations of a train step over its tokens.  A pipeline's are those of the same step without stages."""
+    """Return the operations of a train step divided by its number of tokens.
+
+    For a pipeline, the operations of the same step without stages are counted.
+    """
     if config.mesh.stage > 1:
         traced = jax.jit(make_unstaged_step(config)).trace(abstract, _example(config, mesh))
     return counts.jaxpr_flops(traced.jaxpr) / (config.data.batch_size * config.data.sequence_length)
 
 
 def _example(config: ExperimentConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch."""
+    """Return the shapes, dtypes and shardings of a batch."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh) if mesh else None)
     return {"inputs": tokens, "targets": tokens}
@@ -96,12 +99,12 @@ def _example(config: ExperimentConfig, mesh: Mesh | None) -> dict[str, jax.Shape
 
 @dataclass(frozen=True)
 class Programs:
-    """The compiled steps of a run, as `train_step` describes them."""
+    """The compiled steps of a run, as the module `train_step` describes them."""
 
     train: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
     validate: Callable[[Any, Any], jax.Array]
     diagnose: Callable[[Any, Any], dict[str, jax.Array]] | None
-    """None where train.diagnostics_every is 0."""
+    """The compiled diagnostics step; None if train.diagnostics_every is 0."""
 
 
 def compile_programs(
@@ -110,12 +113,12 @@ def compile_programs(
     """Compile the steps of a run.
 
     Args:
-      config: with model.remat resolved.
-      mesh: of the run.
-      traced: `trace_train_step`.
-      params: as they lie on the devices.
-      feed: of the run.
-      clock: what diagnostics cost is charged to them alone, their compilation included.
+      config: settings of the run, with model.remat resolved.
+      mesh: mesh of the run, or None.
+      traced: train step from `trace_train_step`.
+      params: parameters on the devices of the run.
+      feed: batches of the run.
+      clock: counts the seconds of each compilation.  The diagnostics step counts as `diagnostics_s`, the others as `compile_s`.
       say: called with a sentence before each compilation.
     """
 
@@ -134,7 +137,7 @@ def compile_programs(
     validate = compiled("validation", lambda: jitted(make_eval_step(config)).trace(params, held_out))
     diagnose = None
     if config.train.diagnostics_every:
-        # It runs a few times on one sequence: on CPUs half the time to compile beats a faster program.
+        # The diagnostics step runs a few times on one sequence.  On CPUs, half the compilation time is worth a slower program.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         step = jitted(make_diagnostics_step(config))
         diagnose = compiled("diagnostics", lambda: step.trace(params, feed.diagnostic_tokens), quick)

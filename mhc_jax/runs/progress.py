@@ -1,4 +1,4 @@
-"""Progress of work: live bars on a terminal, plain lines elsewhere, both on standard error."""
+"""Show the progress of work on standard error: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "{task.fields[text]}"
 
 
 class _Bars:
-    """A column of bars with name, bar, count and `columns`.  Use as a context manager."""
+    """Progress bars below each other, each with name, bar, count and `columns`.  Use as a context manager."""
 
     def __init__(self, *columns: str | rich.ProgressColumn, shown: bool = True):
         console = Console(file=sys.stderr, soft_wrap=True)
@@ -35,7 +35,7 @@ class _Bars:
         self._bars.stop()
 
     def _print(self, line: str) -> None:
-        """Show a line that stays."""
+        """Print a line that stays above the bars."""
         if self._live:
             self._bars.console.print(line, highlight=False, markup=False)
         elif self._shown:
@@ -43,20 +43,20 @@ class _Bars:
 
 
 class Progress(_Bars):
-    """Shows how many of `total` alike pieces of work are done, and how long the others will take."""
+    """Shows how many of `total` alike pieces of work are done, and how long the remaining pieces will take."""
 
     def __init__(
         self, label: str, noun: str, total: int, done: int = 0, every_s: float = 5.0, shown: bool = True
     ) -> None:
-        """Begin at once.
+        """Begin to count the time at once.
 
         Args:
           label: name of the work, at the start of every line.
-          noun: what is counted.
-          total: pieces of work.
-          done: how many were done before.
-          every_s: seconds between two plain lines, at least; the first and the last piece always have one.
-          shown: False: say nothing.
+          noun: name of a piece of work, such as `step`.
+          total: number of pieces of work.
+          done: number of pieces that were done before.
+          every_s: least number of seconds between two plain lines.  The first and the last piece always have a line.
+          shown: whether anything is printed.
         """
         super().__init__(TEXT, rich.TimeElapsedColumn(), "left", rich.TimeRemainingColumn(), shown=shown)
         self.label, self.noun, self.total, self.done, self.every_s = label, noun, total, done, every_s
@@ -65,11 +65,11 @@ class Progress(_Bars):
         self._first: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a line that stays above the bars."""
         self._print(f"{self.label}: {text}")
 
     def advance(self, count: int, text: str = "") -> bool:
-        """`count` more pieces are done, and `text` says something of them; returns whether a plain line was due."""
+        """Count `count` more pieces as done, and show `text` beside them.  Returns whether a plain line was due."""
         self.done += count
         self._bars.update(self._task, completed=self.done, text=text)
         now, left = time.monotonic(), self._left()
@@ -81,7 +81,7 @@ class Progress(_Bars):
         return True
 
     def _left(self) -> str:
-        """The time left at the pace since the first piece, so that a compilation before it does not count."""
+        """Return the time left, in words.  The pace is measured from the first piece, so that a compilation does not count."""
         now = time.monotonic()
         done, began = self._first = self._first or (self.done, now)
         if self.done == done:
@@ -90,10 +90,10 @@ class Progress(_Bars):
 
 
 class SweepProgress(_Bars):
-    """Shows a bar for every running run of a sweep, and one for all runs."""
+    """Shows a bar for each run of a sweep that is running, and a bar for all runs together."""
 
     def __init__(self, workdir: Path, total: int, done: int):
-        """`done` of the `total` runs were done before."""
+        """Begin a sweep of `total` runs in the folder `workdir`, of which `done` were done before."""
         super().__init__(TEXT)
         self.workdir, self.total, self.done = workdir, total, done
         self._before, self._ended, self._began = done, 0, time.monotonic()
@@ -107,14 +107,14 @@ class SweepProgress(_Bars):
         return super().__enter__()
 
     def started(self, name: str) -> None:
-        """A process has been started for the run."""
+        """Show that the process of the run `name` has been started."""
         self._starts[name] = time.monotonic()
         self._tasks[name] = self._bars.add_task(name, total=None, text="starting")
         if not self._live:
             self._print(f"{name}: started")
 
     def update(self, running: Mapping[str, int]) -> None:
-        """Show the newest train line of each running run; `running` maps its name to its number of steps."""
+        """Show the newest train line of each running run.  `running` maps the name of a run to its number of steps."""
         if not self._live:
             return
         for name, steps in running.items():
@@ -125,7 +125,7 @@ class SweepProgress(_Bars):
         self._bars.update(self._all, completed=self.done, text=self._left())
 
     def ended(self, name: str, status: str) -> None:
-        """The process of the run has ended."""
+        """Show that the process of the run `name` has ended with `status`."""
         self._ended += 1
         self.done += status in ("finished", "diverged")
         self._bars.remove_task(self._tasks.pop(name))
@@ -133,7 +133,10 @@ class SweepProgress(_Bars):
         self._print(f"{name}: {status} after {took:.0f} s ({self.done} of {self.total} runs done{self._left(', ')})")
 
     def _left(self, before: str = "") -> str:
-        """The time left at the pace of this call so far, after `before`; empty while there is no pace."""
+        """Return the text `before` and the time left, at the pace since this sweep was started.
+
+        The result is empty until a run has ended, and if no run is left.
+        """
         left = self.total - self._before - self._ended
         if not self._ended or not left:
             return ""
@@ -142,7 +145,7 @@ class SweepProgress(_Bars):
 
 
 def last_train_line(path: Path) -> dict[str, Any] | None:
-    """The newest whole train line among the last 64 KiB of a metrics.jsonl; None if there is none."""
+    """Return the newest complete train line in the last 64 KiB of a metrics.jsonl, or None if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))

@@ -7,7 +7,10 @@ from typing import Any
 
 
 class StopRequest:
-    """Keeps the first SIGINT or SIGTERM in `signal`; a second one acts as usual.  Use as a context manager."""
+    """Keeps the number of the first SIGINT or SIGTERM in `signal`, which is None before.  Use as a context manager.
+
+    A second signal acts as usual.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None

