@@ -35,7 +35,8 @@ from mhc_kernels import Coefficients, projection, read, write
 from mhc_jax.errors import one_of, require
 
 ALPHA_INIT = 0.01
-"""Initial value of the gates of dynamic parts: alpha of mHC (Table 5) and s of HC.  It is the default of the setting `alpha_init`."""
+"""Initial value of the gates of dynamic parts: alpha of mHC (Table 5) and s of HC.  It is the default of the setting
+`alpha_init`."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class ConnectionConfig:
     """How the embedding becomes n streams.  `copy` (HC, mHC): n equal copies.  `scaled` (arXiv 2606.03483): each stream is the
     embedding times a learned vector, so that streams differ from the start and the decoder does not start equal to Pre-Norm."""
     disable: tuple[str, ...] = ()
-    """Components that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (ablation of mHC Table 1).  Empty: all
-    components of the kind are learned."""
+    """Components that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (ablation of mHC Table 1).  Empty:
+    all components of the kind are learned."""
 
     def __post_init__(self) -> None:
         require(
@@ -130,7 +131,8 @@ class Connection(nn.Module):
         """Make n streams of the embedding x, in the dtype of x, as the setting `entry` says."""
         if self.config.entry == "scaled":
             return jnp.concatenate([(x * s[None, None]).astype(x.dtype) for s in self.entry_scale], axis=-1)
-        # jnp.tile would make an array [B, T, n, C] on the way.  On a TPU v5p that costs 5 % of the cycles of two layers of width 2560.
+        # jnp.tile would make an array [B, T, n, C] on the way.  On a TPU v5p that costs 5 % of the cycles of two layers of width
+        # 2560.
         return jnp.concatenate([x] * self.config.num_streams, axis=-1)
 
     def collapse(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
@@ -219,8 +221,8 @@ def head_weights(
 
     $w = \sigma(\alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b) + \epsilon$
 
-    Source: `DeepseekV4HyperHead` of Hugging Face transformers; DeepSeek's report has no numbered equation for it.  The RMSNorm has no
-    weight.
+    Source: `DeepseekV4HyperHead` of Hugging Face transformers; DeepSeek's report has no numbered equation for it.  The RMSNorm has
+    no weight.
 
     Args:
       x: flat streams of any float dtype.

@@ -26,12 +26,12 @@ class CirculantConfig(DynamicConfig):
     kind: ClassVar[str] = "circulant"
 
     init: str = "residual"
-    """Preset of the static logits (`bias_init`).  With `residual`, the author's choice, H_pre starts at 1/n and H_post at 1 for each
-    stream."""
+    """Preset of the static logits (`bias_init`).  With `residual`, the author's choice, H_pre starts at 1/n and H_post at 1 for
+    each stream."""
 
     beta: float = 4.0
-    """Strength of the mixing over the whole decoder.  In each of the L sub-layers the learned mixing has the weight g = beta / (2L),
-    and the identity has the weight 1 - g."""
+    """Strength of the mixing over the whole decoder.  In each of the L sub-layers the learned mixing has the weight g = beta /
+    (2L), and the identity has the weight 1 - g."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +89,7 @@ class Circulant(DynamicConnection):
         super().setup_sublayer()
 
     def res_logits(self) -> Array:
-        """Return the initial logits [n] of H_res.  They are 0 under every preset, so that the diagonal is c_0 = 1 - g (n - 1) / n."""
+        """Return the initial logits [n] of H_res.  They are 0 under every preset, so that c_0 = 1 - g (n - 1) / n."""
         return jnp.zeros(self.config.num_streams)
 
     def mixing(self, logits: Float[Array, "n *tokens"]) -> Float[Array, "n n *tokens"]:

@@ -6,8 +6,8 @@
 | `layers.{i}.hc_ffn_` | the same | `layers/mlp_connection/` phi, bias, alpha | the same |
 | `hc_head_` | [n, nC], [n], [1] | `ends/` head_phi, head_bias, head_alpha | [nC, n], [n], [1] |
 
-There are N blocks.  The k = n^2 + 2n logits are ordered as n of H_pre, n of H_post and n*n of H_res, row by row.  DeepSeek-V4 stores
-the logits of H_res transposed, and calls them comb.
+There are N blocks.  The k = n^2 + 2n logits are ordered as n of H_pre, n of H_post and n*n of H_res, row by row.  DeepSeek-V4
+stores the logits of H_res transposed, and calls them comb.
 
 In a decoder with experts the leading dense blocks lie under `dense_layers` instead of `layers`.  The index i of DeepSeek-V4 counts
 through both stacks.  Values are moved and never computed with, so that there and back is the identity, bit for bit.

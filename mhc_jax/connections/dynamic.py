@@ -35,7 +35,8 @@ class DynamicConfig(ConnectionConfig):
 
     exit: str = "mean"
     init: str = "paper"
-    """Preset of the static logits, see `bias_init`.  The default of each kind is the preset of its paper or of its authors' code."""
+    """Preset of the static logits, see `bias_init`.  The default of each kind is the preset of its paper or of its authors'
+    code."""
     eps_convention: str = "paper"
     """Convention of epsilons.  `paper`: 1e-20 in the RMSNorm, and no other.  `v4`: 1e-6 in the RMSNorm, and 1e-6 added to H_pre and
     inside Sinkhorn."""
@@ -67,12 +68,12 @@ def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> di
 
     The home stream of sub-layer l is $(l - 1) \bmod n$ (`home_stream`).
 
-    `paper` and `home` differ in $b^{post}$ alone.  Both read mostly the home stream.  `home` also writes mostly the home stream.  All
-    other presets write all streams alike.  Streams enter as copies, so under equal writes they stay nearly equal.  An H_res with
-    row sums of 1 then changes nothing.  Under `home` streams differ, and H_res has an effect.
+    `paper` and `home` differ in $b^{post}$ alone.  Both read mostly the home stream.  `home` also writes mostly the home stream.
+    All other presets write all streams alike.  Streams enter as copies, so under equal writes they stay nearly equal.  An H_res
+    with row sums of 1 then changes nothing.  Under `home` streams differ, and H_res has an effect.
 
-    `paper` is the default of mHC.  `home` is a preset of this project, and no paper has it.  `mhc_lite`, `kromhc` and `circulant` take
-    $b^{pre}$ and $b^{post}$ from here and have other logits of H_res (`res_logits`).
+    `paper` is the default of mHC.  `home` is a preset of this project, and no paper has it.  `mhc_lite`, `kromhc` and `circulant`
+    take $b^{pre}$ and $b^{post}$ from here and have other logits of H_res (`res_logits`).
 
     Args:
       preset: one of `PRESETS`.

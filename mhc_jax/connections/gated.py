@@ -30,12 +30,13 @@ class GatedConfig(ConnectionConfig):
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post")
 
     exit: str = "gate"
-    """How n streams become one vector.  `gate` (Qwen4-Exp): by a gated read with parameters of its own.  All other values mean what they
-    mean for every kind of connection."""
+    """How n streams become one vector.  `gate` (Qwen4-Exp): by a gated read with parameters of its own.  All other values mean what
+    they mean for every kind of connection."""
     rank: int = 16
     """Rank r of the two projections of the read gate.  Qwen4-Exp has 320."""
     init_std: float = 0.02
-    """Standard deviation of the initial matrices down, up and inject.  Only these random numbers make streams differ at the start."""
+    """Standard deviation of the initial matrices down, up and inject.  Only these random numbers make streams differ at the
+    start."""
     eps_norm: float = 1e-6
     """Epsilon of the RMSNorm of each stream."""
 
@@ -111,7 +112,8 @@ def write_gate(z: Float[Array, "*tokens n C"], inject: Float[Array, "nC n"]) -> 
 class Gated(Connection):
     """The gated connection of Qwen4-Exp.  The decoder does not equal Pre-Norm at step 0.
 
-    Its read has a gate for each channel, so it is no matrix [1, n].  For diagnostics `pre` is the mean of the read gate over channels, divided by n.
+    Its read has a gate for each channel, so it is no matrix [1, n].  For diagnostics `pre` is the mean of the read gate over
+    channels, divided by n.
     """
 
     config_class = GatedConfig

@@ -67,8 +67,8 @@ def hc_coefficients(
     $H^{post}_i = B_i + s_\beta \tanh D_{i,\beta}$
     $H^{res}_{ij} = A_{r,ij} + s_\alpha \tanh D_{j,r_i}$
 
-    The dynamic part of $H^{res}_{ij}$ comes from the stream j that is read, as in both papers.  HC applies $A_r^\top$ with rows from
-    stream j.  mHC Eq. 5 writes $\theta\, \mathrm{norm}(x)^\top$.
+    The dynamic part of $H^{res}_{ij}$ comes from the stream j that is read, as in both papers.  HC applies $A_r^\top$ with rows
+    from stream j.  mHC Eq. 5 writes $\theta\, \mathrm{norm}(x)^\top$.
 
     Deviation: norm is an RMSNorm over the C channels without a weight.  The norm in HC's code has a weight, which W absorbs here.
 
@@ -110,8 +110,8 @@ def hc_coefficients(
 class HyperConnection(Connection):
     r"""HC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with unconstrained H.
 
-    Parameters start as in HC Eq. 14: $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder then equals
-    Pre-Norm at step 0, because the final norm removes the factor n of the exit `sum`.
+    Parameters start as in HC Eq. 14: $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder then
+    equals Pre-Norm at step 0, because the final norm removes the factor n of the exit `sum`.
 
     Deviation: HC multiplies the initial output projections of branches by sqrt(n).  Here branches start with the same values under
     every connection, so that runs can be compared in pairs.

@@ -1,7 +1,7 @@
 """Identity Hyper-Connections (iHC, Hunyuan HY-V4): H_res = I, with mHC's read and write.
 
-A comparison with mHC shows what H_res is worth, because with the same `init` the two differ in H_res alone.  The default of `init` is
-`residual` here, as in HY-V4, and `paper` in mHC.
+A comparison with mHC shows what H_res is worth, because with the same `init` the two differ in H_res alone.  The default of `init`
+is `residual` here, as in HY-V4, and `paper` in mHC.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class IdentityConfig(DynamicConfig):
     eps_conventions: ClassVar[tuple[str, ...]] = ("paper", "v4", "hy_v4")
 
     init: str = "residual"
-    """Preset of the static logits (`bias_init`).  With `residual`, as in HY-V4, H_pre starts at 1/n (b_pre = -ln(n - 1)) and H_post at 1
-    (b_post = 0) for each stream."""
+    """Preset of the static logits (`bias_init`).  With `residual`, as in HY-V4, H_pre starts at 1/n (b_pre = -ln(n - 1)) and H_post
+    at 1 (b_post = 0) for each stream."""
 
 
 class Identity(DynamicConnection):

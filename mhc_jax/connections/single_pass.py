@@ -2,8 +2,9 @@ r"""Single-pass mHC (DeepSeek-V4.1): a sub-layer reads with the H_pre that the s
 
     $x_{l+1} = B_l x_l + C_l F_l(A_{l-1} x_l)$
 
-$A_l$, $B_l$ and $C_l$ are H_pre, H_res and H_post of mHC (Eq. 7, 8), all made from $x_l$.  The coefficients of the read of sub-layer
-l + 1 are thus known before $x_{l+1}$ is.  One pass over the streams can therefore write and read.  The first read, $A_0$, is one-hot on stream 0.
+$A_l$, $B_l$ and $C_l$ are H_pre, H_res and H_post of mHC (Eq. 7, 8), all made from $x_l$.  The coefficients of the read of
+sub-layer l + 1 are thus known before $x_{l+1}$ is.  One pass over the streams can therefore write and read.  The first read, $A_0$,
+is one-hot on stream 0.
 """
 
 from __future__ import annotations
