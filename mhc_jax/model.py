@@ -53,8 +53,8 @@ class Decoder(nn.Module):
 
         Args:
           tokens: ids in [0, vocab_size).
-          sample: number of tokens to collect diagnostics from.  0: none, and the program is the same as if diagnostics did not
-          exist. cache: keys and values of earlier tokens, which `tokens` follow.  None: there are no earlier tokens.
+          sample: number of tokens to collect diagnostics from.  0: none, and the program is as if diagnostics did not exist.
+          cache: keys and values of earlier tokens, which `tokens` follow.  None: there are no earlier tokens.
           at: for each row the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.
 
         Returns:
@@ -102,8 +102,7 @@ class Decoder(nn.Module):
         cfg = self.config
         dense = name == "dense_layers" or not cfg.num_experts
         indices = jnp.arange(blocks.start, blocks.stop)
-        # Sampling and generation have no gradient, so there is nothing to recompute.  Initialisation is one program under every
-        # policy.
+        # Sampling and generation have no gradient, so nothing is recomputed.  Initialisation is one program under every policy.
         policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat_policy
 
         if policy in ("connection", "auto"):
@@ -128,8 +127,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=len(blocks),
             unroll=min(cfg.unroll, len(blocks)),
-            # The check takes half of the tracing time.  At initialisation it stays on, because random numbers would change without
-            # it.
+            # The check takes half of the tracing time.  At initialisation it stays on, or else random numbers would change.
             check_constancy_invariants=self.is_initializing(),
         )
         return scanned(cfg, sample, dense, name=name)(carry, *inputs)
@@ -197,8 +195,10 @@ def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> 
 
 
 def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
-    """Make the branches of one block, in order, by name.  Each is a function F(h) -> (y, auxiliary values) with its own
-    pre-norm."""
+    """Make the branches of one block, in order, by name.  Each is a function F(h) -> (y, auxiliary values).
+
+    Every branch contains its own pre-norm.
+    """
     shared: dict[str, Any] = {
         "norm_eps": NORM_EPS,
         "output_scale": 1 / math.sqrt(config.num_sublayers) if config.depth_scaled_init else 1.0,

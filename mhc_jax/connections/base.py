@@ -131,8 +131,7 @@ class Connection(nn.Module):
         """Make n streams of the embedding x, in the dtype of x, as the setting `entry` says."""
         if self.config.entry == "scaled":
             return jnp.concatenate([(x * s[None, None]).astype(x.dtype) for s in self.entry_scale], axis=-1)
-        # jnp.tile would make an array [B, T, n, C] on the way.  On a TPU v5p that costs 5 % of the cycles of two layers of width
-        # 2560.
+        # jnp.tile would make an array [B, T, n, C] on the way.  It costs 5 % of the cycles of two layers of width 2560 on a v5p.
         return jnp.concatenate([x] * self.config.num_streams, axis=-1)
 
     def collapse(self, streams: Any, c: Any) -> Float[Array, "B T C"]:

@@ -1,7 +1,7 @@
 """Exchange of rows of tokens between devices, so that each row reaches the device that owns its expert, and comes back.
 
 The functions run inside `jax.shard_map` over an axis of ep devices.  Each device owns E/ep experts, and holds rows sorted by
-expert. The slice of rows for expert e goes to the owner of e.  There the slices land sorted by expert, then by source.  A ragged
+expert.  The slice of rows for expert e goes to the owner of e.  There the slices land sorted by expert, then by source.  A ragged
 matrix product can take them as its groups without another sort.
 
 On TPUs and GPUs one ragged all-to-all moves exactly these rows.  XLA's CPU backend has no ragged all-to-all.  There an ordinary

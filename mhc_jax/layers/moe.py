@@ -189,8 +189,7 @@ def routed(
     experts, gates, scores = route(tokens, W_router, bias, k, scale)
     tokens, entropy, dropped = tokens.astype(weights.W_gate.dtype), score_entropy(scores), jnp.zeros(())
     if hidden:
-        # The cast stands before the copies, so that gradients are summed over `hidden` once for each token, not for each of k
-        # copies.
+        # The cast stands before the copies, so that gradients are summed over `hidden` once for each token.
         tokens = jax.lax.pcast(tokens, hidden, to="varying")
     if owners:
         y, load, seen = mix_experts_of_owners(tokens, experts, gates, weights, owners, buffer)
