@@ -111,8 +111,8 @@ def spec(config: ConnectionConfig) -> str:
 def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
     """Return the spelling (see `spec`) of a connection that is given as a plain mapping, as in the config.json of a run.
 
-    Lists stand for tuples, and a missing setting has its default.  Settings are not checked, so that runs of older versions have
-    labels too.
+    Lists stand for tuples, and a missing setting has its default.  Settings are not checked, so that runs of any version have
+    labels.
     Settings without a known default, such as those of an unregistered kind, are named last.
 
     Examples:
