@@ -107,7 +107,7 @@ class Generator:
           config: settings of the model.
           params: parameters of the decoder.
           context: largest number of tokens of prompt and answer together.
-          vocab_size: number of tokens of the tokenizer.  Ids from vocab_size on are never drawn.  0: as many as the embedding has rows.
+          vocab_size: number of tokens of the tokenizer.  Ids from there on are never drawn.  0: as many as the embedding has rows.
           mesh: mesh of `make_mesh` on which `params` are placed.  None: no mesh.
           shortest: smallest length to which a prompt is padded, a power of two.
         """
