@@ -2,8 +2,8 @@ r"""Gains, marginals, entropy and similarity of streams: pure functions of coeff
 
 **Gains.**  H_res is applied untransposed, so the operator between sub-layers a and b is the composite $P = H_b \cdots H_a$.
 
-    forward gain $= \max_i |\sum_j P_{ij}|$, the largest absolute row sum: how much a signal of all streams grows on its way up
-    backward gain $= \max_j |\sum_i P_{ij}|$, the largest absolute column sum: the same for gradients on their way down
+    forward gain $= \max_i |\sum_j P_{ij}|$, the largest absolute row sum: growth of a signal of all streams on its way up
+    backward gain $= \max_j |\sum_i P_{ij}|$, the largest absolute column sum: growth of gradients on their way down
 
 The operator norms $\max_i \sum_j |P_{ij}|$ and $\max_j \sum_i |P_{ij}|$ bound every signal and are reported beside the gains
 (`*_norm`).  They equal the gains of doubly stochastic matrices and exceed those of HC's signed ones.  Gains are made for each token
@@ -17,8 +17,8 @@ it, each a mean over tokens (`stream_measures`):
     stream_rank        (tr G)^2 / tr(G^2), the participation ratio of G's eigenvalues: 1 for multiples of one vector, or where
                        one stream outweighs all others; n for orthogonal streams of equal norm
 
-A stream of zeros has no direction, so its pairs are left out.  Where fewer than two streams are not zero, all three are 1.  A 1
-does not say that streams are equal in size; `stream_rms` tells their sizes.  The largest eigenvalue's share of tr G lies between
+A stream of zeros has no direction, so its pairs are left out.  If fewer than two streams are not zero, all three numbers are 1.  A
+1 does not say that streams are equal in size; `stream_rms` tells their sizes.  The largest eigenvalue's share of tr G lies between
 1 / stream_rank and 1 / sqrt(stream_rank) for every token, so that a rank near 1 needs no second number.
 
 `sample_sublayer` is part of the compiled model.  Everything else is NumPy in float64, which takes milliseconds for the few values
@@ -39,20 +39,21 @@ if TYPE_CHECKING:
     from mhc_jax.connections import Connection
 
 DIAGNOSTICS_TOKENS = 64
-"""Evenly spaced tokens of one held-out sequence at which gains are measured."""
+"""Number of tokens at which gains are measured, evenly spaced in one held-out sequence."""
 STREAM_MEASURES = ("stream_cosine", "stream_cosine_abs", "stream_rank")
-"""Names of the numbers that show whether streams have become one; summary.json has their means over sub-layers as `final_*`."""
+"""Names of the numbers that show whether all streams have become one.  summary.json has their means over sub-layers as
+`final_*`."""
 
 
 def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T C"], count: int) -> dict[str, Array]:
-    """Collect what diagnostics need of one sub-layer, at `count` evenly spaced tokens of the batch (S of them).
+    """Collect the arrays that diagnostics need of one sub-layer, at S evenly spaced tokens of the batch.
 
     Args:
       link: connection of the sub-layer.
       streams: streams that the sub-layer reads.
-      c: its coefficients.
-      y: output of its branch.
-      count: tokens to collect, or all tokens if there are fewer.
+      c: coefficients of the sub-layer.
+      y: output of the branch of the sub-layer.
+      count: number S of tokens to collect.  If the batch has fewer tokens, S is their number.
 
     Returns:
       float32 arrays: pre [S, n], post [S, n], res [S, n, n], the `stream_measures` [] and stream_rms [n] of these tokens' streams,
@@ -77,7 +78,7 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
 
 
 def root_mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    r"""The root mean square $\sqrt{\mathrm{mean}(x^2)}$ over `axes`, float32, for entries of any finite size.
+    r"""Return the root mean square $\sqrt{\mathrm{mean}(x^2)}$ over `axes`, float32, for entries of any finite size.
 
     Examples:
       >>> print(root_mean_square(jnp.array([3.0, -3.0, 3.0, 3.0]), (0,)))
@@ -88,7 +89,7 @@ def root_mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Arr
 
 
 def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
-    """The numbers of `STREAM_MEASURES`, defined at the top of this file, for the streams of S tokens, float32.
+    """Return the numbers named in `STREAM_MEASURES`, defined at the top of this file, for the streams of S tokens, float32.
 
     Streams may have any finite size.  Infinite or NaN streams give NaN.
 
@@ -123,9 +124,10 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
 
 
 def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*tokens nC"]:
-    r"""The best rank-one approximation $v v^\top X$ of each token's streams X [n, C], with the leading eigenvector v of $X X^\top$.
+    r"""Return the best rank-one approximation $v v^\top X$ of each token's streams X [n, C].
 
-    Streams that are one vector up to sign and scale come back as they are.  Computed in float32, returned in the dtype of x.
+    v is the leading eigenvector of $X X^\top$.  Streams that are one vector up to sign and scale come back unchanged.  The
+    computation is in float32, and the result has the dtype of x.
     """
     X, exponent = _scaled(x.reshape(*x.shape[:-1], num_streams, -1), (-2, -1))
     _, vectors = jnp.linalg.eigh(jnp.einsum("...ic,...jc->...ij", X, X, precision="highest"))
@@ -135,9 +137,10 @@ def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*
 
 
 def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-    """(y, e) such that x = y 2^e and max |y| over `axes` is below 1, so that no square of y overflows.
+    """Return (y, e) such that x = y 2^e and max |y| over `axes` is below 1, so that no square of y overflows.
 
-    The scale is a power of two, because XLA divides by multiplying with the reciprocal and flushes that of more than 8.5e37 to 0.
+    The scale is a power of two, because XLA divides by multiplying with the reciprocal.  XLA flushes the reciprocal of a number
+    above 8.5e37 to 0.
     """
     x = x.astype(jnp.float32)
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axes, keepdims=True))[1]
@@ -145,7 +148,7 @@ def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array,
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether every number of every array of the tree is finite, as an array []."""
+    """Tell whether all numbers in all arrays of a tree are finite, as a boolean array []."""
     return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
@@ -154,7 +157,7 @@ PerMatrix = Float[np.ndarray, "*batch"]
 
 
 def forward_gain(P: Matrices) -> PerMatrix:
-    r"""The forward gain $\max_i |\sum_j P_{ij}|$ of each matrix (mHC section 3.1).
+    r"""Return the forward gain $\max_i |\sum_j P_{ij}|$ of each matrix (mHC section 3.1).
 
     Examples:
       >>> print(forward_gain(np.array([[[1.0, -0.5], [0.5, 1.0]]])))
@@ -164,7 +167,7 @@ def forward_gain(P: Matrices) -> PerMatrix:
 
 
 def backward_gain(P: Matrices) -> PerMatrix:
-    r"""The backward gain $\max_j |\sum_i P_{ij}|$ of each matrix (mHC section 3.1).
+    r"""Return the backward gain $\max_j |\sum_i P_{ij}|$ of each matrix (mHC section 3.1).
 
     Examples:
       >>> print(backward_gain(np.array([[[1.0, 1.0], [0.5, 1.0]]])))
@@ -174,10 +177,10 @@ def backward_gain(P: Matrices) -> PerMatrix:
 
 
 def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.ndarray]:
-    r"""The composites $H_l \cdots H_1$ and $H_L \cdots H_l$ for every l: the two profiles of mHC Figure 3.
+    r"""Return the composites $H_l \cdots H_1$ and $H_L \cdots H_l$ for every l: the two profiles of mHC Figure 3.
 
-    The forward gains of the former say what a signal meets on its way up to sub-layer l.  The backward gains of the latter say what
-    a gradient meets on its way down to it.
+    Forward gains of $H_l \cdots H_1$ tell how much a signal grows on its way up to sub-layer l.  Backward gains of
+    $H_L \cdots H_l$ tell how much a gradient grows on its way down to sub-layer l.
 
     Examples:
       >>> up, down = composites(np.array([[[2.0]], [[3.0]], [[5.0]]]))
@@ -192,7 +195,7 @@ def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.nda
 
 
 def row_entropy(P: Matrices) -> PerMatrix:
-    """Mean entropy of the rows of |P|, normalised to sum 1, over ln n.
+    """Return the mean entropy of the rows of |P|, divided by ln n.  Rows are first normalised to sum 1.
 
     It is 1 for a uniform matrix, and 0 for a permutation or n = 1.
     """
@@ -204,10 +207,10 @@ def row_entropy(P: Matrices) -> PerMatrix:
 
 
 def second_eigenvalue(P: Matrices) -> PerMatrix:
-    r"""The ratio $|\lambda_2| / |\lambda_1|$ of the largest eigenvalues of each matrix.
+    r"""Return the ratio $|\lambda_2| / |\lambda_1|$ of the two largest eigenvalues of each matrix.
 
-    Each further application of P shrinks by this factor what differs from the leading eigenvector.  It is 1 for the identity, and 0
-    for 1/n or n = 1.  For doubly stochastic matrices $|\lambda_1| = 1$.
+    With each further application of P, deviations from the leading eigenvector shrink by this factor.  The ratio is 1 for the
+    identity, and 0 for n = 1 or for the matrix with all entries 1/n.  For doubly stochastic matrices $|\lambda_1| = 1$.
     """
     if P.shape[-1] == 1:
         return np.zeros(P.shape[:-2])
@@ -216,25 +219,25 @@ def second_eigenvalue(P: Matrices) -> PerMatrix:
 
 
 def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The record of one diagnostics step, from what `Decoder` collected of L sub-layers and S tokens.
+    """Make the record of one diagnostics step from the arrays that `Decoder` collected of L sub-layers and S tokens.
 
     Returns:
       float64 arrays over depth, [L] unless another shape is given:
 
       - single_forward, single_backward: gains of H_res, means over tokens.
-      - composite_forward, composite_backward: gains of the `composites`, means over tokens; `*_max` are the largest over tokens,
-        `*_norm` the means of operator norms.
+      - composite_forward, composite_backward: gains of the `composites`, means over tokens.  `*_max` are the largest gains over
+        tokens, and `*_norm` are means of operator norms.
       - composite_mean_forward, composite_mean_backward: gains of the composites of token means of H_res.
       - row_error, column_error: largest |sum - 1| of a row or column of H_res.
       - entropy: mean `row_entropy` of H_res.
-      - uniform_distance: Frobenius distance of the composite up to l from 1/n.
+      - uniform_distance: Frobenius distance between the composite up to l and the matrix with all entries 1/n.
       - h_res [L, n, n], h_pre [L, n], h_post [L, n]: token means of the coefficients.
       - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms: as collected.
     """
     values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
     H = values["res"]
     n = H.shape[-1]
-    with np.errstate(over="ignore", invalid="ignore"):  # gains of a run that blows up are inf
+    with np.errstate(over="ignore", invalid="ignore"):  # in a run that diverges, gains are inf
         up, down = composites(H)
         mean = H.mean(1)
         mean_up, mean_down = composites(mean)

@@ -1,8 +1,8 @@
-"""Generation of text: prompts are read in one pass, then tokens are drawn one after another over a cache (`mhc_jax.kv_cache`).
+"""Generation of text: prompts are read in one pass, then tokens are drawn one after another with a cache (`mhc_jax.kv_cache`).
 
-Few shapes occur, so that few programs are compiled.  A prompt is padded on the right to a power of two.  The cache has a power of
-two of slots and doubles when it is full.  Each call of the decode program makes `CHUNK` tokens.  Padding changes nothing: it stands
-behind the prompt, and the first new token takes its slot.
+Arrays have few different shapes, so that few programs are compiled.  A prompt is padded on the right to a power of two.  The cache
+has a power of two of slots and doubles when it is full.  Each call of the decode program makes `CHUNK` tokens.  Padding changes
+nothing: it stands behind the prompt, and the first new token takes its slot.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import using
 
 CHUNK = 8
-"""Tokens that one call of the decode program makes."""
+"""Number of tokens that one call of the decode program makes for each prompt."""
 SHORTEST = 32
-"""Length of the shortest padded prompt."""
+"""Smallest length to which a prompt is padded, in tokens."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """Settings of how the next token is drawn."""
 
     temperature: float = 0.0
-    """Divisor of the logits; 0: always the most likely token (greedy)."""
+    """Number by which logits are divided.  0: always take the most likely token (greedy)."""
     top_p: float = 1.0
-    """Probability of the most likely tokens that are drawn from (the nucleus); 1: all tokens."""
+    """Probability that the most likely tokens must reach together (the nucleus).  Only these tokens are drawn.  1: all tokens."""
     seed: int = 0
-    """Seed of the random numbers."""
+    """Seed of the random numbers with which tokens are drawn."""
 
     def __post_init__(self) -> None:
         require(
@@ -51,7 +51,7 @@ class Sampling:
 
 
 def bucket(length: int, shortest: int = SHORTEST) -> int:
-    """The smallest power of two that holds `length` tokens, at least `shortest`.
+    """Return the smallest power of two that is at least `length` and at least `shortest`.
 
     Examples:
       >>> bucket(5), bucket(33)
@@ -69,7 +69,7 @@ def draw(
     r"""Draw a token of each row from the nucleus of $\mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})$.
 
     The nucleus holds the fewest most likely tokens whose probabilities sum to at least top_p (Holtzman et al., arXiv 1904.09751,
-    Eq. 2), and so always the most likely one.
+    Eq. 2), and so always the most likely token.
 
     Args:
       logits: float32.
@@ -78,19 +78,19 @@ def draw(
       top_p: above 0, at most 1.
 
     Returns:
-      ids, int32.
+      ids of the tokens, int32.
     """
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, -1) / temperature
     p = jax.nn.softmax(ranked, axis=-1)
-    # A token stays where the more likely ones have less than top_p together.
+    # A token stays in the nucleus if all more likely tokens together have less probability than top_p.
     ranked = jnp.where(jnp.cumsum(p, -1) - p < top_p, ranked, -jnp.inf)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
 
 
 class Generator:
-    """Generation with one set of parameters.  Programs are compiled once for each shape and kept."""
+    """A generator of text with one set of parameters.  It compiles its programs once for each shape, and keeps them."""
 
     def __init__(
         self,
@@ -101,15 +101,15 @@ class Generator:
         mesh: Mesh | None = None,
         shortest: int = SHORTEST,
     ):
-        """Make a generator; compile nothing yet.
+        """Make a generator.  Programs are not compiled yet.
 
         Args:
           config: settings of the model.
-          params: parameters of the decoder, as under `params`.
-          context: tokens of prompt and answer together, at most.
-          vocab_size: tokens of the tokenizer; ids from there on are never drawn.  0: as many as the embedding has rows.
-          mesh: mesh of `make_mesh` on which `params` are placed.
-          shortest: length of the shortest padded prompt, a power of two.
+          params: parameters of the decoder.
+          context: largest number of tokens of prompt and answer together.
+          vocab_size: number of tokens of the tokenizer.  Ids from there on are never drawn.  0: as many as the embedding has rows.
+          mesh: mesh of `make_mesh` on which `params` are placed.  None: no mesh.
+          shortest: smallest length to which a prompt is padded, a power of two.
         """
         self.params, self.context, self.mesh, self.shortest = params, context, mesh, shortest
         self.programs: set[tuple[Any, ...]] = set()
@@ -124,7 +124,7 @@ class Generator:
             logits = jnp.where(jnp.arange(logits.shape[-1])[None] < valid, logits, -jnp.inf)
             if greedy:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
-            # A key for each row and position, so that an answer does not depend on what else is in the batch.
+            # Each row and position has its own random key, so that an answer does not depend on the other prompts of the batch.
             keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), b), t))(
                 rows, position
             )
@@ -159,14 +159,15 @@ class Generator:
         ended: Callable[[int, list[int]], bool] | None = None,
         rows: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Continue each prompt; all prompts are one batch.
+        """Continue each prompt.  All prompts are one batch.
 
         Args:
-          prompts: ids, at least one for each prompt.
-          max_new: tokens to make for each prompt, at most; an answer also ends where the context does.
-          sampling: how tokens are drawn; greedily if not given.
-          ended: called with the index of a prompt and its tokens so far, after every `CHUNK` tokens or fewer; True ends the answer.
-          rows: numbers of the prompts for the random keys; 0, 1, ... if not given.
+          prompts: token ids of each prompt, at least one for each.
+          max_new: largest number of tokens to make for each prompt.  An answer also ends when the context is full.
+          sampling: settings of how tokens are drawn.  None: greedily.
+          ended: function of the index of a prompt and its new tokens so far, called after every `CHUNK` tokens or fewer.  If it
+            returns True, the answer ends.  None: answers end at their largest length.
+          rows: number of each prompt, from which its random keys are made.  None: 0, 1, ...
 
         Returns:
           the new tokens of each prompt.
@@ -194,7 +195,7 @@ class Generator:
         answers: list[list[int]] = [[] for _ in prompts]
 
         def extend(made: np.ndarray, active: list[int]) -> list[int]:
-            """Add new tokens [B, t] to the answers of the active rows; the rows whose answers go on."""
+            """Add new tokens [B, t] to the answers of the active rows, and return the rows whose answers go on."""
             for row in active:
                 answers[row] += made[row][: limits[row] - len(answers[row])].tolist()
             unfinished = [row for row in active if len(answers[row]) < limits[row]]

@@ -1,8 +1,8 @@
-"""The cache of a decoder: what it keeps of the tokens it has read, so that the next token costs one token's work.
+"""The key-value cache of a decoder, which keeps arrays of the tokens read so far, so that the next token costs one token's work.
 
-Attention alone keeps anything: keys and values (GQA), or the latent and the rotary key (MLA).  Connections keep nothing, because
-every kind makes the coefficients of a token from the streams of that same token.  Streams run over depth and not over time: n of
-them cost n times the activations of a token and no cache.
+Only attention keeps arrays: keys and values (GQA), or the latent and the rotary key (MLA).  Connections keep nothing, because
+every kind makes the coefficients of a token from the streams of that same token.  Streams run over depth and not over time: n
+streams cost n times the activations of a token, and no cache.
 
 Rows may have different lengths.  Row b writes its next token into slot position[b] and reads no slot from there on.
 """
@@ -19,23 +19,23 @@ from mhc_jax.config import ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """Arrays [N, B, S, ...] of the N blocks of each scan (`layers`, `dense_layers`), in the compute dtype, and positions."""
+    """The key-value cache: arrays [N, B, S, ...] for the N blocks of each scan, in the compute dtype, and positions of the rows."""
 
     kept: dict[str, dict[str, Array]]
-    """Name of a scan -> name of an array (k and v, or c and k_R) -> the array."""
+    """Arrays by the name of the scan (`layers`, `dense_layers`), then by the name of the array (k and v, or c and k_R)."""
     position: Int[Array, " B"]
-    """Tokens that each row has so far."""
+    """Number of tokens that each row has so far."""
 
     @property
     def slots(self) -> int:
-        """Tokens S that a row has room for."""
+        """Number S of tokens that a row has room for."""
         return jax.tree.leaves(self.kept)[0].shape[2]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
-    """A cache with room for `slots` tokens in each of `batch` rows.
+    """Make an empty cache with room for `slots` tokens in each of `batch` rows.
 
-    With no slots, the cache after a call holds the tokens of that call and no more.
+    If `slots` is 0, the cache after a call of the decoder holds exactly the tokens of the call.
     """
     if config.uses_mla:
         shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}
@@ -52,9 +52,9 @@ def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
 
 
 def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> Cache:
-    """The cache after `num_tokens` new tokens, which each row writes from its position on.
+    """Return the cache after `num_tokens` new tokens, which each row writes from its position on.
 
-    The caller makes sure that they fit: position + num_tokens <= S.
+    The caller makes sure that the new tokens fit: position + num_tokens <= S.
     """
 
     def put(old: Array, new: Array, position: Array) -> Array:
@@ -66,7 +66,7 @@ def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> 
 
 
 def grown(cache: Cache, slots: int) -> Cache:
-    """The same cache with room for `slots` tokens a row."""
+    """Return a copy of the cache with room for `slots` tokens in each row."""
 
     def pad(a: Array) -> Array:
         return jnp.pad(a, [(0, slots - a.shape[2]) if axis == 2 else (0, 0) for axis in range(a.ndim)])

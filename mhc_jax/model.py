@@ -1,7 +1,7 @@
 """The decoder that all connections share: embed, expand, L boundaries and branches, collapse, logits.
 
 Reading order: `Decoder.__call__` is the whole model, `Block` is two sub-layers, `branches` says what a sub-layer computes, and
-`mhc_jax/connections/base.py` says what happens between two of them.
+`mhc_jax/connections/base.py` says what happens between two sub-layers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from mhc_jax.layers.rope import ROPE_THETA
 from mhc_jax.parallel.sharding import constrain, token_axes
 
 Carry = tuple[Any, Any, Array]
-"""(streams, c, y) between two sub-layers: the write of the branch output y with the coefficients c is still pending."""
+"""The state (streams, c, y) between two sub-layers.  The branch output y is not yet written with the coefficients c (pending
+write)."""
 
 
 class Decoder(nn.Module):
-    """Causal language model; the connection is the only part that differs between the runs of a comparison."""
+    """The causal language model.  Its connection is the only part that differs between the runs of a comparison."""
 
     config: ModelConfig
 
@@ -46,20 +47,21 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B _ V"], dict[str, Any]]:
-        """Float32 logits of the next token, and auxiliary values.
+        """Return float32 logits of the next token, and auxiliary values.
 
-        Logits are NaN where a stream is, because nothing on the way replaces what is not finite.
+        If a stream of a token is NaN, so are the logits of the token, because no operation replaces values that are not finite.
 
         Args:
           tokens: ids in [0, vocab_size).
-          sample: tokens to collect diagnostics from.  With 0 the program is the same as if diagnostics did not exist.
-          cache: keys and values of earlier tokens, which these follow.
-          at: for each row the index of the one token whose logits are wanted; logits are then [B, 1, V].
+          sample: number of tokens to collect diagnostics from.  0: none, and the program is as if diagnostics did not exist.
+          cache: keys and values of earlier tokens, which `tokens` follow.  None: there are no earlier tokens.
+          at: for each row the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.
 
         Returns:
-          logits, and a dict of arrays.  With `sample` it has the diagnostics of `diagnostics.sample_sublayer`, sub-layers first
-          ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped [M] and router_bias [M, E] of the
-          M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache after these tokens.
+          logits, and a dict of arrays.  With `sample` it has the diagnostics of `diagnostics.sample_sublayer`, with an axis of
+          sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped [M] and
+          router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache after
+          these tokens.
         """
         cfg = self.config
         with settings(token_axes=token_axes(tokens.shape)):
@@ -93,11 +95,14 @@ class Decoder(nn.Module):
         return logits, aux
 
     def _run(self, name: str, blocks: range, carry: Carry, sample: int, cache: Cache | None) -> tuple[Carry, Any]:
-        """Run one stack of blocks: (the carry after it, (diagnostics, auxiliary values)), the latter two with blocks first."""
+        """Run one stack of blocks, and return (the carry after the stack, (diagnostics, auxiliary values)).
+
+        The arrays of diagnostics and auxiliary values have an axis of blocks in front.
+        """
         cfg = self.config
         dense = name == "dense_layers" or not cfg.num_experts
         indices = jnp.arange(blocks.start, blocks.stop)
-        # Without a gradient nothing is kept for it, and initialisation is the same program under every policy.
+        # Sampling and generation have no gradient, so nothing is recomputed.  Initialisation is one program under every policy.
         policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat_policy
 
         if policy in ("connection", "auto"):
@@ -122,37 +127,37 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=len(blocks),
             unroll=min(cfg.unroll, len(blocks)),
-            # Checking takes half the time to trace.  At initialisation it stays, because without it random numbers would change.
+            # The check takes half of the tracing time.  At initialisation it stays on, or else random numbers would change.
             check_constancy_invariants=self.is_initializing(),
         )
         return scanned(cfg, sample, dense, name=name)(carry, *inputs)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind the boundary of its connection."""
+    """One block: attention and feed-forward, each after the boundary of its own connection."""
 
     config: ModelConfig
     sample: int
-    """Tokens to collect diagnostics from; 0: none."""
+    """Number of tokens to collect diagnostics from.  0: no diagnostics."""
     dense: bool
-    """Whether the feed-forward is dense, instead of a mixture of experts."""
+    """Whether the feed-forward branch is dense.  False: it is a mixture of experts."""
     only: int | None = None
-    """Index of the one sub-layer of the block to run, for `remat.recomputed`; None: both."""
+    """Index of the only sub-layer of the block that runs, for `remat.recomputed`.  None: both sub-layers run."""
 
     @nn.compact
     def __call__(
         self, carry: Carry, layer: Int[Array, ""], past: Past | None = None
     ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
-        """Write the pending output and run the block, whose last output is pending afterwards.
+        """Write the pending output of the sub-layer before, and run the block.  The last output of the block is pending afterwards.
 
         Args:
           carry: streams and the pending write.
           layer: index of the block in the decoder.
-          past: what attention keeps of earlier tokens.
+          past: arrays that attention keeps of earlier tokens.
 
         Returns:
-          the carry after the block, and (diagnostics [2, ...], auxiliary values of the branches).  With `past` the latter have what
-          attention keeps of these tokens.
+          the carry after the block, and (diagnostics [2, ...], auxiliary values of the branches).  With `past` the auxiliary
+          values include the arrays that attention keeps of the new tokens.
         """
         streams, c, y = carry
         collected, aux = [], {}
@@ -175,19 +180,25 @@ class Block(nn.Module):
 
 
 def stacks(config: ModelConfig) -> dict[str, range]:
-    """The blocks of each scan by the name of its parameters: leading dense blocks, if there are any, and all others."""
+    """Return the blocks of each scan, by the name of its parameters.
+
+    The leading dense blocks, if there are any, are one scan.  All other blocks are another scan.
+    """
     leading, others = range(config.num_leading), range(config.num_leading, config.num_layers)
     return {"dense_layers": leading, "layers": others} if leading else {"layers": others}
 
 
 def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> Connection:
-    """The connection of sub-layer l (`sublayer` is the index l - 1), or of the ends (`sublayer=None`)."""
+    """Make the connection of sub-layer l (`sublayer` is the index l - 1), or of the ends (`sublayer=None`)."""
     module = connection_module(config.connection)
     return module(config.connection, config.width, config.num_sublayers, sublayer, name=name)
 
 
 def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
-    """The branches of one block by name, in order.  Each is a function F(h) -> (y, auxiliary values) with its own pre-norm."""
+    """Make the branches of one block, in order, by name.  Each is a function F(h) -> (y, auxiliary values).
+
+    Every branch contains its own pre-norm.
+    """
     shared: dict[str, Any] = {
         "norm_eps": NORM_EPS,
         "output_scale": 1 / math.sqrt(config.num_sublayers) if config.depth_scaled_init else 1.0,
@@ -220,14 +231,14 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
 
 
 def _function_of(branch: nn.Module) -> tuple[remat.Branch, Any]:
-    """A branch as the pure function (params, h) -> (y, auxiliary values), and its parameters."""
+    """Return a branch as a pure function (params, h) -> (y, auxiliary values), and the parameters of the branch."""
     unbound = branch.clone(parent=None, name=None)
     return lambda params, h: unbound.apply({"params": params}, h), branch.variables["params"]
 
 
 def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection, tokens: Int[Array, "B T"]) -> Carry:
-    """The carry before the first block: streams of the embedded tokens, and a pending write that changes nothing."""
-    # Gathered over fsdp like any weight; with a table split by channels, tokens would change devices after the lookup.
+    """Make the carry before the first block: streams of the embedded tokens, and a pending write that changes nothing."""
+    # The table is gathered over the axis fsdp, like any weight.  If its channels stayed split, tokens would move after the lookup.
     x = jnp.take(constrain(embedding, "vocabulary", None), tokens, axis=0)
     x = constrain(x.astype(config.stream_dtype), "batch", "sequence", None)
     streams, c = ends.start(x)
@@ -237,7 +248,10 @@ def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection,
 def leave(
     config: ModelConfig, ends: Connection, final_norm: RMSNorm, carry: Carry, at: Int[Array, " B"] | None = None
 ) -> Float[Array, "B t C"]:
-    """The input of the output embedding from the carry after the last block: of all tokens, or of token `at` of each row."""
+    """Make the normed vectors that the logits are made from, out of the carry after the last block.
+
+    With `at`, only the token of this index of each row is returned.
+    """
     streams, c, y = carry
     x = ends.collapse(ends.write(streams, c, y), c)
     x = x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1)
@@ -245,11 +259,11 @@ def leave(
 
 
 def logits_of(x: Float[Array, "B T C"], unembedding: Float[Array, "C V"]) -> Float[Array, "B T V"]:
-    """The logits x W, float32, from products in the dtype of x."""
+    """Return the logits x W in float32, from products in the dtype of x."""
     logits = jnp.einsum("btc,cv->btv", x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
     return constrain(logits, "batch", "sequence", "vocabulary")
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean negative log likelihood of the targets in nats per token, float32."""
+    """Return the mean negative log likelihood of the targets in nats per token, float32."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()

@@ -1,7 +1,7 @@
-"""AdamW, its schedules (WSD among them), and which parameters take weight decay.
+"""The optimizer AdamW, its learning-rate schedules (WSD among them), and which parameters take weight decay.
 
-Weight decay by parameter: matrices that activations are multiplied with take it.  Norms and routers' biases do not (`NO_DECAY`),
-nor do the static parameters of connections (`Connection.static_params`).
+Matrices that activations are multiplied with take weight decay.  Norms and routers' biases do not (`NO_DECAY`), nor do the static
+parameters of connections (`Connection.static_params`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from mhc_jax.connections import Connection
 from mhc_jax.connections.parameter_paths import CONNECTION, path_of
 
 NO_DECAY = r"(^|/)(\w*norm/weight|router_bias)$"
-"""Regular expression of parameters outside connections without weight decay; the train step alone moves a router's bias."""
+"""Regular expression of the parameters outside connections that take no weight decay.  Only the train step moves a router's
+bias."""
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    r"""The learning rate as a function of the update 0 ... N - 1, in a run of N = `steps` updates, float32 [].
+    r"""Return the learning rate as a function of the update 0 ... N - 1, in a run of N = `steps` updates, float32 [].
 
     Update $k$ is step $s = k + 1$ of metrics.jsonl.  During warm-up, steps 1 to W, the rate is $s / W$ times the peak: the first
     step already moves, and step W runs at the peak.  After it the rate is the peak times
@@ -64,12 +65,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def mask(params: Any, pattern: str) -> Any:
-    """A tree of booleans that says which parameters have a path that the regular expression matches."""
+    """Return a tree of booleans: True for each parameter whose path matches the regular expression."""
     return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
 def no_decay_pattern(connection: type[Connection]) -> str:
-    """Regular expression of all parameters without weight decay: `NO_DECAY`, and the static parameters of the connection.
+    """Return the regular expression of all parameters without weight decay: `NO_DECAY` or static parameters of the connection.
 
     Examples:
       >>> from mhc_jax.connections import connection_module, parse
@@ -84,9 +85,9 @@ def no_decay_pattern(connection: type[Connection]) -> str:
 
 
 def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection]) -> optax.GradientTransformation:
-    """The whole update: clipping by the global norm, AdamW, and a learning-rate multiplier for connections.
+    """Return the whole optimizer: clipping by the global norm, AdamW, and a learning-rate multiplier for connections.
 
-    Weight decay reaches all parameters but those of `no_decay_pattern`, and is multiplied with the learning rate, as in PyTorch.
+    Parameters that match `no_decay_pattern` take no weight decay.  Weight decay is multiplied by the learning rate, as in PyTorch.
     """
     no_decay = no_decay_pattern(connection)
     transforms = [
@@ -106,7 +107,7 @@ def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection])
 
 
 def describe(params: Any, config: OptimizerConfig, connection: type[Connection]) -> str:
-    """One sentence for the log that names the parameters without weight decay and those of connections."""
+    """Return one sentence for the log that names the parameters without weight decay, and the parameters of connections."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     no_decay = [p for p in paths if re.search(no_decay_pattern(connection), p)]
     of_connections = [p for p in paths if re.search(CONNECTION, p)]

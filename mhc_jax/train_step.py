@@ -27,20 +27,20 @@ Batch = dict[str, Int[Array, "B T"]]
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of training that a checkpoint holds; leaves are arrays, or their shapes and dtypes."""
+    """The state of training that a checkpoint holds.  Leaves are arrays, or the shapes and dtypes of arrays."""
 
     step: Any
-    """Optimizer updates done, int32 []."""
+    """Number of optimizer updates done so far, int32 []."""
     params: Any
     """Parameters of the decoder, float32."""
     opt_state: Any
-    """State of `optim.optimizer`."""
+    """State of the optimizer that `optim.optimizer` makes."""
 
 
 def init_state(config: ExperimentConfig) -> TrainState:
-    """The initial state, from train.seed.
+    """Make the initial state of training, with random numbers from train.seed.
 
-    Branches get the same values under every connection, because random keys follow the paths of parameters.
+    Branches get equal values under every connection, because random keys follow the paths of parameters.
     """
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Decoder(config.model).init(jax.random.key(config.train.seed), tokens)["params"]
@@ -49,10 +49,10 @@ def init_state(config: ExperimentConfig) -> TrainState:
 
 
 def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Array, dict[str, Array]], Any]]:
-    """The function (params, batch) -> ((loss, router), gradient).
+    """Return the function (params, batch) -> ((loss, router), gradient).
 
-    All three are means over optimizer.accumulation_steps slices of the batch; with mesh.stage these are the microbatches of a
-    pipeline.  `router` holds the auxiliary values of routers (see `Decoder`), and is {} without experts.
+    Loss, router and gradient are means over optimizer.accumulation_steps slices of the batch.  With mesh.stage the slices are the
+    microbatches of a pipeline.  `router` holds the auxiliary values of routers (see `Decoder`), and is {} without experts.
     """
     if config.model.remat_policy == "auto":
         raise ValueError("model.remat is 'auto'; give the configuration that `remat_plan.resolve` returns.")
@@ -85,9 +85,9 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
 
 
 def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: float) -> Any:
-    """The parameters after a step, with the routers' biases of `before` moved by one step of balancing.
+    """Return the parameters after a step, with the routers' biases of `before` moved by one step of balancing.
 
-    What the optimizer did to the biases is dropped.
+    The optimizer's own update of the biases is dropped.
     """
     bias = balanced_bias(before["layers"]["mlp"]["router_bias"], load, rate)
     layers = params["layers"]
@@ -95,7 +95,7 @@ def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: 
 
 
 def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The function (state, batch) -> (state, metrics) of one optimizer step.
+    """Return the function (state, batch) -> (state, metrics) of one optimizer step.
 
     Metrics are loss, grad_norm (before clipping), grad_norm_per_layer [L/2] (of each block) and learning_rate (of this update).
     With experts there are also the numbers of `layers.moe.router_health`, and with a buffer of experts router_dropped.  The step
@@ -135,17 +135,20 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
 
 
 def make_unstaged_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """`make_train_step` without a pipeline, for counting operations: each tick of a pipeline contains those of every stage."""
+    """Return the train step (`make_train_step`) without a pipeline, for counting operations.
+
+    With a pipeline the count would be wrong, because each tick of the program contains the operations of every stage.
+    """
     return make_train_step(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1)))
 
 
 def _square_sums(grads: Any) -> Array:
-    """Sum of squares over the parameters of each block, [blocks]."""
+    """Return the sum of squared gradients over all parameters of each block, as an array [blocks]."""
     return functools.reduce(jnp.add, (jnp.sum(g**2, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)))
 
 
 def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
-    """The function (params, batch) -> mean loss in nats per token."""
+    """Return the function (params, batch) -> mean loss in nats per token, for validation."""
     model = Decoder(config.model)
 
     def step(params, batch):
@@ -158,9 +161,9 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
 def make_diagnostics_step(
     config: ExperimentConfig, sample: int = DIAGNOSTICS_TOKENS
 ) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
-    """The function (params, tokens) -> what `diagnostics.summarize` takes, of `sample` tokens.
+    """Return the function (params, tokens) -> arrays for `diagnostics.summarize`, collected at `sample` tokens.
 
-    It is a forward pass beside the train step, so that the latter has no cost of diagnostics.
+    It is a forward pass of its own, so that diagnostics cost nothing in the train step.
     """
     model = Decoder(config.model)
 

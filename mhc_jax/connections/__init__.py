@@ -1,4 +1,7 @@
-"""The registry of connection kinds, and connections as text.  A new kind is one file here and one line in `KINDS`."""
+"""The registry of connection kinds, and the spelling of connections as text.
+
+A new kind is one file in this folder and one line in `KINDS`.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,10 @@ KINDS: dict[str, type[Connection]] = {
 
 
 def config_class(kind: str) -> type[ConnectionConfig]:
-    """The config dataclass of a kind.
+    """Return the config dataclass of a kind of connection.
 
     Raises:
-      InputError: there is no such kind; the message names the nearest.
+      InputError: there is no such kind.  The message names the kind with the nearest spelling.
 
     Examples:
       >>> config_class("mhc").__name__
@@ -50,7 +53,7 @@ def config_class(kind: str) -> type[ConnectionConfig]:
 
 
 def connection_module(config: ConnectionConfig) -> type[Connection]:
-    """The Flax module class of a config's kind.
+    """Return the Flax module class of the kind of connection that a config belongs to.
 
     Examples:
       >>> connection_module(parse("mhc")).__name__
@@ -60,10 +63,10 @@ def connection_module(config: ConnectionConfig) -> type[Connection]:
 
 
 def default_config(kind: str, **settings: Any) -> ConnectionConfig:
-    """The config of a kind with its defaults, except for `settings`.
+    """Return the config of a kind of connection, with `settings` and otherwise with the defaults of the kind.
 
     Raises:
-      InputError: there is no such kind, or it refuses the value of a setting.
+      InputError: there is no such kind, or the kind refuses the value of a setting.
 
     Examples:
       >>> default_config("mhc", t_max=5) == parse("mhc:t_max=5")
@@ -73,12 +76,14 @@ def default_config(kind: str, **settings: Any) -> ConnectionConfig:
 
 
 def parse(spec: str) -> ConnectionConfig:
-    """The config that `kind` or `kind:key=value:key=value` spells, in config files and on command lines.
+    """Return the config that a text such as `kind` or `kind:key=value:key=value` spells.
+
+    Connections are spelled like this in config files and on command lines.
 
     Entries of a tuple are joined with +, as in `mhc:disable=pre+post`.
 
     Raises:
-      InputError: an unknown kind or setting, or a value that is not allowed.
+      InputError: the kind or a setting is unknown, or a value is not allowed.
 
     Examples:
       >>> config = parse("mhc:init=home:num_streams=2")
@@ -91,10 +96,10 @@ def parse(spec: str) -> ConnectionConfig:
 
 
 def spec(config: ConnectionConfig) -> str:
-    """The canonical spelling of a config, the inverse of `parse`: its kind, then each setting that differs from its default.
+    """Return the canonical spelling of a config: its kind, then each setting that differs from its default.
 
-    Settings stand in the order of the config's fields.  `init` is always named where a kind has it, so that a label says which
-    start it means.
+    This function is the inverse of `parse`.  Settings stand in the order of the config's fields.  If a kind has the setting `init`,
+    it is always named, so that a label tells which initial values are meant.
 
     Examples:
       >>> spec(parse("mhc:t_max=5"))
@@ -104,9 +109,10 @@ def spec(config: ConnectionConfig) -> str:
 
 
 def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
-    """The spelling (`spec`) of the plain mapping that config.json of a run holds.
+    """Return the spelling (see `spec`) of a connection that is given as a plain mapping, as in the config.json of a run.
 
-    Lists stand for tuples, and a missing setting has its default.  Nothing is checked, so that a run of any version has a label.
+    Lists stand for tuples, and a missing setting has its default.  Settings are not checked, so that runs of any version have
+    labels.
     Settings without a known default, such as those of an unregistered kind, are named last.
 
     Examples:

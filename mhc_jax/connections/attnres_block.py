@@ -6,8 +6,8 @@ The sources V are the embedding, one sum of outputs for each finished group of `
 running group.  (The paper calls such a group a block.)
 
 No streams are mixed.  The decoder carries the sources in a flat buffer [B, T, S C] of S = 1 + ceil(L / block_size) slots.  A
-write adds to one slot.  With w = 0 the read is the mean of the sources: the residual stream over their number, which the branch's
-norm turns into Pre-Norm.
+write adds to one slot.  With w = 0 the read is the mean of the sources.  That is the residual stream divided by the number of
+sources, and the norm of the branch removes this factor, so that the decoder equals Pre-Norm.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class AttnResBlockConfig(ConnectionConfig):
     learnable: ClassVar[tuple[str, ...]] = ("pre",)
 
     num_streams: int = 1
-    """Always 1: the residual stream, which is the sum of the sources."""
+    """Number of streams, which is always 1: the residual stream is the sum of the sources."""
     exit: str = "attention"
-    """A read of all sources with a w of the ends."""
+    """How the sources become one vector.  `attention`: by softmax attention over all sources, with a query w of its own."""
     block_size: int = 4
-    """Sub-layers of a group; 1 is full AttnRes."""
+    """Number of sub-layers whose outputs are summed into one source.  1 gives full AttnRes, without groups."""
     eps_norm: float = 1e-20
-    """Epsilon of rms, an RMSNorm whose weight w absorbs."""
+    """Epsilon of the RMSNorm of the sources.  This norm has no weight of its own, because the query w absorbs it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,15 +58,15 @@ class AttnResBlockConfig(ConnectionConfig):
 def source_weights(
     V: Float[Array, "*tokens SC"], w: Float[Array, " C"], filled: int | Int[Array, ""], eps_norm: float
 ) -> Float[Array, "S *tokens"]:
-    r"""Attention weights of the S slots, float32, tokens last; 0 for slots that are not filled.
+    r"""Return the attention weights of the S slots, float32, tokens last.  Slots that hold no source yet get the weight 0.
 
     $a_i = \mathrm{softmax}_i(w \cdot \mathrm{rms}(V_i))$ over the first `filled` slots
 
     Args:
       V: sources side by side, of any float dtype.
       w: the query of one sub-layer.
-      filled: slots that hold a source.
-      eps_norm: epsilon of rms.
+      filled: number of slots that hold a source.
+      eps_norm: epsilon of the RMSNorm.
 
     Examples:
       A query of 0 weighs all sources alike.
@@ -82,13 +82,13 @@ def source_weights(
 
 
 class AttnResBlock(Connection):
-    """Block AttnRes.  Diagnostics see the one residual stream, for which pre, post and res are the number 1."""
+    """The connection Block AttnRes.  Diagnostics see its residual stream, for which pre, post and res are the number 1."""
 
     config_class = AttnResBlockConfig
 
     @property
     def slots(self) -> int:
-        """Slots S of the buffer."""
+        """Number S of slots of the buffer that holds the sources."""
         return 1 + -(-self.num_sublayers // self.config.block_size)
 
     def setup(self) -> None:
@@ -96,40 +96,40 @@ class AttnResBlock(Connection):
         self.w = self.param("w", nn.initializers.zeros, (self.width,))
 
     def expand(self, x: Float[Array, "B T C"]) -> Float[Array, "B T SC"]:
-        """The buffer with the embedding in its first slot, and zeros in the others."""
+        """Make the buffer of sources, with the embedding in its first slot and zeros in all other slots."""
         return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], (self.slots - 1) * self.width), x.dtype)], -1)
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T SC"], Coefficients]:
-        """The state before the first boundary: a pending write to no slot."""
+        """Make the state before the first boundary.  The write that is pending there goes to no slot."""
         none = jnp.zeros((self.slots, *x.shape[:-1]), jnp.float32)
         return self.expand(x), Coefficients(none, none, None)
 
     def flat(self, streams: Float[Array, "B T SC"]) -> Float[Array, "B T C"]:
-        """The residual stream, which is the sum of the sources."""
+        """Return the residual stream, which is the sum of the sources."""
         return sum(split(streams, self.slots)[1:], streams[..., : self.width])
 
     def coefficients(self, streams: Float[Array, "B T SC"]) -> Coefficients:
-        """pre holds the weights of the S slots, and post is one-hot on the slot of the running group."""
+        """Make the coefficients: pre holds the weights of the S slots, and post is one-hot on the slot of the running group."""
         sublayer, size = self.sublayer, self.config.block_size
         pre = source_weights(streams, self.w, 1 + (sublayer + size - 1) // size, self.config.eps_norm)
         slot = (jnp.arange(self.slots) == 1 + sublayer // size).astype(jnp.float32)
         return Coefficients(pre, jnp.broadcast_to(slot.reshape(-1, 1, 1), pre.shape), None)
 
     def read(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
-        r"""$h = \sum_i H^{pre}_i V_i$."""
+        r"""Read the sources V with the weights H_pre: $h = \sum_i H^{pre}_i V_i$."""
         return read(streams, c.pre, self.slots)
 
     def write(
         self, streams: Float[Array, "B T SC"], c: Coefficients, y: Float[Array, "B T C"]
     ) -> Float[Array, "B T SC"]:
-        """Add y to the sum of the running group."""
+        """Add the branch output y to the slot that sums the outputs of the running group."""
         return write(streams, y, c.post, None, self.slots)
 
     def collapse(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """Read all sources with the query of the exit."""
+        """Make one vector of all sources, by a read with the query of the exit."""
         weights = source_weights(streams, self.w, self.slots, self.config.eps_norm)
         return read(streams, weights, self.slots)
 
     def dense(self, c: Coefficients, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
-        """The number 1 for each of pre, post and res, because `flat` is the residual stream and y is added to it."""
+        """Return the number 1 for each of pre, post and res, because y is added to the residual stream that `flat` returns."""
         return super().dense(Coefficients(None, None, None), like)

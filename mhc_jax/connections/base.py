@@ -12,7 +12,7 @@ The decoder knows a connection only through this class:
 
 `streams` is any pytree of arrays.  Most kinds use one flat array `[B, T, n*C]` with stream i in columns i C to (i + 1) C.
 `c` holds the coefficients of one sub-layer and may be any pytree.  One module instance belongs to one sub-layer and owns its
-parameters.  A further instance, the ends (`sublayer=None`), owns the parameters of `expand` and `collapse`.
+parameters.  One further instance, named the ends (`sublayer=None`), owns the parameters of `expand` and `collapse`.
 
 The decoder runs a chain of boundaries.  At each boundary the instance of sub-layer l writes the output of sub-layer l - 1 with
 the coefficients of l - 1.  Then it makes the coefficients of l and reads.  One kernel can do all three in a single pass.  `start`
@@ -35,20 +35,21 @@ from mhc_kernels import Coefficients, projection, read, write
 from mhc_jax.errors import one_of, require
 
 ALPHA_INIT = 0.01
-"""Initial value of every gate alpha of a dynamic part (mHC Table 5, and HC's s); kinds have it as their setting `alpha_init`."""
+"""Initial value of the gates of dynamic parts: alpha of mHC (Table 5) and s of HC.  It is the default of the setting
+`alpha_init`."""
 
 
 @dataclass(frozen=True)
 class ConnectionConfig:
-    """Settings that every kind has; the subclass of a kind adds its own."""
+    """Settings that every kind of connection has.  Each kind adds settings of its own in a subclass."""
 
     kind: ClassVar[str]
     exits: ClassVar[tuple[str, ...]] = ("sum", "mean", "head")
-    """Allowed values of `exit`."""
+    """Allowed values of the setting `exit`."""
     entries: ClassVar[tuple[str, ...]] = ("copy", "scaled")
-    """Allowed values of `entry`."""
+    """Allowed values of the setting `entry`."""
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post", "res")
-    """Components that the kind can learn, in this order."""
+    """Components (pre, post, res) that this kind of connection can learn.  Parameters hold them in this order."""
 
     num_streams: int = 4
     """Number of streams n."""
@@ -58,7 +59,8 @@ class ConnectionConfig:
     """How the embedding becomes n streams.  `copy` (HC, mHC): n equal copies.  `scaled` (arXiv 2606.03483): each stream is the
     embedding times a learned vector, so that streams differ from the start and the decoder does not start equal to Pre-Norm."""
     disable: tuple[str, ...] = ()
-    """Components that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (ablation of mHC Table 1)."""
+    """Components that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (ablation of mHC Table 1).  Empty:
+    all components of the kind are learned."""
 
     def __post_init__(self) -> None:
         require(
@@ -72,11 +74,11 @@ class ConnectionConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Components that are learned."""
+        """Components (pre, post, res) that are learned: those of `learnable` that are not in `disable`."""
         return tuple(part for part in self.learnable if part not in self.disable)
 
     def require_parts(self) -> None:
-        """Raise `InputError` where every component is disabled."""
+        """Raise `InputError` if every component is disabled."""
         *head, tail = self.learnable
         require(
             len(self.parts) > 0,
@@ -86,20 +88,23 @@ class ConnectionConfig:
 
 
 class Connection(nn.Module):
-    """Base class: n flat streams are read, mixed and written with coefficients of each token.  A kind overrides what differs."""
+    """The base class of all connections, which reads, mixes and writes n flat streams with coefficients of each token.
+
+    A kind of connection overrides the methods in which it differs.
+    """
 
     config: Any
-    """Settings of the kind, an instance of its `config_class`."""
+    """Settings of the connection, an instance of `config_class`."""
     width: int
-    """Channels C of one stream."""
+    """Number C of channels of one stream."""
     num_sublayers: int
-    """Sub-layers L of the whole decoder."""
+    """Number L of sub-layers of the whole decoder."""
     sublayer: int | Array | None = None
-    """The index l - 1 of sub-layer l, which may be traced.  None makes the instance of the ends."""
+    """Index l - 1 of the sub-layer l that this instance belongs to, which may be traced.  None: the instance of the ends."""
 
     config_class: ClassVar[type[ConnectionConfig]]
     static_params: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters that the streams are not multiplied with.  They take no weight decay (`mhc_jax.optim`)."""
+    """Names of the static parameters, which are not multiplied with streams.  They take no weight decay (`mhc_jax.optim`)."""
 
     def setup(self) -> None:
         """Declare the parameters of the ends or of one sub-layer."""
@@ -109,7 +114,7 @@ class Connection(nn.Module):
             self.setup_sublayer()
 
     def setup_ends(self) -> None:
-        """Declare the parameters of the entry `scaled` and of the exit `head`, where they are chosen."""
+        """Declare the parameters of the entry, if it is `scaled`, and of the exit, if it is `head`."""
         n, C = self.config.num_streams, self.width
         if self.config.entry == "scaled":
             noise = nn.initializers.xavier_normal()
@@ -123,18 +128,20 @@ class Connection(nn.Module):
         """Declare the parameters of the coefficients of one sub-layer."""
 
     def expand(self, x: Float[Array, "B T C"]) -> Any:
-        """Make the streams of the embedding, in its dtype (setting `entry`)."""
+        """Make n streams of the embedding x, in the dtype of x, as the setting `entry` says."""
         if self.config.entry == "scaled":
             return jnp.concatenate([(x * s[None, None]).astype(x.dtype) for s in self.entry_scale], axis=-1)
-        # jnp.tile would go through [B, T, n, C], which costs 5 % of the cycles of two layers of width 2560 on a v5p.
+        # jnp.tile would make an array [B, T, n, C] on the way.  It costs 5 % of the cycles of two layers of width 2560 on a v5p.
         return jnp.concatenate([x] * self.config.num_streams, axis=-1)
 
     def collapse(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
-        """Make one vector of the streams (setting `exit`), summed in float32 and returned in the dtype of the streams.
+        """Make one vector of the n streams, as the setting `exit` says.
+
+        Sums are in float32, and the result has the dtype of the streams.
 
         Args:
           streams: the streams after the last write.
-          c: coefficients of sub-layer L.
+          c: coefficients of the last sub-layer.
         """
         n = self.config.num_streams
         if self.config.exit == "head":
@@ -147,39 +154,45 @@ class Connection(nn.Module):
         return read(streams, weights, n)
 
     def epsilons(self) -> dict[str, float]:
-        """The two epsilons of dynamic coefficients: `eps_norm` of the RMSNorm, and `eps` added to gates."""
+        """Return the two epsilons of dynamic coefficients: `eps_norm` of the RMSNorm, and `eps`, which is added to sigmoids."""
         return {"eps_norm": 1e-20, "eps": 0.0}
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Any, Any]:
-        """The state (streams, c) before the first boundary: writing y = 0 with this c leaves the streams as they are."""
+        """Make the state (streams, c) before the first boundary.  Writing y = 0 with this c leaves the streams as they are."""
         dense = self.dense(Coefficients(None, None, None), x)
         c = [a if part in self.config.parts else None for part, a in zip(Coefficients._fields, dense, strict=True)]
         return self.expand(x), Coefficients(*c)
 
     def flat(self, streams: Any) -> Float[Array, "B T nC"]:
-        """The n flat streams that diagnostics look at."""
+        """Return the n streams as one flat array, for diagnostics."""
         return streams
 
     def coefficients(self, streams: Any) -> Any:
-        """Coefficients of this sub-layer, float32, from the streams that enter it."""
+        """Make the coefficients of this sub-layer, float32, from the streams that enter it."""
         raise NotImplementedError
 
     def read(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
-        """$h = H^{pre} x$, in the dtype of the streams."""
+        """Read the input of the branch from the streams x: $h = H^{pre} x$, in the dtype of the streams."""
         return read(streams, c.pre, self.config.num_streams)
 
     def write(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> Any:
-        r"""$H^{res} x + (H^{post})^\top y$, in the dtype of the streams."""
+        r"""Mix the streams x and add the branch output y: $H^{res} x + (H^{post})^\top y$, in the dtype of the streams."""
         return write(streams, y, c.post, c.res, self.config.num_streams)
 
     def write_read(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> tuple[Any, Any, Float[Array, "B T C"]]:
-        """The boundary: write the previous sub-layer's output y with its coefficients c, then make this one's and read."""
+        """Run the boundary between two sub-layers.
+
+        Write the output y of the previous sub-layer with that sub-layer's coefficients c.  Then make the coefficients of this
+        sub-layer, and read the input of its branch.
+        """
         streams = self.write(streams, c, y)
         c = self.coefficients(streams)
         return streams, c, self.read(streams, c)
 
     def dense(self, c: Any, like: Float[Array, "B T nC"]) -> tuple[Array, Array, Array]:
-        """Coefficients for diagnostics, float32: pre [n, B, T], post [n, B, T] and res [n, n, B, T], disabled ones written out.
+        """Return all coefficients for diagnostics, float32: pre [n, B, T], post [n, B, T] and res [n, n, B, T].
+
+        Disabled components are filled in with their fixed values.
 
         Args:
           c: coefficients; None stands for a component that is disabled.
@@ -203,11 +216,12 @@ def head_weights(
     eps_norm: float,
     eps: float,
 ) -> Float[Array, "n *tokens"]:
-    r"""Weights of the exit `head` of DeepSeek-V4, one a stream; the exit is $\sum_i w_i x_i$.
+    r"""Return the weights w of the exit `head` of DeepSeek-V4, one for each stream.  The exit is $\sum_i w_i x_i$.
 
     $w = \sigma(\alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b) + \epsilon$
 
-    Source: `DeepseekV4HyperHead` of Hugging Face transformers; the report numbers no equation.  The RMSNorm has no weight.
+    Source: `DeepseekV4HyperHead` of Hugging Face transformers; DeepSeek's report has no numbered equation for it.  The RMSNorm has
+    no weight.
 
     Args:
       x: flat streams of any float dtype.
@@ -234,11 +248,11 @@ def head_weights(
 
 
 def home_stream(sublayer: int | Array | None, num_streams: int) -> Array:
-    r"""One-hot of the home stream of sub-layer l: $e_{(l - 1) \bmod n}$ (HC Eq. 14), float32 [n].
+    r"""Return a one-hot vector [n] at the home stream of sub-layer l: $e_{(l - 1) \bmod n}$ (HC Eq. 14), float32.
 
     Args:
-      sublayer: the index l - 1.
-      num_streams: n.
+      sublayer: index l - 1 of the sub-layer.
+      num_streams: number n of streams.
 
     Examples:
       Sub-layer 7 of a decoder with 4 streams is at home in stream 2, counted from 0.

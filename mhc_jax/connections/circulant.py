@@ -1,6 +1,6 @@
 """Circulant mHC (C-mHC, github.com/contactsebi/circulant-hyper-connections): H_res is a convex combination of cyclic shifts.
 
-How much all sub-layers together mix is bounded by one setting, `beta`.
+The setting `beta` bounds how much all sub-layers together mix the streams.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from mhc_jax.errors import require
 class CirculantConfig(DynamicConfig):
     """Settings of C-mHC.
 
-    Deviation: phi starts at 0 as for all kinds.  In the author's code it starts with small random numbers.
+    Deviation: the projection phi starts at 0, as in all kinds.  In the author's code phi starts with small random numbers.
     """
 
     kind: ClassVar[str] = "circulant"
 
     init: str = "residual"
-    """The author's start: H_pre reads each stream with 1/n and H_post writes each with 1."""
+    """Preset of the static logits (`bias_init`).  With `residual`, the author's choice, H_pre starts at 1/n and H_post at 1 for
+    each stream."""
 
     beta: float = 4.0
-    """Mixing of the whole decoder; each of the L sub-layers has the share g = beta / (2L)."""
+    """Strength of the mixing over the whole decoder.  In each of the L sub-layers the learned mixing has the weight g = beta /
+    (2L), and the identity has the weight 1 - g."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,20 +40,21 @@ class CirculantConfig(DynamicConfig):
 
 
 def circulant_mixing(logits: Float[Array, "n *tokens"], g: float) -> Float[Array, "n n *tokens"]:
-    r"""H_res of C-mHC from n logits, float32: exactly doubly stochastic for any logits.
+    r"""Make H_res of C-mHC from n logits, float32.  It is exactly doubly stochastic for any logits.
 
     $H^{res} = \sum_{k=0}^{n-1} c_k \Pi^k, \quad H^{res}_{ij} = c_{(j - i) \bmod n}, \quad
     c = (1 - g)\, e_0 + g\, \mathrm{softmax}(z)$
 
     with the cyclic shift $\Pi$.  Products of such matrices are circulant again.  The smallest singular value of the product over L
-    sub-layers is at least $\exp(-\beta - \beta^2 / L)$.  Source: the author's code; there is no paper.
+    sub-layers is at least $\exp(-\beta - \beta^2 / L)$.  Source: the author's code, because
+    there is no paper.
 
     Args:
-      logits: z.
-      g: share of the learned mixing, in [0, 1].
+      logits: the logits z.
+      g: weight of the learned mixing, in [0, 1].
 
     Examples:
-      Equal logits spread the share g evenly over all shifts.
+      Equal logits spread the weight g evenly over all shifts.
 
       >>> import jax.numpy as jnp
       >>> print(circulant_mixing(jnp.zeros(3), 0.75).round(2))
@@ -65,15 +68,18 @@ def circulant_mixing(logits: Float[Array, "n *tokens"], g: float) -> Float[Array
 
 
 class Circulant(DynamicConnection):
-    """mHC with `circulant_mixing`; phi is [nC, 3n].  With the same settings a deeper decoder mixes less in each sub-layer."""
+    """The connection C-mHC: mHC with an H_res by `circulant_mixing`.  The projection phi is [nC, 3n].
+
+    With the same settings a deeper decoder mixes less in each sub-layer.
+    """
 
     config_class = CirculantConfig
 
     def setup_sublayer(self) -> None:
-        """Declare the parameters of `DynamicConnection`.
+        """Check `beta`, and declare the parameters of `DynamicConnection`.
 
         Raises:
-          InputError: beta exceeds 2L, where g would exceed 1.
+          InputError: beta exceeds 2L, so that the weight g = beta / (2L) would exceed 1.
         """
         beta, L = self.config.beta, self.num_sublayers
         require(
@@ -83,9 +89,9 @@ class Circulant(DynamicConnection):
         super().setup_sublayer()
 
     def res_logits(self) -> Array:
-        """Initial logits [n], all 0 under every preset, so that c_0 = 1 - g (n - 1) / n."""
+        """Return the initial logits [n] of H_res.  They are 0 under every preset, so that c_0 = 1 - g (n - 1) / n."""
         return jnp.zeros(self.config.num_streams)
 
     def mixing(self, logits: Float[Array, "n *tokens"]) -> Float[Array, "n n *tokens"]:
-        """H_res by `circulant_mixing`."""
+        """Make H_res by `circulant_mixing`."""
         return circulant_mixing(logits, self.config.beta / (2 * self.num_sublayers))

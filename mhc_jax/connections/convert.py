@@ -1,4 +1,4 @@
-"""Converter of connection weights between DeepSeek-V4 checkpoints and `mhc:eps_convention=v4:exit=head`.
+"""Convert connection weights between DeepSeek-V4 checkpoints and connections `mhc:eps_convention=v4:exit=head`.
 
 | fn, base and scale of DeepSeek-V4 | shapes | parameters here, under `params` | shapes |
 | --- | --- | --- | --- |
@@ -6,9 +6,11 @@
 | `layers.{i}.hc_ffn_` | the same | `layers/mlp_connection/` phi, bias, alpha | the same |
 | `hc_head_` | [n, nC], [n], [1] | `ends/` head_phi, head_bias, head_alpha | [nC, n], [n], [1] |
 
-There are N blocks, and k = n^2 + 2n rows [pre n | post n | comb n*n row-major], where comb is H_res transposed.  In a decoder with
-experts the leading dense blocks lie under `dense_layers` instead of `layers`; V4's index i counts through both.  Values are moved
-and never computed with, so that both ways together are the identity, bit for bit.
+There are N blocks.  The k = n^2 + 2n logits are ordered as n of H_pre, n of H_post and n*n of H_res, row by row.  DeepSeek-V4
+stores the logits of H_res transposed, and calls them comb.
+
+In a decoder with experts the leading dense blocks lie under `dense_layers` instead of `layers`.  The index i of DeepSeek-V4 counts
+through both stacks.  Values are moved and never computed with, so that there and back is the identity, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ HEAD = {"hc_head_fn": "head_phi", "hc_head_base": "head_bias", "hc_head_scale": 
 
 
 def comb_order(num_streams: int) -> np.ndarray:
-    """Permutation of the k rows that transposes comb; it is its own inverse.
+    """Return the permutation of a connection's n^2 + 2n logits that transposes H_res, which is stored last.
+
+    The 2n logits of H_pre and H_post come first and keep their places.  The permutation is its own inverse.
 
     Examples:
       >>> print(comb_order(2))
@@ -38,20 +42,22 @@ def comb_order(num_streams: int) -> np.ndarray:
 def from_deepseek_v4(
     weights: Mapping[str, Any], num_layers: int, num_streams: int, width: int, num_leading: int = 0
 ) -> dict[str, Any]:
-    """Parameters of the connections of a decoder, from weights by V4's names.
+    """Make the parameters of all connections of a decoder from the weights of a DeepSeek-V4 checkpoint.
 
     Args:
-      weights: arrays by V4's names; further names are ignored.
-      num_layers: blocks N, each of one attention and one feed-forward sub-layer.
-      num_streams: n.
-      width: C.
-      num_leading: dense blocks in front of those with experts (`ModelConfig.num_leading`), which go under "dense_layers".
+      weights: arrays under DeepSeek-V4's names.  Names that do not belong to connections are ignored.
+      num_layers: number N of blocks, each of one attention and one feed-forward sub-layer.
+      num_streams: number n of streams.
+      width: number C of channels of a stream.
+      num_leading: number of dense blocks before the blocks with experts (`ModelConfig.num_leading`).  They go under
+        "dense_layers".  0: all blocks go under "layers".
 
     Returns:
-      `{"layers": {"attention_connection": ..., "mlp_connection": ...}, "ends": ...}` with NumPy arrays in the dtypes given.
+      `{"layers": {"attention_connection": ..., "mlp_connection": ...}, "ends": ...}` with NumPy arrays in the dtypes of
+      `weights`.
 
     Raises:
-      InputError: a name is missing, or an array has another shape.
+      InputError: a name is missing, or an array has a wrong shape.
     """
     n, nC = num_streams, num_streams * width
     k, order = n * n + 2 * n, comb_order(num_streams)
@@ -78,10 +84,12 @@ def from_deepseek_v4(
 
 
 def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Weights by V4's names, from the tree under `params` of a decoder; parameters outside connections are ignored.
+    """Make connection weights under DeepSeek-V4's names from the parameters of a decoder.
+
+    Parameters outside connections are ignored.
 
     Raises:
-      InputError: a connection or parameter is missing or has another shape, so that it is not `mhc` with the exit `head`.
+      InputError: a connection or parameter is missing or has a wrong shape, as in any connection but `mhc` with the exit `head`.
     """
     require(
         "head_phi" in params.get("ends", {}),
@@ -109,7 +117,7 @@ def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _take(arrays: Mapping[str, Any], name: str, shape: tuple[int, ...], where: str = "") -> np.ndarray:
-    """The array `name` in its own dtype, checked for its shape."""
+    """Return the array called `name` in its own dtype, after a check that it exists and has the given shape."""
     require(
         name in arrays, f"{where}{name} is missing from the connection weights; it should have the shape {list(shape)}."
     )

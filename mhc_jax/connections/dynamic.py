@@ -1,6 +1,6 @@
-r"""H_pre and H_post as mHC makes them: presets of the static logits, conventions of epsilons, and the base class of the family.
+r"""H_pre and H_post of mHC: presets of the static logits, conventions of epsilons, and the base class of connections with them.
 
-The kinds `mhc`, `identity`, `mhc_lite`, `kromhc`, `circulant` and `single_pass` share all of this.  They differ in H_res.
+The kinds `mhc`, `identity`, `mhc_lite`, `kromhc`, `circulant` and `single_pass` share this file.  They differ in H_res.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from mhc_jax.errors import one_of, require
 
 PRESETS = ("paper", "residual", "zeros", "hc", "home")
 EPS_CONVENTIONS = {"paper": (1e-20, 0.0), "v4": (1e-6, 1e-6), "hy_v4": (1e-6, 1e-6)}
-"""Name of a convention -> (epsilon of the RMSNorm, epsilon that is added to pre and inside Sinkhorn).
+"""Conventions of epsilons, by name: (epsilon of the RMSNorm, epsilon that is added to H_pre and inside Sinkhorn).
 
-`paper` is mHC Table 5, `v4` is DeepSeek-V4's code, and `hy_v4` (Hunyuan HY-V4) adds the second epsilon to post too.
+`paper` follows mHC Table 5, and `v4` follows DeepSeek-V4's code.  `hy_v4` (Hunyuan HY-V4) adds the second epsilon to H_post too.
 """
 
 
 @dataclass(frozen=True)
 class DynamicConfig(ConnectionConfig):
-    """Settings of the kinds whose H_pre and H_post are those of mHC."""
+    """Settings of all kinds of connection that make H_pre and H_post as mHC does."""
 
     eps_conventions: ClassVar[tuple[str, ...]] = ("paper", "v4")
-    """Allowed values of `eps_convention`."""
+    """Allowed values of the setting `eps_convention`."""
 
     exit: str = "mean"
     init: str = "paper"
-    """Preset of the static logits, see `bias_init`.  The default of a kind is the start that its paper or its authors' code has."""
+    """Preset of the static logits, see `bias_init`.  The default of each kind is the preset of its paper or of its authors'
+    code."""
     eps_convention: str = "paper"
-    """`paper` (1e-20 in the RMSNorm, none elsewhere) or `v4` (1e-6 in the RMSNorm, added to pre and inside Sinkhorn)."""
+    """Convention of epsilons.  `paper`: 1e-20 in the RMSNorm, and no other.  `v4`: 1e-6 in the RMSNorm, and 1e-6 added to H_pre and
+    inside Sinkhorn."""
     alpha_init: float = ALPHA_INIT
     """Initial value of the gates alpha of the dynamic part."""
 
@@ -54,7 +56,7 @@ class DynamicConfig(ConnectionConfig):
 
 
 def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> dict[str, Array]:
-    r"""Static logits b of sub-layer l at initialisation: {pre [n], post [n], res [n, n]}, float32.
+    r"""Return the static logits b of sub-layer l at initialisation: {pre [n], post [n], res [n, n]}, float32.
 
     | preset | $b^{pre}$ | $b^{post}$ | $b^{res}$ | step 0 |
     | --- | --- | --- | --- | --- |
@@ -66,17 +68,17 @@ def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> di
 
     The home stream of sub-layer l is $(l - 1) \bmod n$ (`home_stream`).
 
-    `paper` and `home` differ in $b^{post}$ alone.  Both read mostly the home stream.  `paper` writes all streams alike, as do all
-    presets but `home`; `home` also writes mostly the home stream.  Streams enter as copies, so under equal writes they stay nearly
-    equal, and an H_res with row sums of 1 then changes nothing.  Under `home` streams differ and H_res acts.
+    `paper` and `home` differ in $b^{post}$ alone.  Both read mostly the home stream.  `home` also writes mostly the home stream.
+    All other presets write all streams alike.  Streams enter as copies, so under equal writes they stay nearly equal.  An H_res
+    with row sums of 1 then changes nothing.  Under `home` streams differ, and H_res has an effect.
 
-    `paper` is the default of mHC.  `home` is a preset of this project and of no paper.  `mhc_lite`, `kromhc` and `circulant` take
-    $b^{pre}$ and $b^{post}$ from here and have other logits of H_res (`res_logits`).
+    `paper` is the default of mHC.  `home` is a preset of this project, and no paper has it.  `mhc_lite`, `kromhc` and `circulant`
+    take $b^{pre}$ and $b^{post}$ from here and have other logits of H_res (`res_logits`).
 
     Args:
       preset: one of `PRESETS`.
-      sublayer: the index l - 1; may be traced.
-      num_streams: n.
+      sublayer: index l - 1 of the sub-layer, which may be traced.
+      num_streams: number n of streams.
 
     Examples:
       The home stream of sub-layer 2 is stream 1, counted from 0.
@@ -90,7 +92,7 @@ def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> di
     home = 2 * home_stream(sublayer, n) - 1
     diagonal = 2 * jnp.eye(n) - 1
     zeros = jnp.zeros(n)
-    # -ln(n - 1) has no value at n = 1, where the branch's norm removes the scale of H_pre; 3 is what `paper` has there.
+    # For n = 1, -ln(n - 1) has no value.  3 is used, as in `paper`; the norm of the branch removes the scale of H_pre in any case.
     uniform = jnp.full(n, -math.log(n - 1) if n > 1 else 3.0)
     pre, post, res = {
         "paper": (3 * home, zeros, 3 * diagonal),
@@ -115,7 +117,7 @@ def dynamic_coefficients(
     eps: float,
     eps_post: float = 0.0,
 ) -> Coefficients:
-    r"""Coefficients of one sub-layer with mHC's H_pre and H_post (mHC Eq. 7, 8) and any H_res, float32, tokens last.
+    r"""Make the coefficients of one sub-layer with mHC's H_pre and H_post (mHC Eq. 7, 8) and any H_res, float32, tokens last.
 
     $z = \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi$
     $H^{pre} = \sigma(\alpha^{pre} z^{pre} + b^{pre}) + \epsilon$
@@ -123,19 +125,19 @@ def dynamic_coefficients(
     $H^{res} = \mathrm{mixing}(\alpha^{res} z^{res} + b^{res})$
 
     The RMSNorm has no weight and is applied after the product with phi (mHC Eq. 14-16).  The paper has no epsilon in H_pre and
-    H_post; those of DeepSeek-V4 and HY-V4 are in `EPS_CONVENTIONS`.
+    H_post.  `EPS_CONVENTIONS` has the epsilons of DeepSeek-V4 and HY-V4.
 
     Args:
       x: flat streams of any float dtype.
-      phi: projection; columns [pre n | post n | res k_res] of the parts that exist, as in `bias`.
-      alpha: one gate a part.
-      bias: static logits b.
+      phi: projection.  Its columns are [pre n | post n | res k_res], without the parts that do not exist.
+      alpha: one gate for each part.
+      bias: static logits b, in the order of the columns of phi.
       mixing: function from the k_res logits of H_res to H_res.
-      num_streams: n.
-      parts: those of pre, post and res that exist; the others come back as None.
+      num_streams: number n of streams.
+      parts: the parts among pre, post and res that exist.  Parts that do not exist come back as None.
       eps_norm: epsilon of the RMSNorm.
-      eps: $\epsilon$.
-      eps_post: $\epsilon^{post}$.
+      eps: the $\epsilon$ added to H_pre.
+      eps_post: the $\epsilon^{post}$ added to H_post.
 
     Examples:
       With phi = 0 the static logits alone decide: sigmoid(ln 3) = 3/4.
@@ -159,43 +161,46 @@ def dynamic_coefficients(
 
 
 class DynamicConnection(Connection):
-    """Base class of the kinds with mHC's H_pre and H_post.
+    """The base class of connections that make H_pre and H_post as mHC does.
 
-    A kind says which static logits H_res has (`res_logits`) and how logits become H_res (`mixing`).
+    A kind defines the initial static logits of H_res (`res_logits`), and how logits become H_res (`mixing`).
     """
 
     static_params = ("alpha", "bias", "head_bias", "head_alpha", "entry_scale")
 
     def static_logits(self) -> dict[str, Array]:
-        """Initial static logits of each part."""
+        """Return the initial static logits of each part that is learned."""
         cfg = self.config
         static = bias_init(cfg.init, self.sublayer, cfg.num_streams)
         return {**static, "res": self.res_logits()} if "res" in cfg.parts else static
 
     def res_logits(self) -> Array:
-        """Initial static logits of H_res, of any shape."""
+        """Return the initial static logits of H_res, in any shape."""
         raise NotImplementedError
 
     def mixing(self, logits: Float[Array, "k_res *tokens"]) -> Float[Array, "n n *tokens"]:
-        """H_res, float32, from its logits."""
+        """Make H_res, float32, from its logits."""
         raise NotImplementedError
 
     def setup_sublayer(self) -> None:
-        """Declare phi [nC, k], alpha [parts] and bias [k]; columns are [pre n | post n | res k_res] of the learned parts."""
+        """Declare the parameters phi [nC, k], alpha [parts] and bias [k].
+
+        The k logits are ordered [pre n | post n | res k_res], without the parts that are not learned.
+        """
         cfg = self.config
         static = self.static_logits()
         k = sum(static[part].size for part in cfg.parts)
-        # Zero as in HC, so that the dynamic part starts at zero and step 0 can equal Pre-Norm exactly.
+        # phi starts at zero, as in HC.  The dynamic part is then zero too, and the decoder can equal Pre-Norm exactly at step 0.
         self.phi = self.param("phi", nn.initializers.zeros, (cfg.num_streams * self.width, k))
         self.alpha = self.param("alpha", nn.initializers.constant(cfg.alpha_init), (len(cfg.parts),))
         self.bias = self.param("bias", lambda _: jnp.concatenate([static[part].ravel() for part in cfg.parts]))
 
     def epsilons(self) -> dict[str, float]:
-        """`eps_norm` and `eps` of the convention that the settings name."""
+        """Return the epsilons `eps_norm` and `eps` of the convention that the setting `eps_convention` names."""
         return dict(zip(("eps_norm", "eps"), EPS_CONVENTIONS[self.config.eps_convention], strict=True))
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """Coefficients of this sub-layer by `dynamic_coefficients`."""
+        """Make the coefficients of this sub-layer by `dynamic_coefficients`."""
         cfg, epsilons = self.config, self.epsilons()
         return dynamic_coefficients(
             streams,

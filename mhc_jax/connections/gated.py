@@ -23,18 +23,20 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class GatedConfig(ConnectionConfig):
-    """Settings of Qwen4-Exp's connection, which has no static part and therefore no presets."""
+    """Settings of the gated connection of Qwen4-Exp, which has no static part and therefore no presets."""
 
     kind: ClassVar[str] = "gated"
     exits: ClassVar[tuple[str, ...]] = ("sum", "mean", "head", "gate")
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post")
 
     exit: str = "gate"
-    """`gate` (Qwen4-Exp) is a gated read with parameters of the ends; the other exits are those of all kinds."""
+    """How n streams become one vector.  `gate` (Qwen4-Exp): by a gated read with parameters of its own.  All other values mean what
+    they mean for every kind of connection."""
     rank: int = 16
-    """Rank r of the read gate; 320 in Qwen4-Exp."""
+    """Rank r of the two projections of the read gate.  Qwen4-Exp has 320."""
     init_std: float = 0.02
-    """Standard deviation of the initial down, up and inject; these random numbers tell the streams apart at the start."""
+    """Standard deviation of the initial matrices down, up and inject.  Only these random numbers make streams differ at the
+    start."""
     eps_norm: float = 1e-6
     """Epsilon of the RMSNorm of each stream."""
 
@@ -53,12 +55,12 @@ class GatedConfig(ConnectionConfig):
 def stream_norm(
     x: Float[Array, "*tokens nC"], norm: Float[Array, " nC"], num_streams: int, eps_norm: float
 ) -> Float[Array, "*tokens n C"]:
-    r"""The normed streams $z_i = \mathrm{RMSNorm}(x_i) \odot w_i$ over the C channels of each stream, float32.
+    r"""Return the normed streams $z_i = \mathrm{RMSNorm}(x_i) \odot w_i$ over the C channels of each stream, float32.
 
     Args:
       x: flat streams of any float dtype.
-      norm: weights w of all streams; Qwen4-Exp's checkpoints hold w - 1.
-      num_streams: n.
+      norm: weights w of all streams.  Qwen4-Exp's checkpoints hold w - 1.
+      num_streams: number n of streams.
       eps_norm: epsilon of the RMSNorm.
 
     Examples:
@@ -75,7 +77,7 @@ def stream_norm(
 def read_gate(
     z: Float[Array, "*tokens n C"], down: Float[Array, "nC r"], up: Float[Array, "r nC"]
 ) -> Float[Array, "*tokens n C"]:
-    r"""The read gate, one number for each stream and channel, float32.
+    r"""Make the read gate g from the normed streams z: one number for each stream and channel, float32.
 
     $g = \sigma(W_{up}\, \mathrm{silu}(W_{down}\, \mathrm{vec}(z) / n))$
 
@@ -93,7 +95,7 @@ def read_gate(
 
 
 def write_gate(z: Float[Array, "*tokens n C"], inject: Float[Array, "nC n"]) -> Float[Array, "n *tokens"]:
-    r"""The write gate, one number for each stream, float32, tokens last.
+    r"""Make the write gate from the normed streams z: one number for each stream, float32, tokens last.
 
     $H^{post} = 2 \sigma(W_{inject}\, \mathrm{vec}(z) / n)$
 
@@ -108,16 +110,17 @@ def write_gate(z: Float[Array, "*tokens n C"], inject: Float[Array, "nC n"]) -> 
 
 
 class Gated(Connection):
-    """Qwen4-Exp's connection, which does not equal Pre-Norm at step 0.
+    """The gated connection of Qwen4-Exp.  The decoder does not equal Pre-Norm at step 0.
 
-    Its read is no n -> 1 matrix.  For diagnostics `pre` is the mean of the read gate over channels, divided by n.
+    Its read has a gate for each channel, so it is no matrix [1, n].  For diagnostics `pre` is the mean of the read gate over
+    channels, divided by n.
     """
 
     config_class = GatedConfig
     static_params = ("norm", "head_bias", "head_alpha", "entry_scale")
 
     def setup_ends(self) -> None:
-        """Declare the parameters of the ends, for the exit `gate` those of a read gate."""
+        """Declare the parameters of the ends.  The exit `gate` has the parameters of a read gate."""
         super().setup_ends()
         if self.config.exit == "gate":
             self.setup_gate()
@@ -129,31 +132,31 @@ class Gated(Connection):
         self.down, self.up = self.param("down", normal, (nC, r)), self.param("up", normal, (r, nC))
 
     def setup_sublayer(self) -> None:
-        """Declare the parameters of a read gate, and inject [nC, n] of the write gate."""
+        """Declare the parameters of a read gate, and the parameter inject [nC, n] of the write gate."""
         self.setup_gate()
         n = self.config.num_streams
         self.inject = self.param("inject", self.normal, (n * self.width, n))
 
     @property
     def normal(self) -> nn.initializers.Initializer:
-        """Initialiser of the matrices."""
+        """Initialiser of the matrices down, up and inject: normal with the standard deviation `init_std`."""
         return nn.initializers.normal(self.config.init_std)
 
     def normed(self, streams: Float[Array, "B T nC"]) -> Float[Array, "B T n C"]:
-        """The normed streams z, float32."""
+        """Return the normed streams z, float32."""
         return stream_norm(streams, self.norm, self.config.num_streams, self.config.eps_norm)
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """post by `write_gate`, and pre for diagnostics."""
+        """Make the coefficients: post by `write_gate`, and pre for diagnostics only."""
         z = self.normed(streams)
         gate = jnp.moveaxis(jnp.mean(read_gate(z, self.down, self.up), -1), -1, 0)
         return Coefficients(pre=gate / self.config.num_streams, post=write_gate(z, self.inject), res=None)
 
     def read(self, streams: Float[Array, "B T nC"], c: Coefficients) -> Float[Array, "B T C"]:
-        r"""$h = \frac{1}{n} \sum_i g_i \odot z_i$, in the dtype of the streams."""
+        r"""Read with the read gate: $h = \frac{1}{n} \sum_i g_i \odot z_i$, in the dtype of the streams."""
         z = self.normed(streams)
         return jnp.mean(read_gate(z, self.down, self.up) * z, -2).astype(streams.dtype)
 
     def collapse(self, streams: Float[Array, "B T nC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """Make one vector of the streams: under `gate` by a read, otherwise as all kinds do."""
+        """Make one vector of the streams: under the exit `gate` by a gated read, otherwise as all connections do."""
         return self.read(streams, c) if self.config.exit == "gate" else super().collapse(streams, c)

@@ -1,6 +1,6 @@
 """Hyper-Connections (HC, Zhu et al., arXiv 2409.19606): n streams with unconstrained learned coefficients.
 
-The coefficients are static (SHC) or depend on the token (DHC).
+The coefficients are static (SHC, static HC) or depend on the token (DHC, dynamic HC).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mhc_kernels import Coefficients, projection
 from mhc_jax.connections.base import ALPHA_INIT, Connection, ConnectionConfig, home_stream
 
 GATE = {"pre": "s_a", "post": "s_b", "res": "s_a"}
-"""Component -> name of the gate of its dynamic part; pre and res share one (HC Eq. 12, 13)."""
+"""Name of the gate parameter of each component's dynamic part.  The components pre and res share a gate (HC Eq. 12, 13)."""
 
 
 @dataclass(frozen=True)
 class HyperConnectionConfig(ConnectionConfig):
-    """Settings of HC."""
+    """Settings of Hyper-Connections (HC)."""
 
     kind: ClassVar[str] = "hc"
 
     dynamic: bool = True
-    """True for DHC, where the coefficients depend on the token; False for SHC."""
+    """Whether the coefficients depend on the token (DHC).  False: they are static (SHC)."""
     tanh: bool = True
-    """Whether the dynamic part passes through tanh; the paper reports both."""
+    """Whether the dynamic part passes through tanh.  The paper reports results with and without it."""
     alpha_init: float = ALPHA_INIT
     """Initial value of the gates s of the dynamic part."""
     eps_norm: float = 1e-20
@@ -41,7 +41,7 @@ class HyperConnectionConfig(ConnectionConfig):
 
 
 def dynamic_columns(num_streams: int, parts: tuple[str, ...]) -> dict[str, slice]:
-    """Columns of W that belong to each learned component, in the order [W_m 1 | W_b 1 | W_r n]."""
+    """Return the columns of W of each learned component: 1 of pre (W_m), then 1 of post (W_b), then n of res (W_r)."""
     sizes = {"pre": 1, "post": 1, "res": num_streams}
     columns, start = {}, 0
     for part in parts:
@@ -60,26 +60,26 @@ def hc_coefficients(
     tanh: bool,
     eps_norm: float,
 ) -> Coefficients:
-    r"""Coefficients of one sub-layer of HC (HC Eq. 10-13), float32, tokens last.
+    r"""Make the coefficients of one sub-layer of HC (HC Eq. 10-13), float32, tokens last.
 
     $D = \mathrm{norm}(x)\, W, \qquad W = [W_m \mid W_\beta \mid W_r]$, where row j of D comes from stream j
     $H^{pre}_i = A_{m,i} + s_\alpha \tanh D_{i,m}$
     $H^{post}_i = B_i + s_\beta \tanh D_{i,\beta}$
     $H^{res}_{ij} = A_{r,ij} + s_\alpha \tanh D_{j,r_i}$
 
-    The dynamic part of $H^{res}_{ij}$ comes from stream j, which is read, as in both papers: HC applies $A_r^\top$ with rows from
-    stream j, and mHC Eq. 5 writes $\theta\, \mathrm{norm}(x)^\top$.
+    The dynamic part of $H^{res}_{ij}$ comes from the stream j that is read, as in both papers.  HC applies $A_r^\top$ with rows
+    from stream j.  mHC Eq. 5 writes $\theta\, \mathrm{norm}(x)^\top$.
 
-    Deviation: norm is an RMSNorm over C without a weight.  The one in HC's code has a weight, which W absorbs.
+    Deviation: norm is an RMSNorm over the C channels without a weight.  The norm in HC's code has a weight, which W absorbs here.
 
     Args:
       x: flat streams of any float dtype.
-      static: A_m [n], B [n] and A_r [n, n]; None where disabled.
-      W: dynamic projection with columns as in `dynamic_columns`; None for SHC.
+      static: static coefficients A_m [n], B [n] and A_r [n, n].  None stands for a component that is disabled.
+      W: projection of the dynamic part, with columns as in `dynamic_columns`.  None for SHC.
       gates: the gate s of each learned component.
-      num_streams: n.
-      tanh: False leaves tanh out.
-      eps_norm: epsilon of norm.
+      num_streams: number n of streams.
+      tanh: whether the dynamic part passes through tanh.
+      eps_norm: epsilon of the RMSNorm.
 
     Examples:
       Two streams of two channels, read with [1, 0] statically and with 0.5 tanh(D) on top.  D is 1 for the first stream and -1 for
@@ -110,18 +110,18 @@ def hc_coefficients(
 class HyperConnection(Connection):
     r"""HC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with unconstrained H.
 
-    Initialisation (HC Eq. 14): $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder then equals
-    Pre-Norm at step 0, because the final norm removes the factor n of the exit `sum`.
+    Parameters start as in HC Eq. 14: $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder then
+    equals Pre-Norm at step 0, because the final norm removes the factor n of the exit `sum`.
 
-    Deviation: HC multiplies the initial output projections of branches by sqrt(n).  Here branches start alike under every
-    connection, so that comparisons stay paired.
+    Deviation: HC multiplies the initial output projections of branches by sqrt(n).  Here branches start with the same values under
+    every connection, so that runs can be compared in pairs.
     """
 
     config_class = HyperConnectionConfig
     static_params = ("A_m", "B", "A_r", "s_a", "s_b", "head_bias", "head_alpha", "entry_scale")
 
     def setup_sublayer(self) -> None:
-        """Declare A_m [n], B [n], A_r [n, n] and, for DHC, W [C, k] and the gates s_a [] and s_b []."""
+        """Declare the parameters A_m [n], B [n] and A_r [n, n] and, for DHC, W [C, k] and the gates s_a [] and s_b []."""
         n, cfg, parts = self.config.num_streams, self.config, self.config.parts
         self.static = Coefficients(
             pre=self.param("A_m", lambda _: home_stream(self.sublayer, n)) if "pre" in parts else None,
@@ -136,7 +136,7 @@ class HyperConnection(Connection):
             self.gates = {part: s[GATE[part]] for part in parts}
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """Coefficients of this sub-layer by `hc_coefficients`."""
+        """Make the coefficients of this sub-layer by `hc_coefficients`."""
         cfg = self.config
         return hc_coefficients(
             streams, self.static, self.W, self.gates, num_streams=cfg.num_streams, tanh=cfg.tanh, eps_norm=cfg.eps_norm

@@ -1,7 +1,7 @@
 """Identity Hyper-Connections (iHC, Hunyuan HY-V4): H_res = I, with mHC's read and write.
 
-The kind shows what H_res is worth: with the same `init` it differs from mHC in H_res alone.  The defaults of `init` differ: `paper`
-for mHC, HY-V4's `residual` here.
+A comparison with mHC shows what H_res is worth, because with the same `init` the two differ in H_res alone.  The default of `init`
+is `residual` here, as in HY-V4, and `paper` in mHC.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from mhc_jax.connections.dynamic import DynamicConfig, DynamicConnection
 
 @dataclass(frozen=True)
 class IdentityConfig(DynamicConfig):
-    """Settings of iHC.  HY-V4's own are `identity:eps_convention=hy_v4:exit=head`."""
+    """Settings of iHC.  The model HY-V4 uses `identity:eps_convention=hy_v4:exit=head`."""
 
     kind: ClassVar[str] = "identity"
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post")
     eps_conventions: ClassVar[tuple[str, ...]] = ("paper", "v4", "hy_v4")
 
     init: str = "residual"
-    """HY-V4's start: H_pre reads each stream with 1/n (b_pre = -ln(n - 1)) and H_post writes each with 1 (b_post = 0)."""
+    """Preset of the static logits (`bias_init`).  With `residual`, as in HY-V4, H_pre starts at 1/n (b_pre = -ln(n - 1)) and H_post
+    at 1 (b_post = 0) for each stream."""
 
 
 class Identity(DynamicConnection):
-    r"""iHC: $x' = x + (H^{post})^\top F(H^{pre} x)$; phi is [nC, 2n]."""
+    r"""The connection iHC: $x' = x + (H^{post})^\top F(H^{pre} x)$.  The projection phi is [nC, 2n]."""
 
     config_class = IdentityConfig

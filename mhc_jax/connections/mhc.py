@@ -14,12 +14,12 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class ManifoldHyperConnectionConfig(DynamicConfig):
-    """Settings of mHC."""
+    """Settings of Manifold-Constrained Hyper-Connections (mHC)."""
 
     kind: ClassVar[str] = "mhc"
 
     t_max: int = 20
-    """Sinkhorn-Knopp iterations."""
+    """Number of Sinkhorn-Knopp iterations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,29 +32,31 @@ class ManifoldHyperConnectionConfig(DynamicConfig):
 
 
 class ManifoldHyperConnection(DynamicConnection):
-    r"""mHC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with non-negative H and a doubly stochastic H_res (mHC Eq. 7-9).
+    r"""The connection mHC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ (mHC Eq. 7-9).
+
+    All coefficients are non-negative, and H_res is doubly stochastic.
 
     $H^{pre} = \sigma(\tilde H^{pre}), \quad H^{post} = 2 \sigma(\tilde H^{post}), \quad
     H^{res} = \mathrm{SinkhornKnopp}(\exp \tilde H^{res})$
 
-    with the logits $\tilde H = \alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b$, by `mhc_kernels.coefficients`.
+    with the logits $\tilde H = \alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b$.  `mhc_kernels.coefficients` computes them.
     """
 
     config_class = ManifoldHyperConnectionConfig
 
     def res_logits(self) -> Array:
-        """Initial static logits of H_res, [n, n], of the preset."""
+        """Return the initial static logits [n, n] of H_res, under the preset `init`."""
         return bias_init(self.config.init, self.sublayer, self.config.num_streams)["res"]
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments that `mhc_kernels.coefficients` and `write_read` take from the settings."""
+        """Return the settings that `mhc_kernels.coefficients` and `write_read` take as keyword arguments."""
         cfg = self.config
         return {"num_streams": cfg.num_streams, "parts": cfg.parts, "num_iters": cfg.t_max, **self.epsilons()}
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """Coefficients of this sub-layer by `mhc_kernels.coefficients`."""
+        """Make the coefficients of this sub-layer by `mhc_kernels.coefficients`."""
         return coefficients(streams, self.phi, self.alpha, self.bias, **self.options())
 
     def write_read(self, streams, c, y):
-        """The boundary as one operation, `mhc_kernels.write_read`."""
+        """Run the boundary as one operation, `mhc_kernels.write_read`."""
         return write_read(streams, c, y, self.phi, self.alpha, self.bias, **self.options())

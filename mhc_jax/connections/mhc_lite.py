@@ -1,6 +1,6 @@
 """mHC-lite (arXiv 2601.05732): H_res is a convex combination of the n! permutation matrices.
 
-By Birkhoff's theorem these are all doubly stochastic matrices, so that no Sinkhorn iterations are needed.
+By Birkhoff's theorem every doubly stochastic matrix is such a combination, so that no Sinkhorn iterations are needed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class MHCLiteConfig(DynamicConfig):
 
 
 def permutations(num_streams: int) -> Float[np.ndarray, "k n n"]:
-    """All n! permutation matrices, float32, in lexicographic order, so that the identity comes first."""
+    """Return all n! permutation matrices, float32, in lexicographic order.  The identity comes first."""
     orders = list(itertools.permutations(range(num_streams)))
     return np.eye(num_streams, dtype=np.float32)[np.asarray(orders)]
 
 
 def permutation_mixing(logits: Float[Array, "k *tokens"], num_streams: int) -> Float[Array, "n n *tokens"]:
-    r"""H_res of mHC-lite from n! logits, float32: exactly doubly stochastic for any logits.
+    r"""Make H_res of mHC-lite from n! logits, float32.  It is exactly doubly stochastic for any logits.
 
     $H^{res} = \sum_{k=1}^{n!} \mathrm{softmax}(z)_k\, P_k$ with the permutation matrices $P_k$ of `permutations`
 
@@ -67,18 +67,19 @@ def permutation_mixing(logits: Float[Array, "k *tokens"], num_streams: int) -> F
 
 
 class MHCLite(DynamicConnection):
-    """mHC with `permutation_mixing`; phi is [nC, 2n + n!]."""
+    """The connection mHC-lite: mHC with an H_res by `permutation_mixing`.  The projection phi is [nC, 2n + n!]."""
 
     config_class = MHCLiteConfig
 
     def res_logits(self) -> Array:
-        """Initial logits [n!]: 0 for the identity and -8 for the others, as in the paper; all 0 (H_res = 1/n) under `init=zeros`.
+        """Return the initial logits [n!] of H_res, one for each permutation.
 
-        The paper's H_res is the identity up to 0.008 at n = 4.
+        The identity has 0 and all other permutations have -8, as in the paper.  At n = 4 this H_res is the identity up to 0.008.
+        Under `init=zeros` all logits are 0, and every entry of H_res is 1/n.
         """
         others = 0.0 if self.config.init == "zeros" else -8.0
         return jnp.full(math.factorial(self.config.num_streams), others).at[0].set(0.0)
 
     def mixing(self, logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
-        """H_res by `permutation_mixing`."""
+        """Make H_res by `permutation_mixing`."""
         return permutation_mixing(logits, self.config.num_streams)

@@ -1,7 +1,8 @@
 """Paths of parameters, by which other modules tell parameters apart.
 
-Here is what several modules must agree on: how a path is spelled, and which parameters belong to connections or to stacked blocks.
-A rule that has one user lies beside it: `optim.NO_DECAY`, and the logical axes `parallel.sharding.PARAMETERS`.
+Several modules must agree on how a path is spelled, and on which parameters belong to connections or to stacked blocks.  This file
+holds these rules.  A rule that only one module needs lies in that module, such as `optim.NO_DECAY` and the logical axes
+`parallel.sharding.PARAMETERS`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 CONNECTION = r"(^|/)(\w+_connection|ends)/"
-"""Matches the paths of connections' parameters."""
+"""Regular expression that matches the paths of the parameters of connections."""
 STACKED = r"(^|/)(dense_)?layers/"
-"""Matches the paths of parameters that are stacked over blocks, [blocks, ...]."""
+"""Regular expression that matches the paths of parameters that are stacked over blocks, with shapes [blocks, ...]."""
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """The path of a JAX key path, for example `layers/attention/W_q`."""
+    """Return the path of a parameter as text, for example `layers/attention/W_q`, from its JAX key path."""
     return "/".join(str(getattr(k, "key", k)) for k in key_path)

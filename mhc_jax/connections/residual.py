@@ -43,5 +43,5 @@ class Residual(Connection):
     config_class = ResidualConfig
 
     def coefficients(self, streams: Float[Array, "B T C"]) -> Coefficients:
-        """No coefficients: every component is fixed."""
+        """Return no coefficients, because every component is fixed."""
         return Coefficients(None, None, None)

@@ -1,6 +1,6 @@
-r"""Two learned numbers for each sub-layer, as in nanochat: $x' = \lambda x + \mu F(x)$.
+r"""The scalar-gated residual: each sub-layer learns two numbers, as in nanochat: $x' = \lambda x + \mu F(x)$.
 
-The kind tells whether HC learns more than a gain.
+A comparison with HC shows whether HC learns more than such a gain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class ScalarGatedConfig(ConnectionConfig):
-    """Settings of the scalar-gated residual; `disable=res` fixes lambda at 1 and `disable=post` fixes mu at 1."""
+    """Settings of the scalar-gated residual.  `disable=res` fixes lambda at 1, and `disable=post` fixes mu at 1."""
 
     kind: ClassVar[str] = "scalar_gated"
     exits: ClassVar[tuple[str, ...]] = ("sum",)
@@ -44,13 +44,13 @@ class ScalarGated(Connection):
     static_params = ("lam", "mu")
 
     def setup_sublayer(self) -> None:
-        """Declare the numbers lam [] and mu []."""
+        """Declare the learned numbers lam (lambda) and mu, each of shape []."""
         ones = nn.initializers.ones
         self.lam = self.param("lam", ones, ()) if "res" in self.config.parts else None
         self.mu = self.param("mu", ones, ()) if "post" in self.config.parts else None
 
     def coefficients(self, streams: Float[Array, "B T C"]) -> Coefficients:
-        r"""$H^{res} = \lambda$ and $H^{post} = \mu$, the same for every token, float32."""
+        r"""Make the coefficients $H^{res} = \lambda$ and $H^{post} = \mu$, which are equal for every token, float32."""
         tokens = streams.shape[:-1]
         return Coefficients(
             pre=None,

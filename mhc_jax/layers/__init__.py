@@ -1,1 +1,1 @@
-"""The branches of a block and their parts.  None of them knows which connection surrounds it."""
+"""The branches of a block, and the parts of branches.  No branch knows which connection surrounds it."""

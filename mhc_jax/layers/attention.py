@@ -26,17 +26,17 @@ from mhc_jax.parallel.sharding import constrain, on_each_shard
 def attend(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"], implementation: str
 ) -> Float[Array, "B T H E"]:
-    """Causal attention of T tokens over themselves; query head h reads key/value head h K // H.
+    """Return causal attention of T tokens over themselves.  Query head h reads key/value head h K // H.
 
     Args:
-      q, k, v: queries and keys after RoPE, and values.  Values may be narrower than keys (E < D, as in MLA) with `splash` and
-        `xla`; the latter pads them with zeros, because JAX's attention has one width.
+      q, k, v: queries and keys after RoPE, and values.  With `splash` and `xla`, values may be narrower than keys (E < D,
+        as in MLA).  `xla` then pads values with zeros, because JAX's attention has one width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
         `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
 
     Raises:
-      InputError: E > D; E < D with `cudnn`; `splash` off a TPU, with T or E that is no multiple of 128, or with D that is no
-        multiple of 64.
+      InputError: E > D; E < D with `cudnn`; `splash` on a device that is no TPU, or with a T or E that is no multiple of 128,
+        or with a D that is no multiple of 64.
     """
     D, E = q.shape[-1], v.shape[-1]
     require(E <= D, f"attention needs values that are no wider than keys, not {E} and {D}.")
@@ -55,7 +55,7 @@ def attend(
 def split_heads(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K E"]]:
-    """Shard heads over `tensor` and queries over `sequence`; keys and values are gathered along the sequence."""
+    """Shard heads over the mesh axis `tensor`, and queries over `sequence`.  Keys and values are gathered along the sequence."""
     q = constrain(q, "batch", "sequence", "heads", None)
     return q, constrain(k, "batch", None, "heads", None), constrain(v, "batch", None, "heads", None)
 
@@ -86,16 +86,16 @@ def _splash(q, k, v):
 
 
 class Past(NamedTuple):
-    """What attention keeps of earlier tokens, for one layer or, with an axis in front, for several (`mhc_jax.kv_cache`)."""
+    """Arrays that attention keeps of earlier tokens (`mhc_jax.kv_cache`), for one layer or, with an axis more, for several."""
 
     kept: dict[str, Array]
-    """Arrays [B, S, ...]: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
+    """Arrays [B, S, ...] by name: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
     position: Int[Array, " B"]
-    """Tokens that each row has so far.  Slots from there on are empty or stale, and are never read."""
+    """Number of tokens that each row has so far.  Slots from this number on are empty or stale, and are never read."""
 
     @property
     def empty(self) -> bool:
-        """Whether there are no slots, so that the tokens of this call are the first."""
+        """Whether the cache has no slots, so that the tokens of this call are the first ones."""
         return jax.tree.leaves(self.kept)[0].shape[1] == 0
 
 
@@ -106,15 +106,15 @@ def attend_past(
     position: Int[Array, " B"],
     scale: float,
 ) -> Float[Array, "B T H E"]:
-    """Attention of T new tokens over earlier tokens and, causally, over themselves; scores and softmax in float32.
+    """Return attention of T new tokens over earlier tokens and, causally, over themselves, with float32 scores and softmax.
 
-    The past is read and not copied: the scores of both parts are joined, not the keys.
+    Scores of earlier and new tokens are joined instead of keys, so that the keys of the cache are read without a copy.
 
     Args:
       q: queries of the new tokens.
       past: keys and values in the slots of the cache.
       new: keys and values of the new tokens.
-      position: slots of each row that hold a token.
+      position: number of slots of each row that hold a token.
       scale: factor of the scores q k^T.
     """
     B, T, H, D = q.shape
@@ -135,51 +135,54 @@ def attend_past(
 
 
 class AttentionBranch(nn.Module):
-    """The attention branch: RMSNorm, the heads of a subclass (`heads`), output projection.
+    """The base class of attention branches: RMSNorm, then the heads that a subclass defines (`heads`), then an output projection.
 
-    Weights are [in, out].  Input projections start at N(0, 1/in), the output projection at `output_scale` times that.
+    Weights are [in, out].  Input projections start as N(0, 1/in).  The output projection starts as N(0, 1/in) times `output_scale`.
     """
 
     num_heads: int
-    """Query heads H."""
+    """Number H of query heads."""
     head_dim: int
-    """Channels D of a head; in MLA without those of RoPE."""
+    """Number D of channels of a head.  In MLA the channels of RoPE are not counted."""
     rope_theta: float
     norm_eps: float
     output_scale: float
-    """Factor of the initial output projection."""
+    """Factor by which the initial output projection is multiplied."""
     dtype: Any
-    """Dtype of the products."""
+    """Dtype in which matrices are multiplied."""
     implementation: str
-    """Implementation of `attend`."""
+    """Implementation of attention that `attend` uses: `xla`, `cudnn` or `splash`."""
 
     @nn.compact
     def __call__(
         self, h: Float[Array, "B T C"], past: Past | None = None
     ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """The output of the branch in `dtype`, and what a cache keeps of these tokens ({} without a past)."""
+        """Return the output of the branch in `dtype`, and the arrays that a cache keeps of these tokens ({} without a past)."""
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
         mixed, kept = self.heads(x, past)
         y = project(self, "W_o", mixed.reshape(*h.shape[:2], -1), h.shape[-1], self.output_scale)
         return y, {} if past is None else kept
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
-        """The outputs of all heads, and what a cache keeps of these tokens."""
+        """Return the outputs of all heads, and the arrays that a cache keeps of these tokens."""
         raise NotImplementedError
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """`attend` by the chosen implementation; initialisation runs on a few tokens and on any device, so it takes `xla`."""
+        """Call `attend` with the chosen implementation.
+
+        Initialisation always takes `xla`, because it must run with few tokens and on any device.
+        """
         return attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
 
 
 class Attention(AttentionBranch):
-    """Attention with grouped key/value heads: projections to queries, keys and values, RoPE, causal attention."""
+    """Attention with grouped key/value heads (GQA): projections to queries, keys and values, then RoPE, then causal attention."""
 
     num_kv_heads: int
-    """Key/value heads K, a divisor of H."""
+    """Number K of key/value heads, which divides the number H of query heads."""
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
-        """The outputs of all heads; a cache keeps k (after RoPE) and v."""
+        """Return the outputs of all heads, and the arrays that a cache keeps: k (after RoPE) and v."""
         (B, T, _), H, K, D = x.shape, self.num_heads, self.num_kv_heads, self.head_dim
         first = None if past is None else past.position
         q = rope(project(self, "W_q", x, H * D).reshape(B, T, H, D), self.rope_theta, first)

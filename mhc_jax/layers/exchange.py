@@ -1,10 +1,11 @@
-"""Exchange of rows between devices and the owners of their experts, inside `jax.shard_map` over an axis of ep devices.
+"""Exchange of rows of tokens between devices, so that each row reaches the device that owns its expert, and comes back.
 
-Each device owns E/ep experts and holds rows sorted by expert.  The slice of rows of expert e goes to the owner of e.  There the
-slices land sorted by expert, then by source, so that they are the groups of a ragged matrix product as they are.
+The functions run inside `jax.shard_map` over an axis of ep devices.  Each device owns E/ep experts, and holds rows sorted by
+expert.  The slice of rows for expert e goes to the owner of e.  There the slices land sorted by expert, then by source.  A ragged
+matrix product can take them as its groups without another sort.
 
-On TPUs and GPUs one ragged all-to-all moves exactly these rows.  XLA's CPU backend has none: there slices travel in buffers of
-equal size that hold the worst case, by an ordinary all-to-all.
+On TPUs and GPUs one ragged all-to-all moves exactly these rows.  XLA's CPU backend has no ragged all-to-all.  There an ordinary
+all-to-all moves buffers of equal size, which hold the worst case.
 """
 
 from __future__ import annotations
@@ -18,41 +19,42 @@ from mhc_kernels import choice
 
 
 class Transfer(NamedTuple):
-    """One direction of an exchange: E slices of rows, E/ep between this device and each peer.
+    """One direction of an exchange: E slices of rows, of which E/ep are between this device and each peer.
 
-    Every entry is in rows, int32, ordered by peer, then by expert.
+    Every entry is a number of rows, int32.  Entries are ordered by peer, then by expert.
     """
 
     start: Int[Array, " E"]
-    """Where the slices to send start among the rows of this device."""
+    """Row of this device at which each slice that it sends begins."""
     size: Int[Array, " E"]
-    """Sizes of the slices to send."""
+    """Number of rows of each slice that this device sends."""
     landing: Int[Array, " E"]
-    """Where the slices to send start among the rows of the receivers."""
+    """Row of the receiver at which each slice that this device sends begins."""
     received: Int[Array, " E"]
-    """Sizes of the slices to receive."""
+    """Number of rows of each slice that this device receives."""
     place: Int[Array, " E"]
-    """Where the slices to receive start in the result."""
+    """Row of the result at which each slice that this device receives begins."""
 
 
 class Plan(NamedTuple):
-    """Both directions of one exchange."""
+    """Both directions of one exchange of rows between devices."""
 
     dispatch: Transfer
-    """From tokens to owners of experts."""
+    """The transfer of rows from the devices of tokens to the owners of experts."""
     combine: Transfer
-    """Back."""
+    """The transfer of rows back from the owners of experts to the devices of tokens."""
     groups: Int[Array, " local"]
-    """Rows of each of the E/ep experts of this device after `dispatch`."""
+    """Number of rows for each of the E/ep experts of this device, after `dispatch`."""
 
 
 def worst_case(num_rows: int, num_active: int, num_experts: int, ep: int) -> int:
-    """The largest number of rows that one device can receive of `num_rows` copies on each of ep devices.
+    """Return the largest number of rows that one device can receive, if each of ep devices sends `num_rows` copies of tokens.
 
-    The num_active copies of a token go to different experts, so an owner gets at most min(num_active, E/ep) of them.
+    The num_active copies of a token go to different experts, so one owner gets at most min(num_active, E/ep) of these
+    copies.
 
     Examples:
-      Two devices with 4 tokens each, 2 copies a token, and 2 experts a device: all copies can go to one device.
+      Two devices have 4 tokens each, with 2 copies of each token, and 2 experts each.  All copies can go to one device.
 
       >>> worst_case(num_rows=8, num_active=2, num_experts=4, ep=2)
       16
@@ -61,13 +63,13 @@ def worst_case(num_rows: int, num_active: int, num_experts: int, ep: int) -> int
 
 
 def plan(load: Int[Array, " E"], axis: str, capacity: int | None = None) -> Plan:
-    """Plan which device sends which rows where.
+    """Plan an exchange: which rows each device sends to which peer.
 
     Args:
-      load: rows of this device for each expert.
-      axis: mesh axis, within its shard_map.  Its size divides E.
-      capacity: rows that an owner has room for; None: all that come.  An owner that would get more drops the same share of every
-        slice, at its end.
+      load: number of rows that this device has for each expert.
+      axis: mesh axis of the surrounding shard_map.  Its size divides E.
+      capacity: number of rows that an owner has room for.  If more rows would come, the same share is dropped from the end of
+        every slice.  None: room for all rows.
     """
     ep, me, E = jax.lax.axis_size(axis), jax.lax.axis_index(axis), load.size
     loads = jax.lax.all_gather(load, axis)  # [source, E]
@@ -75,13 +77,13 @@ def plan(load: Int[Array, " E"], axis: str, capacity: int | None = None) -> Plan
     size = loads
     if capacity is not None:
         total = loads.reshape(ep, ep, -1).sum((0, 2))
-        # Just below the exact share, so that rounding in float32 cannot make the sum of the parts larger than the room.
+        # The share is just below the exact one, so that rounding in float32 cannot make the sum of all slices exceed the capacity.
         share = jnp.where(total <= capacity, 1.0, capacity / jnp.maximum(total, 1) * (1 - 1e-6))
         size = jnp.floor(loads * jnp.repeat(share, E // ep)[None]).astype(load.dtype)
-    by_owner = size.reshape(ep, ep, -1).transpose(1, 2, 0)  # [owner, expert, source], the order of the rows there
+    by_owner = size.reshape(ep, ep, -1).transpose(1, 2, 0)  # [owner, expert, source], the order of an owner's rows
     ends = jnp.cumsum(by_owner.reshape(ep, -1), 1).reshape(by_owner.shape)
     landing = (ends - by_owner).transpose(2, 0, 1)  # [source, owner, expert]
-    # Of the slices that this device sends, and of those that it receives: start at the source, size, start at the owner.
+    # For the slices that this device sends, and for the slices that it receives: start at the source, size, start at the owner.
     sent = start[me], size[me], landing[me].reshape(-1)
     received = [a.reshape(ep, ep, -1)[:, me].reshape(-1) for a in (start, size, landing)]
     dispatch = Transfer(*sent, received=received[1], place=received[2])
@@ -92,17 +94,17 @@ def plan(load: Int[Array, " E"], axis: str, capacity: int | None = None) -> Plan
 def exchange(
     rows: Float[Array, "M C"], transfer: Transfer, reverse: Transfer, num_rows: int, pair: int, axis: str
 ) -> Float[Array, "{num_rows} C"]:
-    """The rows that arrive when every device sends its rows along `transfer`; zeros where nothing lands.
+    """Return the rows that arrive at this device when every device sends rows along `transfer`.
 
-    Its transpose sends along `reverse`, so that no rows are added up.
+    Rows of the result at which nothing arrives are zeros.  The gradient travels along `reverse`, so that no rows are added up.
 
     Args:
       rows: rows of this device.
       transfer: `Plan.dispatch` or `Plan.combine`.
-      reverse: the opposite one.
-      num_rows: rows of the result.
-      pair: rows between this device and one peer, at most.
-      axis: mesh axis, within its shard_map.
+      reverse: the transfer in the opposite direction.
+      num_rows: number of rows of the result.
+      pair: largest number of rows between this device and one peer.
+      axis: mesh axis of the surrounding shard_map.
     """
     return _exchange(rows, transfer, reverse, num_rows, pair, axis)
 
@@ -117,7 +119,7 @@ def _move(rows, transfer, reverse, num_rows, pair, axis):
 
 
 def _forward(rows, transfer, reverse, num_rows, pair, axis):
-    # An array without columns carries the number of rows.
+    # The backward pass needs the number of rows only, which an array without columns carries.
     return _move(rows, transfer, reverse, num_rows, pair, axis), (transfer, reverse, rows[:, :0])
 
 
@@ -131,11 +133,11 @@ _exchange.defvjp(_forward, _backward)
 
 
 def _dense(rows, transfer, num_rows, pair, axis):
-    """The same exchange by an all-to-all of [ep, pair, C]."""
+    """Exchange rows by an ordinary all-to-all of buffers [ep, pair, C], for devices without a ragged all-to-all."""
     ep = jax.lax.axis_size(axis)
 
     def places(start, size, beyond):
-        """[ep, pair]: the place of the t-th row of each peer's slices, and `beyond` after the last one."""
+        """Return an array [ep, pair]: the place of the t-th row of each peer's slices, and `beyond` after the last row."""
         start, size = start.reshape(ep, -1), size.reshape(ep, -1)
         ends = jnp.cumsum(size, 1)
         t = jnp.arange(pair)

@@ -1,8 +1,8 @@
-"""Grouped matrix products: consecutive groups of rows, each times a matrix of its own.
+"""Grouped matrix products: rows come in consecutive groups, and each group is multiplied by a matrix of its own.
 
 On CPUs and GPUs this is `jax.lax.ragged_dot`.  On TPUs it is JAX's Pallas kernel `megablox` (Gale et al., arXiv 2211.15841), which
-does each row once in all three products.  libtpu 0.0.42 multiplies all rows with all groups for the gradient of `ragged_dot`'s
-matrices, which is E times the work.
+multiplies each row once in the forward product and in both products of the gradient.  In libtpu 0.0.42 the gradient of `ragged_dot`
+with respect to the matrices multiplies all rows with all groups, which is E times the work.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from mhc_kernels import choice
 from mhc_jax.parallel.sharding import current
 
 ROWS = 512
-"""Largest number of rows of a tile.  With as many columns it does 256 FLOPs a byte; a v5p computes at its peak from 166 on, a v5e
-from 240."""
+"""Largest number of rows of a tile.  A tile with as many columns does 256 FLOPs per byte of memory traffic.  A TPU v5p computes at
+its peak from 166 FLOPs per byte on, and a TPU v5e from 240 on."""
 VMEM = 12 * 2**20
-"""Bytes that the tiles of one kernel may take; XLA gives a kernel 16 MiB."""
+"""Number of bytes of vector memory that the tiles of one kernel may take.  XLA gives a kernel 16 MiB."""
 
 
 def grouped_matmul(
     x: Float[Array, "M C"], weights: Float[Array, "E C F"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M F"]:
-    """The rows of each group e times weights_e, in the dtype of x with sums in float32.
+    """Return the rows of each group e times weights_e, in the dtype of x, with sums in float32.
 
-    Rows beyond the groups may come out as anything, even NaN, and so may their gradients.  They reach no gradient of the weights.
+    Rows beyond the last group may have any values in the result, even NaN, and so may their gradients.  They do not affect the
+    gradient of the weights.
 
     Args:
       x: rows sorted by group.
       weights: one matrix for each group, in the dtype of x.
-      group_sizes: rows of each group, from the first row on; a group may be empty.
+      group_sizes: number of rows of each group, from the first row on.  A group may be empty.
 
     Examples:
       Two rows go to the first matrix, and one to the second.
@@ -47,18 +48,18 @@ def grouped_matmul(
     """
     if choice.platform() != "tpu":
         return jax.lax.ragged_dot(x, weights, group_sizes)
-    # An array that several devices share gets the sum of their gradients only once it is marked as differing between them.
+    # If devices share an array, their gradients are summed only if the array is marked as differing between devices.
     axes = _varying(x, weights)
     return _kernels(_spread(x, axes), _spread(weights, axes), group_sizes)
 
 
 def _varying(*arrays: Array) -> frozenset[str]:
-    """Axes of `jax.shard_map` along which any of the arrays differs between devices."""
+    """Return the axes of `jax.shard_map` along which any of the arrays differs between devices."""
     return frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 
 
 def _spread(a: Array, axes: frozenset[str]) -> Array:
-    """The array marked as differing along `axes`."""
+    """Return the array `a`, marked as differing between devices along `axes`."""
     missing = tuple(sorted(axes - _varying(a)))
     return jax.lax.pcast(a, missing, to="varying") if missing else a
 
@@ -76,7 +77,7 @@ def _forward(x: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
 
 
 def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
-    r"""$dx = g W_e^\top$ and $dW_e = x_e^\top g_e$."""
+    r"""Compute the gradients of rows and matrices: $dx = g W_e^\top$ and $dW_e = x_e^\top g_e$."""
 
     def of_x(g, weights, sizes):
         return gmm(g, weights, sizes, g.dtype, tiling, transpose_rhs=True, interpret=choice.interpret())
@@ -92,11 +93,11 @@ _kernels.defvjp(_forward, _backward)
 
 
 def _on_each_device(product: Callable[..., Array], a: Array, b: Array, group_sizes: Array) -> Array:
-    """The kernel `product` of rows a, padded to whole tiles, with b.
+    """Run the kernel `product` on rows a, which are padded to whole tiles, and b.
 
-    Within `jax.shard_map` the kernels do not say between which devices their results differ.  A second shard_map without that check
-    surrounds them, and the result is marked here.  Where XLA partitions arrays over a mesh, the kernels need a shard_map too, and
-    every device then does all rows.
+    Within `jax.shard_map` a kernel does not tell between which devices its result differs.  So a second shard_map, which does not
+    check this, surrounds the kernel, and the result is marked here.  If XLA partitions arrays over a mesh, the kernel needs a
+    shard_map too.  Every device then does all rows.
     """
     M = a.shape[0]
     by_rows = b.ndim == 2
@@ -112,13 +113,13 @@ def _on_each_device(product: Callable[..., Array], a: Array, b: Array, group_siz
 
 
 def tiling(m: int, k: int, n: int) -> tuple[int, int, int]:
-    """Rows, depth and columns of a tile of [m, k] x [E, k, n].
+    """Return the numbers of rows, depth and columns of one tile of the grouped product [m, k] x [E, k, n].
 
-    The depth is all of k where `VMEM` holds it, so that each matrix is read once.
+    The depth is all of k if the tiles then fit into `VMEM`, so that each matrix is read once.
     """
     rows = largest(m, ROWS)
     for depth in (k, largest(k, 1024), largest(k, 512)):
-        # Two buffers of each operand and of the result in 16 bits, and the sum in float32.
+        # The tiles are two 16-bit buffers of each operand and of the result, and the sum in float32.
         room = (VMEM - 4 * rows * depth) // (4 * depth + 8 * rows)
         if room >= min(n, 256):
             return rows, depth, largest(n, min(room // 128 * 128, 1024))
@@ -126,12 +127,14 @@ def tiling(m: int, k: int, n: int) -> tuple[int, int, int]:
 
 
 def tiling_of_gradient(m: int, k: int, n: int) -> tuple[int, int, int]:
-    """Rows, and the two sides of the block of a matrix, of one tile of the gradient [E, k, n]."""
+    """Return the tile of the kernel that makes the gradient [E, k, n]: rows, and the two sides of a block of a matrix."""
     return largest(m, ROWS), largest(k, 1024), largest(n, 1024)
 
 
 def largest(size: int, most: int) -> int:
-    """The largest multiple of 128 up to `most` that divides `size`; without one the smaller of `size` and `most`.
+    """Return the largest multiple of 128 up to `most` that divides `size`.
+
+    If no multiple divides `size`, return the smaller of `size` and `most`.
 
     Examples:
       >>> largest(384, 512), largest(1280, 1024), largest(48, 512)

@@ -5,13 +5,13 @@ r"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, Eq. 9-19), 
 
 The rotary part ($q^R$, $k^R$, R channels) carries the position and the rest ($q^C$, $k^C$, D channels) the content.
 
-Deviations.  Queries are projected directly, as in mHC's models, where DeepSeek-V2 has a low rank.  The latent c alone is normed
-before the up-projection, as by `kv_a_layernorm` in DeepSeek's code.  RoPE turns pairs (d, d + R/2) where theirs turns neighbours
-(2d, 2d + 1).  A permutation of the columns of W_q and W_kv_down makes both the same.
+Deviations.  Queries are projected directly, as in mHC's models, while DeepSeek-V2 projects them through a low rank.  The latent c
+alone is normed before the up-projection, as by `kv_a_layernorm` in DeepSeek's code.  RoPE turns pairs of channels (d, d + R/2),
+while DeepSeek's turns neighbours (2d, 2d + 1).  A permutation of the columns of W_q and W_kv_down makes both equal.
 
-A cache keeps rms(c) and rope(k^R): rank + R numbers a token for all heads.  Over a cache no key or value of the past is made again,
-because the up-projection is absorbed into queries and outputs (section 2.1.2 of the paper).  For each head, with
-$W_{kv,up} = [W_k \mid W_v]$:
+A cache keeps rms(c) and rope(k^R): rank + R numbers for each token, which all heads share.  With a cache, keys and values of
+earlier tokens are not made again, because the up-projection is absorbed into queries and outputs (section 2.1.2 of the paper).  For
+each head, with $W_{kv,up} = [W_k \mid W_v]$:
 
     $q^C \cdot k^C = (q^C W_k^\top) \cdot \mathrm{rms}(c), \qquad \sum_s p_s v_s = (\sum_s p_s\, \mathrm{rms}(c_s))\, W_v$
 """
@@ -28,15 +28,15 @@ from mhc_jax.layers.rope import rope
 
 
 class LatentAttention(AttentionBranch):
-    """MLA: queries, keys and values of `head_dim` channels through a latent, and a rotary part of `rope_width` channels."""
+    """The branch MLA: keys and values of `head_dim` channels through a latent, and a rotary part of `rope_width` channels."""
 
     rope_width: int
-    """Channels R of the rotary part."""
+    """Number R of channels of the rotary part of queries and keys."""
     kv_rank: int
-    """Width of the latent c."""
+    """Number of channels of the latent c, from which keys and values are made."""
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
-        """The outputs of all heads; a cache keeps the normed latent c and the rotary key k_R."""
+        """Return the outputs of all heads, and the arrays that a cache keeps: the normed latent c and the rotary key k_R."""
         (B, T, _), H, D, R, rank = x.shape, self.num_heads, self.head_dim, self.rope_width, self.kv_rank
         q_C, q_R = jnp.split(project(self, "W_q", x, H * (D + R)).reshape(B, T, H, D + R), [D], axis=-1)
         c, k_R = jnp.split(project(self, "W_kv_down", x, rank + R), [rank], axis=-1)
@@ -60,11 +60,11 @@ class LatentAttention(AttentionBranch):
         k_R: Float[Array, "B T 1 R"],
         past: Past,
     ) -> Float[Array, "B T H D"]:
-        """Attention of all heads over the one latent of earlier and new tokens.
+        """Return attention over earlier and new tokens, in which all heads share the latents of the tokens.
 
         Args:
-          q_C: queries of the content.
-          q_R: rotary queries, after RoPE.
+          q_C: content part of the queries.
+          q_R: rotary part of the queries, after RoPE.
           c: latents of the new tokens, after their norm.
           k_R: rotary keys of the new tokens, after RoPE.
           past: latents and rotary keys of earlier tokens.

@@ -14,9 +14,9 @@ from mhc_jax.parallel.sharding import constrain
 def project(
     module: nn.Module, name: str, x: Float[Array, "B T _"], outputs: int, scale: float = 1.0
 ) -> Float[Array, "B T {outputs}"]:
-    """The product x W in the dtype of x, where W [in, outputs] is declared as the parameter `name` of the module.
+    """Return the product x W in the dtype of x, and declare W [in, outputs] as the parameter `name` of the module.
 
-    W starts at N(0, scale^2 / in).
+    W starts with random numbers N(0, scale^2 / in).
     """
     init = nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
     return x @ module.param(name, init, (x.shape[-1], outputs)).astype(x.dtype)
@@ -25,7 +25,7 @@ def project(
 def swiglu(
     module: nn.Module, prefix: str, x: Float[Array, "B T C"], hidden: int, output_scale: float
 ) -> Float[Array, "B T C"]:
-    r"""SwiGLU in the dtype of x, with parameters of the module (arXiv 2002.05202, Eq. 6).
+    r"""Apply SwiGLU to x in the dtype of x, with parameters of the module (arXiv 2002.05202, Eq. 6).
 
     $(\mathrm{silu}(x W_{gate}) \odot x W_{up})\, W_{down}$
 
@@ -34,7 +34,7 @@ def swiglu(
       prefix: parameters are named `{prefix}_gate`, `{prefix}_up` and `{prefix}_down`.
       x: normed input.
       hidden: hidden width.
-      output_scale: factor of the initial W_down.
+      output_scale: factor by which the initial W_down is multiplied.
     """
     gate = project(module, f"{prefix}_gate", x, hidden)
     up = project(module, f"{prefix}_up", x, hidden)
@@ -46,15 +46,15 @@ class SwiGLU(nn.Module):
     """The dense feed-forward branch: RMSNorm, then `swiglu`."""
 
     hidden: int
-    """Hidden width."""
+    """Number of hidden channels."""
     norm_eps: float
     output_scale: float
-    """Factor of the initial W_down."""
+    """Factor by which the initial output matrix W_down is multiplied."""
     dtype: Any
-    """Dtype of the products."""
+    """Dtype in which matrices are multiplied."""
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """The output of the branch in `dtype`, and no auxiliary values."""
+        """Return the output of the branch in `dtype`, and no auxiliary values."""
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
         return swiglu(self, "W", x, self.hidden, self.output_scale), {}

@@ -1,17 +1,18 @@
-r"""DeepSeekMoE (Dai et al., arXiv 2401.06066): shared experts see every token, and of the routed experts a token sees k.
+r"""DeepSeekMoE (Dai et al., arXiv 2401.06066): shared experts see every token, and each token sees k of the routed experts.
 
-Router and balancing are those of DeepSeek-V3 (arXiv 2412.19437, Eq. 12-16; Wang et al., arXiv 2408.15664):
+The router and the balancing of loads are as in DeepSeek-V3 (arXiv 2412.19437, Eq. 12-16; Wang et al., arXiv 2408.15664):
 
     $s = \sigma(x W_{router}), \qquad \mathcal{K} = \text{the k largest of } s_e + b_e, \qquad
     g_e = \mathrm{scale} \cdot s_e / \sum_{j \in \mathcal{K}} s_j$
     $y = \mathrm{shared}(x) + \sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$
     after each step: $b_e \leftarrow b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ (`balanced_bias`)
 
-The bias b decides which experts are chosen and does not weigh them, so that no gradient reaches it.  Tokens are sorted by expert
-and multiplied in groups of the sizes that occur (`layers.grouped`).  No token is dropped, unless `expert_buffer` limits the room
-of a device.
+The bias b helps to choose the experts and does not weigh their outputs, so that no gradient reaches it.  Tokens are sorted by
+expert, and each expert multiplies its group of tokens, however large it is (`layers.grouped`).  No token is dropped, unless
+`expert_buffer` limits the number of rows that a device has room for.
 
-Deviations: there are neither V3's groups of devices, which limit what a token is sent to, nor its sequence-wise auxiliary loss.
+Deviations: DeepSeek-V3 limits the groups of devices that a token is sent to, and has a sequence-wise auxiliary loss.  This code has
+neither.
 
 Under a mesh (`routed_on_mesh`) each device routes its own tokens and sends copies of them to the owners of the experts:
 
@@ -40,41 +41,41 @@ from mhc_jax.parallel.sharding import RULES, current, token_axes
 
 
 class Experts(NamedTuple):
-    """Weights of routed experts, in the dtype of their products (or shardings in their place)."""
+    """Weights of all routed experts, in the dtype in which they are multiplied.  The fields may hold shardings instead."""
 
     W_gate: Any
-    """[E, C, F]."""
+    """Weights [E, C, F] of the gates of the E experts."""
     W_up: Any
-    """[E, C, F]."""
+    """Weights [E, C, F] of the hidden values of the E experts."""
     W_down: Any
-    """[E, F, C]."""
+    """Weights [E, F, C] of the outputs of the E experts."""
 
 
 ROUTED_SCALE = 1.0
-"""What the gates of a token's routed experts sum to (DeepSeek-V3, Eq. 13)."""
+"""Sum of the gates of all routed experts of a token (DeepSeek-V3, Eq. 13)."""
 BALANCING_RATE = 1e-3
-"""gamma, by which a step moves the bias of a router towards even loads (DeepSeek-V3, section 4.2)."""
+"""Amount gamma by which each step moves the biases of a router towards even loads of experts (DeepSeek-V3, section 4.2)."""
 
 
 def route(
     x: Float[Array, "N C"], W: Float[Array, "C E"], bias: Float[Array, " E"], k: int, scale: float
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"], Float[Array, "N E"]]:
-    """Choose k experts for each token (DeepSeek-V3 Eq. 13-16), float32 throughout.
+    """Choose k experts for each token (DeepSeek-V3 Eq. 13-16), with all numbers in float32.
 
-    A score of NaN counts as the largest, and the gates of that token are then NaN, so that the NaN stays visible.
+    A score of NaN counts as the largest score.  The gates of its token are then NaN, so that the NaN stays visible.
 
     Args:
       x: tokens, float32.
-      W: W_router.
-      bias: b.
-      k: experts that a token sees.
+      W: weights W_router.
+      bias: bias b of each expert.
+      k: number of experts that a token sees.
       scale: sum of the gates of a token.
 
     Returns:
       the chosen experts, their gates g, and the scores s of all experts.
 
     Examples:
-      The bias alone decides the choice here; the gates come from the scores, which are equal.
+      The scores are equal here, so that the bias alone decides the choice, and the gates are equal.
 
       >>> import jax.numpy as jnp
       >>> experts, gates, _ = route(jnp.zeros((1, 2)), jnp.ones((2, 3)), jnp.array([0.0, 0.2, 0.1]), 2, 1.0)
@@ -84,7 +85,7 @@ def route(
     scores = jax.nn.sigmoid(jnp.dot(x, W, precision="highest"))
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores + bias[None]), k)
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    # 1e-20 as in DeepSeek-V3: k scores that all underflow give gates of zero.
+    # 1e-20 as in DeepSeek-V3: if all k scores underflow, the gates are zero and not NaN.
     return experts, scale * chosen / (chosen.sum(-1, keepdims=True) + 1e-20), scores
 
 
@@ -94,9 +95,9 @@ def mix_experts(
     gates: Float[Array, "N k"],
     weights: Experts,
 ) -> tuple[Float[Array, "N C"], Int[Array, " E"]]:
-    r"""The sum $\sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$ for each token, and the load: tokens of each expert.
+    r"""Return $\sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$ of all tokens, and the number of tokens of each expert.
 
-    Products are in the dtype of x, the weighted sum is in float32, and the result has the dtype of x.
+    Matrices are multiplied in the dtype of x.  The weighted sum is in float32, and the result has the dtype of x.
     """
     rows, order, load = sorted_copies(x, experts, len(weights.W_gate))
     out = grouped_swiglu(rows, weights, load)
@@ -106,23 +107,23 @@ def mix_experts(
 def sorted_copies(
     x: Float[Array, "N C"], experts: Int[Array, "N k"], num_experts: int
 ) -> tuple[Float[Array, "M C"], Int[Array, " M"], Int[Array, " E"]]:
-    """The M = N k copies of tokens sorted by expert, the order that sorts them, and the number for each expert."""
+    """Return M = N k copies of tokens sorted by expert, the order that sorts them, and the number of copies for each expert."""
     N, k = experts.shape
     order = jnp.argsort(experts.reshape(-1), stable=True)
     load = jnp.bincount(experts.reshape(-1), length=num_experts).astype(jnp.int32)
-    # Copies come before the permutation, whose gradient then scatters to unique places and adds in a fixed order on any device.
+    # Copies are made before the permutation.  Its gradient then scatters to unique places, and sums have a fixed order everywhere.
     copies = jnp.broadcast_to(x[:, None], (N, k, x.shape[-1])).reshape(N * k, -1)
     return copies.at[order].get(unique_indices=True), order, load
 
 
 def grouped_swiglu(rows: Float[Array, "M C"], weights: Experts, groups: Int[Array, " E"]) -> Float[Array, "M C"]:
-    """SwiGLU of consecutive groups of rows, each group by its expert."""
+    """Apply SwiGLU to consecutive groups of rows, with the weights of one expert for each group."""
     hidden = nn.silu(grouped_matmul(rows, weights.W_gate, groups)) * grouped_matmul(rows, weights.W_up, groups)
     return grouped_matmul(hidden, weights.W_down, groups)
 
 
 def weighted_sum(rows: Float[Array, "M C"], order: Int[Array, " M"], gates: Float[Array, "N k"]) -> Float[Array, "N C"]:
-    """The sum of each token's k rows weighted by its gates, float32, from rows in the order of `sorted_copies`."""
+    """Return the sum of each token's k rows, weighted by its gates, float32.  Rows come in the order of `sorted_copies`."""
     out = rows.at[jnp.argsort(order)].get(unique_indices=True).reshape(*gates.shape, -1)
     return jnp.einsum("nkc,nk->nc", out.astype(jnp.float32), gates, precision="highest")
 
@@ -135,16 +136,18 @@ def mix_experts_of_owners(
     axis: str,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "N C"], Int[Array, " E"], Int[Array, ""]]:
-    """`mix_experts` of this device's tokens with experts that the ep devices of `axis` own, E/ep each; float32.
+    """Mix experts for the tokens of this device, like `mix_experts`, if each of the ep devices of `axis` owns E/ep experts.
 
     Args:
       x: tokens of this device, like `experts` and `gates`.  Experts are numbered through all E.
-      weights: those of the E/ep experts that this device owns.
-      axis: mesh axis, within its shard_map.
-      buffer: rows that an owner has room for, in multiples of N k, which is what it gets when loads are even; 0: the worst case.
+      weights: weights of the E/ep experts that this device owns.
+      axis: mesh axis of the surrounding shard_map.
+      buffer: number of rows that an owner has room for, in multiples of N k.  With even loads an owner gets N k rows.  0: room
+        for the worst case.
 
     Returns:
-      the weighted sum, the load of this device's tokens, and how many rows this device got as an owner.
+      the weighted sum in float32, the number of this device's copies for each expert, and the number of rows that this device got
+      as an owner.
     """
     N, k = experts.shape
     ep = jax.lax.axis_size(axis)
@@ -154,10 +157,10 @@ def mix_experts_of_owners(
     rows, order, load = sorted_copies(x, experts, E)
     dispatch, combine, groups = plan(load, axis, None if capacity == most else capacity)
     pair = min(most // ep, capacity)
-    # A multiple of 128, because libtpu 0.0.42 makes of ragged_dot with 1,500 rows dense products with all experts.
+    # A multiple of 128 rows, because with 1,500 rows libtpu 0.0.42 turned ragged_dot into dense products with all experts.
     room = -(-capacity // 128) * 128
     rows = exchange(rows, dispatch, combine, room, pair, axis)
-    # Rows beyond the groups belong to no expert, and ragged_dot promises nothing about them.
+    # Rows beyond the groups belong to no expert, and ragged_dot may leave any values in them.
     inside = (jnp.arange(room) < groups.sum())[:, None]
     out = grouped_swiglu(jnp.where(inside, rows, 0), weights, groups)
     out = exchange(jnp.where(inside, out, 0), combine, dispatch, N * k, pair, axis)
@@ -177,15 +180,16 @@ def routed(
     hidden: str | None = None,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-    """The routed experts of this device's tokens; arguments and results are those of `routed_on_mesh`.
+    """Apply router and routed experts to the tokens of this device.  Arguments and results are explained at `routed_on_mesh`.
 
-    The mesh axes are those of shard_map: `shards` of the tokens, `owners` of the experts, and `hidden` of F.
+    Three arguments name mesh axes of the surrounding shard_map.  `shards` splits the tokens, `owners` splits the experts, and
+    `hidden` splits the hidden channels F.
     """
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates, scores = route(tokens, W_router, bias, k, scale)
     tokens, entropy, dropped = tokens.astype(weights.W_gate.dtype), score_entropy(scores), jnp.zeros(())
     if hidden:
-        # Cast here, so that gradients are added up over `hidden` once for a token and not for each of its k copies.
+        # The cast stands before the copies, so that gradients are summed over `hidden` once for each token.
         tokens = jax.lax.pcast(tokens, hidden, to="varying")
     if owners:
         y, load, seen = mix_experts_of_owners(tokens, experts, gates, weights, owners, buffer)
@@ -216,22 +220,24 @@ def routed_on_mesh(
     axes: PartitionSpec,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-    """`routed` for tokens and experts that are sharded over a mesh; no token is gathered.
+    """Apply router and routed experts (`routed`) to tokens and experts that are sharded over a mesh, without gathering tokens.
 
-    Router weights and bias are whole on every device.  Weights of experts whose C is sharded are gathered, and their gradients
-    leave by a reduce-scatter.  Where F is sharded, each device of that axis sends the same rows, and partial results are added up.
+    Router weights and bias are whole on every device.  If the channels C of the experts' weights are sharded, these weights are
+    gathered, and their gradients leave by a reduce-scatter.  If the hidden channels F are sharded, each device of that axis sends
+    equal rows, and partial results are added up.
 
     Args:
-      x: tokens, float32, sharded by `tokens`, among whose axes the axis of experts must be.
+      x: tokens, float32, sharded as `tokens` says.  The mesh axis of the experts must be among the axes of `tokens`.
       W_router, bias, k, scale: arguments of `route`.
-      weights: in the compute dtype, sharded by `axes`.
-      mesh: any mesh.  Axes of size 1 are ignored, and without an axis of experts nothing is sent.
+      weights: weights of the experts in the compute dtype, sharded as `axes` says.
+      mesh: any mesh.  Axes of size 1 are ignored.  Without an axis of experts nothing is sent.
       tokens: mesh axes of [B, T].
-      axes: mesh axes of [E, C, F], one or None each.
+      axes: mesh axes of [E, C, F], one axis or None for each.
       buffer: argument of `mix_experts_of_owners`.
 
     Returns:
-      y in the compute dtype, and values of all tokens, float32: expert_load [E], router_entropy [] and router_dropped [] of `MoE`.
+      y in the compute dtype, and float32 values over the tokens of all devices: expert_load [E], router_entropy [] and
+      router_dropped [], as in `MoE`.
     """
 
     def present(entry):
@@ -256,14 +262,14 @@ def routed_on_mesh(
 
 
 def balanced_bias(bias: Float[Array, "M E"], load: Float[Array, "M E"], rate: float) -> Float[Array, "M E"]:
-    r"""One step of auxiliary-loss-free balancing of the routers of M layers (arXiv 2408.15664, algorithm 1).
+    r"""Move the biases of the routers of M layers by one step of auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1).
 
-    $b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ with the mean load of the layer's experts
+    $b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ with the mean load of all experts of a layer
 
     Args:
-      bias: b.
-      load: tokens of each expert in the last step.
-      rate: gamma (setting `balancing_rate`).
+      bias: bias b of each expert.
+      load: number of tokens of each expert in the last step.
+      rate: the rate gamma (setting `balancing_rate`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -276,16 +282,18 @@ def balanced_bias(bias: Float[Array, "M E"], load: Float[Array, "M E"], rate: fl
 def router_health(
     load: Float[Array, "M E"], entropy: Float[Array, " M"], bias: Float[Array, "M E"]
 ) -> dict[str, Float[Array, " M"]]:
-    """Numbers that describe the routers of M layers: 0, 1, 1 and 0 where tokens are spread evenly and no bias has moved.
+    """Return four numbers that describe each router of M layers.
+
+    They are 0, 1, 1 and 0 if tokens are spread evenly over experts and no bias has moved.
 
     Args:
-      load: tokens of each expert.
+      load: number of tokens of each expert.
       entropy: router_entropy of `MoE`.
-      bias: b.
+      bias: bias b of each expert.
 
     Returns:
-      router_load_cv (standard deviation of the loads over their mean), router_max_load (largest load over the mean),
-      router_entropy, and router_bias_range (largest less smallest bias).
+      router_load_cv (standard deviation of the loads, divided by their mean), router_max_load (largest load, divided by the mean),
+      router_entropy, and router_bias_range (largest bias minus smallest bias).
     """
     mean = load.mean(-1)
     return {
@@ -299,34 +307,36 @@ def router_health(
 class MoE(nn.Module):
     """The feed-forward branch with experts: RMSNorm, then shared and routed SwiGLU experts.
 
-    Weights are [in, out] and [expert, in, out].  They start at N(0, 1/in), W_down at `output_scale` times that.  The shared experts
-    are added unweighted, and are therefore one SwiGLU whose hidden width is the sum of theirs.
+    Weights are [in, out] and [expert, in, out].  They start as N(0, 1/in), and W_down starts as N(0, 1/in) times `output_scale`.
+    The outputs of shared experts are added without weights.  They are therefore one SwiGLU with the hidden widths of all shared
+    experts together.
     """
 
     num_experts: int
-    """Routed experts E."""
+    """Number E of routed experts."""
     num_active: int
-    """Routed experts k that a token sees."""
+    """Number k of routed experts that a token sees."""
     num_shared: int
-    """Shared experts."""
+    """Number of shared experts.  0: there are none."""
     hidden: int
-    """Hidden width F of one expert."""
+    """Number F of hidden channels of one expert."""
     routed_scale: float
-    """Sum of the gates of a token."""
+    """Sum of the gates of all routed experts of a token."""
     norm_eps: float
     output_scale: float
-    """Factor of the initial W_down."""
+    """Factor by which the initial output matrices W_down are multiplied."""
     dtype: Any
-    """Dtype of the products."""
+    """Dtype in which matrices are multiplied."""
     buffer: float = 0.0
-    """Room of an owner of experts under a mesh; see `mix_experts_of_owners`."""
+    """Room for rows at each owner of experts under a mesh, in multiples of an even load.  0: the worst case
+    (`mix_experts_of_owners`)."""
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """The output of the branch in `dtype`, and what the router did.
+        """Return the output of the branch in `dtype`, and auxiliary values of the router.
 
-        Auxiliary values, float32: expert_load [E] (tokens), router_entropy [] (`score_entropy`), router_dropped [] (share of the
-        copies of tokens that no expert saw) and router_bias [E].
+        Auxiliary values, float32: expert_load [E] (number of tokens), router_entropy [] (`score_entropy`), router_dropped [] (share
+        of the copies of tokens that no expert saw) and router_bias [E].
         """
         C, E, F = h.shape[-1], self.num_experts, self.hidden
         x = RMSNorm(self.norm_eps, name="norm")(h)
@@ -343,7 +353,7 @@ class MoE(nn.Module):
         )
         mesh, tokens = current(), token_axes(h.shape[:2])
         how = {"k": self.num_active, "scale": self.routed_scale}
-        # The mesh does not divide the few tokens of initialisation, and the one sequence of diagnostics.
+        # The mesh does not divide the few tokens of initialisation, nor the single sequence of diagnostics.
         if mesh is None or tokens[0] is None:
             y, aux = routed(x, W_router, bias, weights, **how)
         else:
@@ -356,7 +366,7 @@ class MoE(nn.Module):
 
 
 def score_entropy(scores: Float[Array, "N E"]) -> Float[Array, ""]:
-    r"""Mean over tokens of the entropy of their scores: 1 where a router prefers no expert, and 0 for E = 1.
+    r"""Return the entropy of the scores of a token, averaged over tokens: 1 if the router prefers no expert, and 0 for E = 1.
 
     $-\sum_e p_e \ln p_e / \ln E$ with $p = s / \sum_e s_e$
     """

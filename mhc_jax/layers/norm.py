@@ -9,12 +9,12 @@ from mhc_kernels import normalized
 
 
 def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: float) -> Float[Array, "*tokens C"]:
-    r"""RMSNorm over the last axis (arXiv 1910.07467, Eq. 4), computed and returned in float32.
+    r"""Apply RMSNorm over the last axis (arXiv 1910.07467, Eq. 4), computed and returned in float32.
 
     $y_c = x_c\, w_c / \sqrt{\tfrac{1}{C} \sum_{c'} x_{c'}^2 + \epsilon}$
 
-    Deviation: the paper has no $\epsilon$.  A token whose sum of squares overflows float32 becomes NaN; one whose squares underflow
-    becomes $x w / \sqrt{\epsilon}$ (`mhc_kernels.inverse_rms`).
+    Deviation: the paper has no $\epsilon$.  If the sum of squares of a token overflows float32, the token becomes NaN.  If the
+    squares underflow, it becomes $x w / \sqrt{\epsilon}$ (`mhc_kernels.inverse_rms`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -25,16 +25,17 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
 
 
 NORM_EPS = 1e-20
-"""eps of the decoder's RMSNorms (mHC Table 5); a larger one breaks the equality with Pre-Norm at step 0 for small embeddings."""
+"""Epsilon of all RMSNorms of the decoder (mHC Table 5).  With small embeddings a larger epsilon breaks the equality with Pre-Norm
+at step 0."""
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned weight that starts at 1."""
+    """The layer that applies `rms_norm` with a learned weight, which starts at 1."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
-        """The normed x, float32."""
+        """Return the normed x, float32."""
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
         return rms_norm(x, weight, self.eps)

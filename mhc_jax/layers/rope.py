@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 ROPE_THETA = 1e4
-"""Base of the frequencies (Su et al., section 3.2.2)."""
+"""Base theta of the frequencies of RoPE (Su et al., section 3.2.2)."""
 
 
 def rope(x: Float[Array, "B T H D"], theta: float, first: Int[Array, " B"] | None = None) -> Float[Array, "B T H D"]:
@@ -14,13 +14,13 @@ def rope(x: Float[Array, "B T H D"], theta: float, first: Int[Array, " B"] | Non
 
     The pair $(x_d, x_{d + D/2})$, $d = 0 \dots D/2 - 1$, turns by $t\, \theta^{-2d/D}$ at position t.
 
-    Deviation: the paper turns neighbours $(x_{2d}, x_{2d+1})$, which is the same up to a permutation of channels.  Angles are
+    Deviation: the paper turns neighbours $(x_{2d}, x_{2d+1})$, which is equal up to a permutation of channels.  Angles are
     float32, and the result has the dtype of x.
 
     Args:
-      x: queries or keys at the positions 0 to T - 1, or from `first` on.
+      x: queries or keys of T consecutive tokens.
       theta: base of the frequencies.
-      first: position of the first token of each row.
+      first: position of the first token of each row.  None: position 0.
 
     Examples:
       With two channels, position t turns by t radians.
