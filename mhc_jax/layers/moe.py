@@ -269,7 +269,7 @@ def balanced_bias(bias: Float[Array, "M E"], load: Float[Array, "M E"], rate: fl
     Args:
       bias: bias b of each expert.
       load: number of tokens of each expert in the last step.
-      rate: the rate gamma (setting `balancing_rate`).
+      rate: the rate gamma (`BALANCING_RATE`).
 
     Examples:
       >>> import jax.numpy as jnp
