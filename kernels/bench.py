@@ -1,18 +1,17 @@
-"""Benchmark of mhc_kernels: every operation, implementation and workload, forward and forward + backward.
+"""Benchmark mhc_kernels: every operation, implementation and workload, forward and forward + backward.
 
     python kernels/bench.py [--specs=27b,27b-n2] [--ops=read,write] [--implementations=xla,pallas_gpu]
                             [--rounds=10] [--json=FILE]
     python kernels/bench.py --compile [--specs=27b]   # the GPU kernels compiled for sm_90 on any machine: registers, bytes
 
-A row is timed after its results and gradients have been compared with float64 on this device; a row that is `FAILED` has no time.
-GB is the traffic that the operation cannot do without: every input read once, every output written once, forward and backward
-each.  `of copy` is the speed of that traffic over the speed of x + 1 on a large array in the same run.  Implementations alternate
-in one run; times are medians over rounds of batches of calls, on inputs that rotate over at least 256 MiB.  A call under about
-5 us is bounded by its launch.
+A row is timed after its results and gradients have been compared with float64 on this device.  A row that is `FAILED` has no time.
+GB is the least traffic of the operation: each pass reads every input once and writes every output once.  `of copy` is the speed of
+this traffic over the speed of x + 1 on a large array in the same run.  Implementations alternate in one run.  Times are medians
+over rounds of batches of calls, on inputs that rotate over at least 256 MiB.  A call under about 5 us is bounded by its launch.
 
-`--implementations` takes xla, backends, and the peers torch.compile, liger, transformer_engine and tile_kernels.  Peers run where
-they are installed; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves them memory.  Without `--specs` a CPU prints only the first table,
-Sinkhorn beside its textbook form.
+`--implementations` takes xla, the other backends, and the peers torch.compile, liger, transformer_engine and tile_kernels.  A
+peer runs if it is installed; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves memory for peers.  Without `--specs` a CPU prints only the
+first table, Sinkhorn beside its textbook form.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ PACKAGES = ("jax", "jaxlib", "torch", "triton", "liger-kernel", "transformer-eng
 
 
 def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Time Sinkhorn of `tokens` n x n matrices beside mHC Eq. 9 as it is written, with its matrices on the last axes."""
+    """Time our Sinkhorn on `tokens` n x n matrices beside the textbook form: mHC Eq. 9 with the matrices on the last axes."""
     logits = jax.random.normal(jax.random.key(0), (n, n, tokens))
     weights = jax.random.normal(jax.random.key(1), logits.shape)
     last, weights_last = jnp.moveaxis(logits, -1, 0), jnp.moveaxis(weights, -1, 0)
@@ -88,7 +87,10 @@ def textbook_table(rows: list[dict[str, Any]]) -> str:
 
 
 def compiled_rows(op: str, spec: ArgSpec) -> list[dict[str, Any]]:
-    """Compile the kernels of an operation and its gradient for sm_90; each must move its operands and results once."""
+    """Compile the kernels of an operation and its gradient for sm_90, and return a row for each kernel.
+
+    A row has the resources of the kernel.  A kernel must move its operands and results once, which is `moved` in bytes.
+    """
     lowered = gpu_inspect.lower(program(function(op, spec, "pallas_gpu"), True), *shapes(op, spec))
     rows = []
     for kernel in gpu_inspect.resources(lowered):
@@ -113,7 +115,7 @@ def compiled_table(rows: list[dict[str, Any]]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that are installed."""
+    """Return the versions of those packages in `PACKAGES` that are installed."""
     installed = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -122,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout, with `-dirty` where tracked files differ from it; None outside a checkout."""
+    """Return the commit of the checkout, with `-dirty` if tracked files differ from it, or None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -132,7 +134,7 @@ def commit() -> str | None:
 
 
 def write(file: str, record: dict[str, Any]) -> None:
-    """Write the record as JSON where a file is named."""
+    """Write the record as JSON to `file`; an empty name writes nothing."""
     if file:
         Path(file).write_text(json.dumps(record, indent=1))
 
@@ -165,7 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print Markdown tables; the exit status is 1 where a gate failed."""
+    """Print Markdown tables, and return the exit status: 1 if a gate failed, 2 if `--compile` cannot run, else 0."""
     args = parse(argv)
     device = jax.devices()[0]
     record: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "versions": versions()}

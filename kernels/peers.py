@@ -1,8 +1,8 @@
-"""Kernels of other projects behind the interface of `mhc_kernels.measure`; each is used where it is installed.
+"""Call kernels of other projects through the interface of `mhc_kernels.measure`; a project takes part if it is installed.
 
-They were read from liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0.  All of them are PyTorch.  Tensors are
-laid out as a project wants them once, before the clock starts.  Our Sinkhorn ends with rows.  Theirs ends with columns on the
-transposed matrix, which gives the same numbers, so matrices are transposed on the way.
+The calls follow liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0, which are all PyTorch.  Tensors are put into
+the layout of a project once, before the clock starts.  Our Sinkhorn ends with rows.  Sinkhorn of the projects ends with columns.
+On the transposed matrix it gives our numbers, so matrices are transposed on the way.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec
 T_MAX = 20
 EPS_NORM = 1e-20
 PRECISION = 2e-2
-"""Error that a peer may have: it may project in tf32 or bfloat16, but it must not compute another function."""
+"""Relative error that a peer may have: it may project in tf32 or bfloat16, but it must not compute another function."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Layout of the tensors of a project."""
+    """The layout of the tensors of a project, as differences from [N, n, C] streams, [N, n, n] matrices and float32 phi."""
 
     streams_last: bool = False
-    """Streams are [N, C, n] instead of [N, n, C]."""
+    """Whether streams are [N, C, n] instead of [N, n, C]."""
     mixing_transposed: bool = False
-    """H_res is applied as its transpose."""
+    """Whether the write takes the transpose of H_res."""
     sinkhorn_transposed: bool = False
-    """Sinkhorn ends with columns, so it makes the transpose from the transposed logits."""
+    """Whether Sinkhorn ends with columns; it then makes the transpose of H_res from the transposed logits."""
     phi_transposed: bool = False
-    """phi is [k, nC] instead of [nC, k]."""
+    """Whether phi is [k, nC] instead of [nC, k]."""
     phi_in_stream_dtype: bool = False
-    """phi has the dtype of the streams instead of float32."""
+    """Whether phi has the dtype of the streams instead of float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Contestant that follows `mhc_kernels.measure.Implementation`."""
+    """The contestant of another project, which follows `mhc_kernels.measure.Implementation`."""
 
     name: str
     package: str
     layout: Layout
     functions: Callable[[int], dict[str, Callable[..., tuple[Any, ...]]]]
-    """Takes n and gives the functions by operation, of arguments in this layout, tokens first."""
+    """Function from n to the functions of the project by operation; their arguments are in `layout`, tokens first."""
     limits: Callable[[str, ArgSpec], str | None] = lambda op, spec: None
-    """Says what the project does not support."""
+    """Returns why the project does not support an operation on a workload, or None if it does."""
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """See `Implementation`."""
+        """Say why the peer cannot run this call on this machine, or None if it can; see `Implementation`."""
         import jax
 
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec(self.package) is None:
@@ -66,7 +66,7 @@ class Peer:
         return self.limits(op, spec)
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """See `Implementation`."""
+        """Compute outputs and gradients of the first set, in our layout; see `Implementation`."""
         given, cotangents = self._tensors(op, spec, sets[0], backward)
         function = self.functions(spec.num_streams)[op]
         out, gradients = _run(function, given, cotangents) if backward else (function(*given), ())
@@ -81,7 +81,7 @@ class Peer:
         return results
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """See `Implementation`: calls follow one another as PyTorch launches them."""
+        """Make a batch in which PyTorch launches the calls one after another; see `Implementation`."""
         import torch
 
         function = self.functions(spec.num_streams)[op]
@@ -110,12 +110,15 @@ def _run(function: Callable[..., tuple[Any, ...]], given: list[Any], cotangents:
 
 
 def _swapped_columns(n: int) -> np.ndarray:
-    """Order of the columns of phi that transposes the matrix part."""
+    """Return the order of the columns of phi that transposes the logits of H_res."""
     return np.concatenate([np.arange(2 * n), 2 * n + np.arange(n * n).reshape(n, n).T.ravel()])
 
 
 def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool) -> np.ndarray:
-    """Put our array into the layout of a project; `made` says that `res` is a result, which comes from Sinkhorn."""
+    """Put our array into the layout of a project; `made` says whether it is a result.
+
+    A matrix `res` that is a result comes from Sinkhorn.  One that is an argument goes to the write.
+    """
     n = spec.num_streams
     if name in ("x", "x'"):
         a = a.reshape(a.shape[0], n, -1)
@@ -136,7 +139,7 @@ def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool)
 def take_back(
     layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Undo `lay_out` for an array that had this shape: each number goes back to where it came from."""
+    """Undo `lay_out`: put the numbers of `a` back into our array, which has the shape `shape`."""
     places = lay_out(layout, spec, name, np.arange(math.prod(shape)).reshape(shape), made)
     out = np.empty(math.prod(shape), a.dtype)
     out[places.ravel()] = a.ravel()
@@ -144,7 +147,10 @@ def take_back(
 
 
 def _to(layout: Layout, spec: ArgSpec, name: str, array: Any, made: bool) -> Any:
-    """Make a tensor in the layout of a project: streams (and phi, where it wants that) in their dtype, the rest float32."""
+    """Make a tensor in the layout of a project.
+
+    Streams have the dtype of the workload, and so has phi if the layout says so.  Any other array is float32.
+    """
     import torch
 
     a = lay_out(layout, spec, name, np.asarray(array, np.float32), made)
@@ -200,7 +206,7 @@ def torch_compile(n: int) -> dict[str, Any]:
 
 
 def liger(n: int) -> dict[str, Any]:
-    """Make the operations of Liger-Kernel, which has Sinkhorn only inside the coefficients."""
+    """Make the operations of Liger-Kernel, which has no Sinkhorn of its own: it is part of the coefficients."""
     from liger_kernel.transformers import functional as liger_functional
 
     def coefficients(x, phi, alpha, bias):
@@ -213,7 +219,10 @@ def liger(n: int) -> dict[str, Any]:
 
 
 def transformer_engine(n: int) -> dict[str, Any]:
-    """Make the operations of TransformerEngine's Triton kernels; tensors have axes (s, b) in front, here s = 1."""
+    """Make the operations of TransformerEngine's Triton kernels.
+
+    Their tensors begin with the axes sequence and batch; here the sequence has length 1, and tokens are the batch.
+    """
     from transformer_engine.pytorch.triton import mhc
 
     def sinkhorn(logits):
@@ -234,14 +243,14 @@ def transformer_engine(n: int) -> dict[str, Any]:
 
 
 def tile_kernels(n: int) -> dict[str, Any]:
-    """Make the operations of DeepSeek's TileKernels, one at a time, as its training path has them."""
+    """Make the operations of DeepSeek's TileKernels as single kernels, which its training path uses."""
     from tile_kernels.modeling.mhc import ops
 
     def sinkhorn(logits):
         return ops.sinkhorn_normalize(logits, repeat=T_MAX, eps=0.0)
 
     def coefficients(x, phi, alpha, bias):
-        # Without this flag the backward looks for a gradient that `mhc_post` has left on the storage of x.
+        # Unless `fuse_grad_acc` is False, the backward pass looks for a gradient that `mhc_post` leaves on the storage of x.
         mixes = ops.mhc_pre_norm_fn(x[None], phi, None, EPS_NORM, fuse_grad_acc=False)
         pre, post, comb = ops.mhc_pre_split_mixes(mixes, alpha, bias, n, 2.0, 0.0)
         return pre[0, :, :, 0], post[0, :, :, 0], sinkhorn(comb)[0]

@@ -1,7 +1,7 @@
 """Operations on residual streams: `sinkhorn`, `coefficients`, `read`, `write`, `write_read`.
 
 Streams are flat, `[*tokens, n*C]`, stream-major: stream i is columns i C to (i + 1) C.  Coefficients are float32 with the
-small axes first and the tokens last.  The package depends on jax (and jaxtyping, for annotations) alone.
+small axes first and the tokens last.  The only dependencies of the package are jax and, for annotations, jaxtyping.
 
 Where to read what:
 
@@ -9,7 +9,7 @@ Where to read what:
     ops/sinkhorn/steps.py          scaling-vector form and the derivation of the gradient
     ops/coefficients/reference.py  H_pre, H_post and H_res from the streams
     ops/read/, ops/write/          the formulas of read and write, in `reference.py`
-    ops/write_read/, backends.py   the boundary in one pass; the formula of its gradient is in `backends.py`
+    ops/write_read/, backends.py   the boundary in one pass over the streams, and the formula of its gradient
     api.py                         the public operations
 """
 

@@ -1,4 +1,4 @@
-"""Public operations: each checks its arguments and chooses a backend; `backends.py` has their contract and the gradients."""
+"""Public operations.  Each checks its arguments and runs a backend; `backends.py` has the backends' contract and the gradients."""
 
 from __future__ import annotations
 
@@ -28,40 +28,45 @@ from mhc_kernels.ops.sinkhorn import xla as sinkhorn_xla
 from mhc_kernels.ops.write import xla as write_xla
 from mhc_kernels.sharded import over_tokens
 
-_COEFFICIENTS = Coefficients._make((1, 1, 2))  # axes in front of the tokens
+_COEFFICIENTS = Coefficients._make(
+    (1, 1, 2)
+)  # number of axes in front of the tokens: n of pre, n of post, n x n of res
 
 
 @over_tokens(2, logits=2)
 def sinkhorn(
     logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0, *, implementation: str | None = None
 ) -> Float[Array, "n n *tokens"]:
-    r"""Sinkhorn-Knopp iterations, which make a matrix of logits doubly stochastic (mHC, arXiv 2512.24880, Eq. 9).
+    r"""Make matrices of logits doubly stochastic by Sinkhorn-Knopp iterations (mHC, arXiv 2512.24880, Eq. 9).
 
         $M^{(0)} = \exp(\tilde H)$,  $M^{(t)} = T_r(T_c(M^{(t-1)}))$,  $H^{res} = M^{(t_{max})}$
 
-    $T_c$ divides columns by their sums, then $T_r$ rows.  Rows come last, so row sums are 1 to rounding and column sums are
-    approximate.  Over 65,536 random 4x4 logits of standard deviation 1 / 2 / 4 / 8, |column sum - 1| after 20 pairs is
+    $T_c$ divides columns by their sums, then $T_r$ divides rows by theirs.  Rows come last, so row sums are 1 to rounding and
+    column sums are approximate.
+
+    Over 65,536 random 4x4 logits of standard deviation 1 / 2 / 4 / 8, |column sum - 1| after 20 pairs is
     5e-7 / 5e-4 / 9e-3 / 3e-2 on average and 5e-3 / 4e-2 / 8e-2 / 5e-1 at most (`test_marginal_error_of_twenty_steps`).
 
-    DeepSeek-V4 adds eps = 1e-6 to every entry after the first $T_c$, and to every divisor after that.  Its `comb` is the
-    transpose of H_res: its rows are our columns.
+    DeepSeek-V4 adds eps = 1e-6 to every entry after the first $T_c$, and to every divisor after that.  The matrix
+    `comb` of its code is the transpose of H_res: rows of `comb` are columns of H_res.
 
-    The gradient is that of the truncated iteration, recomputed from the logits; `ops/sinkhorn/steps.py` derives it.
+    The gradient is that of the truncated iteration, which is computed again from the logits; `ops/sinkhorn/steps.py` derives it.
 
     Args:
-      logits: entry [i, j] of each matrix; any float dtype, computed in float32.  NaN or +inf in a token's matrix gives NaN
-        there and nowhere else; -inf is an entry that stays 0, and NaN where it leaves a row or column empty.
+      logits: one n x n matrix for each token; any float dtype, computed in float32.  NaN or +inf in the matrix of a token
+        makes the result of this token NaN, and of no other token.  An entry of -inf stays 0, but a row or column without any
+        other entry gives NaN.
       num_iters: t_max, at least 1.
       eps: 0 in the paper, 1e-6 in DeepSeek-V4.
-      implementation: `xla`, `pallas_tpu`, `pallas_gpu`, `triton`, or None for what fits the device.
+      implementation: `xla`, `pallas_tpu`, `pallas_gpu` or `triton`; None chooses the backend that fits the device.
 
     Returns:
       float32 matrices of the same shape.
 
     Raises:
-      ValueError: not square matrices, no tokens, num_iters < 1, or an implementation that cannot run here.
+      ValueError: matrices that are not square, no tokens, num_iters < 1, or an implementation that cannot run here.
 
-    Traffic per token: n^2 float32 each way; backward 2 n^2 in, n^2 out.
+    Traffic per token: reads n^2 and writes n^2 float32; backward reads 2 n^2 and writes n^2.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -90,21 +95,21 @@ def sinkhorn(
 def projection(
     x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm: float, *, implementation: str | None = None
 ) -> Float[Array, "k *tokens"]:
-    r"""Project a token's normalised numbers: an unweighted RMSNorm, folded after the product (mHC Eq. 14-16).
+    r"""Project the normalised channels v of each token; the RMSNorm divides after the product (mHC Eq. 14-16).
 
         $z = (v \phi) / \sqrt{\mathrm{mean}(v^2) + \epsilon}$
 
-    For mHC v is all n C channels of a token, for HC the C channels of one stream.
+    For mHC, v is all n C channels of a token.  For HC, v is the C channels of one stream.
 
     Args:
       x: v of each token, any float dtype; computed in float32.
-      phi: float32.
-      eps_norm: 1e-20 in the paper, 1e-6 in DeepSeek-V4.
+      phi: float32 matrix of the projection, one row for each channel of v.
+      eps_norm: epsilon of the RMSNorm, 1e-20 in the paper and 1e-6 in DeepSeek-V4.
       implementation: as in `sinkhorn`.
 
     Returns:
-      float32 z, tokens last.  A token whose sum of squares overflows float32 gets NaN, which `coefficients` and `write_read` hand
-      on.  Where the squares underflow, z is v phi / sqrt(eps_norm); see `inverse_rms`.
+      float32 z, tokens last.  A token whose sum of squares overflows float32 gets NaN, and so do its results of `coefficients`
+      and `write_read`.  If the squares underflow, z is v phi / sqrt(eps_norm); see `inverse_rms`.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
@@ -135,20 +140,20 @@ def gates(
     eps: float = 0.0,
     mixing: Callable[[Float[Array, "n n *tokens"]], Float[Array, "n n *tokens"]] | None = None,
 ) -> Coefficients:
-    r"""Coefficients from their projected statistics z (mHC Eq. 7 and 8).
+    r"""Make the coefficients H_pre, H_post and H_res from the projected streams z (mHC Eq. 7 and 8).
 
         $H^{pre} = \sigma(\alpha_{pre} z_{pre} + b_{pre}) + \epsilon$,  $H^{post} = 2 \sigma(\alpha_{post} z_{post} + b_{post})$
         $H^{res} = \mathrm{mixing}(\alpha_{res}\, \mathrm{mat}(z_{res}) + b_{res})$
 
     Args:
-      z: what `projection` returns.
+      z: the result of `projection`, tokens last.
       alpha, bias, num_streams, parts, eps: as in `coefficients`.
-      mixing: makes H_res of its logits; None: `sinkhorn` with 20 pairs of steps and this eps.
+      mixing: function that makes H_res from its logits; None means `sinkhorn` with 20 pairs of steps and this eps.
 
     Returns:
-      Float32 coefficients; parts that do not exist are None.
+      Float32 coefficients, tokens last; a part that is not in `parts` is None.
 
-    Traffic per token: reads and writes n^2 + 2 n float32, whatever C.
+    Traffic per token: reads n^2 + 2 n float32 and writes as many.  It does not depend on C.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -184,7 +189,7 @@ def coefficients(
     eps: float = 0.0,
     implementation: str | None = None,
 ) -> Coefficients:
-    r"""H_pre, H_post and H_res of one sub-layer from its incoming streams (mHC, arXiv 2512.24880, Eq. 7 and 8).
+    r"""Compute H_pre, H_post and H_res of one sub-layer from its incoming streams (mHC, arXiv 2512.24880, Eq. 7 and 8).
 
         $z = \mathrm{RMSNorm}(\mathrm{vec}(x))\, \phi$
         $H^{pre} = \sigma(\alpha_{pre} z_{pre} + b_{pre})$,  $H^{post} = 2 \sigma(\alpha_{post} z_{post} + b_{post})$
@@ -194,15 +199,15 @@ def coefficients(
 
     Args:
       x: flat streams, stream-major, any float dtype; computed in float32.
-      phi: projection, columns [pre n | post n | res n*n, row-major] for the parts that exist (see `columns`).
-      alpha: one gate a part, in the order of `parts`.
+      phi: projection with the columns [pre n | post n | res n*n, row-major] of the parts that exist (see `columns`).
+      alpha: one gate for each part, in the order of `parts`.
       bias: static logits, laid out as the columns of phi.
       num_streams: n.
-      parts: which of pre, post and res exist; the others come back as None.
+      parts: which of pre, post and res exist; a part that is left out comes back as None.
       num_iters: t_max of Sinkhorn.
-      eps_norm: of the RMSNorm; 1e-20 in the paper, 1e-6 in DeepSeek-V4.
-      eps: 0 in the paper, 1e-6 in DeepSeek-V4.
-      implementation: as in `sinkhorn`, for the projection and for Sinkhorn.
+      eps_norm: epsilon of the RMSNorm, 1e-20 in the paper, 1e-6 in DeepSeek-V4.
+      eps: epsilon of H_pre and Sinkhorn, 0 in the paper, 1e-6 in DeepSeek-V4.
+      implementation: as in `sinkhorn`; it holds for the projection and for Sinkhorn.
 
     Returns:
       Float32 coefficients, tokens last.
@@ -238,7 +243,7 @@ def read(
 
     Args:
       x: flat streams, any float dtype.
-      pre: float32 H_pre, tokens last; None: 1/n for every stream (the disabled part).
+      pre: float32 H_pre, tokens last; None (the disabled part) means 1/n for every stream.
       num_streams: n.
       implementation: as in `sinkhorn`.
 
@@ -248,7 +253,7 @@ def read(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre"); backward (2 n + 1) C.
+    Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre"); backward moves (2 n + 1) C.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -280,17 +285,17 @@ def write(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*tokens nC"]:
-    r"""Streams after a sub-layer (mHC Eq. 3): $x' = H^{res} x + (H^{post})^\top y$.
+    r"""Write the output of a branch to the streams (mHC Eq. 3): $x' = H^{res} x + (H^{post})^\top y$.
 
         $x'_i = \sum_j H^{res}_{ij} x_j + H^{post}_i y$
 
-    H_res is applied as it is: row i of `res` makes stream i.  DeepSeek's `comb` is its transpose.
+    Row i of `res` makes the new stream i.  The matrix `comb` of DeepSeek's code is the transpose of `res`.
 
     Args:
       x: flat streams.
       y: branch output; any float dtype.
-      post: float32 H_post, tokens last; None: 1 (the disabled part).
-      res: float32 H_res, tokens last; None: the identity.
+      post: float32 H_post, tokens last; None (the disabled part) means 1 for every stream.
+      res: float32 H_res, tokens last; None (the disabled part) means the identity.
       num_streams: n.
       implementation: as in `sinkhorn`.
 
@@ -300,8 +305,8 @@ def write(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: reads (n + 1) C + n^2 + n, writes n C (mHC section 4.3, fused post, res and merge); backward reads
-    (2 n + 1) C, writes (n + 1) C.
+    Traffic per token: reads (n + 1) C + n^2 + n, writes n C (mHC section 4.3, fused post, res and merge).
+    Backward reads (2 n + 1) C and writes (n + 1) C.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -340,24 +345,25 @@ def write_read(
 
         $x' = H^{res} x + (H^{post})^\top y$,  $(H'^{pre}, H'^{post}, H'^{res}) = \mathrm{coefficients}(x')$,  $h = H'^{pre} x'$
 
-    A kernel does it in one pass over the streams, the fused form that mHC section 4.3 asks for; its gradient is in `backends.py`.
+    A kernel crosses it in one pass over the streams, the fused form that mHC section 4.3 asks for.  `backends.py` has the formula
+    of the gradient.
 
     Args:
       x: flat streams that the first sub-layer read from.
-      c: its coefficients.
-      y: its branch output.
+      c: coefficients of the first sub-layer.
+      y: branch output of the first sub-layer.
       phi, alpha, bias: parameters of the second sub-layer.
       num_streams, parts, num_iters, eps_norm, eps: as in `coefficients`.
       implementation: as in `sinkhorn`.
 
     Returns:
-      New streams x', coefficients of the second sub-layer, and what its branch reads.
+      New streams x', coefficients of the second sub-layer, and the input h of its branch.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: (2 n + 2) C in one pass is the floor, plus n^2 + 2 n float32 a few times; composed of the single
-    operations XLA moves at least (4 n + 3) C.
+    Traffic per token: one pass moves (2 n + 2) C, which is the floor, and n^2 + 2 n float32 a few times.  XLA moves at least
+    (4 n + 3) C if the boundary is composed of the single operations.
 
     Examples:
       >>> import jax.numpy as jnp

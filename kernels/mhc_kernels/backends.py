@@ -1,4 +1,4 @@
-r"""Contract of a backend, and the custom gradient that all backends of an operation share.
+r"""The contract of a backend, and the custom gradient that all backends of an operation share.
 
 A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N tokens, without autodiff of its own:
 
@@ -14,10 +14,10 @@ A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N 
                   read_products(x'[N, nC], g_h[N, C]) -> dpre[n, N] = <x'_i, g_h>
                   backward(saved, pre, g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi
 
-It also has `obstacle(num_streams, width, dtypes) -> str | None`, which says why it cannot run such a call.  Coefficients are
-float32; x, y, h and their gradients share one dtype.  XLA computes what is small around the kernels: gates, and what is per token.
+A backend also has `obstacle(num_streams, width, dtypes) -> str | None`, which says why it cannot run such a call.  Coefficients
+are float32; x, y, h and their gradients share one dtype.  XLA computes the gates and the other small arrays around the kernels.
 
-The fused boundary makes the gradient of each new stream once, a sum over all that x' is used for:
+The fused boundary makes the gradient G_i of each new stream x'_i once, as a sum over all uses of x':
 
     $G_i = g_{x'_i} + H^{pre}_i g_h + s\, (g_z \phi^\top)_i - \frac{s^2}{nC} \langle g_z, z \rangle x'_i$,  with s = `inverse`
 
@@ -43,7 +43,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "write": ("pallas_tpu", "pallas_gpu"),
     "write_read": ("pallas_tpu", "pallas_gpu"),
 }
-"""Kernels of each operation."""
+"""Names of the backends with kernels, by operation."""
 
 
 class Saved(NamedTuple):
@@ -55,7 +55,7 @@ class Saved(NamedTuple):
     res: Array
     phi: Array
     new: Array
-    """x', as it was rounded."""
+    """The new streams x', after they were rounded to the dtype of x."""
     z: Array
     inverse: Array
 
@@ -65,7 +65,7 @@ def _module(op: str, backend: str) -> Any:
 
 
 def pick(op: str, implementation: str | None, num_streams: int, width: int, dtypes: Any, refuse: str | None) -> str:
-    """Return the implementation that will run, see `choose`; `refuse` is a reason that holds for every kernel."""
+    """Return the implementation that will run (see `choose`); `refuse` is a reason against every kernel, or None."""
 
     def obstacle(backend: str) -> str | None:
         return refuse or _module(op, backend).obstacle(num_streams, width, dtypes)
@@ -74,7 +74,7 @@ def pick(op: str, implementation: str | None, num_streams: int, width: int, dtyp
 
 
 def _keeping_arguments(op: str, arrays: int, static: int = 0) -> Any:
-    """Make an operation f(*arrays, *static, backend) whose backward pass needs nothing but the arrays."""
+    """Make an operation f(*arrays, *static, backend) with a custom gradient that keeps the arguments `arrays` and nothing else."""
 
     def forward(*args):
         *rest, backend = args
@@ -105,7 +105,7 @@ def _projection_bwd(eps_norm, backend, saved, g):
 
 
 projection: Any = jax.custom_vjp(lambda *args: _projection_fwd(*args)[0], nondiff_argnums=(2, 3))
-"""Project x[N, nC] onto z[k, N]: f(x, phi, eps_norm, backend)."""
+"""Project x[N, nC] to z[k, N], as a function f(x, phi, eps_norm, backend)."""
 projection.defvjp(_projection_fwd, _projection_bwd)
 
 
@@ -120,7 +120,7 @@ def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
 
 
 def _write_read_bwd(eps_norm, eps, backend, kept, g):
-    """Two phases over the streams: <x'_i, g_h>, which the gates need, then everything else in one pass."""
+    """Pass over the streams twice: first for the products <x'_i, g_h>, which the gates need, then for all other gradients."""
     (saved, alpha, bias), (g_new, g_z, g_h) = kept, g
     kernel, n = _module("write_read", backend), len(saved.post)
     pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), saved.z, alpha, bias)
@@ -129,8 +129,8 @@ def _write_read_bwd(eps_norm, eps, backend, kept, g):
 
 
 write_read: Any = jax.custom_vjp(lambda *args: _write_read_fwd(*args)[0], nondiff_argnums=(7, 8, 9))
-"""Cross the boundary, f(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> x', z, h.
+"""Cross the boundary, as a function f(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> x', z, h.
 
-z carries the gradient of the coefficients, and h that of the read.
+The gradient of the coefficients arrives at z, and the gradient of the read arrives at h.
 """
 write_read.defvjp(_write_read_fwd, _write_read_bwd)

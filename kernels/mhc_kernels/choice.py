@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and for which device a program is traced."""
+"""Choose the backend of an operation and the device that a program is traced for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "triton": "gpu"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Values of the arguments of `settings`."""
+    """Values that the context manager `settings` has set, one field for each of its arguments."""
 
     implementation: str | None = None
     platform: str | None = None
@@ -39,15 +39,16 @@ def settings(
 ) -> Iterator[None]:
     """Choose backends, device and mesh axes for every operation that is traced inside.
 
-    Arguments that are left out keep the value of the settings around.  A function that `jax.jit` has traced already stays as it is.
+    An argument that is left out keeps its value from the surrounding settings.  A function that `jax.jit` has already traced stays
+    as it is.
 
     Args:
-      implementation: what `implementation=None` means; `xla` for plain XLA everywhere.
-      platform: `cpu`, `gpu` or `tpu`, the device that the program is traced for where it is not the default backend (ahead-of-time
-        compilation).
-      interpret: run Pallas kernels in interpret mode, on whatever device is there.
-      token_axes: mesh axes of the leading token axes ([B, T]) of streams and coefficients; each operation then runs under
-        `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded.py`).  Empty: operations run as they are.
+      implementation: the backend of every call with `implementation=None`; `xla` runs plain XLA everywhere.
+      platform: `cpu`, `gpu` or `tpu`, the device that the program is traced for.  It is needed when that device is not the
+        default backend (ahead-of-time compilation).
+      interpret: whether Pallas kernels run in interpret mode, which any device can do.
+      token_axes: mesh axes that split the leading token axes ([B, T]) of streams and coefficients.  Each operation then runs
+        under `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded.py`).  Empty means without `jax.shard_map`.
 
     Raises:
       ValueError: unknown implementation or platform.
@@ -73,17 +74,17 @@ def settings(
 
 
 def platform() -> str:
-    """Device that programs are traced for: `cpu`, `gpu` or `tpu`."""
+    """Return the kind of device that programs are traced for: `cpu`, `gpu` or `tpu`."""
     return _settings.get().platform or {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
 
 
 def interpret() -> bool:
-    """Whether Pallas kernels are interpreted."""
+    """Return whether Pallas kernels run in interpret mode."""
     return _settings.get().interpret
 
 
 def token_axes() -> PartitionSpec:
-    """Mesh axes that tokens are split over."""
+    """Return the mesh axes that tokens are split over."""
     return _settings.get().token_axes
 
 
@@ -97,12 +98,12 @@ def choose(op: str, requested: str | None, obstacles: Mapping[str, Callable[[], 
 
     Args:
       op: name of the operation, for messages.
-      requested: the caller's `implementation`.
-      obstacles: for each backend but `xla`, a function that says why it cannot run this call (None: it can).  A backend
+      requested: the `implementation` that the caller named, or None.
+      obstacles: for each backend but `xla`, a function that returns why it cannot run this call, or None if it can.  A backend
         that is not listed does not have this operation.
 
     Returns:
-      A named implementation as it is; for None the backend of the platform, or `xla` with one warning that says why.
+      The implementation that was named.  If none was named, the backend of the platform, or `xla` with one warning that says why.
 
     Raises:
       ValueError: the named implementation cannot run here.
@@ -117,7 +118,7 @@ def choose(op: str, requested: str | None, obstacles: Mapping[str, Callable[[], 
         raise ValueError(f"{op}: implementation {name!r} cannot run this: {reason}. Here {', '.join(able)} can.")
     reason = None
     for candidate, needs in _PLATFORM_OF.items():
-        # A backend that needs a package beyond jax is used when it is named.
+        # The `triton` backend needs packages beyond jax, so it runs only when a caller names it.
         if needs != platform() or candidate == "triton" or candidate not in obstacles:
             continue
         reason = _obstacle(candidate, obstacles)

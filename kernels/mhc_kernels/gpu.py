@@ -1,8 +1,8 @@
-"""Calls, blocks of tokens and channels, and exact products, which the Pallas kernels for NVIDIA GPUs (Triton lowering) share.
+"""Helpers of the Pallas kernels for NVIDIA GPUs (Triton lowering): calls, blocks of tokens and channels, exact products.
 
-A kernel sees whole arrays and cuts its blocks out of them: `Tile` loads and stores [tokens, channels] blocks, and masks the ragged
-last one.  Triton wants powers of two and can neither slice nor index a value.  So the streams of a block and the entries of a small
-matrix are Python lists of values.
+A kernel sees whole arrays and cuts its blocks out of them.  `Tile` loads and stores [tokens, channels] blocks, and masks the last
+block if it is ragged.  Triton wants sizes that are powers of two, and it can neither slice nor index a value.  So the streams of a
+block are a Python list of values, and so are the entries of a small matrix.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jaxtyping import Array
 
 from mhc_kernels import choice
 
-# jax 0.11 and 0.12 warn at every lowering of a Triton kernel, which a user can do nothing about.
+# jax 0.11 and 0.12 warn whenever a Triton kernel is lowered.  A user can do nothing about the warning.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 MAX_STREAMS = 8
 WARP = 32
 VECTOR_BYTES = 16
-"""Bytes that one thread loads or stores at once."""
+"""Number of bytes that one thread loads or stores with one instruction."""
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why the kernels over streams cannot run a call with n = num_streams and C = width, or None."""
+    """Say why the kernels over streams cannot run a call with n = num_streams and C = width; None means that they can."""
     if not 1 <= num_streams <= MAX_STREAMS:
         return f"n must be 1 to {MAX_STREAMS}, not {num_streams}"
     if width % 16:
@@ -50,9 +50,10 @@ def call(
     num_warps: int = 4,
     num_stages: int = 1,
 ) -> list[Array]:
-    """Run `kernel` on whole arrays; `out` lists (shape, dtype) of the results, and `name` names it in the compiled program.
+    """Run `kernel` on whole arrays and return its results.
 
-    Triton's parameters are given explicitly, because jax 0.10 takes its other GPU backend without them.
+    `out` lists the (shape, dtype) of each result, and `name` is the name of the kernel in the compiled program.  Triton's compiler
+    parameters are passed explicitly, because without them jax 0.10 uses the other GPU backend of Pallas.
     """
     axes = jax.typeof(args[0]).manual_axis_type
     run = pl.pallas_call(
@@ -72,25 +73,26 @@ def power_of_two(at_least: int) -> int:
 
 
 def channels(width: int, most: int) -> int:
-    """Return the channels of a block: the largest power of two up to `most` that divides C, or one that leaves a masked tail.
+    """Return the number of channels of a block, a power of two up to `most`.
 
-    The tail is preferred to a divisor under 128, which would cut rows into pieces shorter than a cache line or two.
+    It is the largest such number that divides C = `width`, unless that is under 128.  Then it is one that leaves a masked tail,
+    because such a divisor would cut rows into pieces shorter than a cache line or two.
     """
     divisor = min(width & -width, most)
     return divisor if divisor >= min(128, most) else min(most, power_of_two(width))
 
 
 def rounded(a: Array) -> Array:
-    """Float32 with the lower 16 bits of every value dropped: a bfloat16, exactly.
+    """Drop the lower 16 bits of every float32 value, so that the result fits bfloat16 exactly.
 
-    XLA is free to leave out a cast there and back (`xla_allow_excess_precision`), so the bits are masked.
+    XLA is free to leave out a cast to bfloat16 and back (`xla_allow_excess_precision`), so the bits are masked instead.
     """
     bits = lax.bitcast_convert_type(a, jnp.int32) & jnp.int32(-65536)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def pieces(a: Array) -> list[Array]:
-    """Cut `a` into bfloat16 arrays whose sum is exactly `a`: three of float32, itself of bfloat16."""
+    """Cut `a` into bfloat16 arrays whose sum is exactly `a`: three arrays if `a` is float32, `a` itself if it is bfloat16."""
     if a.dtype == jnp.bfloat16:
         return [a]
     out = []
@@ -102,13 +104,13 @@ def pieces(a: Array) -> list[Array]:
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Product of bfloat16 arrays over the axes `contract` on tensor cores, in float32."""
+    """Multiply bfloat16 matrices on tensor cores, in float32, summing over axis `contract[0]` of a and `contract[1]` of b."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def split_dot(a: Sequence[Array], b: Sequence[Array], contract: tuple[int, int], terms: int) -> Array:
-    """Product of two arrays given as `pieces`, smallest terms first; terms of order 2^(-8 `terms`) are left out."""
+    """Multiply two matrices that are cut into `pieces`, smallest products first, without those of order 2^(-8 `terms`)."""
     orders = sorted(((i + j, i, j) for i in range(len(a)) for j in range(len(b)) if i + j < terms), reverse=True)
     total = None
     for _, i, j in orders:
@@ -120,7 +122,7 @@ def split_dot(a: Sequence[Array], b: Sequence[Array], contract: tuple[int, int],
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Block [tokens, channels] at (token, channel) of arrays with `num_tokens` rows and C = `width` channels a stream."""
+    """The block [tokens, channels] at (token, channel), in arrays of `num_tokens` rows and C = `width` channels a stream."""
 
     token: Any
     tokens: int
@@ -129,14 +131,14 @@ class Tile:
     channels: int = 1
     width: int = 1
     ragged: bool | None = None
-    """Whether the last block of tokens is ragged; None: where `tokens` does not divide `num_tokens`."""
+    """Whether the last block of tokens is ragged; None means that it is if `tokens` does not divide `num_tokens`."""
 
     def at(self, channel: Any) -> Tile:
         """Return the block of the same tokens at another channel."""
         return dataclasses.replace(self, channel=channel)
 
     def inside(self) -> Array | None:
-        """Mask [tokens] of those that exist; None where no block is ragged."""
+        """Return the mask [tokens] of the tokens that exist, or None if no block of tokens is ragged."""
         if not (self.num_tokens % self.tokens if self.ragged is None else self.ragged):
             return None
         return self.token + lax.broadcasted_iota(jnp.int32, (self.tokens,), 0) < self.num_tokens
@@ -150,27 +152,27 @@ class Tile:
         return None if rows is None else jnp.broadcast_to(rows, (self.tokens, self.channels))
 
     def load(self, ref: Any, stream: Any = 0) -> Array:
-        """Load [tokens, channels] of a stream, in the dtype of the array; zeros outside."""
+        """Load this block of a stream, in the dtype of the array, with zeros for tokens and channels that do not exist."""
         index = pl.ds(self.token, self.tokens), pl.ds(stream * self.width + self.channel, self.channels)
         mask = self._mask()
         return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
 
     def load32(self, ref: Any, stream: Any = 0) -> Array:
-        """Load as `load` does, as float32."""
+        """Load this block of a stream as `load` does, and convert it to float32."""
         return self.load(ref, stream).astype(jnp.float32)
 
     def store(self, ref: Any, value: Array, stream: Any = 0) -> None:
-        """Store a block, rounded to the dtype of the array."""
+        """Store `value` as this block of a stream, rounded to the dtype of the array."""
         index = pl.ds(self.token, self.tokens), pl.ds(stream * self.width + self.channel, self.channels)
         plgpu.store(ref.at[index], value.astype(ref.dtype), mask=self._mask())
 
     def column(self, ref: Any, *index: Any) -> Array:
-        """Load [tokens] of a float32 coefficient array with tokens last; zeros outside."""
+        """Load one coefficient, chosen by `index`, of each token of the block: [tokens], float32, zeros for missing tokens."""
         mask = self.inside()
         return plgpu.load(self._column(ref, index), mask=mask, other=None if mask is None else 0.0)
 
     def store_column(self, ref: Any, value: Array, *index: Any) -> None:
-        """Store [tokens] of a coefficient array."""
+        """Store one coefficient, chosen by `index`, of each token of the block; `value` is [tokens]."""
         plgpu.store(self._column(ref, index), value, mask=self.inside())
 
     def _column(self, ref: Any, index: Sequence[Any]) -> Any:
@@ -180,9 +182,9 @@ class Tile:
 
 
 def rows(width: int, n: int, dtype: Any, warps: int) -> tuple[int, int]:
-    """Return tokens and channels of a block of which a thread holds one vector a stream, or two where n is small.
+    """Return the numbers of tokens and channels of a block, so that a thread holds one vector of each stream, or two if n <= 2.
 
-    At most 256 channels, so that a warp holds whole rows and sums them by shuffles.
+    A block has at most 256 channels, so that a warp holds whole rows and sums them by shuffles.
     """
     vector = VECTOR_BYTES // jnp.dtype(dtype).itemsize
     elements = warps * WARP * (2 * vector if n <= 2 else vector)

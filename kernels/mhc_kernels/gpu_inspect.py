@@ -1,9 +1,9 @@
-"""Registers, spills and memory accesses of the kernels of a program for NVIDIA GPUs, without a device.
+"""Count registers, spills and memory accesses of the kernels in a program for NVIDIA GPUs, without a GPU.
 
     for kernel in resources(lower(f, *shapes)):
         print(kernel.name, kernel.registers, kernel.spills)
 
-This needs the `triton` package.  Its compiler stands in for the one inside XLA: same front end, a version apart.
+This needs the `triton` package.  Its compiler stands in for the Triton compiler inside XLA, which is another version of it.
 """
 
 from __future__ import annotations
@@ -31,43 +31,46 @@ TARGET = "__gpu$xla.gpu.triton"
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """One kernel as compiled for sm_90."""
+    """Resources of one kernel, as compiled for sm_90."""
 
     name: str
     registers: int
-    """Registers of a thread."""
+    """Number of registers of a thread."""
     spills: int
-    """Local-memory instructions (LDL, STL) plus bytes of stack and local memory; 0 where nothing spills."""
+    """Number of local-memory instructions (LDL, STL) plus bytes of stack and local memory; 0 means that nothing spills."""
     shared: int
-    """Bytes of shared memory a block."""
+    """Bytes of shared memory for each thread block."""
     moved: int
-    """Bytes of the operands and results, each of which must pass once."""
+    """Bytes of all operands and results: the least that the kernel must read and write."""
     loads: dict[int, int]
-    """Global loads by bits a thread, as in {128: 8, 32: 4}; asynchronous copies to shared memory count as loads."""
+    """Number of load instructions from global memory by bits a thread loads, as in {128: 8, 32: 4}.
+
+    Asynchronous copies to shared memory count as loads.
+    """
     stores: dict[int, int]
-    """Global stores by bits a thread."""
+    """Number of store instructions to global memory by bits a thread stores."""
 
 
 def lower(function: Callable[..., Any], *args: Any, devices: int = 1) -> jax.stages.Lowered:
     """Lower a function of arrays (or `jax.ShapeDtypeStruct`s) for H100s, on any host.
 
-    `jax.shard_map` without a mesh finds the axis "data" of that many devices.
+    In `function`, `jax.shard_map` without a mesh finds the mesh axis "data" with `devices` devices.
     """
     device = mesh_lib.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     types = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=types, abstract_device=device)
-    # jax 0.10 takes compute capability 9.0 where there is no GPU; 0.11 asks the mesh.
+    # Without a GPU, jax 0.10 takes compute capability 9.0, and jax 0.11 asks the mesh for the device.
     with settings(platform="gpu"), jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
 
 
 def missing() -> str | None:
-    """Say why `resources` cannot run here, or None."""
+    """Say why `resources` cannot run here; None means that it can."""
     return None if importlib.util.find_spec("triton") else "the triton package is not installed"
 
 
 def _collect(op: Any, kernels: list[dict[str, Any]]) -> None:
-    """Append the Triton custom calls of a StableHLO operation and its regions."""
+    """Append the Triton custom calls in a StableHLO operation and its regions to `kernels`."""
     for region in op.regions:
         for block in region:
             for inner in block:
@@ -103,7 +106,7 @@ def _widths(sass: str, opcodes: str) -> dict[int, int]:
 
 
 def resources(lowered: jax.stages.Lowered) -> list[Resources]:
-    """Compile the kernels of a program for sm_90 (H100, H200), in the order of the program."""
+    """Compile the kernels of a program for sm_90 (H100, H200), and return their resources in the order of the program."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -1,4 +1,4 @@
-"""Layout of streams, coefficients and their parameters in arrays."""
+"""The layout of streams, coefficients and their parameters in arrays."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 PARTS = ("pre", "post", "res")
-"""Parts of the coefficients, in the order of the columns of phi."""
+"""Names of the parts of the coefficients, in the order of their columns in phi."""
 
 
 class Coefficients(NamedTuple):
-    r"""Coefficients of one sub-layer: float32, stream axes first and tokens last.
+    r"""Coefficients of one sub-layer: float32 arrays with the stream axes first and the tokens last.
 
-    They are the letters of mHC (arXiv 2512.24880) Eq. 3:
+    They are the matrices H of mHC (arXiv 2512.24880) Eq. 3:
 
         $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$
 
@@ -29,19 +29,19 @@ class Coefficients(NamedTuple):
     """
 
     pre: Float[Array, "n *tokens"] | None
-    """H_pre: the branch reads sum_i pre_i x_i."""
+    """H_pre: the branch reads sum_i pre_i x_i, where x_i is stream i."""
     post: Float[Array, "n *tokens"] | None
-    """H_post: stream i receives post_i y."""
+    """H_post: stream i receives post_i y, where y is the output of the branch."""
     res: Float[Array, "n n *tokens"] | None
-    """H_res: stream i receives sum_j res_ij x_j."""
+    """H_res: stream i receives sum_j res_ij x_j, where x_j is stream j."""
 
 
 def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice]:
-    """Columns of phi, and entries of bias, that belong to each part: [pre n | post n | res n*n, row-major].
+    """Return the columns of phi, and entries of bias, of each part: [pre n | post n | res n*n, row-major].
 
     Args:
       num_streams: n.
-      parts: the parts that exist; the others take no columns.
+      parts: the parts that exist; a part that is left out takes no columns.
 
     Examples:
       >>> from mhc_kernels import columns
@@ -59,7 +59,7 @@ def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice
 
 
 def split(x: Float[Array, "*tokens nC"], num_streams: int) -> list[Float[Array, "*tokens C"]]:
-    """Streams of a flat array: stream i is channels i C to (i + 1) C.
+    """Split a flat array into its streams: stream i is channels i C to (i + 1) C.
 
     Args:
       x: flat streams, any float dtype.
@@ -71,4 +71,4 @@ def split(x: Float[Array, "*tokens nC"], num_streams: int) -> list[Float[Array, 
       >>> [stream.tolist() for stream in split(jnp.arange(6.0), 3)]
       [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
     """
-    return jnp.split(x, num_streams, axis=-1)  # one operation, whose gradient is one concatenation
+    return jnp.split(x, num_streams, axis=-1)  # a single operation, so its gradient is a single concatenation

@@ -1,7 +1,7 @@
-"""Correctness gate and timing of the operations, for `kernels/bench.py` and `experiments/device_report.py`.
+"""Check and time the operations, for `kernels/bench.py` and `experiments/device_report.py`.
 
-Only an implementation that has passed its gate is timed.  Implementations alternate (ABBA), each timed batch follows an untimed
-call, inputs rotate over more memory than any cache holds, and the result is a median of rounds.
+Only an implementation that has passed its gate, a comparison with float64, is timed.  Implementations alternate (ABBA), and each
+timed batch follows an untimed call.  Inputs rotate over more memory than any cache holds.  The result is a median of rounds.
 """
 
 from __future__ import annotations
@@ -21,59 +21,59 @@ from mhc_kernels import backends
 from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program, shapes
 
 GATE_TOKENS = 269
-"""Tokens at the gate: a prime, so that no block size divides it, and more than two blocks of 128."""
+"""Number of tokens at the gate: a prime, so that no block size divides it, and more than two blocks of 128."""
 FLOAT32_TOLERANCE = 1e-5
 STREAM_TOLERANCE = 2.0**-6
-"""Two units in the last place of bfloat16; it holds for all that is computed from streams that were rounded on the way."""
+"""Bound of the relative error of results that depend on rounded streams: two units in the last place of bfloat16."""
 ROTATION_BYTES = 256 * 2**20
-"""Inputs rotate over at least this much: more than twice the largest second-level cache of an accelerator (B200: 126 MB)."""
+"""Least bytes of inputs that calls rotate over: more than twice the largest second-level cache (126 MB, of a B200)."""
 BATCH_SECONDS = 0.02
-"""Approximate length of a timed batch, so that the latency of a dispatch (tens of microseconds) does not count."""
+"""Approximate seconds of a timed batch, so long that the latency of a dispatch (tens of microseconds) does not count."""
 
 Sets = Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]]
-"""Pairs (arguments, cotangents of the outputs), one a call."""
+"""Pairs (arguments of a call, cotangents of its outputs), one pair for each call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Calls that `alternating` times."""
+    """The dispatches of one contestant, as `alternating` times them."""
 
     launch: Callable[[int], Any]
-    """Starts dispatch number k, which does `calls` calls, and returns what `wait` waits for."""
+    """Starts dispatch number k, which makes `calls` calls of the operation, and returns an object for `wait`."""
     wait: Callable[[Any], Any] = jax.block_until_ready
     calls: int = 1
 
 
 @runtime_checkable
 class Implementation(Protocol):
-    """Contestant of a benchmark; peers in other frameworks have the same three methods."""
+    """The interface of a contestant in a benchmark, which peers in other frameworks have too."""
 
     @property
     def name(self) -> str:
-        """Name, as `--implementations` takes it."""
+        """Name of the contestant, as the option `--implementations` takes it."""
         ...
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Say why it cannot run this call here; None: it can."""
+        """Say why the contestant cannot run this call on this machine; None means that it can."""
         ...
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """Compute the outputs, and where `backward` the gradients of the arguments, of the first set."""
+        """Compute the outputs for the first set, and after them the gradients of its arguments if `backward` is true."""
         ...
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """Make a batch whose dispatches do `calls` calls each, on sets that rotate."""
+        """Make a batch of which each dispatch makes `calls` calls, on `sets` in rotation."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """Backend of mhc_kernels, by the name that `implementation=` takes."""
+    """The contestant that is a backend of mhc_kernels; `name` is its name for the argument `implementation`."""
 
     name: str
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Trace the call; the answer is the message that `mhc_kernels.choice.choose` raises."""
+        """Trace the call, and return the reason in the error that `mhc_kernels.choice.choose` raises, or None."""
         try:
             jax.eval_shape(function(op, spec, self.name), *shapes(op, spec)[0])
         except ValueError as error:
@@ -81,12 +81,12 @@ class Ours:
         return None
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """See `Implementation`."""
+        """Compute outputs and gradients of the first set in one program; see `Implementation`."""
         out = jax.jit(program(function(op, spec, self.name), backward))(*sets[0])
         return [np.asarray(a) for a in out]
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """See `Implementation`: the calls of a dispatch are one program, each held back until the one before it is done."""
+        """Make a batch of which each dispatch is one program: a call in it waits for the call before it; see `Implementation`."""
         run = program(function(op, spec, self.name), backward)
 
         def several(group):
@@ -103,12 +103,12 @@ class Ours:
 
 
 def implementations(op: str) -> list[Implementation]:
-    """List `xla` and every kernel that the operation has, whether or not it runs here."""
+    """List `xla` and every backend with kernels for the operation, whether or not this machine can run it."""
     return [Ours("xla"), *(Ours(name) for name in backends.BACKENDS[op])]
 
 
 def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
-    """Draw random arguments and cotangents of `count` calls, no two alike."""
+    """Draw random arguments and cotangents for `count` calls; all sets differ."""
     _, outputs = shapes(op, spec)
 
     @jax.jit
@@ -125,14 +125,17 @@ def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Largest |difference| of each result from float64, relative to its largest entry, and its bound."""
+    """Errors of the results of a contestant, by name of the result, and their bounds.
+
+    An error is the largest |difference| from float64 over the largest |entry| in float64.
+    """
 
     errors: Mapping[str, float]
     allowed: Mapping[str, float]
 
     @property
     def passed(self) -> bool:
-        """Whether every error is within its bound; NaN is not."""
+        """Whether every error is within its bound; an error of NaN is not."""
         return all(self.errors[name] <= self.allowed[name] for name in self.errors)
 
     @property
@@ -144,7 +147,7 @@ class Gate:
 
 
 def float64_results(op: str, spec: ArgSpec, given: Sequence[Any], cotangents: Sequence[Any]) -> list[np.ndarray]:
-    """Outputs and then gradients of the arguments by the reference in float64, on the host's CPU.
+    """Compute the outputs, then the gradients of the arguments, with the reference in float64 on the host's CPU.
 
     Raises:
       RuntimeError: JAX_PLATFORMS leaves the CPU out.
@@ -155,13 +158,13 @@ def float64_results(op: str, spec: ArgSpec, given: Sequence[Any], cotangents: Se
 
 
 def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float = 0.0) -> Gate:
-    """Compare outputs and gradients at a small token count with float64.
+    """Compare outputs and gradients of an implementation with float64, on a small number of tokens.
 
     Args:
-      op: operation.
+      op: name of the operation.
       spec: workload; its tokens are cut to `GATE_TOKENS`.
       implementation: contestant.
-      loosest: a bound that is used where it is above ours, for contestants that compute in lower precision by design.
+      loosest: least bound of every error, for contestants that compute in lower precision by design; 0 keeps our bounds.
     """
     small = dataclasses.replace(spec, tokens=min(spec.tokens, GATE_TOKENS))
     sets = make_sets(op, small, 1)
@@ -169,14 +172,14 @@ def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float 
     names = [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])]
     dtypes = [a.dtype for part in (sets[0][1], sets[0][0]) for a in part]
     errors = dict.fromkeys(names, 0.0)
-    # Without a gradient the forward pass may be another program than the one that saves for the backward pass.
+    # A forward pass alone may be another program than a forward pass that saves arrays for the backward pass.
     for backward in (False, True):
         actual = implementation.results(op, small, sets, backward)
         for name, a, b in zip(names[: len(actual)], actual, expected[: len(actual)], strict=True):
             if a.shape != b.shape:
                 raise ValueError(f"{op}: {implementation.name} returns {name} of shape {a.shape}, not {b.shape}.")
             error = np.abs(np.asarray(a, np.float64) - b).max() / max(float(np.abs(b).max()), 1e-30)
-            errors[name] = float(np.maximum(errors[name], error))  # NaN stays
+            errors[name] = float(np.maximum(errors[name], error))  # `maximum` keeps a NaN
     allowed = {}
     for name, dtype in zip(names, dtypes, strict=True):
         exact_inputs = dtype == jnp.float32 and (op != "write_read" or spec.dtype == "float32")
@@ -187,16 +190,16 @@ def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float 
 def attempt(
     op: str, spec: ArgSpec, implementation: Implementation, loosest: float = 0.0, known: Gate | None = None
 ) -> tuple[str, Gate | None]:
-    """Return a status (`ok`, `FAILED`, or why there is no gate) and the gate.
+    """Run the gate, and return a status (`ok`, `FAILED`, or why there is no gate) and the gate.
 
-    Arguments are those of `gate`; `known` is its result where it is done already.
+    The first four arguments are those of `gate`.  `known` is the result of a gate that has run already; None runs it.
     """
     obstacle = implementation.obstacle(op, spec)
     if obstacle is not None:
         return obstacle, None
     try:
         result = known or gate(op, spec, implementation, loosest)
-    except Exception as error:  # a kernel that fails to compile must not cost the rows of the others
+    except Exception as error:  # if one kernel fails to compile, the other contestants must keep their rows
         return f"error: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
     return "ok" if result.passed else "FAILED", result
 
@@ -205,10 +208,10 @@ def attempt(
 
 
 def alternating(batches: Mapping[str, Batch], rounds: int, seconds: float = BATCH_SECONDS) -> dict[str, list[float]]:
-    """Time the contestants: seconds a call, one value a round; every round runs all of them, in alternating order.
+    """Time the contestants, and return the seconds of a call in each round, by contestant.
 
-    Each timed batch follows an untimed dispatch of the same contestant, because the first one pays for the caches and pages that
-    another contestant left behind.
+    Every round runs all contestants, in an order that alternates.  Each timed batch follows an untimed dispatch of the same
+    contestant, because the first dispatch pays for the caches and pages that another contestant left behind.
     """
     repeats = {}
     for name, batch in batches.items():
@@ -230,7 +233,7 @@ def alternating(batches: Mapping[str, Batch], rounds: int, seconds: float = BATC
 
 
 def copy_bandwidth(rounds: int) -> float:
-    """Measure the bytes a second, read and written, of x + 1 over 1 GiB of float32 (on a CPU 256 MiB)."""
+    """Measure the bytes that x + 1 reads and writes per second, with x of 1 GiB in float32 (256 MiB on a CPU)."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**28
     x = jnp.zeros(size, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -239,10 +242,10 @@ def copy_bandwidth(rounds: int) -> float:
 
 
 def rotation(set_bytes: int) -> tuple[int, int]:
-    """Return (calls a dispatch, sets).
+    """Return the number of calls in a dispatch and the number of sets, for sets of `set_bytes` bytes.
 
-    A dispatch moves ROTATION_BYTES or makes 16 calls, and all sets together fill ROTATION_BYTES.  On a CPU, where a dispatch costs
-    little beside a call, a dispatch is one call.  There are at most 512 sets, so the `tiny` workloads stay in cache.
+    A dispatch moves ROTATION_BYTES or makes 16 calls, and all sets together fill ROTATION_BYTES.  On a CPU, a dispatch is one call,
+    because its own cost is small beside a call.  There are at most 512 sets, so the `tiny` workloads stay in cache.
     """
     calls = 1 if jax.default_backend() == "cpu" else min(16, math.ceil(ROTATION_BYTES / set_bytes))
     return calls, calls * min(512 // calls, max(2, math.ceil(ROTATION_BYTES / (calls * set_bytes))))
@@ -257,21 +260,22 @@ def measure(
     loosest: Mapping[str, float] = {},
     known: Mapping[str, Gate] = {},
 ) -> Iterator[dict[str, Any]]:
-    """Measure one operation on one workload: a row for each contestant, forward, then forward + backward.
+    """Measure one operation on one workload: a row for each contestant, first forward, then forward + backward.
 
     Args:
-      op: operation.
+      op: name of the operation.
       spec: workload.
       contestants: `implementations(op)` and any peers.
       rounds: number of rounds.
-      copy: bytes a second of `copy_bandwidth` in the same run.
-      loosest: contestants that compute in lower precision by design, and the error that they may have.
-      known: gates of this workload that are done already.
+      copy: bytes per second of `copy_bandwidth` in the same run.
+      loosest: error that a contestant may have by its name, for contestants that compute in lower precision by design.
+      known: results of gates that have run already on this workload, by name of the contestant.
 
     Yields:
-      `op`, `pass`, `spec` (its fields), `implementation`, `status` `ok`, `ms`, `ms_rounds`, `bytes` (see `floor_bytes`),
-      `copy_share` (bytes a second over `copy`), `errors` and `worst` (see `Gate`); then for each contestant that is not
-      timed one row whose `status` says why: `FAILED` at the gate, an error, or what it does not support.
+      Rows of timed contestants: `op`, `pass`, `spec` (its fields), `implementation`, `status` (`ok`), `ms`, `ms_rounds`,
+      `bytes` (see `floor_bytes`), `copy_share` (bytes per second over `copy`), `errors` and `worst` (see `Gate`).  After them,
+      one row for each contestant that is not timed.  Its `status` says why: `FAILED` at the gate, an error, or what the
+      contestant does not support.
     """
     status: dict[str, str] = {}
     gates: dict[str, Gate] = {}
@@ -319,7 +323,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def markdown(header: str, lines: Iterable[Sequence[Any]]) -> str:
-    """Format a Markdown table; `header` has the names of its columns between bars."""
+    """Format a Markdown table; `header` has the names of its columns, with a bar (|) between two names."""
     columns = header.count("|") + 1
     return "\n".join(
         [f"| {header} |", "| --- " * columns + "|", *("| " + " | ".join(map(str, c)) + " |" for c in lines)]

@@ -1,8 +1,8 @@
-"""Operations over a mesh: every device runs an operation on the tokens that it holds.
+"""Run operations over a mesh: every device runs an operation on the tokens that it holds.
 
-XLA's partitioner cannot look into kernels, and it often gathers all tokens for loops and reshapes over them.  No operation needs
-another token, so `jax.shard_map` is enough.  Parameters are whole on every device.  Their gradient is the sum over the devices'
-tokens, which is the only communication.
+XLA's partitioner cannot look into kernels, and for loops and reshapes over tokens it often gathers all of them.  An operation
+treats each token by itself, so `jax.shard_map` is enough.  Every device holds all parameters.  The gradient of a parameter is a
+sum over the tokens of all devices, which is the only communication.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operation]:
-    """Run an operation under `jax.shard_map` where `settings(token_axes=...)` is set, and as it is elsewhere.
+    """Make a decorator that runs an operation under `jax.shard_map` if `settings(token_axes=...)` is set, else as it is.
 
     Args:
-      result: the number of axes in front of the tokens, as a pytree of the structure that the operation returns.
-      **arguments: the same for each argument that has tokens; other arrays are whole on every device.
+      result: the number of axes in front of the tokens in each result, as a pytree with the structure of the results.
+      **arguments: the number of axes in front of the tokens in each argument that has tokens.  Every device holds the whole of
+        any other array.
     """
 
     def decorate(operation: Operation) -> Operation:
@@ -48,7 +49,7 @@ def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operatio
             checked = not choice.interpret()
 
             def on_one_device(arrays: dict[str, Any]) -> Any:
-                if checked and names:  # so that each parameter has one sum over the devices, not one a use
+                if checked and names:  # sums the gradient of a parameter over devices once, not once for each use
                     varying = {k: jax.lax.pcast(a, names, to="varying") for k, a in arrays.items() if k in whole}
                     arrays = arrays | varying
                 with choice.settings(token_axes=PartitionSpec()):

@@ -1,8 +1,8 @@
-"""Blocks of tokens, VMEM and layouts of per-token numbers, which the Pallas TPU (Mosaic) kernels share.
+"""Helpers of the Pallas TPU (Mosaic) kernels: blocks of tokens, use of VMEM, and layouts of per-token numbers.
 
-Coefficients are `[k, N]` in HBM, tokens on the lanes, because an array `[N, k]` of a few numbers a token is padded to 128 lanes.
-A kernel needs them with tokens on the sublanes, as the streams have them.  `call` transposes a block in VMEM on the way in and
-out, so the padded form never reaches HBM.
+Coefficients are `[k, N]` in HBM, with k numbers for each of N tokens and the tokens on the lanes.  An array `[N, k]` would be
+padded to 128 lanes.  A kernel needs coefficients with tokens on the sublanes, as the streams have them.  `call` transposes a
+block in VMEM on the way in and out, so the padded form never reaches HBM.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from mhc_kernels import choice
 LANES = 128
 MAX_STREAMS = 8
 SMALLEST_VMEM = 64 * 2**20
-"""Bytes of VMEM of v5p and TPU7x, assumed where the chip is not known (ahead-of-time compilation); v5e and v6e have 128 MiB."""
+"""Bytes of VMEM of v5p and TPU7x, assumed if the chip is not known (ahead-of-time compilation); v5e and v6e have 128 MiB."""
 STEP_BYTES = 4 * 2**20
-"""HBM traffic of one grid step from which a larger block gains nothing: it takes 1.5 us on a v5p, and a step costs 0.35 us."""
+"""Bytes of HBM traffic in a grid step above which a larger block gains nothing.
+
+They take 1.5 us on a v5p, beside the 0.35 us that a step costs by itself.
+"""
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any], per_token: int = 0, resident: int = 0) -> str | None:
-    """Say why no kernel can run a call, or None; `per_token` and `resident` as in `block_tokens`."""
+    """Say why no kernel can run a call, or None if one can; `per_token` and `resident` are bytes as in `block_tokens`."""
     if not 1 <= num_streams <= MAX_STREAMS:
         return f"it needs 1 to {MAX_STREAMS} streams, n is {num_streams}"
     if width % LANES:
@@ -43,22 +46,22 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any], per_token: int
 
 
 def vmem_budget() -> int:
-    """Bytes a kernel may use: 7/8 of a core's VMEM, the rest is the compiler's."""
+    """Return the bytes of VMEM that a kernel may use: 7/8 of a core's VMEM.  The rest is left to the compiler."""
     on_tpu = jax.default_backend() == "tpu"
     return (pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else SMALLEST_VMEM) * 7 // 8
 
 
 def block_tokens(tokens: int, traffic: int, per_token: int, resident: int) -> int | None:
-    """Return the tokens of a block: no more than `STEP_BYTES` asks for, and no more than VMEM holds.
+    """Return the number of tokens of a block: no more than `STEP_BYTES` asks for, and no more than VMEM holds.
 
     Args:
       tokens: N, a multiple of 128.
-      traffic: bytes a token moves between HBM and VMEM.
-      per_token: bytes of VMEM a token needs, both buffers of every block counted.
-      resident: bytes of VMEM whatever the block.
+      traffic: bytes that move between HBM and VMEM for each token.
+      per_token: bytes of VMEM that each token needs; both buffers of every block count.
+      resident: bytes of VMEM that a kernel needs for any block size.
 
     Returns:
-      512, 256 or 128, dividing N, or a fraction of 128; None if VMEM does not hold 16 tokens.
+      512, 256 or 128, which divides N, or a fraction of 128 (64, 32 or 16); None if VMEM does not hold 16 tokens.
     """
     for block in (512, 256, 128, 64, 32, 16):
         wasteful = block > LANES and (tokens % block or block * traffic > STEP_BYTES)
@@ -68,15 +71,15 @@ def block_tokens(tokens: int, traffic: int, per_token: int, resident: int) -> in
 
 
 def up(size: int, multiple: int) -> int:
-    """Size rounded up to a multiple."""
+    """Round `size` up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple
 
 
 def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
-    """Float32 `a` cut into bfloat16 pieces (0: leading 8 bits, 1: next 8, 2: last 8), which the MXU multiplies exactly.
+    """Cut float32 `a` into values of 8 bits each, which fit bfloat16, so that the MXU multiplies them exactly.
 
-    They are concatenated along `axis` in the order `which`.  They come from `reduce_precision`, because XLA is free to drop a cast
-    to bfloat16 and back.
+    Piece 0 has the leading 8 bits, piece 1 the next 8, and piece 2 the last 8.  The result has the pieces `which`, in this order,
+    along `axis`.  `reduce_precision` makes the pieces, because XLA is free to drop a cast to bfloat16 and back.
     """
     parts, rest = [], a
     for _ in range(3):
@@ -86,13 +89,16 @@ def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
 
 
 def pad(a: Array, size: int, axis: int) -> Array:
-    """Append zeros to an axis until it has `size` entries."""
+    """Append zeros along `axis` until it has `size` entries."""
     widths = [(0, size - s if k == axis else 0) for k, s in enumerate(a.shape)]
     return a if size == a.shape[axis] else jnp.pad(a, widths)
 
 
 def manual_axes(*arrays: Array) -> Any:
-    """Type of results that vary between shards wherever one of the arrays does (`shard_map` with `check_vma`)."""
+    """Return the manual-axis type of results that vary over each mesh axis that any of the arrays varies over.
+
+    `shard_map` with `check_vma` asks for it.
+    """
     types = [jax.typeof(a).manual_axis_type for a in arrays]
     return types[0].update(varying=frozenset().union(*(t.varying for t in types)))
 
@@ -114,19 +120,19 @@ def call(
     """Run a kernel over blocks of tokens.
 
     Args:
-      kernel: called as kernel(numbers, *streams, *whole, *out_streams, out_numbers, out_sum, scratch) with references; those
-        not asked for are left out.  It does one block.  `numbers` [block, k] and `out_numbers` [block, out_numbers] have the
-        tokens first.  `out_sum` starts at zero, and the kernel adds to it.
+      kernel: function that processes one block.  It is called as kernel(numbers, *streams, *whole, *out_streams, out_numbers,
+        out_sum, scratch) with references; a reference that the other arguments do not ask for is left out.  `numbers` [block, k]
+        and `out_numbers` [block, out_numbers] have the tokens first.  `out_sum` starts at zero, and the kernel adds to it.
       name: name of the custom call.
-      numbers: float32 [k, N]; the kernel sees all of them side by side, in this order.
-      streams: [N, width], one dtype.
+      numbers: float32 arrays [k, N]; the kernel sees all of them side by side, in this order.
+      streams: arrays [N, width] of one dtype.
       whole: small arrays that stay in VMEM.
       out_streams: widths of outputs [N, width] in the dtype of the streams.
-      out_numbers: rows of a float32 output [out_numbers, N].
-      out_sum: shape of a float32 output that is a sum over tokens, added up in a fixed order.
-      scratch: width of a float32 scratch [block, scratch].
-      flops: operations a token.
-      transcendentals: exponentials and roots a token.
+      out_numbers: number of rows of a float32 output [out_numbers, N]; 0 means no such output.
+      out_sum: shape of a float32 output that is a sum over tokens, added up in a fixed order; None means no such output.
+      scratch: width of a float32 scratch [block, scratch]; 0 means no scratch.
+      flops: number of operations for each token.
+      transcendentals: number of exponentials and roots for each token.
 
     Returns:
       Outputs in the order of `out_streams`, `out_numbers`, `out_sum`.
@@ -144,10 +150,10 @@ def call(
     block = block_tokens(padded, traffic, per_token, resident)
     if block is None:
         raise ValueError(f"{name}: VMEM does not hold 16 tokens of {width} numbers and {resident} bytes of parameters.")
-    lanes = max(block, LANES)  # tokens whose coefficients arrive together
+    lanes = max(block, LANES)  # number of tokens whose coefficients arrive together
     steps = lanes // block
     blocks = padded // lanes
-    cores = 2 if blocks % 2 == 0 else 1  # v5p has two cores; each sums for itself
+    cores = 2 if blocks % 2 == 0 else 1  # v5p has two cores, and each has its own sum
     grid = (cores, blocks // cores, steps)
 
     def of_streams(w):
@@ -235,7 +241,7 @@ def call(
 
 
 def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
-    """Call body(rows, R) over the tokens of a stream block, R to a register: 16 of bfloat16, 8 of float32."""
+    """Call body(rows, R) for every R tokens of a block of streams, as many as fill a register: 16 of bfloat16, 8 of float32."""
     R = 32 // ref.dtype.itemsize
 
     def step(r, _):
@@ -246,10 +252,10 @@ def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
 
 
 class Channels(NamedTuple):
-    """Place of 128 channels: they begin `at` channels into a run of `width` channels, which begins at the traced `base`.
+    """The place of 128 channels, which begin at channel `base` + `at` of a stream.
 
-    Scalar arithmetic limits the light kernels.  So the address of `base` is computed once a pass of the loop, and `at` is part of
-    the instruction.
+    `base` is traced and begins a run of `width` channels; `at` is a constant.  Scalar arithmetic limits the speed of light kernels.
+    So the address of `base` is computed once in a pass of the loop, and `at` is part of the instruction.
     """
 
     base: Array
@@ -258,7 +264,7 @@ class Channels(NamedTuple):
 
 
 def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most: int = 10) -> Any:
-    """Loop carry = body(channels, carry) over C channels, 128 at a time, up to `most` times in one pass of the loop."""
+    """Loop carry = body(channels, carry) over C channels, 128 at a time.  The loop is unrolled up to `most` times."""
     steps = C // LANES
     unroll = max(u for u in range(1, most + 1) if steps % u == 0)
     width = unroll * LANES
@@ -273,23 +279,26 @@ def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most:
 
 
 def piece(ref: Any, rows: Any, first: int, c: Channels) -> Array:
-    """Load 128 channels of some tokens as float32; `first` is where their stream begins."""
+    """Load 128 channels of the tokens `rows` as float32; `first` is the column of `ref` at which their stream begins."""
     return ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES].astype(jnp.float32)
 
 
 def put(ref: Any, rows: Any, first: int, c: Channels, value: Array) -> None:
-    """Store 128 channels where `piece` loads them, rounded to the dtype of the array."""
+    """Store 128 channels at the place that `piece` loads from, rounded to the dtype of the array."""
     ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES] = value.astype(ref.dtype)
 
 
 def add(terms: Iterable[Array]) -> Array:
-    """Sum without a 0 to begin with."""
+    """Sum the terms; the sum starts from the first term, not from 0."""
     return functools.reduce(jnp.add, terms)
 
 
 def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-    """Product over axis `of_a` of a and `of_b` of b, added up in float32: exact for bfloat16, with HIGHEST for float32."""
-    if choice.interpret():  # XLA:CPU has no bfloat16 product of every shape with a float32 result
+    """Multiply two matrices in float32, and sum over axis `of_a` of a and axis `of_b` of b.
+
+    Products of bfloat16 numbers are exact.  Float32 matrices are multiplied with precision HIGHEST.
+    """
+    if choice.interpret():  # for some shapes XLA:CPU has no bfloat16 product with a float32 result
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     dimensions = (((of_a,), (of_b,)), ((), ()))
@@ -297,11 +306,11 @@ def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
 
 
 def column(numbers: Array, k: int) -> Array:
-    """Number k of each token, repeated over the lanes of a register."""
+    """Return number k of each token, repeated over the lanes of a register."""
     return jnp.broadcast_to(numbers[:, k : k + 1], (numbers.shape[0], LANES))
 
 
 def put_sums(out: Any, rows: Any, sums: Sequence[Array]) -> None:
-    """Sum each array over its lanes and store the sums, a column each."""
+    """Sum array k of `sums` over its lanes, and store the result in column k of `out` at the tokens `rows`."""
     for k, a in enumerate(sums):
         out[rows, k : k + 1] = jnp.sum(a, axis=1, keepdims=True)

@@ -1,7 +1,7 @@
-"""Sinkhorn-Knopp in Triton; `ops/sinkhorn/triton.py` imports it once the package is known to be there.
+"""Sinkhorn-Knopp kernels in Triton; `ops/sinkhorn/triton.py` imports this module once it has found the package `triton`.
 
-The steps and their gradient are derived in `ops/sinkhorn/steps.py`.  A block is [n, n, TOKENS] in the registers of one warp, and n
-is a power of two.  The caller pads other sizes by a matrix of its own beside the first `real` rows and columns.
+`ops/sinkhorn/steps.py` derives the steps and their gradient.  A block is [n, n, TOKENS] in the registers of one warp, and n is a
+power of two.  The caller pads other sizes to a block-diagonal matrix, whose first `real` rows and columns are the original.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _rescale(s, product, eps: tl.constexpr):
 
 @triton.jit
 def _first_step(logits, real: tl.constexpr, n: tl.constexpr, eps: tl.constexpr):
-    """K, r_0 and Q (the column softmax; K itself where eps = 0)."""
+    """Return K, the first row scaling r_0, and Q: the column softmax if eps > 0, or K if eps = 0."""
     most = tl.reduce(logits, 0, _larger)
     centred = logits - tl.expand_dims(most, 0)
     if eps == 0.0:
@@ -47,7 +47,7 @@ def _first_step(logits, real: tl.constexpr, n: tl.constexpr, eps: tl.constexpr):
 
 @triton.jit
 def _larger(a, b):
-    """Return the larger number, or NaN if either is."""
+    """Return the larger of two numbers, or NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -73,7 +73,7 @@ def mhc_sinkhorn_forward(
     logits_ptr, out_ptr, N: tl.constexpr, n: tl.constexpr, real: tl.constexpr, TOKENS: tl.constexpr,
     pairs: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """out = SK(logits), both [n, n, N]."""
+    """Store H_res = SK(logits), the Sinkhorn iterations of logits [n, n, N], in `out` [n, n, N]."""
     offsets, inside = _pointers(N, n, TOKENS)
     K, r, _ = _first_step(tl.load(logits_ptr + offsets, inside, 0.0), real, n, eps)
     r, c = _scalings(K, r, pairs, eps)
@@ -85,7 +85,10 @@ def mhc_sinkhorn_backward(
     logits_ptr, g_ptr, out_ptr, N: tl.constexpr, n: tl.constexpr, real: tl.constexpr, TOKENS: tl.constexpr,
     pairs: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits, step by step from the last; the scalings before each step are computed again from the start."""
+    """Store the gradient of the logits, walking back from the last pair of steps.
+
+    The scalings before each pair are computed again from the first step.
+    """
     offsets, inside = _pointers(N, n, TOKENS)
     K, r0, Q = _first_step(tl.load(logits_ptr + offsets, inside, 0.0), real, n, eps)
     G = tl.load(g_ptr + offsets, inside, 0.0)

@@ -1,4 +1,4 @@
-"""Named workloads of real models and how each operation is called on one, for tests, benchmarks and tuning."""
+"""Named workloads of real models and the calls of each operation on them, for tests, benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPS = ("sinkhorn", "coefficients", "read", "write", "write_read")
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-    """Workload of N tokens with n streams of width C."""
+    """A workload: the number of tokens N, the number of streams n, and the width C of a stream."""
 
     name: str
     tokens: int
@@ -39,7 +39,7 @@ SPECS = {
         ArgSpec("tiny", 40, 4, 128, "float32"),
         ArgSpec("tiny-bf16", 40, 4, 128),
         ArgSpec("tiny-ragged", 37, 2, 128, "float32"),
-        # mHC Table 5, four sequences of 4096 tokens.
+        # Models of mHC Table 5.  16384 tokens are four sequences of 4096 tokens.
         ArgSpec("3b", 16384, 4, 1280),
         ArgSpec("9b", 16384, 4, 1920),
         ArgSpec("27b", 16384, 4, 2560),
@@ -49,23 +49,23 @@ SPECS = {
         ArgSpec("27b-n8", 16384, 8, 2560),
         ArgSpec("27b-ragged", 16301, 4, 2560),
         ArgSpec("27b-fp32", 8192, 4, 2560, "float32"),
-        # DeepSeek-V4 Flash and V4, also the shapes that TransformerEngine reports.
+        # DeepSeek-V4 Flash and DeepSeek-V4; TransformerEngine reports its times on these shapes too.
         ArgSpec("v4-flash", 8192, 4, 4096),
         ArgSpec("v4", 8192, 4, 7168),
         ArgSpec("v4-32k", 32768, 4, 7168),
     )
 }
-"""Workloads by name; those that begin with `tiny` are for tests and for machines without an accelerator."""
+"""Workloads by name; a name that begins with `tiny` is for tests and for machines without an accelerator."""
 
 
 def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
-    """Draw the arguments of one call, standard normal where nothing else is said.
+    """Draw random arguments of one call, standard normal unless said otherwise below.
 
-    sinkhorn (logits[n, n, N]); coefficients (x[N, nC], phi[nC, k], alpha[3], bias[k]); read (x, pre[n, N]);
-    write (x, y[N, C], post[n, N], res[n, n, N]); write_read (x, y, post, res, phi, alpha, bias).
+    The arguments of each operation: sinkhorn (logits[n, n, N]); coefficients (x[N, nC], phi[nC, k], alpha[3], bias[k]);
+    read (x, pre[n, N]); write (x, y[N, C], post[n, N], res[n, n, N]); write_read (x, y, post, res, phi, alpha, bias).
 
-    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1.  pre is between 0 and 1, post between 0 and 2, and res
-    is doubly stochastic, as coefficients are.
+    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1.  As in a model, pre is between 0 and 1, post is
+    between 0 and 2, and res is doubly stochastic.
     """
     n, N, C = spec.num_streams, spec.tokens, spec.width
     k = n * n + 2 * n
@@ -91,7 +91,7 @@ ARGUMENTS = {
     "write": ("x", "y", "post", "res"),
     "write_read": ("x", "y", "post", "res", "phi", "alpha", "bias"),
 }
-"""Names of the arguments of each operation, in order."""
+"""Names of the arguments of each operation, in the order of the call."""
 
 OUTPUTS = {
     "sinkhorn": ("res",),
@@ -100,16 +100,16 @@ OUTPUTS = {
     "write": ("x'",),
     "write_read": ("x'", "pre", "post", "res", "h"),
 }
-"""Names of the outputs of each operation, in order."""
+"""Names of the outputs of each operation, in the order that it returns them."""
 
 
 def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[..., tuple[Array, ...]]:
-    """Return the operation as a function of `ARGUMENTS[op]` that gives a tuple, `OUTPUTS[op]`.
+    """Return an operation as a function from the arrays `ARGUMENTS[op]` to the tuple of arrays `OUTPUTS[op]`.
 
     Args:
-      op: operation.
+      op: name of the operation.
       spec: workload.
-      implementation: what the operation takes by this name, or `reference` for the formula in `ops/<op>/reference.py`.
+      implementation: the argument `implementation` of the operation, or `reference` for `ops/<op>/reference.py`.
     """
     if implementation == "reference":
         run = getattr(importlib.import_module(f"mhc_kernels.ops.{op}.reference"), op)
@@ -129,13 +129,13 @@ def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[...
 
 
 def shapes(op: str, spec: ArgSpec) -> tuple[Any, Any]:
-    """Shapes and dtypes of the arguments and of the outputs, as `jax.ShapeDtypeStruct`."""
+    """Return the shapes and dtypes of the arguments and of the outputs, as `jax.ShapeDtypeStruct`."""
     given = jax.eval_shape(lambda: arguments(op, spec, jax.random.key(0)))
     return given, jax.eval_shape(function(op, spec, "xla"), *given)
 
 
 def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[..., tuple[Array, ...]]:
-    """Return f as a function (arguments, cotangents) -> (*outputs, *gradients of the arguments), the latter where `backward`."""
+    """Return f as a function (arguments, cotangents) -> outputs, followed by the gradients of the arguments if `backward`."""
 
     def forward_backward(given: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
         out, pull = jax.vjp(f, *given)
@@ -145,11 +145,12 @@ def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[...
 
 
 def floor_bytes(op: str, spec: ArgSpec, backward: bool) -> int:
-    """Return the bytes that must move: every input read once and every output written once, forward and backward each.
+    """Return the bytes that must move if each pass reads every input once and writes every output once.
 
     The forward pass reads the arguments and writes the outputs.  The backward pass reads the arguments and the cotangents of the
     outputs and writes the gradients of the arguments.  A kernel that saves more than the arguments moves more.  Both together are
-    three times the arguments and twice the outputs.  In elements of the streams a token (mHC section 4.3), beside the coefficients:
+    three times the arguments and twice the outputs.  For each token, in elements of the streams (mHC section 4.3) and without the
+    coefficients, these are:
 
         operation     forward      both
         coefficients  n C          3 n C

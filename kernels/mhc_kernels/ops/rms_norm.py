@@ -1,4 +1,4 @@
-"""RMSNorm without a weight: its scale, which every form of every operation uses, and the normalised numbers themselves."""
+"""RMSNorm without a weight: its scale, which all implementations use, and the normalised numbers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from jaxtyping import Float
 
 
 def inverse_rms(mean_square: Array, eps: float) -> Array:
-    r"""Scale of an RMSNorm, $1 / \sqrt{\mathrm{mean}(v^2) + \epsilon}$, and NaN where the mean of squares has overflowed.
+    r"""Return the scale of an RMSNorm, $1 / \sqrt{\mathrm{mean}(v^2) + \epsilon}$, or NaN if the mean of squares has overflowed.
 
     A scale of 0 would turn a token of large finite numbers into zeros with a gradient of zero, and the loss would look sound.
     A sum of C squares overflows float32 from an RMS of 1.8e19 / sqrt(C) on.
 
-    Where squares underflow (numbers below 1e-19 to 1e-23, depending on the device) the scale is $1 / \sqrt{\epsilon}$.  With eps
-    above 0, numbers of zero thus give zeros and finite gradients.
+    If squares underflow (numbers below 1e-19 to 1e-23, depending on the device), the scale is $1 / \sqrt{\epsilon}$.  With eps
+    above 0, a token of zeros thus gives zeros and finite gradients.
 
     Args:
       mean_square: mean of squares, float32, any shape.
-      eps: 1e-20 in mHC, 1e-6 in DeepSeek-V4.
+      eps: epsilon, 1e-20 in mHC and 1e-6 in DeepSeek-V4.
 
     Returns:
       Scales of the same shape, float32.
@@ -38,14 +38,14 @@ def inverse_rms(mean_square: Array, eps: float) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def normalized(v: Float[Array, "*tokens C"], eps: float) -> Float[Array, "*tokens C"]:
-    r"""RMSNorm over the last axis without a weight, $y = s\, v$ with $s = 1 / \sqrt{\mathrm{mean}(v^2) + \epsilon}$.
+    r"""Apply RMSNorm over the last axis without a weight, $y = s\, v$ with $s = 1 / \sqrt{\mathrm{mean}(v^2) + \epsilon}$.
 
-    The derivative is $dy = s\, dv - y\, \mathrm{mean}(y\, s\, dv)$.  That of the root by itself would be a third power of s, which
-    underflows from an RMS of 4e12 on.
+    The derivative is $dy = s\, dv - y\, \mathrm{mean}(y\, s\, dv)$.  The derivative of s by itself would have a third power of s,
+    which underflows from an RMS of 4e12 on.
 
     Args:
-      v: float32.
-      eps: 1e-20 in mHC, 1e-6 in DeepSeek-V4.
+      v: float32 numbers of each token.
+      eps: epsilon, 1e-20 in mHC and 1e-6 in DeepSeek-V4.
 
     Returns:
       float32 of the same shape; NaN for a token whose sum of squares overflows, see `inverse_rms`.

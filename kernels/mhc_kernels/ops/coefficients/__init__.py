@@ -1,1 +1,1 @@
-"""Token-wise coefficients of mHC: RMS statistics, projection, gates and Sinkhorn (mHC Eq. 7, 8)."""
+"""The coefficients of each token: RMS statistics, projection, gates and Sinkhorn (mHC Eq. 7, 8)."""

@@ -1,7 +1,7 @@
-"""Statistics and projection of the coefficients as Pallas kernels for NVIDIA GPUs; the gates on top are XLA's.
+"""Statistics and projection of the coefficients as Pallas kernels for NVIDIA GPUs; XLA computes the gates.
 
-Tensor cores multiply bfloat16.  Streams in bfloat16 are exact there.  What is float32 (phi, the gradient of z, and float32 streams)
-goes as three bfloat16 pieces whose sum is exact (`gpu.pieces`).  tf32 would keep 10 bits.
+Tensor cores multiply bfloat16 numbers, so products of bfloat16 streams are exact.  A float32 array (phi, the gradient of z, float32
+streams) is cut into three bfloat16 pieces whose sum is exact (`gpu.pieces`).  The format tf32 would keep only 10 bits.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ obstacle = gpu.obstacle
 
 TOKENS, CHANNELS = 64, 64
 PROGRAMS = 1024
-"""Approximate number of programs of the backward pass: several for each of a large GPU's 132 multiprocessors."""
+"""Approximate number of programs of the backward pass: several for each of the 132 multiprocessors of a large GPU."""
 
 
 def pad_columns(a: Float[Array, "rows k"]) -> Float[Array, "rows K"]:
-    """Pad k columns to a power of two, at least 16, as tensor cores take them."""
+    """Pad the k columns with zeros to a power of two, at least 16, as tensor cores need it."""
     return jnp.pad(a, ((0, 0), (0, max(gpu.power_of_two(a.shape[1]), 16) - a.shape[1])))
 
 
 def _warps(K: int) -> int:
-    """Warps of a program; four would spill with n = 8, where K = 128."""
+    """Return the number of warps of a program for K columns; with n = 8, K is 128 and four warps would spill."""
     return 4 if K <= 64 else 8
 
 
 def load_rows(refs: Sequence[Any], start: Any, rows: int, end: Any, ragged: bool) -> list[Array]:
-    """Load rows `start` to `start + rows` of [., K] arrays; zeros from `end` on, where the last block is `ragged`."""
+    """Load rows `start` to `start + rows` of arrays with K columns.
+
+    If the last block is `ragged`, rows from `end` on are zeros.
+    """
     K = refs[0].shape[1]
     block = Tile(start, rows, end, 0, K, K, ragged)
     return [block.load(ref) for ref in refs]
 
 
 def store_rows(tile: Tile, ref: Any, z: Array) -> None:
-    """Store z [tokens, K] in an array [K, N]."""
+    """Store z [tokens, K] transposed, at the tokens of `tile` in an array [K, N]."""
     inside = tile.inside()
     mask = None if inside is None else jnp.broadcast_to(inside[None], z.T.shape)
     plgpu.store(ref.at[:, pl.ds(tile.token, tile.tokens)], z.T, mask=mask)
@@ -55,7 +58,7 @@ def forward(
 ) -> tuple[Float[Array, "k N"], Float[Array, " N"]]:
     """Return z = (v phi) inverse and inverse = `inverse_rms` of mean(v^2).  A program has a block of tokens.
 
-    Traffic per token: reads W, writes k + 1 float32.  phi is read once a block, from L2: 6 W K / TOKENS bytes a token.
+    Traffic per token: reads W, writes k + 1 float32.  Each block reads phi once from L2: 6 W K / TOKENS bytes a token.
     """
     N, W = x.shape
     k = phi.shape[1]
@@ -89,7 +92,10 @@ def forward(
 
 
 def token_splits(N: int, tokens: int, others: int) -> tuple[int, int]:
-    """Return (programs over tokens, blocks that each walks over) where `others` programs share a block of tokens."""
+    """Return the number of programs that split the tokens, and the number of blocks of tokens for each of them.
+
+    `others` is the number of programs that share a block of tokens.
+    """
     blocks = pl.cdiv(N, tokens)
     each = pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, others)))
     return pl.cdiv(blocks, each), each
@@ -104,9 +110,9 @@ def backward(
 ) -> tuple[Float[Array, "N W"], Float[Array, "W k"]]:
     """Return dv = (inverse g) phi^T - (g . z) inverse^2 v / W and dphi = v^T (inverse g).
 
-    A program has a block of channels, whose dphi it sums over its share of the tokens; the shares are summed in order.
+    A program has a block of channels and sums their dphi over its share of the tokens.  The shares are then summed in order.
 
-    Traffic per token: reads W, writes W; 2 k a few times, and 4 K bytes of dphi a channel and share.
+    Traffic per token: reads W, writes W, and moves 2 k a few times.  dphi adds 4 K bytes for each channel and share.
     """
     scaled = g * inverse[None]
     shrink = (g * z).sum(0) * inverse**2 / x.shape[1]
@@ -114,7 +120,7 @@ def backward(
 
 
 def dphi(x: Float[Array, "N W"], scaled: Float[Array, "k N"]) -> Float[Array, "W k"]:
-    """v^T scaled alone.  Traffic per token: reads W."""
+    """Return dphi = v^T scaled, without dv; `scaled` is the gradient of z over the RMS.  Traffic per token: reads W."""
     return _backward(x, None, scaled, scaled[0])[1]
 
 
@@ -126,7 +132,7 @@ def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tupl
     parts = [] if phi is None else gpu.pieces(pad_columns(phi))
     K = grads[0].shape[1]
     shares, each = token_splits(N, TOKENS, pl.cdiv(W, wide))
-    # Terms of order 2^-16, which two terms leave out, are lost in the rounding of a bfloat16 dx.
+    # With two terms, products of order 2^-16 are left out; rounding a bfloat16 dx would lose them anyway.
     terms = 2 if x.dtype == jnp.bfloat16 else 3
 
     def kernel(x_ref, shrink_ref, *refs):

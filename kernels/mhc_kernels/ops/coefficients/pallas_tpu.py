@@ -1,7 +1,7 @@
 """RMS statistics and projection in one pass over the streams (Mosaic).
 
-The MXU multiplies bfloat16.  Streams in bfloat16 are exact there; phi, in float32, goes as three bfloat16 pieces.  Streams in
-float32 are multiplied with precision HIGHEST.
+The MXU multiplies bfloat16 numbers, so products of bfloat16 streams are exact.  The float32 phi is then cut into three bfloat16
+pieces.  Streams in float32 are multiplied with precision HIGHEST.
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ from mhc_kernels import tpu
 from mhc_kernels.ops.rms_norm import inverse_rms
 
 _PIECES = {2: ((2, 0, 1, 0), (0, 0, 1)), 4: ((2, 0, 1, 0, 1, 0), (0, 0, 0, 1, 1, 2))}
-"""Pieces of the gradient g / RMS and of phi whose products make dx, by the bytes of an entry of x; 0 is the leading piece.
+"""Numbers of the pieces of the gradient g / RMS and of phi whose products make dx, by the bytes of an entry of x.
 
-The last pieces of the first tuple meet those of the second.  That is exact to 2^-16 for bfloat16, where dx is rounded to 2^-9, and
-to 2^-24 for float32.  The first three pieces of the first tuple are the whole gradient, as dphi needs it.
+Piece 0 has the leading bits.  The first tuple is for g / RMS, and the second for phi.  The last pieces of the first tuple are
+multiplied with the pieces of the second.  Their sum is exact to 2^-16 for bfloat16, where dx is rounded to 2^-9, and to 2^-24 for
+float32.  The first three pieces of the first tuple are the whole gradient, which dphi needs.
 """
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None: n C is a multiple of 128, and streams are bfloat16 or float32."""
+    """Say why a call cannot run, or None if n C is a multiple of 128, streams are bfloat16 or float32, and VMEM is enough."""
     itemsize, channels = max(jnp.dtype(d).itemsize for d in dtypes), num_streams * width
     return tpu.obstacle(1, channels, dtypes, 4 * channels * itemsize, resident(24, channels, itemsize))
 
 
 def resident(k: int, channels: int, itemsize: int) -> int:
-    """Bytes in VMEM of the pieces of phi and of its gradient."""
+    """Return the bytes in VMEM of the pieces of phi and of the gradient of phi."""
     return (2 * len(_PIECES[itemsize][1]) + 4) * tpu.up(k, 8) * channels
 
 
 def folded(phi: Array, dtype: Any) -> Array:
-    """Turn phi [nC, k] into what the forward pass wants, k padded to 8: [3 k, nC] pieces for bfloat16, [k, nC] for float32."""
+    """Transpose phi [nC, k] for the forward pass, with k padded to a multiple of 8.
+
+    The result is [3 k, nC] in three pieces for bfloat16 streams, and [k, nC] for float32 streams.
+    """
     turned = tpu.pad(phi.T, tpu.up(phi.shape[1], 8), 0)
     return turned if dtype == jnp.float32 else tpu.pieces(turned, (0, 1, 2), 0).astype(jnp.bfloat16)
 
 
 def forward(x: Array, phi: Array, eps_norm: float) -> tuple[Array, Array]:
-    """x [N, nC], phi [nC, k] -> z [k, N], inverse [N].  Traffic per token: nC."""
+    """Map x [N, nC], phi [nC, k] -> z [k, N], inverse = 1 / RMS [N].  Traffic per token: nC."""
     (channels, k), rows = phi.shape, tpu.up(phi.shape[1], 8)
     out = tpu.call(
         functools.partial(_forward, rows, eps_norm),
@@ -59,7 +63,7 @@ def forward(x: Array, phi: Array, eps_norm: float) -> tuple[Array, Array]:
 
 
 def _forward(k, eps_norm, x, phi, out):
-    """Squares are summed beside the products, while the matrix unit is busy."""
+    """Compute z and 1 / RMS of a block; the vector units sum squares while the matrix unit multiplies."""
     width = chunk(x.shape[1], 1024)
 
     def step(s, carry):
@@ -78,24 +82,30 @@ def _forward(k, eps_norm, x, phi, out):
 
 
 def project(phi, v):
-    """phi v^T [rows of phi, tokens], tokens on the lanes: the rows of phi, which are fewer than tokens, stream past tiles of v."""
+    """Return phi v^T [rows of phi, tokens], with tokens on the lanes.
+
+    The rows of phi, which are fewer than the tokens, stream past tiles of v.
+    """
     return tpu.dot(phi, v, 1, 1)
 
 
 def normalise(products, squares, out, k, channels, eps_norm):
-    """Store [z k | inverse] in the columns of `out`, from `project` and from squares [tokens, 128] that are still to be summed."""
+    """Store z in the first k columns of `out`, and 1 / RMS in the next.
+
+    `products` is the sum of `project` over channels.  `squares` [tokens, 128] is still to be summed over its lanes.
+    """
     inverse = inverse_rms(jnp.sum(squares, axis=1, keepdims=True) / channels, eps_norm)
     out[:, k : k + 1] = inverse
     out[:, :k] = tpu.add(products[p : p + k] for p in range(0, products.shape[0], k)).T * inverse
 
 
 def chunk(channels: int, most: int) -> int:
-    """Return the largest multiple of 128 that divides the channels and is not above `most`."""
+    """Return the largest multiple of 128 that divides `channels` and is at most `most`."""
     return max(w for w in range(tpu.LANES, max(most, tpu.LANES) + 1, tpu.LANES) if channels % w == 0)
 
 
 def backward(x: Array, phi: Array, z: Array, inverse: Array, g: Array) -> tuple[Array, Array]:
-    """x [N, nC], phi [nC, k], z and g [k, N], inverse [N] -> dx, dphi.  Traffic per token: 2 nC."""
+    """Map x [N, nC], phi [nC, k], z and its gradient g [k, N], inverse [N] -> dx, dphi.  Traffic per token: 2 nC."""
     channels, k = phi.shape
     parts, shrink, rows_of_phi = gradient_operands(x, phi, z, inverse, g)
     dx, dphi = tpu.call(
@@ -122,12 +132,15 @@ def _backward(numbers, x, phi, dx, dphi):
 
 
 def gradient_columns(k: int, dtype: Any) -> int:
-    """Count the columns that the pieces of the gradient take, k padded to 8."""
+    """Return the number of columns that the pieces of the gradient of z take, for k padded to a multiple of 8."""
     return k * len(_PIECES[jnp.dtype(dtype).itemsize][0])
 
 
 def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
-    """Small operands of the backward pass: pieces of g / RMS [.., N], (g . z) / (RMS^2 nC) [1, N], pieces of phi [.., nC]."""
+    """Make the small operands of the backward pass.
+
+    They are pieces of g / RMS [.., N], the factor (g . z) / (RMS^2 nC) [1, N], and pieces of phi [.., nC].
+    """
     of_g, of_phi = _PIECES[x.dtype.itemsize]
     k = tpu.up(g.shape[0], 8)
     scaled = tpu.pad(g * inverse[None], k, 0)
@@ -136,7 +149,7 @@ def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
 
 
 def gradients(numbers, x, phi, dphi, finish):
-    """Add to dphi [k, nC] and call finish(channels, dv) for every chunk of channels, dv = g phi^T / RMS in float32."""
+    """Add to dphi [k, nC], and call finish(channels, dv) for every chunk of channels, with dv = g phi^T / RMS in float32."""
     k, last = dphi.shape[0], gradient_columns(dphi.shape[0], x.dtype)
     left = numbers[:, last - phi.shape[0] : last].astype(jnp.bfloat16)
     whole = numbers[:, : 3 * k].T

@@ -14,12 +14,15 @@ from mhc_kernels.ops.rms_norm import inverse_rms
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def projection(x: Array, phi: Array, eps_norm: float) -> Array:
-    """x [*tokens, C], phi [C, k] -> z [k, *tokens]; `mhc_kernels.projection` has the meaning."""
+    """Project x [*tokens, C] with phi [C, k] to z [k, *tokens]; `mhc_kernels.projection` has the formula."""
     return _projection_fwd(x, phi, eps_norm)[0]
 
 
 def _projection_fwd(x, phi, eps_norm):
-    """Return z and what the gradient needs; on CPUs tokens are one axis, and z is kept as [tokens, k]."""
+    """Return z and the arrays that the gradient needs.
+
+    On CPUs, all tokens are in one axis, and z is kept for the gradient as [tokens, k].
+    """
     if choice.platform() != "cpu":
         v = x.astype(jnp.float32)
         inverse = inverse_rms(jnp.mean(v * v, axis=-1), eps_norm)
@@ -32,7 +35,7 @@ def _projection_fwd(x, phi, eps_norm):
 
 
 def _projection_bwd(_, saved, g):
-    r"""Gradient of $z = s\, v \phi$ with $s = (\mathrm{mean}(v^2) + \epsilon)^{-1/2}$.
+    r"""Return the gradients of v = x and phi for $z = s\, v \phi$ with $s = (\mathrm{mean}(v^2) + \epsilon)^{-1/2}$.
 
     $\bar v = s\, \bar z \phi^\top - (\bar z \cdot z)\, s^2 v / C$ and $\bar \phi = v^\top (s\, \bar z)$.
     """
@@ -46,7 +49,7 @@ def _projection_bwd(_, saved, g):
     scaled = g.reshape(g.shape[0], -1) * inverse[None]
     shrink = jnp.einsum("kt,tk->t", scaled, z, precision="highest") * inverse / v.shape[-1]
     dv = jnp.matmul(scaled.T, phi.T, precision="highest") - shrink[:, None] * v
-    # [k, t] [t, C] takes a fifth of the time of [C, t] [t, k] on CPUs; without the barrier XLA turns it round.
+    # On CPUs the product [k, t] [t, C] takes a fifth of the time of [C, t] [t, k], into which XLA turns it without the barrier.
     dphi = jax.lax.optimization_barrier(jnp.matmul(scaled, v, precision="highest")).T
     return dv.reshape(x.shape).astype(x.dtype), dphi
 

@@ -1,1 +1,1 @@
-"""Read of a sub-layer: h = H_pre x."""
+"""Read the input of a branch from the streams: h = H_pre x."""

@@ -1,4 +1,4 @@
-"""h = H_pre x as Pallas kernels for NVIDIA GPUs."""
+"""The read h = H_pre x and its gradient as Pallas kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARPS = 4
 
 
 def forward(x: Float[Array, "N nC"], pre: Float[Array, "n N"]) -> Float[Array, "N C"]:
-    """h in the dtype of x, accumulated in float32.
+    """Return h = H_pre x in the dtype of x, accumulated in float32.
 
     Traffic per token: reads n C + n, writes C.
     """
@@ -48,7 +48,7 @@ def backward(
 
 
 def products(x: Float[Array, "N nC"], g: Float[Array, "N C"]) -> Float[Array, "n N"]:
-    """<x_i, g> alone.  Traffic per token: reads (n + 1) C, writes n."""
+    """Return dpre_i = <x_i, g> without dx.  Traffic per token: reads (n + 1) C, writes n."""
     return _backward(x, None, g)[1]
 
 

@@ -1,4 +1,4 @@
-r"""Read of a sub-layer: $h = H^{pre} x$, that is $h = \sum_i H^{pre}_i x_i$ (mHC, arXiv 2512.24880, Eq. 3)."""
+r"""Read the input of a branch from the streams: $h = H^{pre} x = \sum_i H^{pre}_i x_i$ (mHC, arXiv 2512.24880, Eq. 3)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from jax import Array
 
 
 def read(x: Array, pre: Array, num_streams: int) -> Array:
-    """x [N, nC], pre [n, N] -> h [N, C]."""
+    """Map x [N, nC], pre [n, N] -> h [N, C]."""
     return jnp.einsum("nic,in->nc", x.reshape(len(x), num_streams, -1), pre)

@@ -1,4 +1,4 @@
-"""h = H_pre x on flat streams as XLA runs it, with a hand-written gradient."""
+"""The read h = H_pre x on flat streams for XLA, with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mhc_kernels.xla import add, dots, join, once, streams, weighted
 
 
 def read(x: Array, pre: Array | None, num_streams: int) -> Array:
-    """x [*tokens, nC], pre [n, *tokens] -> h [*tokens, C]; `mhc_kernels.read` has the meaning."""
+    """Map x [*tokens, nC], pre [n, *tokens] -> h [*tokens, C]; `mhc_kernels.read` has the formula."""
     if pre is not None:
         return _read(x, pre)
     return x if num_streams == 1 else (add(streams(x, num_streams)) / num_streams).astype(x.dtype)
@@ -23,12 +23,12 @@ def _read(x, pre):
 
 
 def _read_bwd(saved, g):
-    """dx_i = pre_i g and dpre_i = <x_i, g>."""
+    """Return dx_i = pre_i g and dpre_i = <x_i, g>, where g is the gradient of h."""
     x, pre = saved
     g32 = g.astype(jnp.float32)
     if choice.platform() != "cpu":
         return join([p[..., None] * g32 for p in pre], x), dots(streams(x, len(pre)), g32)
-    g32 = once(g32)  # or the gradient of the branch's norm is computed again for every stream
+    g32 = once(g32)  # without `once`, every stream computes the gradient of the branch's norm again
     dx = (jnp.moveaxis(pre, 0, -1)[..., None] * g32[..., None, :]).reshape(x.shape).astype(x.dtype)
     xs = x.reshape(*g.shape[:-1], len(pre), g.shape[-1]).astype(jnp.float32)
     dpre = jnp.einsum("...ic,...c->...i", xs, g32, precision="highest")

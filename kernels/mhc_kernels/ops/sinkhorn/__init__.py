@@ -1,1 +1,1 @@
-"""Sinkhorn-Knopp projection onto doubly stochastic matrices (mHC Eq. 9)."""
+"""The Sinkhorn-Knopp projection onto doubly stochastic matrices (mHC Eq. 9)."""

@@ -1,8 +1,8 @@
-"""Sinkhorn-Knopp as Pallas kernels for NVIDIA GPUs: a warp has a block of tokens and all of their matrices in registers.
+"""Sinkhorn-Knopp as Pallas kernels for NVIDIA GPUs: a warp keeps the matrices of a block of tokens in registers.
 
-`steps.py` has the iteration and derives its gradient; a block is [n, n, tokens].  With one value for each of the n^2 entries
-instead, Triton takes 5 times as long to compile the gradient at n = 4, because its search for coalesced layouts grows with the
-square of the program.
+`steps.py` has the iteration and derives its gradient.  A block is one value [n, n, tokens].  With n^2 values [tokens] instead,
+Triton takes 5 times as long to compile the gradient at n = 4: the cost of its search for coalesced layouts grows with the square
+of the size of the program.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from mhc_kernels.ops.sinkhorn.steps import Scalings, Steps, pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why the kernel cannot run a call, or None; a warp holds its matrices in registers."""
+    """Say why the kernel cannot run a call, or None if n is small enough for a warp to hold its matrices in registers."""
     del width, dtypes
     return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
 
 
 def tokens(n: int) -> int:
-    """Tokens of a block, so that a thread has at most 16 values of a matrix-shaped array."""
+    """Return the number of tokens of a block, so that a thread has at most 16 values of an array [n, n, tokens]."""
     return {1: 32, 2: 32, 3: 16, 4: 16}.get(n, 8)
 
 
 def padded(a: Array, diagonal: float, off: float) -> Array:
-    """Pad n of [n, n, N] to a power of two; the new rows and columns are a matrix of their own beside the old one."""
+    """Pad the matrices [n, n, N] to a power of two, as block-diagonal matrices whose first block is `a`.
+
+    New entries on the diagonal are `diagonal`, and new entries elsewhere are `off`.
+    """
     n, size = a.shape[0], gpu.power_of_two(a.shape[0])
     if n == size:
         return a
@@ -41,7 +44,10 @@ def padded(a: Array, diagonal: float, off: float) -> Array:
 
 
 def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]:
-    """K and r of `Steps.first_step` without the padding, and Q: the column softmax, or K where eps = 0."""
+    """Return K and r of `Steps.first_step`, with eps added to the first n rows and columns only, and Q.
+
+    Q is the column softmax if eps > 0, or K if eps = 0.
+    """
     centred = logits - logits.max(0)[None]
     if eps == 0:
         b = centred.max(1)
@@ -55,7 +61,7 @@ def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]
 
 
 def _call(kernel: Any, name: str, n: int, *args: Array) -> Array:
-    """Run `kernel(block, ...) -> block` on blocks of tokens of [n, n, N] arrays."""
+    """Run a function `kernel`, from blocks [n, n, tokens] to one such block, on arrays [n, n, N]."""
     size, N = args[0].shape[0], args[0].shape[-1]
     block = tokens(n)
 
@@ -71,7 +77,7 @@ def _call(kernel: Any, name: str, n: int, *args: Array) -> Array:
 
 
 def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[Array, "n n N"]:
-    """H_res = SK(logits).
+    """Return H_res = SK(logits), the result of the Sinkhorn iterations.
 
     Traffic per token: reads and writes n^2 float32.
     """
@@ -88,11 +94,11 @@ def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[
 def backward(
     logits: Float[Array, "n n N"], g: Float[Array, "n n N"], num_iters: int, eps: float
 ) -> Float[Array, "n n N"]:
-    """Gradient of the truncated iteration, from the logits: nothing is kept from the forward pass.
+    """Return the gradient of the logits through the truncated iteration; only the logits are kept from the forward pass.
 
-    The reverse walk needs the scalings r_t, c_t from the last to the first, but all of them, 2 n t_max values a token, would spill.
-    So the iteration runs from its start again for every segment of `size` pairs.  These are t_max^2 / (2 size) pairs more, of
-    2 n^2 multiply-adds in registers, which cost less than a trip to memory.
+    The reverse walk needs the scalings r_t, c_t from the last to the first.  All of them, 2 n t_max values for each token, would
+    spill.  So the iteration runs from its start again for every segment of `size` pairs of steps.  This adds t_max^2 / (2 size)
+    pairs.  A pair is 2 n^2 multiply-adds in registers, which cost less than a trip to memory.
 
     Traffic per token: reads 2 n^2, writes n^2 float32.
     """
@@ -100,7 +106,7 @@ def backward(
     size = 4 if n <= 4 else 2
 
     def reverse(K: Array, start: Scalings, count: int, carry: Any) -> Any:
-        """Walk back over `count` pairs that begin at the scalings `start`."""
+        """Walk back over `count` pairs of steps, the first of which begins at the scalings `start`."""
         scalings, (K_bar, bars) = [start], carry
         for _ in range(count):
             scalings.append(steps.pair(K, scalings[-1]))

@@ -1,7 +1,7 @@
-"""Sinkhorn-Knopp with each matrix entry of 1,024 tokens or more in separate registers (Mosaic).
+"""Sinkhorn-Knopp as Pallas kernels for TPUs (Mosaic), which process blocks of at least 1,024 tokens.
 
-Tokens are seen as rows of 128, so that entry [i, j] of a block is an array [8, 128] or a few of them and the sums over i or j are
-additions of whole registers.  `steps.py` has the iteration and derives its gradient.
+Tokens are arranged in rows of 128.  Entry [i, j] of the matrices of a block is then one register [8, 128] or a few.  The sums over
+i or j are additions of whole registers.  `steps.py` has the iteration and derives its gradient.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
 
 
 def _steps(eps: float) -> Steps:
-    """Sums over an axis for Mosaic; multiply-adds where XLA:CPU interprets the kernel."""
+    """Return steps that sum over an axis on TPUs, and use multiply-adds if XLA:CPU interprets the kernel."""
     return Steps(eps, summed=choice.platform() == "tpu")
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None: n is at most 8.  Logits arrive as float32, and there is no width."""
+    """Say why a call cannot run, or None if n is at most 8.  `width` and `dtypes` do not matter: logits arrive as float32."""
     return tpu.obstacle(num_streams, tpu.LANES, (jnp.float32,))
 
 
 def forward(logits: Array, num_iters: int, eps: float) -> Array:
-    """logits [n, n, N] -> res [n, n, N], float32.  Traffic per token: n^2 in, n^2 out."""
+    """Map logits [n, n, N] -> res [n, n, N] in float32.  Traffic per token: reads n^2, writes n^2."""
     n = logits.shape[0]
     kernel = functools.partial(_forward_kernel, num_iters, eps)
     return _call(kernel, "mhc_sinkhorn", [logits], flops=2 * n * n * (2 * num_iters + 1), roots=n * (2 * num_iters + n))
@@ -45,7 +45,10 @@ def _forward_kernel(num_iters, eps, logits, res):
 
 
 def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
-    """logits, g [n, n, N] -> dlogits.  Traffic per token: 2 n^2 in, n^2 out; the scalings stay in VMEM."""
+    """Map logits and the gradient g of res, [n, n, N] each, -> dlogits; the scalings stay in VMEM.
+
+    Traffic per token: reads 2 n^2, writes n^2.
+    """
     n, history = logits.shape[0], pairs_left(num_iters, eps) + 1
     kernel = functools.partial(_backward_kernel, num_iters, eps)
     flops, roots = 2 * n * n * (6 * num_iters + 6), n * (2 * num_iters + n)
@@ -53,7 +56,7 @@ def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
 
 
 def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
-    """The scalings R and C are in scratch, and the gradient of K is added up in the output."""
+    """Store dlogits of a block, with all scalings R and C in scratch; the output first holds the gradient of K."""
     x, G, steps = logits[...], g[...], _steps(eps)
     K, r = steps.first_step(x)
     R[0], C[0] = r, jnp.ones_like(r)
@@ -78,10 +81,13 @@ def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
 
 
 def _call(kernel, name, arrays, flops, roots, history=0):
-    """Run over blocks [n, n, rows, 128]; `history` scalings of rows and of columns are kept in VMEM."""
+    """Run a kernel over blocks [n, n, rows, 128].
+
+    VMEM keeps `history` scalings of rows and as many of columns; 0 means no scratch.
+    """
     n, N = arrays[0].shape[0], arrays[0].shape[2]
     padded = tpu.up(N, 8 * tpu.LANES)
-    # Independent chains of rows hide the latency of the divisions, as long as K is in registers.
+    # Several rows of tokens are independent and hide the latency of divisions, as long as K fits the registers.
     most = 32 if n <= 4 else 8
     rows = max(r for r in (8, 16, 32) if r <= most and padded % (r * tpu.LANES) == 0)
     tiled = [tpu.pad(a, padded, 2).reshape(n, n, -1, tpu.LANES) for a in arrays]

@@ -1,6 +1,6 @@
-"""Sinkhorn-Knopp through jax-triton, which outlives Pallas' own Triton lowering; it runs only where it is named.
+"""Sinkhorn-Knopp through jax-triton, for the time after Pallas drops its Triton lowering; it runs only if a caller names it.
 
-jax-triton 0.3.1 goes with jax 0.10 (Python 3.11); 0.4 needs jax 0.11 and does not lower on 0.12.0.
+jax-triton 0.3.1 goes with jax 0.10 (Python 3.11).  jax-triton 0.4 needs jax 0.11 and does not lower on jax 0.12.0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mhc_kernels.ops.sinkhorn.steps import pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why the kernel cannot run a call, or None: a package is missing, it is interpreted, or n is too large."""
+    """Say why the kernel cannot run a call (no package, interpret mode, n too large), or None if it can."""
     try:
         importlib.import_module("jax_triton")
         importlib.import_module("triton")
@@ -34,7 +34,7 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
 
 
 def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
-    """Run a kernel on [n, n, N] arrays padded to a power of two; under `vmap` the new axis joins the tokens."""
+    """Run a kernel on arrays [n, n, N] whose n is padded to a power of two; the axis of a `vmap` joins the tokens."""
     import jax_triton
 
     from mhc_kernels import triton_sinkhorn
@@ -50,7 +50,7 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
             grid=(pl.cdiv(N, block),),
             num_warps=1,
             num_stages=1,
-            # Without a GPU the program is for one of compute capability 9.0.
+            # Without a GPU here, compile for a GPU of compute capability 9.0.
             compute_capability=None if jax.default_backend() == "gpu" else 90,
             N=N,
             n=size,
@@ -68,19 +68,22 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
         return jnp.moveaxis(out.reshape(*out.shape[:2], axis_size, -1), 2, 0), True
 
     out = run(*args)[:n, :n]
-    # The call does not say which results vary between shards (`shard_map`).
+    # `triton_call` loses the type that says that results vary between shards (`shard_map`).
     axes = tuple(jax.typeof(args[0]).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying)
     return lax.pcast(out, axes, to="varying") if axes else out
 
 
 def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[Array, "n n N"]:
-    """H_res = SK(logits).  Traffic per token: reads and writes n^2 float32."""
+    """Return H_res = SK(logits), the result of the Sinkhorn iterations.  Traffic per token: reads and writes n^2 float32."""
     return _call("mhc_sinkhorn_forward", logits.shape[0], num_iters, eps, padded(logits, 0.0, -jnp.inf))
 
 
 def backward(
     logits: Float[Array, "n n N"], g: Float[Array, "n n N"], num_iters: int, eps: float
 ) -> Float[Array, "n n N"]:
-    """Gradient of the truncated iteration, from the logits.  Traffic per token: reads 2 n^2, writes n^2 float32."""
+    """Return the gradient of the logits through the truncated iteration.
+
+    Traffic per token: reads 2 n^2, writes n^2 float32.
+    """
     args = padded(logits, 0.0, -jnp.inf), padded(g, 0.0, 0.0)
     return _call("mhc_sinkhorn_backward", logits.shape[0], num_iters, eps, *args)

@@ -1,6 +1,6 @@
-"""Sinkhorn-Knopp as XLA runs it, in the scaling-vector form of `steps.py`, with the gradient that is derived there.
+"""Sinkhorn-Knopp for plain XLA, in the scaling-vector form of `steps.py`, which derives its gradient.
 
-The matrix axes lead and the tokens trail, so that each operation is a full-width vector operation.
+The matrix axes come first and the token axes last, so that each operation is a full-width vector operation.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from mhc_kernels.xla import once
 
 
 def _steps(eps: float) -> Steps:
-    """Multiply-adds on CPUs, where XLA's reduction over a leading axis of 4 is 20x slower; on TPUs a reduction is one fusion."""
+    """Return steps that sum over an axis on TPUs, where a reduction is one fusion, and use multiply-adds elsewhere.
+
+    On CPUs, XLA's reduction over a leading axis of 4 is 20x slower than multiply-adds.
+    """
     return Steps(eps, summed=choice.platform() == "tpu", keep=once)
 
 
 def _tiled(a: Array) -> Array:
-    """Float32 [n, n, N]; on a TPU [n, n, N / 128, 128], which fills its tiles of 8 x 128 where [2, 4096] fills a quarter."""
+    """Convert [n, n, *tokens] to float32, and on a TPU reshape it to [n, n, N / 128, 128] if 128 divides N.
+
+    This shape fills the 8 x 128 tiles of a TPU.  Two token axes [2, 4096] would fill only a quarter of each tile.
+    """
     tokens = math.prod(a.shape[2:])
     a = a.reshape(*a.shape[:2], -1, 128) if choice.platform() == "tpu" and tokens % 128 == 0 else a
     return a.astype(jnp.float32)
 
 
 def _value(logits: Array, num_iters: int, eps: float) -> Array:
-    """H_res of logits [n, n, *tokens].  It runs in a loop, which is a small program, where nothing asks for the gradient."""
+    """Return H_res of logits [n, n, *tokens].  Without a gradient, the pairs of steps run in a loop, which is a small program."""
     steps = _steps(eps)
     K, r = steps.first_step(_tiled(logits))
     r, c = steps.scalings(K, r, pairs_left(num_iters, eps))
@@ -41,11 +47,11 @@ sinkhorn = jax.custom_vjp(_value, nondiff_argnums=(1, 2))
 
 
 def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]:
-    """K and the scalings after every pair of steps: R[t] of the rows, C[t] of the columns (lists or arrays); C[0] is ones.
+    """Return K and the scalings after every pair of steps: R[t] of the rows, C[t] of the columns (lists or arrays); C[0] is ones.
 
-    Unrolled on purpose: XLA:CPU runs the same steps 4x slower in a loop that stacks R and C, and where the gradient is
-    taken in the same program as the value it computes them once for both.  On a TPU unrolled steps would be four times as many
-    fusions as a loop.
+    The steps are unrolled on purpose.  XLA:CPU runs them 4x slower in a loop that stacks R and C.  If a program has both the
+    value and its gradient, XLA:CPU computes unrolled steps once for both.  On a TPU unrolled steps would be four times as many
+    fusions as a loop, so a TPU runs the loop.
     """
     K, r = steps.first_step(logits)
     start = r, jnp.ones_like(r)

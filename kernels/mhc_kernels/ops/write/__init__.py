@@ -1,1 +1,1 @@
-"""Write of a sub-layer: x' = H_res x + H_post^T y."""
+"""Write the output of a branch to the streams: x' = H_res x + H_post^T y."""

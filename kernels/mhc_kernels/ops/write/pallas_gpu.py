@@ -1,4 +1,4 @@
-"""x' = H_res x + H_post^T y as Pallas kernels for NVIDIA GPUs."""
+"""The write x' = H_res x + H_post^T y and its gradient as Pallas kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WARPS = 4
 
 
 def load_row(tile: Tile, post_ref: Any, res_ref: Any, i: Any) -> tuple[Array, list[Array]]:
-    """Load post_i and the row res_i of a block, [tokens, 1] each."""
+    """Load post_i and the n entries of row i of res for the tokens of a block, [tokens, 1] each."""
     n = post_ref.shape[0]
     return tile.column(post_ref, i)[:, None], [tile.column(res_ref, i, j)[:, None] for j in range(n)]
 
 
 def mix(x: Sequence[Array], y: Array, post: Array, res: Sequence[Array]) -> Array:
-    """One new stream of a block: sum_j res_j x_j + post y."""
+    """Return one new stream of a block, sum_j res_j x_j + post y, from its row of res and its entry of post."""
     new = post * y
     for r, xj in zip(res, x, strict=True):
         new += r * xj
@@ -35,7 +35,7 @@ def mix(x: Sequence[Array], y: Array, post: Array, res: Sequence[Array]) -> Arra
 def forward(
     x: Float[Array, "N nC"], y: Float[Array, "N C"], post: Float[Array, "n N"], res: Float[Array, "n n N"]
 ) -> Float[Array, "N nC"]:
-    """x' in the dtype of x, accumulated in float32.
+    """Return x' = H_res x + H_post^T y in the dtype of x, accumulated in float32.
 
     Traffic per token: reads (n + 1) C + n^2 + n, writes n C.
     """
@@ -60,7 +60,9 @@ def backward(
     res: Float[Array, "n n N"],
     g: Float[Array, "N nC"],
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"]]:
-    """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>, a block a program.
+    """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>.
+
+    A program has a block of tokens.
 
     Traffic per token: reads (2 n + 1) C + n^2 + n, writes (n + 1) C + n^2 + n.
     """
@@ -74,11 +76,11 @@ def backward(
 
     def kernel(x_ref, y_ref, post_ref, res_ref, g_ref, dx_ref, dy_ref, dpost_ref, dres_ref):
         tile = Tile(pl.program_id(0) * tokens, tokens, N, 0, wide, C)
-        # Loaded before the loop, because the compiler would hold their addresses instead, which take twice the registers.
+        # p and H are loaded before the loop.  Otherwise the compiler holds their addresses, which take twice the registers.
         p, H = zip(*(load_row(tile, post_ref, res_ref, i) for i in range(n)), strict=True)
 
         def part(a):
-            """Sum over the vectors of a thread, whose registers must hold n^2 + n such shares."""
+            """Sum over each vector of a thread, to leave registers for the n^2 + n sums that a thread holds."""
             return a.reshape(tokens, wide // vector, vector).sum(2)
 
         def chunk(c, sums):

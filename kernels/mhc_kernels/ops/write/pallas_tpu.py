@@ -1,4 +1,4 @@
-"""x' = H_res x + H_post^T y in one pass over a block of tokens (Mosaic)."""
+"""The write x' = H_res x + H_post^T y and its gradient, each in one pass over a block of tokens (Mosaic)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mhc_kernels import tpu
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None: n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
+    """Say why a call cannot run, or None if n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
     itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
     return tpu.obstacle(num_streams, width, dtypes, 2 * (3 * num_streams + 2) * width * itemsize)
 
 
 def forward(x: Array, y: Array, post: Array, res: Array) -> Array:
-    """x [N, nC], y [N, C], post [n, N], res [n, n, N] -> x' [N, nC].  Traffic per token: (2n + 1) C."""
+    """Map x [N, nC], y [N, C], post [n, N], res [n, n, N] -> x' [N, nC].  Traffic per token: (2n + 1) C."""
     n, C = post.shape[0], y.shape[1]
     return tpu.call(
         functools.partial(_forward, n, C),
@@ -46,13 +46,13 @@ def _forward(n, C, numbers, x, y, new):
 
 
 def coefficient_columns(n, numbers, first=0):
-    """Load post and res from their columns, first post [n], then res [n * n]."""
+    """Load post and res from the columns of `numbers`: n columns of post from `first` on, then n * n of res."""
     post = [tpu.column(numbers, first + i) for i in range(n)]
     return post, [[tpu.column(numbers, first + n + n * i + j) for j in range(n)] for i in range(n)]
 
 
 def mixer(n, C, numbers, x, y, rows):
-    """Make the function c -> 128 channels of every new stream; `numbers` holds post and res."""
+    """Make a function from the place c of 128 channels to these channels of every new stream; `numbers` holds post and res."""
     post, res = coefficient_columns(n, numbers)
 
     def mix(c):
@@ -64,7 +64,10 @@ def mixer(n, C, numbers, x, y, rows):
 
 
 def backward(x: Array, y: Array, post: Array, res: Array, g: Array) -> tuple[Array, Array, Array, Array]:
-    """dx, dy, dpost and dres from g [N, nC].  Traffic per token: (2n + 1) C in, (n + 1) C out."""
+    """Return dx, dy, dpost and dres, where g [N, nC] is the gradient of x'.
+
+    Traffic per token: reads (2n + 1) C, writes (n + 1) C.
+    """
     n, C = post.shape[0], y.shape[1]
     dx, dy, sums = tpu.call(
         functools.partial(_backward, n, C),
@@ -89,9 +92,9 @@ def _backward(n, C, numbers, x, y, g, dx, dy, out):
 
 
 def pull(n, C, coefficients, x, y, dx, dy, out, rows, R, gradient):
-    """Store the gradients of a write for some tokens; gradient(c) is that of 128 channels of every new stream.
+    """Store the gradients of a write for some tokens; gradient(c) returns the gradients of the new streams at 128 channels.
 
-    `coefficients` are (post, res), and `out` receives dpost and dres, one column each.
+    `coefficients` are (post, res).  `out` receives dpost and dres, with one column for each entry.
     """
     post, res = coefficients
 

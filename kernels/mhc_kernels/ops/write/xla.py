@@ -1,4 +1,4 @@
-"""x' = H_res x + H_post^T y on flat streams as XLA runs it, with a hand-written gradient."""
+"""The write x' = H_res x + H_post^T y on flat streams for XLA, with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mhc_kernels.xla import add, dots, join, once, streams, weighted
 
 
 def write(x: Array, y: Array, post: Array | None, res: Array | None, num_streams: int) -> Array:
-    """x [*tokens, nC], y [*tokens, C], post [n, *tokens], res [n, n, *tokens] -> x'; `mhc_kernels.write` has the meaning."""
+    """Map x [*tokens, nC], y [*tokens, C], post [n, *tokens], res [n, n, *tokens] -> x', as `mhc_kernels.write` does."""
     if post is None and res is None:
         if num_streams == 1:
             return x + y.astype(x.dtype)
@@ -25,13 +25,13 @@ def write(x: Array, y: Array, post: Array | None, res: Array | None, num_streams
 
 
 def mixed(x: Array, y: Array, post: Array, res: Array) -> list[Array]:
-    """The n new streams, float32 [*tokens, C] each."""
+    """Return the list of the n new streams, float32 [*tokens, C] each."""
     xs, y32 = streams(x, len(post)), y.astype(jnp.float32)
     return [weighted(row, xs) + p[..., None] * y32 for row, p in zip(res, post, strict=True)]
 
 
 def pull(gs: Sequence[Array], x: Array, y: Array, post: Array, res: Array) -> tuple[Array, Array, Array, Array]:
-    """dx, dy, dpost and dres from the gradients of the n new streams, float32 [*tokens, C] each."""
+    """Return dx, dy, dpost and dres from the gradients gs of the n new streams, float32 [*tokens, C] each."""
     n = len(post)
     dx = join([weighted(res[:, j], gs) for j in range(n)], x)
     dres = jnp.stack([dots(gs, xj) for xj in streams(x, n)], axis=1)
@@ -43,9 +43,9 @@ def _pull_post(gs: Sequence[Array], y: Array, post: Array) -> tuple[Array, Array
 
 
 def _outer(a: Array, b: Array) -> Array:
-    """a_i b for every stream i: [n, *tokens], [*tokens, C] -> [*tokens, n, C], as a broadcast.
+    """Return a_i b for every stream i, as a broadcast: [n, *tokens], [*tokens, C] -> [*tokens, n, C].
 
-    A stack of n products makes XLA's CPU fusions branch for every element.
+    With a stack of n products instead, XLA's CPU fusions would branch for every element.
     """
     return jnp.moveaxis(a, 0, -1)[..., None] * b.astype(jnp.float32)[..., None, :]
 
@@ -63,13 +63,13 @@ def _write(x, y, post, res):
 
 
 def _write_bwd(saved, g):
-    """dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>."""
+    """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>."""
     x, y, post, res = saved
     n = len(post)
     if choice.platform() != "cpu":
         return pull(streams(g, n), x, y, post, res)
-    g = once(g)  # a sum of three gradients: of the projection, the read and the next write
-    # Products a token: XLA:CPU has a library for these, and takes 3x as long for the same sums as a fusion of broadcasts.
+    g = once(g)  # g is a sum of three gradients: from the projection, the read and the next write
+    # XLA:CPU has a library for small matrix products.  The same sums as a fusion of broadcasts take 3x as long.
     gs = _as_streams(g, n)
     dx = jnp.einsum("ij...,...ic->...jc", res, gs, precision="highest").reshape(x.shape).astype(x.dtype)
     dres = jnp.einsum("...ic,...jc->ij...", gs, _as_streams(x, n), precision="highest")
@@ -77,12 +77,12 @@ def _write_bwd(saved, g):
 
 
 def _post_gradients(y, post, g):
-    """dy and dpost."""
+    """Return the gradients dy and dpost of a write, where g is the gradient of x'."""
     n = len(post)
     if choice.platform() != "cpu":
         return _pull_post(streams(g, n), y, post)
     dy = weighted(post, streams(g, n))
-    # Without `once`, dy is computed again, column by column, in the transpose that a weight's gradient needs.
+    # Without `once`, dy is computed again, column by column, in the transpose for the gradient of a weight.
     dy = once(dy).astype(y.dtype)
     dpost = jnp.einsum("...ic,...c->...i", _as_streams(g, n), y.astype(jnp.float32), precision="highest")
     return dy, jnp.moveaxis(dpost, -1, 0)
@@ -93,7 +93,7 @@ _write.defvjp(lambda *args: (_write(*args), args), _write_bwd)
 
 @jax.custom_vjp
 def _write_identity(x, y, post):
-    """The write with H_res = I."""
+    """Return the new streams x' for H_res = I."""
     if choice.platform() == "cpu":
         return once(_as_streams(x, len(post)) + _outer(post, y)).reshape(x.shape).astype(x.dtype)
     y32 = y.astype(jnp.float32)

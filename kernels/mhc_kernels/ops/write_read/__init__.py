@@ -1,1 +1,1 @@
-"""Boundary between two sub-layers: write of the first, coefficients and read of the second."""
+"""The boundary between two sub-layers: write of the first, then coefficients and read of the second."""

@@ -25,7 +25,7 @@ read_products = read.products
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Tokens, channels and warps of a block, chosen so that nothing spills on sm_90."""
+    """The numbers of tokens, channels and warps of a block, chosen so that nothing spills on sm_90."""
 
     tokens: int
     channels: int
@@ -33,12 +33,15 @@ class _Block:
 
 
 def _forward_block(n: int) -> _Block:
-    """64 tokens, the height of a Hopper matrix instruction; up to n = 4 two programs fit a multiprocessor and overlap."""
+    """Return a block of 64 tokens, the height of a Hopper matrix instruction.
+
+    Up to n = 4, two programs fit a multiprocessor and overlap.
+    """
     return _Block(64, 32, 4) if n <= 4 else _Block(64, 16, 8)
 
 
 def _backward_block(n: int) -> _Block:
-    """Few tokens, because x and dx of all streams are in registers at once."""
+    """Return a block of few tokens, because x and dx of all streams are in registers at once."""
     return _Block(16, 64, 4 if n <= 4 else 8)
 
 
@@ -53,12 +56,14 @@ def forward(
     eps_norm: float,
     eps: float,
 ) -> tuple[Float[Array, "N nC"], Float[Array, "k N"], Float[Array, " N"], Float[Array, "N C"]]:
-    """Return x', z, inverse and h.  A program has a block of tokens: it writes and projects all of x', then makes pre, then h.
+    """Return x', z, inverse and h.  A program has a block of tokens.  It writes and projects all of x', then makes pre, then h.
 
-    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again, of which L2 still has a part, because the
-    second pass begins with the latest writes.  That is between (2 n + 2) C and (3 n + 2) C.  Smaller blocks would not help, by
-    count.  For L2 to hold x' of all programs at once (some 1,500 tokens on an H100 at n C = 10,240), they would be so small that
-    reading phi from L2, 6 n K bytes a channel and block, outweighs what is saved.
+    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again.  L2 still has a part of x', because the second
+    pass begins with the latest writes.  So the total is between (2 n + 2) C and (3 n + 2) C.
+
+    A count of bytes says that smaller blocks would not help.  L2 would have to hold x' of all programs at once: some 1,500 tokens
+    on an H100 at n C = 10,240.  Blocks would then be so small that reading phi from L2, 6 n K bytes for each channel and block,
+    costs more than is saved.
     """
     N, C = y.shape
     n, k = bias_pre.shape[0], phi.shape[1]
@@ -76,7 +81,7 @@ def forward(
             at = tile.at(c * wide)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
 
-            # A loop at run time, because unrolled the addresses and operands of all streams take more registers than there are.
+            # This loop is not unrolled: the addresses and operands of all streams would take more registers than there are.
             def stream(i, sums):
                 z, squares = sums
                 p, H = load_row(tile, post_ref, res_ref, i)
@@ -101,7 +106,7 @@ def forward(
             zi = jnp.where(column == i, z, 0.0).sum(1)
             pre.append(1 / (1 + jnp.exp(-(gate_ref[np.int32(n)] * zi + gate_ref[np.int32(i)]))) + eps)
         if not choice.interpret():
-            plgpu.debug_barrier()  # x' is read by other threads than those that wrote it
+            plgpu.debug_barrier()  # a thread reads x' that other threads wrote
 
         def read_chunk(c, carry):
             at = tile.at((chunks - 1 - c) * wide)
@@ -130,14 +135,14 @@ def backward(
     g_h: Float[Array, "N C"],
     g_z: Float[Array, "k N"],
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"], Float[Array, "nC k"]]:
-    """dx, dy, dpost, dres and dphi in one pass over the streams; `backends.py` has the formulas, of which the kernel makes G.
+    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`; the kernel makes G in one pass over the streams.
 
     A program has a block of channels of every stream and walks over its share of the tokens, so that phi comes from the L1 cache.
-    It makes x' again from x and y instead of reading it.  dpost and dres are written as one part a block of channels, and the parts
-    are added in order.  dphi is the kernel of `coefficients`, because its sums would spill beside all this.
+    It makes x' again from x and y instead of reading it.  Each block of channels writes its own part of dpost and dres, and the
+    parts are added in order.  The kernel of `coefficients` makes dphi, because the sums of dphi would spill in this kernel.
 
-    Traffic per token: reads (2 n + 2) C, writes (n + 1) C, and 4 (n^2 + n) / 64 bytes a channel of parts, written and read; dphi
-    reads n C.  With `read_products` the whole gradient moves (5 n + 4) C.
+    Traffic per token: reads (2 n + 2) C and writes (n + 1) C.  Parts of dpost and dres add 4 (n^2 + n) / 64 bytes for each channel,
+    written and read.  dphi reads n C.  With `read_products` the whole gradient moves (5 n + 4) C.
     """
     x, y, post, res, phi, new, z, inverse = saved
     N, C = y.shape

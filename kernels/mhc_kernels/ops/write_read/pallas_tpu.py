@@ -1,4 +1,4 @@
-"""The boundary in one pass over the streams (Mosaic), whose traffic is the floor: (2n + 2) C a token."""
+"""The boundary between two sub-layers in one pass over the streams (Mosaic), with the least traffic: (2n + 2) C a token."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, pull
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None: VMEM must hold 16 tokens of the backward pass.
+    """Say why a call cannot run, or None if it can: VMEM must hold 16 tokens of the backward pass.
 
-    n is at most 8, C a multiple of 128, and streams are bfloat16 or float32.
+    n must be at most 8, C a multiple of 128, and streams bfloat16 or float32.
     """
     n, itemsize = num_streams, max(jnp.dtype(d).itemsize for d in dtypes)
     per_token = 2 * (4 * n + 3) * width * itemsize + 4 * n * width
@@ -39,13 +39,13 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
 def forward(
     x: Array, y: Array, post: Array, res: Array, phi: Array, alpha: Array, bias: Array, eps_norm: float, eps: float
 ) -> tuple[Array, Array, Array, Array]:
-    """x [N, nC], y [N, C], phi [nC, k], alpha [], bias [n] of pre -> x' [N, nC], z [k, N], inverse [N], h [N, C].
+    """Map x [N, nC], y [N, C], phi [nC, k], alpha [], bias [n] of pre -> x' [N, nC], z [k, N], inverse [N], h [N, C].
 
     Traffic per token: reads (n + 1) C, writes (n + 1) C.
     """
     n, C, k = post.shape[0], y.shape[1], phi.shape[1]
     rows = tpu.up(k, 8)
-    # Row 0 times z plus row 1, in the columns of `out`, is the logit of pre.
+    # The logit of pre is row 0 of `gate` times z, plus row 1.  Both rows have the columns of `out`.
     gate = tpu.pad(jnp.stack([jnp.broadcast_to(alpha, (n,)), bias]).astype(jnp.float32), 8, 0)
     new, h, out = tpu.call(
         functools.partial(_forward, n, C, rows, eps_norm, eps),
@@ -63,7 +63,7 @@ def forward(
 
 
 def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide):
-    """One loop mixes and projects: mixing is bound by the vector units, the projection by the matrix units, side by side."""
+    """Store x', z, 1 / RMS and h of a block.  One loop mixes on the vector units while it projects on the matrix units."""
     tokens, lanes = x.shape[0], tpu.LANES
     R = min(tokens, 64 // x.dtype.itemsize)
 
@@ -97,7 +97,7 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
 
     tpu.for_rows(x, spread)
     zeros = jnp.zeros((phi.shape[0], tokens), jnp.float32), jnp.zeros((tokens, lanes), jnp.float32)
-    # About a thousand instruction bundles a pass, whatever n and the block.
+    # A pass of the loop has about a thousand instruction bundles, for any n and block size.
     unroll = max(1, 16 * lanes // (n * tokens))
     products, squares = tpu.for_channels(C, channels, zeros, unroll)
     normalise(products, squares, out, k, n * C, eps_norm)
@@ -116,14 +116,14 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
 
 
 def read_products(new: Array, g_h: Array) -> Array:
-    """x' [N, nC], g_h [N, C] -> <x'_i, g_h> [n, N].  Traffic per token: (n + 1) C."""
+    """Map x' [N, nC], g_h [N, C] -> <x'_i, g_h> [n, N].  Traffic per token: (n + 1) C."""
     return products(new, g_h, "mhc_write_read_products")
 
 
 def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
-    """dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is made in VMEM and never leaves it.
+    """Return dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is made in VMEM and never leaves it.
 
-    Traffic per token: reads (3n + 2) C, writes (n + 1) C; with `read_products` (5n + 4) C.
+    Traffic per token: reads (3n + 2) C, writes (n + 1) C.  Together with `read_products` that is (5n + 4) C.
     """
     x, y, post, res, phi, new, z, inverse = saved
     n, C = post.shape[0], y.shape[1]

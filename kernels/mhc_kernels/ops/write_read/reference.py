@@ -1,4 +1,4 @@
-"""Boundary between two sub-layers: the write of the first, then coefficients and read of the second."""
+"""The boundary between two sub-layers: the write of the first, then coefficients and read of the second."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mhc_kernels.ops.read.reference import read
 from mhc_kernels.ops.write.reference import write
 
 Parts = tuple[Array | None, Array, Array]
-"""H_pre, H_post and H_res; the boundary does not use the first of the earlier sub-layer."""
+"""H_pre, H_post and H_res of a sub-layer; the boundary does not use H_pre of the first sub-layer."""
 
 
 def write_read(
     x: Array, c: Parts, y: Array, phi: Array, alpha: Array, bias: Array, *, num_streams: int, stream_dtype: str
 ) -> tuple[Array, Parts, Array]:
-    """x [N, nC], c of the first sub-layer, y [N, C], parameters of the second -> x' [N, nC], its coefficients, h [N, C]."""
+    """Map x [N, nC], c and y [N, C] of the first sub-layer -> x' [N, nC], c and h [N, C] of the second; c are coefficients."""
     _, post, res = c
     new = write(x, y, post, res, num_streams)
     # The second sub-layer sees streams in their own dtype.  The gradient passes through the rounding.
