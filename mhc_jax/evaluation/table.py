@@ -20,8 +20,8 @@ FEWEST_RESAMPLED = 2
 FEWEST_BOLD = 30
 """Smallest number of items for a difference in bold.
 
-The percentile interval of the mean of N normal items covers the true mean with probability P(|t| < 1.96 sqrt((N - 1) / N)), where t has N - 1
-degrees of freedom: 0.936 for 30 items, 0.846 for 5.
+The percentile interval of the mean of N normal items covers the true mean with probability P(|t| < 1.96 sqrt((N - 1) / N)), where
+t has N - 1 degrees of freedom: 0.936 for 30 items, 0.846 for 5.
 """
 LEGEND = (
     f"score: mean over items, ± its standard error. gold bits/byte: -log2 of the probability of the gold answers, over their "
