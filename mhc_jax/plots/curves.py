@@ -70,9 +70,10 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
     """Draw the difference between each run's loss and its baseline's against steps.
 
     Loss of each run minus the loss of the baseline's run of the same seed at the same step, hence on the same batch, in
-    nats/token against optimizer steps. Below zero is better. The faint line is the training loss at every logged step, the
-    strong line its moving median over a twentieth of these steps, and markers are validation losses. The baseline is the residual
-    run or, without a residual run, the first run. The axis spans medians and markers, so that single values may leave the panel.
+    nats/token against optimizer steps. Below zero is better. The faint line is the gap in training loss at every logged step,
+    the strong line its moving median over a twentieth of these steps, and markers are gaps in validation loss. The baseline is
+    the residual run or, without a residual run, the first run. The axis spans medians and markers, so that single values may
+    leave the panel.
     """
     figure, (axis,) = panels(1, 1, height=3.4)
     for (record, style), baseline in zip(styled(records), baselines(records), strict=True):
