@@ -3,10 +3,11 @@
     python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
     python experiments/train.py --config=experiments/configs/demo.py:mhc --workdir=runs/mhc
 
-`arg` is a connection, with settings if wanted: `residual`, `hc:dynamic=False`, `mhc:init=home:num_streams=8`.
+The argument after the colon is a connection, with settings if wanted: `residual`, `hc:dynamic=False`,
+`mhc:init=home:num_streams=8`.
 
-The learning rate, 7e-3, is high on purpose: the gain of unconstrained mixing grows with learning rate, steps and depth, and with
-this one a run of minutes shows what a run of weeks shows at 27B.
+The learning rate, 7e-3, is high on purpose.  The gain of unconstrained mixing grows with learning rate, steps and depth.  With a
+rate of 7e-3 a run of minutes shows what a model of 27B parameters shows in a run of weeks.
 """
 
 from ml_collections import ConfigDict

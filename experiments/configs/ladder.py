@@ -1,13 +1,13 @@
-"""Configure rungs of compute between the demo and the paper's 3B, by the shape rules of mHC Table 5.
+"""Configure models between the demo and the paper's 3B (rungs of a compute ladder), by the shape rules of mHC Table 5.
 
     python experiments/train.py --config=experiments/configs/ladder.py:w320:hc --workdir=runs/w320-hc
 
-`arg` is a rung, named by its width (`w160`, `w320`, `w640`, `w960`), and a connection as in paper.py.  The rungs share with the
-table: 80 channels of width for each head; heads of 128 + 64 channels (MLA); 64 experts of 0.7 times the width, of which a token
-sees 6, and 2 shared ones; a dense first block, 8 experts wide; 64 training tokens for each active parameter.  The latent is 0.4
-times the width (512 at 3B).  The learning rate lies on the line through the table's 3B and 27B, 8.6e-4 (active / 612M)^-0.4, and
-is at most 3e-3.  Active parameters are counted without the vocabulary (`mhc_jax.cost.counts.model_cost`), whose size is the
-tokenizer's.
+The argument after the colon is a rung, named by its width (`w160`, `w320`, `w640`, `w960`), and a connection as in paper.py.  The
+rungs share with Table 5: 80 channels of width for each head; heads of 128 + 64 channels (MLA); 64 experts of 0.7 times the width,
+of which a token sees 6, and 2 shared ones; a dense first block, 8 experts wide; 64 training tokens for each active parameter.  The
+latent of MLA is 0.4 times the width (512 at 3B).  The learning rate is 8.6e-4 (active / 612M)^-0.4, which passes through the 3B
+and 27B models of the table, and is at most 3e-3.  Active parameters are counted without the vocabulary, whose size is the
+tokenizer's (`mhc_jax.cost.counts.model_cost`).
 
 Losses: not measured.
 """
@@ -20,7 +20,7 @@ from mhc_jax.connections import parse
 from mhc_jax.cost.counts import model_cost
 from mhc_jax.errors import one_of
 
-# Numbers of layers, of heads, of tokens in a sequence, and of sequences in a step, by rung.
+# For each rung: layers, heads, tokens of a sequence, sequences of a step.
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}
 
 
@@ -54,7 +54,7 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.optimizer.schedule = "step"
 
     config.train.steps = round(64 * active / (length * sequences))
-    config.optimizer.warmup_steps = config.train.steps // 15  # mHC Table 5 has 2000 warm-up steps of 30,000.
+    config.optimizer.warmup_steps = config.train.steps // 15  # The share of mHC Table 5: 2000 of 30,000 steps.
     config.train.validate_every = 500
     config.train.checkpoint_every = 500
     config.train.diagnostics_every = 500

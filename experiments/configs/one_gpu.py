@@ -4,8 +4,9 @@
     python experiments/train.py --config=experiments/configs/one_gpu.py:mhc --workdir=runs/one-gpu-mhc \\
         --config.data.source=TEXT --config.data.tokenizer=bpe:bpe16k.json
 
-`arg` is a connection, as in demo.py.  Branches and streams are in bfloat16.  Attention is cuDNN's, which needs an NVIDIA GPU from
-Ampere on; give --config.model.attention=xla elsewhere.  The blocks have 85M parameters, the two vocabulary matrices 25M.
+The argument after the colon is a connection, as in demo.py.  Branches and streams are in bfloat16.  Attention is the kernel of
+cuDNN, which needs an NVIDIA GPU from Ampere on; give --config.model.attention=xla elsewhere.  The blocks have 85M parameters, the
+two vocabulary matrices 25M.
 
 Losses: not measured.  Cost: 5e16 FLOPs a run, some minutes on an H100.
 """

@@ -2,8 +2,9 @@
 
     python experiments/train.py --config=experiments/configs/prototype.py:hc --workdir=runs/hc
 
-`arg` is a connection, as in demo.py.  The optimizer is AdamW (0.9, 0.95) with a learning rate of 3e-3, weight decay 0.1, 20 steps
-of warm-up, a cosine to 10 %, and clipping at 1.  With these settings HC's gain shows within seconds on two cores.
+The argument after the colon is a connection, as in demo.py.  The optimizer is AdamW (0.9, 0.95) with a learning rate of 3e-3,
+weight decay 0.1, 20 steps of warm-up, a cosine to 10 %, and clipping at 1.  With these settings HC's gain shows within seconds on
+two cores.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from mhc_jax.connections import parse
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:
-    """Return a configuration with every leaf: the settings that define the small size, and defaults."""
+    """Return a configuration with every leaf: the settings that define the small size of the sweeps, and defaults."""
     config = ConfigDict(to_mapping(ExperimentConfig()))
     config.model.connection = to_mapping(parse(arg))
 

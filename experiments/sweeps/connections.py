@@ -13,9 +13,9 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections with the seeds."""
-    # 8 blocks of width 96 have 1.0M parameters, those of the connections not counted.  The runs are longer than the prototype's
-    # 200 steps, so that gaps have time to open.
+    """Return the sweep that crosses the connections with the seeds."""
+    # 8 blocks of width 96 have 1.0M parameters, not counting those of connections.  The runs are longer than the prototype's 200
+    # steps, so that gaps have time to open.
     size = {"model.width": 96, "model.num_layers": 8, "model.mlp_width": 256, "train.steps": 400}
     return Sweep(
         base="../configs/prototype.py",

@@ -1,4 +1,4 @@
-"""Measure the gain against depth: residual, HC and mHC (`init=home`) with 8 to 256 sub-layers.
+"""Measure the composite gain against depth: residual, HC and mHC (`init=home`) with 8 to 256 sub-layers.
 
     python experiments/sweep.py experiments/sweeps/depth.py --workdir=runs/depth
 
@@ -10,8 +10,8 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections with the numbers of blocks and the seeds."""
-    # A block has two sub-layers.  With 80 steps, a run with 256 sub-layers takes minutes.
+    """Return the sweep that crosses the connections with the numbers of blocks and the seeds."""
+    # A block has two sub-layers.  With 80 steps a run of 256 sub-layers takes minutes.
     return Sweep(
         base="../configs/prototype.py",
         points=product(

@@ -1,4 +1,4 @@
-"""Show that HC's gain becomes NaN if the streams are float16.
+"""Show that HC's gain leads to NaN when the streams are float16.
 
     python experiments/sweep.py experiments/sweeps/fp16.py --workdir=runs/fp16
 
@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections with the seeds, all with float16 streams."""
+    """Return the sweep that crosses the connections with the seeds, all with float16 streams."""
     return Sweep(
         base="../configs/prototype.py",
         points=product(over("connection", ["residual", "hc", "mhc:init=home"]), seeds(3)),

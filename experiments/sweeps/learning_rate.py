@@ -1,8 +1,8 @@
-"""Find the largest learning rate that each connection bears, and its loss along the way.
+"""Find the largest learning rate at which each connection trains stably, and the losses at the rates tried.
 
     python experiments/sweep.py experiments/sweeps/learning_rate.py --workdir=runs/learning_rate
 
-Embeddings start with a standard deviation of 1, and gradients are not clipped: with small embeddings and clipping nothing breaks at
+Embeddings start with a standard deviation of 1, and gradients are not clipped: with small embeddings and clipping no run fails at
 this size.  Expect: HC's gain grows with the learning rate, and at 1e-2 and above its gradient norm surges, while mHC (`init=home`)
 bears the largest rates.  Cost: 54 runs of 10 to 60 s on 2 cores.
 """
@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections with the learning rates and the seeds."""
+    """Return the sweep that crosses the connections with the learning rates and the seeds."""
     rates = [3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16]
     return Sweep(
         base="../configs/prototype.py",

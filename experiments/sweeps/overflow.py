@@ -1,4 +1,4 @@
-"""Check that runs whose streams overflow count as diverged: 40 runs of HC, and the six hardest of residual and of mHC.
+"""Check that runs whose streams overflow count as diverged: 40 runs of HC, and the 6 hardest settings for residual and for mHC.
 
     python experiments/sweep.py experiments/sweeps/overflow.py --workdir=runs/overflow
 
@@ -14,12 +14,12 @@ KEYS = ("connection", "model.num_layers", "optimizer.grad_clip", "optimizer.sche
 
 
 def points(*rows: tuple) -> list[Point]:
-    """Make a point of each row of values of `KEYS`."""
+    """Make one point for each row, which holds the values of the settings `KEYS`."""
     return [dict(zip(KEYS, row, strict=True)) for row in rows]
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections and depths with the dtypes of the streams and the learning rates."""
+    """Return the sweep that crosses the connections and depths with the dtypes of the streams and the learning rates."""
     hard = (32, 0.0, "constant")
     hc = points(("hc", 32, 1.0, "cosine"), ("hc:tanh=False", *hard), ("hc:tanh=False", 4, 0.0, "cosine"))
     others = points(("residual", *hard), ("mhc:init=paper", *hard))

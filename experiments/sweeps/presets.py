@@ -1,4 +1,4 @@
-"""Compare where mHC's static logits start: the presets of `init=`.
+"""Compare initial values of mHC's static logits: the presets of `init=`.
 
     python experiments/sweep.py experiments/sweeps/presets.py --workdir=runs/presets
 
@@ -10,6 +10,6 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross residual and the presets with the seeds."""
+    """Return the sweep that crosses residual and the presets of mHC with the seeds."""
     presets = [f"mhc:init={preset}" for preset in ("home", "paper", "residual", "zeros", "hc")]
     return Sweep(base="../configs/prototype.py", points=product(over("connection", ["residual", *presets]), seeds(3)))

@@ -2,7 +2,7 @@
 
     python experiments/sweep.py experiments/sweeps/sinkhorn.py --workdir=runs/sinkhorn
 
-The learning rate is 1e-2 without warm-up, where the logits leave the region in which few iterations are enough.  Expect: the
+The learning rate is 1e-2 without warm-up, so that the logits leave the region in which few iterations are enough.  Expect: the
 forward gain is 1 throughout, because Sinkhorn ends on rows; the backward gain is above 1 and falls with t_max. Cost: 18 runs of
 10 to 90 s on 2 cores.
 """
@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross residual and mHC with each t_max with the seeds."""
+    """Return the sweep that crosses residual, and mHC with each t_max, with the seeds."""
     t_max = product(over("connection", ["mhc:init=home"]), over("model.connection.t_max", [1, 3, 5, 20, 40]))
     return Sweep(
         base="../configs/prototype.py",

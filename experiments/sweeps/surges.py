@@ -1,4 +1,4 @@
-"""Show where HC has the higher loss at a small size: large embeddings, a high learning rate, no clipping.
+"""Show a setting in which HC has the higher loss at a small size: large embeddings, a high learning rate, no clipping.
 
     python experiments/sweep.py experiments/sweeps/surges.py --workdir=runs/surges
 
@@ -11,7 +11,7 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections with clipping and the seeds."""
+    """Return the sweep that crosses the connections with the clipping thresholds and the seeds."""
     return Sweep(
         base="../configs/prototype.py",
         points=product(

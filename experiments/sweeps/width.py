@@ -10,8 +10,8 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Cross the connections with n and the seeds; residual has no n."""
-    # A single stream has no other to be told apart from, so mHC with n = 1 has the paper's preset, not `home`.
+    """Return the sweep that crosses the connections with the numbers of streams n and the seeds.  Residual has no n."""
+    # With n = 1 there is no home stream to tell apart, so mHC has the preset `init=paper` at n = 1.
     single = over("connection", ["hc:num_streams=1", "mhc:num_streams=1:init=paper"])
     several = product(over("connection", ["hc", "mhc:init=home"]), over("model.connection.num_streams", [2, 4, 8]))
     points = over("connection", ["residual"]) + single + several

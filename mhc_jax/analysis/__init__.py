@@ -1,1 +1,1 @@
-"""Runs read back, and what they show: records, statistics, variants and comparisons."""
+"""Analysis of run folders: records of runs, statistics over seeds, variants and comparisons."""

@@ -1,6 +1,6 @@
-"""What runs show, in numbers and words: a table of runs, a table of variants, and the findings.
+"""Make the table of runs, the table of variants, and the findings: sentences that say what the runs show.
 
-Every page, record, notebook and terminal table takes its numbers and sentences from here, so that all follow the rule of
+Every page, record, notebook and terminal table takes its numbers and sentences from this module, so that all follow the rule of
 `statistics.MIN_SEEDS`.
 """
 
@@ -18,16 +18,16 @@ from mhc_jax.analysis.records import RunRecord, labels, last_diagnostics, paired
 from mhc_jax.analysis.statistics import MIN_SEEDS, Paired, paired, stability_frontier, verdict
 
 EQUAL_STREAMS_COSINE = 0.999
-"""Streams count as equal in direction where their mean cosine exceeds this value."""
+"""Streams count as equal in direction if their mean cosine exceeds this value."""
 EQUAL_STREAMS_SIZE = 1.01
-"""Streams count as equal in size where the largest RMS of a sub-layer's streams over the smallest lies below this value."""
+"""Streams of a sub-layer count as equal in size if their largest RMS, divided by their smallest, lies below this value."""
 ONE_STREAM_RANK = 1.01
-"""Streams count as one vector up to sign and scale where `stream_rank` lies below this value.
+"""Streams count as one vector up to sign and scale if `stream_rank` lies below this value.
 
 At least 1 / 1.01, that is 99 %, of their squared size then lies along that vector.
 """
 NBSP = "\N{NO-BREAK SPACE}"
-"""Lets a cell of the table break before its parenthesis only."""
+"""No-break space, so that the text of a table's cell can break before its parenthesis only."""
 DASH = "–"
 COLUMNS = (
     "Losses are in nats/token; training loss and step time are those of summary.json. Gap: validation loss minus that of the "
@@ -48,16 +48,16 @@ STATISTICS = (
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, and the number or word that the column is sorted by; None sorts last."""
+    """A cell of a table: its text, and the number or word by which its column is sorted.  None sorts last."""
 
     text: str
     value: float | str | None
 
 
 def validation_gap(record: RunRecord, baseline: RunRecord) -> tuple[int, float] | None:
-    """Return the last step at which both runs have a finite validation loss, and the difference of the losses there.
+    """Return the last step at which both runs have a finite validation loss, and the difference of the losses at that step.
 
-    The difference is `record` minus `baseline` in nats/token, so below 0 `record` is better.
+    The difference is the loss of `record` minus that of `baseline`, in nats/token.  Below 0 `record` is better.
     """
     steps, gap = paired_gap(record, baseline, "validation")
     finite = np.flatnonzero(np.isfinite(gap))
@@ -65,11 +65,13 @@ def validation_gap(record: RunRecord, baseline: RunRecord) -> tuple[int, float] 
 
 
 def rows(records: Sequence[RunRecord], variants: Sequence[Variant] | None = None) -> list[dict[str, Cell]]:
-    """Return for each run a mapping from heading (with its unit) to cell; all have the same headings.
+    """Return the rows of the table of runs: for each run a mapping from heading (with its unit) to cell.
+
+    All rows have the same headings.
 
     Args:
       records: the runs.
-      variants: `group` of them; None: with the usual baseline.
+      variants: the runs grouped by `group`.  None groups them with the usual baseline.
     """
     variant_of = {run.folder: variant for variant in variants or group(records) for run in variant.runs.values()}
     out = []
@@ -105,9 +107,10 @@ def rows(records: Sequence[RunRecord], variants: Sequence[Variant] | None = None
 
 
 def compare(variant: Variant) -> Paired | None:
-    """Pair the validation losses of a variant with its baseline's; None without a baseline or a seed that both have.
+    """Pair the validation losses of a variant with those of its baseline, seed by seed.
 
-    There is no interval and no p-value where a run of either has not finished: those that did may be the lucky ones.
+    Without a baseline, or a seed that both have, the result is None.  If a run of the variant or the baseline has not finished,
+    there is no interval and no p-value, because the runs that did finish may be the lucky ones.
     """
     if variant.baseline is None:
         return None
@@ -118,7 +121,7 @@ def compare(variant: Variant) -> Paired | None:
 
 
 def statistics_rows(variants: Sequence[Variant]) -> list[dict[str, Cell]]:
-    """Return for each variant a mapping from heading to cell; all have the same headings."""
+    """Return the rows of the table of variants: for each variant a mapping from heading to cell, all with the same headings."""
     out = []
     for variant in variants:
         runs = list(variant.runs.values())
@@ -158,7 +161,7 @@ def statistics_rows(variants: Sequence[Variant]) -> list[dict[str, Cell]]:
 
 
 def findings(variants: Sequence[Variant]) -> list[str]:
-    """Say in sentences what the numbers show: losses, failures, gains, streams, spikes, stability frontiers."""
+    """Return sentences that say what the runs show: losses, failures, gains, streams, spikes and stability frontiers."""
     return [
         *(f"{variant.label}: {sentence}" for variant in variants if (sentence := _claim(variant))),
         *_failures(variants),
@@ -173,7 +176,7 @@ def findings(variants: Sequence[Variant]) -> list[str]:
 
 
 def _claim(variant: Variant) -> str:
-    """Say how the loss compares with the baseline's, and whether the seeds allow a claim."""
+    """Say how a variant's loss compares with its baseline's, and whether there are enough seeds for a claim."""
     if variant.is_baseline:
         return ""
     if variant.baseline is None:
@@ -198,7 +201,7 @@ def _short_verdict(variant: Variant, result: Paired | None) -> str:
 
 
 def _lost(variant: Variant) -> int:
-    """Count the runs of a variant and of its baseline that diverged or have not ended."""
+    """Return the number of runs of a variant and its baseline that diverged or have not ended."""
     both = [variant, *([variant.baseline] if variant.baseline else [])]
     return sum(len(side.runs) - len(side.finished) for side in both)
 
@@ -227,9 +230,9 @@ def _gains(variants: Sequence[Variant]) -> list[str]:
 
 
 def _streams(variant: Variant) -> str:
-    """Say whether the streams of the finished runs differ at the last diagnostics, from the second sub-layer on.
+    """Say whether the streams of a variant's finished runs differ at the last diagnostics step, from the second sub-layer on.
 
-    The first sub-layer is left out because it reads the entry.
+    The first sub-layer is left out, because it reads the streams as the entry made them.
     """
     cosines, ranks, sizes = [], [], []
     for run in variant.finished:
@@ -299,7 +302,7 @@ def _beside_baseline(
     form: Callable[[float], str],
     compared: Callable[[float], str],
 ) -> Cell:
-    """Make the cell of a result, with its ratio to the baseline's in parentheses."""
+    """Make the cell of a run's result, with the ratio to the baseline run's result in parentheses."""
     value, base = record.result(key), baseline.result(key) if baseline else None
     if value is None or not base:
         return _cell(value, form)
@@ -307,7 +310,7 @@ def _beside_baseline(
 
 
 def _gap_cell(record: RunRecord, baseline: RunRecord | None) -> Cell:
-    """Make the cell of the validation gap; it names the step where that is not the baseline run's last."""
+    """Make the cell of the validation gap.  It names the step of the gap if that is not the last step of the baseline run."""
     gap = validation_gap(record, baseline) if baseline else None
     if baseline is None or gap is None:
         return Cell(DASH, None)
@@ -319,7 +322,7 @@ def _gap_cell(record: RunRecord, baseline: RunRecord | None) -> Cell:
 def _gain_cell(runs: Sequence[RunRecord], side: str) -> Cell:
     """Make the cell of the largest composite gain of the runs.
 
-    It says `overflow` where a gain is beyond float64, which summary.json holds as null.
+    The cell says `overflow` if a gain exceeds the range of float64.  summary.json holds such a gain as null.
     """
     if any(run.result("gains_overflowed") for run in runs):
         return Cell("overflow", math.inf)
@@ -328,12 +331,12 @@ def _gain_cell(runs: Sequence[RunRecord], side: str) -> Cell:
 
 
 def _final(record: RunRecord, key: str) -> float | None:
-    """Return a number of the end of the run; None where it did not finish, although its summary may have the number."""
+    """Return a number measured at the end of a run, or None if the run did not finish, even if its summary has the number."""
     return record.result(key) if record.status == "finished" else None
 
 
 def _of_streams(record: RunRecord, value: float | None) -> float | None:
-    """Return the value where there are several streams; with one stream it is 1 by definition, and no measurement."""
+    """Return a cosine or rank of streams, or None for a run of one stream, whose value is 1 by definition."""
     return value if record.num_streams > 1 else None
 
 

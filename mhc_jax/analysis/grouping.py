@@ -1,4 +1,4 @@
-"""Runs grouped into variants, and what each variant is compared with.
+"""Group runs into variants, and find the baseline with which each variant is compared.
 
 The runs of a variant differ in their seeds alone.  The baseline of a variant has the settings that the sweep chose for baselines
 (as a rule the residual connection), and agrees with the variant in every other setting that a run's numbers depend on.  A
@@ -21,7 +21,10 @@ from mhc_jax.analysis.records import SEED_KEYS, RunRecord, flatten, identities, 
 from mhc_jax.errors import InputError, require
 
 Baseline = Mapping[str, Any]
-"""Settings that a baseline has, by dotted key or `connection` (a spec); it shares all others with what is compared."""
+"""Settings of a baseline, by dotted key or `connection` (a spec).
+
+In all other settings the baseline agrees with the variant that is compared with it.
+"""
 ENDED = ("finished", "diverged")
 
 
@@ -30,48 +33,48 @@ class Variant:
     """The runs whose configurations differ in seeds alone."""
 
     label: str
-    """The connection's spec, and the other settings that differ between the variants of the group."""
+    """Spec of the connection, followed by the other settings in which the variants of the group differ."""
     kind: str
     varying: Mapping[str, Any]
-    """Settings that differ between the variants of its kind, by dotted key."""
+    """Settings, by dotted key, that differ between the variants of this kind of connection."""
     runs: Mapping[tuple[int, int], RunRecord]
-    """Runs by (train.seed, data.seed)."""
+    """Runs of the variant by their seeds (train.seed, data.seed)."""
     baseline: Variant | None = None
-    """The variant that it is compared with; None for a baseline itself, and where no variant matches."""
+    """Variant with which this variant is compared.  None if this is a baseline itself, or if no variant matches."""
     is_baseline: bool = False
 
     @property
     def any_run(self) -> RunRecord:
-        """The run of the lowest seed."""
+        """The run of the variant with the lowest seed."""
         return self.runs[min(self.runs)]
 
     @property
     def diverged(self) -> int:
-        """Number of runs that diverged."""
+        """Number of runs of the variant that diverged."""
         return sum(run.status == "diverged" for run in self.runs.values())
 
     @property
     def unfinished(self) -> int:
-        """Number of runs that have not ended."""
+        """Number of runs of the variant that have not ended."""
         return sum(run.status not in ENDED for run in self.runs.values())
 
     @property
     def finished(self) -> list[RunRecord]:
-        """Runs that finished."""
+        """Runs of the variant that finished."""
         return [run for run in self.runs.values() if run.status == "finished"]
 
     def results(self, key: str) -> dict[tuple[int, int], float]:
-        """Map seeds to a number of summary.json, for the runs that finished and have that number."""
+        """Map the seeds of each finished run to the number `key` of its summary.json; runs without the number are left out."""
         values = {run.seed: run.result(key) for run in self.finished}
         return {seed: float(value) for seed, value in values.items() if value is not None}
 
     def mean(self, key: str) -> float | None:
-        """Return the mean of `results`, or None where there are none."""
+        """Return the mean of the number `key` of summary.json over the finished runs, or None if no run has it."""
         values = list(self.results(key).values())
         return float(np.mean(values)) if values else None
 
     def label_without(self, key: str) -> str:
-        """Return the connection's spec and the settings that vary, all but `key`."""
+        """Return the variant's label without the setting `key`: the connection's spec and the other settings that vary."""
         section, _, leaf = key.rpartition(".")
         connection = dict(self.any_run.config["model"]["connection"])
         if section == "model.connection":
@@ -86,11 +89,11 @@ def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> lis
 
     Args:
       records: the runs.
-      baseline: settings of the variants that others are compared with; None: the residual connection or, without residual runs,
+      baseline: settings of the variants that serve as baselines.  None means the residual connection or, without residual runs,
         the first run's connection.
 
     Raises:
-      InputError: no runs, or two of one configuration.
+      InputError: there are no runs, or two runs have the same configuration.
     """
     require(bool(records), "There are no runs to report; give a folder that holds run folders.")
     members: dict[str, dict[tuple[int, int], RunRecord]] = {}
@@ -134,7 +137,7 @@ def _varying(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
-    """Return for each run the baseline's run of the same seeds, with the usual baseline of `group`, or None."""
+    """Return for each run the run of its baseline with the same seeds, or None.  The baseline is the usual one of `group`."""
     of_run = {}
     for variant in group(records):
         for seed, run in variant.runs.items():
@@ -143,7 +146,10 @@ def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
 
 
 def lines(variants: Sequence[Variant], key: str) -> dict[str, list[Variant]]:
-    """Collect variants that differ in the number `key` alone, at least two of them, under the label of what they share."""
+    """Collect the variants that differ in the number `key` alone, under the label of the settings that they share.
+
+    Labels with fewer than two variants are left out.
+    """
     out: dict[str, list[Variant]] = {}
     for variant in variants:
         value = variant.varying.get(key)
@@ -155,17 +161,17 @@ def lines(variants: Sequence[Variant], key: str) -> dict[str, list[Variant]]:
 def loss_threshold(variants: Sequence[Variant]) -> float:
     """Return the loss above which a run counts as unstable: the lowest mean validation loss of a variant plus 0.5 nats.
 
-    It is infinite where no run has a loss.
+    The threshold is infinite if no run has a loss.
     """
     means = [mean for variant in variants if (mean := variant.mean("validation_loss")) is not None]
     return min(means) + 0.5 if means else float("inf")
 
 
 def frontier_lines(variants: Sequence[Variant]) -> dict[str, dict[float, list[float | None]]]:
-    """Map the label of what variants share to their final losses by learning rate; None stands for a run that diverged.
+    """Return the final losses by learning rate, for each label of variants that differ in the learning rate alone.
 
-    The rates end below the first one with a run that has not ended, because nothing can be said of that rate, nor of a frontier
-    beyond it.
+    None stands for the loss of a run that diverged.  The rates end below the first rate with a run that has not ended, because
+    nothing can be said of that rate, nor of a frontier beyond it.
     """
     key = "optimizer.learning_rate"
     out: dict[str, dict[float, list[float | None]]] = {}
@@ -182,8 +188,8 @@ def mean_record(variant: Variant) -> RunRecord:
     """Average the runs of a variant into one record without seeds, for figures of single runs.
 
     Training and validation columns and diagnostics are means at the steps that all runs logged.  Numbers of the summary are means
-    over the runs that have them.  Events and spikes are those of all runs together.  Where a run finished, only finished runs
-    count.
+    over the runs that have them.  Events and spikes are those of all runs.  If any run finished, only
+    finished runs count.
     """
     runs = variant.finished or list(variant.runs.values())
     if len(variant.runs) == 1:

@@ -1,6 +1,6 @@
-"""Run folders, read back: config, environment, metrics and summary as plain values and arrays.
+"""Read run folders: configuration, environment, metrics and summary as plain values and arrays.
 
-Letters: K train lines and V validation lines of metrics.jsonl, S sub-layers (attention and feed-forward count as two), n streams.
+Letters: K train lines and V validation lines of metrics.jsonl, L sub-layers (attention and feed-forward count as two), n streams.
 """
 
 from __future__ import annotations
@@ -23,38 +23,41 @@ from mhc_jax.runs.folder import read_json
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
 NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
-"""Settings that change no number of a run; the sections `mesh` and `pipeline`, which change rounding alone, are neutral, too."""
+"""Dotted keys of settings that change no number of a run (neutral settings).
+
+The sections `mesh` and `pipeline` are neutral, too: they change rounding alone.
+"""
 SHORT = {
     "optimizer.learning_rate": "lr",
     "model.num_layers": "layers",
     "train.seed": "trainseed",
     "data.seed": "dataseed",
 }
-"""Short names of settings in labels and run folders; any other key is shown by its last part."""
+"""Short names of settings in labels and in names of run folders.  A key that is not listed is shown by its last part."""
 ABSENT = "(absent)"
-"""Stands for a setting that a run's config lacks, because each kind of connection has settings of its own."""
+"""Value of a setting that a run's config lacks, because each kind of connection has settings of its own."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds.
+    """The content of a run folder.
 
-    JSON null, which stands for NaN and infinity, is NaN here.
+    JSON null, which stands for NaN and infinity in the files, is NaN in the record.
     """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
-    """The nested configuration, as `mapping.to_mapping` wrote it."""
+    """Configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it."""
     env: Mapping[str, Any]
-    """Device, versions, commit and the like; empty when the folder has no env.json."""
+    """Content of env.json: device, versions, commit and the like.  Empty if the folder has no env.json."""
     summary: Mapping[str, Any] | None
-    """None while the run goes on, and after a kill."""
+    """Content of summary.json.  None while the run goes on, and after it was killed."""
     train: Mapping[str, Float[np.ndarray, " K"]]
-    """Columns `step`, `loss` (nats/token), ...; NaN where a line lacks the key."""
+    """Columns of the train lines: `step`, `loss` (nats/token), ...; NaN if a line lacks the key."""
     validation: Mapping[str, Float[np.ndarray, " V"]]
     diagnostics: Sequence[Mapping[str, Any]]
-    """A mapping for each line: `step` (int) and arrays [S, ...]."""
+    """A mapping for each diagnostics line: `step` (int) and arrays [L, ...]."""
     events: Sequence[Mapping[str, Any]]
 
     @property
@@ -69,7 +72,7 @@ class RunRecord:
 
     @property
     def seed(self) -> tuple[int, int]:
-        """(train.seed, data.seed)."""
+        """The seeds of the run: (train.seed, data.seed)."""
         return self.config["train"].get("seed", 0), self.config["data"].get("seed", 0)
 
     @property
@@ -79,14 +82,14 @@ class RunRecord:
 
     @property
     def diverged_at(self) -> int | None:
-        """Step at which the first number was not finite, or of the `diverged` event; None without either."""
+        """Step at which the first number was not finite, or else the step of the `diverged` event.  None without either."""
         steps = [e["step"] for e in self.events if e.get("event") == "diverged"]
         first = self.result("first_nonfinite_step")
         return int(first) if first is not None else (int(steps[0]) if steps else None)
 
     @property
     def spike_steps(self) -> list[int]:
-        """Steps of loss spikes, from the summary, else from the events."""
+        """Steps of the run's loss spikes, from the summary or, without a summary, from the events."""
         steps = self.result("spike_steps")
         if steps is None:
             steps = [e["step"] for e in self.events if e.get("event") == "spike"]
@@ -94,7 +97,10 @@ class RunRecord:
 
     @property
     def num_streams(self) -> int:
-        """Number n of streams in the diagnostics, else in the configuration; 1 for a connection without streams."""
+        """Number n of streams, from the diagnostics or, without diagnostics, from the configuration.
+
+        It is 1 for a connection without streams.
+        """
         last = last_diagnostics(self, "h_pre") or last_diagnostics(self, "h_res")
         if last is not None:
             return int(last[1].shape[-1])
@@ -102,7 +108,7 @@ class RunRecord:
 
     @property
     def tokens(self) -> int | None:
-        """Number of tokens trained on, steps x batch x sequence length; None without a summary."""
+        """Number of tokens that the run trained on: steps x batch x sequence length.  None without a summary."""
         data, steps = self.config["data"], self.result("steps")
         return None if steps is None else int(steps) * data["batch_size"] * data["sequence_length"]
 
@@ -112,16 +118,16 @@ class RunRecord:
 
 
 def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
-    """Read a run folder.
+    """Read a run folder into a record.
 
-    A last line of metrics.jsonl that is no JSON is left out: it was being written when the process was killed.
+    A last line of metrics.jsonl that is not JSON is left out: it was being written when the process was killed.
 
     Args:
       folder: the run folder.
       metrics: whether to read metrics.jsonl; without it the record has a summary and no curves.
 
     Raises:
-      InputError: no such folder; no config.json or metrics.jsonl in it; a file that does not parse.
+      InputError: there is no such folder, it lacks config.json or metrics.jsonl, or a file does not parse.
     """
     folder = Path(folder)
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a run.")
@@ -152,12 +158,14 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
 
 
 def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, "K ..."]]:
-    """Return the steps and values of one measurement, in the order of steps; both are empty when no line has the key.
+    """Return the steps and values of one measurement of a run, in the order of steps.
+
+    Both are empty when no line has the key.
 
     Args:
       record: the run.
       kind: `train`, `validation` or `diagnostics`.
-      key: e.g. `loss` (values [K]) or `composite_forward` (values [K, S]).
+      key: key of a line, e.g. `loss` (values [K]) or `composite_forward` (values [K, L]).
     """
     one_of("kind", kind, MEASUREMENTS)
     if kind == "diagnostics":
@@ -170,8 +178,8 @@ def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"
     return columns["step"].astype(int), columns[key]
 
 
-def last_diagnostics(record: RunRecord, key: str) -> tuple[int, Float[np.ndarray, "S ..."]] | None:
-    """Return the step and value of the last diagnostics line with a finite number in `key`, or None."""
+def last_diagnostics(record: RunRecord, key: str) -> tuple[int, Float[np.ndarray, "L ..."]] | None:
+    """Return the step of the last diagnostics line with a finite number in `key`, and the values of `key` there, or None."""
     for line in reversed(record.diagnostics):
         if line.get(key) is not None and np.isfinite(line[key]).any():
             return line["step"], line[key]
@@ -190,11 +198,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]:
-    """Return what tells a run from those of other variants: `connection` (its spec), and the settings its numbers depend on.
+    """Return the settings that tell a run's variant from others: `connection` (its spec), and all on which its numbers depend.
 
     Args:
-      config: nested, as `mapping.to_mapping` wrote it.
-      neutral: whether to keep the settings that change no number.
+      config: configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it.
+      neutral: whether to keep the settings that change no number of a run (`NEUTRAL_KEYS`, `mesh` and `pipeline`).
     """
     sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
     keys = SEED_KEYS if neutral else SEED_KEYS + NEUTRAL_KEYS
@@ -203,9 +211,9 @@ def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]
 
 
 def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Return the `identity` of each run and, where all runs recorded it, the start of the hash of its training text (`text`).
+    """Return the `identity` of each run, and under `text` the start of the hash of its training text, if all runs recorded it.
 
-    Where runs differ in neutral settings alone, as in a sweep over meshes, the identities hold these settings too.
+    If runs differ in neutral settings alone, as in a sweep over meshes, the identities hold these settings too.
     """
     hashes = [flatten(record.env).get("data.train_sha256") for record in records]
     texts = [{} if None in hashes else {"text": str(text)[:8]} for text in hashes]
@@ -219,7 +227,10 @@ def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def not_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, by dotted key, that differ from the project's defaults, without the connection and the seeds."""
+    """Return the settings of a configuration, by dotted key, that differ from the project's defaults.
+
+    The connection and the seeds are left out.
+    """
     defaults = flatten(to_mapping(ExperimentConfig()))
     return {
         key: value
@@ -231,12 +242,12 @@ def not_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 def paired_gap(
     record: RunRecord, baseline: RunRecord, kind: str
 ) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, " K"]]:
-    """Return the steps that both runs logged, and the loss of `record` minus that of `baseline` (nats/token) there.
+    """Return the steps that both runs logged, and at each step the loss of `record` minus that of `baseline` (nats/token).
 
     Args:
-      record: the run that has the lower loss where the difference is below 0.
-      baseline: the run that it is compared with.
-      kind: `train` or `validation`.
+      record: the run to compare.  It has the lower loss if the difference is below 0.
+      baseline: the run with which `record` is compared.
+      kind: kind of the loss, `train` or `validation`.
     """
     steps, loss = series(record, kind, "loss")
     base_steps, base_loss = series(baseline, kind, "loss")
@@ -245,18 +256,18 @@ def paired_gap(
 
 
 def seed_name(seed: tuple[int, int]) -> str:
-    """Return `seed 1`, or `seeds 0/1` where the seeds of training and data differ."""
+    """Return the seeds of a run as words: `seed 1`, or `seeds 0/1` if the seeds of training and data differ."""
     return f"seed {seed[0]}" if seed[0] == seed[1] else f"seeds {seed[0]}/{seed[1]}"
 
 
 def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
-    """Name each run by its connection, by the other settings in which the runs differ, and by its seeds where they differ.
+    """Name each run by its connection, by the other settings in which the runs differ, and by its seeds if the seeds differ.
 
-    Primes tell runs apart that would have the same name.
+    Runs that would have the same name are told apart by primes.
 
     Args:
       records: the runs.
-      seeds: whether to name the seeds.
+      seeds: whether the names hold the seeds.
     """
     known = identities(records)
     keys = [key for key in dict.fromkeys(key for settings in known for key in settings) if key != "connection"]
@@ -277,7 +288,7 @@ def _word(value: Any) -> str:
 
 
 def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of metrics.jsonl by kind; lists of diagnostics become arrays."""
+    """Return the lines of metrics.jsonl by kind.  Lists in diagnostics lines become arrays."""
     lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MEASUREMENTS, "event")}
     raw = [(number, text) for number, text in enumerate(path.read_bytes().split(b"\n"), 1) if text.strip()]
     for number, text in raw:
@@ -297,6 +308,6 @@ def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " K"]]:
-    """Make a column of each numeric key; null and missing values are NaN."""
+    """Make a column of each numeric key of the lines.  Null and missing values become NaN."""
     keys = sorted({k for line in lines for k, v in line.items() if isinstance(v, int | float)} | {"step"})
     return {key: np.asarray([line.get(key) for line in lines], float) for key in keys}

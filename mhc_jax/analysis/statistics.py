@@ -1,9 +1,9 @@
-"""What a handful of seeds allows to say: paired differences, stability frontiers, power laws.
+"""Statistics over a handful of seeds: paired differences, stability frontiers and power laws.
 
 One rule holds for every table, figure and sentence of the project: below `MIN_SEEDS` paired seeds there are differences, but no
 interval, no p-value, no effect size and no claim.  The tests and intervals are SciPy's.
 
-Letters: K is the number of seeds that both variants have.  A difference is `variant - baseline` of one measurement, so for a loss
+Letters: K is the number of seeds that both variants have.  A difference is `variant - baseline` of one measurement; for a loss,
 below 0 is better.
 """
 
@@ -22,19 +22,22 @@ from mhc_jax.errors import require
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-"""Smallest number of seeds with an interval.  With two, Student's factor is 12.7, and the spread rests on one number."""
+"""Smallest number of seeds for an interval.  With two seeds Student's factor is 12.7, and the spread rests on one number."""
 SPREAD = 1e-9
-"""Values that differ by less count as equal: summaries hold nine digits, and rounding alone makes equal values deviate."""
+"""Values that differ by less than this count as equal.
+
+Summaries hold nine digits, so rounding alone makes equal values deviate.
+"""
 MOST_FLIPS = 2**14
-"""Largest number of sign patterns that `sign_flip_p` looks at: all patterns of up to 14 seeds, random ones of more."""
+"""Largest number of sign patterns that `sign_flip_p` tries: all patterns for up to 14 seeds, random patterns for more."""
 
 
 @dataclass(frozen=True)
 class Paired:
     """Paired differences of one variant from its baseline, over seeds.
 
-    The interval has a confidence of 95 %, and the p-values are two-sided.  All are None below `MIN_SEEDS` seeds, and where the
-    differences are all equal.
+    The interval has a confidence of 95 %, and the p-values are two-sided.  Interval, p-values and effect
+    are None below `MIN_SEEDS` seeds, and if the differences are all equal.
     """
 
     differences: tuple[float, ...]
@@ -46,25 +49,25 @@ class Paired:
     p_sign_flip: float | None
     r"""p-value of the permutation test of the mean under flips of signs; with K seeds it is at least $2^{1-K}$."""
     effect: float | None
-    """Mean difference in standard deviations of the baseline over the same seeds."""
+    """Mean difference divided by the standard deviation of the baseline over the same seeds."""
 
     @property
     def seeds(self) -> int:
-        """Number K of seeds that both have."""
+        """Number K of seeds that both the variant and the baseline have."""
         return len(self.differences)
 
     @property
     def resolved(self) -> bool:
-        """Whether there is an interval that leaves 0 out."""
+        """Whether there is an interval of the mean difference and 0 lies outside it."""
         return self.t_interval is not None and (self.t_interval[0] > 0 or self.t_interval[1] < 0)
 
 
 def paired(variant: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paired | None:
-    """Compare two variants seed by seed; None when no seed has a finite value in both.
+    """Compare two variants seed by seed.  The result is None if no seed has a finite value in both.
 
     Args:
-      variant: values by seed.
-      baseline: values by seed, in the same units.
+      variant: values of the variant by seed.
+      baseline: values of the baseline by seed, in the same units.
     """
     common = [s for s in variant if s in baseline and math.isfinite(variant[s]) and math.isfinite(baseline[s])]
     if not common:
@@ -86,9 +89,9 @@ def t_interval(values: Float[np.ndarray, " K"]) -> tuple[float, float]:
 
 
 def sign_flip_p(differences: Float[np.ndarray, " K"]) -> float:
-    """Return the two-sided p-value of the mean under flips of signs.
+    """Return the two-sided p-value of the mean difference under flips of signs.
 
-    It is exact for up to 14 values; for more it comes from 2^14 random flips.
+    The p-value is exact for up to 14 values.  For more values it comes from 2^14 random flips.
     """
     test = stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=MOST_FLIPS, rng=np.random.default_rng(0)
@@ -97,11 +100,11 @@ def sign_flip_p(differences: Float[np.ndarray, " K"]) -> float:
 
 
 def verdict(result: Paired | None, baseline: str) -> str:
-    """Say in one sentence what the seeds allow to say about a variant, and what not.
+    """Return one sentence that says whether a variant's loss differs from its baseline's, as far as the seeds allow.
 
     Args:
-      result: what `paired` returned.
-      baseline: name of the variant that it is compared with.
+      result: paired differences from `paired`.
+      baseline: name of the baseline.
     """
     if result is None:
         return f"no claim: no seed has a final loss here and in {baseline}."
@@ -122,17 +125,17 @@ def verdict(result: Paired | None, baseline: str) -> str:
 def stability_frontier(
     losses: Mapping[float, Sequence[float | None]], threshold: float
 ) -> tuple[float | None, float | None]:
-    """Find the largest learning rate up to which every seed is stable, and the first one that is not.
+    """Find the largest learning rate up to which every seed is stable, and the first learning rate that is unstable.
 
-    A rate is stable where every loss is finite and below `threshold`.  Rates above the first unstable one do not count, whatever
-    they gave.  Rates below the first stable one whose losses are all finite are slow and not unstable; they are passed over.
+    A rate is stable if every loss is finite and below `threshold`.  Rates above the first unstable rate do not count, whatever
+    their losses.  Rates below the first stable rate whose losses are all finite are slow, not unstable; they are passed over.
 
     Args:
-      losses: final losses of the seeds by learning rate, None for a run without one.
-      threshold: in nats/token.
+      losses: final losses of the seeds by learning rate, None for a run without a final loss.
+      threshold: loss from which a run is unstable, in nats/token.
 
     Returns:
-      Both rates; either is None where there is none among those tried.
+      The largest stable rate and the first unstable rate.  Either is None if no rate tried is of that sort.
     """
     last = None
     for rate in sorted(losses):
@@ -149,25 +152,25 @@ def stability_frontier(
 class PowerLaw:
     r"""The law $\text{loss} = a (x / x_0)^{-b}$, where $x_0$ is the geometric mean of x.
 
-    It is fitted to the logarithms by least squares, so that relative errors count alike.
+    The law is fitted to the logarithms by least squares, so that equal relative errors count alike.
     """
 
     a: float
     b: float
     x_0: float
     b_interval: tuple[float, float] | None
-    """Student's 95 % interval of the exponent; None for two points, which any power law fits."""
+    """Student's 95 % interval of the exponent b.  None for two points, which a power law fits exactly."""
 
 
 def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw:
     """Fit a power law to the losses of models of several sizes.
 
     Args:
-      x: training FLOPs, or any other positive size.
-      loss: one positive value for each size.
+      x: size of each model: training FLOPs, or any other positive size.
+      loss: loss of each model, positive.
 
     Raises:
-      InputError: fewer than two different sizes, or a value that is not positive.
+      InputError: there are fewer than two different sizes, or a value is not positive.
     """
     require(
         len(set(x)) >= 2 and min(*x, *loss) > 0, "A power law takes at least two different sizes, and positive values."

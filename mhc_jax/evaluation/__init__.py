@@ -1,4 +1,4 @@
-"""Benchmarks of trained models, run by lm-evaluation-harness.
+"""Evaluate trained models on benchmarks with lm-evaluation-harness.
 
-`harness` needs that library (the extra `eval`), and so do the functions of `run`; the other modules work without it.
+The module `harness` and the functions of `run` need that library (the extra `eval`).  The other modules work without it.
 """

@@ -1,4 +1,4 @@
-"""Models as lm-evaluation-harness sees them: a trained one (`DecoderLM`), and one that knows the answers (`GoldLM`)."""
+"""Models for lm-evaluation-harness: a trained model (`DecoderLM`), and a model that knows the answers (`GoldLM`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.trained import Trained
 
 MAX_GEN_TOKS = 256
-"""Tokens of an answer where the task names no limit, as in the models of lm-evaluation-harness."""
+"""Largest number of tokens of an answer if the task names no limit, as in the models of lm-evaluation-harness."""
 MOST_ROWS = {"cpu": 32}
-"""Prompts answered at once, at most, by platform."""
+"""Largest number of prompts that are answered at once, by platform."""
 MORE_ROWS = 256
-"""The same on platforms that `MOST_ROWS` does not name."""
+"""Largest number of prompts that are answered at once on platforms that `MOST_ROWS` does not name."""
 
 
 class Likelihood(NamedTuple):
@@ -32,11 +32,11 @@ class Likelihood(NamedTuple):
     nats: float
     """Natural logarithm of the probability of the scored tokens."""
     greedy: bool
-    """Whether each scored token was the most likely one."""
+    """Whether every scored token was the most likely token at its position."""
     cut: int
-    """Tokens that the context lost at its beginning, because it did not fit."""
+    """Number of tokens that the context lost at its beginning because it did not fit."""
     size: int
-    """Bytes of the scored text: the continuation, and what `split_texts` adds to it from the end of the context."""
+    """Number of bytes of the scored text: the continuation, and the end of the context that `split_texts` adds to it."""
 
 
 class _HarnessLM(LM):
@@ -45,17 +45,20 @@ class _HarnessLM(LM):
 
 
 class DecoderLM(_HarnessLM):
-    """A trained model of any connection.  Prompts that do not fit the context lose their beginning, which is counted."""
+    """A trained model of any connection, as lm-evaluation-harness calls it.
+
+    Prompts that do not fit the context lose their beginning, and the number of lost tokens is recorded.
+    """
 
     def __init__(self, model: Trained, store: Responses, context: int = 0, batch_size: int = 0, max_gen_toks: int = 0):
-        """Prepare the model; nothing is compiled yet.
+        """Prepare the model for the benchmarks.  Nothing is compiled yet.
 
         Args:
-          model: as from `load_trained`.
-          store: keeps responses, and has those of earlier calls.
-          context: tokens of prompt and answer together; 0: the sequence length of training.
-          batch_size: rows of a batch; 0: as many as fit the memory.
-          max_gen_toks: tokens of an answer at most, even where the task allows more; 0: what the task allows.
+          model: trained model from `load_trained`.
+          store: keeps the responses, and holds the responses of earlier calls.
+          context: largest number of tokens of prompt and answer together.  0 means the sequence length of training.
+          batch_size: rows of a batch.  0 means as many as fit the memory.
+          max_gen_toks: largest number of tokens of an answer, even if the task allows more.  0 means the limit of the task.
         """
         super().__init__()
         self.model, self.store, self.limit, self.batch_size = model, store, max_gen_toks, batch_size
@@ -67,18 +70,18 @@ class DecoderLM(_HarnessLM):
 
     @property
     def compilations(self) -> int:
-        """Number of programs compiled so far."""
+        """Number of programs that this model has compiled so far."""
         return self.scorer.compilations + len(self.generator.programs)
 
     def scored(self, requests: Sequence[Instance]) -> list[Likelihood]:
-        """Return the likelihood of each (context, continuation), computed where the store does not have it.
+        """Return the likelihood of each request (context, continuation).  It is computed if the store does not have it.
 
         The continuations of one context in one item share their conditioning tokens (`split_texts`).  A context that does not
         fit loses its beginning until the longest continuation fits, for all continuations alike.  The models of
-        lm-evaluation-harness instead cut the context for each continuation by itself.
+        lm-evaluation-harness instead cut the context for each continuation separately.
 
         Raises:
-          InputError: a continuation is empty or longer than the context.  Nothing has been computed then.
+          InputError: a continuation is empty or longer than the context.  It is raised before anything is computed.
         """
         items: dict[tuple[str | None, int | None, str], list[int]] = {}
         for index, request in enumerate(requests):
@@ -99,7 +102,7 @@ class DecoderLM(_HarnessLM):
             )
             kept = given[-(self.max_length + 1 - longest) :]
             for index, text, ids in zip(indices, texts, scored, strict=True):
-                # Together with the text, the two lengths determine the scored tokens and those before them.
+                # Texts and the two lengths together determine the scored tokens and the tokens before them.
                 key = self.store.key("loglikelihood", [context, text, len(kept), len(ids)])
                 answers[index] = key, len(given) - len(kept), int(sizes[ids].sum())
                 if key not in self.store.known:
@@ -119,14 +122,17 @@ class DecoderLM(_HarnessLM):
         return out
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (ln p, greedy) of each continuation after its context."""
+        """Return (ln p, greedy) for each request: p is the probability of the continuation after its context.
+
+        `greedy` says whether every scored token was the most likely token.
+        """
         return [(answer.nats, answer.greedy) for answer in self.scored(requests)]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Return answers up to the first stop string, greedy unless the task asks for samples.
+        """Return the answer to each prompt, up to the first stop string.  Decoding is greedy unless the task asks for samples.
 
         Raises:
-          InputError: the longest answer that a task allows leaves no room for a prompt.  Nothing has been computed then.
+          InputError: the longest answer that a task allows leaves no room for a prompt.  It is raised before anything is computed.
         """
         keys = [self.store.key("generate", [*request.args, self.limit]) for request in requests]
         groups: dict[str, dict[str, list[int]]] = {}
@@ -149,7 +155,7 @@ class DecoderLM(_HarnessLM):
         return [self.store.known[key]["response"] for key in keys]
 
     def _answer(self, settings: Mapping[str, Any], prompts: dict[str, list[int]], progress: Progress) -> None:
-        """Answer prompts that share their settings, the longest first."""
+        """Generate the answers to prompts that share their settings, the longest prompts first."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         max_new = self._max_new(settings)
@@ -161,7 +167,7 @@ class DecoderLM(_HarnessLM):
         tokenizer, end = self.model.tokenizer, self.model.tokenizer.end_of_document
 
         def text_of(made: list[int]) -> tuple[str, bool]:
-            """Return the answer up to the first stop, and whether there was one."""
+            """Return the text of the answer up to the first stop, and whether the answer has a stop."""
             text = tokenizer.decode(made[: made.index(end)] if end in made else made)
             stops = [text.index(stop) for stop in until if stop in text]
             return (text[: min(stops)], True) if stops else (text, end in made)
@@ -173,7 +179,7 @@ class DecoderLM(_HarnessLM):
             order = order[len(batch) :]
             kept = [prompts[key][-room:] for key in batch]
             count = len(kept)
-            # Repeated prompts fill an incomplete batch up to one of few sizes, each of which is a program.
+            # Repeated prompts fill an incomplete batch up to one of a few sizes, because each size is compiled to a program.
             kept += [kept[-1]] * (min(self._rows(T), bucket(count, FEW_ROWS)) - count)
 
             def ended(row: int, made: list[int], count: int = count) -> bool:
@@ -186,14 +192,15 @@ class DecoderLM(_HarnessLM):
             progress.advance(count)
 
     def _max_new(self, settings: Mapping[str, Any]) -> int:
-        """Return the tokens of an answer at most."""
+        """Return the largest number of tokens of an answer to a request with these settings."""
         asked = int(settings.get("max_gen_toks", MAX_GEN_TOKS))
         return min(asked, self.limit or asked)
 
     def _rows(self, T: int) -> int:
-        """Return the number of prompts of T tokens answered at once.
+        """Return the number of prompts of T tokens that are answered at once.
 
-        It is a power of two, for which keys, values and attention scores take at most half of `memory_budget`.
+        Unless a batch size is set, the number is a power of two for which keys, values and attention scores take at most half of
+        `memory_budget`.
         """
         if self.batch_size:
             return self.batch_size
@@ -206,17 +213,17 @@ class DecoderLM(_HarnessLM):
 
 
 class GoldLM(_HarnessLM):
-    """A model that answers with the gold text.  Its score is what data, prompts and metrics let a perfect model reach."""
+    """A model that answers with the gold text.  Its score is the score that data, prompts and metrics let a perfect model reach."""
 
     def __init__(self, gold: Callable[[str, Mapping[str, Any]], Any]):
-        """Take the answers from `gold`: (task, item) -> the answer, or for multiple choice the index of the choice."""
+        """Take the function `gold`: (task, item) -> the gold answer, or the index of the gold choice in multiple choice."""
         super().__init__()
         self.gold = gold
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """Return 0 for the right choice and -1e3 for the others."""
+        """Return (ln p, greedy) for each choice: (0, True) for the right choice, (-1e3, False) for every wrong choice."""
         return [(0.0, True) if r.idx == self.gold(r.task_name, r.doc) else (-1e3, False) for r in requests]
 
     def generate_until(self, requests) -> list[str]:
-        """Return the gold answers."""
+        """Return the gold answer to each prompt."""
         return [self.gold(r.task_name, r.doc) for r in requests]

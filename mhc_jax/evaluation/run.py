@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints on benchmarks; results, samples and configuration are kept beside each checkpoint."""
+"""Evaluate checkpoints on benchmarks.  Results, samples and configuration are kept in the run folder of each checkpoint."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def import_harness(local: bool) -> Any:
     """Import lm_eval and return it, without its progress bars and warnings.
 
     Args:
-      local: keep it from looking for a network, since all items are in local files.
+      local: whether all items are in local files, so that the library need not look for a network.
 
     Raises:
-      InputError: it is not installed.
+      InputError: lm_eval is not installed.
     """
     if local:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -56,24 +56,24 @@ def evaluate(
     max_gen_toks: int = 0,
     tokenizer: str = "",
 ) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint.  Responses that are known from earlier calls are not computed again.
+    """Evaluate a run's newest checkpoint on benchmarks.  Responses that are known from earlier calls are not computed again.
 
     Args:
       checkpoint: run folder.
-      tasks: names as `tasks.choose` takes them.
-      data_dir: folder of local items; None: items come from the hub.
-      limit: items of each task; 0: all.
-      context: tokens of prompt and answer together; 0: the sequence length of training.
-      batch_size: rows of a batch; 0: as many as fit the memory.
-      max_gen_toks: tokens of an answer at most; 0: what the task allows.
-      tokenizer: as data.tokenizer; empty: the one in the checkpoint.
+      tasks: names of benchmarks and tasks, as `tasks.choose` takes them.
+      data_dir: folder of local items.  None means that items come from the hub.
+      limit: largest number of items of each task.  0 means all items.
+      context: largest number of tokens of prompt and answer together.  0 means the sequence length of training.
+      batch_size: rows of a batch.  0 means as many as fit the memory.
+      max_gen_toks: largest number of tokens of an answer.  0 means the limit of the task.
+      tokenizer: tokenizer in the form of data.tokenizer.  Empty means the tokenizer of the checkpoint.
 
     Returns:
       The content of the results file, its folder, and `samples` (`collect`).
 
     Raises:
       InputError: a number is negative, a task, file, checkpoint or tokenizer cannot be used, or a prompt and its answer do not
-        fit the context.  What can be checked before anything is compiled, is.
+        fit the context.  All that can be checked before anything is compiled is checked then.
     """
     sizes = {"limit": limit, "context": context, "batch_size": batch_size, "max_gen_toks": max_gen_toks}
     for name, value in sizes.items():
@@ -122,13 +122,13 @@ def evaluate(
 
 
 def gold_check(tasks: Sequence[str], data_dir: str | Path | None, limit: int = 0) -> dict[str, Any]:
-    """Evaluate a model that answers with the gold text, which shows the highest score that data, prompts and metrics allow.
+    """Evaluate a model that answers with the gold text, to show the highest score that data, prompts and metrics allow.
 
     Args:
       tasks, data_dir, limit: as in `evaluate`.
 
     Returns:
-      `benchmarks`, as `summarise` returns them, and `harness`: task to the values of lm-evaluation-harness.
+      `benchmarks`, as `summarise` returns them, and `harness`: the values of lm-evaluation-harness by task.
     """
     chosen = choose(tasks)
     specs = harness_tasks(chosen, _folder(data_dir))
@@ -161,10 +161,10 @@ def _folder(data_dir: str | Path | None) -> Path | None:
 def collect(
     chosen: Mapping[str, Sequence[str]], logged: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return one mapping for each item.
+    """Return the samples of an evaluation: one mapping for each item of each task.
 
-    Keys: benchmark, task, doc_id, score (by the metric and filter of the benchmark), response, target, prompt_hash, and the three
-    that `add_gold_bits` fills in.
+    The keys are benchmark, task, doc_id, score (by the metric and filter of the benchmark), response, target, prompt_hash, and
+    the three keys that `add_gold_bits` fills in.
     """
     return [
         {
@@ -187,16 +187,17 @@ def collect(
 
 
 def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[str, Any]) -> None:
-    """Add gold_bits (-log2 p of the gold answer after the prompt), gold_bytes and truncated to each sample.
+    """Add to each sample gold_bits (-log2 p of the gold answer after the prompt), gold_bytes and truncated.
 
-    In multiple choice the gold choice has been scored already.  Elsewhere the first target is scored here, after the delimiter
-    that the task puts between question and answer in its examples.  An empty target has neither bits nor bytes.  The bytes are
-    those of the scored text, with the delimiter (`scoring.split_texts`).  `truncated` says whether the prompt lost its beginning.
+    In multiple choice the gold choice has been scored already.  In all other tasks the first target is scored here, after the
+    delimiter that the task puts between question and answer in its examples.  An empty target has neither bits nor bytes.  The
+    bytes are counted over the scored text, with the delimiter (`scoring.split_texts`).  `truncated` says whether the prompt lost
+    its beginning.
 
     Args:
-      lm: a `DecoderLM`, which made the responses.
-      samples: as from `collect`.
-      logged: what lm_eval.simple_evaluate returned.
+      lm: the `DecoderLM` that made the responses.
+      samples: samples from `collect`.
+      logged: result of lm_eval.simple_evaluate.
     """
     from lm_eval.api.instance import Instance
 
@@ -229,11 +230,11 @@ def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[st
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], shots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Return the numbers of each benchmark over all items of all its tasks.  A task weighs as many items as it has.
+    """Return the numbers of each benchmark over all items of all its tasks.  Every item has the same weight.
 
     Args:
-      samples: as from `collect`, with `add_gold_bits`.
-      shots: task to the number of examples in its prompts, as the harness counts them.
+      samples: samples from `collect`, completed by `add_gold_bits`.
+      shots: number of examples in the prompts of each task, as the harness counts them.
 
     Returns:
       By benchmark: score (mean of the metric), stderr (standard error of the items as one sample; None for a single item),

@@ -1,7 +1,8 @@
-"""Log-likelihoods of token sequences, computed in batches of a few shapes.
+"""Compute log-likelihoods of token sequences in batches of a few shapes.
 
-A sequence is padded on the right to a power of two (its bucket).  In a causal model later tokens change nothing, so a score depends
-neither on the bucket nor on other rows.  One program is compiled for each bucket, for as many rows as fit the memory.
+A sequence is padded on the right to a power of two (its bucket).  In a causal model later tokens do not change
+the predictions of earlier ones, so a score depends neither on the bucket nor on other rows.  For each bucket a program is
+compiled, for as many rows as fit the memory.
 """
 
 from __future__ import annotations
@@ -25,50 +26,50 @@ from mhc_jax.parallel.sharding import batch_sharding, using
 
 LN2 = math.log(2)
 TOKENS = {"cpu": 8192}
-"""Tokens of a batch, at most, by platform; larger batches are no faster."""
+"""Largest number of tokens of a batch, by platform.  Larger batches are no faster."""
 MORE_TOKENS = 65536
-"""The same on platforms that `TOKENS` does not name."""
+"""Largest number of tokens of a batch on platforms that `TOKENS` does not name."""
 FEW_ROWS = 8
-"""Rows of the smallest batch, where they fit.  Without it, every size of a last batch would be a program of its own."""
+"""Smallest number of rows of a batch, if they fit.  Without it, every size of a last batch would be compiled separately."""
 
 
 class Scored(NamedTuple):
-    """Token ids, of which the last `scored` are to be predicted, each from all ids before it."""
+    """A sequence to score: the model predicts each of the last `scored` ids from all ids before it."""
 
     ids: Sequence[int]
     scored: int
 
 
 class Score(NamedTuple):
-    """The score of one sequence."""
+    """Score of one sequence of tokens."""
 
     bits: float
-    """-log2 of the probability of the scored tokens: a float64 sum of float32 terms."""
+    """-log2 of the probability of the scored tokens, in bits.  It is a float64 sum of float32 terms."""
     greedy: bool
-    """Whether each scored token was the most likely one."""
+    """Whether every scored token was the most likely token at its position."""
 
 
 def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Split texts into the tokens that condition all continuations of a context, and the tokens of each that are scored.
+    """Split texts (context + continuation) into the tokens that condition all continuations, and the scored tokens of each.
 
-    Each whole text, context + continuation, is encoded.  The conditioning tokens are the longest run of tokens that all
-    encodings begin with and that ends within the context.  All later tokens are scored.  A token that straddles the end of the
-    context is therefore scored, with the bytes of the context that it holds.  Two continuations differ in their scores exactly
+    Each whole text is encoded.  The conditioning tokens are the longest run of tokens that all
+    encodings begin with and that ends within the context.  All later tokens are scored.  Hence a token that straddles the end of
+    the context is scored, with the bytes of the context that it holds.  Two continuations differ in their scores exactly
     as in the log-probabilities of their whole texts.
 
     White space at the end of the context counts as part of each continuation.
 
-    lm-evaluation-harness (`TemplateLM._encode_pair`) cuts the whole text after as many tokens as the context alone has.  The
-    splits are the same where every encoding begins with the encoding of the context.
+    lm-evaluation-harness (`TemplateLM._encode_pair`) cuts the whole text after as many tokens as the context alone has.
+    Both splits are the same if every encoding begins with the encoding of the context.
 
     Args:
-      tokenizer: lossless; none of its special tokens is added.
-      context: may be empty.
-      continuations: at least one, none of them empty.
+      tokenizer: a lossless tokenizer.  None of its special tokens is added.
+      context: text before the continuations, which may be empty.
+      continuations: texts to score, at least one, none of them empty.
 
     Returns:
-      The conditioning tokens, and for each continuation its scored tokens, at least one.  Where no token conditions, the end of
-      a document does.
+      The conditioning tokens, and for each continuation its scored tokens, at least one.  If there would be no conditioning
+      token, the end-of-document token is the only one.
     """
     room = len(context.rstrip().encode())
     encoded = tokenizer.encode_batch([context + continuation for continuation in continuations])
@@ -82,7 +83,7 @@ def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]
 
 
 def memory_budget() -> int:
-    """Return the bytes that a program may use: 4/5 of the free memory of an accelerator, or 1/4 of that of a host."""
+    """Return the bytes that a program may use: 4/5 of an accelerator's free memory, or 1/4 of the host's free memory."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -90,9 +91,10 @@ def memory_budget() -> int:
 
 
 def make_score_step(config: ModelConfig) -> Any:
-    """Return the function (params, inputs, targets) -> (bits, greedy); all arrays are [B, T].
+    """Return the function that scores a batch: (params, inputs, targets) -> (bits, greedy).
 
-    bits is -log2 of the probability of each target, float32.  greedy says whether the target was the most likely token.
+    Inputs, targets, bits and greedy have the shape [B, T].  bits is -log2 of the probability of each target, in float32.  greedy
+    says whether the target was the most likely token.
     """
     model = Decoder(config)
 
@@ -108,26 +110,26 @@ def make_score_step(config: ModelConfig) -> Any:
 
 
 class Scorer:
-    """Scores sequences with one set of parameters, and keeps the compiled programs."""
+    """Scorer of token sequences with one set of parameters, which keeps its compiled programs."""
 
     def __init__(self, config: ModelConfig, params: Any, mesh: Mesh | None = None, batch_size: int = 0):
-        """Compile nothing yet.
+        """Prepare the scorer.  Nothing is compiled yet.
 
         Args:
-          config: of the model.
-          params: of `Decoder`; on `mesh`, or on the first device.
-          mesh: None: one device.
-          batch_size: rows of a batch; 0: as many as fit the memory by the compiler's estimate.
+          config: configuration of the model.
+          params: parameters of `Decoder`, on `mesh` or on the first device.
+          mesh: mesh of devices.  None means one device.
+          batch_size: rows of a batch.  0 means as many as fit the memory by the compiler's estimate.
         """
         self.params, self.mesh, self.batch_size = params, mesh, batch_size
         self._step = jax.jit(make_score_step(config))
         self.programs: dict[tuple[int, int], Any] = {}
-        """(rows, tokens of a row) to the compiled program."""
+        """Compiled programs by (rows of a batch, tokens of a row)."""
         self.compilations = 0
         self._most: dict[int, int] = {}
 
     def scores(self, sequences: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
-        """Yield (index, score) of each sequence, longer sequences first.  Equal sequences are computed once."""
+        """Yield the index and the score of each sequence, longer sequences first.  Equal sequences are computed once."""
         same: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, sequence in enumerate(sequences):
             same.setdefault((tuple(sequence.ids), sequence.scored), []).append(index)
@@ -143,7 +145,7 @@ class Scorer:
                 left = left[len(scored) :]
 
     def _batch(self, left: list[tuple[tuple[int, ...], int]], T: int) -> list[Score]:
-        """Score the next rows of a bucket: as many as its program takes, or fewer where the memory turns out too small."""
+        """Score the next sequences of a bucket: as many as its program takes, or fewer if memory runs out."""
         while True:
             B = self._program(T, len(left))
             inputs, targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
@@ -167,13 +169,13 @@ class Scorer:
 
     @property
     def _least(self) -> int:
-        """Rows of a batch at least: one for each device among which the mesh splits it."""
+        """Smallest number of rows of a batch: one row for each device among which the mesh splits the batch."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in ("data", "fsdp", "expert"))
 
     def _program(self, T: int, wanted: int) -> int:
-        """Return the rows of a program for T tokens a row.
+        """Return the number of rows of a program for rows of T tokens.
 
-        It takes `wanted` rows, or as many as fit, and is compiled now where no earlier one does.
+        The program takes `wanted` rows, or as many as fit.  It is compiled now if no earlier program takes them.
         """
         most = TOKENS.get(jax.devices()[0].platform, MORE_TOKENS) // T
         while True:

@@ -1,4 +1,4 @@
-"""Responses of a model, written to a file as they come, so that an evaluation that was stopped can continue."""
+"""Store the responses of a model in a file as they come, so that an evaluation that was stopped can continue."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mhc_jax.errors import InputError
 
 
 class Responses:
-    """A file with one JSON object a line: key, response, and the tokens that the prompt lost."""
+    """Responses in a file with one JSON object a line: key, response, and the number of tokens that the prompt lost."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
-        """Open the file, and read the responses that it holds.
+        """Open the file of responses, and read the responses that it holds.
 
         Args:
-          path: of the file; it need not exist.
-          identity: what responses depend on besides the request: checkpoint, context, tokenizer.  It is part of each key, so
-            that responses of another identity are not taken for those of this one.
+          path: path of the file, which need not exist.
+          identity: checkpoint, context and tokenizer, on which responses depend besides the request.  It is part of each key,
+            so that a response of another identity is never taken for a response of this identity.
 
         Raises:
           InputError: the file cannot be read or written.
@@ -34,26 +34,26 @@ class Responses:
                 for line in whole.splitlines():
                     entry = json.loads(line)
                     self.known[entry["key"]] = entry
-                if torn:  # the process was killed while it wrote
+                if torn:  # a process was killed while it wrote the last line
                     path.write_bytes(whole + b"\n" if whole else b"")
             self._file = path.open("a")
         except (OSError, ValueError) as error:
             raise InputError(f"Cannot use {path} for responses ({error}); remove it to start again.") from error
 
     def key(self, kind: str, arguments: Any) -> str:
-        """Return the key of a request."""
+        """Return the key of a request: a hash of the identity, the kind and the arguments."""
         return hashlib.sha256(json.dumps([self.identity, kind, arguments], sort_keys=True).encode()).hexdigest()
 
     def add(self, key: str, response: Any, truncated: int = 0) -> None:
-        """Keep a response; `truncated` is the number of tokens that its prompt lost."""
+        """Add a response to the store.  `truncated` is the number of tokens that its prompt lost."""
         entry = {"key": key, "response": response, "truncated": truncated}
         self.known[key] = entry
         self._file.write(json.dumps(entry) + "\n")
 
     def flush(self) -> None:
-        """Write the responses that were added to disk."""
+        """Write to disk the responses that were added."""
         self._file.flush()
 
     def close(self) -> None:
-        """Write the responses that were added, and close the file."""
+        """Write to disk the responses that were added, and close the file."""
         self._file.close()

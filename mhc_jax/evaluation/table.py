@@ -1,4 +1,4 @@
-"""Tables of checkpoints side by side: scores, bits per byte of gold answers, and paired differences over items."""
+"""Compare checkpoints in a table: scores, bits per byte of gold answers, and paired differences over items."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from scipy import stats
 from mhc_jax.runs.trained import beyond_training
 
 RESAMPLES = 2000
-"""Resamples of a bootstrapped interval."""
+"""Number of resamples of a bootstrapped interval."""
 CHUNK = 200
-"""Resamples drawn at a time; 200 of MMLU's 14,042 items take 22 MB for each column."""
+"""Number of resamples that are drawn at a time.  200 resamples of MMLU's 14,042 items take 22 MB for each column."""
 FEWEST_RESAMPLED = 2
-"""Items below which there is no interval: each resample of one item is that item, so its interval would be a point."""
+"""Smallest number of items for an interval.  With one item every resample is that item, so the interval would be a point."""
 FEWEST_BOLD = 30
-"""Items below which no difference is bold.
+"""Smallest number of items for a difference in bold.
 
-The percentile interval of a normal mean of N items covers it with probability P(|t| < 1.96 sqrt((N - 1) / N)), where t has N - 1
-degrees of freedom: 0.936 for 30 items, 0.846 for 5.
+The percentile interval of the mean of N normal items covers the true mean with probability P(|t| < 1.96 sqrt((N - 1) / N)), where
+t has N - 1 degrees of freedom: 0.936 for 30 items, 0.846 for 5.
 """
 LEGEND = (
     f"score: mean over items, ± its standard error. gold bits/byte: -log2 of the probability of the gold answers, over their "
@@ -38,7 +38,7 @@ def bootstrap(statistic: Callable[..., Any], *columns: Float[np.ndarray, " N"]) 
 
     Args:
       statistic: function of the columns, with a keyword `axis`.
-      columns: values of the same items, which are drawn together.
+      columns: arrays with one value for each item.  The values of an item are drawn together.
     """
     if len(columns[0]) < FEWEST_RESAMPLED:
         return None
@@ -70,17 +70,17 @@ def difference_of_ratios(
 def paired_differences(
     samples: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], benchmark: str
 ) -> dict[str, Any]:
-    """Return `samples` minus `baseline` in score and gold bits per byte, over the items that both have.
+    """Return the differences in score and in gold bits per byte, `samples` minus `baseline`, over the items that both have.
 
-    Bits are per byte of the text that each of the two scored, so that their tokenizers may differ.
+    Bits are per byte of the text that each checkpoint scored, so that the tokenizers of the checkpoints may differ.
 
     Args:
       samples, baseline: samples of two checkpoints, as from `run.collect`.
-      benchmark: its name.
+      benchmark: name of the benchmark.
 
     Returns:
-      items (that both have), score, score_interval; bits_items (those with bits in both), bits, bits_interval.  Intervals are of
-      95 % (`bootstrap`).  Keys for which there are no items are absent.
+      A mapping with the keys items (number that both have), score, score_interval, bits_items (number with bits in both), bits
+      and bits_interval.  Intervals are of 95 % (`bootstrap`).  Keys for which there are no items are absent.
     """
     base = {(s["task"], s["doc_id"]): s for s in baseline if s["benchmark"] == benchmark}
     pairs = [
@@ -110,7 +110,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table of benchmarks and checkpoints, with paired differences to the first checkpoint (`LEGEND`).
 
     Args:
-      results: of checkpoints, as from `run.evaluate`.
+      results: results of each checkpoint from `run.evaluate`.
     """
     rows = []
     for name in results[0]["benchmarks"]:
@@ -148,7 +148,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """Return sentences that limit what the numbers of a checkpoint say, and one on time and place."""
+    """Return sentences on the limits of a checkpoint's numbers, and a sentence with the time taken and the results folder."""
     context, out = result["settings"]["context"], []
     if _beyond(result):
         out.append(beyond_training(result["checkpoint"], result["settings"]["trained_context"], context))
@@ -170,7 +170,7 @@ def _beyond(result: Mapping[str, Any]) -> bool:
 
 
 def _difference(differences: Mapping[str, Any], name: str, may_be_bold: bool, factor: float, form: str) -> str:
-    """Return the cell of a difference with its interval; empty where there is none."""
+    """Return the cell of a difference with its interval.  The cell is empty if there is no difference."""
     if name not in differences:
         return ""
     text, interval = form.format(factor * differences[name]), differences[f"{name}_interval"]

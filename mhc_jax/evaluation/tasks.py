@@ -27,7 +27,7 @@ MATH = {
     "prealgebra": "prealgebra",
     "precalc": "precalculus",
 }
-"""Name of the subject in the harness to its name in local files."""
+"""Names of the subjects of MATH: the name in local files by the name in lm-evaluation-harness."""
 _MMLU = """
 abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
 college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
@@ -45,18 +45,18 @@ MMLU = tuple(_MMLU.split())
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark of the paper's table, which may be several tasks of the harness."""
+    """One benchmark of the paper's table.  It may consist of several tasks of lm-evaluation-harness."""
 
     tasks: Mapping[str, Mapping[str, str]]
-    """Task of the harness to its local files by split, under the data folder."""
+    """Local files of each task of the harness: path under the data folder by split of the data."""
     metric: str
-    """Name of the metric.  Its mean over all items of all tasks is reported."""
+    """Name of the metric.  The mean of the metric over all items of all tasks is reported."""
     filter: str
-    """Name of the harness's filter, which finds the answer in a response."""
+    """Name of the harness's filter, which extracts the answer from a response."""
     shots: int
-    """Examples in the prompt, as in the paper."""
+    """Number of examples in the prompt, as in the paper."""
     local_shots: int
-    """Examples in the prompt with local files; fewer where they have no split from which to take examples."""
+    """Number of examples in the prompt with local files.  It is smaller if they have no split from which to take examples."""
     fixed_shots: bool = False
     """Whether the task of the harness sets the number of examples itself."""
 
@@ -87,14 +87,16 @@ def _benchmarks() -> dict[str, Benchmark]:
 
 BENCHMARKS = _benchmarks()
 PAPER = tuple(BENCHMARKS)[:8]
-"""`--tasks=paper`."""
+"""Names of the eight benchmarks of the paper, which `--tasks=paper` selects."""
 
 
 def choose(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return benchmark to tasks, from names of benchmarks, of single tasks, or `paper` for all of the paper's.
+    """Return the chosen tasks by benchmark.
+
+    A name is that of a benchmark or of a single task, or `paper` for all benchmarks of the paper.
 
     Raises:
-      InputError: a name is unknown; the message suggests the nearest.
+      InputError: a name is unknown.  The message suggests the nearest name.
     """
     all_tasks = {task: name for name, benchmark in BENCHMARKS.items() for task in benchmark.tasks}
     out: dict[str, list[str]] = {}
@@ -112,12 +114,12 @@ def choose(names: Sequence[str]) -> dict[str, list[str]]:
 def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) -> list[dict[str, Any]]:
     """Return the argument `tasks` of lm_eval.simple_evaluate.
 
-    The tasks are members of a group, because lm-eval 0.4.13 merges the settings of a member over those of its task of that name.
-    A mapping outside a group would define a new task.
+    The tasks are members of a group, because lm-eval 0.4.13 merges the settings of a member over the settings of the task that
+    the member names.  A mapping outside a group would define a new task.
 
     Args:
-      chosen: benchmark to its tasks.
-      data_dir: folder of local items; None: items come from the hub.
+      chosen: tasks by benchmark, from `choose`.
+      data_dir: folder of local items.  None means that items come from the hub.
 
     Raises:
       InputError: a file is missing.
@@ -140,7 +142,7 @@ def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) ->
                 member["dataset_kwargs"] = {"data_files": {split: str(file) for split, file in files.items()}}
                 if name not in ("bbh", "bbh_direct", "mmlu"):
                     member["training_split"] = "train" if "train" in files else None
-                if name == "drop":  # takes the same examples for every item
+                if name == "drop":  # every item has the same examples in its prompt
                     member |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
             if name == "drop":
                 # lm-eval 0.4.13 joins the keys of the mapping `answer`, so that every example would end "number,date,spans,...".
@@ -150,7 +152,10 @@ def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) ->
 
 
 def gold_answer(benchmark: str, task: Any, doc: Mapping[str, Any]) -> Any:
-    """Return the response of a perfect model, in the form that the metric looks for; in multiple choice the index of the choice."""
+    """Return the response of a perfect model, in the form for which the metric looks.
+
+    In multiple choice it is the index of the gold choice.
+    """
     target = task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "multiple_choice":
         return int(target)

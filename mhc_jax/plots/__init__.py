@@ -2,7 +2,7 @@
 
 `FIGURES` (single runs) and `sweeps.SWEEP_FIGURES` (runs grouped over seeds) map each name to a function, its title and its caption.
 This package alone imports matplotlib.  It draws on Figure objects of its own and never touches pyplot, so that no figure depends
-on another one or on a display.
+on another figure or on a display.
 """
 
 from mhc_jax.plots.curves import block_grad_norm, grad_norm, loss, loss_cost, loss_gap

@@ -1,4 +1,4 @@
-"""Figures of cost: memory traffic, recompute, measured overhead, and kernels against the bandwidth of a copy."""
+"""Figures of cost: memory traffic, recompute, measured overhead, and the bandwidth of kernels beside that of a copy."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def traffic_bars(n: int, C: int) -> Figure:
     pre-norm.
 
     Args:
-      n: streams.
-      C: width.
+      n: number of streams.
+      C: width of the model.
     """
     figure, (axis,) = panels(1, 1, height=2.6)
     split = {
@@ -51,14 +51,15 @@ def traffic_bars(n: int, C: int) -> Figure:
 
 @house_style
 def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figure:
-    r"""Draw the activations that recompute keeps against L_r, one line a number of streams, a dot at the best L_r.
+    r"""Draw the activations that recompute keeps against L_r, the number of sub-layers between stored streams.
 
-    $nC \lceil L / L_r \rceil + (n + 2) C L_r$ elements (mHC Eq. 20) times `itemsize`, in KiB per token; both axes logarithmic.
+    Each number of streams has a line, with a dot at the best L_r. The activations are
+    $nC \lceil L / L_r \rceil + (n + 2) C L_r$ elements (mHC Eq. 20) times `itemsize`, in KiB per token. Both axes are logarithmic.
 
     Args:
-      L: sub-layers.
-      streams: numbers n of streams.
-      C: width.
+      L: number of sub-layers.
+      streams: numbers n of streams, one for each line.
+      C: width of the model.
       itemsize: bytes of an element.
     """
     figure, (axis,) = panels(1, 1, height=2.9)
@@ -79,10 +80,10 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
 
 @house_style
 def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw ratios to the residual connection as grouped bars, one group a measure.
+    """Draw the ratios of measured costs to those of the residual connection as bars, one group of bars for each measure.
 
     Args:
-      ratios: measure to connection (a spec) to the ratio of its value to residual's.
+      ratios: by measure and by connection (a spec), the connection's value divided by the residual connection's value.
 
     Raises:
       NothingToDraw: `ratios` is empty.
@@ -108,10 +109,12 @@ def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
 
 @house_style
 def roofline(report: Mapping[str, Any]) -> Figure:
-    """Draw the share of the bandwidth of a copy that each kernel reaches, in %, one row a kernel, shape and pass.
+    """Draw the share of the bandwidth of a copy that each kernel reaches, in %.
+
+    There is one row for each kernel, shape and pass.
 
     Args:
-      report: report.json of `experiments/device_report.py`.
+      report: content of report.json from `experiments/device_report.py`.
 
     Raises:
       NothingToDraw: the report has no timed kernel.

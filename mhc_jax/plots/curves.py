@@ -29,17 +29,18 @@ from mhc_jax.plots.style import (
 )
 
 WIDE_LOSS_RATIO = 10.0
-"""Largest over smallest logged loss from which the loss axis is logarithmic."""
+"""The loss axis is logarithmic if the largest logged loss divided by the smallest exceeds this ratio."""
 
 
 @register(FIGURES, "Loss")
 def loss(records: Sequence[RunRecord]) -> Figure:
     """Draw training and validation loss against steps.
 
-    Loss in nats/token against optimizer steps; lower is better. Training loss, a mean over the tokens of a step's batch: every
-    logged step (faint) and the moving median over a twentieth of them (line). Validation loss: markers. The second panel spans
-    the moving medians and the validation losses of the second half, so that single values may leave it. Triangles at the top
-    edge mark loss spikes, one row a run. A dotted vertical line with a cross marks the step at which a run diverged.
+    Loss in nats/token against optimizer steps; lower is better. The training loss is a mean over the tokens of a step's batch.
+    It is drawn at every logged step (faint) and as a moving median over a twentieth of these steps (line). Markers are
+    validation losses. The second panel spans the moving medians and the validation losses of the second half, so that single
+    values may leave the panel. Triangles at the top edge mark loss spikes, one row for each run. A dotted vertical line with a
+    cross marks the step at which a run diverged.
     """
     figure, axes = panels(1, 2, height=3.4)
     latest = max((s[-1] for r in records if len(s := series(r, "train", "loss")[0])), default=0)
@@ -66,12 +67,13 @@ def loss(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Loss gap to the baseline")
 def loss_gap(records: Sequence[RunRecord]) -> Figure:
-    """Draw the paired difference of losses against steps.
+    """Draw the difference between each run's loss and its baseline's against steps.
 
     Loss of each run minus the loss of the baseline's run of the same seed at the same step, hence on the same batch, in
-    nats/token against optimizer steps. Below zero is better. Faint: every logged step of training; line: moving median over a
-    twentieth of them; markers: validation. The baseline is the residual run, else the first one. The axis spans medians and
-    markers, so that single values may leave it.
+    nats/token against optimizer steps. Below zero is better. The faint line is the gap in training loss at every logged step,
+    the strong line its moving median over a twentieth of these steps, and markers are gaps in validation loss. The baseline is
+    the residual run or, without a residual run, the first run. The axis spans medians and markers, so that single values may
+    leave the panel.
     """
     figure, (axis,) = panels(1, 1, height=3.4)
     for (record, style), baseline in zip(styled(records), baselines(records), strict=True):
@@ -92,10 +94,10 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Loss against cost")
 def loss_cost(records: Sequence[RunRecord]) -> Figure:
-    """Draw training loss against FLOPs and against time, for runs with a summary.
+    """Draw the training loss of runs with a summary against FLOPs and against time.
 
-    Moving median of the training loss in nats/token, over a twentieth of the logged steps. Left: against the arithmetic done in
-    FLOPs, tokens × FLOPs per token. Right: against the training time in seconds, steps × median step time, without compilation.
+    Moving median of the training loss in nats/token, over a twentieth of the logged steps. Left: against the arithmetic done, in
+    FLOPs: tokens × FLOPs per token. Right: against the training time in seconds: steps × median step time, without compilation.
     """
     figure, axes = panels(1, 2, height=3.2)
     for record, style in styled(records):
@@ -115,9 +117,9 @@ def loss_cost(records: Sequence[RunRecord]) -> Figure:
 def grad_norm(records: Sequence[RunRecord]) -> Figure:
     """Draw the gradient norm against steps.
 
-    Global norm of the gradient before clipping, in nats/token on a logarithmic axis, against optimizer steps. Faint: every
-    logged step; line: moving median over a twentieth of them. Surges that the loss does not show are the first sign of
-    instability. The grey dashed line is the clipping threshold where all runs share one.
+    Global norm of the gradient before clipping, in nats/token on a logarithmic axis, against optimizer steps. The faint line is
+    every logged step, the strong line the moving median over a twentieth of these steps. Surges that the loss does not show are
+    the first sign of instability. The grey dashed line is the clipping threshold, if all runs share one.
     """
     figure, (axis,) = panels(1, 1, height=3.2)
     for record, style in styled(records):
@@ -134,7 +136,7 @@ def grad_norm(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Gradient norm per block")
 def block_grad_norm(records: Sequence[RunRecord]) -> Figure:
-    """Draw the gradient norm of each block against its number.
+    """Draw the gradient norm of each block against the number of the block.
 
     Norm of the gradient of each block's parameters (attention and feed-forward together) at the last diagnostics step, in
     nats/token on a logarithmic axis. Blocks count from 1. A curve that climbs or falls by orders of magnitude shows gradients

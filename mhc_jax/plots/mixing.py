@@ -1,6 +1,7 @@
 """Figures of the streams: gains, similarity, sizes, mixing matrices, reads and writes.
 
-All numbers come from diagnostics: `train.diagnostics_tokens` evenly spaced tokens of one held-out sequence (sampled tokens).
+All numbers come from diagnostics.  The sampled tokens are `train.diagnostics_tokens` evenly spaced tokens of one held-out
+sequence.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ from mhc_jax.plots.style import (
 )
 
 CELL_TEXT_STREAMS = 4
-"""Largest n whose matrices have their numbers written in the cells."""
+"""Largest number n of streams for which heat maps of matrices show the numbers in the cells."""
 MARGIN_STREAMS = 8
-"""Largest n whose row and column sums are written in the margins."""
+"""Largest number n of streams for which heat maps of matrices show row and column sums in the margins."""
 _SEAMLESS: dict[str, Any] = {"edgecolors": "face", "linewidth": 0.4}
-"""Without edges, viewers of vector figures show hairlines between cells."""
+"""Options that draw the edges of a heat map's cells.  Without edges, viewers of vector figures show hairlines between cells."""
 
 
 @register(FIGURES, "Gain against depth")
 def gain_depth(records: Sequence[RunRecord]) -> Figure:
     """Draw the gains of single mixing matrices and of composites against depth (mHC, Figures 3 and 7).
 
-    Gain (no unit, logarithmic) against the sub-layer l at the last diagnostics step. Top: of each mixing matrix alone; bottom:
-    of the composite, forward from the first sub-layer to l, backward from the last down to l. The gain is the largest absolute
-    row sum (forward) or column sum (backward). Lines are means over the sampled tokens; the faint band below reaches up to the
-    token of the largest gain. A gain of 1 amplifies nothing.
+    Gain (no unit, logarithmic) against the sub-layer l at the last diagnostics step. Top: gain of each mixing matrix alone.
+    Bottom: gain of the composite, forward from the first sub-layer to l, backward from the last down to l. The gain is the
+    largest absolute row sum (forward) or column sum (backward). Lines are means over the sampled tokens; the faint band in the
+    bottom panels reaches up to the token of the largest gain. A gain of 1 amplifies nothing.
     """
     figure, axes = panels(2, 2, height=2.7, share_y=True)
     drawn = (
@@ -73,7 +74,7 @@ def gain_step(records: Sequence[RunRecord]) -> Figure:
 
     Gain (no unit, logarithmic) of the composite of all mixing matrices against optimizer steps, forward and backward. Lines are
     means over the sampled tokens; the band reaches up to the token of the largest gain. A line that climbs is an unconstrained
-    product that grows; 1 amplifies nothing. A dotted vertical line with a cross marks the step at which a run diverged.
+    product that grows; a gain of 1 amplifies nothing. A dotted vertical line with a cross marks the step at which a run diverged.
     """
     figure, axes = panels(1, 2, height=3.0, share_y=True)
     # The whole composite ends the forward profile (l = L) and begins the backward one (l = 1).
@@ -99,12 +100,12 @@ def gain_step(records: Sequence[RunRecord]) -> Figure:
 def stream_similarity(records: Sequence[RunRecord]) -> Figure:
     """Draw cosines and participation ratio of the streams against depth and against steps.
 
-    Left: against the sub-layer l at the last diagnostics step; right: means over sub-layers against optimizer steps. All are
-    means over the sampled tokens and have no unit. Top: mean absolute cosine between pairs of streams (thick) and mean signed
-    cosine (thin). Bottom: participation ratio (tr G)² / tr(G²) of the streams' Gram matrix G, which lies between 1 and n. An
-    absolute cosine of 1 means that the streams of a token are one vector up to sign and scale; then a mixing matrix changes only
-    their signs and scales. Signed cosines of opposite streams cancel. A ratio of 1 means one vector, or one stream that
-    outweighs the others; n means orthogonal streams of equal norm.
+    Left: values against the sub-layer l at the last diagnostics step. Right: means over sub-layers against optimizer steps. All
+    values are means over the sampled tokens and have no unit. Top: mean absolute cosine between pairs of streams (thick) and
+    mean signed cosine (thin). Bottom: participation ratio (tr G)² / tr(G²) of the streams' Gram matrix G, which lies between 1
+    and n. An absolute cosine of 1 means that the streams of a token are one vector up to sign and scale; then a mixing matrix
+    changes only their signs and scales. Signed cosines of opposite streams cancel. A ratio of 1 means one vector, or one stream
+    that outweighs the others; n means orthogonal streams of equal norm.
     """
     figure, axes = panels(2, 2, height=2.7, share_y=True)
     thin = {"linewidth": 0.7, "marker": ""}
@@ -149,10 +150,10 @@ def stream_size(records: Sequence[RunRecord]) -> Figure:
 def eigenvalues(records: Sequence[RunRecord]) -> Figure:
     """Draw the second eigenvalue of single mixing matrices and of composites against depth.
 
-    |lambda_2| / |lambda_1| (no unit) against the sub-layer l at the last diagnostics step. Left: of H_res, its mean over the
-    sampled tokens; right: of the composite H(l)···H(1) of these means. It is the factor by which each further application
-    shrinks what differs from the leading eigenvector. At 1 nothing is averaged away; near 0 the streams become multiples of one
-    vector. For doubly stochastic matrices lambda_1 = 1, and the streams become equal.
+    |lambda_2| / |lambda_1| (no unit) against the sub-layer l at the last diagnostics step. Left: the ratio of the mean of H_res
+    over the sampled tokens. Right: the ratio of the composite H(l)···H(1) of these means. The ratio is the factor by which each
+    further application shrinks what differs from the leading eigenvector. At 1 nothing is averaged away; near 0 the streams
+    become multiples of one vector. For doubly stochastic matrices lambda_1 = 1, and the streams become equal.
     """
     figure, axes = panels(1, 2, height=2.9)
     for _, style, (_, matrices) in _multi_stream(records, "h_res"):
@@ -167,7 +168,7 @@ def eigenvalues(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "How the matrices mix")
 def mixing(records: Sequence[RunRecord]) -> Figure:
-    """Draw marginals, entropy and distance to uniform averaging of the mixing matrices against depth.
+    """Draw the row and column sums, the entropy and the distance to uniform averaging of the mixing matrices against depth.
 
     Four numbers (no unit) against the sub-layer l at the last diagnostics step. Top: largest distance of a row sum and of a
     column sum of H_res from 1, over rows or columns and the sampled tokens, logarithmic; exact zeros are not drawn. Bottom left:
@@ -194,12 +195,12 @@ def mixing(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Mixing matrices H_res")
 def h_res(records: Sequence[RunRecord]) -> Figure:
-    """Draw heat maps of H_res at depths 0, 1/4, 1/2, 3/4 and 1, and of the composite of all.
+    """Draw heat maps of H_res at depths 0, 1/4, 1/2, 3/4 and 1, and of the composite of all sub-layers.
 
     H_res (no unit), its mean over the sampled tokens, at five sub-layers l, and the product of these means over all L
     sub-layers, at the last diagnostics step. Row i says what output stream i takes from each input stream j. Sums of rows stand
-    at the right, of columns below. Signed matrices have a diverging scale centred at 0, others a sequential scale from 0; the
-    product has its own scale where it exceeds the others'.
+    at the right, sums of columns below. Signed matrices have a diverging scale centred at 0, others a sequential scale from 0; the
+    product has a scale of its own if it exceeds the scale of the other matrices.
     """
     runs = list(_multi_stream(records, "h_res"))
     if not runs:
@@ -228,7 +229,7 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Reads and writes")
 def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
-    """Draw heat maps of H_pre and H_post, streams against depth.
+    """Draw heat maps of H_pre and H_post, with streams against depth.
 
     H_pre says how much of each stream the branch reads, H_post how much of the branch's output is written to each stream. Colour
     is their mean over the sampled tokens (no unit), for the streams 1 to n against the sub-layer l, at the last diagnostics
@@ -262,7 +263,10 @@ def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
 def _multi_stream(
     records: Sequence[RunRecord], key: str
 ) -> Iterator[tuple[RunRecord, dict[str, Any], tuple[int, np.ndarray]]]:
-    """Yield the runs of several streams that have diagnostics of `key`: record, look, and step and value of the last one."""
+    """Yield the runs that have several streams and diagnostics of `key`.
+
+    Each is a tuple of the record, its look, and the step and value of its last diagnostics of `key`.
+    """
     for record, style in styled(records):
         last = last_diagnostics(record, key)
         if record.num_streams > 1 and last is not None:
@@ -270,7 +274,10 @@ def _multi_stream(
 
 
 def _scale(values: Float[np.ndarray, "*shape"]) -> tuple[str, Normalize]:
-    """Return colours and scale: diverging about 0 for signed values, sequential from 0 for others; the top is at least 1."""
+    """Return the colour map and the scale of a heat map: diverging about 0 for signed values, else sequential from 0.
+
+    The top of the scale is at least 1.
+    """
     top = max(1.0, float(np.nanmax(np.abs(values))))
     if np.nanmin(values) < -1e-6:
         return "RdBu_r", Normalize(-top, top)
@@ -278,7 +285,7 @@ def _scale(values: Float[np.ndarray, "*shape"]) -> tuple[str, Normalize]:
 
 
 def _number(value: float) -> str:
-    """Return a number with three figures at most: -0.12, 1.05, 38.2, 4e3."""
+    """Return a number as text with at most three digits: -0.12, 1.05, 38.2, 4e3."""
     if abs(value) >= 1000:
         return f"{value:.0e}".replace("e+0", "e")
     text = f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
@@ -286,7 +293,7 @@ def _number(value: float) -> str:
 
 
 def _matrix(axis: Axes, matrix: Float[np.ndarray, "n n"], scale: tuple[str, Normalize]) -> QuadMesh:
-    """Draw one heat map, with numbers in the cells for small n and sums in the margins."""
+    """Draw the heat map of one matrix.  For few streams, cells show their numbers and margins the sums of rows and columns."""
     n = len(matrix)
     cmap, norm = scale
     mesh = axis.pcolormesh(matrix, cmap=cmap, norm=norm, **_SEAMLESS)

@@ -1,4 +1,4 @@
-"""The timeline of pipeline schedules: one row a device, time to the right."""
+"""Draw the timeline of pipeline schedules: one row for each device, with time to the right."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NAMES = {"F": "forward", "B": "backward", "I": "backward for the input", "W": "b
 
 @house_style
 def timeline(runs: Sequence[Timeline], titles: Sequence[str], unit: str = "") -> Figure:
-    """Draw one panel a schedule, all with the same time axis; colours are operations, numbers are microbatches.
+    """Draw one panel for each schedule, all with the same time axis.  Colours are operations, numbers are microbatches.
 
-    A forward and a backward that overlap lie above each other in one box.  Operations of a device's second and further chunks
-    of the model are hatched.
+    A forward and a backward pass that overlap lie above each other in one box.  Operations of a device's second and further
+    chunks of the model are hatched.
 
     Args:
-      runs: simulated schedules.
-      titles: of the panels.
-      unit: of time; empty: the costs have none.
+      runs: timelines of simulated schedules.
+      titles: titles of the panels.
+      unit: unit of time.  Empty means that the costs have no unit.
     """
     longest = max(run.makespan for run in runs)
     widest = max(len(run.spans) / run.schedule.devices for run in runs)

@@ -1,4 +1,4 @@
-"""What all figures share: the house style, looks of the kinds, panels, legends, axes and saving.
+"""Tools that all figures share: house style, looks of the kinds of connection, panels, legends, axes and saving.
 
 A kind of connection keeps its colour in every figure.  The colours are those of Okabe and Ito, which colour-blind readers tell
 apart.  Line style and marker differ too, so that the figures survive a black-and-white printer.
@@ -73,28 +73,28 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (
 
 
 class NothingToDraw(InputError):  # noqa: N818  (a message for a person, like its parent)
-    """The runs hold nothing that the figure shows; the message says what is missing."""
+    """Raised if the runs hold nothing that a figure can show.  The message says what is missing."""
 
     def __init__(self, missing: str) -> None:
         super().__init__(f"Nothing to draw: {missing}.")
 
 
 class Plot(NamedTuple):
-    """A figure that a page can show."""
+    """A figure that a page can show: the function that draws it, its title and its caption."""
 
     draw: Callable[[Any], Figure]
-    """Takes run records (`FIGURES`) or runs grouped over seeds (`sweeps.SWEEP_FIGURES`)."""
+    """Function that draws the figure of run records (`FIGURES`) or of runs grouped over seeds (`sweeps.SWEEP_FIGURES`)."""
     title: str
     caption: str
-    """What is on the axes and how to read it."""
+    """Text below the figure, which says what the axes show and how to read the figure."""
 
 
 FIGURES: dict[str, Plot] = {}
-"""Name to figure of single runs."""
+"""Figures of single runs, by name."""
 
 
 def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Give the figures that a function draws the style `STYLE`."""
+    """Make a function draw its figures in the house style `STYLE`."""
 
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Figure:
@@ -105,7 +105,7 @@ def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Enter a function in `figures`, in the house style.
+    """Return a decorator that enters a function in `figures` under its name, in the house style.
 
     The caption is the function's docstring without its first line, so that code and pages say the same.
     """
@@ -120,7 +120,7 @@ def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Fi
 
 
 def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
-    """Write `path` as PNG at 150 dpi and, if `vector`, the same name as .svg beside it."""
+    """Write a figure to `path` as PNG at 150 dpi and, if `vector`, as SVG beside the PNG."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
@@ -130,7 +130,7 @@ def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """Return the figure as an `<svg>` element: transparent, text in the page's colour, nothing external."""
+    """Return a figure as an `<svg>` element: transparent, with text in the page's colour, and without external files."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True)
@@ -143,15 +143,16 @@ def svg(figure: Figure) -> str:
 
 
 def half_window(points: int) -> int:
-    """Points on each side of the one that `smooth` replaces."""
+    """Return the number of points on each side of a point that `smooth` takes into the median for that point."""
     return points // 40
 
 
 def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
     """Return the centred moving median over about a twentieth of the points; points that are not finite stay NaN.
 
-    It is a median, because a mean turns a spike of one step into a plateau.  At the start the window shrinks, because a loss
-    falls fast there.  At the end it loses its later half alone, because one noisy step is no end of a curve.
+    A median is taken, because a mean turns a spike of one step into a plateau.  At the start of the curve the window shrinks,
+    because a loss falls fast there.  At the end the window loses its later half alone, so that a curve does not end with the
+    value of one noisy step.
     """
     half = half_window(len(values))
     out = np.full(len(values), np.nan)
@@ -163,9 +164,9 @@ def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
 
 
 def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield colour, line style and marker for each of several kinds, as arguments of `Axes.plot`.
+    """Yield colour, line style and marker for each of several kinds of connection, as arguments of `Axes.plot`.
 
-    A kind that comes again keeps colour and marker.  Its line styles go round, and every second time its markers are hollow.
+    A kind that comes again keeps its colour and marker but takes the next line style.  Every second time its markers are hollow.
     """
     seen: Counter[str] = Counter()
     for kind in kinds:
@@ -176,28 +177,28 @@ def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def color_of(kind: str) -> str:
-    """Return the colour of a kind."""
+    """Return the colour of a kind of connection."""
     return LOOKS.get(kind, OTHER_LOOK)[0]
 
 
 def styled(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, dict[str, Any]]]:
-    """Yield each run with its look and its label, as arguments of `Axes.plot`."""
+    """Yield each run together with its look and label, which are arguments of `Axes.plot`."""
     for record, style, label in zip(records, looks(r.kind for r in records), labels(records), strict=True):
         yield record, style | {"label": plain_text(label)}
 
 
 def plain_text(label: str) -> str:
-    """Return a label that matplotlib neither reads as mathematics nor hides for its leading underscore."""
+    """Return a label in a form that matplotlib does not read as mathematics, and does not hide for a leading underscore."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def panels(rows: int, columns: int, height: float = 2.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """Make a figure with a grid of panels, and return both, the panels row by row.
+    """Make a figure with a grid of panels.  Return the figure and the list of its panels, row by row.
 
     Args:
-      rows, columns: of the grid; one column is 6.4 inches wide, several are 4.2 each.
-      height: of a row, in inches.
-      share_y: give the panels of a row one y axis.
+      rows, columns: size of the grid.  A single column is 6.4 inches wide; each of several columns is 4.2 inches wide.
+      height: height of a row, in inches.
+      share_y: whether the panels of a row share one y axis.
     """
     size = (4.2 * columns if columns > 1 else 6.4, height * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -209,9 +210,9 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
     """Add a legend of the runs that were drawn, with the step at which a run diverged, and return the figure.
 
     Args:
-      figure: with curves whose labels are those of `styled`.
+      figure: figure whose curves have the labels from `styled`.
       records: all runs, drawn or not.
-      need: what the runs lack where nothing was drawn.
+      need: words for what the runs lack, for the error if nothing was drawn.
 
     Raises:
       NothingToDraw: no curve of any run was drawn.
@@ -227,14 +228,14 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
         raise NothingToDraw(need)
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 // (longest + 8))))
-    # A row of the legend is 0.2 inches high; without the extra height it is taken from the panels.
+    # Each further row of the legend is 0.2 inches high.  The figure grows by that height, so that the panels do not shrink.
     figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
 def curve(axis: Axes, x: Any, y: Any, style: dict[str, Any], **more: Any) -> None:
-    """Draw one curve of a run, with about 12 markers; nothing where no value is finite."""
+    """Draw one curve of a run, with about 12 markers.  If no value is finite, nothing is drawn."""
     if np.isfinite(np.asarray(y, float)).any():
         options: dict[str, Any] = style | {"markevery": max(1, len(x) // 12)} | more
         axis.plot(x, y, **options)
@@ -249,13 +250,13 @@ def mark_divergence(axis: Axes, record: RunRecord, style: dict[str, Any]) -> Non
 
 
 def mark_spikes(axis: Axes, steps: Sequence[int], row: int, color: str) -> None:
-    """Mark steps with loss spikes by triangles along the top edge; `row` counts from the top."""
+    """Mark the steps of loss spikes by triangles along the top edge of a panel.  `row` is the row of triangles from the top."""
     height = [0.985 - 0.035 * row] * len(steps)
     axis.plot(steps, height, "v", color=color, ms=5, transform=axis.get_xaxis_transform())
 
 
 def fit_y(axis: Axes, values: Any, below: float = 0.15, above: float = 0.15) -> None:
-    """Let the y axis span the finite `values`, with margins as shares of their range."""
+    """Let the y axis span the finite `values`.  The margins `below` and `above` are shares of the range of these values."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if len(values):
@@ -264,17 +265,18 @@ def fit_y(axis: Axes, values: Any, below: float = 0.15, above: float = 0.15) -> 
 
 
 def positive(values: Any) -> Float[np.ndarray, "*shape"]:
-    """Return the finite values above 0, which a logarithmic axis can show, and NaN for the others."""
+    """Return `values` with NaN in place of every value that a logarithmic axis cannot show: not finite, 0 or below."""
     values = np.asarray(values, float)
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def log_axis(*axes: Axes, around: float | None = None) -> None:
-    """Make the y axes logarithmic, with the same limits around the data of all of them.
+    """Make the y axes of panels logarithmic, with common limits around the data of all the panels.
 
     Args:
-      axes: with their curves drawn.
-      around: a value whose surroundings, a factor of 1.7 each way, are shown in any case, lest rounding errors fill the panel.
+      axes: panels whose curves have been drawn.
+      around: a value that the axes show together with its surroundings, a factor of 1.7 each way, in any case.  So rounding
+        errors near this value do not fill the panel.  None means that the data alone set the limits.
     """
     drawn = [np.empty(0)]
     for axis in axes:
@@ -296,7 +298,7 @@ def log_axis(*axes: Axes, around: float | None = None) -> None:
 
 
 def ticks_at(axis: Axes, values: Sequence[float | int], log: bool = True) -> None:
-    """Put the ticks of the x axis at `values` alone; `log` makes the axis logarithmic."""
+    """Put ticks of the x axis at `values` and nowhere else.  `log` makes the axis logarithmic."""
     if log:
         axis.set_xscale("log")
         axis.xaxis.set_minor_locator(NullLocator())
@@ -305,7 +307,7 @@ def ticks_at(axis: Axes, values: Sequence[float | int], log: bool = True) -> Non
 
 
 def _tick(value: float, _: int) -> str:
-    """Return the label of a tick: 100 rather than 10^2, and powers only where they are shorter."""
+    """Return the label of a tick: a plain number from 0.001 to below 100,000, and a power of ten for all other values."""
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
     exponent = int(np.floor(np.log10(value) + 1e-9))
@@ -315,7 +317,10 @@ def _tick(value: float, _: int) -> str:
 
 
 def _minor_ticks(ratio: float) -> Formatter:
-    """Return labels between powers of ten for an axis that spans few of them; `ratio` is its top over its bottom."""
+    """Return the formatter of tick labels between powers of ten, for a logarithmic axis that spans few powers.
+
+    `ratio` is the upper limit of the axis divided by the lower limit.
+    """
     if ratio > 30:
         return NullFormatter()
     labelled = range(2, 10) if ratio < 3.5 else (2, 3, 4, 6) if ratio < 8 else (2, 5)
@@ -328,7 +333,7 @@ def _minor_ticks(ratio: float) -> Formatter:
 
 
 def by_step(axis: Axes, record: RunRecord, style: dict[str, Any], key: str) -> None:
-    """Draw a measurement of training against steps: every logged value faint, its moving median on top."""
+    """Draw a measurement of training against steps: every logged value as a faint line, and the moving median on top."""
     steps, values = series(record, "train", key)
     axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
     curve(axis, steps, smooth(values), style, marker="")
@@ -350,16 +355,16 @@ def by_depth(
 ) -> None:
     """Draw the last diagnostics of `key` against depth, which counts from 1.
 
-    Values [L] are drawn as they are, with a faint band up to those of `upper`.  Values [L, n] are drawn as their mean over
+    Values [L] are drawn as they are, with a faint band up to the values of `upper`.  Values [L, n] are drawn as their mean over
     streams, with a band from the smallest to the largest stream.  The step of the diagnostics goes into the panel's title.
 
     Args:
       axis: the panel, with its title.
       records: the runs.
-      key: of a diagnostics line, with values of shape [L] or [L, n].
-      upper: key of the upper edge of the band; None: no band.
-      multi_stream_only: leave out runs of one stream.
-      more: options of `curve`.
+      key: key of a diagnostics line, with values of shape [L] or [L, n].
+      upper: key of the upper edge of the band for values [L].  None means no band.
+      multi_stream_only: whether to leave out runs of one stream.
+      more: further options of `curve`.
     """
     steps = set()
     for record, style in styled(records):

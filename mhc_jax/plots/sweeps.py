@@ -30,21 +30,27 @@ from mhc_jax.plots.style import (
 )
 
 SWEEP_FIGURES: dict[str, Plot] = {}
-"""Name to figure of runs grouped over seeds."""
+"""Figures of runs grouped over seeds, by name."""
 LOG_KEYS = ("optimizer.learning_rate", "model.num_layers", "model.connection.num_streams", "model.connection.t_max")
-"""Settings with a logarithmic axis; any other has one where its largest value is 8 times the smallest or more."""
+"""Settings that have a logarithmic axis.
+
+Any other setting has a logarithmic axis if its largest value is at least 8 times its smallest.
+"""
 MEASURES = (
     ("validation_loss", "validation loss (nats/token)", False),
     ("max_composite_forward", "largest composite gain, forward", True),
     ("max_composite_backward", "largest composite gain, backward", True),
     ("max_column_error", "largest |column sum − 1| of H_res", False),
 )
-"""Key of summary.json, label of the axis, and whether the axis is logarithmic and shows the surroundings of 1."""
+"""Measurements against which settings are swept.
+
+Each has its key in summary.json, the label of its axis, and whether the axis is logarithmic and shows the surroundings of 1.
+"""
 
 
 @register(SWEEP_FIGURES, "Loss gap, seeds and mean")
 def gap_curves(settings: Sequence[Variant]) -> Figure:
-    """Draw the paired difference of training losses against steps, one panel a kind.
+    """Draw the difference between each variant's training loss and its baseline's against steps, one panel for each kind.
 
     Training loss minus that of the baseline's run of the same seed at the same step, in nats/token against optimizer steps, as a
     moving median over a twentieth of the logged steps. Thin lines are seeds, the thick line is their mean, and the legend counts
@@ -90,9 +96,9 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Draw training loss and gradient norm against steps, over the seeds of every variant.
 
     Left: training loss in nats/token; right: global norm of the gradient before clipping, in nats/token on a logarithmic axis;
-    both against optimizer steps, as moving medians over a twentieth of the logged steps. The line is the mean of a variant's
-    seeds, the band reaches from the lowest seed to the highest. Triangles at the top mark loss spikes of any seed, one row a
-    variant. The loss axis leaves out the first quarter.
+    both against optimizer steps, as moving medians over a twentieth of the logged steps. The line is the mean over a
+    variant's seeds, the band reaches from the lowest seed to the highest. Triangles at the top mark loss spikes of any seed, one
+    row for each variant. The range of the loss axis does not count the first quarter of the steps.
     """
     figure, axes = panels(1, 2, height=3.2)
     ends: list[float] = []
@@ -107,7 +113,7 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
             if not curves:
                 continue
             common = sorted(set.intersection(*map(set, curves)))
-            common = common[: len(common) - half_window(len(common))]  # the last medians are over half a window alone
+            common = common[: len(common) - half_window(len(common))]  # the medians at the end have half a window only
             table = np.asarray([[curve[step] for step in common] for curve in curves])
             axis.fill_between(common, table.min(0), table.max(0), color=color, alpha=0.15, linewidth=0)
             label = f"{setting.label} ({len(curves)} seeds)"
@@ -129,11 +135,11 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
 
 @register(SWEEP_FIGURES, "Seeds")
 def seed_strip(settings: Sequence[Variant]) -> Figure:
-    """Draw the final validation loss of every run, one row a variant.
+    """Draw the final validation loss of every run, one row for each variant.
 
-    Validation loss in nats/token at the end of training: dots are runs, the bar is the mean of the variant's seeds. The grey
-    band is the variant's baseline: mean plus and minus one standard deviation over its seeds, from three seeds on. Runs without
-    a final loss are counted at the right.
+    Validation loss in nats/token at the end of training. Dots are runs, the bar is the mean over the variant's seeds. The grey
+    band is the mean of the variant's baseline plus and minus one standard deviation over its seeds, from three seeds on. Runs
+    without a final loss are counted at the right.
     """
     figure, (axis,) = panels(1, 1, height=0.9 + 0.27 * len(settings))
     drawn = False
@@ -162,12 +168,12 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
 
 @register(SWEEP_FIGURES, "Measurements against what is swept")
 def swept(settings: Sequence[Variant]) -> Figure:
-    """Draw loss, gains and column errors against every swept number.
+    """Draw loss, gains and column errors against every number that the sweep varies.
 
-    One row a swept number, one column a measurement: validation loss in nats/token, the largest composite gain forward and
-    backward, and the largest column error of H_res, each over sub-layers and diagnostics steps, gains as means and errors as
-    maxima over the sampled tokens (no unit). Dots are runs that finished, lines their means over seeds. Only variants that
-    differ in nothing else are joined.
+    There is one row for each swept number and one column for each measurement: validation loss in nats/token, the largest
+    composite gain forward and backward, and the largest column error of H_res. Gains and errors (no unit) are the largest over
+    sub-layers and diagnostics steps; over the sampled tokens gains are means and errors are maxima. Dots are runs that
+    finished, lines their means over seeds. Only variants that differ in nothing else are joined.
     """
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
@@ -198,11 +204,11 @@ def swept(settings: Sequence[Variant]) -> Figure:
 
 @register(SWEEP_FIGURES, "Stability frontier")
 def frontier(settings: Sequence[Variant]) -> Figure:
-    """Draw which learning rates are stable, one row a connection.
+    """Draw which learning rates are stable, one row for each connection.
 
-    Every learning rate tried, on a logarithmic axis. Filled: every run finished with a validation loss less than 0.5 nats/token
-    above the best mean of the sweep. Hollow with a cross: not so. The bar reaches from the first filled rate to the last one
-    before a rate that is not.
+    Each dot is a learning rate that was tried, on a logarithmic axis. A filled dot is a stable rate: every run finished with a
+    validation loss less than 0.5 nats/token above the best mean of the sweep. A hollow dot with a cross is a rate that is not
+    stable. The bar reaches from the first stable rate to the last stable rate before the next unstable rate.
     """
     threshold = loss_threshold(settings)
     found = frontier_lines(settings)
@@ -233,8 +239,8 @@ def ladder(settings: Sequence[Variant]) -> Figure:
     """Draw a power law for each connection with at least three sizes whose training FLOPs differ by a factor of two or more.
 
     Validation loss in nats/token against training arithmetic in FLOPs (FLOPs per token × tokens), both axes logarithmic. Dots are
-    runs, lines power laws fitted to them, with the exponent and its 95 % interval from the scatter of the dots about the line.
-    With one run a size the interval does not hold the noise of seeds.
+    runs, and lines are power laws fitted to the dots. The legend gives the exponent and its 95 % interval from the scatter of the
+    dots about the line. With one run for each size the interval does not include the noise of seeds.
     """
     figure, (axis,) = panels(1, 1, height=3.2)
     sizes = {"model.width", "model.num_layers", "train.steps"}

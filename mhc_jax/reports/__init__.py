@@ -1,1 +1,1 @@
-"""Pages and records that are written from an analysis."""
+"""Reports of runs: the HTML page of a comparison or sweep, and the record of a sweep for the repository."""

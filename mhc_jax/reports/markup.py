@@ -1,4 +1,4 @@
-"""Tables and lists as HTML and Markdown."""
+"""Write tables and lists as HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from mhc_jax.analysis.comparison import Cell
 
 
 def escaped(value: Any) -> str:
-    """Return a value as text of a page."""
+    """Return a value as text with the special characters of HTML escaped."""
     return html.escape(str(value))
 
 
 def bullets(sentences: Sequence[str]) -> str:
-    """Return sentences as an HTML list."""
+    """Return an HTML list with one item for each sentence."""
     return "<ul>" + "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def fold(summary: str, content: str, is_open: bool = False) -> str:
-    """Return HTML that is hidden below its summary until a reader opens it."""
+    """Return an HTML element that shows its summary, and hides `content` until a reader opens it unless `is_open`."""
     return f"<details{' open' * is_open}><summary>{escaped(summary)}</summary>{content}</details>"
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return an HTML table of text."""
+    """Return an HTML table with these headings and rows, every value as plain text."""
     head = "".join(f"<th>{escaped(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{escaped(value)}</td>" for value in row) + "</tr>" for row in rows)
     return _scrolling("text", head, body)
 
 
 def sortable_table(table: Sequence[Mapping[str, Cell]], links: Mapping[str, str] | None = None) -> str:
-    """Return an HTML table with a button in each heading; its cells carry the numbers that they are sorted by.
+    """Return an HTML table that a reader sorts with the button in each heading.
+
+    The cells carry the values by which they are sorted.
 
     Args:
-      table: rows of the same headings.
-      links: text of a cell to the address that it leads to.
+      table: rows that share their headings, each a mapping from heading to cell.
+      links: addresses to which cells link, by the text of the cell.
     """
     head = "".join(f'<th><button type="button">{escaped(heading)}</button></th>' for heading in table[0])
     body = ""
@@ -57,7 +59,7 @@ def _scrolling(kind: str, head: str, body: str) -> str:
 
 
 def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
-    """Return rows of the same headings as Markdown, for a page, a notebook or a terminal."""
+    """Return a Markdown table of rows that share their headings, for a page, a notebook or a terminal."""
     lines = [list(table[0]), ["---"] + ["---:"] * (len(table[0]) - 1)]
     lines += [[cell.text for cell in row.values()] for row in table]
     return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""The page of a comparison or a sweep: one HTML file that needs no other."""
+"""Write the page of a comparison or a sweep: one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from mhc_jax.reports.markup import bullets, escaped, fold, sortable_table, text_
 from mhc_jax.runs.folder import read_json
 
 HEADER_KEYS = ("date", "command", "commit", "device")
-"""Keys of env.json that the top of the page shows; the others are in a fold below the settings."""
+"""Keys of env.json that the top of the page shows.  All keys are in a fold below the settings."""
 MOST_VALUES = 3
-"""Largest number of different values that the top of the page shows for one key, and of runs that a sentence names."""
+"""Largest number of different values that the top of the page shows for one key.
+
+It is also the largest number of missing runs that a sentence names.
+"""
 CURVES = 8
-"""Largest number of variants for which the page draws the figures of single runs, each from the mean over seeds."""
+"""Largest number of variants for which the page draws the figures of single runs, from each variant's mean over seeds."""
 OPEN_EVENTS = 20
-"""Largest number of events that are shown unfolded."""
+"""Largest number of events for which the page shows the table of events unfolded."""
 
 
-# -- which runs a page is about
+# -- the runs of a page
 
 
 def find_runs(folder: Path, order: Sequence[str] = ()) -> list[RunRecord]:
-    """Read the run folders in `folder`, or `folder` itself where it is one; runs that have not begun are left out.
+    """Read the run folders in `folder`, or `folder` itself if it is a run folder.  Runs that have not begun are left out.
 
     Args:
       folder: folder of a sweep, of runs, or of one run.
-      order: names that come first, in this order; the others follow by name.
+      order: names of runs that come first, in this order.  All other runs follow by name.
 
     Raises:
       InputError: there is no such folder, or no run in it.
@@ -51,7 +54,7 @@ def find_runs(folder: Path, order: Sequence[str] = ()) -> list[RunRecord]:
 
 
 def held_runs(records: Sequence[RunRecord], grid: Sequence[str]) -> str:
-    """Say which runs of a grid a page holds."""
+    """Return a sentence that says how many runs of a sweep's grid a page holds, and which runs have not begun."""
     names = {record.name for record in records}
     missing = [name for name in grid if name not in names]
     text = f"This page holds {len(grid) - len(missing)} of the {len(grid)} runs of the grid"
@@ -69,8 +72,8 @@ def write_folder_report(folder: Path, output: Path | None = None, title: str = "
 
     Args:
       folder: folder of the runs.
-      output: folder to write to; None: `folder`.
-      title: title of the page; empty: the sweep's, else the folder's name.
+      output: folder of the page.  None means `folder`.
+      title: title of the page.  If it is empty, the title is that of the sweep or, without a sweep, the folder's name.
 
     Raises:
       InputError: there is no such folder, or no run in it.
@@ -89,23 +92,23 @@ def write_report(
     notes: Sequence[str] = (),
     baseline: Baseline | None = None,
 ) -> Path:
-    """Write `folder`/report.html, and `folder`/figures/<name>.png and .svg.
+    """Write the page `folder`/report.html, and its figures as `folder`/figures/<name>.png and .svg.
 
     The page needs no network and no other file: figures are inline SVG, and styles and the script that sorts the tables are in
     the page.
 
     Args:
       records: the runs, in the order in which the page shows them.
-      folder: made if it does not exist; links to run folders are relative to it.
+      folder: folder of the page, made if it does not exist.  Links to run folders are relative to it.
       title: title of the page.
       notes: paragraphs of plain text under the findings.
-      baseline: as `grouping.group` takes it.
+      baseline: settings of the baseline, as `grouping.group` takes them.
 
     Returns:
       The path of report.html.
 
     Raises:
-      InputError: there are no records, or one is given twice.
+      InputError: there are no records, or a record is given twice.
     """
     variants = group(records, baseline)
     folder = Path(folder)
@@ -126,11 +129,11 @@ def write_report(
 
 
 def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path:
-    """Fill the template and write report.html, which appears whole or not at all.
+    """Fill the template of the page and write report.html atomically.
 
     Args:
       folder: an existing folder.
-      drawn: id of each figure to its title, for the links at the top.
+      drawn: title of each figure by its id, for the links at the top.
       sections: HTML of the title, header, findings, notes, comparison, figures, settings and events.
     """
     links = {name: name.capitalize() for name in ("findings", "comparison", "figures")} | dict(drawn)
@@ -152,7 +155,10 @@ def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path
 
 
 def header(records: Sequence[RunRecord]) -> str:
-    """Show the number of runs, then date (first to last), command, commit and device: each different value once."""
+    """Return the top of the page as HTML: number of runs, date (first to last), command, commit and device.
+
+    Each different value is shown once.
+    """
     items = [("runs", str(len(records)))]
     for key in HEADER_KEYS:
         values = list(dict.fromkeys(value for record in records if (value := _header_value(record.env, key))))
@@ -174,7 +180,7 @@ def _header_value(env: Mapping[str, Any], key: str) -> str | None:
 
 
 def _tables(records: Sequence[RunRecord], variants: Sequence[Variant], folder: Path) -> str:
-    """Make the table of runs and, where a variant has several runs, the table of variants above it."""
+    """Return the table of runs as HTML and, if a variant has several runs, the table of variants above it."""
     links = {
         label: os.path.relpath(record.folder, folder) for label, record in zip(labels(records), records, strict=True)
     }
@@ -187,7 +193,7 @@ def _tables(records: Sequence[RunRecord], variants: Sequence[Variant], folder: P
 def _figures(
     variants: Sequence[Variant], runs: int, folder: Path, baseline: Baseline | None
 ) -> tuple[str, dict[str, str]]:
-    """Draw the figures over seeds and variants, then those of single runs or of the means over seeds."""
+    """Draw the figures over seeds and variants, then the figures of single runs or of the means over seeds."""
     plain = len(variants) == runs and baseline is None
     over_seeds = {k: v for k, v in SWEEP_FIGURES.items() if not plain or k in ("swept", "frontier", "ladder")}
     figures, drawn = _draw(over_seeds, variants, folder, quiet=plain)
@@ -203,12 +209,12 @@ def _figures(
 def _draw(
     figures: Mapping[str, plots.Plot], data: Any, folder: Path, quiet: bool = False
 ) -> tuple[str, dict[str, str]]:
-    """Draw every figure that `data` can fill; return the HTML, and the id and title of the figures drawn.
+    """Draw every figure for which `data` has numbers.  Return the HTML, and the title of each drawn figure by its id.
 
     Args:
-      figures: as `plots.FIGURES`.
-      data: argument of their functions.
-      folder: folder of <name>.png and <name>.svg.
+      figures: figures by name, such as `plots.FIGURES`.
+      data: argument of the functions that draw the figures.
+      folder: folder to which <name>.png and <name>.svg are written.
       quiet: whether to leave out the list of the figures that could not be drawn.
     """
     parts, drawn, missing = [], {}, []
@@ -231,7 +237,7 @@ def _draw(
 
 
 def _settings(variants: Sequence[Variant]) -> str:
-    """Show the settings in which variants differ, those that all runs share, and the environments."""
+    """Return, as HTML, the settings in which variants differ, the settings that all runs share, and the environments."""
     runs = [run for variant in variants for run in variant.runs.values()]
     shared = shared_settings(runs)
     out = ""
@@ -260,7 +266,7 @@ def shared_settings(records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def changed_settings(records: Sequence[RunRecord]) -> str:
-    """Name the settings that all runs share and that differ from the project's defaults."""
+    """Return a sentence that names the settings that all runs share and that differ from the project's defaults."""
     shared = shared_settings(records)
     changed = [f"{key}={value}" for key, value in not_defaults(records[0].config).items() if key in shared]
     if not changed:
@@ -269,7 +275,7 @@ def changed_settings(records: Sequence[RunRecord]) -> str:
 
 
 def _events(records: Sequence[RunRecord]) -> str:
-    """Show spikes, resumptions and other events, in the order of steps within a run."""
+    """Return the table of events as HTML: spikes, resumptions and other events, in the order of steps within a run."""
     events = []
     for label, record in zip(labels(records), records, strict=True):
         for event in record.events:

@@ -1,4 +1,4 @@
-"""The record of a sweep: what the repository keeps of its folder, with a page of numbers, and how it is read back.
+"""Write and read the record of a sweep: the small part of the sweep's folder that the repository keeps.
 
 A record holds README.md, results.csv, results.parquet and a folder for each run with config.json, env.json, summary.json and, if
 wanted, metrics.jsonl.  Checkpoints, locks and logs stay behind.  Of absolute paths only the last part is kept.
@@ -20,13 +20,13 @@ from mhc_jax.runs.folder import read_json
 from mhc_jax.sweeps.results import result_rows, write_table
 
 MISSING = ("pending", "begun", "interrupted")
-"""States of runs that have not ended, although they may still end well."""
+"""States of runs that have not ended and may still finish."""
 FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
-"""Matches the folders of an absolute path, but not those of a URL or a relative path."""
+"""Pattern that matches the folders of an absolute path, but not the folders of a URL or a relative path."""
 
 
 def shortened(text: str) -> str:
-    """Return text without the folders of absolute paths.
+    """Return `text` with each absolute path cut to its last part.
 
     >>> shortened("train.py --data=/home/me/texts/*.txt texts/a.txt")
     'train.py --data=*.txt texts/a.txt'
@@ -37,20 +37,21 @@ def shortened(text: str) -> str:
 def write_record(
     sweep_folder: Path, folder: Path, metrics: bool = False, unfinished: bool = False, note: str = ""
 ) -> Path:
-    """Copy what a record keeps of a sweep; nothing in the sweep's folder is written.
+    """Write the record of a sweep.  The sweep's folder stays as it is.
 
     Args:
       sweep_folder: the folder that `experiments/sweep.py` wrote.
-      folder: folder of the record; must not exist.
+      folder: folder of the record, which must not exist.
       metrics: whether to keep metrics.jsonl, too.
-      unfinished: whether to accept runs that have not ended; they are left out, and README.md counts them.
-      note: a sentence for README.md.
+      unfinished: whether to accept a sweep with runs that have not ended.  The record leaves these runs out, and README.md
+        counts them.
+      note: a sentence for README.md, or empty.
 
     Returns:
-      `folder`.
+      The folder of the record.
 
     Raises:
-      InputError: no sweep, one that is not finished, no run that has ended, or a record that is there already.
+      InputError: `sweep_folder` holds no sweep, the sweep is not finished, no run has ended, or the record exists already.
     """
     rows = result_rows(sweep_folder)
     missing = [row["run"] for row in rows if row["status"] in MISSING]
@@ -76,14 +77,16 @@ def write_record(
 
 
 def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], baseline: Baseline | None, note: str) -> str:
-    """Write README.md: the command and circumstances, how the runs ended, the findings, and the table of variants.
+    """Return the text of a record's README.md.
+
+    It holds the command and circumstances, how the runs ended, the findings, and the table of variants.
 
     Args:
       title: title of the sweep.
       records: the runs that ended.
-      states: how each run of the sweep stands.
-      baseline: as `grouping.group` takes it.
-      note: a sentence for the reader.
+      states: status of each run of the sweep.
+      baseline: settings of the baseline, as `grouping.group` takes them.
+      note: a sentence for the reader, or empty.
     """
     envs = [record.env for record in records]
     dates = sorted(str(env["date"]) for env in envs)
@@ -113,10 +116,10 @@ def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], basel
 
 
 def read_record(folder: str | Path) -> list[RunRecord]:
-    """Read the runs of a record, in the order of their names; a run without metrics.jsonl has its summary and no curves.
+    """Read the runs of a record, in the order of their names.  A run without metrics.jsonl has its summary and no curves.
 
     Raises:
-      InputError: `folder` is no record.
+      InputError: `folder` is not the record of a sweep.
     """
     folder = Path(folder)
     places = sorted(path.parent for path in folder.glob("*/summary.json"))
@@ -125,10 +128,10 @@ def read_record(folder: str | Path) -> list[RunRecord]:
 
 
 def read_newest(root: str | Path, name: str) -> list[RunRecord]:
-    """Return the runs of the latest record `<date>-sweep-<name>` in `root`.
+    """Return the runs of the latest record of a sweep, which is named `<date>-sweep-<name>`, in the folder `root`.
 
     Raises:
-      InputError: there is none.
+      InputError: there is no record of this sweep.
     """
     folder = max(Path(root).glob(f"????-??-??-sweep-{name}"), default=None)
     if folder is None:

@@ -1,1 +1,1 @@
-"""Grids of runs: points and configurations, processes that train them, and the table of results."""
+"""Sweeps: the grid of runs and their configurations, the processes that train the runs, and the table of results."""

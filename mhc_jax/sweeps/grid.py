@@ -7,7 +7,7 @@ A sweep file is Python with a docstring and `get_sweep()`:
         return Sweep(base="../configs/prototype.py", points=product(points, seeds(3)))
 
 The folder of a sweep holds the run folders, `results.csv`, `results.parquet`, `sweep.json` (the runs of the latest grid), `logs/`
-(what each process printed) and `.sweep/` (configurations, locks, failures, XLA's compile cache).
+(the output of each process) and `.sweep/` (configurations, locks, failures, XLA's compile cache).
 """
 
 from __future__ import annotations
@@ -37,43 +37,43 @@ from mhc_jax.errors import InputError, require
 from mhc_jax.runs.folder import read_json, write_json
 
 Point = dict[str, Any]
-"""Settings that one run changes: dotted keys of the configuration, and the shorthands `connection` (a spec) and `seed`.
+"""Settings that one run of a sweep changes, by dotted key of the configuration.
 
-`seed` sets train.seed and data.seed.
+There are two shorthands: `connection` takes a spec, and `seed` sets train.seed and data.seed.
 """
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `get_sweep` returns."""
+    """A sweep as the `get_sweep` of a sweep file returns it."""
 
     base: str
-    """Config file, with `:arg` if wanted; relative to the sweep file."""
+    """Path of the config file, relative to the sweep file, followed by `:arg` if the file takes an argument."""
     points: Sequence[Point]
     settings: Point = field(default_factory=dict)
-    """Settings of all runs; names of runs leave them out."""
+    """Settings that all runs of the sweep share.  The names of runs leave them out."""
     baseline: Point = field(default_factory=dict)
-    """Settings of the variant that others are compared with, such as {"connection": "hc"}.
+    """Settings of the baseline, such as {"connection": "hc"}.
 
-    A baseline agrees with the variant that it is compared with in all other settings.  Empty: the residual connection or,
-    without it, the connection of the first point.
+    In all other settings a baseline agrees with the variant that is compared with it.  An empty mapping means the residual
+    connection or, without residual runs, the connection of the first point.
     """
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a sweep, with their configurations built."""
+    """The grid of a sweep: its runs, with their configurations built."""
 
     title: str
     """First line of the sweep file's docstring."""
     runs: Sequence[Run]
     baseline: Point = field(default_factory=dict)
-    """As `Sweep.baseline`."""
+    """Settings of the baseline, as in `Sweep.baseline`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid."""
+    """One run of a sweep's grid: its name, its point and its configuration."""
 
     name: str
     point: Point
@@ -81,22 +81,22 @@ class Run:
 
 
 def over(key: str, values: Sequence[Any]) -> list[Point]:
-    """Make one point of each value."""
+    """Make one point for each value of the setting `key`."""
     return [{key: value} for value in values]
 
 
 def seeds(k: int) -> list[Point]:
-    """Make k points whose `seed` counts from 0, so that runs of one seed are paired."""
+    """Make k points whose `seed` counts from 0.  Runs with equal seeds are paired."""
     return over("seed", range(k))
 
 
 def product(*axes: Sequence[Point]) -> list[Point]:
-    """Combine every point of each axis with every point of the others; the last axis varies fastest."""
+    """Combine every point of each axis with every point of the other axes.  The last axis varies fastest."""
     return [_merged(parts) for parts in itertools.product(*axes)]
 
 
 def zip_points(*axes: Sequence[Point]) -> list[Point]:
-    """Combine the first point of each axis, then the second of each, and so on.
+    """Combine the first points of all axes into one point, then the second points, and so on.
 
     Raises:
       InputError: the axes have different lengths.
@@ -118,11 +118,11 @@ def load_sweep(file: str | Path, base: Mapping[str, Any] | None = None) -> Grid:
 
     Args:
       file: the sweep file.
-      base: the configuration that the points change; None: `base_configuration` of the file.
+      base: the configuration that the points change.  None means the `base_configuration` of the file.
 
     Raises:
-      InputError: a file that cannot be used, an unknown key, a refused value, two runs of one name or one configuration, or a
-        baseline that no run of the grid is.
+      InputError: a file cannot be used, a key is unknown, a value is refused, two runs have the same name or configuration, or
+        no run of the grid has the settings of the baseline.
     """
     title, sweep = _read_sweep(Path(file))
     runs = plan(base_configuration(file) if base is None else base, sweep.points)
@@ -130,10 +130,10 @@ def load_sweep(file: str | Path, base: Mapping[str, Any] | None = None) -> Grid:
 
 
 def base_configuration(file: str | Path) -> dict[str, Any]:
-    """Return what all runs of a sweep file share: its config file with `Sweep.settings`, as a nested mapping.
+    """Return the configuration that all runs of a sweep file share: its config file with `Sweep.settings`, as a nested mapping.
 
     Raises:
-      InputError: a file that cannot be used, or an unknown key.
+      InputError: a file cannot be used, or a key is unknown.
     """
     _, sweep = _read_sweep(Path(file))
     config_file, *arg = sweep.base.split(":", 1)
@@ -142,7 +142,7 @@ def base_configuration(file: str | Path) -> dict[str, Any]:
 
 
 def _read_sweep(file: Path) -> tuple[str, Sweep]:
-    """Return the title of a sweep file and its sweep."""
+    """Return the title of a sweep file, and the sweep that its `get_sweep` returns."""
     sweep, docstring = _call(file, "get_sweep")
     require(bool(docstring), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
     require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
@@ -150,7 +150,7 @@ def _read_sweep(file: Path) -> tuple[str, Sweep]:
 
 
 def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
-    """Run a Python file and call a function of it; return the result and the file's docstring."""
+    """Run a Python file and call a function of the file.  Return the result and the file's docstring."""
     require(file.is_file(), f"The file {str(file)!r} does not exist; give a Python file.")
     try:
         names = runpy.run_path(str(file))
@@ -163,10 +163,10 @@ def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
 
 
 def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
-    """Return the baseline of a sweep, with its values spelled as the runs of the grid spell them.
+    """Return the settings of a sweep's baseline, with the values spelled as in the runs of the grid.
 
     Raises:
-      InputError: `baseline` is no mapping of settings, or no run of the grid has these settings.
+      InputError: `baseline` is not a mapping of settings, or no run of the grid has these settings.
     """
     require(
         isinstance(baseline, Mapping) and isinstance(baseline.get("connection", ""), str),
@@ -188,14 +188,14 @@ def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
 
 
 def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
-    """Name and configure the run of each point.
+    """Make the run of each point: its name and its configuration.
 
     Args:
       base: nested mapping with every leaf of the configuration.
-      points: what each run changes.
+      points: settings that each run changes.
 
     Raises:
-      InputError: no points, an unknown key, a refused value, or two points of one name or one configuration.
+      InputError: there are no points, a key is unknown, a value is refused, or two points have the same name or configuration.
     """
     require(bool(points), "The sweep has no points; give at least one.")
     runs: dict[str, Run] = {}
@@ -218,7 +218,7 @@ def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
 
 
 def run_name(point: Point) -> str:
-    """Name the folder of a run after its point alone, so that the name stays when other points come and go.
+    """Return the name of a run's folder.  It depends on the run's point alone, so it stays when other points come and go.
 
     >>> run_name({"optimizer.learning_rate": 0.01, "seed": 2, "connection": "mhc:t_max=5"})
     'mhc-t_max-5-lr0.01-seed2'
@@ -233,12 +233,12 @@ def run_name(point: Point) -> str:
 
 
 def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """Return a copy of a nested configuration with the settings of a point.
+    """Return a copy of a nested configuration, changed by the settings of a point.
 
     `connection` is set first, because other keys of the point may be settings of that connection.
 
     Raises:
-      InputError: a key that the configuration does not have, or a connection that does not parse.
+      InputError: the configuration lacks a key of the point, or the connection does not parse.
     """
     out = copy.deepcopy(dict(base))
     if "connection" in point:
@@ -254,7 +254,7 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
         require(key in known, f"The sweep sets {key!r}, which the configuration does not have. {hint}")
         *path, leaf = key.split(".")
         section = functools.reduce(operator.getitem, path, out)
-        # A setting keeps its type, by which the command line reads it.
+        # An int for a float setting becomes a float, because the command line reads each setting by its type.
         section[leaf] = float(value) if isinstance(section[leaf], float) and type(value) is int else value
     return out
 
@@ -264,10 +264,12 @@ def _spelled(point: Mapping[str, Any]) -> str:
 
 
 def select(runs: Sequence[Run], part: str) -> list[Run]:
-    """Return every `of`-th run from the k-th on, for `part` = 'k/of' with k from 1; all runs for an empty `part`.
+    """Return the part 'k/of' of the runs: every `of`-th run from the k-th on, with k from 1.
+
+    An empty `part` means all runs.
 
     Raises:
-      InputError: `part` is not of that form.
+      InputError: `part` is not of the form 'k/of'.
     """
     if not part:
         return list(runs)
@@ -278,7 +280,7 @@ def select(runs: Sequence[Run], part: str) -> list[Run]:
 
 
 def write_plan(workdir: Path, grid: Grid) -> None:
-    """Write the files that workers and results read: sweep.json, and the configuration of every run.
+    """Write the plan of a sweep: sweep.json, and the configuration of every run.  Workers and results read these files.
 
     Raises:
       InputError: the folder cannot be written.
@@ -296,10 +298,10 @@ def write_plan(workdir: Path, grid: Grid) -> None:
 
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Map each run's name to its configuration: the latest grid, then runs of earlier grids that were begun.
+    """Return the configuration of each run by its name: first the runs of the latest grid, then begun runs of earlier grids.
 
     Raises:
-      InputError: `workdir` is no folder of a sweep.
+      InputError: `workdir` is not the folder of a sweep.
     """
     require((workdir / "sweep.json").is_file(), f"{str(workdir)!r} is no folder of a sweep: it has no sweep.json.")
     names = list(read_json(workdir / "sweep.json")["runs"])
@@ -309,7 +311,7 @@ def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_planned(workdir: Path, name: str) -> ExperimentConfig:
-    """Return the configuration that the plan in `workdir` has for a run."""
+    """Return the configuration of a run from the plan in `workdir`."""
     return from_mapping(read_json(_planned(workdir, name)))
 
 
@@ -318,14 +320,14 @@ def _planned(workdir: Path, name: str) -> Path:
 
 
 class Busy(Exception):  # noqa: N818  (a state, not a mistake)
-    """Another process has the run; the text names that process."""
+    """Raised when another process holds the lock of a run.  The text names the other process."""
 
 
 @contextlib.contextmanager
 def run_lock(workdir: Path, name: str) -> Iterator[None]:
-    """Hold a run while it is trained.
+    """Hold the lock of a run while the run is trained.
 
-    The lock is the kernel's (flock), so a process that dies releases its locks, however it died.  The file names the last
+    The lock is the kernel's (flock), so a process that dies releases its locks, however it died.  The lock file names the last
     holder.
 
     Raises:

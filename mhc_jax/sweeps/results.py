@@ -1,4 +1,4 @@
-"""The table of a sweep, one row for each run, as CSV and Parquet."""
+"""The results table of a sweep, with one row for each run, as CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ SUMMARY_KEYS = (
     "step_time_s",
     "flops_per_token",
 )
-"""Numbers that are copied from summary.json."""
+"""Keys of summary.json whose numbers are copied into the results table."""
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Write `workdir`/results.csv and results.parquet, each atomically, and return the rows.
 
-    Columns: run, status, connection (its spec), kind, seed (train.seed), data_seed; every other setting that differs between
-    runs, by its dotted key; the measurements (losses in nats/token, times in s); device, commit, date, error.  A cell is empty
-    where a run has no such value.
+    The columns are run, status, connection (its spec), kind, seed (train.seed) and data_seed; every other setting that differs
+    between runs, by its dotted key; the measurements (losses in nats/token, times in s); device, commit, date and error.  A cell
+    is empty if the run has no such value.
     """
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,17 +57,17 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write rows of the same keys as `folder`/results.csv and results.parquet."""
+    """Write rows that share their keys to `folder`/results.csv and `folder`/results.parquet."""
     table = pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
     pyarrow.csv.write_csv(table, str(folder / "results.csv"))
     pyarrow.parquet.write_table(table, str(folder / "results.parquet"))
 
 
 def result_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Return one row for every run of the sweep, begun or not.
+    """Return one row of the results table for every run of the sweep, begun or not.
 
     Raises:
-      InputError: `workdir` is no folder of a sweep.
+      InputError: `workdir` is not the folder of a sweep.
     """
     plan = read_plan(workdir)
     flat = {name: flatten(config) for name, config in plan.items()}
@@ -90,7 +90,7 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def run_status(workdir: Path, name: str) -> str:
-    """Return `finished`, `diverged`, `interrupted`, `failed`, `begun` (running, or killed) or `pending`."""
+    """Return the status of a run: `finished`, `diverged`, `interrupted`, `failed`, `begun` (running or killed) or `pending`."""
     summary = workdir / name / "summary.json"
     if summary.is_file():
         return read_json(summary)["status"]
@@ -100,12 +100,15 @@ def run_status(workdir: Path, name: str) -> str:
 
 
 def failure_file(workdir: Path, name: str) -> Path:
-    """Return the file that records a run's last failure: `exit` and `error`.  Without a failure there is no file."""
+    """Return the path of the file that records a run's last failure under `exit` and `error`.
+
+    The file does not exist if the run has not failed.
+    """
     return workdir / ".sweep" / "failed" / f"{name}.json"
 
 
 def measurements(record: RunRecord | None) -> dict[str, Any]:
-    """Return the numbers of one run; all are None without a record.
+    """Return the measurements of one run for the results table.  All are None without a record.
 
     `max_grad_norm` is the largest finite norm before clipping at the logged steps after the warm-up.  `clipped_fraction` is
     the share of all logged steps whose gradient was clipped.
@@ -125,17 +128,17 @@ def measurements(record: RunRecord | None) -> dict[str, Any]:
 
 
 def _record(folder: Path) -> RunRecord | None:
-    """Read a run; None before its first line is written."""
+    """Read the record of a run, or return None before the first line of its metrics is written."""
     if not (folder / "metrics.jsonl").is_file():
         return None
     try:
         return read_run(folder)
-    except InputError:  # read while the process was rewriting it
+    except InputError:  # the folder was read while a process was writing it
         return None
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Make a column of one type; lists and mixtures of types become JSON text."""
+    """Make a table column of one type.  Lists and mixtures of types become JSON text."""
     kinds = {type(v) for v in values if v is not None}
     if kinds <= {int, float} and float in kinds:
         return pa.array([None if v is None else float(v) for v in values])

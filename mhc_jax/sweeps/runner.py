@@ -1,4 +1,4 @@
-"""Training the runs of a sweep in processes: side by side on this machine, or as a Slurm array."""
+"""Train the runs of a sweep in processes: side by side on this machine, or as a Slurm array."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from mhc_jax.sweeps.worker import run as run_one
 
 POLL_S = 0.2
 PATIENCE_S = 20.0
-"""Time to wait for runs that another process has.  The workers of a killed sweep save and end within seconds."""
+"""Seconds to wait for runs that another process holds.  The workers of a killed sweep save and end within seconds."""
 GRACE_S = 120.0
-"""Time from SIGTERM to SIGKILL, in which a worker finishes its step and saves."""
+"""Seconds from SIGTERM to SIGKILL, in which a worker finishes its step and saves."""
 ERROR_LINES = 8
-"""Lines of a log that the record of a failure keeps."""
+"""Number of last lines of a run's log that the record of its failure keeps."""
 
 
 def cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """Return the number of processes to run side by side: one for two cores, or a single one where there is a GPU or TPU."""
+    """Return the number of processes to run side by side: one for every two cores, but one alone with a GPU or TPU."""
     accelerator = Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     return 1 if accelerator else max(1, cores() // 2)
 
@@ -52,10 +52,10 @@ def default_workers() -> int:
 def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
     """Check every run folder, write the plan, tokenize the data once, and return the runs that are not done.
 
-    The page of the sweep is removed where there is something to do, because it may show another grid than the folder will hold.
+    If any run is to be trained, the page of the sweep is removed, because it may show another grid than the folder will hold.
 
     Raises:
-      InputError: a run folder that cannot be used, data that cannot be read, or a run that was begun with another text; before
+      InputError: a run folder cannot be used, data cannot be read, or a run was begun with another text.  It is raised before
         the first run starts.
     """
     todo = [run for run in selected if not check_run_folder(workdir / run.name, to_mapping(run.config))]
@@ -69,7 +69,7 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
         data = load_data(run.config.data)
         identities[text] = data.identity
         print("\n".join(data.describe(run.config.train.validation_batches)), file=sys.stderr)
-    for run in grid.runs:  # runs that another machine began are checked, too
+    for run in grid.runs:  # runs that were begun on another machine are checked, too
         if read := identities.get(text_of(run)):
             check_text(recorded_data(workdir / run.name), read, workdir / run.name)
     write_plan(workdir, grid)
@@ -81,15 +81,15 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
 def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) -> int:
     """Train the selected runs that are not done, `workers` processes side by side, and keep the results table up to date.
 
-    A run that fails is recorded, and the others go on.  SIGINT and SIGTERM make every process save and end; the same call
-    goes on from there.
+    A failure of a run is recorded, and the other runs go on.  SIGINT and SIGTERM make every process save and end.  A call with
+    the same arguments then continues the saved runs.
 
     Returns:
-      Exit status: 0 when all runs are done (a divergence is a result), 1 when some failed or another process has them, 130
-      when stopped.
+      Exit status: 0 when all runs are done (a divergence is a result), 1 when some runs failed or are held by another process,
+      130 when stopped.
 
     Raises:
-      InputError: before the first run starts.
+      InputError: `workers` is below 1, or `prepare` refuses the runs.  It is raised before the first run starts.
     """
     require(workers >= 1, f"--workers is {workers}; it must be at least 1.")
     todo = prepare(workdir, grid, selected)
@@ -111,7 +111,7 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
 
 
 class _Pool:
-    """The processes of one call of `run_local`."""
+    """The pool of processes with which one call of `run_local` trains runs."""
 
     def __init__(self, workdir: Path, todo: Sequence[Run], workers: int, done: int):
         self.workdir, self.workers = workdir, workers
@@ -122,7 +122,7 @@ class _Pool:
         self.progress = SweepProgress(workdir, len(todo) + done, done)
 
     def work(self, stop: StopRequest) -> None:
-        """Start processes and wait for them until nothing is left to do, or until `stop`."""
+        """Start processes and wait for them, until no run is left to train or a signal asks to stop."""
         patience = time.monotonic() + PATIENCE_S
         while (self.queue or self.active) and stop.signal is None:
             self._start_free()
@@ -142,13 +142,13 @@ class _Pool:
                 self._reap(stopping=True)
 
     def kill(self) -> None:
-        """End the processes that still run, which is only so where `work` was cut short."""
+        """Kill the processes that still run.  There are such processes only if `work` was cut short."""
         for _, process in self.active.values():
             process.kill()
             process.wait()
 
     def _start_free(self) -> None:
-        """Start queued runs that no other process has, as long as there is room; the others go to the end of the queue."""
+        """Start queued runs as long as there is room.  Runs that another process holds go to the end of the queue."""
         for _ in range(len(self.queue)):
             if len(self.active) == self.workers:
                 return
@@ -198,7 +198,7 @@ class _Pool:
 
 
 def record_failure(workdir: Path, name: str, code: int) -> str:
-    """Record how a run's process ended, with the last lines of its log, and return the reason in a few words."""
+    """Record the failure of a run: the exit status and the last lines of its log.  Return the reason in a few words."""
     reason = f"exit status {code}"
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
@@ -211,13 +211,13 @@ def record_failure(workdir: Path, name: str, code: int) -> str:
 
 
 class SlurmTask:
-    """What a task of a Slurm array does: it trains one run in its own process, as a local worker does."""
+    """A task of a Slurm array, which trains one run in its own process, as a local worker does."""
 
     def __init__(self, workdir: Path):
         self.workdir, self.command = workdir.resolve(), typed_command()
 
     def __call__(self, name: str) -> int:
-        """Train one run; a failure is recorded and then raised."""
+        """Train one run and return its exit status.  A failure is recorded and then raised."""
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
         os.environ[COMMAND] = self.command
         try:
@@ -234,13 +234,13 @@ class SlurmTask:
 
 
 def submit(workdir: Path, grid: Grid, selected: Sequence[Run], cluster: str, parameters: dict[str, Any]) -> list[Any]:
-    """Submit the selected runs that are not done as one array with a task for each run, and return submitit's jobs.
+    """Submit the selected runs that are not done as one Slurm array, with a task for each run, and return submitit's jobs.
 
     Args:
       workdir: a folder on a file system that the nodes share.
-      grid: the whole grid.
-      selected: runs of it.
-      cluster: `slurm`, or submitit's `local` and `debug`.
+      grid: the whole grid of the sweep.
+      selected: runs of the grid that may be trained.
+      cluster: `slurm`, or `local` or `debug` of submitit.
       parameters: arguments of `submitit.AutoExecutor.update_parameters`, such as slurm_partition.
 
     Raises:

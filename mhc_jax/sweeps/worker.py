@@ -1,4 +1,4 @@
-"""The process that trains one run of a sweep: `python -m mhc_jax.sweeps.worker WORKDIR NAME PARENT`."""
+"""Train one run of a sweep in a process of its own: `python -m mhc_jax.sweeps.worker WORKDIR NAME PARENT`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mhc_jax.sweeps.grid import Busy, read_planned, run_lock
 from mhc_jax.sweeps.results import failure_file, write_results
 
 BUSY = 75
-"""Exit status where another process has the run (EX_TEMPFAIL)."""
+"""Exit status of a worker whose run another process holds (EX_TEMPFAIL)."""
 
 
 def run(workdir: Path, name: str) -> int:
-    """Train one run of the plan and bring the results up to date.
+    """Train one run of the plan and bring the results table up to date.
 
     Returns:
       Exit status: 0 when finished, 3 when diverged, 130 when stopped and saved.
 
     Raises:
-      Busy: another process has the run.
-      InputError: a run folder or data that cannot be used.
+      Busy: another process holds the run.
+      InputError: the run folder or the data cannot be used.
     """
     config = read_planned(workdir, name)
     with run_lock(workdir, name):
@@ -40,9 +40,9 @@ def run(workdir: Path, name: str) -> int:
 
 
 def watch(parent: int) -> None:
-    """Wait until the process `parent` is gone, then ask this one to save and stop.
+    """Wait until the process `parent` is gone, then ask this process to save and stop.
 
-    So a sweep that is killed leaves nothing running.
+    A sweep that is killed therefore leaves no worker running.
     """
     while os.getppid() == parent:
         time.sleep(0.5)
@@ -50,7 +50,7 @@ def watch(parent: int) -> None:
 
 
 def main() -> int:
-    """Train the run that the command line names."""
+    """Train the run that the command line names, and return the exit status."""
     workdir, name, parent = sys.argv[1:]
     if cpu_alone():
         keep_pages()
