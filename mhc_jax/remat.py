@@ -104,8 +104,8 @@ def recomputed(
 ) -> tuple[Any, dict[str, Any]]:
     """Run the sub-layers of N blocks in order, keeping the carry of every L_r-th sub-layer and the branches (`keep_branch`).
 
-    One turn of a scan runs the smallest number of blocks whose sub-layers are a multiple of L_r.  Blocks that fill no whole turn run
-    after the scan.
+    One turn of a scan runs the smallest number of blocks whose sub-layers are a multiple of L_r.  Blocks that fill no whole turn
+    run after the scan.
 
     Args:
       sublayer: runs one sub-layer: (position in its block, parameters of the block, carry, index of the block) -> (carry, aux).
@@ -117,8 +117,8 @@ def recomputed(
       unroll: the least number of blocks in one turn of the scan.
 
     Returns:
-      (carry after the last block, aux).  The aux dicts of the sub-layers of a block are merged into one dict; these are stacked over
-      blocks.
+      (carry after the last block, aux).  The aux dicts of the sub-layers of a block are merged into one dict; these are stacked
+      over blocks.
     """
     blocks = len(indices)
     period = math.lcm(kinds, min(L_r, kinds * blocks)) // kinds
@@ -132,7 +132,7 @@ def recomputed(
     if turns:
         whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
         steps = min(max(1, unroll // period), turns)
-        # A compiled loop keeps forward and backward apart by itself.  A scan that is unrolled, or has one turn, compiles to no loop.
+        # A compiled loop keeps forward and backward apart by itself.  A scan that is unrolled or has one turn compiles to no loop.
         is_loop = steps < turns
         carry, aux = jax.lax.scan(
             lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
@@ -167,7 +167,7 @@ def _run_blocks(
 
 
 def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
-    """Run those sub-layers of `blocks` whose numbers are in `segment`.  Return the carry and a list of the aux of each sub-layer."""
+    """Run those sub-layers of `blocks` whose numbers are in `segment`.  Return (carry, list of the aux of each sub-layer)."""
     # Split, not index: the transpose of a split is a concatenation, and the transpose of indexing is a sum of padded arrays.
     each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []

@@ -59,14 +59,14 @@ class _Sizes:
 def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE_DEVICE) -> Plan:
     r"""Choose the first of the policies `none`, `connection` and `full` whose estimate fits the memory of a device.
 
-    `connection` has the L_r of model.remat_block, or else the best one.  Its estimate is mHC Eq. 20 in bytes, plus what the branches
-    keep.  To the paper's terms it adds the coefficients c of the pending write.  It counts h and its norm in the dtype of the
-    streams:
+    `connection` has the L_r of model.remat_block, or else the best one.  Its estimate is mHC Eq. 20 in bytes, plus what the
+    branches keep.  To the paper's terms it adds the coefficients c of the pending write.  It counts h and its norm in the dtype of
+    the streams:
 
     $$(nC + c) \lceil L / L_r \rceil + ((n + 2) C + c) L_r$$
 
-    All estimates leave out values that live for a moment only.  They count the kept values of a branch as whole, even if mesh.tensor
-    splits its heads and hidden channels.
+    All estimates leave out values that live for a moment only.  They count the kept values of a branch as whole, even if
+    mesh.tensor splits its heads and hidden channels.
 
     Args:
       config: its remat may give the limit in GB, as in `auto:80`.  `auto` alone gives no limit, and `connection` is chosen.

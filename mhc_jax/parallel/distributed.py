@@ -248,8 +248,8 @@ class Agreement:
     def ask(self, number: int) -> int:
         """Give a number, and return the largest number that a process gave at the previous call.
 
-        The first call returns 0.  The collective of a call runs beside the training step that follows.  The next call reads its result.
-        In a run of one process a call returns `number` itself.
+        The first call returns 0.  The collective of a call runs beside the training step that follows.  The next call reads its
+        result.  In a run of one process a call returns `number` itself.
         """
         if not is_multiprocess():
             return number

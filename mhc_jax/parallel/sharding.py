@@ -164,8 +164,8 @@ def current() -> AbstractMesh | None:
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
     """Return `spec` without mesh axes of size 1, and without mesh axes that do not divide their axis of `shape`.
 
-    Mesh axes may fail to divide two kinds of axes.  One is a vocabulary axis, from which `stage` is dropped first.  The other is the
-    axis of a batch of one sequence, as diagnostics use it.
+    Mesh axes may fail to divide two kinds of axes.  One is a vocabulary axis, from which `stage` is dropped first.  The other is
+    the axis of a batch of one sequence, as diagnostics use it.
     """
     sizes = dict(mesh.shape)
     axes = []

@@ -6,8 +6,8 @@ The program is a `jax.shard_map` over the axis `stage` alone.  XLA splits the pr
 as it splits the decoder without stages.
 
 Each device scans over the ticks of its columns (`program.compile_table`).  In a tick it runs one operation, which a
-`jax.lax.switch` for each phase of the tick chooses.  Then the devices exchange boundary tensors by `jax.lax.ppermute`, up and down.  With
-`pipeline.overlap` the tensors of a tick travel while the next tick computes.
+`jax.lax.switch` for each phase of the tick chooses.  Then the devices exchange boundary tensors by `jax.lax.ppermute`, up and down.
+With `pipeline.overlap` the tensors of a tick travel while the next tick computes.
 
 The state of the scan has four buffers.  The columns name the slots of these buffers:
 
@@ -106,7 +106,7 @@ class _Layout:
         self.places = np.array([[stage_of.get(Place(d, c), 0) for d in devices] for c in range(schedule.chunks)])
 
     def to_stages(self, layers: Tree) -> Tree:
-        """Move stacked blocks to the devices of their stages.  Leading dense blocks are not in the stack: zeros hold their places."""
+        """Move stacked blocks to the devices of their stages.  Zeros stand for leading dense blocks, which lie elsewhere."""
 
         def move(a: Array) -> Array:
             a = jnp.concatenate([jnp.zeros((self.lead, *a.shape[1:]), a.dtype), a]) if self.lead else a
@@ -315,7 +315,7 @@ def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """Return the buffer with `value` written into `slot`, or with the k-th part of `value` if k is given.  Slot -1 is the last slot."""
+    """Return the buffer with `value` (the k-th part of it, if k is given) written into `slot`.  Slot -1 means the last slot."""
 
     def put(a: Array, new: Array) -> Array:
         new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)

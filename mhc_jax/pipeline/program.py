@@ -5,9 +5,9 @@ device does a forward, a backward, or an overlapped pair F&B.  It reads buffers 
 ends.  Values that live at the same time have different slots.  All devices have buffers of the same length.
 
 A tick has three phases, F, then I, then W, B or F&B, and a device does something in one of them.  The phases keep XLA from copying
-large arrays.  XLA copies an array in a branch that only passes it on, unless every branch that writes the array comes behind this branch.
-The activations are written by F and F&B, the deferrals by I, and the sums of gradients by W, B and F&B.  With three
-phases the branches can be ordered so for each array.  With all operations in one `jax.lax.switch` no such order exists.
+large arrays.  XLA copies an array in a branch that only passes it on, unless every branch that writes the array comes behind this
+branch.  The activations are written by F and F&B, the deferrals by I, and the sums of gradients by W, B and F&B.  With three phases
+the branches can be ordered so for each array.  With all operations in one `jax.lax.switch` no such order exists.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
 
 
 def _ordered(operations: set[Operation]) -> tuple[Operation, ...]:
-    """Sort the operations of a phase: first the operation that does nothing, then from those that write little to those that write much."""
+    """Sort the operations of a phase: first the operation that does nothing, last the operations that write most."""
     kinds = ("", "W", "I", "B")
     return tuple(
         sorted({Operation(), *operations}, key=lambda op: (op.forward, op.backward_leads, kinds.index(op.backward), op))

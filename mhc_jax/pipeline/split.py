@@ -1,9 +1,9 @@
 """Splitting of one computation into two, as zero-bubble pipelines split a backward pass (Qi et al., arXiv 2401.10241).
 
 The backward pass of a stage makes the gradient of its input (I), for which the previous stage waits, and the gradients of its
-weights (W), for which no stage waits.  `split` traces the whole pass and divides its operations.  The first half runs the operations on
-which I depends, and the second half runs all others.  Values of the first half that the second half needs are kept in between.
-Most of these are gradients of the results of matrix products.
+weights (W), for which no stage waits.  `split` traces the whole pass and divides its operations.  The first half runs the
+operations on which I depends, and the second half runs all others.  Values of the first half that the second half needs are kept in
+between.  Most of these are gradients of the results of matrix products.
 """
 
 from __future__ import annotations

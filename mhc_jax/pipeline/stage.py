@@ -155,7 +155,7 @@ class Stage:
         return cross_entropy(logits_of(x, W), targets)
 
     def blocks(self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array) -> tuple[Tree, Tree]:
-        """Run the blocks of a stage.  Return (carry after the last block, aux [blocks, ...]).  Leading dense blocks have zeros as aux."""
+        """Run the blocks of a stage.  Return (carry after the last block, aux [blocks, ...]).  The aux of dense blocks is 0."""
         lead = self.model.num_leading if leads else 0
         if lead:
             carry, _ = self._run(True, dense, carry, jnp.arange(lead))
@@ -219,8 +219,8 @@ class Stage:
           sums: gradients of the parameters outside the blocks, added up so far.
 
         Returns:
-          (dict of `F`, `activations`, `loss` and `aux`, new `sums`).  `F` is the packed boundary tensor that leaves the stage.  On the
-          last stage it is the gradient of this tensor.
+          (dict of `F`, `activations`, `loss` and `aux`, new `sums`).  `F` is the packed boundary tensor that leaves the stage.  On
+          the last stage it is the gradient of this tensor.
         """
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
@@ -260,8 +260,8 @@ class Stage:
           sums: (gradients outside the blocks, gradients of the blocks [chunks, ...]), added up so far.
 
         Returns:
-          (dict, new `sums`).  After B and I the dict has `B`, the packed gradient of the boundary tensor that enters the stage.  After
-          I it also has `deferrals`.
+          (dict, new `sums`).  After B and I the dict has `B`, the packed gradient of the boundary tensor that enters the stage.
+          After I it also has `deferrals`.
         """
         leads, layers, batch, stage = work
         free, given = (layers, stage), (self.activations.take(leads, activations), self.boundary.unpack(g))

@@ -1,7 +1,8 @@
 """Simulation of a schedule from the times of its operations: how long a step takes, how long devices wait, and what they hold.
 
 Each device runs its cells in the order of the table.  A cell starts as soon as the device is free and its operands have arrived.
-Ticks therefore give the order of the cells alone, and no times.  A message travels while both devices compute, and takes `Costs.send`.
+Ticks therefore give the order of the cells alone, and no times.  A message travels while both devices compute, and takes
+`Costs.send`.
 """
 
 from __future__ import annotations

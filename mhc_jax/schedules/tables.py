@@ -13,12 +13,12 @@ Letters: P devices along the stage axis, M microbatches, v stages a device (chun
 microbatch: the forward, the whole backward, and the two parts of the backward, B = I + W.  I computes the gradient of the stage's
 input, and W computes the gradients of its weights.  F&B is the time of a forward and a backward that overlap.
 
-The docstring of each schedule gives its bubble (the time that a device waits in a step) and the largest number of activations that a
-device holds.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`.  The formula of `dualpipev` is in the
-README of github.com/deepseek-ai/DualPipe.
+The docstring of each schedule gives its bubble (the time that a device waits in a step) and the largest number of activations that
+a device holds.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`.  The formula of `dualpipev` is in
+the README of github.com/deepseek-ai/DualPipe.
 
-A cell of a table holds no operation, one operation, or the two operations of an overlapped pair F&B.  A message sent in a tick is usable `latency` ticks
-later.
+A cell of a table holds no operation, one operation, or the two operations of an overlapped pair F&B.  A message sent in a tick is
+usable `latency` ticks later.
 """
 
 from __future__ import annotations
@@ -245,8 +245,9 @@ def dualpipe(P: int, M: int) -> Plan:
     r"""DualPipe (DeepSeek-V3, arXiv 2412.19437, section 3.2.1, Figure 5 and Table 2).
 
     Half of the microbatches enter at device 0, and the other half at device $P - 1$.  A forward of one direction overlaps a
-    backward of the other direction.  Device $d$ therefore holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1): two copies of the parameters.
-    Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long for other times.  Activations of a device: $P + 1$.
+    backward of the other direction.  Device $d$ therefore holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1): two copies of
+    the parameters.  Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long for other times.  Activations of a
+    device: $P + 1$.
 
     Raises:
       InputError: P or M is odd.
@@ -343,7 +344,8 @@ def _dual_order(half: int, h: int, count: int) -> Order:
       count: number of microbatches of each direction.
 
     Returns:
-      Cells of (kind, number among the microbatches of the direction, direction).  Direction 0 begins at the end from which h counts.
+      Cells of (kind, number among the microbatches of the direction, direction).  Direction 0 begins at the end from which h
+      counts.
     """
     order: Order = []
     numbers = {(kind, direction): iter(range(count)) for kind in "FB" for direction in (0, 1)}

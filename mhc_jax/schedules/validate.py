@@ -1,8 +1,8 @@
 """Proof that a table is a correct pipeline.
 
 In a correct table every operation occurs once, at the place of its stage, and after all operations on which it depends.  No device
-holds more activations than it has room for.  `validate` refuses any other table with one sentence that names the tick, the device and the
-operation.
+holds more activations than it has room for.  `validate` refuses any other table with one sentence that names the tick, the device
+and the operation.
 """
 
 from __future__ import annotations
