@@ -22,29 +22,29 @@ from mhc_jax.errors import require
 from mhc_jax.jaxprs import computed_from
 
 KEPT = "branch"
-"""Name of the values that the policy `connection` keeps."""
+"""The checkpoint name of the values that the remat policy `connection` keeps for the backward pass."""
 
 Branch = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Sublayer = Callable[[int, Any, Any, jax.Array], tuple[Any, dict[str, Any]]]
 
 
 def kept_elements(L_r: int, L: int, n: int, C: int) -> int:
-    r"""Elements per token that the connections keep when streams are stored at every L_r-th sub-layer (mHC Eq. 20).
+    r"""Return the elements per token that connections keep when every L_r-th sub-layer stores its streams (mHC Eq. 20).
 
     $$nC \lceil L / L_r \rceil + (n + 2) C L_r$$
 
-    The first term is what is stored, the second what lives while L_r sub-layers are computed again.  The branch outputs y (LC) do
-    not depend on L_r and are left out, as in the paper.
+    The first term counts the stored streams.  The second term counts the values that live while L_r sub-layers are computed again.
+    The LC elements of the branch outputs y do not depend on L_r.  They are left out, as in the paper.
 
     Raises:
-      InputError: L_r is not one of 1 ... L.
+      InputError: L_r is not between 1 and L.
     """
     require(1 <= L_r <= L, f"L_r is {L_r}; give a number of sub-layers from 1 to L = {L}.")
     return n * C * math.ceil(L / L_r) + (n + 2) * C * L_r
 
 
 def best_block_length(L: int, n: int) -> int:
-    r"""The L_r with the fewest `kept_elements`, and the smaller of two that tie (mHC Eq. 20).
+    r"""Return the L_r with the fewest `kept_elements`; of two that tie, the smaller (mHC Eq. 20).
 
     $$L_r^* = \arg\min_{L_r} \left[ nC \lceil L / L_r \rceil + (n + 2) C L_r \right] \approx \sqrt{nL / (n + 2)}$$
     """
@@ -52,12 +52,12 @@ def best_block_length(L: int, n: int) -> int:
 
 
 def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
-    """The L_r of a stack of sub-layers: model.remat_block, or else `best_block_length`.
+    """Return the L_r of a stack of sub-layers: model.remat_block if it is set, or else `best_block_length`.
 
     Args:
-      config: of the model.
-      streams: what the connection carries, as arrays or shapes [B, T, ...]; n is its size over B T C.
-      sublayers: L of the stack; 0: all of the model.
+      config: the configuration of the model.
+      streams: the streams that the connection carries, as arrays or shapes [B, T, ...].  n is their size divided by B T C.
+      sublayers: number of sub-layers of the stack, L.  0 means all sub-layers of the model.
     """
     tokens = jax.tree.leaves(streams)[0].shape[:2]
     carried = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(streams))
@@ -68,8 +68,8 @@ def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
 def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array, Any]:
     """Run a branch, (y, aux) = function(params, h), so that under `recomputed` the backward pass does not run it again.
 
-    What its gradient needs is kept with y, except for two kinds of values.  Those that depend on the parameters alone (their casts,
-    masks, angles of RoPE) are made again: that costs nothing per token.  h is made again by the boundary.
+    The values that the gradient of the branch needs are kept with y, with two exceptions.  Values that depend on the parameters
+    alone (casts, masks, angles of RoPE) are made again, which costs nothing per token.  The boundary makes h again.
 
     No gradient flows through aux.
     """
@@ -93,7 +93,7 @@ def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array,
 
 
 def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -> list[bool]:
-    """Say of each result of `function` whether it is computed from h; h itself is not."""
+    """Return for each result of `function` whether it is computed from h.  A result that is h itself does not count as computed."""
     jaxpr = jax.make_jaxpr(function)(h).jaxpr
     made = computed_from(jaxpr, jaxpr.invars) - set(jaxpr.invars)
     return [isinstance(v, core.Var) and v in made for v in jaxpr.outvars]
@@ -104,19 +104,21 @@ def recomputed(
 ) -> tuple[Any, dict[str, Any]]:
     """Run the sub-layers of N blocks in order, keeping the carry of every L_r-th sub-layer and the branches (`keep_branch`).
 
-    One turn of a scan takes as few blocks as hold a multiple of L_r sub-layers.  The blocks that are left follow the scan.
+    One turn of a scan runs the smallest number of blocks whose sub-layers are a multiple of L_r.  Blocks that fill no whole turn
+    run after the scan.
 
     Args:
-      sublayer: (position within its block, parameters of the block, carry, index of the block) -> (carry, aux).
-      params: of all blocks, stacked: [N, ...].
-      carry: what the first sub-layer gets.
-      indices: of the blocks, [N].
-      kinds: sub-layers of a block.
-      L_r: sub-layers between two carries that are kept, at least 1; it need not divide their number.
+      sublayer: runs one sub-layer: (position in its block, parameters of the block, carry, index of the block) -> (carry, aux).
+      params: stacked parameters of all blocks, [N, ...].
+      carry: the carry that enters the first sub-layer.
+      indices: indices of the blocks, [N].
+      kinds: number of sub-layers in a block.
+      L_r: number of sub-layers between two kept carries, at least 1.  It need not divide the number of sub-layers.
       unroll: the least number of blocks in one turn of the scan.
 
     Returns:
-      the last carry, and aux: those of the sub-layers of a block merged into one dict, stacked over blocks.
+      (carry after the last block, aux).  The aux dicts of the sub-layers of a block are merged into one dict; these are stacked
+      over blocks.
     """
     blocks = len(indices)
     period = math.lcm(kinds, min(L_r, kinds * blocks)) // kinds
@@ -130,7 +132,7 @@ def recomputed(
     if turns:
         whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
         steps = min(max(1, unroll // period), turns)
-        # A loop keeps forward and backward apart by itself.  One that is unrolled, or has a single turn, is no loop when compiled.
+        # A compiled loop keeps forward and backward apart by itself.  A scan that is unrolled or has one turn compiles to no loop.
         is_loop = steps < turns
         carry, aux = jax.lax.scan(
             lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
@@ -145,7 +147,7 @@ def recomputed(
 def _run_blocks(
     sublayer: Sublayer, kinds: int, L_r: int, carry: Any, blocks: Any, prevent_cse: bool
 ) -> tuple[Any, Any]:
-    """Run blocks, given as (params, indices), so that the backward pass computes L_r sub-layers at a time again."""
+    """Run `blocks`, which are (params, indices), so that the backward pass recomputes L_r sub-layers at a time."""
     count = len(blocks[1])
     collected: list[dict[str, Any]] = []
     for start in range(0, kinds * count, L_r):
@@ -165,8 +167,8 @@ def _run_blocks(
 
 
 def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
-    """Run the sub-layers `segment` of some blocks; their aux is one list."""
-    # The transpose of a split is a concatenation; that of an index would be a sum of padded arrays.
+    """Run those sub-layers of `blocks` whose numbers are in `segment`.  Return (carry, list of the aux of each sub-layer)."""
+    # Split, not index: the transpose of a split is a concatenation, and the transpose of indexing is a sum of padded arrays.
     each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []
     for l in segment:

@@ -1,6 +1,6 @@
-"""The choice that `model.remat=auto` makes, from the bytes that each way of recomputing keeps.
+"""The choice of a remat policy for `model.remat=auto`, from the bytes that each policy keeps for the backward pass.
 
-Bytes are per token of one device.  They come from the configuration alone: what autodiff of one block keeps is read off its jaxpr.
+Bytes are per token of one device.  They come from the configuration alone: the jaxpr of one block tells what autodiff keeps of it.
 """
 
 from __future__ import annotations
@@ -22,56 +22,60 @@ from mhc_jax.parallel.sharding import abstract_mesh, state_shardings
 from mhc_jax.remat import block_length
 
 STATE_BYTES = 16
-"""Bytes of a parameter, its gradient and AdamW's two moments, all float32."""
+"""Bytes of the state of one parameter: the parameter, its gradient and AdamW's two moments, all float32."""
 ONE_DEVICE = MeshConfig()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The policy that was chosen, and why."""
+    """The remat policy that was chosen, and why."""
 
     remat: str
-    """`none`, `connection` or `full`."""
+    """The chosen policy: `none`, `connection` or `full`."""
     L_r: int
+    """Number of sub-layers that `connection` recomputes at a time."""
     estimates: dict[str, float]
-    """Bytes of a device by policy: parameters, gradients and moments, logits, and what is kept for the backward pass."""
+    """Bytes on one device under each policy: parameters, gradients, moments, logits, and values kept for the backward pass."""
     sentence: str
+    """A sentence that says which policy was chosen, and why."""
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes per token."""
+    """Bytes per token of the values that a backward pass may keep."""
 
     streams: int
     coefficients: int
     h: int
-    """h, in the dtype of the streams."""
+    """Bytes of the branch input h, in the dtype of the streams."""
     y: int
+    """Bytes of one branch output."""
     blocks: tuple[int, ...]
-    """What autodiff of each block keeps."""
+    """Bytes that autodiff keeps of each block."""
     branches: int
-    """What `connection` keeps of all branches, y included."""
+    """Bytes that the policy `connection` keeps of all branches, with their outputs y."""
 
 
 def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE_DEVICE) -> Plan:
-    r"""Choose among none, connection (with model.remat_block or the best L_r) and full the first that fits, in this order.
+    r"""Choose the first of the policies `none`, `connection` and `full` whose estimate fits the memory of a device.
 
-    The estimate of `connection` is mHC Eq. 20 in bytes, plus what the branches keep.  To the paper's terms it adds the
-    coefficients c of the pending write, and it counts h and its norm in the dtype of the streams:
+    `connection` has the L_r of model.remat_block, or else the best one.  Its estimate is mHC Eq. 20 in bytes, plus what the
+    branches keep.  To the paper's terms it adds the coefficients c of the pending write.  It counts h and its norm in the dtype of
+    the streams:
 
     $$(nC + c) \lceil L / L_r \rceil + ((n + 2) C + c) L_r$$
 
-    All estimates leave out what lives for a moment only.  They count what branches keep as whole, also where mesh.tensor splits
-    heads and hidden channels.
+    All estimates leave out values that live for a moment only.  They count the kept values of a branch as whole, even if
+    mesh.tensor splits its heads and hidden channels.
 
     Args:
-      config: model.remat has the limit, as in `auto:80`; in `auto` none is known, and `connection` is chosen.
-      tokens: of one device and one backward pass.
+      config: its remat may give the limit in GB, as in `auto:80`.  `auto` alone gives no limit, and `connection` is chosen.
+      tokens: number of tokens of one device in one backward pass.
       sequence_length: T.
-      mesh: splits parameters, gradients and moments, and logits.
+      mesh: the mesh that splits parameters, gradients, moments and logits.
 
     Returns:
-      the plan; `full` where nothing fits, which its sentence says.
+      the plan.  If no policy fits, it is `full`, and its sentence says so.
     """
     sizes = _sizes(config, sequence_length)
     L, L_r = config.num_sublayers, block_length(config, carry_shapes(config, 1)[0])
@@ -81,7 +85,7 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
         "connection": sizes.branches + boundary * math.ceil(L / L_r) + (boundary + 2 * sizes.h) * L_r,
         "full": (boundary + sizes.y) * L // 2 + max(sizes.blocks),
     }
-    # Float32 logits and their gradient.
+    # 8 bytes a logit: the float32 logit and its float32 gradient.
     columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
     fixed = float(state_bytes(config, mesh) + 8 * columns * tokens)
     estimates = {policy: fixed + size * tokens for policy, size in kept.items()}
@@ -100,7 +104,7 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
 
 
 def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
-    """Bytes of parameters, gradients and moments on one device."""
+    """Return the bytes of parameters, gradients and AdamW's moments on one device."""
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
     parts = jax.tree.map(
         lambda a, place: math.prod(place.shard_shape(a.shape)), shapes, state_shardings(abstract_mesh(mesh), shapes)
@@ -109,13 +113,13 @@ def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
 
 
 def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
-    """Replace model.remat `auto` by what is planned for one device of the mesh.
+    """Replace model.remat `auto` by the policy that `plan` chooses for one device of the mesh.
 
     Args:
-      config: its model.vocab_size is set.
+      config: a configuration whose model.vocab_size is set.
 
     Returns:
-      the configuration, and the plan's sentence; '' where model.remat is not `auto`.
+      (configuration, sentence of the plan).  The sentence is '' if model.remat is not `auto`.
     """
     data, mesh = config.data, config.mesh
     if config.model.remat_policy != "auto":
@@ -145,12 +149,12 @@ def _sizes(config: ModelConfig, sequence_length: int) -> _Sizes:
 
 
 def _block_bytes(config: ModelConfig, carry: Any, dense: bool) -> tuple[int, int]:
-    """(what autodiff keeps of a block, what `connection` keeps of its branches), bytes per token.
+    """Return (bytes that autodiff keeps of a block, bytes that `connection` keeps of its branches), both per token.
 
     Args:
-      config: of the model.
-      carry: shapes of what the block gets.
-      dense: the block is one without experts.
+      config: the configuration of the model.
+      carry: shapes of the carry that enters the block.
+      dense: whether the block is one without experts.
     """
     block, T = Block(config, 0, dense, parent=None), carry[2].shape[1]
     layer = jax.ShapeDtypeStruct((), jnp.int32)
@@ -171,7 +175,10 @@ def _block_bytes(config: ModelConfig, carry: Any, dense: bool) -> tuple[int, int
 
 
 def _residual_bytes(function: Callable[[Any, Any], Any], params: Any, given: Any, include_given: bool) -> int:
-    """Bytes that the pull-back of function(params, given) holds of values computed from `given`, and perhaps of `given` itself."""
+    """Return the bytes of values computed from `given` that the pull-back of function(params, given) holds.
+
+    `include_given`: whether `given` itself counts, if the pull-back holds it.
+    """
     jaxpr = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(function, *a)[1]))(params, given).jaxpr
     start = jaxpr.invars[len(jax.tree.leaves(params)) :]
     counted = computed_from(jaxpr, start) - (set() if include_given else set(start))

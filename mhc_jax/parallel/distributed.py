@@ -1,8 +1,8 @@
 """Runs of several processes: how the processes start, agree and end.
 
-Every process runs the same program on its own devices, and arrays are sharded over the devices of all (`jax.distributed`).  Process
-0 is the first process: it alone prints progress and writes files, except for arrays, of which each process writes its part.  In a
-run of one process every function here returns at once.
+Every process runs the same program on its own devices, and arrays are sharded over the devices of all processes
+(`jax.distributed`).  Process 0 is the first process, and it alone prints progress and writes files.  Arrays are an exception: each
+process writes its part of them.  In a run of one process every function here returns at once.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mhc_jax.errors import InputError, require
 
 LOST = 4
-"""Exit status of a process that has lost another one."""
+"""Exit status of a process that ends because another process of the run is lost."""
 BARRIER_TIMEOUT_S = 24 * 3600
-"""Longest wait at a barrier.  One process may read or tokenize for hours; heartbeats show meanwhile that it is alive."""
+"""Longest wait at a barrier, in seconds.  One process may read or tokenize for hours, while heartbeats show that it is alive."""
 LINGER_S = 3.0
-"""How long the first process, which runs the coordinator, outlives a failure.  JAX aborts processes that cannot reach it."""
+"""Seconds that the first process lives on after a failure.  It runs the coordinator, without which JAX aborts other processes."""
 TEXT_BYTES = 4096
-"""Longest text that a process can tell the others."""
+"""Largest number of bytes of a text that a process can send to the other processes."""
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _UNREACHABLE = re.compile(
@@ -43,14 +43,14 @@ T = TypeVar("T")
 
 
 class ProcessLostError(RuntimeError):
-    """Another process of the run has gone; the message says from where the run can go on."""
+    """Raised when another process of the run is gone.  The message says from which point the run can go on."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
 def launcher(environ: Mapping[str, str]) -> str:
-    """The launcher that tells JAX 0.10 about the other processes, to judge by the environment after jax is imported.
+    """Return the launcher that tells JAX 0.10 about the other processes, judged by environment variables after jax is imported.
 
     Returns:
       `Slurm` (srun), `Open MPI` (to version 4; version 5 no longer tells the address of process 0), `Kubernetes` (an indexed Job;
@@ -61,7 +61,7 @@ def launcher(environ: Mapping[str, str]) -> str:
     if "OMPI_MCA_orte_hnp_uri" in environ:
         return "Open MPI" if environ["OMPI_COMM_WORLD_SIZE"] != "1" else ""
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
-    # jax sets the first where it finds libtpu and chips, the second where it finds no chips.
+    # jax sets TPU_ML_PLATFORM if it finds libtpu and chips, and TPU_SKIP_MDS_QUERY if it finds no chips.
     chips = environ.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environ
     if "," in hosts or chips:
         return "Cloud TPU"
@@ -74,15 +74,15 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
     """Join the other processes of the run, if there are any.  Call it before JAX looks for devices.
 
     Args:
-      address: host:port of process 0.  Empty: $JAX_COORDINATOR_ADDRESS, or what the launcher tells.
-      processes: how many there are.  0: $JAX_NUM_PROCESSES, or what the launcher tells.  1: this process alone, whatever the
-        launcher tells.
-      process: number of this process, from 0.  -1: $JAX_PROCESS_ID, or what the launcher tells.
+      address: host:port of process 0.  Empty means $JAX_COORDINATOR_ADDRESS, or else the address that the launcher tells.
+      processes: number of processes.  0 means $JAX_NUM_PROCESSES, or else the number that the launcher tells.  1 means this process
+        alone, whatever the launcher tells.
+      process: number of this process, from 0.  -1 means $JAX_PROCESS_ID, or else the number that the launcher tells.
       wait_s: seconds within which all processes must have joined.
-      silence_s: seconds of silence after which a process counts as dead, and JAX ends the others.
+      silence_s: seconds of silence after which a process counts as dead, and JAX ends the other processes.
 
     Raises:
-      InputError: settings are incomplete or contradict each other.
+      InputError: the settings are incomplete or contradict each other.
     """
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     processes = processes or _number("JAX_NUM_PROCESSES", 0)
@@ -93,7 +93,7 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
     device = None
     if not launched_by and "OMPI_COMM_WORLD_SIZE" in os.environ and address:
         processes, process = _number("OMPI_COMM_WORLD_SIZE", 0), _number("OMPI_COMM_WORLD_RANK", -1)
-        device = _number("OMPI_COMM_WORLD_LOCAL_RANK", 0)  # one device a process, as JAX does with version 4
+        device = _number("OMPI_COMM_WORLD_LOCAL_RANK", 0)  # one device for each process, as JAX does under Open MPI 4
     given = {"--coordinator_address": address != "", "--num_processes": processes > 0, "--process_id": process >= 0}
     if not launched_by:
         if not any(given.values()):
@@ -127,7 +127,7 @@ def _number(name: str, default: int) -> int:
 def _join(
     address: str, processes: int, process: int, device: int | None, launched_by: str, wait_s: int, silence_s: int
 ) -> None:
-    # When processes are missing JAX aborts this one with a C++ stack trace.  This timer comes first, with a sentence.
+    # If processes are missing, JAX aborts this process with a C++ stack trace.  The timer ends it earlier, with a sentence.
     def give_up() -> None:
         where = f"the coordinator at {address}" if address and process != 0 else "the other processes"
         print(
@@ -141,7 +141,7 @@ def _join(
     timer = threading.Timer(wait_s, give_up)
     timer.daemon = True
     timer.start()
-    # Gloo (collectives between CPUs) reports each connection on the standard output of C, where our summary goes.
+    # Gloo (collectives between CPUs) reports each connection on C's standard output, to which the summary of the run goes too.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     handler = signal.getsignal(signal.SIGTERM)
@@ -162,7 +162,7 @@ def _join(
         raise InputError(f"The processes could not be joined: {_first_line(error)}") from error
     finally:
         timer.cancel()
-    # JAX's preemption service has taken the signal, but processes agree on the last step by themselves (`StopRequest`).
+    # JAX's preemption service has taken over SIGTERM.  Give it back: processes agree on the last step by `StopRequest`.
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -175,7 +175,7 @@ def is_multiprocess() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this is process 0, which prints and writes."""
+    """Whether this process is process 0, which prints progress and writes files."""
     return jax.process_index() == 0
 
 
@@ -186,16 +186,16 @@ def print_once(text: str) -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes.  Call it before a new program's collectives: Gloo gives processes 30 s to connect."""
+    """Wait until all processes are here.  Call it before the collectives of a new program: Gloo gives processes 30 s to connect."""
     if is_multiprocess():
-        import orbax.checkpoint as ocp  # 1 s
+        import orbax.checkpoint as ocp  # the import takes 1 s
 
         key = f"mhc_jax_{next(_barriers)}"
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=BARRIER_TIMEOUT_S * 1000)
 
 
 def allgather_text(text: str) -> list[str]:
-    """The texts that all processes give, in the order of the processes; of each at most `TEXT_BYTES`."""
+    """Return the texts that all processes give, in the order of the processes.  Each is cut to `TEXT_BYTES` bytes."""
     if not is_multiprocess():
         return [text]
     barrier()
@@ -205,13 +205,13 @@ def allgather_text(text: str) -> list[str]:
 
 
 def on_every_process(function: Callable[[], T]) -> T:
-    """Call a function on every process, and go on when all have returned.
+    """Call a function on every process, and go on when it has returned on all of them.
 
     Returns:
-      What the function returned on this process.
+      The value that the function returned on this process.
 
     Raises:
-      InputError: on all processes, if the function raised it on one of them.
+      InputError: the function raised it on some process.  It is then raised on all processes.
     """
     if not is_multiprocess():
         return function()
@@ -228,14 +228,15 @@ def on_every_process(function: Callable[[], T]) -> T:
 
 
 def require_same(text: str, sentence: str) -> None:
-    """Raise `InputError(sentence)` on all processes unless all give the same text."""
+    """Raise `InputError(sentence)` on all processes unless all processes give the same `text`."""
     require(len(set(allgather_text(text))) == 1, sentence)
 
 
 class Agreement:
-    """The largest of the numbers that processes give, known to all of them one call later.
+    """Tells every process the largest of the numbers that processes give, one call later.
 
-    A signal may reach one process only, and all must stop at the same step.  So each gives its signal, or 0, before every step.
+    A signal may reach one process only, and yet all processes must stop at the same step.  So before every step each process gives
+    the number of its signal, or 0.
     """
 
     def __init__(self, mesh: Mesh | None):
@@ -245,10 +246,10 @@ class Agreement:
             self._largest = jax.jit(lambda a: a.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def ask(self, number: int) -> int:
-        """Give a number, and get the largest that a process gave at the previous call.
+        """Give a number, and return the largest number that a process gave at the previous call.
 
-        The first call returns 0.  The collective of one call runs beside the step that follows it; the next call reads its result.
-        In a run of one process a call returns `number` itself.
+        The first call returns 0.  The collective of a call runs beside the training step that follows.  The next call reads its
+        result.  In a run of one process a call returns `number` itself.
         """
         if not is_multiprocess():
             return number
@@ -263,19 +264,19 @@ class Agreement:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an exception of JAX or Orbax means that another process cannot be reached."""
-    # Gloo's errors are a ValueError where a value is read, and a JaxRuntimeError where a program is started.
+    # Gloo's errors are a ValueError when a value is read, and a JaxRuntimeError when a program is started.
     if isinstance(error, InputError) or not isinstance(error, RuntimeError | ValueError):
         return False
     return is_multiprocess() and _UNREACHABLE.search(str(error)) is not None
 
 
 def process_lost_error(error: BaseException, when: str = "", go_on: str = "") -> ProcessLostError:
-    """The exception to raise where `is_lost_process(error)`.
+    """Return the exception to raise if `is_lost_process(error)`.
 
     Args:
-      error: of JAX or Orbax.
-      when: when it was noticed.
-      go_on: from where the run can go on.
+      error: the exception of JAX or Orbax.
+      when: words that say when the loss was noticed.
+      go_on: words that say from which point the run can go on.
     """
     return ProcessLostError(
         f"Another process of the run has gone or cannot be reached{when} ({_first_line(error)}). Start the same command again on "
@@ -293,14 +294,14 @@ def joined() -> bool:
 
 
 def shutdown() -> None:
-    """Part from the other processes at the end of the run, when all of them do."""
+    """Leave the other processes at the end of the run.  All processes must call it, and each waits for the others."""
     if joined():
         barrier()
         jax.distributed.shutdown()
 
 
 def exit_if_joined(status: int) -> None:
-    """End this process at once with `status`, without waiting for the others.  It returns if `start` joined none."""
+    """End this process with exit status `status`, without waiting for other processes.  Return if `start` joined no processes."""
     if not joined():
         return
     sys.stdout.flush()

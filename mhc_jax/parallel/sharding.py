@@ -1,12 +1,12 @@
 """Meshes of devices, and the shardings of arrays over them.
 
 Modules name the axes of an array logically (`constrain(q, "batch", "sequence", "heads", None)`).  `RULES` says over which mesh axes
-each logical axis is sharded, and XLA's partitioner (GSPMD) derives the communication.  The mesh is the one of `jax.set_mesh`.
+each logical axis is sharded, and XLA's partitioner (GSPMD) derives the communication.  The mesh is set by `jax.set_mesh`.
 Without a mesh nothing here changes an array, and the program is that of a single device.
 
 | mesh axis | what is sharded over it |
 | --- | --- |
-| `stage` | blocks: a device computes those of its stages (`mhc_jax/pipeline`) |
+| `stage` | blocks: a device computes the blocks of its stages (`mhc_jax/pipeline`) |
 | `data` | the batch; every device has a copy of the parameters |
 | `fsdp` | the batch and the parameters, which are gathered layer by layer where they are used |
 | `tensor` | heads, hidden channels of the feed-forward, and the vocabulary (Megatron, arXiv 1909.08053) |
@@ -37,27 +37,27 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class Rules:
-    """The mesh axes over which each logical axis is sharded."""
+    """The mesh axes over which each logical axis is sharded.  An empty tuple means that the axis is not sharded."""
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
     sequence: tuple[str, ...] = ("sequence",)
     heads: tuple[str, ...] = ("tensor",)
-    """Heads, and the axis of a projection that holds all heads."""
+    """Mesh axes for heads, and for the axis of a projection that holds all heads."""
     hidden: tuple[str, ...] = ("tensor",)
-    """Hidden channels of the feed-forward."""
+    """Mesh axes for the hidden channels of the feed-forward."""
     vocabulary: tuple[str, ...] = ("tensor",)
     rows: tuple[str, ...] = ("stage", "tensor")
-    """The vocabulary axis of the embedding matrices.  Within a step they are replicated over `stage`."""
+    """Mesh axes for the vocabulary axis of the embedding matrices.  Within a step these matrices are replicated over `stage`."""
     embed: tuple[str, ...] = ("fsdp",)
-    """C of a weight.  C of an activation is not sharded (None)."""
+    """Mesh axes for the axis C of a weight.  The axis C of an activation is not sharded (None)."""
     expert: tuple[str, ...] = ("expert",)
     layer: tuple[str, ...] = ("stage",)
-    """The leading axis of stacked blocks.  It is replicated where the stages do not divide the blocks."""
+    """Mesh axes for the leading axis of stacked blocks.  It is replicated if the stages do not divide the blocks."""
     connection: tuple[str, ...] = ()
-    """Every axis of a connection's parameters."""
+    """Mesh axes for every axis of the parameters of a connection.  Empty: these parameters are replicated."""
 
     def spec(self, *logical: str | None) -> PartitionSpec:
-        """The mesh axes of an array, from its logical axes; None is an axis that is not sharded.
+        """Return the mesh axes of an array from its logical axes.  The logical axis None is not sharded.
 
         Raises:
           ValueError: two axes of the array would be sharded over the same mesh axis.
@@ -89,14 +89,14 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/W_router$", ("embed", None)),
     (r"mlp/router_bias$", (None,)),
 )
-"""(pattern of the path, logical axes) of parameters outside connections, without the leading axis of stacked blocks.
+"""Logical axes of parameters outside connections, as (pattern of the path, logical axes).
 
-Where two rows match a path, the number of axes decides.
+The leading axis of stacked blocks is left out.  If two rows match a path, the number of axes decides.
 """
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
-    """The logical axes of a parameter, or of one of its optimizer moments, by its path.
+    """Return the logical axes of a parameter, or of one of its optimizer moments, from its path and number of axes.
 
     Raises:
       ValueError: no row of `PARAMETERS` matches.
@@ -116,10 +116,10 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """Make the mesh of the first `config.size` devices.  It has all axes, those of size 1 too; one device is no mesh (None).
+    """Make the mesh of the first `config.size` devices, with all axes, also axes of size 1.  For one device return None.
 
     Raises:
-      InputError: there are fewer devices, or the mesh would leave out devices of a run of several processes.
+      InputError: there are fewer than `config.size` devices, or the mesh leaves out devices of a run of several processes.
     """
     given, devices = devices, jax.devices() if devices is None else devices
     require(
@@ -138,20 +138,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The mesh of `make_mesh` without devices, to compute shapes of shards."""
+    """Return the mesh that `make_mesh` makes, but without devices, to compute the shapes of shards."""
     return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """A context manager: arrays of programs that are traced, compiled and run inside are sharded over this mesh."""
+    """Return a context manager inside which programs shard their arrays over this mesh.
+
+    Trace, compile and run the programs inside it.  If the mesh is None it does nothing.
+    """
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def current() -> AbstractMesh | None:
-    """The mesh under which the code is traced, or None if there is none to shard over.
+    """Return the mesh under which the code is traced, or None if there is no mesh to shard over.
 
-    Inside a `jax.shard_map` over all axes the code already works on one shard, so the result is None.  A pipeline's
-    `jax.shard_map` is over `stage` alone, and leaves the other axes to shard over.
+    Inside a `jax.shard_map` over all axes the code already works on one shard, so the result is None.  The
+    `jax.shard_map` of a pipeline is over `stage` alone, and arrays inside it can still be sharded over the other axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = {kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if name != "stage"}
@@ -159,10 +162,10 @@ def current() -> AbstractMesh | None:
 
 
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
-    """`spec` without mesh axes of size 1, and without those that do not divide their axis of `shape`.
+    """Return `spec` without mesh axes of size 1, and without mesh axes that do not divide their axis of `shape`.
 
-    Two kinds of axes may not divide: that of a vocabulary, which then gives up `stage` first, and that of a batch of one
-    sequence, as diagnostics have it.
+    Mesh axes may fail to divide two kinds of axes.  One is a vocabulary axis, from which `stage` is dropped first.  The other is
+    the axis of a batch of one sequence, as diagnostics use it.
     """
     sizes = dict(mesh.shape)
     axes = []
@@ -177,7 +180,7 @@ def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) ->
 
 
 def constrain(x: Array, *logical: str | None) -> Array:
-    """Shard `x` over the mesh as its logical axes say.  Without a mesh this is `x` itself."""
+    """Shard `x` over the mesh as its logical axes say.  Without a mesh return `x` itself."""
     mesh = current()
     if mesh is None:
         return x
@@ -188,43 +191,43 @@ def on_each_shard(function: Callable[..., Array], logical: tuple[str | None, ...
     """Call a function on each shard of its arguments (`jax.shard_map`), for kernels that GSPMD cannot partition.
 
     Args:
-      function: independent along the sharded axes.
+      function: a function whose computation is independent along the sharded axes.
       logical: the logical axes of every array and of the result.
-      *arrays: with the same number of axes.  The first one decides which axes can be sharded (`fit`).
+      *arrays: the arguments, all with the same number of axes.  The first array decides which axes can be sharded (`fit`).
     """
     mesh = current()
     if mesh is None:
         return function(*arrays)
     spec = fit(mesh, RULES.spec(*logical), arrays[0].shape)
-    # JAX's flash attention does not declare what varies between devices.
+    # check_vma is off, because JAX's flash attention does not declare which of its values vary between devices.
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def token_axes(shape: Sequence[int]) -> PartitionSpec:
-    """The mesh axes of tokens [B, T], for `mhc_kernels.settings`; empty without a mesh."""
+    """Return the mesh axes of tokens [B, T], for `mhc_kernels.settings`.  The result is empty without a mesh."""
     mesh = current()
     return PartitionSpec() if mesh is None else fit(mesh, RULES.spec("batch", "sequence"), shape)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of inputs and targets [B, T]."""
+    """Return the sharding of the inputs and targets of a batch, [B, T]."""
     return NamedSharding(mesh, RULES.spec("batch", "sequence"))
 
 
 def local_rows(mesh: Mesh, shape: tuple[int, int]) -> np.ndarray:
-    """The rows of a batch [B, T] of which devices of this process hold a part, ascending."""
+    """Return the numbers of the batch rows of which devices of this process hold a part, ascending.  `shape` is (B, T)."""
     parts = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
     return np.unique(np.concatenate([np.arange(shape[0])[part[0]] for part in parts if part is not None]))
 
 
 def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, values: np.ndarray) -> Array:
-    """A batch [B, T] over the devices of all processes, of which each process has read its rows.
+    """Make a batch [B, T] that is sharded over the devices of all processes, from the rows that each process has read.
 
     Args:
-      mesh: of all processes.
+      mesh: the mesh over the devices of all processes.
       shape: (B, T).
       rows: the numbers of the rows that this process has read (`local_rows`).
-      values: these rows, [len(rows), T].
+      values: the tokens of these rows, [len(rows), T].
     """
 
     def part(index: Any) -> np.ndarray:
@@ -234,19 +237,21 @@ def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, values: n
 
 
 def replicate(mesh: Mesh, a: np.ndarray) -> Array:
-    """An array, which every process has, on the devices of all processes."""
+    """Replicate an array over the devices of all processes.  Every process must have the whole array."""
     return jax.make_array_from_callback(a.shape, NamedSharding(mesh, PartitionSpec()), lambda _: a)
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-    """The shardings of a train state, or of parameters.  Moments are sharded like their parameters, and scalars are replicated.
+    """Return the shardings of a train state, or of parameters.
+
+    Moments are sharded like their parameters, and scalars are replicated.
 
     Args:
-      mesh: of `make_mesh` or `abstract_mesh`.
-      state: arrays, or their shapes and dtypes (`jax.eval_shape`).
+      mesh: a mesh of `make_mesh` or `abstract_mesh`.
+      state: a tree of arrays, or of their shapes and dtypes (`jax.eval_shape`).
 
     Raises:
-      ValueError: `PARAMETERS` does not know a parameter.
+      ValueError: no row of `PARAMETERS` matches a parameter.
     """
 
     def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:

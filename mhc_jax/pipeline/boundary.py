@@ -1,7 +1,7 @@
-"""Packing of the carry between two stages into one array a dtype, so that it travels as few messages.
+"""Packing of the carry between two stages into one array for each dtype, so that it travels in few messages.
 
 The carry has the streams, the pending output y of the last branch, and the coefficients that will write y.  A TPU keeps few
-messages in flight, and each small one costs its latency.
+messages in flight, and each small message costs its latency.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ Tree = Any
 
 
 class Boundary:
-    """Packs a tree of arrays, each with the token axes B and T anywhere, into one array [B, T, width] a dtype."""
+    """Packs a tree of arrays into one array [B, T, width] for each dtype.
+
+    The token axes B and T may stand anywhere among the axes of an array.
+    """
 
     def __init__(self, enter: Callable[[Int[Array, "B T"]], Tree], tokens: Int[Array, "B T"]):
-        """Find out where the token axes of every array are.
+        """Find the token axes of every array of the tree.
 
         Args:
-          enter: makes such a tree of tokens.
-          tokens: of the right shape.
+          enter: a function of tokens that makes such a tree.
+          tokens: an array with the shape of the tokens of one microbatch.
         """
         self.tree: Tree = jax.eval_shape(enter, tokens)
-        """Shapes and dtypes of the tree."""
+        """Shapes and dtypes of the arrays of the tree."""
         self.leaves, self.structure = jax.tree.flatten(self.tree)
-        # The token axes are those that grow with B and T.
+        # The token axes of an array are the axes that grow with B and T.
         larger = jax.ShapeDtypeStruct(tuple(2 * size for size in tokens.shape), tokens.dtype)
         grown = jax.tree.leaves(jax.eval_shape(enter, larger))
         self.axes = [
             tuple(k for k, size in enumerate(a.shape) if size != b.shape[k])
             for a, b in zip(self.leaves, grown, strict=True)
         ]
-        """The positions of B and T in every leaf."""
+        """The positions of the axes B and T in every leaf of the tree."""
         self.widths = [leaf.size // tokens.size for leaf in self.leaves]
         self.like = jax.eval_shape(lambda: self.pack(self.zeros()))
         """Shapes and dtypes of the packed arrays."""
 
     def pack(self, tree: Tree) -> dict[str, Shaped[Array, "B T width"]]:
-        """One array for each dtype, under its name."""
+        """Pack a tree into a dict with one array for each dtype, under the name of the dtype."""
         parts: dict[str, list[Array]] = {}
         for a, axes in zip(jax.tree.leaves(tree), self.axes, strict=True):
             a = jnp.moveaxis(a, axes, (0, 1))
@@ -50,7 +53,7 @@ class Boundary:
         return {name: jnp.concatenate(each, axis=2) for name, each in parts.items()}
 
     def unpack(self, packed: Mapping[str, Shaped[Array, "B T width"]]) -> Tree:
-        """The tree that `pack` packed."""
+        """Return the tree that `pack` packed."""
         start = dict.fromkeys(packed, 0)
         out = []
         for like, width, axes in zip(self.leaves, self.widths, self.axes, strict=True):
@@ -62,5 +65,5 @@ class Boundary:
         return jax.tree.unflatten(self.structure, out)
 
     def zeros(self) -> Tree:
-        """A tree of zeros."""
+        """Return a tree with the shapes and dtypes of `tree`, filled with zeros."""
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.tree)

@@ -1,7 +1,7 @@
-"""Casting of weights to the compute dtype once a step, instead of in every microbatch.
+"""Casting of weights to the compute dtype once a step, instead of once in every microbatch.
 
-Flax modules cast a float32 weight where they use it.  In a pipeline that place is inside the loop over ticks, from which no
-compiler moves it out.  Every microbatch would read all weights of a stage in float32 and write them again in bfloat16.
+Flax modules cast a float32 weight where they use it.  In a pipeline this cast lies inside the loop over ticks, and no compiler
+moves it out of the loop.  Every microbatch would read all weights of a stage in float32 and write them again in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mhc_jax.pipeline.split import CALLS
 Tree = Any
 
 _INNER = CALLS | {"scan", "shard_map", "custom_jvp_call", "custom_vjp_call"}
-"""Primitives that run a jaxpr on their operands in order."""
+"""Primitives that run an inner jaxpr, whose inputs are their operands in the same order."""
 _MOVES = frozenset({"slice", "dynamic_slice", "squeeze", "reshape", "expand_dims", "transpose", "split", "copy"})
 """Primitives that move elements of their first operand without changing them."""
 
 
 def computed_in(function: Callable[..., Any], params: Tree, *arguments: Any) -> Tree:
-    """For each of `params`, the dtype in which function(params, *arguments) computes with it.
+    """Return for each of `params` the dtype in which function(params, *arguments) computes with it.
 
-    That is the dtype to which every use casts the parameter first, if there is one and it is a narrower float.  A parameter that is
-    used in two ways, that is returned, or that is cast to a wider dtype keeps its dtype.
+    It is the dtype to which every use of the parameter casts it first, if all uses agree and this dtype is a narrower float.  A
+    parameter that is used in two ways, returned, or cast to a wider dtype keeps its own dtype.
     """
     closed = jax.make_jaxpr(function)(params, *arguments)
     leaves, tree = jax.tree.flatten(params)
@@ -42,7 +42,7 @@ def computed_in(function: Callable[..., Any], params: Tree, *arguments: Any) -> 
 
 
 def cast(params: Tree, dtypes: Tree) -> Tree:
-    """`params`, each in its dtype."""
+    """Cast each of `params` to its dtype in the tree `dtypes`."""
     return jax.tree.map(lambda a, dtype: a.astype(dtype), params, dtypes)
 
 
@@ -52,7 +52,7 @@ def _narrower(to: np.dtype, dtype: Any) -> bool:
 
 
 def _casts(jaxpr: core.Jaxpr, v: Any) -> set[Any]:
-    """The dtypes to which a variable is cast, and None if it has a use that is no cast."""
+    """Return the dtypes to which a jaxpr casts a variable.  The set also holds None if some use of the variable is no cast."""
     found: set[Any] = {None} if any(out is v for out in jaxpr.outvars) else set()
     for eqn in jaxpr.eqns:
         for k in (k for k, own in enumerate(eqn.invars) if own is v):

@@ -1,26 +1,28 @@
-"""One SPMD program that runs any valid table: the loss and the gradients of a decoder whose blocks are split over `stage`.
+"""One SPMD program that computes the loss and the gradients of a decoder under any valid schedule.
+
+The blocks of the decoder are split over the mesh axis `stage`.
 
 The program is a `jax.shard_map` over the axis `stage` alone.  XLA splits the program of each stage over the other axes of the mesh,
 as it splits the decoder without stages.
 
-Each device scans over the ticks of its columns (`program.compile_table`).  In a tick it runs one operation: a `jax.lax.switch` for
-each phase of the tick chooses it.  Then the devices exchange boundary tensors by `jax.lax.ppermute`, up and down.  With
-`pipeline.overlap` the tensors of a tick travel while the next tick computes.
+Each device scans over the ticks of its columns (`program.compile_table`).  In a tick it runs one operation, which a
+`jax.lax.switch` for each phase of the tick chooses.  Then the devices exchange boundary tensors by `jax.lax.ppermute`, up and down.
+With `pipeline.overlap` the tensors of a tick travel while the next tick computes.
 
-The state of the scan has four buffers, each with slots that the columns name:
+The state of the scan has four buffers.  The columns name the slots of these buffers:
 
     inputs       boundary tensors that wait for their forward
     gradients    gradients of boundary tensors, from their arrival to their last use
-    activations  what a forward keeps for its backward: the residuals of the VJP, without those that the backward can recompute
-                 from weights alone or by elementwise operations (in float32 only by operations that do not round)
-    deferrals    what I keeps for W
+    activations  values that a forward keeps for its backward: the residuals of the VJP, without residuals that the backward can
+                 recompute from weights alone or by elementwise operations (in float32 only by operations that do not round)
+    deferrals    values that I keeps for W
 
-A boundary tensor is the packed carry between two blocks: streams, coefficients and the pending output y of the last branch.  These
-are (n + 1)C and n^2 + 2n elements a token.
+A boundary tensor is the packed carry between two blocks: streams, coefficients and the pending output y of the last branch.
+Streams and y are (n + 1)C elements a token, and the coefficients are n^2 + 2n.
 
-Parameters outside the stacked blocks are replicated over `stage` during a step.  Between steps the embeddings are sharded over it,
-along the vocabulary (`parallel.sharding.Rules.rows`).  Blocks are moved to the devices of their stages when a step begins.
-DualPipe has two copies of every block.  They are equal, because one state makes both, and their gradients are added up.
+Parameters outside the stacked blocks are replicated over `stage` during a step.  Between steps the embeddings are sharded over
+`stage`, along the vocabulary (`parallel.sharding.Rules.rows`).  Blocks are moved to the devices of their stages when a step begins.
+DualPipe has two copies of every block.  The copies are equal, because both are made from one state.  Their gradients are added up.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ Tree = Any
 
 
 def schedule_of(config: ExperimentConfig) -> Schedule | None:
-    """The schedule of `config.pipeline`, with optimizer.accumulation_steps microbatches; None without stages."""
+    """Return the schedule of `config.pipeline`, with optimizer.accumulation_steps microbatches.  None if mesh.stage is 1."""
     if config.mesh.stage == 1:
         return None
     microbatches, pipeline = config.optimizer.accumulation_steps, config.pipeline
@@ -56,11 +58,13 @@ def schedule_of(config: ExperimentConfig) -> Schedule | None:
 
 
 def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, Tree], tuple[tuple[Array, Tree], Tree]]:
-    """(params, batch) -> ((loss, router), gradient), like `train_step.gradients`; accumulation steps are microbatches.
+    """Make the function (params, batch) -> ((loss, router), gradient) of a pipeline, like `train_step.gradients`.
+
+    Trace the function under the mesh of the configuration, whose axis `stage` has schedule.devices devices.
 
     Args:
-      config: its mesh, under which the function is traced, has an axis `stage` of schedule.devices.
-      schedule: valid, of optimizer.accumulation_steps microbatches.
+      config: the configuration of the run.
+      schedule: a valid schedule, whose microbatches are the optimizer.accumulation_steps slices of a batch.
     """
     program = compile_table(schedule, leading=config.model.num_leading > 0)
     layout = _Layout(config.model, schedule)
@@ -93,16 +97,16 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
 
 
 class _Layout:
-    """The move of stacked blocks [blocks, ...] to the devices of their stages, [P, chunks, blocks of a stage, ...]."""
+    """Moves stacked blocks [blocks, ...] to the devices of their stages, [P, chunks, blocks of a stage, ...], and back."""
 
     def __init__(self, model: ModelConfig, schedule: Schedule):
         self.lead, self.stages = model.num_leading, schedule.stages
         stage_of, devices = schedule.stage_of, range(schedule.devices)
-        # A device without a stage in a chunk holds stage 0, whose gradient there is zero.
+        # If a device has no stage in a chunk, it holds a copy of stage 0 there.  The gradient of this copy is zero.
         self.places = np.array([[stage_of.get(Place(d, c), 0) for d in devices] for c in range(schedule.chunks)])
 
     def to_stages(self, layers: Tree) -> Tree:
-        """Put blocks where their stages are.  The places of leading dense blocks, which lie elsewhere, hold zeros."""
+        """Move stacked blocks to the devices of their stages.  Zeros stand for leading dense blocks, which lie elsewhere."""
 
         def move(a: Array) -> Array:
             a = jnp.concatenate([jnp.zeros((self.lead, *a.shape[1:]), a.dtype), a]) if self.lead else a
@@ -116,7 +120,7 @@ class _Layout:
         return jax.tree.map(move, layers)
 
     def from_stages(self, parts: Tree) -> Tree:
-        """The transpose of `to_stages`: copies of a block are added up."""
+        """Move gradients of blocks back from the devices of their stages, and add up those of copies of a block."""
 
         def move(a: Array) -> Array:
             whole = jnp.zeros((self.stages, *a.shape[2:]), a.dtype)
@@ -128,7 +132,10 @@ class _Layout:
         return jax.tree.map(move, parts)
 
     def _slice(self, place: np.ndarray) -> tuple[Any, int]:
-        """(index, step) of some stages: consecutive ones are a slice, where a gather would bring all stages to every device."""
+        """Return (index, step) of the stages `place`.
+
+        Consecutive stages are a slice, because a gather would bring all stages to every device.
+        """
         steps = set(np.diff(place).tolist())
         if steps in ({1}, {-1}):
             return slice(min(place), min(place) + len(place)), steps.pop()
@@ -141,10 +148,10 @@ class _Layout:
 def _run_ticks(
     model: ModelConfig, schedule: Schedule, program: Program, columns: Tree, layers: Tree, outer: Tree, slices: Tree
 ):
-    """Run the ticks of one device.
+    """Run all ticks of the schedule on one device.
 
     Returns:
-      Sums over microbatches: loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...].
+      (loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...]), each summed over microbatches.
     """
     layers = jax.tree.map(lambda a: a[0], layers)
     columns = {name: column[0] for name, column in columns.items()}
@@ -157,23 +164,23 @@ def _run_ticks(
 
 
 IN_PLACE = ("activations", "deferrals", "outer", "layers")
-"""The parts of the state that operations change in place.  Their other results live for one tick."""
+"""The parts of the state that operations change in place.  Other results of operations live for one tick."""
 
 
 def writes(op: Operation) -> list[str]:
-    """The results of an operation, and the parts of the state that it changes."""
+    """Return the names of the results of an operation, and of the parts of the state that it changes."""
     forward = ["F", "aux", "loss", "activations", "outer"] if op.forward else []
     backward = {"": [], "I": ["B", "outer", "deferrals"], "W": ["outer", "layers"], "B": ["B", "outer", "layers"]}
     return forward + backward[op.backward]
 
 
 def phase_scope(k: int) -> str:
-    """The name scope of the operations of phase k."""
+    """Return the name scope of the operations of phase k of a tick."""
     return f"phase_{k}"
 
 
 class _Device:
-    """One device inside the `jax.shard_map`: the state of its scan, and what it does in a tick."""
+    """One device inside the `jax.shard_map`: makes the state of its scan, and runs its ticks."""
 
     def __init__(
         self, model: ModelConfig, schedule: Schedule, program: Program, layers: Tree, outer: Tree, slices: Tree
@@ -190,17 +197,17 @@ class _Device:
             "aux": self.stage.aux,
             "loss": jax.ShapeDtypeStruct((), "float32"),
         }
-        """Shapes of the results that live for one tick."""
+        """Shapes and dtypes of the results of operations that live for one tick."""
 
     def start(self) -> Tree:
-        """The state before the first tick."""
+        """Return the state before the first tick."""
         stage, program = self.stage, self.program
 
         def buffer(slots: int, like: Tree) -> Tree:
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
         state = {
-            # One slot more, for messages that nobody wants.
+            # One slot more than the program needs takes the messages that no stage of this device uses.
             "inputs": buffer(program.inputs + 1, stage.boundary.like),
             "gradients": buffer(program.gradients + 1, stage.boundary.like),
             "activations": buffer(program.activations, stage.activations.shapes),
@@ -215,14 +222,14 @@ class _Device:
         return state
 
     def tick(self, state: Tree, now: Tree) -> tuple[Tree, None]:
-        """The state after a tick; `now` has the entries of the columns."""
+        """Return (state after a tick, None), as a scan wants.  `now` has the entries of the columns for this tick and device."""
         arrivals = self.exchanged(state["outbox"]) if self.overlap else []
         made = {name: state[name] for name in ("inputs", "gradients", *IN_PLACE)}
         for k in range(len(self.program.phases)):
             made = self.phase(k, made, now)
         made = {name: _zeros(like) for name, like in self.of_a_tick.items()} | made
         if self.overlap:
-            # Without this barrier XLA may begin the exchange only behind the operation, which would not hide it then.
+            # Without this barrier XLA may begin the exchange of messages only after the operation, which then would not hide it.
             made, arrivals = jax.lax.optimization_barrier((made, arrivals))
         outbox = {kind: made[kind] for kind in "FB"}
         if not self.overlap:
@@ -244,7 +251,7 @@ class _Device:
         return new | ({"outbox": outbox} if self.overlap else {}), None
 
     def exchanged(self, outbox: Tree) -> list[Tree]:
-        """What arrives on each channel, [kinds of the channel, ...]."""
+        """Exchange messages with other devices.  Return the arrays that arrive on each channel, [kinds of the channel, ...]."""
         arrivals = []
         for channel in self.program.channels:
             message = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
@@ -252,7 +259,7 @@ class _Device:
         return arrivals
 
     def phase(self, k: int, state: Tree, now: Tree) -> Tree:
-        """`state` after phase k of a tick, with the results of its operation."""
+        """Return `state` after phase k of a tick, together with the results of the operation of this phase."""
         operations = self.program.phases[k]
         names = list(dict.fromkeys(name for op in operations for name in writes(op)))
         branches = [functools.partial(self.operate, op, names) for op in operations]
@@ -260,7 +267,10 @@ class _Device:
             return state | jax.lax.switch(now[f"operation_{k}"], branches, state, now)
 
     def operate(self, op: Operation, names: Sequence[str], state: Tree, now: Tree) -> Tree:
-        """`names` after an operation.  Those that it does not write stay as they are, or are zero."""
+        """Return the entries `names` after an operation.
+
+        Entries that the operation does not write are unchanged if they belong to the state, and zero if they live for one tick.
+        """
         stage = self.stage
         made = {name: state[name] if name in state else _zeros(self.of_a_tick[name]) for name in names}
 
@@ -271,7 +281,7 @@ class _Device:
         activations = _read(state["activations"], now["kept"]) if op.backward else []
         deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
         if op.forward and op.backward:
-            # This slot is read before the forward writes another: without an order XLA copies the whole buffer.
+            # The slot of the backward is read before the forward writes its own slot.  Without this order XLA copies the buffer.
             activations, made["activations"] = jax.lax.optimization_barrier((activations, made["activations"]))
         if op.forward:
             x = _read(state["inputs"], now["forward_read"])
@@ -300,12 +310,12 @@ def _read(buffer: Tree, slot: Array) -> Tree:
 
 
 def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
-    """The buffer with `value` in a slot."""
+    """Return the buffer with `value` written into `slot`."""
     return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """The buffer with `value`, or its k-th part, in a slot; in the last slot where `slot` is -1."""
+    """Return the buffer with `value` (the k-th part of it, if k is given) written into `slot`.  Slot -1 means the last slot."""
 
     def put(a: Array, new: Array) -> Array:
         new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)

@@ -2,12 +2,12 @@
 
 The columns say what each device does in each tick, and in which slot of which buffer its operands and results lie.  In a tick a
 device does a forward, a backward, or an overlapped pair F&B.  It reads buffers when the tick begins and writes them when the tick
-ends.  Values that live at the same time have different slots; all devices have buffers of the same length.
+ends.  Values that live at the same time have different slots.  All devices have buffers of the same length.
 
 A tick has three phases, F, then I, then W, B or F&B, and a device does something in one of them.  The phases keep XLA from copying
-large arrays.  XLA copies an array in a branch that only passes it on, unless every branch that writes it comes behind that branch.
-The activations are written by F and F&B, the deferrals by I, and the sums of gradients by W, B and F&B.  Each array finds such an
-order of branches within three phases, and none does if one `jax.lax.switch` holds all operations.
+large arrays.  XLA copies an array in a branch that only passes it on, unless every branch that writes the array comes behind this
+branch.  The activations are written by F and F&B, the deferrals by I, and the sums of gradients by W, B and F&B.  With three phases
+the branches can be ordered so for each array.  With all operations in one `jax.lax.switch` no such order exists.
 """
 
 from __future__ import annotations
@@ -23,37 +23,40 @@ from mhc_jax.schedules.validate import messages, operations, when
 
 
 class Operation(NamedTuple):
-    """What a device does in a tick, without the microbatch: a branch of the SPMD program."""
+    """The operation, or overlapped pair, that a device does in a tick.  Each is a branch of the SPMD program."""
 
     forward: str = ""
-    """`F`, or empty."""
+    """`F`, or empty if the operation has no forward."""
     backward: str = ""
-    """`B`, `I`, `W`, or empty."""
+    """`B`, `I` or `W`, or empty if the operation has no backward."""
     forward_leads: bool = False
-    """Whether the forward is of the first stage, and that one begins with dense blocks."""
+    """Whether the forward is that of the first stage, and the first stage begins with dense blocks."""
     backward_leads: bool = False
-    """The same of the backward."""
+    """Whether the backward is that of the first stage, and the first stage begins with dense blocks."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Messages that all devices send in one direction at once.  A TPU keeps few messages in flight."""
+    """Messages that all devices send in one direction at the same time.
+
+    They travel as one, because a TPU keeps few messages in flight.
+    """
 
     kinds: tuple[str, ...]
-    """`F`, `B`, or both."""
+    """Kinds of messages on the channel: `F` (boundary tensors), `B` (their gradients), or both."""
     pairs: tuple[tuple[int, int], ...]
-    """(source, target) devices."""
+    """(source, target) for each pair of devices between which messages travel."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A table as columns, int32 [devices, ticks].  A slot of -1 is nowhere.
+    """A schedule's table as columns, int32 [devices, ticks].  The slot -1 means that the value is stored in no slot.
 
     | column | content |
     | --- | --- |
-    | `operation_<k>` | position in `phases[k]` |
-    | `forward_microbatch`, `forward_chunk`, `forward_stage` | of the forward |
-    | `backward_microbatch`, `backward_chunk`, `backward_stage` | of the backward |
+    | `operation_<k>` | position of the operation in `phases[k]` |
+    | `forward_microbatch`, `forward_chunk`, `forward_stage` | numbers of microbatch, chunk and stage of the forward |
+    | `backward_microbatch`, `backward_chunk`, `backward_stage` | numbers of microbatch, chunk and stage of the backward |
     | `forward_read` | slot of inputs that the forward reads |
     | `backward_read` | slot of gradients that the backward reads |
     | `keep`, `kept` | slot of activations that a forward writes, or a backward reads |
@@ -61,31 +64,34 @@ class Program:
     | `to_self` | slot of inputs for a forward's result that stays on the device |
     | `to_own_gradients` | slot of gradients for a backward's result that stays on the device |
     | `from_loss` | slot of gradients for the gradient of the loss, on the last stage |
-    | `arrives_<k>_<kind>` | slot of inputs (F) or gradients (B) for what channel k brings |
+    | `arrives_<k>_<kind>` | slot of inputs (F) or gradients (B) for the message that channel k brings |
     """
 
     columns: Mapping[str, np.ndarray]
     phases: tuple[tuple[Operation, ...], ...]
-    """The operations that occur in each phase of a tick.  The first of each phase does nothing."""
+    """The operations that occur in each phase of a tick.  The first operation of each phase does nothing."""
     channels: tuple[Channel, ...]
     inputs: int
-    """Slots for boundary tensors that wait for their forward."""
+    """Number of slots for boundary tensors that wait for their forward."""
     gradients: int
-    """Slots for gradients of boundary tensors, from their arrival to their last use."""
+    """Number of slots for gradients of boundary tensors, which live from their arrival to their last use."""
     activations: int
-    """Slots for what a stage keeps of a microbatch."""
+    """Number of slots for activations.  A slot has all that one stage keeps of one microbatch for the backward."""
     deferrals: int
-    """Slots for what I of a microbatch leaves for its W."""
+    """Number of slots for deferrals.  A slot has all that I of one stage and microbatch keeps for W."""
 
 
 Item = tuple[int, int]
-"""(microbatch, stage)."""
+"""An item of a buffer, named by (microbatch, stage)."""
 Slots = Mapping[str, Mapping[Item, int]]
-"""For each buffer of `Program`, the slot of every item."""
+"""For each buffer of `Program`, by name, the slot of every item."""
 
 
 class Life(NamedTuple):
-    """The ticks in which a buffer holds an item: it is written when a tick ends, and read when a tick begins."""
+    """The ticks in which a buffer holds an item.
+
+    The item is written at the end of the tick `written`, and last read at the beginning of the tick `last_read`.
+    """
 
     device: int
     written: int
@@ -94,10 +100,10 @@ class Life(NamedTuple):
 
 
 def compile_table(schedule: Schedule, leading: bool = False) -> Program:
-    """Compile a table that `validate` has passed.
+    """Compile the table of a schedule that `validate` has passed into a `Program`.
 
     Args:
-      schedule: the table.
+      schedule: the schedule with the table.
       leading: whether the first stage begins with dense blocks.
     """
     slots, channels = _buffers(schedule), _channels(schedule)
@@ -108,7 +114,7 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
 
 
 def _buffers(schedule: Schedule) -> Slots:
-    """The slot of every item in each of the four buffers."""
+    """Return the slot of every item in each of the four buffers."""
     done = when(schedule)
     ends = {
         (op.microbatch, schedule.wiring_of(device, op).stage): tick
@@ -133,7 +139,10 @@ def _buffers(schedule: Schedule) -> Slots:
 
 
 def _slots(lives: Sequence[Life], devices: int, shared: bool) -> dict[Item, int]:
-    """The first free slot for each item; `shared`: a slot that is read in a tick can be written at its end."""
+    """Return the first free slot for each item.
+
+    `shared`: whether a slot that is last read in a tick can be written at the end of the same tick.
+    """
     out: dict[Item, int] = {}
     free_from: list[list[int]] = [[] for _ in range(devices)]
     for life in sorted(lives, key=lambda life: life.written):
@@ -147,13 +156,16 @@ def _slots(lives: Sequence[Life], devices: int, shared: bool) -> dict[Item, int]
 
 
 def _direction(source: int, target: int, devices: int) -> int:
-    """1 for the next device on the ring and -1 for the one before; of two devices 0 -> 1 is 1; otherwise the difference."""
+    """Return the direction from `source` to `target`: 1 to the next device on the ring, -1 to the previous device.
+
+    Other directions are target - source.  With two devices, 0 -> 1 is 1 and 1 -> 0 is -1.
+    """
     step = target - source
     return step if abs(step) == 1 else -step // (devices - 1) if abs(step) == devices - 1 else step
 
 
 def _channels(schedule: Schedule) -> dict[int, Channel]:
-    """The channel of each direction that occurs, in the order of the directions."""
+    """Return the channel of each direction in which messages are sent, in ascending order of directions."""
     sent: dict[int, set[tuple[str, tuple[int, int]]]] = {}
     for message in messages(schedule):
         if message.source != message.target:
@@ -169,7 +181,7 @@ def _channels(schedule: Schedule) -> dict[int, Channel]:
 
 
 def _slot_columns(schedule: Schedule, slots: Slots, directions: Sequence[int]) -> dict[str, np.ndarray]:
-    """Microbatch, chunk and stage of every operation, and the slots for its operands and results."""
+    """Return the columns with microbatch, chunk and stage of every operation, and the slots of its operands and results."""
     shape = schedule.devices, len(schedule.table)
     halves = [f"{half}_{name}" for half in ("forward", "backward") for name in ("microbatch", "chunk", "stage", "read")]
     columns = {name: np.zeros(shape, np.int32) for name in (*halves, "kept", "deferred")}
@@ -206,7 +218,7 @@ def _slot_columns(schedule: Schedule, slots: Slots, directions: Sequence[int]) -
 
 
 def _phases(schedule: Schedule, leading: bool) -> tuple[tuple[tuple[Operation, ...], ...], dict[str, np.ndarray]]:
-    """(operations of each phase that has any, columns `operation_<k>`)."""
+    """Return (operations of each phase that is not empty, columns `operation_<k>`)."""
     does: dict[tuple[int, int], Operation] = {}
     for tick, device, op in operations(schedule):
         half, leads = "forward" if op.kind == "F" else "backward", leading and schedule.wiring_of(device, op).stage == 0
@@ -225,7 +237,10 @@ def _phases(schedule: Schedule, leading: bool) -> tuple[tuple[tuple[Operation, .
 
 
 def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
-    """What a device does in the phases F, I, and W, B or F&B.  An F beside an I or a W is an operation of its own phase."""
+    """Divide what a device does in a tick among the three phases: F; I; and W, B or F&B.
+
+    An F in the same cell as an I or a W is a separate operation, in the phase F.
+    """
     nothing = Operation()
     if op.forward and op.backward == "B":
         return nothing, nothing, op
@@ -235,7 +250,7 @@ def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
 
 
 def _ordered(operations: set[Operation]) -> tuple[Operation, ...]:
-    """The operations of a phase: nothing first, then those that write little."""
+    """Sort the operations of a phase: first the operation that does nothing, last the operations that write most."""
     kinds = ("", "W", "I", "B")
     return tuple(
         sorted({Operation(), *operations}, key=lambda op: (op.forward, op.backward_leads, kinds.index(op.backward), op))

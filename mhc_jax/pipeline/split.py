@@ -1,9 +1,9 @@
 """Splitting of one computation into two, as zero-bubble pipelines split a backward pass (Qi et al., arXiv 2401.10241).
 
 The backward pass of a stage makes the gradient of its input (I), for which the previous stage waits, and the gradients of its
-weights (W), for which no stage waits.  `split` traces the whole pass and divides its operations: the first half runs those that I
-depends on, the second half runs the others.  Values that the second half needs of the first are kept in between, mostly the
-gradients of the results of matrix products.
+weights (W), for which no stage waits.  `split` traces the whole pass and divides its operations.  The first half runs the
+operations on which I depends, and the second half runs all others.  Values of the first half that the second half needs are kept in
+between.  Most of these are gradients of the results of matrix products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mhc_jax.jaxprs import called, computed_from
 Tree = Any
 
 CALLS = frozenset({"jit", "pjit", "checkpoint", "remat2", "closed_call"})
-"""Primitives that call a jaxpr."""
+"""Names of primitives that call an inner jaxpr."""
 EXACT = frozenset(
     (
         *("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"),
@@ -29,20 +29,20 @@ EXACT = frozenset(
         *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not"),
     )
 )
-"""Elementwise primitives that give the same bits wherever they run."""
+"""Names of elementwise primitives and moves whose results have the same bits, however XLA fuses them."""
 CHEAP = EXACT | {"add", "add_any", "sub", "mul", "div", "integer_pow", "square", "rsqrt", "logistic", "exp"}
-"""Elementwise primitives; the added ones may round differently when XLA fuses them with other neighbours."""
+"""Names of primitives that are cheap to run again.  Those not in `EXACT` may round differently when XLA fuses them differently."""
 
 
 class Split(NamedTuple):
     """The two halves of function(free, given) = (now, later)."""
 
     now: Callable[[Tree, Tree], tuple[Tree, list[Array]]]
-    """now(free, given) is the first result, and the values to keep."""
+    """The first half: now(free, given) = (first result of the function, values to keep for the second half)."""
     later: Callable[[Tree, Tree, Sequence[Array]], Tree]
-    """later(free, given, kept) is the second result.  After `at_once` it does not use `given`."""
+    """The second half: later(free, given, kept) = second result of the function.  If split `at_once`, it does not use `given`."""
     between: list[jax.ShapeDtypeStruct]
-    """Shapes and dtypes of the values to keep."""
+    """Shapes and dtypes of the values that the first half keeps for the second half."""
 
 
 def split(
@@ -54,15 +54,15 @@ def split(
 ) -> Split:
     """Split function(free, given) = (now, later) into two halves that together compute each operation once.
 
-    Operations on `free` alone (casts of weights, masks) are the exception: each half that needs one runs it.  Calls, recomputation
-    and unrolled loops are opened, so that their operations are divided too.  Another loop belongs to one half as a whole.
+    Operations on `free` alone (casts of weights, masks) are an exception: each half that needs their results runs them.  Calls,
+    recomputation and unrolled loops are opened, so that their operations are divided too.  Any other loop is one operation.
 
     Args:
-      function: of arrays.
-      free: arrays, or their shapes and dtypes, that both halves get.  Operations on them alone are not worth keeping.
-      given: likewise; both halves get them, unless `at_once`.
-      at_once: the first half computes all that depends on `given`, and the second half gets only `free` and what is kept.
-      recompute: primitives that the second half may run again so that less is kept, `EXACT` or `CHEAP`.
+      function: a function of two trees of arrays, with two results.
+      free: arrays, or their shapes and dtypes, that both halves get.  Results of operations on `free` alone are not kept.
+      given: arrays, or their shapes and dtypes, that both halves get unless `at_once` is true.
+      at_once: whether the first half computes all that depends on `given`.  The second half then gets only `free` and kept values.
+      recompute: `EXACT` or `CHEAP`, the primitives that the second half may run again so that fewer bytes are kept.
     """
     closed, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(free, given)
     flat = jax.make_jaxpr(lambda *a: _opened(closed.jaxpr, closed.consts, a))(*jax.tree.leaves((free, given)))
@@ -103,7 +103,7 @@ def split(
 
 
 def _needed(eqns: Sequence[Any], wanted: Iterable[Any], known: set[Any]) -> list[Any]:
-    """The operations, in order, that compute `wanted` from `known`."""
+    """Return the operations that compute `wanted` from `known`, in their order among `eqns`."""
     needed = {v for v in wanted if isinstance(v, core.Var)} - known
     out = []
     for eqn in reversed(eqns):
@@ -115,7 +115,7 @@ def _needed(eqns: Sequence[Any], wanted: Iterable[Any], known: set[Any]) -> list
 
 
 def _used(eqns: Sequence[Any], wanted: Iterable[Any], available: set[Any]) -> list[Any]:
-    """The values among `available` that are operands of `eqns`, or wanted themselves, each once."""
+    """Return each value of `available` that is an operand of `eqns` or is in `wanted`, once."""
     used = [v for eqn in eqns for v in eqn.invars] + list(wanted)
     return list(dict.fromkeys(v for v in used if isinstance(v, core.Var) and v in available))
 
@@ -123,9 +123,10 @@ def _used(eqns: Sequence[Any], wanted: Iterable[Any], available: set[Any]) -> li
 def _cheapest(
     kept: list[Any], origin: dict[Any, Any], dependent: set[Any], known: set[Any], recompute: frozenset[str]
 ) -> list[Any]:
-    """A smaller set of values from which `kept` can be recomputed.
+    """Return values with fewer bytes than `kept`, from which all of `kept` can be recomputed.
 
-    A value is dropped if `recompute` makes it of the others.  It is replaced by its operands if these are smaller.
+    A value is dropped if primitives in `recompute` can make it from the other values.  A value is replaced by its operands if the
+    operands have fewer bytes.
     """
 
     def at_hand(v: Any, others: set[Any]) -> bool:
@@ -149,7 +150,7 @@ def _cheapest(
                 kept = [u for u in kept if u is not v]
             elif v in origin and (name := origin[v].primitive.name) in recompute:
                 operands = [u for u in origin[v].invars if not at_hand(u, others)]
-                # The operands of these have the size of the result, but some of them may be recomputable.
+                # The operands of these three primitives are as large as the result, but some operands may be recomputable.
                 if sum(map(_bytes, operands)) < _bytes(v) + (name in ("stack", "concatenate", "name")):
                     kept = list(dict.fromkeys([u for u in kept if u is not v] + operands))
     return kept
@@ -167,7 +168,7 @@ def _value(values: dict[Any, Any], v: Any) -> Any:
 
 
 def _run(jaxpr: core.Jaxpr, eqns: Sequence[Any], values: dict[Any, Any]) -> dict[Any, Any]:
-    """Run some operations of a jaxpr, and add their results to `values`."""
+    """Run the operations `eqns` of a jaxpr, add their results to `values`, and return `values`."""
     for eqn in eqns:
         used = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
         alone = jaxpr.replace(constvars=(), invars=used, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
@@ -177,7 +178,7 @@ def _run(jaxpr: core.Jaxpr, eqns: Sequence[Any], values: dict[Any, Any]) -> dict
 
 
 def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Run a jaxpr with its calls inlined and its unrolled loops written out."""
+    """Run a jaxpr with its calls inlined and its unrolled loops written out, and return its results."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -195,7 +196,10 @@ def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) 
 
 
 def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
-    """The numbers of constants and of carried values among the operands of a scan; the scanned arrays follow them."""
+    """Return (number of constants, number of carried values) among the operands of a scan.
+
+    The operands of a scan are its constants, its carried values, and the scanned arrays, in this order.
+    """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
@@ -203,7 +207,7 @@ def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def _unrolled(params: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
-    """Run a scan turn by turn."""
+    """Run a scan one turn after another, with the operations of each turn written out."""
     consts, carry = loop_arguments(params)
     fixed, state, each = arguments[:consts], list(arguments[consts:][:carry]), arguments[consts + carry :]
     told: list[list[Any]] = []

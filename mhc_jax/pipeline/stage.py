@@ -1,11 +1,11 @@
-"""The operations of one stage of a pipeline: its forward, its backward, and what is kept between the two.
+"""The operations of one stage of a pipeline: its forward, its backward, and the values that are kept between the two.
 
-B is the whole VJP of a stage.  I is the part that makes the gradient of the stage's input, and W the rest (`split`).  Only the
+B is the whole VJP of a stage.  I is the part that makes the gradient of the stage's input, and W is the rest (`split`).  Only the
 first stage embeds tokens, and only the last one computes logits and the loss.  The last stage takes the gradient of the loss within
 its forward, so that no buffer holds logits.
 
-Where a decoder begins with dense blocks before those with experts, the first stage computes other blocks than the others.  That
-variant of a stage is named `leads`, and every function of it is traced once for each variant.
+If a decoder begins with dense blocks before its blocks with experts, the first stage computes other blocks than later stages.  This
+variant of a stage is named `leads`.  Every function of a stage is traced once for each variant.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mhc_jax.remat import block_length, recomputed
 Tree = Any
 
 FIRST, LAST = "first_stage", "last_stage"
-"""Name scopes of the operations that only the first and only the last stage run."""
+"""Name scopes of operations that only one stage runs: the first stage, or the last stage."""
 
 
 class Pool:
-    """One list of arrays with room for the values of either variant of a stage, so that both use one buffer."""
+    """One list of arrays with room for the values of either variant of a stage, so that both variants use one buffer."""
 
     def __init__(self, variants: Mapping[bool, Sequence[jax.ShapeDtypeStruct]]):
-        """Give every value of each variant (shapes and dtypes) a position; equal arrays of two variants share one."""
+        """Give every value of each variant a position.  Values of two variants with equal shapes and dtypes share a position."""
         self.shapes: list[jax.ShapeDtypeStruct] = []
         self.places: dict[bool, list[int]] = {}
-        """For each variant, the position of every value."""
+        """For each variant (whether it `leads`), the position of every value in the list."""
         for leads, values in variants.items():
             free = list(range(len(self.shapes)))
             self.places[leads] = []
@@ -53,43 +53,43 @@ class Pool:
                 self.places[leads].append(k)
 
     def put(self, leads: bool, values: Sequence[Array]) -> list[Array]:
-        """The list with the values of a variant; zeros elsewhere."""
+        """Return the whole list with the values of a variant at their positions, and zeros elsewhere."""
         out = [jnp.zeros(a.shape, a.dtype) for a in self.shapes]
         for k, a in zip(self.places[leads], values, strict=True):
             out[k] = a
         return out
 
     def take(self, leads: bool, pool: Sequence[Any]) -> list[Any]:
-        """The values of a variant."""
+        """Return the values of a variant from the whole list."""
         return [pool[k] for k in self.places[leads]]
 
 
 class Work(NamedTuple):
-    """One stage and one microbatch, on which an operation works."""
+    """The stage and the microbatch of one operation."""
 
     leads: bool
-    """Whether the stage begins with dense blocks."""
+    """Whether the stage begins with the dense blocks that precede blocks with experts."""
     layers: Tree
-    """Parameters of its blocks, [blocks of a stage, ...]."""
+    """Parameters of the blocks of the stage, [blocks of a stage, ...]."""
     batch: Tree
-    """`inputs` and `targets` [B, T]."""
+    """`inputs` and `targets` [B, T] of the microbatch."""
     stage: Array
-    """Its number, int32 []."""
+    """Number of the stage, int32 []."""
 
 
 class Stage:
     """The operations of a device, as branches for `jax.lax.switch`, and the shapes of their results."""
 
     def __init__(self, model: ModelConfig, stages: int, outer: Tree, tokens: Array, layers: Tree, halves: bool = False):
-        """Trace the operations.
+        """Trace the operations of the stages of one device.
 
         Args:
-          model: the whole decoder.
-          stages: how many stages it is cut into.
+          model: the configuration of the whole decoder.
+          stages: number of stages into which the decoder is cut.
           outer: parameters outside the stacked blocks.
-          tokens: of one microbatch.
+          tokens: the tokens of one microbatch, [B, T].
           layers: parameters of this device's blocks, [chunks, blocks of a stage, ...].
-          halves: whether the schedule has I and W.
+          halves: whether the schedule divides B into I and W.
         """
         self.model, self.stages = model, stages
         self.per = model.num_layers // stages
@@ -97,7 +97,7 @@ class Stage:
         self.boundary = Boundary(lambda tokens: self.enter(self.head(outer), tokens), tokens)
         first = jax.tree.map(lambda a: a[0], layers)
         self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.boundary.zeros(), at)[1])
-        """Shapes of what the blocks of a stage report, [blocks of a stage, ...]."""
+        """Shapes of the aux values that the blocks of a stage report, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
 
         def all_uses(params: tuple[Tree, Tree]) -> Any:
@@ -109,45 +109,45 @@ class Stage:
         dtypes = computed_in(all_uses, (outer, first))
         self.outer, self.layers = cast(outer, dtypes[0]), cast(layers, dtypes[1])
         free = jax.tree.map(lambda a: a[0], self.layers), at
-        # In float32 a pipeline then rounds as the decoder without one.
+        # In float32 recompute only what does not round, so that a pipeline rounds as the decoder without a pipeline does.
         recompute = EXACT if model.compute_dtype == "float32" else CHEAP
         self.passes = {
             leads: split(functools.partial(self._pushed, leads), free, self.boundary.zeros(), True, recompute)
             for leads in variants
         }
-        """Forward passes, split into what F computes and what the backward recomputes."""
+        """For each variant, the forward pass, split into the part that F computes and the part that the backward recomputes."""
         self.activations = Pool({leads: each.between for leads, each in self.passes.items()})
-        """What a forward keeps for its backward."""
+        """The values that a forward keeps for its backward."""
         self.halves = {}
-        """Backward passes, split into I and W."""
+        """For each variant, the backward pass, split into I and W.  Empty if the schedule has no I and W."""
         for leads in variants if halves else ():
             given = self.activations.take(leads, self.activations.shapes), self.boundary.tree
             self.halves[leads] = split(functools.partial(self.pulled, leads), free, given, recompute=recompute)
         self.deferrals = Pool({leads: each.between for leads, each in self.halves.items()})
-        """What I keeps for W."""
+        """The values that I keeps for W."""
 
     # -- the model
 
     def head(self, outer: Tree) -> Tree:
-        """The parameters outside the blocks that the input embedding needs."""
+        """Return the parameters outside the blocks that the input embedding needs."""
         return {name: outer[name] for name in ("embedding", "ends") if name in outer}
 
     def tail(self, outer: Tree) -> Tree:
-        """The parameters outside the blocks that the loss needs."""
+        """Return the parameters outside the blocks that the loss needs."""
         unembedding = "embedding" if self.model.tied_embeddings else "unembedding"
         return {name: outer[name] for name in (unembedding, "final_norm", "ends") if name in outer}
 
     def dense(self, outer: Tree, leads: bool) -> Tree:
-        """The parameters of the dense blocks before those with experts."""
+        """Return the parameters of the dense blocks that precede blocks with experts.  Empty for a stage without such blocks."""
         return outer["dense_layers"] if leads and self.model.num_leading else {}
 
     def enter(self, params: Tree, tokens: Array) -> Tree:
-        """The carry that enters the first block."""
+        """Return the carry that enters the first block, from the tokens of a microbatch."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
         return enter(self.model, params["embedding"], ends, tokens)
 
     def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
-        """The loss of one microbatch in nats per token, float32 []."""
+        """Return the loss of one microbatch in nats per token, float32 []."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
         norm = RMSNorm(NORM_EPS).bind({"params": params["final_norm"]})
         x = leave(self.model, ends, norm, carry)
@@ -155,7 +155,7 @@ class Stage:
         return cross_entropy(logits_of(x, W), targets)
 
     def blocks(self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array) -> tuple[Tree, Tree]:
-        """Run the blocks of a stage: (carry that leaves them, aux [blocks, ...], which is zero for dense blocks)."""
+        """Run the blocks of a stage.  Return (carry after the last block, aux [blocks, ...]).  The aux of dense blocks is 0."""
         lead = self.model.num_leading if leads else 0
         if lead:
             carry, _ = self._run(True, dense, carry, jnp.arange(lead))
@@ -167,7 +167,7 @@ class Stage:
         return carry, jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
 
     def _run(self, dense: bool, layers: Tree, carry: Tree, indices: Array) -> tuple[Tree, Tree]:
-        """Run blocks one after another, and recompute as model.remat says."""
+        """Run blocks one after another.  In the backward pass they are recomputed as model.remat says."""
         model, count = self.model, len(indices)
 
         def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
@@ -188,38 +188,39 @@ class Stage:
     # -- its gradient in parts
 
     def vjp(self, leads: bool, layers: Tree, carry: Tree, stage: Array) -> tuple[Tree, Any, Tree]:
-        """The VJP of `blocks`: (carry, pull-back to (layers, dense, carry), aux)."""
+        """Return the VJP of `blocks`, as (carry, pull-back to the gradients of (layers, dense, carry), aux)."""
         dense = self.dense(self.outer, leads)
         return jax.vjp(lambda l, d, c: self.blocks(leads, l, d, c, stage), layers, dense, carry, has_aux=True)
 
     def _pushed(self, leads: bool, free: tuple[Tree, Array], carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
-        """The forward of (layers, stage) and the carry, as ((carry, aux), leaves of the pull-back)."""
+        """Run the forward with `free` = (layers, stage).  Return ((carry, aux), leaves of the pull-back)."""
         carry, pull, aux = self.vjp(leads, free[0], carry, free[1])
         return (carry, aux), jax.tree.leaves(pull)
 
     def pulled(self, leads: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
-        """The backward of (layers, stage) and (kept values, gradient of the carry).
+        """Run the backward of a stage, with `free` = (layers, stage) and `given` = (kept values, gradient of the carry).
 
         Returns:
-          Gradient of the carry that entered the stage, and gradients of (its blocks, the dense blocks).
+          (gradient of the carry that entered the stage, (gradients of its blocks, gradients of the dense blocks)).
         """
         (layers, stage), (kept, g) = free, given
-        # Only the structure of this forward is used: the leaves of its pull-back are those that were kept.
+        # Only the structure of this pull-back is used.  Its leaves come from the forward that ran earlier.
         _, pull, _ = self.vjp(leads, layers, self.boundary.zeros(), stage)
         leaves = self.passes[leads].later(free, None, kept)
         g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
         return g_x, (g_layers, g_dense)
 
     def forward(self, work: Work, x: Tree, sums: Tree) -> tuple[dict[str, Tree], Tree]:
-        """F of one stage and microbatch; on the last stage also the loss and its gradient.
+        """Run F of one stage and microbatch.  The last stage also computes the loss and its gradient.
 
         Args:
           work: the stage and the microbatch.
-          x: packed boundary tensor; the first stage makes its own from the tokens.
-          sums: gradients outside the blocks, added up so far.
+          x: packed boundary tensor that enters the stage.  The first stage makes its own from the tokens instead.
+          sums: gradients of the parameters outside the blocks, added up so far.
 
         Returns:
-          F (packed boundary tensor; on the last stage its gradient), activations, loss and aux as a dict, and `sums`.
+          (dict of `F`, `activations`, `loss` and `aux`, new `sums`).  `F` is the packed boundary tensor that leaves the stage.  On
+          the last stage it is the gradient of this tensor.
         """
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
@@ -247,19 +248,20 @@ class Stage:
         deferrals: Sequence[Array],
         sums: tuple[Tree, Tree],
     ) -> tuple[dict[str, Tree], tuple[Tree, Tree]]:
-        """B, I or W of one stage and microbatch.
+        """Run B, I or W of one stage and microbatch.
 
         Args:
-          kind: `B`, `I` or `W`.
+          kind: the operation to run: `B`, `I` or `W`.
           work: the stage and the microbatch.
-          chunk: which of the device's stages it is.
-          activations: what the forward kept.
+          chunk: position of the stage among the stages of the device.
+          activations: the values that the forward kept.
           g: packed gradient of the boundary tensor that leaves the stage.
-          deferrals: what I kept, for W.
-          sums: gradients (outside the blocks, of the blocks [chunks, ...]), added up so far.
+          deferrals: the values that I kept.  Only W uses them.
+          sums: (gradients outside the blocks, gradients of the blocks [chunks, ...]), added up so far.
 
         Returns:
-          B (packed gradient of the boundary tensor that enters the stage) and deferrals as a dict, and `sums`.
+          (dict, new `sums`).  After B and I the dict has `B`, the packed gradient of the boundary tensor that enters the stage.
+          After I it also has `deferrals`.
         """
         leads, layers, batch, stage = work
         free, given = (layers, stage), (self.activations.take(leads, activations), self.boundary.unpack(g))

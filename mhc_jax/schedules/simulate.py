@@ -1,7 +1,8 @@
-"""Simulation of a schedule with given times: how long a step takes, how long devices wait, and what they hold.
+"""Simulation of a schedule from the times of its operations: how long a step takes, how long devices wait, and what they hold.
 
-Each device runs its cells in the order of the table.  A cell starts as soon as the device is free and its operands have arrived, so
-ticks give the order alone.  A message travels while both devices compute, and takes `Costs.send`.
+Each device runs its cells in the order of the table.  A cell starts as soon as the device is free and its operands have arrived.
+Ticks therefore give the order of the cells alone, and no times.  A message travels while both devices compute, and takes
+`Costs.send`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from mhc_jax.schedules.validate import peak_activations
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of one microbatch in any unit, with one number for each stage of the model."""
+    """Times that a pipeline takes for one microbatch, in any unit.  Each tuple has one number for each stage of the model."""
 
     F: tuple[float, ...]
-    """Forward."""
+    """Time of the forward of each stage."""
     B: tuple[float, ...]
-    """Whole backward, with what it recomputes."""
+    """Time of the whole backward of each stage, recomputation included."""
     W: tuple[float, ...]
-    """The part of B that makes the gradients of the weights.  I is the rest: B = I + W."""
+    """Time of the part of B that makes the gradients of the weights, for each stage.  I is the rest: B = I + W."""
     pair: float = 1.0
-    """Time of an overlapped F&B over F + B."""
+    """Time of an overlapped pair F&B, divided by F + B."""
     send: float = 0.0
-    """Time of a boundary tensor from one device to the next."""
+    """Time that a boundary tensor takes to travel from one device to the next."""
     activations: tuple[float, ...] = ()
-    """Size of what a stage keeps of a microbatch, in any unit; empty: 1 each."""
+    """Size of what each stage keeps of a microbatch, in any unit.  Empty means 1 for every stage."""
 
     def __post_init__(self) -> None:
         require(
@@ -46,12 +47,12 @@ class Costs:
 
 
 def by_hand(stages: int, F: float = 1.0, B: float = 2.0, W: float = 1.0, pair: float = 1.0, send: float = 0.0) -> Costs:
-    """Costs that are the same for all stages."""
+    """Make costs that are the same for all stages.  F, B and W are the times of one stage, as in `Costs`."""
     return Costs((F,) * stages, (B,) * stages, (W,) * stages, pair, send)
 
 
 class Span(NamedTuple):
-    """When a device runs a cell."""
+    """The time from `start` to `end` in which a device runs a cell, in the unit of `Costs`."""
 
     device: int
     start: float
@@ -61,23 +62,23 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The result of a simulation."""
+    """The result of `simulate`: when each cell runs, and what each device holds.  Times are in the unit of `Costs`."""
 
     schedule: Schedule
     spans: tuple[Span, ...]
     exposed: float
-    """By how much the step would be shorter if messages took no time."""
+    """Exposed time of messages: by how much the step would be shorter if messages took no time."""
     activations: tuple[float, ...]
-    """The most that each device holds at once, in the unit of `Costs.activations`."""
+    """The largest size of activations that each device holds at once, in the unit of `Costs.activations`."""
 
     @property
     def makespan(self) -> float:
-        """Time of the whole step, without the optimizer."""
+        """Return the time of the whole step, without the optimizer."""
         return max(span.end for span in self.spans)
 
     @property
     def bubble(self) -> tuple[float, ...]:
-        """Time that each device waits."""
+        """Return the time that each device waits during the step."""
         busy = [0.0] * self.schedule.devices
         for span in self.spans:
             busy[span.device] += span.end - span.start
@@ -85,15 +86,15 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """Waiting of all devices over the time of all devices."""
+        """Return the share of device time spent waiting: the sum of `bubble`, divided by makespan times number of devices."""
         return sum(self.bubble) / (self.makespan * self.schedule.devices)
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Simulate a table that `validate` has passed.
+    """Simulate the schedule with the times in `costs`.  `validate` must have passed the schedule.
 
     Raises:
-      InputError: the costs are of another number of stages.
+      InputError: the costs have another number of stages than the schedule.
     """
     require(
         len(costs.F) == schedule.stages,

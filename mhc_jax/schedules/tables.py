@@ -1,4 +1,4 @@
-r"""Schedules of pipeline parallelism as tables of ticks x devices.
+r"""Schedules of pipeline parallelism, as tables with a row for each tick and a column for each device.
 
 | name | rule | source |
 | --- | --- | --- |
@@ -10,15 +10,15 @@ r"""Schedules of pipeline parallelism as tables of ticks x devices.
 | `dualpipev` | `dualpipe` on half as many devices, whose stages lie in a V | github.com/deepseek-ai/DualPipe |
 
 Letters: P devices along the stage axis, M microbatches, v stages a device (chunks).  F, B, I and W are times of one stage and
-microbatch: the forward, the whole backward, and its two parts, B = I + W.  I computes the gradient of the stage's input and W those
-of its weights.  F&B is the time of a forward and a backward that overlap.
+microbatch: the forward, the whole backward, and the two parts of the backward, B = I + W.  I computes the gradient of the stage's
+input, and W computes the gradients of its weights.  F&B is the time of a forward and a backward that overlap.
 
-The docstring of each schedule gives its bubble, the time that a device waits in a step, and the activations that a device holds at
-most.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`; that of `dualpipev` is in the README of
-github.com/deepseek-ai/DualPipe.
+The docstring of each schedule gives its bubble (the time that a device waits in a step) and the largest number of activations that
+a device holds.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`.  The formula of `dualpipev` is in
+the README of github.com/deepseek-ai/DualPipe.
 
-A cell of a table holds no operation, one, or the two of an overlapped pair F&B.  A message sent in a tick is usable `latency` ticks
-later.
+A cell of a table holds no operation, one operation, or the two operations of an overlapped pair F&B.  A message sent in a tick is
+usable `latency` ticks later.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class Op(NamedTuple):
     """One operation of one microbatch on one device."""
 
     kind: str
-    """`F`, `B`, `I` or `W`."""
+    """The kind of operation: `F`, `B`, `I` or `W`."""
     microbatch: int
     chunk: int
-    """Which of the device's stages."""
+    """Position of the stage among the stages of the device."""
     receives: int | None = None
-    """The device that sends the operand; the same device if it stays in memory; None if no other stage makes it."""
+    """The device of the stage that makes the operand, which may be this device.  None if no other stage makes it."""
     sends: int | None = None
-    """The device that gets the result; the same device if it stays in memory; None if no other stage needs it."""
+    """The device of the stage that needs the result, which may be this device.  None if no other stage needs it."""
 
     def __str__(self) -> str:
         return f"{self.kind} of microbatch {self.microbatch}, chunk {self.chunk}"
 
 
 class Place(NamedTuple):
-    """Where a stage is computed."""
+    """The device and the chunk at which a stage is computed."""
 
     device: int
     chunk: int
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 Cell = tuple[Op, ...]
 Order = list[list[tuple[str, int, int]]]
-"""The cells of one device in order, each a list of (kind, microbatch, chunk)."""
+"""The cells of one device in order.  Each cell is a list of operations (kind, microbatch, chunk)."""
 
 
 @dataclass(frozen=True)
@@ -69,55 +69,56 @@ class Schedule:
 
     name: str
     devices: int
-    """P."""
+    """Number of devices along the stage axis, P."""
     microbatches: int
-    """M."""
+    """Number of microbatches, M."""
     routes: tuple[tuple[Place, ...], ...]
-    """The places of stages 0, 1, ... of the model: one route for each direction in which microbatches travel."""
+    """One route for each direction in which microbatches travel.  A route lists the places of stages 0, 1, ... of the model."""
     route_of: tuple[int, ...]
-    """The route of each microbatch."""
+    """For each microbatch, the index in `routes` of the route that it takes."""
     bound: tuple[int, ...]
-    """How many activations (of one stage and microbatch) each device has room for."""
+    """Number of activations, each of one stage and microbatch, for which each device has room."""
     table: tuple[tuple[Cell, ...], ...]
-    """[ticks][devices]."""
+    """The cell of each tick and device, indexed as table[tick][device]."""
     latency: int = 1
-    """1: devices wait for a message between two ticks.  2: it travels while the next tick computes."""
+    """Number of ticks from sending a message to its first use.  1: devices wait for messages between two ticks.  2: messages
+    travel while the next tick computes."""
 
     @property
     def stages(self) -> int:
-        """How many stages the model is cut into."""
+        """Return the number of stages into which the model is cut."""
         return len(self.routes[0])
 
     @property
     def chunks(self) -> int:
-        """How many stages a device holds."""
+        """Return the number of stages that a device holds."""
         return 1 + max(place.chunk for route in self.routes for place in route)
 
     @property
     def stage_of(self) -> dict[Place, int]:
-        """The stage at every place."""
+        """Return the number of the stage at every place."""
         return {place: stage for route in self.routes for stage, place in enumerate(route)}
 
     def wiring_of(self, device: int, op: Op) -> Wiring:
-        """The wiring of an operation of the table."""
+        """Return the wiring of an operation that the table gives to `device`."""
         return wiring(self.routes[self.route_of[op.microbatch]])[op.kind, Place(device, op.chunk)]
 
 
 class Wiring(NamedTuple):
-    """The stage of an operation, its neighbours, and what it depends on."""
+    """The stage of an operation, the devices of its neighbours, and the operations on which it depends."""
 
     stage: int
     receives: int | None
-    """See `Op`."""
+    """As `Op.receives`: the device that makes the operand."""
     sends: int | None
-    """See `Op`."""
+    """As `Op.sends`: the device that needs the result."""
     needs: tuple[tuple[str, int, bool], ...]
-    """The operations that must come before: (kind, stage, whether another device does it).  B stands for I too."""
+    """The operations that must come before, as (kind, stage, whether another device does it).  B means B or I."""
 
 
 @functools.lru_cache(maxsize=64)
 def wiring(route: tuple[Place, ...]) -> dict[tuple[str, Place], Wiring]:
-    """The wiring of every kind of operation at every place of a route."""
+    """Return the wiring of every kind of operation at every place of a route."""
     out = {}
     for stage, place in enumerate(route):
         before = route[stage - 1].device if stage > 0 else None
@@ -134,18 +135,18 @@ class Plan(NamedTuple):
     """A schedule before its ticks are known: the order of operations on every device."""
 
     orders: Sequence[Order]
-    """One for each device."""
+    """The order of operations on each device."""
     routes: Sequence[Sequence[Place]]
-    """See `Schedule`, as `route_of` and `bound`."""
+    """The routes, as in `Schedule`.  `route_of` and `bound` are as in `Schedule` too."""
     route_of: Sequence[int]
     bound: Sequence[int]
 
 
 def lay_out(name: str, plan: Plan, latency: int = 1) -> Schedule:
-    """Put every cell of a plan into the first tick in which its operands are there; each device keeps its order.
+    """Put every cell of a plan into the first tick in which its operands are there.  Each device keeps its order of cells.
 
     Raises:
-      InputError: cells wait for each other for ever.
+      InputError: cells of the plan wait for each other for ever.
     """
     P = len(plan.orders)
     routes = tuple(tuple(route) for route in plan.routes)
@@ -221,8 +222,8 @@ def interleaved(P: int, M: int, v: int = 2) -> Plan:
 def zb1p(P: int, M: int) -> Plan:
     r"""ZB-H1 (Qi et al., arXiv 2401.10241, section 2.1), which arXiv 2412.19437 calls ZB1P.
 
-    The order of `1f1b`, with I instead of B.  Device $d$ postpones $d$ weight gradients, and fills the bubble behind its last
-    forward with them.  Bubble: $(P - 1)(F + B - 2W)$.  Activations of a device: $P$.
+    The order is that of `1f1b`, with I instead of B.  Device $d$ postpones $d$ weight gradients, and fills the bubble behind its
+    last forward with them.  Bubble: $(P - 1)(F + B - 2W)$.  Activations of a device: $P$.
     """
     orders = []
     for d in range(P):
@@ -243,9 +244,10 @@ def zb1p(P: int, M: int) -> Plan:
 def dualpipe(P: int, M: int) -> Plan:
     r"""DualPipe (DeepSeek-V3, arXiv 2412.19437, section 3.2.1, Figure 5 and Table 2).
 
-    Half of the microbatches enter at device 0, the others at device $P - 1$, and a forward of one direction overlaps a backward
-    of the other.  Device $d$ therefore holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1): two copies of the parameters.
-    Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ where $F = I = W$, and at most that elsewhere.  Activations of a device: $P + 1$.
+    Half of the microbatches enter at device 0, and the other half at device $P - 1$.  A forward of one direction overlaps a
+    backward of the other direction.  Device $d$ therefore holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1): two copies of
+    the parameters.  Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long for other times.  Activations of a
+    device: $P + 1$.
 
     Raises:
       InputError: P or M is odd.
@@ -254,7 +256,7 @@ def dualpipe(P: int, M: int) -> Plan:
     require(M % 2 == 0, f"'dualpipe' has {M} microbatches; it needs an even number, one half for each direction.")
     half, orders = M // 2, []
     for d in range(P):
-        near = int(d >= P // 2)  # the direction, and the chunk, that begins at this device's end
+        near = int(d >= P // 2)  # the direction that begins at this device's end; its chunk has the same number
         first = [near * half, (1 - near) * half]
         cells = _dual_order(P // 2, min(d, P - 1 - d), half)
         orders.append([[(kind, first[phase] + k, phase ^ near) for kind, k, phase in cell] for cell in cells])
@@ -263,10 +265,11 @@ def dualpipe(P: int, M: int) -> Plan:
 
 
 def dualpipev(P: int, M: int) -> Plan:
-    r"""DualPipeV (Sea AI Lab's "cut in half", in github.com/deepseek-ai/DualPipe): the directions of `dualpipe` laid end to end.
+    r"""DualPipeV (Sea AI Lab's "cut in half", in github.com/deepseek-ai/DualPipe): the directions of `dualpipe`, laid end to end.
 
-    P devices hold 2P stages: device $d$ holds stage $d$ (chunk 0) and stage $2P - 1 - d$ (chunk 1).  With $PP = 2P$ stages the
-    formulas are those of `dualpipe`.  Bubble: $(P - 1)(F\&B + B - 3W)$ where $F = I = W$, and at most that elsewhere.
+    P devices hold 2P stages: device $d$ holds stage $d$ (chunk 0) and stage $2P - 1 - d$ (chunk 1).  The
+    formulas are those of `dualpipe` for $PP = 2P$ stages.  Bubble: $(P - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long
+    for other times.
     Activations of a device: $2P + 1$.
     """
     route = [*_line(P), *(Place(d, 1) for d in reversed(range(P)))]
@@ -282,9 +285,9 @@ SCHEDULES: dict[str, Callable[..., Plan]] = {
     "dualpipev": dualpipev,
 }
 DEFAULT_CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
-"""Stages that a device holds, unless `interleaved` is given another number."""
+"""Number of stages that a device holds under each schedule.  Only `interleaved` can be given another number."""
 _FEWEST = {"gpipe": 0, "1f1b": 1, "interleaved": 1, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
-"""The fewest microbatches, as a multiple of the devices."""
+"""The least number of microbatches of each schedule, divided by the number of devices.  0 means one microbatch."""
 
 
 def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: int = 1) -> Schedule:
@@ -292,13 +295,13 @@ def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: i
 
     Args:
       name: one of `SCHEDULES`.
-      devices: P, along the stage axis.
-      microbatches: M.
-      chunks: stages that a device holds; 0 is the usual number of the schedule, and only `interleaved` takes another.
-      latency: see `Schedule`.
+      devices: number of devices along the stage axis, P.
+      microbatches: number of microbatches, M.
+      chunks: number of stages that a device holds.  0 means the number in `DEFAULT_CHUNKS`; only `interleaved` takes another.
+      latency: ticks from sending a message to its first use, as in `Schedule`.
 
     Raises:
-      InputError: there is no such schedule, or these numbers do not fit it.
+      InputError: there is no schedule of this name, or the numbers do not fit it.
     """
     one_of("The schedule", name, SCHEDULES)
     fewest = max(1, _FEWEST[name] * devices)
@@ -316,7 +319,7 @@ def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: i
 
 
 def stage_count(name: str, devices: int, chunks: int = 0) -> int:
-    """How many stages `make` with the same arguments cuts the model into."""
+    """Return the number of stages into which a schedule that `make` makes of these arguments cuts the model."""
     one_of("The schedule", name, SCHEDULES)
     return devices * {"interleaved": chunks or 2, "dualpipev": 2}.get(name, 1)
 
@@ -326,22 +329,23 @@ def _line(P: int) -> list[Place]:
 
 
 def _alternate(forward: Sequence[tuple], backward: Sequence[tuple], warm: int) -> Order:
-    """`warm` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    """Return an order: `warm` forwards, then one forward and one backward in turn, then the remaining backwards."""
     head, rest = forward[:warm], forward[warm:]
     pairs = [[op] for pair in zip(rest, backward, strict=False) for op in pair]
     return [[op] for op in head] + pairs + [[op] for op in backward[len(rest) :]]
 
 
 def _dual_order(half: int, h: int, count: int) -> Order:
-    """The eight steps of DualPipe for one device, numbered as in DeepSeek's code.
+    """Return the order of one device under DualPipe, in eight steps that are numbered as in DeepSeek's code.
 
     Args:
-      half: devices from one end to the middle.
-      h: number of this device, counted from its end.
-      count: microbatches of each direction.
+      half: number of devices from one end of the pipeline to its middle.
+      h: number of this device, counted from 0 at the nearer end.
+      count: number of microbatches of each direction.
 
     Returns:
-      Cells of (kind, number among the microbatches of the direction, direction): 0 begins at this end, 1 at the other.
+      Cells of (kind, number among the microbatches of the direction, direction).  Direction 0 begins at the end from which h
+      counts.
     """
     order: Order = []
     numbers = {(kind, direction): iter(range(count)) for kind in "FB" for direction in (0, 1)}
@@ -369,7 +373,7 @@ def _dual_order(half: int, h: int, count: int) -> Order:
         add_w()
         add(("F", 1))
     for i in range(count - 2 * half + h + 1):  # step 4, the main one
-        if i == 0 and far == 0:  # apart, as in DeepSeek's code: B need not wait for F here
+        if i == 0 and far == 0:  # F and B in separate cells, as in DeepSeek's code: B need not wait for F here
             add(("F", 0))
             add(("B", 1))
         else:
@@ -378,7 +382,7 @@ def _dual_order(half: int, h: int, count: int) -> Order:
     for _ in range(far):  # step 5
         add(("B", 1))
         add(("F", 1), ("B", 0))
-    for i in range(2 * (h + 1)):  # step 6: the second half leaves its W to steps 7 and 8
+    for i in range(2 * (h + 1)):  # step 6: the second half does only I, and leaves W to steps 7 and 8
         add(("I" if i > h else "B", 1 - i % 2))
     for _ in range(far):  # step 7
         add_w()

@@ -1,8 +1,8 @@
 """Proof that a table is a correct pipeline.
 
-In a correct table every operation occurs once, at the place of its stage, after all that it depends on, and no device holds more
-activations than it has room for.  `validate` refuses any other table with one sentence that names the tick, the device and the
-operation.
+In a correct table every operation occurs once, at the place of its stage, and after all operations on which it depends.  No device
+holds more activations than it has room for.  `validate` refuses any other table with one sentence that names the tick, the device
+and the operation.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from mhc_jax.schedules.tables import KINDS, Op, Place, Schedule, Wiring, wiring
 
 
 class Message(NamedTuple):
-    """What one stage hands to its neighbour: the streams at the boundary (F), or their gradient (B)."""
+    """An array that one stage hands to its neighbour: the streams at the boundary (F), or their gradient (B)."""
 
     kind: str
-    """`F` or `B`."""
+    """The operation whose result is handed on, `F` or `B`.  I counts as B."""
     microbatch: int
     stage: int
-    """The stage that uses it."""
+    """The stage that uses the message."""
     source: int
-    """Device."""
+    """The device that sends the message."""
     target: int
-    """Device; equal to `source` where the route turns."""
+    """The device that gets the message.  It equals `source` if both stages lie on one device."""
     sent: int
-    """Tick."""
+    """The tick in which `source` computes the message."""
     used: int
-    """Tick."""
+    """The tick in which `target` uses the message."""
 
 
 def operations(schedule: Schedule) -> list[tuple[int, int, Op]]:
-    """All operations in order, as (tick, device, operation)."""
+    """Return all operations of a schedule as (tick, device, operation), in the order of ticks and devices."""
     return [
         (tick, device, op) for tick, row in enumerate(schedule.table) for device, cell in enumerate(row) for op in cell
     ]
 
 
 def when(schedule: Schedule) -> dict[tuple[str, int, int], int]:
-    """The tick of every (kind, microbatch, stage); B stands for I too."""
+    """Return the tick of every operation, by (kind, microbatch, stage).  An I is listed under the kind B."""
     return {
         ("B" if op.kind == "I" else op.kind, op.microbatch, schedule.wiring_of(device, op).stage): tick
         for tick, device, op in operations(schedule)
@@ -48,7 +48,7 @@ def when(schedule: Schedule) -> dict[tuple[str, int, int], int]:
 
 
 def messages(schedule: Schedule) -> list[Message]:
-    """All that crosses a boundary between stages, in the order in which it is used."""
+    """Return the messages of all boundaries between stages, in the order in which they are used."""
     done, out = when(schedule), []
     for tick, device, op in operations(schedule):
         if op.kind != "W" and op.receives is not None:
@@ -62,8 +62,8 @@ def validate(schedule: Schedule) -> None:
     """Prove that a table is a correct pipeline.
 
     Raises:
-      InputError: a cell has a shape that no device can run, an operation is at the wrong place, missing, there twice or before
-        its operands, a sender or receiver is wrong, or a device holds more activations than `schedule.bound`.
+      InputError: a cell holds operations that no device can run together, or an operation is at the wrong place, missing, there
+        twice or before its operands.  Or a sender or receiver is wrong, or a device holds more activations than `schedule.bound`.
     """
     _check_cells(schedule)
     ticks: dict[tuple[str, int, int], int] = {}
@@ -97,7 +97,7 @@ def validate(schedule: Schedule) -> None:
 
 
 def _placed(schedule: Schedule, tick: int, device: int, op: Op) -> Wiring:
-    """The wiring of an operation that is where its route says."""
+    """Return the wiring of an operation, after checking that the operation is where the route of its microbatch says."""
 
     def check(condition: bool, sentence: str) -> None:
         require(condition, f"tick {tick}, device {device}: {op}: {sentence}")
@@ -130,14 +130,14 @@ def _check_cells(schedule: Schedule) -> None:
 
 
 def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tuple[int | float, int]]:
-    """For each device, the most activations that it holds at once, and the first tick in which it holds as many.
+    """Return for each device (most activations held at once, first tick in which it holds as many).
 
-    An activation, of one microbatch and stage, lives from F to the last of its gradients.  One that ends in a tick makes room in
-    the next tick, so an overlapped F&B holds both of its microbatches.
+    An activation belongs to one microbatch and stage, and lives from its F to its B or W.  An activation that ends in a tick makes
+    room in the next tick, so an overlapped F&B holds the activations of both of its microbatches.
 
     Args:
-      schedule: the table.
-      sizes: of an activation of each stage; empty: 1 each.
+      schedule: the table of operations.
+      sizes: size of the activation of each stage, in any unit.  Empty means 1 for every stage.
     """
     sizes = sizes or (1,) * schedule.stages
     alive: list[int | float] = [0] * schedule.devices
