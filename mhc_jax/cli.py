@@ -20,6 +20,8 @@ from mhc_jax.parallel import distributed
 from mhc_jax.runs.host_memory import cpu_alone, keep_pages
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
+# Flags of list settings, such as train.trackers and connection.disable, take entries separated by commas.
+config_flags.register_flag_parser_for_type(list, flags.ListParser())
 
 
 def define_config() -> Callable[[], ExperimentConfig]:
@@ -29,8 +31,6 @@ def define_config() -> Callable[[], ExperimentConfig]:
       A function to call once flags are parsed.  It returns the frozen configuration, and raises `InputError` for an unknown key
       or a refused value.
     """
-    # Flags of list settings, such as train.trackers and connection.disable, take entries separated by commas.
-    config_flags.register_flag_parser_for_type(list, flags.ListParser())
     # The flag has no default here: absl would load the default file, and fail at overrides, before errors can be caught.
     holder = config_flags.DEFINE_config_file("config", None, f"Config file, with :arg (default {DEFAULT_CONFIG}).")
 

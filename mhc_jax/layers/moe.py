@@ -9,7 +9,7 @@ The router and the balancing of loads are as in DeepSeek-V3 (arXiv 2412.19437, E
 
 The bias b helps to choose the experts and does not weigh their outputs, so that no gradient reaches it.  Tokens are sorted by
 expert, and each expert multiplies its group of tokens, however large it is (`layers.grouped`).  No token is dropped, unless
-`expert_buffer` limits the number of rows that a device has room for.
+The buffer of model.experts limits the number of rows that a device has room for.
 
 Deviations: DeepSeek-V3 limits the groups of devices that a token is sent to, and has a sequence-wise auxiliary loss.  This code has
 neither.

@@ -1,6 +1,6 @@
 """Figures of the streams: gains, similarity, sizes, mixing matrices, reads and writes.
 
-All numbers come from diagnostics.  The sampled tokens are `train.diagnostics_tokens` evenly spaced tokens of one held-out
+All numbers come from diagnostics.  The sampled tokens are `DIAGNOSTICS_TOKENS` evenly spaced tokens of one held-out
 sequence.
 """
 
