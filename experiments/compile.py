@@ -58,10 +58,11 @@ def main() -> int:
     config = best_attention(CONFIG(), where.platform)
     folder = cache_folder() / "compiled"
     rows = estimates(config, CONNECTIONS.value, where, IMPLEMENTATION.value, folder, LARGEST.value)
-    model, data = config.model, config.data
+    data, policies = config.data, dict.fromkeys(row["remat"] for row in rows)
     print(
         f"{where.name}, {len(where.devices)} devices, mesh {config.mesh}; {data.batch_size} x {data.sequence_length} tokens in "
-        f"{config.optimizer.accumulation_steps} accumulation steps, attention {model.attention}, model.remat {model.remat}\n\n"
+        f"{config.optimizer.accumulation_steps} accumulation steps, attention {config.model.attention}, "
+        f"model.remat {', '.join(policies)}\n\n"
         f"{markdown(rows, where)}"
     )
     if JSON.value:

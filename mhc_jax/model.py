@@ -105,6 +105,7 @@ class Decoder(nn.Module):
         # Sampling and generation have no gradient, so nothing is recomputed.  Initialisation is one program under every policy.
         policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat_policy
 
+        # `auto` comes only from the saved configuration of a run: `remat_plan.resolve` replaces it before training.
         if policy in ("connection", "auto"):
 
             def sublayer(k, params, carry, layer):

@@ -52,7 +52,7 @@ def best_block_length(L: int, n: int) -> int:
 
 
 def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
-    """Return the L_r of a stack of sub-layers: model.remat_block if it is set, or else `best_block_length`.
+    """Return the L_r of a stack of sub-layers: the number in model.remat (`connection:6`), or else `best_block_length`.
 
     Args:
       config: the configuration of the model.

@@ -59,7 +59,7 @@ class _Sizes:
 def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE_DEVICE) -> Plan:
     r"""Choose the first of the policies `none`, `connection` and `full` whose estimate fits the memory of a device.
 
-    `connection` has the L_r of model.remat_block, or else the best one.  Its estimate is mHC Eq. 20 in bytes, plus what the
+    `connection` has the L_r that model.remat gives, or else the best one.  Its estimate is mHC Eq. 20 in bytes, plus what the
     branches keep.  To the paper's terms it adds the coefficients c of the pending write.  It counts h and its norm in the dtype of
     the streams:
 

@@ -34,6 +34,7 @@ def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str
         key, equals, value = pair.partition("=")
         require(bool(equals), f"{pair!r} in {name} {text!r} is not of the form key=value.")
         one_of(f"A setting of {name} {head!r}", key, defaults)
+        require(key not in values, f"{name} is {text!r}, which sets {key} twice; set it once.")
         values[key] = _read(value, type(defaults[key]), f"{name} {text!r}: {key}")
     return values
 

@@ -28,6 +28,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # made now: a slice such as cpu:4 would otherwise decide how many there are, for all tests of the process
 pytest.register_assert_rewrite("support")  # so that a failed assertion there shows its values
 hypothesis.configuration.set_hypothesis_home_dir(CACHE / "hypothesis")
 gc.set_threshold(50_000, 20, 20)  # tracing makes objects that stay: the usual threshold costs a tenth of the time

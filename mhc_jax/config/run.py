@@ -134,6 +134,9 @@ class TrainConfig:
         at_least(0, self, "train.", "seed", "validate_every", "checkpoint_every", "diagnostics_every")
         for tracker in self.trackers:
             one_of("An entry of train.trackers", tracker, TRACKERS)
+        require(
+            len({*self.trackers}) == len(self.trackers), f"train.trackers is {self.trackers}; name each tracker once."
+        )
 
 
 @dataclass(frozen=True)

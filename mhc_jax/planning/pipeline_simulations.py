@@ -72,7 +72,7 @@ def of_model(
 
     A connection with more than one stream is simulated a second time, with recompute.  A microbatch is one sequence.
     """
-    require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+    config.model.require_vocabulary()
     T = config.data.sequence_length
     costs: dict[str, CostsOfStages] = {}
     for kind in kinds:

@@ -27,7 +27,6 @@ from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.cost import counts, hlo
 from mhc_jax.cost.hlo import Collective, Instruction, Program
-from mhc_jax.errors import require
 from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.planning.compile_ahead import DoesNotFitError, compile_lowered, lower
 from mhc_jax.planning.compiled_pipeline import CompiledPipeline
@@ -50,13 +49,14 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
     Raises:
       InputError: the mesh does not fit the slice, or the vocabulary is not known.
     """
-    require(config.model.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+    config.model.require_vocabulary()
     began = time.monotonic()
     config, _ = resolve(config)
     step = lower(config, where, implementation)
     row: dict[str, Any] = {
         "connection": connections.spec(config.model.connection),
         "tokens": config.data.batch_size * config.data.sequence_length,
+        "remat": config.model.remat,
         "by_shape": by_shape(config, step.state),
     }
     try:

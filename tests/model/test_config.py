@@ -216,5 +216,9 @@ def test_a_schedule_and_a_tracker_that_cannot_be_are_told():
         PipelineConfig(schedule="interleavd:4")
     with pytest.raises(InputError, match="a device holds at least 2 stages, or use '1f1b'"):
         PipelineConfig(schedule="interleaved:1")
+    with pytest.raises(InputError, match=r"train.trackers is \('wandb', 'wandb'\); name each tracker once"):
+        TrainConfig(trackers=("wandb", "wandb"))
+    with pytest.raises(InputError, match=r"model.experts is '8:active=2:active=3', which sets active twice"):
+        ModelConfig(experts="8:active=2:active=3")
     with pytest.raises(InputError, match=r"An entry of train.trackers is 'wandbb'.*Did you mean 'wandb'"):
         from_mapping({"train": {"trackers": ["tensorboard", "wandbb"]}})
