@@ -14,7 +14,7 @@ from absl import flags
 
 from mhc_jax import cli
 from mhc_jax.analysis.comparison import rows
-from mhc_jax.analysis.records import read_run
+from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import require
 from mhc_jax.reports.markup import markdown_table

@@ -28,7 +28,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # It must be set before jax is imported.
 
 from absl import flags
-from mhc_kernels.choice import IMPLEMENTATIONS
+from mhc_kernels.backend_choice import IMPLEMENTATIONS
 
 from mhc_jax import cli
 from mhc_jax.config.mapping import to_mapping

@@ -14,8 +14,8 @@ import re
 import time
 from pathlib import Path
 
-from mhc_jax.benchmarks.device_report import plan, readme, run, write
 from mhc_jax.runs.environment import environment
+from mhc_jax.timing.device_report import plan, readme, run, write
 
 NEEDS = 30
 """Number of seconds of the budget that must be left for a part to begin."""

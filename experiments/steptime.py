@@ -11,10 +11,10 @@ import numpy as np
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.benchmarks.step_times import CompiledStep, compile_step
 from mhc_jax.connections import parse, spec
 from mhc_jax.cost import counts, hlo
 from mhc_jax.remat_plan import resolve
+from mhc_jax.timing.step_times import CompiledStep, compile_step
 from mhc_jax.train_step import make_train_step
 
 CONFIG = cli.define_config()

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from mhc_kernels import gpu_inspect, sinkhorn
-from mhc_kernels.choice import IMPLEMENTATIONS
+from mhc_kernels.backend_choice import IMPLEMENTATIONS
 from mhc_kernels.measure import Batch, alternating, copy_bandwidth, implementations, markdown, measure, table
 from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec, function, program, shapes
 from mhc_kernels.ops.sinkhorn import reference

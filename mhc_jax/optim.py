@@ -1,7 +1,8 @@
 """The optimizer AdamW, its learning-rate schedules (WSD among them), and which parameters take weight decay.
 
-Matrices that activations are multiplied with take weight decay.  Norms and routers' biases do not (`NO_DECAY`), nor do the static
-parameters of connections (`Connection.static_params`).
+Every parameter takes weight decay, the embedding too, except three groups: the weights of norms and the biases of routers
+(`NO_DECAY`), and the static parameters of the connection.  The class of each kind lists the latter in `static_params`; the kinds
+of mHC's family inherit the list of `DynamicConnection` in `connections/mhc_family.py`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from IPython.display import Markdown, display
 
 from mhc_jax import plots
 from mhc_jax.analysis.grouping import group, mean_record
-from mhc_jax.analysis.records import last_diagnostics, read_run
+from mhc_jax.analysis.run_reader import last_diagnostics, read_run
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.data import load_data

@@ -24,7 +24,7 @@ from IPython.display import Markdown, display
 from mhc_jax import plots
 from mhc_jax.analysis.comparison import findings, statistics_rows
 from mhc_jax.analysis.grouping import group, mean_record
-from mhc_jax.analysis.records import seed_name
+from mhc_jax.analysis.run_reader import seed_name
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.record import read_newest

@@ -26,7 +26,7 @@ from IPython.display import Markdown, display
 from mhc_jax import plots
 from mhc_jax.analysis.comparison import Cell, statistics_rows
 from mhc_jax.analysis.grouping import group, mean_record
-from mhc_jax.analysis.records import last_diagnostics
+from mhc_jax.analysis.run_reader import last_diagnostics
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import markdown_table

@@ -14,7 +14,7 @@ Where to read what:
 """
 
 from mhc_kernels.api import coefficients, gates, projection, read, sinkhorn, write, write_read
-from mhc_kernels.choice import settings
+from mhc_kernels.backend_choice import settings
 from mhc_kernels.layout import PARTS, Coefficients, columns, split
 from mhc_kernels.ops.rms_norm import inverse_rms, normalized
 

@@ -20,7 +20,7 @@ from mhc_kernels.arguments import (
     flatten_streams,
     require,
 )
-from mhc_kernels.choice import platform
+from mhc_kernels.backend_choice import platform
 from mhc_kernels.layout import PARTS, Coefficients, columns
 from mhc_kernels.ops.coefficients import xla as coefficients_xla
 from mhc_kernels.ops.read import xla as read_xla

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from mhc_kernels.choice import choose
+from mhc_kernels.backend_choice import choose
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "sinkhorn": ("pallas_tpu", "pallas_gpu", "triton"),

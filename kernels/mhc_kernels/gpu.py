@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 
 # jax 0.11 and 0.12 warn whenever a Triton kernel is lowered.  A user can do nothing about the warning.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
@@ -61,7 +61,7 @@ def call(
         out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes) for shape, dtype in out],
         grid=grid,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=choice.interpret(),
+        interpret=backend_choice.interpret(),
         name=name,
     )
     return list(run(*args))

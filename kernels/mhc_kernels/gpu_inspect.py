@@ -24,7 +24,7 @@ from jax._src.interpreters import mlir as jax_mlir
 from jax._src.lib import triton as jax_triton_dialect
 from jax._src.lib.mlir import ir
 
-from mhc_kernels.choice import settings
+from mhc_kernels.backend_choice import settings
 
 TARGET = "__gpu$xla.gpu.triton"
 

@@ -73,7 +73,7 @@ class Ours:
     name: str
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Trace the call, and return the reason in the error that `mhc_kernels.choice.choose` raises, or None."""
+        """Trace the call, and return the reason in the error that `mhc_kernels.backend_choice.choose` raises, or None."""
         try:
             jax.eval_shape(function(op, spec, self.name), *shapes(op, spec)[0])
         except ValueError as error:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import PartitionSpec
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
@@ -34,7 +34,7 @@ def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operatio
 
         @functools.wraps(operation)
         def run(*args: Any, **kwargs: Any) -> Any:
-            tokens = choice.token_axes()
+            tokens = backend_choice.token_axes()
             if not tokens:
                 return operation(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
@@ -46,13 +46,13 @@ def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operatio
 
             names = tuple(name for axes in tokens for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
             # Pallas' interpreter does not track which values vary between devices.
-            checked = not choice.interpret()
+            checked = not backend_choice.interpret()
 
             def on_one_device(arrays: dict[str, Any]) -> Any:
                 if checked and names:  # sums the gradient of a parameter over devices once, not once for each use
                     varying = {k: jax.lax.pcast(a, names, to="varying") for k, a in arrays.items() if k in whole}
                     arrays = arrays | varying
-                with choice.settings(token_axes=PartitionSpec()):
+                with backend_choice.settings(token_axes=PartitionSpec()):
                     return operation(**arrays, **static)
 
             whole = arrays.keys() - arguments.keys()

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 
 LANES = 128
 MAX_STREAMS = 8
@@ -229,7 +229,7 @@ def call(
         cost_estimate=pl.CostEstimate(
             flops=flops * padded, bytes_accessed=moved, transcendentals=transcendentals * padded
         ),
-        interpret=choice.interpret(),
+        interpret=backend_choice.interpret(),
         name=name,
     )(*operands)
     results = [a[:N] for a in outs[: len(out_streams)]]
@@ -298,7 +298,7 @@ def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
 
     Products of bfloat16 numbers are exact.  Float32 matrices are multiplied with precision HIGHEST.
     """
-    if choice.interpret():  # for some shapes XLA:CPU has no bfloat16 product with a float32 result
+    if backend_choice.interpret():  # for some shapes XLA:CPU has no bfloat16 product with a float32 result
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     dimensions = (((of_a,), (of_b,)), ((), ()))

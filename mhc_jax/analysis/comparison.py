@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhc_jax.analysis.grouping import Variant, frontier_lines, group, loss_threshold
-from mhc_jax.analysis.records import RunRecord, labels, last_diagnostics, paired_gap
+from mhc_jax.analysis.run_reader import RunRecord, labels, last_diagnostics, paired_gap
 from mhc_jax.analysis.statistics import MIN_SEEDS, Paired, paired, stability_frontier, verdict
 
 EQUAL_STREAMS_COSINE = 0.999

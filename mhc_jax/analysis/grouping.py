@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mhc_jax import connections
-from mhc_jax.analysis.records import SEED_KEYS, RunRecord, flatten, identities, labels
+from mhc_jax.analysis.run_reader import SEED_KEYS, RunRecord, flatten, identities, labels
 from mhc_jax.errors import InputError, require
 
 Baseline = Mapping[str, Any]

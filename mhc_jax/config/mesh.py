@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from mhc_jax.errors import at_least, require
-from mhc_jax.schedules.tables import DEFAULT_CHUNKS, SCHEDULES
-from mhc_jax.spelling import read_number
+from mhc_jax.pipeline_schedules.tables import DEFAULT_CHUNKS, SCHEDULES
+from mhc_jax.settings_text import read_number
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class PipelineConfig:
     """Settings of the pipeline, which mesh.stage devices form.  They have no effect if mesh.stage is 1."""
 
     schedule: str = "1f1b"
-    """Name of the schedule: `gpipe`, `1f1b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev` (`mhc_jax/schedules/tables.py`).
+    """Name of the schedule: `gpipe`, `1f1b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev`.  Their rules and bubbles are in
+    `mhc_jax/pipeline_schedules/tables.py`.
 
     `interleaved:4` gives each device 4 stages instead of 2."""
     overlap: bool = False

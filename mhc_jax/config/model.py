@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mhc_jax import connections
-from mhc_jax.config.parts import (
+from mhc_jax.config.compound import (
     Experts,
     LatentAttention,
     Remat,

@@ -9,7 +9,7 @@ from typing import Any
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
 from mhc_jax.errors import at_least, one_of, require
-from mhc_jax.schedules.tables import make, stage_count
+from mhc_jax.pipeline_schedules.tables import make, stage_count
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
 TRACKERS = ("tensorboard", "wandb")

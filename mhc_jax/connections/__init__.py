@@ -21,7 +21,7 @@ from mhc_jax.connections.residual import Residual
 from mhc_jax.connections.scalar_gated import ScalarGated
 from mhc_jax.connections.single_pass import SinglePass
 from mhc_jax.errors import one_of
-from mhc_jax.spelling import read_settings, write_settings
+from mhc_jax.settings_text import read_settings, write_settings
 
 KINDS: dict[str, type[Connection]] = {
     "residual": Residual,

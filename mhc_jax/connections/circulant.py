@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_jax.connections.dynamic import DynamicConfig, DynamicConnection
+from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection
 from mhc_jax.errors import require
 
 

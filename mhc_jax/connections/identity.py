@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mhc_jax.connections.dynamic import DynamicConfig, DynamicConnection
+from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection
 
 
 @dataclass(frozen=True)

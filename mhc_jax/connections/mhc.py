@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, coefficients, write_read
 
-from mhc_jax.connections.dynamic import DynamicConfig, DynamicConnection, bias_init
+from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection, bias_init
 from mhc_jax.errors import require
 
 

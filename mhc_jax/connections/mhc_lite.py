@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mhc_jax.connections.dynamic import DynamicConfig, DynamicConnection
+from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection
 from mhc_jax.errors import require
 
 

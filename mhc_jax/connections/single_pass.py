@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from mhc_kernels import coefficients, read, write
 
 from mhc_jax.connections.base import Connection, home_stream
-from mhc_jax.connections.dynamic import bias_init
 from mhc_jax.connections.mhc import ManifoldHyperConnection, ManifoldHyperConnectionConfig
+from mhc_jax.connections.mhc_family import bias_init
 from mhc_jax.errors import require
 
 

@@ -1,8 +1,8 @@
 """Text, tokenizers and batches.  Only this package imports tensorflow_datasets and grain."""
 
+from mhc_jax.data.batches import Batch, Data, load_data, resolve_vocabulary
 from mhc_jax.data.cache import cache_folder
 from mhc_jax.data.files import Document
-from mhc_jax.data.pipeline import Batch, Data, load_data, resolve_vocabulary
 from mhc_jax.data.sources import documents
 from mhc_jax.data.tokenizers import ByteTokenizer, Tokenizer, from_saved, load_tokenizer, train_bpe
 

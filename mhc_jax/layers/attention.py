@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
 from jaxtyping import Array, Float, Int
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 
 from mhc_jax.errors import require
 from mhc_jax.layers.mlp import project
@@ -67,8 +67,11 @@ def _cudnn(q, k, v):
 def _splash(q, k, v):
     B, T, H, D = q.shape
     K, E = v.shape[2:]
-    where = "attention 'splash' runs on TPUs only and this program is traced for a " + choice.platform().upper()
-    require(choice.platform() == "tpu" or choice.interpret(), f"{where}; use 'xla', or 'cudnn' on an NVIDIA GPU.")
+    where = "attention 'splash' runs on TPUs only and this program is traced for a " + backend_choice.platform().upper()
+    require(
+        backend_choice.platform() == "tpu" or backend_choice.interpret(),
+        f"{where}; use 'xla', or 'cudnn' on an NVIDIA GPU.",
+    )
     require(
         T % 128 == 0 and E % 128 == 0 and D % 64 == 0,
         f"attention 'splash' needs sequence lengths and values that are multiples of 128 and keys that are multiples of 64, "
@@ -79,7 +82,9 @@ def _splash(q, k, v):
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
     mask = splash_kernels.MultiHeadMask([splash_kernels.CausalMask((T, T))] * (H // K))
-    kernel: Any = splash_kernels.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=choice.interpret())
+    kernel: Any = splash_kernels.make_splash_mqa_single_device(
+        mask, block_sizes=sizes, interpret=backend_choice.interpret()
+    )
     grouped = (q * D**-0.5).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     out = jax.vmap(jax.vmap(kernel))(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)

@@ -8,8 +8,8 @@ The router and the balancing of loads are as in DeepSeek-V3 (arXiv 2412.19437, E
     after each step: $b_e \leftarrow b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ (`balanced_bias`)
 
 The bias b helps to choose the experts and does not weigh their outputs, so that no gradient reaches it.  Tokens are sorted by
-expert, and each expert multiplies its group of tokens, however large it is (`layers.grouped`).  No token is dropped, unless
-The buffer of model.experts limits the number of rows that a device has room for.
+expert, and each expert multiplies its group of tokens, however large it is (`layers.grouped_matmul`).  No token is dropped, unless
+the setting `buffer` of model.experts limits the number of rows that a device has room for.
 
 Deviations: DeepSeek-V3 limits the groups of devices that a token is sent to, and has a sequence-wise auxiliary loss.  This code has
 neither.
@@ -33,8 +33,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.layers.exchange import exchange, plan, worst_case
-from mhc_jax.layers.grouped import grouped_matmul
+from mhc_jax.layers.expert_exchange import exchange, plan, worst_case
+from mhc_jax.layers.grouped_matmul import grouped_matmul
 from mhc_jax.layers.mlp import swiglu
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.parallel.sharding import RULES, current, token_axes

@@ -43,7 +43,7 @@ from mhc_jax.errors import require
 from mhc_jax.parallel.sharding import constrain, current, token_axes
 from mhc_jax.pipeline.program import Operation, Program, compile_table
 from mhc_jax.pipeline.stage import Stage, Work
-from mhc_jax.schedules.tables import Place, Schedule, make
+from mhc_jax.pipeline_schedules.tables import Place, Schedule, make
 
 AXIS = "stage"
 Tree = Any
@@ -190,7 +190,7 @@ class _Device:
         tokens = jax.tree.map(lambda a: a[0], slices["inputs"])
         self.stage = Stage(model, schedule.stages, outer, tokens, layers, halves=program.deferrals > 0)
         self.overlap = schedule.latency == 2
-        boundary = self.stage.boundary.like
+        boundary = self.stage.packer.like
         self.of_a_tick = {
             "F": boundary,
             "B": boundary,
@@ -208,8 +208,8 @@ class _Device:
 
         state = {
             # One slot more than the program needs takes the messages that no stage of this device uses.
-            "inputs": buffer(program.inputs + 1, stage.boundary.like),
-            "gradients": buffer(program.gradients + 1, stage.boundary.like),
+            "inputs": buffer(program.inputs + 1, stage.packer.like),
+            "gradients": buffer(program.gradients + 1, stage.packer.like),
             "activations": buffer(program.activations, stage.activations.shapes),
             "deferrals": buffer(program.deferrals, stage.deferrals.shapes),
             "outer": _zeros(self.outer),
@@ -218,7 +218,7 @@ class _Device:
             "aux": buffer(self.schedule.chunks, stage.aux),
         }
         if self.overlap:
-            state["outbox"] = {kind: _zeros(stage.boundary.like) for kind in "FB"}
+            state["outbox"] = {kind: _zeros(stage.packer.like) for kind in "FB"}
         return state
 
     def tick(self, state: Tree, now: Tree) -> tuple[Tree, None]:

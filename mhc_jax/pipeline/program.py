@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhc_jax.schedules.tables import Schedule
-from mhc_jax.schedules.validate import messages, operations, when
+from mhc_jax.pipeline_schedules.tables import Schedule
+from mhc_jax.pipeline_schedules.validate import messages, operations, when
 
 
 class Operation(NamedTuple):

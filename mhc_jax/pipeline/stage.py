@@ -21,8 +21,8 @@ from jaxtyping import Array
 from mhc_jax.config import ModelConfig
 from mhc_jax.layers.norm import NORM_EPS, RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
-from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
+from mhc_jax.pipeline.packing import CarryPacker
 from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import block_length, recomputed
 
@@ -94,15 +94,15 @@ class Stage:
         self.model, self.stages = model, stages
         self.per = model.num_layers // stages
         at = jnp.zeros((), jnp.int32)
-        self.boundary = Boundary(lambda tokens: self.enter(self.head(outer), tokens), tokens)
+        self.packer = CarryPacker(lambda tokens: self.enter(self.head(outer), tokens), tokens)
         first = jax.tree.map(lambda a: a[0], layers)
-        self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.boundary.zeros(), at)[1])
+        self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at)[1])
         """Shapes of the aux values that the blocks of a stage report, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
 
         def all_uses(params: tuple[Tree, Tree]) -> Any:
             outer, layers = params
-            carry = self.boundary.zeros()
+            carry = self.packer.zeros()
             results = [self.blocks(leads, layers, self.dense(outer, leads), carry, at) for leads in variants]
             return results, self.enter(self.head(outer), tokens), self.loss(self.tail(outer), carry, tokens)
 
@@ -112,7 +112,7 @@ class Stage:
         # In float32 recompute only what does not round, so that a pipeline rounds as the decoder without a pipeline does.
         recompute = EXACT if model.compute_dtype == "float32" else CHEAP
         self.passes = {
-            leads: split(functools.partial(self._pushed, leads), free, self.boundary.zeros(), True, recompute)
+            leads: split(functools.partial(self._pushed, leads), free, self.packer.zeros(), True, recompute)
             for leads in variants
         }
         """For each variant, the forward pass, split into the part that F computes and the part that the backward recomputes."""
@@ -121,7 +121,7 @@ class Stage:
         self.halves = {}
         """For each variant, the backward pass, split into I and W.  Empty if the schedule has no I and W."""
         for leads in variants if halves else ():
-            given = self.activations.take(leads, self.activations.shapes), self.boundary.tree
+            given = self.activations.take(leads, self.activations.shapes), self.packer.tree
             self.halves[leads] = split(functools.partial(self.pulled, leads), free, given, recompute=recompute)
         self.deferrals = Pool({leads: each.between for leads, each in self.halves.items()})
         """The values that I keeps for W."""
@@ -205,7 +205,7 @@ class Stage:
         """
         (layers, stage), (kept, g) = free, given
         # Only the structure of this pull-back is used.  Its leaves come from the forward that ran earlier.
-        _, pull, _ = self.vjp(leads, layers, self.boundary.zeros(), stage)
+        _, pull, _ = self.vjp(leads, layers, self.packer.zeros(), stage)
         leaves = self.passes[leads].later(free, None, kept)
         g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
         return g_x, (g_layers, g_dense)
@@ -225,7 +225,7 @@ class Stage:
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
         with jax.named_scope(FIRST):
-            x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.boundary.unpack(x))
+            x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.packer.unpack(x))
         (x, aux), kept = self.passes[work.leads].now((layers, stage), x)
         activations = self.activations.put(work.leads, kept)
 
@@ -236,7 +236,7 @@ class Stage:
 
         with jax.named_scope(LAST):
             loss, x, sums = jax.lax.cond(stage == self.stages - 1, end, lambda: (jnp.zeros(()), x, sums))
-        return {"F": self.boundary.pack(x), "activations": activations, "loss": loss, "aux": aux}, sums
+        return {"F": self.packer.pack(x), "activations": activations, "loss": loss, "aux": aux}, sums
 
     def backward(
         self,
@@ -264,7 +264,7 @@ class Stage:
           After I it also has `deferrals`.
         """
         leads, layers, batch, stage = work
-        free, given = (layers, stage), (self.activations.take(leads, activations), self.boundary.unpack(g))
+        free, given = (layers, stage), (self.activations.take(leads, activations), self.packer.unpack(g))
         outer, inner = sums
         made: dict[str, Tree] = {}
         if kind == "B":
@@ -275,7 +275,7 @@ class Stage:
         else:
             g_layers, g_dense = self.halves[leads].later(free, given, self.deferrals.take(leads, deferrals))
         if kind != "W":
-            made["B"] = self.boundary.pack(g_x)
+            made["B"] = self.packer.pack(g_x)
             head = self.head(self.outer)
 
             def begin() -> Tree:

@@ -16,8 +16,8 @@ from mhc_jax.cost.hlo import Instruction, Program, arrays
 from mhc_jax.pipeline.executor import phase_scope
 from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.pipeline.stage import FIRST, LAST
-from mhc_jax.schedules.simulate import Costs, simulate
-from mhc_jax.schedules.tables import Schedule
+from mhc_jax.pipeline_schedules.simulate import Costs, simulate
+from mhc_jax.pipeline_schedules.tables import Schedule
 
 Cost = Callable[[Program], float]
 """A function that returns the cost of one run of a program, in any unit."""

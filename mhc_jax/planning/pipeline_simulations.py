@@ -10,10 +10,10 @@ from typing import Any
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import require
+from mhc_jax.pipeline_schedules.simulate import Costs, Timeline, by_hand, simulate
+from mhc_jax.pipeline_schedules.tables import Schedule, make
+from mhc_jax.pipeline_schedules.validate import peak_activations, validate
 from mhc_jax.planning import stage_costs
-from mhc_jax.schedules.simulate import Costs, Timeline, by_hand, simulate
-from mhc_jax.schedules.tables import Schedule, make
-from mhc_jax.schedules.validate import peak_activations, validate
 
 CostsOfStages = Callable[[int], Costs]
 """A function that takes a number of stages and returns the costs of a model cut into so many stages."""

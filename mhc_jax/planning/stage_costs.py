@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from mhc_jax.config import ModelConfig
 from mhc_jax.cost.counts import model_cost, stream_elements
 from mhc_jax.errors import one_of, require
+from mhc_jax.pipeline_schedules.simulate import Costs
 from mhc_jax.planning.slices import CHIPS
-from mhc_jax.schedules.simulate import Costs
 
 
 @dataclass(frozen=True)

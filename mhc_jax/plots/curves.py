@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mhc_jax.analysis.grouping import baselines
-from mhc_jax.analysis.records import RunRecord, flatten, paired_gap, series
+from mhc_jax.analysis.run_reader import RunRecord, flatten, paired_gap, series
 from mhc_jax.plots.style import (
     FIGURES,
     INK,

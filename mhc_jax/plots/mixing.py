@@ -18,7 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mhc_jax.analysis.records import RunRecord, last_diagnostics, series
+from mhc_jax.analysis.run_reader import RunRecord, last_diagnostics, series
 from mhc_jax.diagnostics import composites, second_eigenvalue
 from mhc_jax.plots.style import (
     FIGURES,

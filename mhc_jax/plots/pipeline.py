@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from mhc_jax.pipeline_schedules.simulate import Timeline
 from mhc_jax.plots.style import INK, house_style, panels
-from mhc_jax.schedules.simulate import Timeline
 
 COLORS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#8FC98F"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward for the input", "W": "backward for the weights"}

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from mhc_jax.analysis.records import RunRecord, labels, last_diagnostics, series
+from mhc_jax.analysis.run_reader import RunRecord, labels, last_diagnostics, series
 from mhc_jax.errors import InputError
 
 INK = "#1a1a1b"

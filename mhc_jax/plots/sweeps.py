@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mhc_jax.analysis.grouping import Variant, frontier_lines, lines, loss_threshold
-from mhc_jax.analysis.records import paired_gap, series
+from mhc_jax.analysis.run_reader import paired_gap, series
 from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
 from mhc_jax.plots.style import (
     GRID,

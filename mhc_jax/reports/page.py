@@ -12,7 +12,7 @@ from typing import Any
 from mhc_jax import plots
 from mhc_jax.analysis.comparison import COLUMNS, STATISTICS, findings, rows, statistics_rows
 from mhc_jax.analysis.grouping import Baseline, Variant, group, mean_record
-from mhc_jax.analysis.records import RunRecord, flatten, labels, not_defaults, read_run
+from mhc_jax.analysis.run_reader import RunRecord, flatten, labels, not_defaults, read_run
 from mhc_jax.errors import require
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import bullets, escaped, fold, sortable_table, text_table

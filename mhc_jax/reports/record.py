@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Baseline, group
-from mhc_jax.analysis.records import RunRecord, read_run
+from mhc_jax.analysis.run_reader import RunRecord, read_run
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.page import changed_settings

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax import connections
-from mhc_jax.analysis.records import SHORT, flatten, identity
+from mhc_jax.analysis.run_reader import SHORT, flatten, identity
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError, require

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from mhc_jax.analysis.records import RunRecord, flatten, read_run, series
+from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, series
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.runs.folder import read_json

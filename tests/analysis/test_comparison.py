@@ -11,7 +11,7 @@ from support.synthetic_runs import make_four, make_run
 from mhc_jax import plots
 from mhc_jax.analysis.comparison import findings, rows, statistics_rows, validation_gap
 from mhc_jax.analysis.grouping import baselines, frontier_lines, group, loss_threshold, mean_record
-from mhc_jax.analysis.records import labels
+from mhc_jax.analysis.run_reader import labels
 from mhc_jax.errors import InputError
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 

@@ -13,7 +13,7 @@ from support.tiny_runs import lines
 
 from mhc_jax import plots
 from mhc_jax.analysis.grouping import group
-from mhc_jax.analysis.records import labels, last_diagnostics, series
+from mhc_jax.analysis.run_reader import labels, last_diagnostics, series
 from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 

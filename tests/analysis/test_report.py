@@ -13,7 +13,7 @@ from support.tiny_runs import ROOT, lines
 from mhc_jax import plots
 from mhc_jax.analysis.comparison import rows
 from mhc_jax.analysis.grouping import group, mean_record
-from mhc_jax.analysis.records import flatten, labels, last_diagnostics, not_defaults, read_run, series
+from mhc_jax.analysis.run_reader import flatten, labels, last_diagnostics, not_defaults, read_run, series
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError

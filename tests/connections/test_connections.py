@@ -13,7 +13,7 @@ from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, REORDERED, STEP_ZERO, WHOLE_GRADIENT, assert_close
 
 from mhc_jax import connections
-from mhc_jax.connections.dynamic import PRESETS, bias_init
+from mhc_jax.connections.mhc_family import PRESETS, bias_init
 from mhc_jax.diagnostics import summarize
 from mhc_jax.model import Decoder
 

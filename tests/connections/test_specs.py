@@ -13,7 +13,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.plots.style import LOOKS
 
 FIELDS = {kind: dataclasses.fields(connections.config_class(kind)) for kind in connections.KINDS}
-NAMES = (*connections.dynamic.PRESETS, *connections.dynamic.EPS_CONVENTIONS)
+NAMES = (*connections.mhc_family.PRESETS, *connections.mhc_family.EPS_CONVENTIONS)
 EXITS = ("sum", "mean", "head", "gate", "last_read", "attention", "copy", "scaled")
 VALUES = {
     "int": st.integers(-1, 9),
@@ -25,8 +25,8 @@ VALUES = {
     ),
 }
 FITTING = {
-    "init": st.sampled_from(connections.dynamic.PRESETS),
-    "eps_convention": st.sampled_from([*connections.dynamic.EPS_CONVENTIONS]),
+    "init": st.sampled_from(connections.mhc_family.PRESETS),
+    "eps_convention": st.sampled_from([*connections.mhc_family.EPS_CONVENTIONS]),
     "exit": st.sampled_from(EXITS),
     "entry": st.sampled_from(["copy", "scaled"]),
     "num_streams": st.sampled_from([1, 2, 3, 4, 8]),

@@ -18,7 +18,7 @@ from support.thinned import thin
 from support.tiny_runs import ROOT, run_script
 from support.tolerances import FLOAT64_CHAIN, FLOAT64_SUMS, ROUNDED, assert_close
 
-from mhc_jax.benchmarks import device_report, step_times
+from mhc_jax.timing import device_report, step_times
 
 
 @pytest.fixture(scope="module")

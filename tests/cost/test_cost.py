@@ -20,7 +20,6 @@ from support.thinned import thin
 from support.tiny_runs import ROOT, flags_of, tiny, write_text
 
 from mhc_jax import connections, remat_plan
-from mhc_jax.benchmarks import device_report
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.cost import memory_io
@@ -34,6 +33,7 @@ from mhc_jax.plots import NothingToDraw
 from mhc_jax.plots import cost as figures
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.remat import best_block_length, kept_elements
+from mhc_jax.timing import device_report
 from mhc_jax.train_step import gradients, init_state
 
 

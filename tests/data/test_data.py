@@ -16,7 +16,7 @@ from support.tiny_runs import ROOT
 
 from mhc_jax import data
 from mhc_jax.config import DataConfig
-from mhc_jax.data import arrays, pipeline, shakespeare
+from mhc_jax.data import arrays, batches, shakespeare
 from mhc_jax.errors import InputError
 
 
@@ -185,13 +185,13 @@ def test_resume_is_exact(config):
 
 def test_a_far_step_is_reached_without_reading_what_lies_before(config, monkeypatch):
     """An iterator that starts at step 10^9 cuts no more batches than it reads ahead."""
-    cut, real = [], pipeline._cutter
+    cut, real = [], batches._cutter
 
     def counting(*args):
         cutter = real(*args)
         return lambda windows: cut.append(len(windows)) or cutter(windows)
 
-    monkeypatch.setattr(pipeline, "_cutter", counting)
+    monkeypatch.setattr(batches, "_cutter", counting)
     far = data.load_data(config()).train_iterator(start_step=10**9)
     next(far)
     assert far.get_state() == {"next_index": 10**9 + 1}

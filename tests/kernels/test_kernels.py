@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mhc_kernels import Coefficients, coefficients, columns, projection, read, settings, sinkhorn, write, write_read
-from mhc_kernels.choice import choose
+from mhc_kernels.backend_choice import choose
 from mhc_kernels.ops.sinkhorn import reference
 from support import kernel_checks, oracles
 from support.golden_values import check_deepseek_v4, check_head, check_hy_v4, load
@@ -283,7 +283,7 @@ def test_a_named_implementation_runs_or_raises():
 
 
 def test_falling_back_is_said_once(monkeypatch):
-    monkeypatch.setattr("mhc_kernels.choice._warned", set())
+    monkeypatch.setattr("mhc_kernels.backend_choice._warned", set())
     obstacles = {"pallas_gpu": lambda: "C must be a multiple of 48"}
     with settings(platform="gpu"):
         with pytest.warns(UserWarning, match=r"read runs as plain XLA, not pallas_gpu: C must be a multiple of 48"):

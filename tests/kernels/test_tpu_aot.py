@@ -11,7 +11,7 @@ import mhc_kernels
 import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from mhc_kernels import Coefficients, choice, coefficients, read, write, write_read
+from mhc_kernels import Coefficients, backend_choice, coefficients, read, write, write_read
 from mhc_kernels.ops.arg_specs import ArgSpec, shapes
 
 from mhc_jax.layers.moe import Experts, routed_on_mesh
@@ -104,7 +104,7 @@ def test_vmap_compiles(mesh):
 
 
 def test_what_does_not_fit_runs_as_xla(mesh, monkeypatch):
-    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(backend_choice, "_warned", set())
     arguments = [((64, 4 * 96), jnp.bfloat16, P("data")), ((4, 64), jnp.float32, P(None, "data"))]
     with pytest.warns(UserWarning, match="read runs as plain XLA, not pallas_tpu: .* multiple of 128, it is 96"):
         program = compiled(lambda x, pre: read(x, pre, 4), mesh, arguments, P("data"))

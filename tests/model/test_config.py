@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mhc_jax.analysis.records import flatten
+from mhc_jax.analysis.run_reader import flatten
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError

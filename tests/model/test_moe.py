@@ -18,10 +18,10 @@ from support.oracles_moe import moe_oracle
 from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, BF16_CHAIN, FORMS_FP32, assert_close
 
+import mhc_jax.layers.grouped_matmul as module_of_products
 from mhc_jax import connections
 from mhc_jax.config import MeshConfig
-from mhc_jax.layers import grouped
-from mhc_jax.layers.grouped import grouped_matmul, largest, tiling, tiling_of_gradient
+from mhc_jax.layers.grouped_matmul import grouped_matmul, largest, tiling, tiling_of_gradient
 from mhc_jax.layers.moe import MoE, balanced_bias, route, router_health, score_entropy
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder
@@ -278,8 +278,8 @@ def test_devices_that_share_weights_add_up_their_gradients(monkeypatch):
         group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(b)), side="right")
         return jnp.einsum("cm,me,mf->ecf", a, jax.nn.one_hot(group, len(sizes)), b).astype(dtype)
 
-    monkeypatch.setattr(grouped, "gmm", product)
-    monkeypatch.setattr(grouped, "tgmm", of_weights)
+    monkeypatch.setattr(module_of_products, "gmm", product)
+    monkeypatch.setattr(module_of_products, "tgmm", of_weights)
     x, W, sizes, g = arguments([100, 28], 128)
     rows, whole = PartitionSpec("data"), PartitionSpec()
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))

@@ -13,7 +13,7 @@ from support.oracles_moe import moe_oracle
 from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, FORMS_FP32, assert_close
 
-from mhc_jax.layers.exchange import plan
+from mhc_jax.layers.expert_exchange import plan
 from mhc_jax.layers.moe import Experts, mix_experts, route, routed_on_mesh, score_entropy
 from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using

@@ -20,8 +20,8 @@ from mhc_jax.errors import InputError
 from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
 from mhc_jax.pipeline.executor import pipelined
 from mhc_jax.pipeline.program import compile_table
-from mhc_jax.schedules.tables import SCHEDULES, Place, Plan, lay_out, make, stage_count
-from mhc_jax.schedules.validate import validate
+from mhc_jax.pipeline_schedules.tables import SCHEDULES, Place, Plan, lay_out, make, stage_count
+from mhc_jax.pipeline_schedules.validate import validate
 from mhc_jax.train_step import gradients
 
 T, MHC = 8, "mhc:t_max=2"

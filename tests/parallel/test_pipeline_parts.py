@@ -17,8 +17,8 @@ from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.cost.hlo import Program, flops
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
-from mhc_jax.pipeline.boundary import Boundary
 from mhc_jax.pipeline.casts import cast, computed_in
+from mhc_jax.pipeline.packing import CarryPacker
 from mhc_jax.pipeline.split import EXACT, split
 from mhc_jax.pipeline.stage import Stage, Work
 from mhc_jax.planning import pipeline_simulations
@@ -77,8 +77,8 @@ def test_the_halves_of_a_backward_pass_do_its_work_once(kind, remat):
         batch = {"inputs": TOKENS, "targets": TOKENS}
         return stage.forward(Work(False, layers, batch, at), x, stage.outer)[0]["activations"]
 
-    held = jax.jit(kept)(free[0], random(stage.boundary.like), jnp.int32(0))
-    given, halves = (held, random(stage.boundary.tree)), stage.halves[False]
+    held = jax.jit(kept)(free[0], random(stage.packer.like), jnp.int32(0))
+    given, halves = (held, random(stage.packer.tree)), stage.halves[False]
     whole, all_of_it = multiplied(lambda f, g: stage.pulled(False, f, g), free, given)
     (now, between), first = multiplied(halves.now, free, given)
     later, second = multiplied(halves.later, free, given, between)
@@ -220,19 +220,19 @@ def test_a_boundary_is_packed_bit_by_bit(kind, dtype):
     stage = object.__new__(Stage)
     stage.model = model_of(kind, stream_dtype=dtype, compute_dtype=dtype)
     params = jax.tree.map(jnp.asarray, params_of(stage.model)[0])
-    boundary = Boundary(lambda tokens: stage.enter(params, tokens), jnp.zeros((4, 4), jnp.int32))
+    packer = CarryPacker(lambda tokens: stage.enter(params, tokens), jnp.zeros((4, 4), jnp.int32))
     r = np.random.default_rng(0)
-    tree = jax.tree.map(lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype), boundary.tree)
-    packed = boundary.pack(tree)
+    tree = jax.tree.map(lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype), packer.tree)
+    packed = packer.pack(tree)
     assert set(packed) == {a.dtype.name for a in jax.tree.leaves(tree)}
     assert all(a.shape[:2] == (4, 4) for a in packed.values())
-    back = boundary.unpack(packed)
+    back = packer.unpack(packed)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     for a, b in leaves_of(back, tree):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    one = boundary.unpack(jax.tree.map(lambda a: a.at[1, 2].set(0), packed))
-    for (a, b), axes in zip(leaves_of(one, tree), boundary.axes, strict=True):
+    one = packer.unpack(jax.tree.map(lambda a: a.at[1, 2].set(0), packed))
+    for (a, b), axes in zip(leaves_of(one, tree), packer.axes, strict=True):
         changed = np.argwhere(np.asarray(a) != np.asarray(b))
         assert {tuple(row[list(axes)]) for row in changed} == {(1, 2)}, "one token is one row"
 

@@ -16,12 +16,12 @@ from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.pipeline.executor import IN_PLACE, writes
 from mhc_jax.pipeline.program import Operation, compile_table
+from mhc_jax.pipeline_schedules.simulate import by_hand, simulate
+from mhc_jax.pipeline_schedules.tables import SCHEDULES, Op, Place, Schedule, make, stage_count
+from mhc_jax.pipeline_schedules.validate import messages, operations, peak_activations, validate
 from mhc_jax.planning import pipeline_simulations, stage_costs
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save, svg
-from mhc_jax.schedules.simulate import by_hand, simulate
-from mhc_jax.schedules.tables import SCHEDULES, Op, Place, Schedule, make, stage_count
-from mhc_jax.schedules.validate import messages, operations, peak_activations, validate
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

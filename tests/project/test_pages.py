@@ -23,7 +23,7 @@ from support.tolerances import assert_close
 from mhc_jax import connections, plots
 from mhc_jax.analysis import comparison
 from mhc_jax.analysis.grouping import group
-from mhc_jax.analysis.records import read_run
+from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config import ModelConfig
 from mhc_jax.cost.counts import ModelCost
 from mhc_jax.model import Decoder

@@ -11,7 +11,7 @@ from support.tolerances import GOLDEN, assert_close
 
 from mhc_jax import connections
 from mhc_jax.connections.base import head_weights
-from mhc_jax.connections.dynamic import EPS_CONVENTIONS
+from mhc_jax.connections.mhc_family import EPS_CONVENTIONS
 
 EPS_NORM, EPS = EPS_CONVENTIONS["v4"]
 INPUTS = ("x", "y", "fn", "base", "scale")

@@ -4,8 +4,8 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from mhc_jax.schedules.tables import Place, Schedule
-from mhc_jax.schedules.validate import operations, peak_activations
+from mhc_jax.pipeline_schedules.tables import Place, Schedule
+from mhc_jax.pipeline_schedules.validate import operations, peak_activations
 
 
 @st.composite

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.analysis.records import RunRecord, read_run
+from mhc_jax.analysis.run_reader import RunRecord, read_run
 from mhc_jax.diagnostics import STREAM_MEASURES, backward_gain, composites, forward_gain, row_entropy
 
 STEPS = 200

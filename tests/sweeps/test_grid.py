@@ -15,7 +15,7 @@ from support.in_process import run_here
 from support.tiny_runs import ROOT
 from support.tiny_sweep import base, write_sweep
 
-from mhc_jax.analysis.records import flatten
+from mhc_jax.analysis.run_reader import flatten
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError

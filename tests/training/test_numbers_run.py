@@ -17,7 +17,7 @@ from support.tiny_runs import final_state, tiny
 from support.tiny_runs import lines as read_lines
 
 from mhc_jax import loop, runs, train_step
-from mhc_jax.analysis.records import read_run
+from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config import MeshConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.cost import counts

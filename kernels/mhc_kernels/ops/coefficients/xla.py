@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 from mhc_kernels.ops.rms_norm import inverse_rms
 
 
@@ -23,7 +23,7 @@ def _projection_fwd(x, phi, eps_norm):
 
     On CPUs, all tokens are in one axis, and z is kept for the gradient as [tokens, k].
     """
-    if choice.platform() != "cpu":
+    if backend_choice.platform() != "cpu":
         v = x.astype(jnp.float32)
         inverse = inverse_rms(jnp.mean(v * v, axis=-1), eps_norm)
         z = jnp.einsum("...c,ck->k...", v, phi, precision="highest") * inverse[None]
@@ -40,7 +40,7 @@ def _projection_bwd(_, saved, g):
     $\bar v = s\, \bar z \phi^\top - (\bar z \cdot z)\, s^2 v / C$ and $\bar \phi = v^\top (s\, \bar z)$.
     """
     x, phi, inverse, z = saved
-    if choice.platform() != "cpu":
+    if backend_choice.platform() != "cpu":
         v, scaled = x.astype(jnp.float32), g * inverse[None]
         shrink = jnp.sum(scaled * z, axis=0) * inverse / x.shape[-1]
         dv = jnp.einsum("k...,ck->...c", scaled, phi, precision="highest") - shrink[..., None] * v

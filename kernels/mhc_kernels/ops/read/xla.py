@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 from mhc_kernels.xla import add, dots, join, once, streams, weighted
 
 
@@ -26,7 +26,7 @@ def _read_bwd(saved, g):
     """Return dx_i = pre_i g and dpre_i = <x_i, g>, where g is the gradient of h."""
     x, pre = saved
     g32 = g.astype(jnp.float32)
-    if choice.platform() != "cpu":
+    if backend_choice.platform() != "cpu":
         return join([p[..., None] * g32 for p in pre], x), dots(streams(x, len(pre)), g32)
     g32 = once(g32)  # without `once`, every stream computes the gradient of the branch's norm again
     dx = (jnp.moveaxis(pre, 0, -1)[..., None] * g32[..., None, :]).reshape(x.shape).astype(x.dtype)

@@ -16,13 +16,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mhc_kernels import choice, tpu
+from mhc_kernels import backend_choice, tpu
 from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
 
 
 def _steps(eps: float) -> Steps:
     """Return steps that sum over an axis on TPUs, and use multiply-adds if XLA:CPU interprets the kernel."""
-    return Steps(eps, summed=choice.platform() == "tpu")
+    return Steps(eps, summed=backend_choice.platform() == "tpu")
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
@@ -109,7 +109,7 @@ def _call(kernel, name, arrays, flops, roots, history=0):
             bytes_accessed=(len(arrays) + 1) * tiled[0].size * 4,
             transcendentals=roots * padded,
         ),
-        interpret=choice.interpret(),
+        interpret=backend_choice.interpret(),
         name=name,
     )(*tiled)
     return out.reshape(n, n, -1)[..., :N]

@@ -12,7 +12,9 @@ from jax import Array, lax
 
 
 def sinkhorn(logits: Array, num_iters: int = 20, eps: float = 0.0, axes: tuple[int, int] = (0, 1)) -> Array:
-    """Return H_res of matrices whose rows and columns are the two `axes` of `logits`; gradients come from autodiff.
+    """Return H_res of matrices whose rows and columns are the two `axes` of `logits`.
+
+    JAX differentiates this function, which is what tests compare with.  Training uses the gradient of `steps.py` beside this file.
 
     The paper has eps = 0.  DeepSeek-V4 adds eps = 1e-6 to every entry after the first column step, and to every later divisor.
     """

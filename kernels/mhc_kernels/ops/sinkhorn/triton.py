@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 from mhc_kernels.ops.sinkhorn import pallas_gpu
 from mhc_kernels.ops.sinkhorn.pallas_gpu import padded, tokens
 from mhc_kernels.ops.sinkhorn.steps import pairs_left
@@ -28,7 +28,7 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"it needs jax-triton and triton, pip install 'mhc-jax[gpu]' ({str(error).splitlines()[0]})"
-    if choice.interpret():
+    if backend_choice.interpret():
         return "jax-triton kernels cannot be interpreted"
     return pallas_gpu.obstacle(num_streams, width, dtypes)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
 from mhc_kernels.xla import once
 
@@ -22,7 +22,7 @@ def _steps(eps: float) -> Steps:
 
     On CPUs, XLA's reduction over a leading axis of 4 is 20x slower than multiply-adds.
     """
-    return Steps(eps, summed=choice.platform() == "tpu", keep=once)
+    return Steps(eps, summed=backend_choice.platform() == "tpu", keep=once)
 
 
 def _tiled(a: Array) -> Array:
@@ -31,7 +31,7 @@ def _tiled(a: Array) -> Array:
     This shape fills the 8 x 128 tiles of a TPU.  Two token axes [2, 4096] would fill only a quarter of each tile.
     """
     tokens = math.prod(a.shape[2:])
-    a = a.reshape(*a.shape[:2], -1, 128) if choice.platform() == "tpu" and tokens % 128 == 0 else a
+    a = a.reshape(*a.shape[:2], -1, 128) if backend_choice.platform() == "tpu" and tokens % 128 == 0 else a
     return a.astype(jnp.float32)
 
 
@@ -55,7 +55,7 @@ def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]
     """
     K, r = steps.first_step(logits)
     start = r, jnp.ones_like(r)
-    if choice.platform() == "tpu":
+    if backend_choice.platform() == "tpu":
 
         def step(scalings: Any, _: None) -> tuple[Any, Any]:
             scalings = steps.pair(K, scalings)
@@ -71,7 +71,7 @@ def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]
 
 
 def _sinkhorn_fwd(logits, num_iters, eps):
-    if choice.platform() == "tpu":
+    if backend_choice.platform() == "tpu":
         return _value(logits, num_iters, eps), logits
     K, R, C = _scalings(_steps(eps), _tiled(logits), pairs_left(num_iters, eps))
     return R[-1][:, None] * K * C[-1][None], logits
@@ -89,7 +89,7 @@ def _sinkhorn_bwd(num_iters, eps, logits, G):
         return (bars, K_bar + more), None
 
     state, pairs = (bars, K_bar), (R[1:], C[1:], R[:-1], C[:-1])
-    if choice.platform() == "tpu":
+    if backend_choice.platform() == "tpu":
         state, _ = lax.scan(undo, state, pairs, reverse=True)
     else:
         for pair in reversed(list(zip(*pairs, strict=True))):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 from mhc_kernels.layout import split
 from mhc_kernels.xla import add, dots, join, once, streams, weighted
 
@@ -56,7 +56,7 @@ def _as_streams(x: Array, n: int) -> Array:
 
 @jax.custom_vjp
 def _write(x, y, post, res):
-    if choice.platform() != "cpu":
+    if backend_choice.platform() != "cpu":
         return join(mixed(x, y, post, res), x)
     total = add(_outer(res[:, j], xj) for j, xj in enumerate(split(x, len(post))))
     return once(total + _outer(post, y)).reshape(x.shape).astype(x.dtype)
@@ -66,7 +66,7 @@ def _write_bwd(saved, g):
     """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>."""
     x, y, post, res = saved
     n = len(post)
-    if choice.platform() != "cpu":
+    if backend_choice.platform() != "cpu":
         return pull(streams(g, n), x, y, post, res)
     g = once(g)  # g is a sum of three gradients: from the projection, the read and the next write
     # XLA:CPU has a library for small matrix products.  The same sums as a fusion of broadcasts take 3x as long.
@@ -79,7 +79,7 @@ def _write_bwd(saved, g):
 def _post_gradients(y, post, g):
     """Return the gradients dy and dpost of a write, where g is the gradient of x'."""
     n = len(post)
-    if choice.platform() != "cpu":
+    if backend_choice.platform() != "cpu":
         return _pull_post(streams(g, n), y, post)
     dy = weighted(post, streams(g, n))
     # Without `once`, dy is computed again, column by column, in the transpose for the gradient of a weight.
@@ -94,7 +94,7 @@ _write.defvjp(lambda *args: (_write(*args), args), _write_bwd)
 @jax.custom_vjp
 def _write_identity(x, y, post):
     """Return the new streams x' for H_res = I."""
-    if choice.platform() == "cpu":
+    if backend_choice.platform() == "cpu":
         return once(_as_streams(x, len(post)) + _outer(post, y)).reshape(x.shape).astype(x.dtype)
     y32 = y.astype(jnp.float32)
     return join([xi + p[..., None] * y32 for xi, p in zip(streams(x, len(post)), post, strict=True)], x)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from mhc_kernels import choice, gpu
+from mhc_kernels import backend_choice, gpu
 from mhc_kernels.backends import Saved
 from mhc_kernels.gpu import Tile
 from mhc_kernels.ops.coefficients import pallas_gpu as statistics
@@ -105,7 +105,7 @@ def forward(
         for i in range(n):
             zi = jnp.where(column == i, z, 0.0).sum(1)
             pre.append(1 / (1 + jnp.exp(-(gate_ref[np.int32(n)] * zi + gate_ref[np.int32(i)]))) + eps)
-        if not choice.interpret():
+        if not backend_choice.interpret():
             plgpu.debug_barrier()  # a thread reads x' that other threads wrote
 
         def read_chunk(c, carry):

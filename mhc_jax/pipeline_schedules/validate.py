@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mhc_jax.errors import InputError, require
-from mhc_jax.schedules.tables import KINDS, Op, Place, Schedule, Wiring, wiring
+from mhc_jax.pipeline_schedules.tables import KINDS, Op, Place, Schedule, Wiring, wiring
 
 
 class Message(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 
 
 class Transfer(NamedTuple):
@@ -110,7 +110,7 @@ def exchange(
 
 
 def _move(rows, transfer, reverse, num_rows, pair, axis):
-    if choice.platform() == "cpu":
+    if backend_choice.platform() == "cpu":
         return _dense(rows, transfer, num_rows, pair, axis)
     out = jnp.zeros_like(rows, shape=(num_rows, rows.shape[1]))
     return jax.lax.ragged_all_to_all(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Shaped
 Tree = Any
 
 
-class Boundary:
+class CarryPacker:
     """Packs a tree of arrays into one array [B, T, width] for each dtype.
 
     The token axes B and T may stand anywhere among the axes of an array.

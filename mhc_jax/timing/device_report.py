@@ -12,7 +12,7 @@ from typing import Any
 from mhc_kernels import measure
 from mhc_kernels.ops.arg_specs import OPS, SPECS
 
-from mhc_jax.benchmarks import step_times
+from mhc_jax.timing import step_times
 
 REPEATS = 20
 BOUNDARY_FIRST = ("write_read", "write", "read", "coefficients", "sinkhorn")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mhc_jax.errors import require
-from mhc_jax.schedules.tables import Cell, Schedule
-from mhc_jax.schedules.validate import peak_activations
+from mhc_jax.pipeline_schedules.tables import Cell, Schedule
+from mhc_jax.pipeline_schedules.validate import peak_activations
 
 
 @dataclass(frozen=True)

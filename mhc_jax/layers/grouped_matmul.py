@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
-from mhc_kernels import choice
+from mhc_kernels import backend_choice
 
 from mhc_jax.parallel.sharding import current
 
@@ -46,7 +46,7 @@ def grouped_matmul(
       >>> print(grouped_matmul(jnp.ones((3, 1)), jnp.array([[[2.0]], [[5.0]]]), jnp.array([2, 1])).ravel())
       [2. 2. 5.]
     """
-    if choice.platform() != "tpu":
+    if backend_choice.platform() != "tpu":
         return jax.lax.ragged_dot(x, weights, group_sizes)
     # If devices share an array, their gradients are summed only if the array is marked as differing between devices.
     axes = _varying(x, weights)
@@ -71,7 +71,7 @@ def _kernels(x: Array, weights: Array, group_sizes: Array) -> Array:
 
 def _forward(x: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
     def product(x, weights, sizes):
-        return gmm(x, weights, sizes, x.dtype, tiling, interpret=choice.interpret())
+        return gmm(x, weights, sizes, x.dtype, tiling, interpret=backend_choice.interpret())
 
     return _on_each_device(product, x, weights, group_sizes), (x, weights, group_sizes)
 
@@ -80,10 +80,10 @@ def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
     r"""Compute the gradients of rows and matrices: $dx = g W_e^\top$ and $dW_e = x_e^\top g_e$."""
 
     def of_x(g, weights, sizes):
-        return gmm(g, weights, sizes, g.dtype, tiling, transpose_rhs=True, interpret=choice.interpret())
+        return gmm(g, weights, sizes, g.dtype, tiling, transpose_rhs=True, interpret=backend_choice.interpret())
 
     def of_weights(x, g, sizes):
-        return tgmm(x.T, g, sizes, x.dtype, tiling_of_gradient, interpret=choice.interpret())
+        return tgmm(x.T, g, sizes, x.dtype, tiling_of_gradient, interpret=backend_choice.interpret())
 
     x, weights, sizes = saved
     return _on_each_device(of_x, g, weights, sizes), _on_each_device(of_weights, x, g, sizes), None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mhc_jax.errors import at_least, one_of, require
-from mhc_jax.spelling import read_number, read_settings, write_settings
+from mhc_jax.settings_text import read_number, read_settings, write_settings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import mhc_kernels
 import numpy as np
 from mhc_kernels import measure
-from mhc_kernels.choice import IMPLEMENTATIONS
+from mhc_kernels.backend_choice import IMPLEMENTATIONS
 from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, function, program
 
 from mhc_jax import connections
