@@ -5,7 +5,8 @@
 
 The runs are paired: they share data order, tokenizer, branch initialisation and schedule, and only the connection differs.
 Runs that are done are not repeated, so the same command goes on with an interrupted comparison.  Exit status: 0 done, 1 a run
-failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM.
+failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM.  A terminal shows the progress of the run; elsewhere each run
+prints one line at its start and one at its end.  `logs/` in the folder has the whole output of each run.
 """
 
 from pathlib import Path

@@ -143,10 +143,12 @@ def test_the_command_line_edits_what_all_runs_share_and_points_win(tmp_path, mon
     path = write_sweep(tmp_path)
     path.write_text(path.read_text().replace("points=points", 'points=points, settings={"optimizer.grad_clip": 0}'))
     told = ["train.steps=50", "optimizer.grad_clip=0.5", "model.tied_embeddings=True", "train.seed=9"]
+    told.append("train.trackers=tensorboard,wandb")
     status, out, _ = run_here("sweep", *(f"--config.{text}" for text in told), path, "--list")
     assert (status, len(out.splitlines())) == (0, 5)
     broken, *rest = [run.config for run in planned[0]]
     assert (broken.train.steps, broken.optimizer.grad_clip, broken.model.tied_embeddings) == (50, 0.5, True)
+    assert broken.train.trackers == ("tensorboard", "wandb")
     assert [config.train.seed for config in (broken, *rest)] == [9, 0, 0, 1, 1]
 
 
