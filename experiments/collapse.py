@@ -1,11 +1,11 @@
-"""Measure whether the streams of a run are one vector up to sign and scale: the loss when one vector replaces them.
+"""Measure whether the streams of a run are one vector up to sign and scale, by the loss after one vector replaces them.
 
     python experiments/collapse.py --checkpoint=runs/demo/hc,runs/demo/mhc-init-paper,runs/demo/mhc-init-home
 
-The newest checkpoint of each run is evaluated on the first validation batches of its text.  The first loss is that of the
-unchanged model.  For the others the streams of every token are replaced by their best rank-one approximation
-(`mhc_jax.diagnostics.rank_one`) after every write.  `from l` does so for the streams that sub-layers l to L read, counted from 1.
-Where that loss equals the unchanged one, the model uses one vector from there on.
+The newest checkpoint of each run is evaluated on the first validation batches of its text.  The loss named `unchanged` is that of
+the model as it is.  For the loss named `from l`, the streams that sub-layers l to L read (counted from 1) are replaced, token by
+token, by their best rank-one approximation (`mhc_jax.diagnostics.rank_one`).  If both losses are equal, the model uses nothing but
+one vector from sub-layer l on.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ BATCHES = flags.DEFINE_integer("batches", 16, "Number of validation batches.")
 
 
 def replaced(n: int, first: int) -> nn.module.Interceptor:
-    """Return an interceptor that replaces the streams before the coefficients and the read of sub-layers `first` and later.
+    """Return a Flax interceptor that replaces the streams by one vector before sub-layers from `first` on use them.
 
     Args:
       n: number of streams.
-      first: the first sub-layer whose streams are replaced, counted from 0.
+      first: index, from 0, of the first sub-layer that gets the replaced streams.
     """
 
     def intercept(call, args, kwargs, context):
@@ -55,7 +55,7 @@ def replaced(n: int, first: int) -> nn.module.Interceptor:
 
 
 def main() -> int:
-    """Print one line for each run."""
+    """Print a line with the losses of each run, and return the exit status."""
     require(bool(CHECKPOINT.value), "--checkpoint is empty; give run folders with checkpoints, joined with commas.")
     for folder in map(Path, CHECKPOINT.value):
         mapping, params = load_params(folder)
@@ -78,7 +78,7 @@ def main() -> int:
 def _loss(step, params, batches) -> float:
     compiled = jax.jit(
         lambda params, batch: step(params, batch)
-    )  # A new function, so that jax traces the step anew under the present interceptor.
+    )  # With a new function jax traces the step again, under the present interceptor.
     return float(np.mean([compiled(params, batch) for batch in batches]))
 
 

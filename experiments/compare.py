@@ -1,12 +1,13 @@
-"""Train the same decoder with several connections and write one report: a sweep of one axis.
+"""Train the same decoder with several connections and write one report.  This is a sweep over connections alone.
 
     python experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
     python experiments/compare.py --connections=mhc:init=paper,mhc:init=home --seeds=3 --workdir=runs/presets
 
-The runs are paired: they share data order, tokenizer, branch initialisation and schedule, and only the connection differs.
-Runs that are done are not repeated, so the same command goes on with an interrupted comparison.  Exit status: 0 done, 1 a run
-failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM.  A terminal shows the progress of the run; elsewhere each run
-prints one line at its start and one at its end.  `logs/` in the folder has the whole output of each run.
+Runs with equal seeds are paired.  They share the order of the data, the tokenizer, the initial parameters of branches and the
+schedule, and only the connection differs.  Runs that are done are not repeated, so the same command goes on with an interrupted
+comparison.  Exit status: 0 done, 1 a run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM.  A terminal shows
+the progress of the run; elsewhere each run prints one line at its start and one at its end.  `logs/` in the workdir has the whole
+output of each run.
 """
 
 from pathlib import Path
@@ -35,7 +36,7 @@ TITLE = flags.DEFINE_string("title", "", "Title of the report (default: the conn
 
 
 def main() -> int:
-    """Train the runs that are not done, one after the other, then write the report and print the table."""
+    """Train the runs that are not done, one after the other.  Then write the report, print its table and return the status."""
     require(bool(CONNECTIONS.value), "--connections is empty; name at least one, such as mhc.")
     require(SEEDS.value >= 1, f"--seeds is {SEEDS.value}; it must be at least 1.")
     config, workdir = CONFIG(), Path(WORKDIR.value)

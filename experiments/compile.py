@@ -1,23 +1,26 @@
-"""Estimate a train step on a TPU slice, compiled ahead of time for each connection.  It needs libtpu (`make aot`) and no TPU.
+"""Estimate memory and time of a train step on a slice of TPUs, by compiling it with each connection on a machine without TPUs.
 
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:27b:mhc --topology=v5p:4x4x4 \\
         --config.mesh.fsdp=64
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:3b:mhc --topology=v6e:8x8 \\
         --config.mesh.fsdp=8 --config.mesh.expert=8 --connections=residual,mhc --config.data.batch_size=64 --json=3b.json
 
-Two dense layers of width 2560 on one chip, as XLA compiles the connections without their kernels:
+The next command estimates two dense blocks of width 2560 on one chip, with connections that XLA compiles without Pallas kernels:
 
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:27b:mhc --topology=v5p:1x1x1 \\
         --implementation=xla --config.model.num_layers=2 --config.model.experts= --config.model.attention_kind=gqa \\
         --config.model.vocab_size=256 --config.model.remat=none --config.data.batch_size=2
 
-Memory is the compiler's, beside what shapes and shardings say: parameters, optimizer state, gradients, kept streams, logits.
-Times are estimates of a step whose collectives hide behind nothing (`mhc_jax/planning/step_estimate.py` says how they are made);
-the ratios of times mean more than the times.  MFU is the FLOPs of `cost.counts.model_cost` over time and peak, without and with all
-collectives hidden.  `--topology=cpu:8` tries the command out without libtpu.
+The command needs libtpu (`make aot`).  `--topology=cpu:8` tries the command out without libtpu.
 
-A result is kept in the cache folder ($MHC_JAX_CACHE) until configuration, versions or sources change.  Exit status: 0 all fit, 1
-one does not, 2 a mistake in the settings, 130 stopped by Ctrl-C (what is compiled is kept).
+The table has the memory that the compiler reports.  Beside it stand the parts that follow from shapes and shardings: parameters,
+optimizer state, gradients, kept streams, logits.  Times assume that no collective runs beside other work
+(`mhc_jax/planning/step_estimate.py` says how they are estimated).  Their ratios are more reliable than the times themselves.  MFU
+(model FLOPs utilization) is the FLOPs of `cost.counts.model_cost`, divided by the time and by the peak FLOPs per second.  It is
+given twice: with no collective hidden behind other work, and with all collectives hidden.
+
+A result is kept in the cache folder ($MHC_JAX_CACHE) until configuration, versions or sources change.  Exit status: 0 every step
+fits into memory, 1 one does not, 2 a mistake in the settings, 130 stopped by Ctrl-C (results so far are kept).
 """
 
 import json
@@ -53,7 +56,7 @@ JSON = flags.DEFINE_string("json", "", "File to write everything to.")
 
 
 def main() -> int:
-    """Compile the train steps, print the tables, and write the file of --json; the exit status is 1 if a step does not fit."""
+    """Compile the train steps, print the tables, and write the file of --json.  Return 1 if a step does not fit, else 0."""
     where = get_slice(TOPOLOGY.value)
     config = best_attention(CONFIG(), where.platform)
     folder = cache_folder() / "compiled"
@@ -72,7 +75,7 @@ def main() -> int:
 
 
 def guarded() -> int:
-    """Run `main`; on Ctrl-C end the process, because the thread that compiles cannot be stopped."""
+    """Run `main`.  Ctrl-C ends the whole process, because the thread that compiles cannot be stopped."""
     try:
         return main()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Time a token of decoding, with the cache and without, for several connections, alternating in one run.
+"""Time the decoding of a token with and without the key-value cache.  Several connections take turns in one process.
 
 python experiments/decodetime.py --config=experiments/configs/demo.py --config.data.sequence_length=512
 [--connections=residual,hc,mhc]
@@ -23,20 +23,21 @@ CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Decodings of each; the order turns every round.")
 VOCABULARY = 264
-"""Number of entries of the byte tokenizer.  Prompts are random, so no text is read."""
+"""Vocabulary size of the byte tokenizer.  Prompts are random ids, so that no text is read."""
 
 
 def token_times(generator: Generator, prompt: np.ndarray, count: int) -> list[float]:
-    """Return the seconds per token of each chunk of decoding but the first, which follows the prompt."""
+    """Return the seconds per token of each chunk of `CHUNK` decoded tokens, without the pass over the prompt and the last chunk."""
     ends: list[float] = []
     generator.generate([prompt], count, ended=lambda _row, _made: ends.append(time.perf_counter()) or False)
     return [(after - before) / CHUNK for before, after in itertools.pairwise(ends)]
 
 
 def main() -> None:
-    """Print a Markdown table: milliseconds per token with the cache, without it, and their ratio; medians over rounds.
+    """Print a Markdown table of median milliseconds per token with and without the cache, and of their ratios.
 
-    The second half of a sequence of data.sequence_length tokens is decoded.
+    With the cache the second half of a sequence of T = data.sequence_length tokens is decoded.  Without the cache a token costs one
+    forward pass over T tokens.
     """
     base = CONFIG().with_settings(model={"vocab_size": VOCABULARY})
     T = base.data.sequence_length

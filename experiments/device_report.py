@@ -1,10 +1,10 @@
-"""Check and time the connections on this device: correctness, kernel times, train-step times, repeatability.
+"""Check and time the connections on this device: correctness of kernels, their times, train-step times, repeatability.
 
     python experiments/device_report.py [--workdir=experiments/records/<date>-device-<name>] [--budget=480] [--tiny]
 
-The command works through its parts in order of importance and writes report.json and README.md after each.  When the budget
-(seconds) is spent it stops; the same command with the same --workdir goes on where it stopped.  It needs no data and no network.
-`--tiny` is for a CPU: small shapes, whose times mean nothing.
+The report has several parts.  The command measures them in order of importance and writes report.json and README.md after each.
+It stops when the budget (seconds) is spent.  The same command with the same --workdir then measures the missing parts.  It needs
+no data and no network.  `--tiny` chooses small shapes, with which a CPU can try the command; their times mean nothing.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from mhc_jax.runs.environment import environment
 from mhc_jax.timing.device_report import plan, readme, run, write
 
 NEEDS = 30
-"""Number of seconds of the budget that must be left for a part to begin."""
+"""Number of seconds of the budget that must be left when a part of the report begins."""
 
 
 def main() -> int:
-    """Write the report; the exit status is 1 when an implementation is wrong."""
+    """Measure the missing parts of the report and write it.  Return 1 if an implementation gives wrong results, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--budget", type=float, default=480.0)

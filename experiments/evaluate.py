@@ -3,9 +3,9 @@
     python experiments/evaluate.py --checkpoint=runs/demo/residual,runs/demo/mhc-init-home --tasks=paper --data-dir=items --limit=20
     python experiments/evaluate.py --gold_check --tasks=bbh,gsm8k,drop --data-dir=items
 
-Items come from local files with --data-dir, else from the hub.  Results, samples and configuration go to RUN/evaluation/step<N>/.
-Responses are written as they come, so that the same command continues after an interruption.  Several checkpoints give a table
-with paired differences to the first.
+Items of benchmarks come from local files in --data-dir, or else from the Hugging Face hub.  Results, samples and configuration go
+to RUN/evaluation/step<N>/.  The model's responses are written as they come, so that the same command goes on after an interruption.
+With several checkpoints the table has paired differences to the first checkpoint.
 """
 
 import os
@@ -35,7 +35,7 @@ GOLD = flags.DEFINE_bool(
 
 
 def main() -> int:
-    """Evaluate, and print the table."""
+    """Evaluate the checkpoints and print the table.  With --gold_check print the scores of the gold answers instead."""
     if GOLD.value:
         result = gold_check(TASKS.value, DATA_DIR.value, LIMIT.value)
         for name, numbers in result["benchmarks"].items():

@@ -28,7 +28,7 @@ TOKENIZER = flags.DEFINE_string("tokenizer", "", "As data.tokenizer (default: th
 
 
 def main() -> int:
-    """Generate, and print how long it took; returns the exit status."""
+    """Continue every prompt, print the text and the seconds that it took, and return the exit status."""
     require(MAX_NEW.value >= 1, f"--max_new is {MAX_NEW.value}; it must be at least 1.")
     require(CONTEXT.value >= 0, f"--context is {CONTEXT.value}; it must not be negative.")
     sampling = Sampling(TEMPERATURE.value, TOP_P.value, SEED.value)
@@ -40,7 +40,7 @@ def main() -> int:
     prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
 
     def answer(made: list[int]) -> tuple[list[int], bool]:
-        """Return (tokens before the end of the document, whether the end was reached)."""
+        """Return (the tokens before the end of the document, whether `made` contains this end)."""
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 
@@ -51,7 +51,7 @@ def main() -> int:
             nonlocal shown
             kept, over = answer(made)
             text = tokenizer.decode(kept)
-            # The last character may still lack bytes, which decode to a replacement character.
+            # If the last character still lacks bytes, it decodes to replacement characters, which are not shown yet.
             whole = text if over else text.rstrip("\N{REPLACEMENT CHARACTER}")
             print(whole[len(shown) :], end="", flush=True)
             shown = whole

@@ -1,4 +1,4 @@
-"""Simulate schedules of pipeline parallelism: bubbles, activations, messages that devices wait for, and mHC over residual.
+"""Simulate schedules of pipeline parallelism, with several connections: step times, bubbles, activations, waits for messages.
 
     python experiments/pipeline.py --microbatches=20 --schedules=1f1b,zb1p,dualpipe --picture=timeline.png
     python experiments/pipeline.py --chip=v5p --config=experiments/configs/paper.py:27b:mhc --stages=8 --microbatches=32
@@ -6,15 +6,16 @@
     python experiments/pipeline.py --report=REPORT/report.json --workload=27b --connections=residual,"mhc triton" \\
         --config.model.num_layers=32
 
-Nothing is trained.  The costs of a stage come from one of four places:
+Nothing is trained.  The times of a stage come from one of four sources:
 
-    (none)      by hand: --F, --B (both gradients) and --W of a stage, and --send of a message, in any unit
-    --chip      estimated from --config in seconds, the chip at assumed shares of its peaks (`mhc_jax/planning/stage_costs.py`)
-    --compiled  the compiler's estimates, in files of `experiments/compile.py --config.mesh.stage=4 --json=FILE`
-    --report    train steps that `experiments/device_report.py` has measured
+    (no flag)   given by hand: --F, --B (both gradients) and --W of a stage, and --send of a message, in any unit
+    --chip      estimated in seconds from --config, for a chip that reaches assumed shares of its peak FLOPs and bandwidth
+                (`mhc_jax/planning/stage_costs.py`)
+    --compiled  estimated by the compiler, in files that `experiments/compile.py --config.mesh.stage=4 --json=FILE` wrote
+    --report    measured by `experiments/device_report.py` as times of train steps
 
-`--stages` is the number of devices.  dualpipev and interleaved cut the model into twice as many stages.  The model has
-config.model.num_layers blocks.  Exit status: 0, or 2 for a mistake in the settings.
+`--stages` is the number of devices.  The schedules dualpipev and interleaved cut the model into twice as many stages.  The model
+has config.model.num_layers blocks.  Exit status: 0, or 2 for a mistake in the settings.
 """
 
 from pathlib import Path
@@ -51,7 +52,7 @@ PICTURE = flags.DEFINE_string("picture", "", "File to draw to; .png and .svg are
 
 
 def main() -> int:
-    """Simulate the schedules, print the table of them, and draw the picture if --picture names a file."""
+    """Simulate the schedules, print a table with a row for each simulation, and draw all of them if --picture names a file."""
     config = CONFIG()
     blocks = config.model.num_layers
     schedules = pipeline_simulations.schedules(NAMES.value, STAGES.value, MICROBATCHES.value)

@@ -1,9 +1,9 @@
-"""Write the record of a sweep, experiments/records/<date>-sweep-NAME, without checkpoints, locks and paths of this machine.
+"""Write the record of a sweep to experiments/records/<date>-sweep-NAME, without checkpoints, locks and absolute paths.
 
     python experiments/record.py runs/width width
     python experiments/record.py runs/connections connections --metrics --note='Nothing else ran on the machine.'
 
-NAME is the name of the sweep's file in experiments/sweeps.  The date is that of the last run (UTC).
+NAME is the name of the sweep's file in experiments/sweeps, without .py.  The date is the day on which the last run began (UTC).
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(folder: str, name: str) -> int:
-    """Write the record of the sweep in a folder."""
+    """Write the record of the sweep `name`, whose runs are in `folder`, and print where it is."""
     dates = [row["date"] for row in result_rows(Path(folder)) if row["date"]]
     require(bool(dates), f"No run of {folder} has begun; there is nothing to record.")
     place = Path(RECORDS.value or HERE / "records") / f"{max(dates)[:10]}-sweep-{name}"

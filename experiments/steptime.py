@@ -1,4 +1,4 @@
-"""Time the train step of several connections, alternating in one run, and count what the compiler makes of them.
+"""Time the train step with several connections that take turns in one process, and count its FLOPs, fusions and memory.
 
 python experiments/steptime.py --config=experiments/configs/demo.py [--connections=residual,hc,mhc] [--rounds=20]
 """
@@ -21,11 +21,11 @@ CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each; the order turns every round.")
 VOCABULARY = 264
-"""Number of entries of the byte tokenizer.  Token ids are random, so no text is read."""
+"""Vocabulary size of the byte tokenizer.  Token ids are random, so that no text is read."""
 
 
 def median_times(steps: dict[str, CompiledStep], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each step over the rounds.  A first round warms up and is not timed."""
+    """Return the median seconds of each train step over the rounds, by name.  A first round warms up and is not timed."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(rounds + 1):
         for name in list(steps) if k % 2 else list(steps)[::-1]:
@@ -38,7 +38,7 @@ def median_times(steps: dict[str, CompiledStep], rounds: int) -> dict[str, float
 
 
 def main() -> None:
-    """Print a Markdown table: median step time, ratio to the first connection, compile time, fusions, FLOPs, memory."""
+    """Print a Markdown table: median step time, its ratio to the first connection's, compile time, fusions, FLOPs, memory."""
     base = CONFIG().with_settings(model={"vocab_size": VOCABULARY})
     shape = (base.data.batch_size, base.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape, np.int32)

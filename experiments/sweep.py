@@ -1,14 +1,14 @@
-"""Run the grid of a sweep file, each run in a process of its own.
+"""Train all runs of the grid of a sweep file, each run in a process of its own.
 
     python experiments/sweep.py experiments/sweeps/connections.py --workdir=runs/connections
     python experiments/sweep.py experiments/sweeps/connections.py --list
     python experiments/sweep.py experiments/sweeps/width.py --config.data.source='texts/*.jsonl.zst' --config.train.steps=400
     python experiments/sweep.py experiments/sweeps/width.py --workdir=/shared/width --slurm_partition=gpu --slurm_gpus=1
 
-Runs that are done are skipped, and interrupted ones go on.  `--config.a.b=value` changes a setting of all runs.  If a point of
-the grid has the setting, too, the point's value holds.  The table is WORKDIR/results.csv and results.parquet, the page of a
-finished sweep WORKDIR/report.html.  Exit status: 0 done, 1 a run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or
-SIGTERM (saved; the same command goes on).
+Runs that are done are skipped, and interrupted runs go on.  `--config.a.b=value` changes the setting a.b of all runs.  If a point
+of the grid sets a.b, too, the point's value holds.  The results table is WORKDIR/results.csv and results.parquet, and the page of
+a finished sweep is WORKDIR/report.html.  Exit status: 0 done, 1 a run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C
+or SIGTERM (all runs are saved, and the same command goes on).
 """
 
 from pathlib import Path
@@ -37,7 +37,10 @@ PARALLEL = flags.DEFINE_integer("slurm_parallel", 64, "Tasks that run at once.")
 
 
 def main(file: str, base: dict[str, Any]) -> int:
-    """List, submit or run the selected runs of a sweep file; `base` is the configuration that they share."""
+    """List, submit or train the selected runs of the sweep file `file`, and return the exit status.
+
+    `base` is the configuration that the points of the sweep change.
+    """
     workdir = Path(WORKDIR.value or f"runs/{Path(file).stem}")
     grid = load_sweep(file, base)
     selected = select(grid.runs, SELECT.value)

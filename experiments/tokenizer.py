@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on a source and save it for `data.tokenizer=bpe:<file>`.
+"""Train a byte-level BPE tokenizer on a text source and save it to a JSON file, for `data.tokenizer=bpe:<file>`.
 
 python experiments/tokenizer.py --source=shakespeare --vocab_size=4096 --output=my.json
 """
@@ -15,7 +15,7 @@ from mhc_jax.errors import InputError, require
 
 
 def limited(documents: Iterable[data.Document], megabytes: float) -> Iterator[str]:
-    """Yield texts until they make `megabytes` of 10^6 UTF-8 bytes; the last text is whole."""
+    """Yield the texts of documents until they reach `megabytes` x 10^6 UTF-8 bytes in sum.  The last text is not cut."""
     size = 0
     for document in documents:
         yield document.text
@@ -25,7 +25,7 @@ def limited(documents: Iterable[data.Document], megabytes: float) -> Iterator[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train on the training split, and print the bytes per token of the validation split."""
+    """Train the tokenizer on the training split, save it, and print its bytes per token on the validation split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="shakespeare", help="as data.source")
     parser.add_argument("--vocab_size", type=int, default=4096)

@@ -2,11 +2,12 @@
 
     python experiments/train.py --config=experiments/configs/demo.py:mhc --config.train.steps=400 --workdir=runs/mhc-400
 
-The same command on the same --workdir goes on from the newest checkpoint.  Exit status: 0 finished, 2 a mistake in the
-settings, 3 diverged, 4 another process of the run has gone, 130 stopped by Ctrl-C or SIGTERM (saved).
+The same command with the same --workdir goes on from the newest checkpoint.  Exit status: 0 finished, 2 a mistake in the
+settings, 3 diverged, 4 another process of the run is gone, 130 stopped by Ctrl-C or SIGTERM (a checkpoint is saved).
 
-A run of several processes takes one call of the command for each, with --coordinator_address, --num_processes and
---process_id.  Slurm, Open MPI, Kubernetes and the hosts of a TPU slice set these themselves (README, On GPUs and TPU pods).
+For a run of several processes, start this command once for each process, with --coordinator_address, --num_processes and
+--process_id.  These flags are not needed under Slurm, Open MPI or Kubernetes, and on the hosts of a TPU slice (see README, On GPUs
+and TPU pods).
 """
 
 import json
@@ -26,7 +27,7 @@ WORKDIR = flags.DEFINE_string(
 
 
 def main() -> int:
-    """Train, and print the summary; returns the exit status."""
+    """Train the run, print its summary, and return the exit status."""
     folder, config = Path(WORKDIR.value), CONFIG()
     PROCESSES()
     summary = train(config, folder, label=folder.name)

@@ -2,16 +2,19 @@
 
     python kernels/bench.py [--specs=27b,27b-n2] [--ops=read,write] [--implementations=xla,pallas_gpu]
                             [--rounds=10] [--json=FILE]
-    python kernels/bench.py --compile [--specs=27b]   # the GPU kernels compiled for sm_90 on any machine: registers, bytes
+    python kernels/bench.py --compile [--specs=27b]   # compile the GPU kernels for sm_90, on any machine; print registers, bytes
 
-A row is timed after its results and gradients have been compared with float64 on this device.  A row that is `FAILED` has no time.
-GB is the least traffic of the operation: each pass reads every input once and writes every output once.  `of copy` is the speed of
-this traffic over the speed of x + 1 on a large array in the same run.  Implementations alternate in one run.  Times are medians
-over rounds of batches of calls, on inputs that rotate over at least 256 MiB.  A call under about 5 us is bounded by its launch.
+Before an implementation is timed, its results and gradients on this device are compared with a float64 reference.  If they do not
+agree, its row says `FAILED` and has no time.  The implementations take turns in one run.  A time is the median over rounds.  Each
+round times a batch of calls, whose inputs rotate over at least 256 MiB.  Calls under about 5 us are bounded by their launch.
 
-`--implementations` takes xla, the other backends, and the peers torch.compile, liger, transformer_engine and tile_kernels.  A
-peer runs if it is installed; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves memory for peers.  Without `--specs` a CPU prints only the
-first table, Sinkhorn beside its textbook form.
+The column `GB` is the least memory traffic of the operation: each pass reads every input once and writes every output once.  The
+column `of copy` is the speed of this traffic divided by the speed at which x + 1 reads and writes a large array in the same run.
+
+`--implementations` takes xla, the backends with kernels (pallas_tpu, pallas_gpu, triton), and the peers, which are kernels of other
+projects: torch.compile, liger, transformer_engine and tile_kernels.  A peer runs if its package is installed.  The environment
+variable XLA_PYTHON_CLIENT_PREALLOCATE=false leaves device memory for peers.  On a CPU without `--specs`, only the first table is
+printed, which compares our Sinkhorn with its textbook form.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ PACKAGES = ("jax", "jaxlib", "torch", "triton", "liger-kernel", "transformer-eng
 
 
 def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Time our Sinkhorn on `tokens` n x n matrices beside the textbook form: mHC Eq. 9 with the matrices on the last axes."""
+    """Time our Sinkhorn and the textbook form (mHC Eq. 9 with the matrices on the last axes) on `tokens` n x n matrices.
+
+    Return a row of times for the forward pass and a row for forward + backward.
+    """
     logits = jax.random.normal(jax.random.key(0), (n, n, tokens))
     weights = jax.random.normal(jax.random.key(1), logits.shape)
     last, weights_last = jnp.moveaxis(logits, -1, 0), jnp.moveaxis(weights, -1, 0)
@@ -78,7 +84,7 @@ def textbook_rows(n: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def textbook_table(rows: list[dict[str, Any]]) -> str:
-    """Format `textbook_rows` as a Markdown table."""
+    """Format the rows of `textbook_rows` as a Markdown table."""
     lines = []
     for r in rows:
         times = f"{r['ours_ms']:.2f}", f"{r['textbook_ms']:.2f}", f"{r['ratio']:.1f}"
@@ -89,7 +95,7 @@ def textbook_table(rows: list[dict[str, Any]]) -> str:
 def compiled_rows(op: str, spec: ArgSpec) -> list[dict[str, Any]]:
     """Compile the kernels of an operation and its gradient for sm_90, and return a row for each kernel.
 
-    A row has the resources of the kernel.  A kernel must move its operands and results once, which is `moved` in bytes.
+    A row has the operation, the workload and the resources of the kernel (`gpu_inspect.Resources`).
     """
     lowered = gpu_inspect.lower(program(function(op, spec, "pallas_gpu"), True), *shapes(op, spec))
     rows = []
@@ -100,7 +106,7 @@ def compiled_rows(op: str, spec: ArgSpec) -> list[dict[str, Any]]:
 
 
 def compiled_table(rows: list[dict[str, Any]]) -> str:
-    """Format `compiled_rows` as a Markdown table."""
+    """Format the rows of `compiled_rows` as a Markdown table."""
     header = (
         "op | workload | kernel | registers | spills | loads | stores | shared (KiB) | must move (MB) | in C a token"
     )
@@ -115,7 +121,7 @@ def compiled_table(rows: list[dict[str, Any]]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of those packages in `PACKAGES` that are installed."""
+    """Return the version of each package in `PACKAGES` that is installed, by package name."""
     installed = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -124,7 +130,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout, with `-dirty` if tracked files differ from it, or None outside a checkout."""
+    """Return the hash of the git commit, followed by `-dirty` if tracked files differ from it, or None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -134,13 +140,13 @@ def commit() -> str | None:
 
 
 def write(file: str, record: dict[str, Any]) -> None:
-    """Write the record as JSON to `file`; an empty name writes nothing."""
+    """Write the results of a benchmark, `record`, as JSON to `file`.  If `file` is empty, write nothing."""
     if file:
         Path(file).write_text(json.dumps(record, indent=1))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the options `argv`, or those of the command line if `argv` is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*IMPLEMENTATIONS, *PEERS]
 
@@ -167,7 +173,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print Markdown tables, and return the exit status: 1 if a gate failed, 2 if `--compile` cannot run, else 0."""
+    """Run the benchmark that the options `argv` ask for, and print its results as Markdown tables.
+
+    Returns:
+      Exit status: 1 if results of an implementation did not agree with float64, 2 if `--compile` cannot run here, else 0.
+    """
     args = parse(argv)
     device = jax.devices()[0]
     record: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "versions": versions()}

@@ -1,8 +1,9 @@
-"""Call kernels of other projects through the interface of `mhc_kernels.measure`; a project takes part if it is installed.
+"""Call kernels of other projects (peers) through the interface of `mhc_kernels.measure`, for benchmarks.
 
-The calls follow liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0, which are all PyTorch.  Tensors are put into
-the layout of a project once, before the clock starts.  Our Sinkhorn ends with rows.  Sinkhorn of the projects ends with columns.
-On the transposed matrix it gives our numbers, so matrices are transposed on the way.
+A project takes part if it is installed.  The calls follow liger-kernel 0.8.5, transformer-engine 2.20.2 and tile-kernels 1.0.0,
+which are all PyTorch.  Tensors are put into the layout of a project once, before the clock starts.  Our Sinkhorn normalises rows
+last, and Sinkhorn of these three projects normalises columns last.  On transposed logits it gives the transpose of our result, so
+matrices are transposed on the way in and out.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec
 T_MAX = 20
 EPS_NORM = 1e-20
 PRECISION = 2e-2
-"""Relative error that a peer may have: it may project in tf32 or bfloat16, but it must not compute another function."""
+"""Largest relative error allowed to a peer, which may project in tf32 or bfloat16, but must compute the same function."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The layout of the tensors of a project, as differences from [N, n, C] streams, [N, n, n] matrices and float32 phi."""
+    """How a project lays out its tensors; by default streams are [N, n, C], matrices [N, n, n], and phi is float32 [nC, k]."""
 
     streams_last: bool = False
     """Whether streams are [N, C, n] instead of [N, n, C]."""
     mixing_transposed: bool = False
-    """Whether the write takes the transpose of H_res."""
+    """Whether the project's write takes the transpose of H_res as its argument."""
     sinkhorn_transposed: bool = False
-    """Whether Sinkhorn ends with columns; it then makes the transpose of H_res from the transposed logits."""
+    """Whether the project's Sinkhorn normalises columns last, so that it makes H_res transposed from the transposed logits."""
     phi_transposed: bool = False
     """Whether phi is [k, nC] instead of [nC, k]."""
     phi_in_stream_dtype: bool = False
@@ -41,18 +42,18 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """The contestant of another project, which follows `mhc_kernels.measure.Implementation`."""
+    """An implementation by another project in a benchmark, with the interface `mhc_kernels.measure.Implementation`."""
 
     name: str
     package: str
     layout: Layout
     functions: Callable[[int], dict[str, Callable[..., tuple[Any, ...]]]]
-    """Function from n to the functions of the project by operation; their arguments are in `layout`, tokens first."""
+    """Takes n, and returns the project's functions by operation; their arguments are in `layout`, with the token axis first."""
     limits: Callable[[str, ArgSpec], str | None] = lambda op, spec: None
-    """Returns why the project does not support an operation on a workload, or None if it does."""
+    """Takes an operation and a workload, and returns why the project does not support them, or None if it does."""
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Say why the peer cannot run this call on this machine, or None if it can; see `Implementation`."""
+        """Return why the peer cannot run this operation and workload on this machine, or None if it can; see `Implementation`."""
         import jax
 
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec(self.package) is None:
@@ -66,7 +67,7 @@ class Peer:
         return self.limits(op, spec)
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """Compute outputs and gradients of the first set, in our layout; see `Implementation`."""
+        """Compute outputs and gradients for sets[0], and return them in our layout; see `Implementation`."""
         given, cotangents = self._tensors(op, spec, sets[0], backward)
         function = self.functions(spec.num_streams)[op]
         out, gradients = _run(function, given, cotangents) if backward else (function(*given), ())
@@ -81,7 +82,7 @@ class Peer:
         return results
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """Make a batch in which PyTorch launches the calls one after another; see `Implementation`."""
+        """Make a batch in which PyTorch launches the calls of a dispatch one after another; see `Implementation`."""
         import torch
 
         function = self.functions(spec.num_streams)[op]
@@ -110,14 +111,15 @@ def _run(function: Callable[..., tuple[Any, ...]], given: list[Any], cotangents:
 
 
 def _swapped_columns(n: int) -> np.ndarray:
-    """Return the order of the columns of phi that transposes the logits of H_res."""
+    """Return the order of the n^2 + 2 n columns of phi that transposes the logits of H_res."""
     return np.concatenate([np.arange(2 * n), 2 * n + np.arange(n * n).reshape(n, n).T.ravel()])
 
 
 def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool) -> np.ndarray:
-    """Put our array into the layout of a project; `made` says whether it is a result.
+    """Return our array `a`, which has the name `name` in the call of an operation, in the layout of a project.
 
-    A matrix `res` that is a result comes from Sinkhorn.  One that is an argument goes to the write.
+    `made` says whether the array is an output of the operation.  It matters for `res`: as an output, `res` comes from Sinkhorn; as
+    an argument, it goes to the write; and a project may transpose only one of the two.
     """
     n = spec.num_streams
     if name in ("x", "x'"):
@@ -139,7 +141,7 @@ def lay_out(layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool)
 def take_back(
     layout: Layout, spec: ArgSpec, name: str, a: np.ndarray, made: bool, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Undo `lay_out`: put the numbers of `a` back into our array, which has the shape `shape`."""
+    """Undo `lay_out`: return `a`, an array in the layout of a project, in our layout, in which it has the shape `shape`."""
     places = lay_out(layout, spec, name, np.arange(math.prod(shape)).reshape(shape), made)
     out = np.empty(math.prod(shape), a.dtype)
     out[places.ravel()] = a.ravel()
@@ -147,9 +149,9 @@ def take_back(
 
 
 def _to(layout: Layout, spec: ArgSpec, name: str, array: Any, made: bool) -> Any:
-    """Make a tensor in the layout of a project.
+    """Make a PyTorch tensor of our array, in the layout of a project (see `lay_out`).
 
-    Streams have the dtype of the workload, and so has phi if the layout says so.  Any other array is float32.
+    x, y, h and x' get the dtype of the workload, and so does phi if the layout says so.  Any other array is float32.
     """
     import torch
 
@@ -176,7 +178,7 @@ def _composed(sinkhorn: Any, coefficients: Any, read: Any, write: Any) -> dict[s
 
 
 def torch_compile(n: int) -> dict[str, Any]:
-    """Make the operations in plain PyTorch under `torch.compile`."""
+    """Return the operations for n streams by name, written in plain PyTorch and compiled by `torch.compile`."""
     import torch
 
     def sinkhorn(logits):
@@ -206,7 +208,7 @@ def torch_compile(n: int) -> dict[str, Any]:
 
 
 def liger(n: int) -> dict[str, Any]:
-    """Make the operations of Liger-Kernel, which has no Sinkhorn of its own: it is part of the coefficients."""
+    """Return the operations of Liger-Kernel by name; only its function for the coefficients contains Sinkhorn."""
     from liger_kernel.transformers import functional as liger_functional
 
     def coefficients(x, phi, alpha, bias):
@@ -219,9 +221,10 @@ def liger(n: int) -> dict[str, Any]:
 
 
 def transformer_engine(n: int) -> dict[str, Any]:
-    """Make the operations of TransformerEngine's Triton kernels.
+    """Return the operations for n streams by name, made of TransformerEngine's Triton kernels.
 
-    Their tensors begin with the axes sequence and batch; here the sequence has length 1, and tokens are the batch.
+    The tensors of TransformerEngine begin with a sequence axis and a batch axis.  Here the sequence axis has length 1, and the
+    batch axis holds the tokens.
     """
     from transformer_engine.pytorch.triton import mhc
 
@@ -243,14 +246,14 @@ def transformer_engine(n: int) -> dict[str, Any]:
 
 
 def tile_kernels(n: int) -> dict[str, Any]:
-    """Make the operations of DeepSeek's TileKernels as single kernels, which its training path uses."""
+    """Return the operations for n streams by name, made of the single kernels that DeepSeek's TileKernels uses in training."""
     from tile_kernels.modeling.mhc import ops
 
     def sinkhorn(logits):
         return ops.sinkhorn_normalize(logits, repeat=T_MAX, eps=0.0)
 
     def coefficients(x, phi, alpha, bias):
-        # Unless `fuse_grad_acc` is False, the backward pass looks for a gradient that `mhc_post` leaves on the storage of x.
+        # With `fuse_grad_acc=True`, the backward pass would look for a gradient that `mhc_post` has left on the storage of x.
         mixes = ops.mhc_pre_norm_fn(x[None], phi, None, EPS_NORM, fuse_grad_acc=False)
         pre, post, comb = ops.mhc_pre_split_mixes(mixes, alpha, bias, n, 2.0, 0.0)
         return pre[0, :, :, 0], post[0, :, :, 0], sinkhorn(comb)[0]

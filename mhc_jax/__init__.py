@@ -1,1 +1,1 @@
-"""One decoder, many connections: residual, Hyper-Connections, Manifold-Constrained Hyper-Connections."""
+"""A decoder with exchangeable connections: residual, Hyper-Connections, Manifold-Constrained Hyper-Connections and others."""

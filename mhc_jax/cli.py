@@ -1,4 +1,4 @@
-"""Functions that the scripts of `experiments/` share: flags that edit a configuration, and mistakes told in one sentence."""
+"""Functions that the scripts of `experiments/` share: flags that edit a configuration, and error messages of one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mhc_jax.parallel import distributed
 from mhc_jax.runs.host_memory import cpu_alone, keep_pages
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
-# Flags of list settings, such as train.trackers and connection.disable, take entries separated by commas.
+# A flag of a setting that is a list, such as train.trackers, takes entries separated by commas.
 config_flags.register_flag_parser_for_type(list, flags.ListParser())
 
 
@@ -28,10 +28,10 @@ def define_config() -> Callable[[], ExperimentConfig]:
     """Declare the flag `--config=FILE[:arg]` and its overrides, such as `--config.model.width=128`.
 
     Returns:
-      A function to call once flags are parsed.  It returns the frozen configuration, and raises `InputError` for an unknown key
-      or a refused value.
+      A function to call once flags are parsed.  It returns the frozen configuration, and raises `InputError` if a key is unknown
+      or a value is not allowed.
     """
-    # The flag has no default here: absl would load the default file, and fail at overrides, before errors can be caught.
+    # The flag has no default.  absl would load a default file and apply overrides to it before errors can be caught.
     holder = config_flags.DEFINE_config_file("config", None, f"Config file, with :arg (default {DEFAULT_CONFIG}).")
 
     def read() -> ExperimentConfig:
@@ -46,10 +46,10 @@ def define_config() -> Callable[[], ExperimentConfig]:
 
 
 def define_processes() -> Callable[[], None]:
-    """Declare the flags by which the processes of one run find each other.
+    """Declare the flags by which several processes of one run find each other.
 
     Returns:
-      A function to call once flags are parsed.  It joins the processes (`distributed.start`).
+      A function to call once flags are parsed.  It joins this process to the others (`distributed.start`).
     """
     address = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where no scheduler names it.")
     count = flags.DEFINE_integer("num_processes", 0, "Number of processes; 1: this one alone.", lower_bound=0)
@@ -64,13 +64,14 @@ def main(
     positional: Sequence[str] = (),
     configuration: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Run a script, whose flags absl parses.  An `InputError` is printed without a traceback and ends the process with status 2.
+    """Parse flags with absl and run a script.  An `InputError` is printed without a traceback, and the exit status is then 2.
 
     Args:
-      function: called with the positional arguments; returns the exit status, where None means 0.
-      positional: names of the positional arguments, all required.
-      configuration: returns the nested configuration that belongs to the first positional argument.  Flags such as
-        `--config.model.width=128` edit it, and `function` gets the result as its last argument.  None: no configuration.
+      function: the script.  It gets the positional arguments and returns the exit status, where None means 0.
+      positional: names of the positional arguments, which are all required.
+      configuration: function that returns the nested configuration for the first positional argument.  Flags such as
+        `--config.model.width=128` edit the configuration, and the script gets it as its last argument.  None: the script gets no
+        configuration.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -109,7 +110,7 @@ def main(
 
 
 def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]] | None) -> list[str]:
-    """Parse flags as absl does, and report errors of config files in one sentence, like any other mistake."""
+    """Parse flags with absl and return the other arguments.  After a mistake print a sentence and exit with status 2."""
     argv = list(argv)
     file = ""
     if "config" in flags.FLAGS:
@@ -139,13 +140,18 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
 
 
 def _sentence(error: Exception, file: str) -> str:
-    """Return one line that says what is wrong in the flags or in the config file."""
+    """Return one line that says what is wrong in the flags or in the config file.
+
+    Args:
+      error: what absl, ml_collections or the config file raised.
+      file: path of the config file, or empty.
+    """
     chain: list[BaseException] = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(below)
     root = chain[-1]
     if mistakes := [link for link in chain if isinstance(link, InputError)]:
-        return str(mistakes[-1])  # ml_collections wraps an error of get_config in one of the same class
+        return str(mistakes[-1])  # ml_collections wraps get_config's error in another InputError
     if isinstance(root, SyntaxError):
         return f"The config file {file!r} is not Python: {root.msg} (line {root.lineno})."
     text = " ".join(str(error).split())
@@ -170,7 +176,7 @@ def _sentence(error: Exception, file: str) -> str:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    # After a save has failed (disk full), TensorStore still calls its closed event loop, dozens of times.
+    # This error is not shown.  After a save has failed, TensorStore raises it dozens of times.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

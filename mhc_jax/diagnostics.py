@@ -1,28 +1,29 @@
 r"""Gains, marginals, entropy and similarity of streams: pure functions of coefficients and streams (mHC section 3.1, Fig. 3, 7).
 
-**Gains.**  H_res is applied untransposed, so the operator between sub-layers a and b is the composite $P = H_b \cdots H_a$.
+**Gains.**  H_res is applied without a transpose, so sub-layers a to b multiply the streams with the composite $P = H_b \cdots H_a$.
 
     forward gain $= \max_i |\sum_j P_{ij}|$, the largest absolute row sum: growth of a signal of all streams on its way up
     backward gain $= \max_j |\sum_i P_{ij}|$, the largest absolute column sum: growth of gradients on their way down
 
-The operator norms $\max_i \sum_j |P_{ij}|$ and $\max_j \sum_i |P_{ij}|$ bound every signal and are reported beside the gains
-(`*_norm`).  They equal the gains of doubly stochastic matrices and exceed those of HC's signed ones.  Gains are made for each token
-and then averaged.  The gain of the product of token-averaged matrices, which the paper's heat maps show, is `composite_mean_*`.
+The operator norms $\max_i \sum_j |P_{ij}|$ and $\max_j \sum_i |P_{ij}|$ bound the growth of every signal and are reported as
+`*_norm`.  For doubly stochastic matrices they equal the gains.  For HC's matrices, with entries of both signs, they can be larger.
+Gains are computed for each token and then averaged.  `composite_mean_*`, which the paper's heat maps show, are gains of products of
+matrices that are first averaged over tokens.
 
-**Collapse.**  The streams of a token are $x_1 \dots x_n$, and $G = X X^\top$ is their n x n Gram matrix.  Three numbers describe
-it, each a mean over tokens (`stream_measures`):
+**Collapse** means that the streams become alike.  The streams of a token are $x_1 \dots x_n$, the rows of X, and $G = X X^\top$ is
+their n x n Gram matrix.  Three numbers, each a mean over tokens, measure collapse (`stream_measures`):
 
-    stream_cosine      mean of cos(x_i, x_j) over the pairs i < j: 1 for streams of one direction; opposite signs cancel
+    stream_cosine      mean of cos(x_i, x_j) over the pairs i < j: 1 for streams of one direction, lower for opposite signs
     stream_cosine_abs  mean of |cos(x_i, x_j)| over the same pairs: 1 exactly when all streams are multiples of one vector
-    stream_rank        (tr G)^2 / tr(G^2), the participation ratio of G's eigenvalues: 1 for multiples of one vector, or where
-                       one stream outweighs all others; n for orthogonal streams of equal norm
+    stream_rank        (tr G)^2 / tr(G^2), the participation ratio of G's eigenvalues: 1 if all streams are multiples of one
+                       vector or one stream is far larger than all others, n if they are orthogonal and of equal norm
 
-A stream of zeros has no direction, so its pairs are left out.  If fewer than two streams are not zero, all three numbers are 1.  A
-1 does not say that streams are equal in size; `stream_rms` tells their sizes.  The largest eigenvalue's share of tr G lies between
-1 / stream_rank and 1 / sqrt(stream_rank) for every token, so that a rank near 1 needs no second number.
+A stream of zeros has no direction, so the cosines leave it out.  If fewer than two streams are not zero, all three numbers are 1.
+A value of 1 does not mean that streams are equal in size; `stream_rms` has their sizes.  The largest eigenvalue's share of tr G
+lies between 1 / stream_rank and 1 / sqrt(stream_rank) for every token, so that stream_rank alone tells whether it is near 1.
 
-`sample_sublayer` is part of the compiled model.  Everything else is NumPy in float64, which takes milliseconds for the few values
-that come back and needs no compilation.
+`sample_sublayer`, with the JAX functions it calls, is part of the compiled model.  Gains and all functions after them are NumPy in
+float64, which takes milliseconds for the few sampled values and needs no compilation.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ if TYPE_CHECKING:
     from mhc_jax.connections import Connection
 
 DIAGNOSTICS_TOKENS = 64
-"""Number of tokens at which gains are measured, evenly spaced in one held-out sequence."""
+"""Number of tokens at which diagnostics are taken, evenly spaced in one held-out sequence."""
 STREAM_MEASURES = ("stream_cosine", "stream_cosine_abs", "stream_rank")
-"""Names of the numbers that show whether all streams have become one.  summary.json has their means over sub-layers as
-`final_*`."""
+"""Names of the numbers that show whether the streams have become alike.  summary.json has, as `final_*`, their means over
+sub-layers at the last diagnostics step."""
 
 
 def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T C"], count: int) -> dict[str, Array]:
-    """Collect the arrays that diagnostics need of one sub-layer, at S evenly spaced tokens of the batch.
+    """Return the arrays that diagnostics need of one sub-layer, at S evenly spaced tokens of the batch.
 
     Args:
       link: connection of the sub-layer.
@@ -56,8 +57,8 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
       count: number S of tokens to collect.  If the batch has fewer tokens, S is their number.
 
     Returns:
-      float32 arrays: pre [S, n], post [S, n], res [S, n, n], the `stream_measures` [] and stream_rms [n] of these tokens' streams,
-      and branch_rms [] of y.
+      float32 arrays: pre [S, n], post [S, n] and res [S, n, n], the `stream_measures` [] and stream_rms [n] of the S tokens'
+      streams, and branch_rms [] of y at all tokens.
     """
     pre, post, res = link.dense(c, y)
     tokens = y.shape[0] * y.shape[1]
@@ -78,7 +79,7 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
 
 
 def root_mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    r"""Return the root mean square $\sqrt{\mathrm{mean}(x^2)}$ over `axes`, float32, for entries of any finite size.
+    r"""Return the root mean square $\sqrt{\mathrm{mean}(x^2)}$ over `axes`, float32.  No square overflows for finite x.
 
     Examples:
       >>> print(root_mean_square(jnp.array([3.0, -3.0, 3.0, 3.0]), (0,)))
@@ -91,7 +92,7 @@ def root_mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Arr
 def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
     """Return the numbers named in `STREAM_MEASURES`, defined at the top of this file, for the streams of S tokens, float32.
 
-    Streams may have any finite size.  Infinite or NaN streams give NaN.
+    Finite streams of any size do not overflow.  Infinite or NaN streams give NaN.
 
     Examples:
       A stream and its negative are one vector up to sign.
@@ -112,7 +113,7 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
     def over_pairs(values: Float[Array, "S n n"]) -> Float[Array, ""]:
         return jnp.where(count == 0, 1, jnp.sum(jnp.where(pairs, values, 0)) / jnp.maximum(count, 1))
 
-    # Norms are taken relative to the token's largest power of two, so that their fourth powers stay within float32.
+    # A token's norms are divided by the largest power of two among their scales, so that their fourth powers fit float32.
     size = jnp.ldexp(norm, (exponent - jnp.max(jnp.where(zero[:, :, None], -999, exponent), 1, keepdims=True))[:, :, 0])
     gram = cosine * size[:, :, None] * size[:, None, :]
     trace, squares = jnp.sum(size**2, 1), jnp.sum(gram**2, (1, 2))
@@ -126,8 +127,8 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
 def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*tokens nC"]:
     r"""Return the best rank-one approximation $v v^\top X$ of each token's streams X [n, C].
 
-    v is the leading eigenvector of $X X^\top$.  Streams that are one vector up to sign and scale come back unchanged.  The
-    computation is in float32, and the result has the dtype of x.
+    v is the leading eigenvector of $X X^\top$.  Streams that are multiples of one vector come back unchanged.  The computation is
+    in float32, and the result has the dtype of x.
     """
     X, exponent = _scaled(x.reshape(*x.shape[:-1], num_streams, -1), (-2, -1))
     _, vectors = jnp.linalg.eigh(jnp.einsum("...ic,...jc->...ij", X, X, precision="highest"))
@@ -139,8 +140,8 @@ def rank_one(x: Float[Array, "*tokens nC"], num_streams: int) -> Float[Array, "*
 def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
     """Return (y, e) such that x = y 2^e and max |y| over `axes` is below 1, so that no square of y overflows.
 
-    The scale is a power of two, because XLA divides by multiplying with the reciprocal.  XLA flushes the reciprocal of a number
-    above 8.5e37 to 0.
+    The scale is a power of two and not the maximum itself.  XLA would divide by the maximum by multiplying with its reciprocal, and
+    it flushes the reciprocal of a number above 8.5e37 to 0.
     """
     x = x.astype(jnp.float32)
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axes, keepdims=True))[1]
@@ -148,7 +149,7 @@ def _scaled(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Float[Array,
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Tell whether all numbers in all arrays of a tree are finite, as a boolean array []."""
+    """Return whether all numbers in all arrays of a tree are finite, as a boolean array []."""
     return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
@@ -195,9 +196,9 @@ def composites(H: Float[np.ndarray, "L *batch n n"]) -> tuple[np.ndarray, np.nda
 
 
 def row_entropy(P: Matrices) -> PerMatrix:
-    """Return the mean entropy of the rows of |P|, divided by ln n.  Rows are first normalised to sum 1.
+    """Return the mean entropy of the rows of |P|, divided by ln n.  Rows are first normalised to the sum 1.
 
-    It is 1 for a uniform matrix, and 0 for a permutation or n = 1.
+    The result is 1 for a matrix with equal entries, and 0 for a permutation matrix or n = 1.
     """
     n = P.shape[-1]
     if n == 1:
@@ -209,8 +210,8 @@ def row_entropy(P: Matrices) -> PerMatrix:
 def second_eigenvalue(P: Matrices) -> PerMatrix:
     r"""Return the ratio $|\lambda_2| / |\lambda_1|$ of the two largest eigenvalues of each matrix.
 
-    With each further application of P, deviations from the leading eigenvector shrink by this factor.  The ratio is 1 for the
-    identity, and 0 for n = 1 or for the matrix with all entries 1/n.  For doubly stochastic matrices $|\lambda_1| = 1$.
+    With each application of P, the deviation from the leading eigenvector shrinks by this factor.  The ratio is 1 for the identity,
+    and 0 for n = 1 or for the matrix with all entries 1/n.  For doubly stochastic matrices $|\lambda_1| = 1$.
     """
     if P.shape[-1] == 1:
         return np.zeros(P.shape[:-2])
@@ -219,25 +220,26 @@ def second_eigenvalue(P: Matrices) -> PerMatrix:
 
 
 def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Make the record of one diagnostics step from the arrays that `Decoder` collected of L sub-layers and S tokens.
+    """Return the results of one diagnostics step, from the arrays that `Decoder` returned for L sub-layers and S tokens.
 
     Returns:
-      float64 arrays over depth, [L] unless another shape is given:
+      float64 arrays over sub-layers, [L] unless another shape is given:
 
       - single_forward, single_backward: gains of H_res, means over tokens.
       - composite_forward, composite_backward: gains of the `composites`, means over tokens.  `*_max` are the largest gains over
-        tokens, and `*_norm` are means of operator norms.
-      - composite_mean_forward, composite_mean_backward: gains of the composites of token means of H_res.
-      - row_error, column_error: largest |sum - 1| of a row or column of H_res.
-      - entropy: mean `row_entropy` of H_res.
-      - uniform_distance: Frobenius distance between the composite up to l and the matrix with all entries 1/n.
-      - h_res [L, n, n], h_pre [L, n], h_post [L, n]: token means of the coefficients.
-      - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms: as collected.
+        tokens, and `*_norm` are means of the operator norms of the composites.
+      - composite_mean_forward, composite_mean_backward: gains of the composites of matrices H_res averaged over tokens.
+      - row_error, column_error: largest |sum - 1| of a row or column of H_res, over all tokens.
+      - entropy: `row_entropy` of H_res, mean over tokens.
+      - uniform_distance: Frobenius distance of the composite of sub-layers 1 to l from the matrix with all entries 1/n, mean over
+        tokens.
+      - h_res [L, n, n], h_pre [L, n], h_post [L, n]: coefficients, means over tokens.
+      - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms: as `sample_sublayer` returns them.
     """
     values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
     H = values["res"]
     n = H.shape[-1]
-    with np.errstate(over="ignore", invalid="ignore"):  # in a run that diverges, gains are inf
+    with np.errstate(over="ignore", invalid="ignore"):  # gains of a run that diverges are inf
         up, down = composites(H)
         mean = H.mean(1)
         mean_up, mean_down = composites(mean)

@@ -1,4 +1,4 @@
-"""The exception for mistakes that a person can mend, and checks that raise it."""
+"""The exception for mistakes in what a user gives the program, and checks that raise it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A wrong setting, file or folder.  The message says in one sentence what was given, what is allowed and what to do.
+    """The error for a wrong setting, file or folder.  Its message says what was given, what is allowed and what to do.
 
-    The scripts of `experiments/` print the sentence alone, without a traceback, and exit with status 2.
+    The scripts in `experiments/` print this message alone, without a traceback, and exit with status 2.
     """
 
 
 def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
-    """Raise `InputError` unless `given` is among `allowed`.  The message names the nearest match."""
+    """Raise `InputError` unless `given` is among `allowed`.  The message names the allowed value with the nearest spelling."""
     allowed = list(allowed)
     if given in allowed:
         return
@@ -24,9 +24,9 @@ def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
 
 
 def at_least(least: int, config: object, prefix: str, *names: str) -> None:
-    """Raise `InputError` unless each setting in `names` of `config` is at least `least`.
+    """Raise `InputError` unless each setting of `config` that `names` lists is at least `least`.
 
-    The message names the setting as `prefix` followed by its name.
+    The message puts `prefix` before the setting's name, as in `model.width`.
     """
     for name in names:
         value = getattr(config, name)

@@ -1,8 +1,9 @@
-"""Generation of text: prompts are read in one pass, then tokens are drawn one after another with a cache (`mhc_jax.kv_cache`).
+"""Generation of text: a first pass (prefill) reads the prompts, then decoding draws one token after another.
 
-Arrays have few different shapes, so that few programs are compiled.  A prompt is padded on the right to a power of two.  The cache
-has a power of two of slots and doubles when it is full.  Each call of the decode program makes `CHUNK` tokens.  Padding changes
-nothing: it stands behind the prompt, and the first new token takes its slot.
+Decoding uses a key-value cache (`mhc_jax.kv_cache`), which has slots for one token each.  Arrays have few different shapes, so that
+few programs are compiled: a prompt is padded at its end to a power of two, and the number of slots is a power of two, which doubles
+when they are full.  Each call of the decoding program makes `CHUNK` tokens.  Padding does not change an answer, since causal
+attention does not read tokens after the prompt, and new tokens overwrite the slots of the padding.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import using
 
 CHUNK = 8
-"""Number of tokens that one call of the decode program makes for each prompt."""
+"""Number of tokens that one call of the decoding program makes for each prompt."""
 SHORTEST = 32
 """Smallest length to which a prompt is padded, in tokens."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of how the next token is drawn."""
+    """Settings that say how the next token is drawn."""
 
     temperature: float = 0.0
     """Number by which logits are divided.  0: always take the most likely token (greedy)."""
     top_p: float = 1.0
-    """Probability that the most likely tokens must reach together (the nucleus).  Only these tokens are drawn.  1: all tokens."""
+    """Probability that the nucleus must reach: the next token is one of the fewest tokens that together have it.  1: any token."""
     seed: int = 0
     """Seed of the random numbers with which tokens are drawn."""
 
@@ -66,14 +67,14 @@ def draw(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, " B"]:
-    r"""Draw a token of each row from the nucleus of $\mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})$.
+    r"""Draw a token for each of B sequences from the nucleus of $\mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})$.
 
-    The nucleus holds the fewest most likely tokens whose probabilities sum to at least top_p (Holtzman et al., arXiv 1904.09751,
-    Eq. 2), and so always the most likely token.
+    The nucleus is the smallest set of most likely tokens whose probabilities sum to at least top_p (Holtzman et al., arXiv
+    1904.09751, Eq. 2).  It always holds the most likely token.
 
     Args:
       logits: float32.
-      keys: one random key for each row.
+      keys: one random key for each sequence.
       temperature: above 0.
       top_p: above 0, at most 1.
 
@@ -83,14 +84,14 @@ def draw(
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, -1) / temperature
     p = jax.nn.softmax(ranked, axis=-1)
-    # A token stays in the nucleus if all more likely tokens together have less probability than top_p.
+    # A token is in the nucleus if all more likely tokens together have a probability below top_p.
     ranked = jnp.where(jnp.cumsum(p, -1) - p < top_p, ranked, -jnp.inf)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
 
 
 class Generator:
-    """A generator of text with one set of parameters.  It compiles its programs once for each shape, and keeps them."""
+    """A generator of text with one set of parameters.  It compiles its programs once for each shape of arrays, and keeps them."""
 
     def __init__(
         self,
@@ -101,13 +102,13 @@ class Generator:
         mesh: Mesh | None = None,
         shortest: int = SHORTEST,
     ):
-        """Make a generator.  Programs are not compiled yet.
+        """Make a generator, which compiles its programs when it first needs them.
 
         Args:
-          config: settings of the model.
+          config: configuration of the model.
           params: parameters of the decoder.
           context: largest number of tokens of prompt and answer together.
-          vocab_size: number of tokens of the tokenizer.  Ids from there on are never drawn.  0: as many as the embedding has rows.
+          vocab_size: number of tokens of the tokenizer.  Ids from this number on are never drawn.  0: `config.vocab_size`.
           mesh: mesh of `make_mesh` on which `params` are placed.  None: no mesh.
           shortest: smallest length to which a prompt is padded, a power of two.
         """
@@ -124,7 +125,7 @@ class Generator:
             logits = jnp.where(jnp.arange(logits.shape[-1])[None] < valid, logits, -jnp.inf)
             if greedy:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
-            # Each row and position has its own random key, so that an answer does not depend on the other prompts of the batch.
+            # Each prompt and position has a random key of its own, so that an answer does not depend on other prompts of the batch.
             keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), b), t))(
                 rows, position
             )
@@ -159,15 +160,15 @@ class Generator:
         ended: Callable[[int, list[int]], bool] | None = None,
         rows: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Continue each prompt.  All prompts are one batch.
+        """Return an answer to each prompt, the tokens that continue it.  All prompts are one batch.
 
         Args:
-          prompts: token ids of each prompt, at least one for each.
-          max_new: largest number of tokens to make for each prompt.  An answer also ends when the context is full.
-          sampling: settings of how tokens are drawn.  None: greedily.
+          prompts: token ids of each prompt.  Every prompt has at least one token.
+          max_new: largest number of tokens of an answer.  An answer also ends when prompt and answer fill the context.
+          sampling: settings that say how tokens are drawn.  None: the most likely token is always taken.
           ended: function of the index of a prompt and its new tokens so far, called after every `CHUNK` tokens or fewer.  If it
             returns True, the answer ends.  None: answers end at their largest length.
-          rows: number of each prompt, from which its random keys are made.  None: 0, 1, ...
+          rows: a number for each prompt, from which, with the seed, its random keys are made.  None: 0, 1, ...
 
         Returns:
           the new tokens of each prompt.
@@ -195,7 +196,7 @@ class Generator:
         answers: list[list[int]] = [[] for _ in prompts]
 
         def extend(made: np.ndarray, active: list[int]) -> list[int]:
-            """Add new tokens [B, t] to the answers of the active rows, and return the rows whose answers go on."""
+            """Add the new tokens `made` [B, t] to the answers of the prompts `active`, and return those whose answers go on."""
             for row in active:
                 answers[row] += made[row][: limits[row] - len(answers[row])].tolist()
             unfinished = [row for row in active if len(answers[row]) < limits[row]]

@@ -1,10 +1,11 @@
-"""The key-value cache of a decoder, which keeps arrays of the tokens read so far, so that the next token costs one token's work.
+"""The key-value cache of a decoder, which keeps arrays of earlier tokens so that they are not computed again for the next token.
 
-Only attention keeps arrays: keys and values (GQA), or the latent and the rotary key (MLA).  Connections keep nothing, because
-every kind makes the coefficients of a token from the streams of that same token.  Streams run over depth and not over time: n
-streams cost n times the activations of a token, and no cache.
+Only attention keeps arrays: keys and values (GQA), or the latent vector and the rotary key (MLA).  Connections keep none, because
+every kind makes the coefficients of a token from the streams of that token alone.  So n streams take n times the memory of one
+stream for the tokens that are being computed, and none for earlier tokens.
 
-Rows may have different lengths.  Row b writes its next token into slot position[b] and reads no slot from there on.
+A row of the cache holds one sequence, in one slot for each token.  Rows may have different lengths.  Row b puts its next token into
+slot position[b].  Attention sees the slots before position[b] and the new tokens.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from mhc_jax.config import ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """The key-value cache: arrays [N, B, S, ...] for the N blocks of each scan, in the compute dtype, and positions of the rows."""
+    """The key-value cache of B sequences (rows), with S slots for tokens in each row."""
 
     kept: dict[str, dict[str, Array]]
-    """Arrays by the name of the scan (`layers`, `dense_layers`), then by the name of the array (k and v, or c and k_R)."""
+    """Arrays [N, B, S, ...] of N blocks, in the compute dtype.  The first key is the name of the scan over these blocks (`layers`,
+    `dense_layers`), the second the name of the array (k and v for GQA, c and k_R for MLA)."""
     position: Int[Array, " B"]
-    """Number of tokens that each row has so far."""
+    """Number of tokens that each row holds so far."""
 
     @property
     def slots(self) -> int:
-        """Number S of tokens that a row has room for."""
+        """Number S of tokens for which each row has room."""
         return jax.tree.leaves(self.kept)[0].shape[2]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
     """Make an empty cache with room for `slots` tokens in each of `batch` rows.
 
-    If `slots` is 0, the cache after a call of the decoder holds exactly the tokens of the call.
+    If `slots` is 0, the cache that the decoder returns has room for exactly the tokens of that call.
     """
     if config.uses_mla:
         shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}
@@ -52,7 +54,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
 
 
 def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> Cache:
-    """Return the cache after `num_tokens` new tokens, which each row writes from its position on.
+    """Return the cache with the arrays `new` of `num_tokens` more tokens in each row, in the slots from the row's position on.
 
     The caller makes sure that the new tokens fit: position + num_tokens <= S.
     """

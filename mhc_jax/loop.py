@@ -1,8 +1,8 @@
 """The training loop: dispatch step N, then read the metrics of step N-1.
 
 A run folder holds config.json, env.json (written when the run starts at step 0), metrics.jsonl and checkpoints/, and summary.json
-once the run has ended.  A run of the same configuration in the same folder goes on from the newest checkpoint.  On a CPU its
-losses are then bitwise the losses of a run that was never stopped.
+once the run has ended or was interrupted.  If `train` is called again with the same configuration and folder, the run goes on from
+the newest checkpoint.  On a CPU its losses are bitwise the losses of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
 
 
 class DivergedError(Exception):
-    """A training step, validation or diagnostics gave a number that is not finite."""
+    """Raised when a train step, a validation or a diagnostics step gives a number that is not finite."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -63,7 +63,7 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """The objects that the functions of the loop share and do not replace."""
+    """The objects of one run that the functions of this module share and do not replace."""
 
     config: ExperimentConfig
     data: Data
@@ -82,16 +82,16 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     """Train one model into a run folder, or go on with the run that the folder holds.
 
     Args:
-      config: settings of the run.
+      config: configuration of the run.
       folder: the run folder.
       label: name of the run in progress lines.
-      data: text that is loaded already, which the runs of a comparison share; None: it is read here.
+      data: training and validation text that the caller has loaded.  None means that config.data is loaded here.
 
     Returns:
       The content of summary.json.
 
     Raises:
-      InputError: a mistake that a person can mend.  It is raised before any compilation if possible.
+      InputError: a setting, a file or a folder cannot be used.  It is raised before any compilation if possible.
     """
     mapping = to_mapping(config)
     if ended := distributed.on_every_process(lambda: check_run_folder(folder, mapping)):
@@ -134,7 +134,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             StopRequest() as stop,
         ):
             record_start(folder, config, data, writer, progress, history, remarks, anew)
-            if history.ended(cfg.steps) is None:  # else a kill came between the last checkpoint and the summary
+            if history.ended(cfg.steps) is None:  # otherwise only summary.json is missing
                 programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.say)
                 history.compiled_bytes = counts.compiled_memory(programs.train)
                 run = Run(config, data, feed, mesh, programs, checkpoints, writer, progress)
@@ -146,10 +146,10 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
 
 
 def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConfig, Mesh | None, Data]:
-    """Return the configuration with the size of its vocabulary, the mesh, and the text, which is read if `data` is None.
+    """Return (configuration with its model.vocab_size set, mesh, data).  The text is read if `data` is None.
 
     Raises:
-      InputError: a tracker that is not installed, a dtype or a mesh that this machine does not have, or a text that cannot be used.
+      InputError: a tracker is not installed, the devices cannot run the dtype or form the mesh, or the text cannot be used.
     """
     distributed.on_every_process(lambda: check_trackers(config.train.trackers))
     # dot_product_attention asks for float16 products that accumulate in float32, which XLA's CPU backend does not have.
@@ -164,7 +164,7 @@ def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConf
 
 @contextlib.contextmanager
 def lost_process(checkpoints: Checkpoints, history: History, folder: Path) -> Iterator[None]:
-    """Turn the error of a lost process into one that says from which checkpoint the run can go on."""
+    """Replace an error that a lost process caused by `ProcessLostError`, which says from which checkpoint the run can go on."""
     try:
         yield
     except Exception as error:
@@ -184,12 +184,15 @@ def record_start(
     remarks: list[str],
     anew: bool,
 ) -> None:
-    """Write env.json, and print the data and the checkpoint that the run starts from."""
+    """Write env.json for a new run, and print and log what the run starts from: text, skipped checkpoints, step.
+
+    `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run starts at step 0.
+    """
     env = environment() | devices_of(config)
     if distributed.is_first_process():
         if anew or not (folder / "env.json").exists():
             write_json(folder / "env.json", env | {"data": data.summary()})
-        (folder / "summary.json").unlink(missing_ok=True)  # left by an interruption
+        (folder / "summary.json").unlink(missing_ok=True)  # an interrupted run leaves this file
     for line in data.describe(config.train.validation_batches):
         progress.say(line)
     for remark in remarks:
@@ -207,20 +210,20 @@ def record_start(
 def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, anew: bool) -> TrainState:
     """Train until the last step, a divergence or a signal.
 
-    The metrics of a step are read while the next step runs.  Before a hook or a checkpoint, all metrics are read.
+    The metrics of a step are read while the next step runs.  Before validation, diagnostics or a checkpoint, all metrics are read.
 
     Args:
       run: the objects that the functions of the loop share.
       state: train state after history.step updates.  Its arrays are donated, so they cannot be used afterwards.
-      history: the rest of the state of the loop, which this function updates.
-      stop: holds the signal, if one has come, that ends the run after the current step.
-      anew: whether the run starts here, instead of going on from a checkpoint.
+      history: measurements of the run so far, which this function updates.
+      stop: once its `signal` is not None, the run saves its state and ends.
+      anew: whether the run starts at step 0 instead of at a checkpoint.
 
     Returns:
-      The train state, which has been saved.
+      The train state after the last step, which is saved as a checkpoint, too.
     """
     cfg = run.config.train
-    # Hooks that run every k steps and after the last step, in this order and before the checkpoint: add yours here.
+    # Each pair is (k, hook).  Hooks run every k steps and after the last step, in this order and before a checkpoint is saved.
     hooks = (
         (cfg.validate_every, validate),
         (cfg.diagnostics_every, diagnose),
@@ -260,12 +263,12 @@ def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, 
 
 
 def is_due(every: int, step: int, last: int) -> bool:
-    """Return whether a hook or a save is due after `step`: every `every` steps (0: never) and after step `last`."""
+    """Return whether a hook or a checkpoint is due after `step`: every `every` steps (0: never), and after step `last`."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def read(run: Run, history: History, step: int, metrics: dict[str, Any]) -> None:
-    """Wait for the metrics of a step, and record them in history, metrics.jsonl and progress.
+    """Wait for the metrics of a train step, and write them to the history, metrics.jsonl and the progress display.
 
     Raises:
       DivergedError: the loss or the norm of the gradient is not finite.
@@ -296,12 +299,12 @@ def read(run: Run, history: History, step: int, metrics: dict[str, Any]) -> None
 
 
 def router_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics of routers by name; each is an array with an entry for each layer with experts."""
+    """Return the metrics that describe routers, by name.  Each is an array [M] over the M blocks with experts."""
     return {name: value for name, value in metrics.items() if name.startswith("router_")}
 
 
 def validate(run: Run, state: TrainState, history: History, _metrics: dict[str, Any]) -> None:
-    """Record the mean loss over the validation batches."""
+    """Measure the mean loss over the validation batches, and write it to the history and metrics.jsonl."""
     with history.clock.timed("validation_s"):
         losses = [float(run.programs.validate(state.params, run.feed.placed(batch))) for batch in run.feed.validation]
         loss = float(np.mean(losses))
@@ -311,9 +314,9 @@ def validate(run: Run, state: TrainState, history: History, _metrics: dict[str, 
 
 
 def diagnose(run: Run, state: TrainState, history: History, metrics: dict[str, Any] | None) -> None:
-    """Record gains, marginals and stream measures on a held-out sequence, unless train.diagnostics_every is 0.
+    """Measure gains, marginals and streams on a held-out sequence, unless train.diagnostics_every is 0.
 
-    `metrics` of the step are None before the first step.
+    `metrics` are those of the last train step, or None before the first step.
     """
     if run.programs.diagnose is None:
         return
@@ -327,13 +330,13 @@ def diagnose(run: Run, state: TrainState, history: History, metrics: dict[str, A
 
 
 def stop_if_not_finite(history: History) -> None:
-    """Raise `DivergedError` if validation or diagnostics met a number that is not finite."""
+    """Raise `DivergedError` if the history notes a number that is not finite."""
     if history.first_nonfinite is not None:
         raise DivergedError(history.step)
 
 
 def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
-    """Start saving a checkpoint.  With `wait` return only when it is on disk."""
+    """Start saving a checkpoint.  With `wait` return only when the checkpoint is on disk."""
     with history.clock.timed("checkpoint_s"):
         loop = {
             "data": run.feed.train.get_state(),
@@ -348,7 +351,7 @@ def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
 
 
 def end_diverged(run: Run, state: TrainState, history: History, step: int) -> None:
-    """Record that the run diverged at `step`, and save the state.  A step that is not finite does not change the state."""
+    """Record that the run diverged at `step`, and save the state.  A step whose loss is not finite has not changed the state."""
     history.step, history.diverged_at = int(state.step), step
     run.writer.write("event", step, {"event": "diverged", "updates_saved": history.step})
     save(run, state, history, wait=True)
@@ -357,7 +360,7 @@ def end_diverged(run: Run, state: TrainState, history: History, step: int) -> No
 
 
 def end_interrupted(run: Run, state: TrainState, history: History, signal: int) -> None:
-    """Record that a signal stopped the run, and save the state."""
+    """Record that the signal with number `signal` stopped the run, and save the state."""
     run.writer.write("event", history.step, {"event": "interrupted", "signal": signal})
     save(run, state, history, wait=True)
     run.progress.say(f"stopped by signal {signal} after step {history.step}; saved. Run the same command to go on.")

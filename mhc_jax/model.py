@@ -1,7 +1,7 @@
 """The decoder that all connections share: embed, expand, L boundaries and branches, collapse, logits.
 
-Reading order: `Decoder.__call__` is the whole model, `Block` is two sub-layers, `branches` says what a sub-layer computes, and
-`mhc_jax/connections/base.py` says what happens between two sub-layers.
+`Decoder.__call__` computes the whole model, and `Block` computes two sub-layers of it.  `branches` makes what a sub-layer computes,
+and `mhc_jax/connections/base.py` describes what happens between two sub-layers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from mhc_jax.layers.rope import ROPE_THETA
 from mhc_jax.parallel.sharding import constrain, token_axes
 
 Carry = tuple[Any, Any, Array]
-"""The state (streams, c, y) between two sub-layers.  The branch output y is not yet written with the coefficients c (pending
-write)."""
+"""The state (streams, c, y) between two sub-layers.  y is the last branch output.  The next boundary will write it to the streams
+with the coefficients c (pending write)."""
 
 
 class Decoder(nn.Module):
-    """The causal language model.  Its connection is the only part that differs between the runs of a comparison."""
+    """The causal language model.  Between the runs of a comparison only its connection differs."""
 
     config: ModelConfig
 
@@ -47,21 +47,21 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B _ V"], dict[str, Any]]:
-        """Return float32 logits of the next token, and auxiliary values.
+        """Return the float32 logits of the next token at every token, and a dict of auxiliary arrays.
 
         If a stream of a token is NaN, so are the logits of the token, because no operation replaces values that are not finite.
 
         Args:
           tokens: ids in [0, vocab_size).
-          sample: number of tokens to collect diagnostics from.  0: none, and the program is as if diagnostics did not exist.
-          cache: keys and values of earlier tokens, which `tokens` follow.  None: there are no earlier tokens.
-          at: for each row the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.
+          sample: number of tokens to collect diagnostics from.  0: the compiled program contains no diagnostics.
+          cache: keys and values of the tokens before `tokens`.  None: there are no earlier tokens.
+          at: for each sequence the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.
 
         Returns:
-          logits, and a dict of arrays.  With `sample` it has the diagnostics of `diagnostics.sample_sublayer`, with an axis of
-          sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped [M] and
-          router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache after
-          these tokens.
+          logits, and a dict of arrays.  With `sample` the dict has the diagnostics of `diagnostics.sample_sublayer`, with an axis
+          of sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped [M] and
+          router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache that
+          includes `tokens`.
         """
         cfg = self.config
         with settings(token_axes=token_axes(tokens.shape)):
@@ -95,17 +95,18 @@ class Decoder(nn.Module):
         return logits, aux
 
     def _run(self, name: str, blocks: range, carry: Carry, sample: int, cache: Cache | None) -> tuple[Carry, Any]:
-        """Run one stack of blocks, and return (the carry after the stack, (diagnostics, auxiliary values)).
+        """Run the blocks of one scan, and return (the carry after them, (diagnostics, auxiliary values)).
 
-        The arrays of diagnostics and auxiliary values have an axis of blocks in front.
+        `name` is the name of the scan's parameters.  The arrays in the result, but for the carry, have an axis of blocks in front.
         """
         cfg = self.config
         dense = name == "dense_layers" or not cfg.num_experts
         indices = jnp.arange(blocks.start, blocks.stop)
-        # Sampling and generation have no gradient, so nothing is recomputed.  Initialisation is one program under every policy.
+        # Diagnostics and generation have no backward pass that could recompute.  Initialisation uses "none" too, so that it is the
+        # same program under every policy.
         policy = "none" if sample or cache is not None or self.is_initializing() else cfg.remat_policy
 
-        # `auto` comes only from the saved configuration of a run: `remat_plan.resolve` replaces it before training.
+        # Training replaces `auto` first (`remat_plan.resolve`), so that it arrives here only from a run's saved configuration.
         if policy in ("connection", "auto"):
 
             def sublayer(k, params, carry, layer):
@@ -128,37 +129,38 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=len(blocks),
             unroll=min(cfg.unroll, len(blocks)),
-            # The check takes half of the tracing time.  At initialisation it stays on, or else random numbers would change.
+            # This check takes half of the tracing time.  At initialisation it stays on, because without it the initial random
+            # numbers would change.
             check_constancy_invariants=self.is_initializing(),
         )
         return scanned(cfg, sample, dense, name=name)(carry, *inputs)
 
 
 class Block(nn.Module):
-    """One block: attention and feed-forward, each after the boundary of its own connection."""
+    """One block: two sub-layers, attention and feed-forward.  Each runs the boundary of its connection and then its branch."""
 
     config: ModelConfig
     sample: int
-    """Number of tokens to collect diagnostics from.  0: no diagnostics."""
+    """Number of tokens from which diagnostics are collected.  0: no diagnostics."""
     dense: bool
-    """Whether the feed-forward branch is dense.  False: it is a mixture of experts."""
+    """Whether the feed-forward branch is dense (SwiGLU).  False: it is a mixture of experts."""
     only: int | None = None
-    """Index of the only sub-layer of the block that runs, for `remat.recomputed`.  None: both sub-layers run."""
+    """Index (0 or 1) of the only sub-layer of the block that runs, which `remat.recomputed` needs.  None: both run."""
 
     @nn.compact
     def __call__(
         self, carry: Carry, layer: Int[Array, ""], past: Past | None = None
     ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
-        """Write the pending output of the sub-layer before, and run the block.  The last output of the block is pending afterwards.
+        """Write the pending branch output, and run the block.  The output of its last branch is then pending.
 
         Args:
-          carry: streams and the pending write.
+          carry: streams, and the branch output and coefficients of the pending write.
           layer: index of the block in the decoder.
-          past: arrays that attention keeps of earlier tokens.
+          past: arrays of earlier tokens that attention keeps in the key-value cache.
 
         Returns:
           the carry after the block, and (diagnostics [2, ...], auxiliary values of the branches).  With `past` the auxiliary
-          values include the arrays that attention keeps of the new tokens.
+          values include the arrays of the new tokens for the key-value cache.
         """
         streams, c, y = carry
         collected, aux = [], {}
@@ -181,24 +183,24 @@ class Block(nn.Module):
 
 
 def stacks(config: ModelConfig) -> dict[str, range]:
-    """Return the blocks of each scan, by the name of its parameters.
+    """Return the indices of the blocks in each scan over depth, by the name of the scan's parameters.
 
-    The leading dense blocks, if there are any, are one scan.  All other blocks are another scan.
+    The dense blocks before the first block with experts, if there are any, are one scan.  All other blocks are another scan.
     """
     leading, others = range(config.num_leading), range(config.num_leading, config.num_layers)
     return {"dense_layers": leading, "layers": others} if leading else {"layers": others}
 
 
 def connection(config: ModelConfig, sublayer: int | Array | None, name: str) -> Connection:
-    """Make the connection of sub-layer l (`sublayer` is the index l - 1), or of the ends (`sublayer=None`)."""
+    """Make the connection module of sub-layer l (`sublayer` = l - 1), or the one with the entry and the exit (`sublayer=None`)."""
     module = connection_module(config.connection)
     return module(config.connection, config.width, config.num_sublayers, sublayer, name=name)
 
 
 def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
-    """Make the branches of one block, in order, by name.  Each is a function F(h) -> (y, auxiliary values).
+    """Make the branches of one block, by name and in the order in which they run.
 
-    Every branch contains its own pre-norm.
+    Each branch is a function F(h) -> (y, auxiliary values) that begins with its own pre-norm.
     """
     shared: dict[str, Any] = {
         "norm_eps": NORM_EPS,
@@ -232,14 +234,15 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
 
 
 def _function_of(branch: nn.Module) -> tuple[remat.Branch, Any]:
-    """Return a branch as a pure function (params, h) -> (y, auxiliary values), and the parameters of the branch."""
+    """Return a branch as a pure function (params, h) -> (y, auxiliary values), and the branch's parameters."""
     unbound = branch.clone(parent=None, name=None)
     return lambda params, h: unbound.apply({"params": params}, h), branch.variables["params"]
 
 
 def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection, tokens: Int[Array, "B T"]) -> Carry:
-    """Make the carry before the first block: streams of the embedded tokens, and a pending write that changes nothing."""
-    # The table is gathered over the axis fsdp, like any weight.  If its channels stayed split, tokens would move after the lookup.
+    """Make the carry before the first block: the streams of the embedded tokens, and a pending write that changes nothing."""
+    # The embedding is gathered over the mesh axis fsdp before it is used, like any weight.  If its channels stayed split, the
+    # embedded tokens would have to move between devices.
     x = jnp.take(constrain(embedding, "vocabulary", None), tokens, axis=0)
     x = constrain(x.astype(config.stream_dtype), "batch", "sequence", None)
     streams, c = ends.start(x)
@@ -249,9 +252,9 @@ def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection,
 def leave(
     config: ModelConfig, ends: Connection, final_norm: RMSNorm, carry: Carry, at: Int[Array, " B"] | None = None
 ) -> Float[Array, "B t C"]:
-    """Make the normed vectors that the logits are made from, out of the carry after the last block.
+    """Return the output of the final norm, from which logits are made, for the carry after the last block.
 
-    With `at`, only the token of this index of each row is returned.
+    The last branch output is written first.  With `at`, only the token with the index at[b] of each sequence b is returned.
     """
     streams, c, y = carry
     x = ends.collapse(ends.write(streams, c, y), c)
@@ -260,7 +263,7 @@ def leave(
 
 
 def logits_of(x: Float[Array, "B T C"], unembedding: Float[Array, "C V"]) -> Float[Array, "B T V"]:
-    """Return the logits x W in float32, from products in the dtype of x."""
+    """Return the logits x W, float32.  The unembedding W is cast to the dtype of x, and sums are in float32."""
     logits = jnp.einsum("btc,cv->btv", x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
     return constrain(logits, "batch", "sequence", "vocabulary")
 

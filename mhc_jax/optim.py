@@ -1,8 +1,13 @@
 """The optimizer AdamW, its learning-rate schedules (WSD among them), and which parameters take weight decay.
 
 Every parameter takes weight decay, the embedding too, except three groups: the weights of norms and the biases of routers
-(`NO_DECAY`), and the static parameters of the connection.  The class of each kind lists the latter in `static_params`; the kinds
-of mHC's family inherit the list of `DynamicConnection` in `connections/mhc_family.py`.
+(`NO_DECAY`), and the static parameters of the connection, which the class of each kind lists in `static_params`:
+
+| | no weight decay | weight decay |
+| --- | --- | --- |
+| HC | A_m, B, A_r, s_a, s_b | W |
+| mHC and its family | alpha, bias | phi |
+| entry and exit of any kind | entry_scale, head_alpha, head_bias | head_phi |
 """
 
 from __future__ import annotations
@@ -19,25 +24,24 @@ from mhc_jax.connections import Connection
 from mhc_jax.connections.parameter_paths import CONNECTION, path_of
 
 NO_DECAY = r"(^|/)(\w*norm/weight|router_bias)$"
-"""Regular expression of the parameters outside connections that take no weight decay.  Only the train step moves a router's
-bias."""
+"""Regular expression that matches the paths of parameters without weight decay, except the static parameters of connections."""
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    r"""Return the learning rate as a function of the update 0 ... N - 1, in a run of N = `steps` updates, float32 [].
+    r"""Return the function from the index of an update, 0 ... N - 1, to its learning rate, float32 [].  N is `steps`.
 
-    Update $k$ is step $s = k + 1$ of metrics.jsonl.  During warm-up, steps 1 to W, the rate is $s / W$ times the peak: the first
-    step already moves, and step W runs at the peak.  After it the rate is the peak times
+    Update $k$ is step $s = k + 1$ of metrics.jsonl.  Steps 1 to W (`warmup_steps`) are the warm-up, in which the rate is $s / W$
+    times the peak.  So the rate is never 0, and step W has the peak.  After the warm-up the rate is the peak times a factor:
 
     - `constant`: 1;
     - `cosine`: $f + (1 - f) (1 + \cos \pi p) / 2$, where $p$ grows from 0 at step max(W, 1) to 1 at step N;
     - `wsd` (warm-up, stable, decay; Hu et al., arXiv 2404.06395): $f + (1 - f) (1 - p)$, where $p$ is 0 until step max(W, N - D)
-      and grows to 1 at step N.  The decay takes a fifth of the run, D = max(N // 5, 1), and is linear; the paper leaves its form
-      open;
-    - `step`: 0.316 at the steps after 80 % of N, and 0.1 at those after 90 % (mHC Table 5).
+      and grows to 1 at step N.  The decay is linear and takes a fifth of the run, D = max(N // 5, 1) steps.  The paper leaves the
+      form of the decay open;
+    - `step`: 1 until 80 % of the N steps, then 0.316, and 0.1 after 90 % (mHC Table 5).
 
-    $f$ is `final_fraction`.  Step N has the last factor exactly.  A run of warm-up alone (W = N) ends at the peak, and a run of
-    one step stays there under `cosine` and `wsd`.
+    $f$ is `final_fraction`, and step N of `cosine` and `wsd` has exactly this factor.  In two cases step N has the peak instead: if
+    all steps are warm-up (W = N), and if N = 1.
 
     Examples:
       Warm-up of 2 steps, a stable phase, and a decay over the last 2 of 10 steps.
@@ -66,12 +70,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def mask(params: Any, pattern: str) -> Any:
-    """Return a tree of booleans: True for each parameter whose path matches the regular expression."""
+    """Return a tree of booleans with the structure of `params`: True where the parameter's path matches `pattern`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
 def no_decay_pattern(connection: type[Connection]) -> str:
-    """Return the regular expression of all parameters without weight decay: `NO_DECAY` or static parameters of the connection.
+    """Return the regular expression that matches the paths of all parameters without weight decay.
 
     Examples:
       >>> from mhc_jax.connections import connection_module, parse
@@ -86,9 +90,10 @@ def no_decay_pattern(connection: type[Connection]) -> str:
 
 
 def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection]) -> optax.GradientTransformation:
-    """Return the whole optimizer: clipping by the global norm, AdamW, and a learning-rate multiplier for connections.
+    """Return the whole optimizer: clipping of the gradient's global norm, AdamW, and a learning-rate multiplier for connections.
 
-    Parameters that match `no_decay_pattern` take no weight decay.  Weight decay is multiplied by the learning rate, as in PyTorch.
+    Parameters that match `no_decay_pattern` take no weight decay.  The weight decay is multiplied by the learning rate, as in
+    PyTorch's AdamW.
     """
     no_decay = no_decay_pattern(connection)
     transforms = [
@@ -108,7 +113,7 @@ def optimizer(config: OptimizerConfig, steps: int, connection: type[Connection])
 
 
 def describe(params: Any, config: OptimizerConfig, connection: type[Connection]) -> str:
-    """Return one sentence for the log that names the parameters without weight decay, and the parameters of connections."""
+    """Return a sentence for the log that names the parameters without weight decay, and the parameters of connections."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     no_decay = [p for p in paths if re.search(no_decay_pattern(connection), p)]
     of_connections = [p for p in paths if re.search(CONNECTION, p)]

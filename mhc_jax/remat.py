@@ -1,8 +1,8 @@
-r"""Recomputing the connections in the backward pass (mHC section 4.3.2), and the scan over depth that does it.
+r"""Recomputing connections, but no branches, in the backward pass (mHC section 4.3.2), with a scan over depth that does it.
 
-The forward pass keeps three things: the streams that enter every L_r-th sub-layer, every branch output y, and what autodiff needs
-of every branch F beside its input h.  The backward pass computes streams, coefficients and h again, L_r sub-layers at a time.  No
-branch runs twice.
+The forward pass keeps three things: the streams that enter every L_r-th sub-layer, every branch output y, and the values that the
+gradient of every branch F needs beside its input h.  From these the backward pass computes streams, coefficients and h again, L_r
+sub-layers at a time.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from mhc_jax.errors import require
 from mhc_jax.jaxprs import computed_from
 
 KEPT = "branch"
-"""The checkpoint name of the values that the remat policy `connection` keeps for the backward pass."""
+"""Name (`checkpoint_name`) that marks the values which the remat policy `connection` keeps for the backward pass."""
 
 Branch = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Sublayer = Callable[[int, Any, Any, jax.Array], tuple[Any, dict[str, Any]]]
 
 
 def kept_elements(L_r: int, L: int, n: int, C: int) -> int:
-    r"""Return the elements per token that connections keep when every L_r-th sub-layer stores its streams (mHC Eq. 20).
+    r"""Return the number of elements per token that connections keep if every L_r-th sub-layer stores its streams (mHC Eq. 20).
 
     $$nC \lceil L / L_r \rceil + (n + 2) C L_r$$
 
-    The first term counts the stored streams.  The second term counts the values that live while L_r sub-layers are computed again.
-    The LC elements of the branch outputs y do not depend on L_r.  They are left out, as in the paper.
+    The first term counts the stored streams.  The second term counts the values that are in memory while L_r sub-layers are
+    computed again.  The LC elements of the branch outputs y do not depend on L_r and are left out, as in the paper.
 
     Raises:
       InputError: L_r is not between 1 and L.
@@ -44,7 +44,7 @@ def kept_elements(L_r: int, L: int, n: int, C: int) -> int:
 
 
 def best_block_length(L: int, n: int) -> int:
-    r"""Return the L_r with the fewest `kept_elements`; of two that tie, the smaller (mHC Eq. 20).
+    r"""Return the L_r with the fewest `kept_elements` (mHC Eq. 20), and the smallest such L_r if several have equally few.
 
     $$L_r^* = \arg\min_{L_r} \left[ nC \lceil L / L_r \rceil + (n + 2) C L_r \right] \approx \sqrt{nL / (n + 2)}$$
     """
@@ -52,12 +52,14 @@ def best_block_length(L: int, n: int) -> int:
 
 
 def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
-    """Return the L_r of a stack of sub-layers: the number in model.remat (`connection:6`), or else `best_block_length`.
+    """Return the number L_r of sub-layers recomputed at a time: the number in model.remat (`connection:6`), or the best one.
+
+    The best one is `best_block_length` of L sub-layers.
 
     Args:
       config: the configuration of the model.
-      streams: the streams that the connection carries, as arrays or shapes [B, T, ...].  n is their size divided by B T C.
-      sublayers: number of sub-layers of the stack, L.  0 means all sub-layers of the model.
+      streams: the streams that enter a sub-layer, as arrays or shapes [B, T, ...].  n is their size divided by B T C.
+      sublayers: number L of sub-layers.  0 means all sub-layers of the model.
     """
     tokens = jax.tree.leaves(streams)[0].shape[:2]
     carried = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(streams))
@@ -68,8 +70,9 @@ def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
 def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array, Any]:
     """Run a branch, (y, aux) = function(params, h), so that under `recomputed` the backward pass does not run it again.
 
-    The values that the gradient of the branch needs are kept with y, with two exceptions.  Values that depend on the parameters
-    alone (casts, masks, angles of RoPE) are made again, which costs nothing per token.  The boundary makes h again.
+    The forward pass keeps y and the values that the gradient of the branch needs, with two exceptions.  Values that do not depend
+    on h (casts of parameters, masks, angles of RoPE) are computed again, because they cost nothing per token.  The input h is
+    computed again by the boundary before the branch.
 
     No gradient flows through aux.
     """
@@ -93,7 +96,7 @@ def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array,
 
 
 def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -> list[bool]:
-    """Return for each result of `function` whether it is computed from h.  A result that is h itself does not count as computed."""
+    """Return for each result of function(h) whether it depends on h.  For a result that is h itself, return False."""
     jaxpr = jax.make_jaxpr(function)(h).jaxpr
     made = computed_from(jaxpr, jaxpr.invars) - set(jaxpr.invars)
     return [isinstance(v, core.Var) and v in made for v in jaxpr.outvars]
@@ -102,23 +105,26 @@ def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -
 def recomputed(
     sublayer: Sublayer, params: Any, carry: Any, indices: jax.Array, kinds: int, L_r: int, unroll: int = 1
 ) -> tuple[Any, dict[str, Any]]:
-    """Run the sub-layers of N blocks in order, keeping the carry of every L_r-th sub-layer and the branches (`keep_branch`).
+    """Run the sub-layers of N blocks in order, so that the backward pass recomputes L_r sub-layers at a time.
 
-    One turn of a scan runs the smallest number of blocks whose sub-layers are a multiple of L_r.  Blocks that fill no whole turn
-    run after the scan.
+    The forward pass keeps the carry (state between sub-layers) that enters every L_r-th sub-layer, and the values that
+    `keep_branch` marks.  The backward pass computes all other values again.
+
+    The blocks run in a scan.  One iteration runs the smallest number of blocks that have a multiple of L_r sub-layers.  Blocks that
+    are too few for one more iteration run after the scan.
 
     Args:
-      sublayer: runs one sub-layer: (position in its block, parameters of the block, carry, index of the block) -> (carry, aux).
+      sublayer: function that runs one sub-layer: (position in its block, parameters of the block, carry, index of the block)
+        -> (carry, aux), where aux is a dict of arrays.
       params: stacked parameters of all blocks, [N, ...].
       carry: the carry that enters the first sub-layer.
-      indices: indices of the blocks, [N].
-      kinds: number of sub-layers in a block.
+      indices: indices of the blocks in the decoder, [N].
+      kinds: number of sub-layers in a block, which is 2 in the decoder (attention and feed-forward).
       L_r: number of sub-layers between two kept carries, at least 1.  It need not divide the number of sub-layers.
-      unroll: the least number of blocks in one turn of the scan.
+      unroll: number of blocks in one step of the compiled loop, rounded down to a whole number of iterations (at least one).
 
     Returns:
-      (carry after the last block, aux).  The aux dicts of the sub-layers of a block are merged into one dict; these are stacked
-      over blocks.
+      (carry after the last block, aux).  The aux dicts of the sub-layers of one block are merged, and then stacked over blocks.
     """
     blocks = len(indices)
     period = math.lcm(kinds, min(L_r, kinds * blocks)) // kinds
@@ -132,7 +138,8 @@ def recomputed(
     if turns:
         whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
         steps = min(max(1, unroll // period), turns)
-        # A compiled loop keeps forward and backward apart by itself.  A scan that is unrolled or has one turn compiles to no loop.
+        # `prevent_cse` keeps XLA from replacing recomputed values by those of the forward pass.  A loop needs no such care, because
+        # its backward pass is a loop of its own.  A scan with one iteration, or unrolled to the end, compiles to no loop.
         is_loop = steps < turns
         carry, aux = jax.lax.scan(
             lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
@@ -147,7 +154,7 @@ def recomputed(
 def _run_blocks(
     sublayer: Sublayer, kinds: int, L_r: int, carry: Any, blocks: Any, prevent_cse: bool
 ) -> tuple[Any, Any]:
-    """Run `blocks`, which are (params, indices), so that the backward pass recomputes L_r sub-layers at a time."""
+    """Run `blocks`, given as (params, indices), so that the backward pass recomputes L_r sub-layers at a time."""
     count = len(blocks[1])
     collected: list[dict[str, Any]] = []
     for start in range(0, kinds * count, L_r):
@@ -167,8 +174,8 @@ def _run_blocks(
 
 
 def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
-    """Run those sub-layers of `blocks` whose numbers are in `segment`.  Return (carry, list of the aux of each sub-layer)."""
-    # Split, not index: the transpose of a split is a concatenation, and the transpose of indexing is a sum of padded arrays.
+    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`.  Return (carry, list of the aux of each one)."""
+    # Arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded arrays.
     each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []
     for l in segment:

@@ -1,6 +1,7 @@
-"""The choice of a remat policy for `model.remat=auto`, from the bytes that each policy keeps for the backward pass.
+"""The choice of a remat policy for `model.remat=auto`, from estimates of the bytes that each policy keeps for the backward pass.
 
-Bytes are per token of one device.  They come from the configuration alone: the jaxpr of one block tells what autodiff keeps of it.
+The estimates need the configuration alone.  The jaxpr of one block shows which values its backward pass needs.  Their bytes are
+counted per token.
 """
 
 from __future__ import annotations
@@ -22,27 +23,28 @@ from mhc_jax.parallel.sharding import abstract_mesh, state_shardings
 from mhc_jax.remat import block_length
 
 STATE_BYTES = 16
-"""Bytes of the state of one parameter: the parameter, its gradient and AdamW's two moments, all float32."""
+"""Bytes for one entry of a parameter: the entry itself, its gradient and AdamW's two moments, each float32."""
 ONE_DEVICE = MeshConfig()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The remat policy that was chosen, and why."""
+    """The chosen remat policy, and the estimates that led to the choice."""
 
     remat: str
     """The chosen policy: `none`, `connection` or `full`."""
     L_r: int
-    """Number of sub-layers that `connection` recomputes at a time."""
+    """Number of sub-layers that the policy `connection` recomputes at a time."""
     estimates: dict[str, float]
-    """Bytes on one device under each policy: parameters, gradients, moments, logits, and values kept for the backward pass."""
+    """Estimated bytes on one device under each policy, for parameters, gradients, AdamW's moments, logits, and all values that are
+    kept for the backward pass."""
     sentence: str
-    """A sentence that says which policy was chosen, and why."""
+    """A sentence for the log that says which policy was chosen, and why."""
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes per token of the values that a backward pass may keep."""
+    """Bytes per token of the values that may be kept for the backward pass."""
 
     streams: int
     coefficients: int
@@ -51,31 +53,33 @@ class _Sizes:
     y: int
     """Bytes of one branch output."""
     blocks: tuple[int, ...]
-    """Bytes that autodiff keeps of each block."""
+    """Bytes that the policy `none` keeps of each block."""
     branches: int
-    """Bytes that the policy `connection` keeps of all branches, with their outputs y."""
+    """Bytes that the policy `connection` keeps of all branches, their outputs y included."""
 
 
 def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfig = ONE_DEVICE) -> Plan:
     r"""Choose the first of the policies `none`, `connection` and `full` whose estimate fits the memory of a device.
 
-    `connection` has the L_r that model.remat gives, or else the best one.  Its estimate is mHC Eq. 20 in bytes, plus what the
-    branches keep.  To the paper's terms it adds the coefficients c of the pending write.  It counts h and its norm in the dtype of
-    the streams:
+    `connection` has the best L_r (`best_block_length`), unless model.remat gives an L_r.  Its estimate is the values that branches
+    keep, plus mHC Eq. 20 in bytes:
 
     $$(nC + c) \lceil L / L_r \rceil + ((n + 2) C + c) L_r$$
 
-    All estimates leave out values that live for a moment only.  They count the kept values of a branch as whole, even if
-    mesh.tensor splits its heads and hidden channels.
+    Here c is the size of the coefficients of the pending write, which the paper does not count.  The 2C are the branch input h and
+    the normed h, both in the dtype of the streams.
+
+    All estimates leave out values that are in memory for a short time only.  They count the kept values of a branch in full, even
+    if mesh.tensor splits heads and hidden channels among devices.
 
     Args:
-      config: its remat may give the limit in GB, as in `auto:80`.  `auto` alone gives no limit, and `connection` is chosen.
-      tokens: number of tokens of one device in one backward pass.
+      config: the configuration.  Its remat may give the limit in GB, as in `auto:80`.  Without a limit `connection` is chosen.
+      tokens: number of tokens that one device has in one backward pass.
       sequence_length: T.
       mesh: the mesh that splits parameters, gradients, moments and logits.
 
     Returns:
-      the plan.  If no policy fits, it is `full`, and its sentence says so.
+      the plan.  If no policy fits, the plan is `full`, and its sentence says that it does not fit.
     """
     sizes = _sizes(config, sequence_length)
     L, L_r = config.num_sublayers, block_length(config, carry_shapes(config, 1)[0])
@@ -85,7 +89,7 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
         "connection": sizes.branches + boundary * math.ceil(L / L_r) + (boundary + 2 * sizes.h) * L_r,
         "full": (boundary + sizes.y) * L // 2 + max(sizes.blocks),
     }
-    # 8 bytes a logit: the float32 logit and its float32 gradient.
+    # A logit takes 8 bytes: 4 for the logit and 4 for its gradient.
     columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
     fixed = float(state_bytes(config, mesh) + 8 * columns * tokens)
     estimates = {policy: fixed + size * tokens for policy, size in kept.items()}
@@ -104,7 +108,7 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
 
 
 def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
-    """Return the bytes of parameters, gradients and AdamW's moments on one device."""
+    """Return the bytes that parameters, gradients and AdamW's moments take on one device of the mesh."""
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
     parts = jax.tree.map(
         lambda a, place: math.prod(place.shard_shape(a.shape)), shapes, state_shardings(abstract_mesh(mesh), shapes)
@@ -119,7 +123,7 @@ def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
       config: a configuration whose model.vocab_size is set.
 
     Returns:
-      (configuration, sentence of the plan).  The sentence is '' if model.remat is not `auto`.
+      (configuration, sentence of the plan).  If model.remat is not `auto`, they are the configuration unchanged and ''.
     """
     data, mesh = config.data, config.mesh
     if config.model.remat_policy != "auto":
@@ -149,12 +153,9 @@ def _sizes(config: ModelConfig, sequence_length: int) -> _Sizes:
 
 
 def _block_bytes(config: ModelConfig, carry: Any, dense: bool) -> tuple[int, int]:
-    """Return (bytes that autodiff keeps of a block, bytes that `connection` keeps of its branches), both per token.
+    """Return (bytes kept of a block under the policy `none`, bytes kept of its branches under `connection`), both per token.
 
-    Args:
-      config: the configuration of the model.
-      carry: shapes of the carry that enters the block.
-      dense: whether the block is one without experts.
+    `carry` has the shapes of the carry that enters the block, and `dense` says whether the block has no experts.
     """
     block, T = Block(config, 0, dense, parent=None), carry[2].shape[1]
     layer = jax.ShapeDtypeStruct((), jnp.int32)
@@ -175,9 +176,9 @@ def _block_bytes(config: ModelConfig, carry: Any, dense: bool) -> tuple[int, int
 
 
 def _residual_bytes(function: Callable[[Any, Any], Any], params: Any, given: Any, include_given: bool) -> int:
-    """Return the bytes of values computed from `given` that the pull-back of function(params, given) holds.
+    """Return the bytes of the values that depend on `given` and that the pull-back (`jax.vjp`) of function(params, given) holds.
 
-    `include_given`: whether `given` itself counts, if the pull-back holds it.
+    `include_given` says whether `given` itself counts if the pull-back holds it.
     """
     jaxpr = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(function, *a)[1]))(params, given).jaxpr
     start = jaxpr.invars[len(jax.tree.leaves(params)) :]

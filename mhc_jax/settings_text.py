@@ -1,6 +1,6 @@
 """Read and write settings that are one line of text: `head:key=value:key=value`, or `head:number`.
 
-Connections, attention and experts take the first form.  model.remat and pipeline.schedule take the second.
+Connections, model.attention_kind and model.experts have the first form.  model.remat and pipeline.schedule have the second.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from mhc_jax.errors import InputError, one_of, require
 
 
 def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the settings that follow the head of a text.  Each value gets the type of its default.
+    """Return the settings that follow the head of a text, by name.  Each value gets the type of its default.
 
     >>> read_settings("model.attention_kind", "mla:kv_rank=16", {"kv_rank": 512, "rope_width": 64})
     {'kv_rank': 16}
 
     Args:
-      name: name of the setting that has the text as its value, for messages.
+      name: name of the setting whose value is the text, for error messages.
       text: `head` or `head:key=value:key=value`; the entries of a tuple are joined with +.
       defaults: every setting that may follow the head, and its default.
 
     Raises:
-      InputError: an unknown setting (the message names the nearest known one), or a value of the wrong type.
+      InputError: a setting is unknown (the message names the nearest known one) or given twice, or a value has the wrong type.
     """
     head, *pairs = text.split(":")
     require(
@@ -42,7 +42,7 @@ def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str
 def write_settings(
     head: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], always: Iterable[str] = ()
 ) -> str:
-    """Return the shortest text of `settings`, in their order: the settings that differ from their default, and those in `always`.
+    """Return a text with the head and those `settings`, in order, that differ from their default or are named in `always`.
 
     >>> write_settings("mla", {"kv_rank": 16, "rope_width": 64}, {"kv_rank": 512, "rope_width": 64})
     'mla:kv_rank=16'
@@ -52,20 +52,20 @@ def write_settings(
 
 
 def read_number(name: str, text: str, heads: Iterable[str], kinds: Mapping[str, type]) -> tuple[str, Any]:
-    """Return (head, number) of a text `head` or `head:number`.  The number is None if the text has none.
+    """Return (head, number) of a text `head:number`, or (head, None) of a text `head`.
 
     >>> read_number("model.remat", "connection:6", ["none", "connection"], {"connection": int})
     ('connection', 6)
 
     Args:
-      name: name of the setting that has the text as its value, for messages.
+      name: name of the setting whose value is the text, for error messages.
       text: the text to read.
       heads: every allowed head.
       kinds: `int` or `float` for each head that a number may follow.
 
     Raises:
-      InputError: an unknown head (the message names the nearest known one), a number after a head that takes none, or a text after
-        the colon that is no number.
+      InputError: the head is unknown (the message names the nearest known one), a number follows a head that takes none, or what
+        follows the colon is no number.
     """
     head, colon, number = text.partition(":")
     one_of(name, head, heads)
@@ -92,5 +92,5 @@ def _read(text: str, kind: type, name: str) -> Any:
 def _write(value: Any, kind: type) -> str:
     if isinstance(value, tuple):
         return "+".join(map(str, value))
-    # Python's str of a float is the shortest text that reads back as the same float.
+    # Python's `str` of a float is the shortest text from which `float` makes the same number.
     return str(float(value) if kind is float else value)

@@ -1,4 +1,4 @@
-"""One optimizer step, one validation step and one diagnostics step, as pure functions of (state, batch)."""
+"""The train step, the validation step and the diagnostics step, as pure functions of the state or the parameters and a batch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Batch = dict[str, Int[Array, "B T"]]
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of training that a checkpoint holds.  Leaves are arrays, or the shapes and dtypes of arrays."""
+    """The train state, which a checkpoint holds.  Its leaves are arrays, or the shapes and dtypes of arrays."""
 
     step: Any
-    """Number of optimizer updates done so far, int32 []."""
+    """Number of optimizer updates that are done, int32 []."""
     params: Any
     """Parameters of the decoder, float32."""
     opt_state: Any
@@ -38,9 +38,9 @@ class TrainState:
 
 
 def init_state(config: ExperimentConfig) -> TrainState:
-    """Make the initial state of training, with random numbers from train.seed.
+    """Make the initial train state, with random numbers from train.seed.
 
-    Branches get equal values under every connection, because random keys follow the paths of parameters.
+    The parameters of branches get the same values with every connection, because a random key depends on the parameter's path.
     """
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Decoder(config.model).init(jax.random.key(config.train.seed), tokens)["params"]
@@ -51,8 +51,8 @@ def init_state(config: ExperimentConfig) -> TrainState:
 def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Array, dict[str, Array]], Any]]:
     """Return the function (params, batch) -> ((loss, router), gradient).
 
-    Loss, router and gradient are means over optimizer.accumulation_steps slices of the batch.  With mesh.stage the slices are the
-    microbatches of a pipeline.  `router` holds the auxiliary values of routers (see `Decoder`), and is {} without experts.
+    Loss, router and gradient are means over optimizer.accumulation_steps slices of the batch.  If mesh.stage is above 1, the slices
+    are the microbatches of a pipeline.  `router` holds the auxiliary values of routers (see `Decoder`), and is {} without experts.
     """
     if config.model.remat_policy == "auto":
         raise ValueError("model.remat is 'auto'; give the configuration that `remat_plan.resolve` returns.")
@@ -85,9 +85,9 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
 
 
 def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: float) -> Any:
-    """Return the parameters after a step, with the routers' biases of `before` moved by one step of balancing.
+    """Return `params` with the routers' biases replaced by those of `before`, moved by one step of balancing (`balanced_bias`).
 
-    The optimizer's own update of the biases is dropped.
+    `before` and `params` are the parameters before and after the optimizer's update.  `load` counts the tokens of each expert.
     """
     bias = balanced_bias(before["layers"]["mlp"]["router_bias"], load, rate)
     layers = params["layers"]
@@ -98,10 +98,10 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
     """Return the function (state, batch) -> (state, metrics) of one optimizer step.
 
     Metrics are loss, grad_norm (before clipping), grad_norm_per_layer [L/2] (of each block) and learning_rate (of this update).
-    With experts there are also the numbers of `layers.moe.router_health`, and with a buffer of experts router_dropped.  The step
-    then moves the routers' biases by the loads of the batch.
+    If the model has experts, metrics also have the numbers of `layers.moe.router_health`, and router_dropped if model.experts sets
+    a buffer.  The step then also moves the routers' biases, by the loads of experts in the batch (`move_router_bias`).
 
-    A step whose loss or gradient is not finite changes nothing, so that the state left behind stays usable.
+    A step whose loss or gradient is not finite returns the state unchanged, so that the last finite state can be saved.
     """
     tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
     rate = schedule(config.optimizer, config.train.steps)
@@ -135,15 +135,15 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
 
 
 def make_unstaged_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Return the train step (`make_train_step`) without a pipeline, for counting operations.
+    """Return the train step (`make_train_step`) of the same model without a pipeline, for counting its FLOPs.
 
-    With a pipeline the count would be wrong, because each tick of the program contains the operations of every stage.
+    A count of the step with a pipeline would be wrong, because each tick of its program contains the operations of every stage.
     """
     return make_train_step(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1)))
 
 
 def _square_sums(grads: Any) -> Array:
-    """Return the sum of squared gradients over all parameters of each block, as an array [blocks]."""
+    """Return the sum of squared gradients of each block, as an array [blocks].  The arrays of `grads` are [blocks, ...]."""
     return functools.reduce(jnp.add, (jnp.sum(g**2, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)))
 
 
@@ -163,7 +163,7 @@ def make_diagnostics_step(
 ) -> Callable[[Any, Int[Array, "B T"]], dict[str, Array]]:
     """Return the function (params, tokens) -> arrays for `diagnostics.summarize`, collected at `sample` tokens.
 
-    It is a forward pass of its own, so that diagnostics cost nothing in the train step.
+    The function is a forward pass of its own, so that diagnostics cost nothing in the train step.
     """
     model = Decoder(config.model)
 

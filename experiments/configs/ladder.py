@@ -1,15 +1,16 @@
-"""Configure models between the demo and the paper's 3B (rungs of a compute ladder), by the shape rules of mHC Table 5.
+"""Configure four sizes of model between the demo and the paper's 3B, with the proportions of the models in mHC Table 5.
 
     python experiments/train.py --config=experiments/configs/ladder.py:w320:hc --workdir=runs/w320-hc
 
-The argument after the colon is a rung, named by its width (`w160`, `w320`, `w640`, `w960`), and a connection as in paper.py.  The
-rungs share with Table 5: 80 channels of width for each head; heads of 128 + 64 channels (MLA); 64 experts of 0.7 times the width,
-of which a token sees 6, and 2 shared ones; a dense first block, 8 experts wide; 64 training tokens for each active parameter.  The
-latent of MLA is 0.4 times the width (512 at 3B).  The learning rate is 8.6e-4 (active / 612M)^-0.4, which passes through the 3B
-and 27B models of the table, and is at most 3e-3.  Active parameters are counted without the vocabulary, whose size is the
-tokenizer's (`mhc_jax.cost.counts.model_cost`).
+The argument after the colon is a size, called a rung, and a connection as in paper.py.  A rung is named by its width: `w160`,
+`w320`, `w640`, `w960`.  The rungs share with Table 5: 80 channels of width for each head; heads of 128 + 64 channels (multi-head
+latent attention); 64 routed experts with hidden widths of 0.7 times the width, of which a token sees 6, and 2 shared experts; a
+dense first block as wide as 8 experts; 64 training tokens for each active parameter.  The latent is 0.4 times as wide as a stream
+(512 at 3B).  The learning rate is 8.6e-4 (active / 612M)^-0.4, at most 3e-3, where `active` is the number of active parameters.
+The formula gives the rates of the table's 3B and 27B models.  Active parameters are counted without the vocabulary, whose size
+is that of the tokenizer (`mhc_jax.cost.counts.model_cost`).
 
-Losses: not measured.
+Losses are not measured.
 """
 
 from ml_collections import ConfigDict
@@ -20,12 +21,12 @@ from mhc_jax.connections import parse
 from mhc_jax.cost.counts import model_cost
 from mhc_jax.errors import one_of
 
-# For each rung: layers, heads, tokens of a sequence, sequences of a step.
+# Each rung has: blocks, heads, tokens of a sequence, sequences of a step.
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}
 
 
 def get_config(arg: str = "w160:mhc") -> ConfigDict:
-    """Return a configuration with every leaf: the settings that define the rung, and defaults."""
+    """Return the configuration of a rung and a connection (`arg`), with defaults for all settings that the rung leaves open."""
     rung, _, connection = arg.partition(":")
     one_of("The rung in the argument of ladder.py", rung, RUNGS)
     layers, heads, length, sequences = RUNGS[rung]
@@ -42,7 +43,7 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.model.experts = f"64:width={expert_width}:dense_layers=1"
     config.model.mlp_width = 8 * expert_width
 
-    # Parameters are counted with the residual connection, so that every connection has the same tokens and learning rate.
+    # Parameters are counted with the residual connection, so that all connections have equal numbers of steps and learning rates.
     config.model.connection = to_mapping(parse("residual"))
     active = model_cost(from_mapping(config.to_dict()).model, length).active
     config.model.connection = to_mapping(parse(connection or "mhc"))
@@ -54,7 +55,7 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.optimizer.schedule = "step"
 
     config.train.steps = round(64 * active / (length * sequences))
-    config.optimizer.warmup_steps = config.train.steps // 15  # The share of mHC Table 5: 2000 of 30,000 steps.
+    config.optimizer.warmup_steps = config.train.steps // 15  # as in mHC Table 5, 2000 of 30,000 steps at 3B
     config.train.validate_every = 500
     config.train.checkpoint_every = 500
     config.train.diagnostics_every = 500

@@ -1,14 +1,14 @@
-"""Configure a decoder of 110M parameters for one GPU: width 768, 12 blocks, sequences of 1024 BPE tokens, 98M tokens.
+"""Configure a decoder of 110M parameters for one GPU: width 768, 12 blocks, sequences of 1024 BPE tokens, 98M tokens in all.
 
     python experiments/tokenizer.py --source=TEXT --vocab_size=16384 --output=bpe16k.json
     python experiments/train.py --config=experiments/configs/one_gpu.py:mhc --workdir=runs/one-gpu-mhc \\
         --config.data.source=TEXT --config.data.tokenizer=bpe:bpe16k.json
 
 The argument after the colon is a connection, as in demo.py.  Branches and streams are in bfloat16.  Attention is the kernel of
-cuDNN, which needs an NVIDIA GPU from Ampere on; give --config.model.attention=xla elsewhere.  The blocks have 85M parameters, the
-two vocabulary matrices 25M.
+cuDNN, which needs an NVIDIA GPU of the Ampere generation or newer; give --config.model.attention=xla elsewhere.  The blocks have
+85M parameters, and the two vocabulary matrices have 25M.
 
-Losses: not measured.  Cost: 5e16 FLOPs a run, some minutes on an H100.
+Losses are not measured.  A run costs 5e16 FLOPs, which are some minutes on an H100.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ from mhc_jax.connections import parse
 
 
 def get_config(arg: str = "mhc") -> ConfigDict:
-    """Return a configuration with every leaf: the settings that define this size, and defaults."""
+    """Return the configuration: the settings of this size, and defaults for all other settings.  `arg` is a connection."""
     config = ConfigDict(to_mapping(ExperimentConfig()))
     config.model.connection = to_mapping(parse(arg))
 

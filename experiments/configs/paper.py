@@ -2,16 +2,17 @@
 
     python experiments/train.py --config=experiments/configs/paper.py:27b:mhc --workdir=runs/27b-mhc
 
-The argument after the colon is a size and a connection: `3b:residual`, `9b:hc`, `27b:mhc:init=home`, `3b_1t:mhc` (one trillion
-tokens).  `mhc` alone is the mHC of the paper: n = 4, alpha 0.01, t_max 20 and the static biases of its appendix A.6 (`init=paper`)
-are the defaults.  No text is given: set --config.data.source and a tokenizer of at most 129,280 tokens.
+The argument after the colon is a size and a connection: `3b:residual`, `9b:hc`, `27b:mhc:init=home`, `3b_1t:mhc` (3B on one
+trillion tokens).  `mhc` without settings is the mHC of the paper: n = 4 streams, gates of 0.01, 20 Sinkhorn iterations and the
+static logits of its appendix A.6 (`init=paper`).  No text is chosen here: set --config.data.source, and with
+--config.data.tokenizer a tokenizer of at most 129,280 tokens.
 
 With `residual`, `mhc_jax.cost.counts.model_cost` counts 2.970 / 9.172 / 27.033 B parameters, of which 0.609 / 1.654 / 4.124 B are
-active (tests/cost/test_cost.py).  The table has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  Settings that
-the table leaves open are chosen here: untied embeddings, queries without a low rank, a dense first layer as wide as 8 experts.
+active (tests/cost/test_cost.py).  Table 5 has 2.97 / 9.18 / 27.0 and 0.612 / 1.66 / 4.14.  The table leaves some settings open.
+They are chosen here: untied embeddings, queries without a low-rank projection, a dense first block as wide as 8 experts.
 
-Losses are not measured.  A run costs thousands of accelerator days; `experiments/compile.py` estimates what a step takes on a
-slice of TPUs.
+Losses are not measured.  A run costs thousands of accelerator days.  `experiments/compile.py` estimates memory and time of a step
+on a slice of TPUs.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
 from mhc_jax.errors import one_of
 
-# For each size: layers, width, heads, routed experts, expert width, sequences a step, steps, learning rate
+# Each size has: blocks, width, heads, routed experts, width of an expert, sequences per step, steps, learning rate
 SIZES = {
     "3b": (12, 1280, 16, 64, 896, 320, 30_000, 8.6e-4),
     "9b": (18, 1920, 24, 64, 1280, 512, 50_000, 5.9e-4),
@@ -31,7 +32,7 @@ SIZES = {
 
 
 def get_config(arg: str = "3b:mhc") -> ConfigDict:
-    """Return the configuration of a size and a connection: the settings of Table 5, and defaults for all other settings."""
+    """Return the configuration of a size and a connection (`arg`): the settings of Table 5, and defaults for all others."""
     size, _, connection = arg.partition(":")
     one_of("The size in the argument of paper.py", size, SIZES)
     layers, width, heads, experts, expert_width, sequences, steps, rate = SIZES[size]

@@ -2,16 +2,16 @@
 
     python experiments/sweep.py experiments/sweeps/depth.py --workdir=runs/depth
 
-Expect: HC's composite gain grows with depth; mHC's stays at 1 forward and slightly above 1 backward.
-Cost: 54 runs of 10 s to several minutes on 2 cores.
+Expect: HC's composite gain grows with depth.  mHC's stays at 1 forward and slightly above 1 backward.
+Cost: 54 runs of 10 s to several minutes on 2 CPU cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Return the sweep that crosses the connections with the numbers of blocks and the seeds."""
-    # A block has two sub-layers.  With 80 steps a run of 256 sub-layers takes minutes.
+    """Return the sweep: every connection with every number of blocks and each of three seeds."""
+    # A block has two sub-layers.  Runs have only 80 steps, so that the run with 256 sub-layers takes minutes.
     return Sweep(
         base="../configs/prototype.py",
         points=product(

@@ -1,17 +1,17 @@
-"""Climb a compute ladder: the loss of residual, HC and mHC (`init=home`) at four sizes, against training FLOPs.
+"""Measure the loss of residual, HC and mHC (`init=home`) at four model sizes, against training FLOPs (a compute ladder).
 
     python experiments/sweep.py experiments/sweeps/ladder.py --workdir=runs/ladder
 
-Expect: the loss falls with compute along nearly parallel curves.  A power law through four points of one seed has wide
-intervals, which decide nothing about the exponents.  Cost: 12 runs of 10 s to a few minutes on 2 cores.
+Expect: the loss falls with compute along nearly parallel curves.  Four sizes with one seed are too few to tell the exponents of the
+curves apart.  Cost: 12 runs of 10 s to a few minutes on 2 CPU cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds, zip_points
 
 
 def get_sweep() -> Sweep:
-    """Return the sweep that crosses the connections with the sizes, with one seed."""
-    # Width, depth and steps grow together; heads are 8 to 24 channels wide.
+    """Return the sweep: every connection with every model size, with one seed."""
+    # Width, depth and number of steps grow together.  Heads are 8 to 24 channels wide.
     sizes = zip_points(
         over("model.width", [32, 48, 64, 96]),
         over("model.mlp_width", [88, 128, 176, 256]),

@@ -3,19 +3,19 @@
     python experiments/sweep.py experiments/sweeps/one_gpu.py --workdir=runs/one_gpu \\
         --config.data.source=TEXT --config.data.tokenizer=bpe:bpe16k.json
 
-The tokenizer and the token cache are made beforehand, on any machine (`experiments/configs/one_gpu.py`).  If a job may last only
-minutes, run it under `timeout --signal=INT`: the run in progress saves and stops, and the same command goes on.
+Make the tokenizer (`experiments/configs/one_gpu.py`) and the cache of tokenized text beforehand, on any machine.  If a job may last
+only minutes, start it with `timeout --signal=INT`.  The run in progress then saves and stops, and the same command goes on.
 
-Losses: not measured.  Cost: 6 runs of some minutes on an H100.
+Losses are not measured.  Cost: 6 runs of some minutes on an H100.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Return the sweep that crosses the seeds with the connections.
+    """Return the sweep: every connection with each of two seeds.
 
-    Seeds vary slowest, so that a sweep that was cut off has runs to pair.
+    Runs of one seed follow each other, so that a sweep that is cut off has runs with equal seeds to compare.
     """
     points = product(seeds(2), over("connection", ["residual", "hc", "mhc:init=home"]))
     return Sweep(base="../configs/one_gpu.py", points=points)

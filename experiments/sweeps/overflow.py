@@ -1,11 +1,12 @@
-"""Check that runs whose streams overflow count as diverged: 40 runs of HC, and the 6 hardest settings for residual and for mHC.
+"""Check that runs whose streams overflow count as diverged: 40 runs of HC, 6 of residual and 6 of mHC.
 
     python experiments/sweep.py experiments/sweeps/overflow.py --workdir=runs/overflow
 
 A model of width 16 is trained for 120 steps at learning rates from 1e-3 to 1, with streams in float32, bfloat16 and float16.
-Expect: HC with 32 or 64 sub-layers diverges from a learning rate of 0.1 on (0.01 in float16), and with 8 sub-layers in float16
-alone.  Residual and mHC diverge in float16 at a learning rate of 1 alone.  No run that finishes has a gradient norm of zero.
-Cost: 52 runs of 10 to 60 s on 2 cores.
+Expect: HC with 32 or 64 sub-layers diverges at learning rates of 0.1 and 1, and in float16 at 0.01, too.  HC with 8 sub-layers
+diverges at a learning rate of 1, and in float16 at 0.1, too.  Residual and mHC diverge only in float16 at a learning rate of 1.
+No run that finishes has a gradient norm of zero.
+Cost: 52 runs of 10 to 60 s on 2 CPU cores.
 """
 
 from mhc_jax.sweeps.grid import Point, Sweep, over, product
@@ -14,12 +15,12 @@ KEYS = ("connection", "model.num_layers", "optimizer.grad_clip", "optimizer.sche
 
 
 def points(*rows: tuple) -> list[Point]:
-    """Make one point for each row, which holds the values of the settings `KEYS`."""
+    """Make a point from each row.  A row holds the values of the settings `KEYS`, in this order."""
     return [dict(zip(KEYS, row, strict=True)) for row in rows]
 
 
 def get_sweep() -> Sweep:
-    """Return the sweep that crosses the connections and depths with the dtypes of the streams and the learning rates."""
+    """Return the sweep: rows of values of `KEYS`, combined with dtypes of the streams and with learning rates."""
     hard = (32, 0.0, "constant")
     hc = points(("hc", 32, 1.0, "cosine"), ("hc:tanh=False", *hard), ("hc:tanh=False", 4, 0.0, "cosine"))
     others = points(("residual", *hard), ("mhc:init=paper", *hard))

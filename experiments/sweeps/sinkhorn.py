@@ -1,17 +1,17 @@
-"""Measure how many Sinkhorn iterations are enough: marginals and composite gain of mHC (`init=home`) against t_max.
+"""Measure the marginals and the composite gain of mHC (`init=home`) against t_max, the number of Sinkhorn iterations.
 
     python experiments/sweep.py experiments/sweeps/sinkhorn.py --workdir=runs/sinkhorn
 
-The learning rate is 1e-2 without warm-up, so that the logits leave the region in which few iterations are enough.  Expect: the
-forward gain is 1 throughout, because Sinkhorn ends on rows; the backward gain is above 1 and falls with t_max. Cost: 18 runs of
-10 to 90 s on 2 cores.
+The learning rate is 1e-2 without warm-up, so that the logits of H_res leave the region in which few iterations are enough.  Expect:
+the forward gain is 1 at every t_max, because the last normalisation of Sinkhorn is that of rows.  The backward gain is above 1, and
+is smaller for large t_max.  Cost: 18 runs of 10 to 90 s on 2 CPU cores.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 
 def get_sweep() -> Sweep:
-    """Return the sweep that crosses residual, and mHC with each t_max, with the seeds."""
+    """Return the sweep: residual, and mHC with every t_max, with each of three seeds."""
     t_max = product(over("connection", ["mhc:init=home"]), over("model.connection.t_max", [1, 3, 5, 20, 40]))
     return Sweep(
         base="../configs/prototype.py",

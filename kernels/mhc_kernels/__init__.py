@@ -1,13 +1,14 @@
 """Operations on residual streams: `sinkhorn`, `coefficients`, `read`, `write`, `write_read`.
 
-Streams are flat, `[*tokens, n*C]`, stream-major: stream i is columns i C to (i + 1) C.  Coefficients are float32 with the
-small axes first and the tokens last.  The only dependencies of the package are jax and, for annotations, jaxtyping.
+The n streams of C channels are one array `[*tokens, n*C]`, in which stream i is columns i C to (i + 1) C.  Coefficients are
+float32 arrays `[n, *tokens]` or `[n, n, *tokens]`.  `*tokens` stands for any number of token axes, such as batch and time.
+The only dependencies of the package are jax and, for annotations, jaxtyping.
 
-Where to read what:
+Where each formula is explained:
 
-    ops/sinkhorn/reference.py      order of the normalisations, and where eps goes in the paper and in DeepSeek-V4
-    ops/sinkhorn/steps.py          scaling-vector form and the derivation of the gradient
-    ops/coefficients/reference.py  H_pre, H_post and H_res from the streams
+    ops/sinkhorn/reference.py      the order of the normalisations of Sinkhorn, and the place of eps in mHC and in DeepSeek-V4
+    ops/sinkhorn/steps.py          Sinkhorn as an iteration of two scaling vectors, and the derivation of its gradient
+    ops/coefficients/reference.py  how H_pre, H_post and H_res are made from the streams
     ops/read/, ops/write/          the formulas of read and write, in `reference.py`
     ops/write_read/, backends.py   the boundary in one pass over the streams, and the formula of its gradient
     api.py                         the public operations

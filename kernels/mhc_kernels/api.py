@@ -1,4 +1,4 @@
-"""Public operations.  Each checks its arguments and runs a backend; `backends.py` has the backends' contract and the gradients."""
+"""The public operations.  Each checks its arguments and runs a backend; `backends.py` states what backends must provide."""
 
 from __future__ import annotations
 
@@ -30,32 +30,33 @@ from mhc_kernels.sharded import over_tokens
 
 _COEFFICIENTS = Coefficients._make(
     (1, 1, 2)
-)  # number of axes in front of the tokens: n of pre, n of post, n x n of res
+)  # number of axes in front of the token axes: one in pre [n, *tokens], one in post, two in res
 
 
 @over_tokens(2, logits=2)
 def sinkhorn(
     logits: Float[Array, "n n *tokens"], num_iters: int = 20, eps: float = 0.0, *, implementation: str | None = None
 ) -> Float[Array, "n n *tokens"]:
-    r"""Make matrices of logits doubly stochastic by Sinkhorn-Knopp iterations (mHC, arXiv 2512.24880, Eq. 9).
+    r"""Turn matrices of logits into doubly stochastic matrices by Sinkhorn-Knopp iterations (mHC, arXiv 2512.24880, Eq. 9).
 
         $M^{(0)} = \exp(\tilde H)$,  $M^{(t)} = T_r(T_c(M^{(t-1)}))$,  $H^{res} = M^{(t_{max})}$
 
-    $T_c$ divides columns by their sums, then $T_r$ divides rows by theirs.  Rows come last, so row sums are 1 to rounding and
-    column sums are approximate.
+    $T_c$ divides each column by its sum, then $T_r$ divides each row by its sum.  Rows come last, so row sums are 1 up to
+    rounding, and column sums are 1 only approximately.
 
-    Over 65,536 random 4x4 logits of standard deviation 1 / 2 / 4 / 8, |column sum - 1| after 20 pairs is
-    5e-7 / 5e-4 / 9e-3 / 3e-2 on average and 5e-3 / 4e-2 / 8e-2 / 5e-1 at most (`test_marginal_error_of_twenty_steps`).
+    For 65,536 random 4x4 matrices of logits with standard deviation 1 / 2 / 4 / 8, the largest |column sum - 1| of a matrix after
+    20 iterations is 5e-7 / 5e-4 / 9e-3 / 3e-2 on average and 5e-3 / 4e-2 / 8e-2 / 5e-1 in the worst matrix
+    (`test_marginal_error_of_twenty_steps`).
 
     DeepSeek-V4 adds eps = 1e-6 to every entry after the first $T_c$, and to every divisor after that.  The matrix
-    `comb` of its code is the transpose of H_res: rows of `comb` are columns of H_res.
+    `comb` in DeepSeek's code is the transpose of H_res: rows of `comb` are columns of H_res.
 
-    The gradient is that of the truncated iteration, which is computed again from the logits; `ops/sinkhorn/steps.py` derives it.
+    The gradient is that of the t_max iterations, not of their limit.  The backward pass computes them again from the logits.
 
     Args:
       logits: one n x n matrix for each token; any float dtype, computed in float32.  NaN or +inf in the matrix of a token
-        makes the result of this token NaN, and of no other token.  An entry of -inf stays 0, but a row or column without any
-        other entry gives NaN.
+        makes the result of this token NaN, and of no other token.  With eps = 0, a logit of -inf gives an entry of 0, but a row
+        or column of -inf alone gives NaN.
       num_iters: t_max, at least 1.
       eps: 0 in the paper, 1e-6 in DeepSeek-V4.
       implementation: `xla`, `pallas_tpu`, `pallas_gpu` or `triton`; None chooses the backend that fits the device.
@@ -66,7 +67,7 @@ def sinkhorn(
     Raises:
       ValueError: matrices that are not square, no tokens, num_iters < 1, or an implementation that cannot run here.
 
-    Traffic per token: reads n^2 and writes n^2 float32; backward reads 2 n^2 and writes n^2.
+    Memory traffic per token: reads n^2 and writes n^2 float32 numbers; backward reads 2 n^2 and writes n^2.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -76,7 +77,7 @@ def sinkhorn(
       >>> print(np.asarray(sinkhorn(logits)[..., 0]).round(3))
       [[0.731 0.269]
        [0.269 0.731]]
-      >>> print(np.asarray(sinkhorn(logits, num_iters=1).sum(0).ravel()).round(3))  # column sums after one pair
+      >>> print(np.asarray(sinkhorn(logits, num_iters=1).sum(0).ravel()).round(3))  # column sums, 1 iteration
       [0.83 1.17]
     """
     square = logits.ndim >= 2 and logits.shape[0] == logits.shape[1]
@@ -95,21 +96,21 @@ def sinkhorn(
 def projection(
     x: Float[Array, "*tokens C"], phi: Float[Array, "C k"], eps_norm: float, *, implementation: str | None = None
 ) -> Float[Array, "k *tokens"]:
-    r"""Project the normalised channels v of each token; the RMSNorm divides after the product (mHC Eq. 14-16).
+    r"""Multiply the RMS-normalised channels v of each token by phi, and divide by the RMS last (mHC Eq. 14-16).
 
         $z = (v \phi) / \sqrt{\mathrm{mean}(v^2) + \epsilon}$
 
     For mHC, v is all n C channels of a token.  For HC, v is the C channels of one stream.
 
     Args:
-      x: v of each token, any float dtype; computed in float32.
-      phi: float32 matrix of the projection, one row for each channel of v.
+      x: the channels v of each token, any float dtype; computed in float32.
+      phi: float32 projection matrix, with one row for each channel of v.
       eps_norm: epsilon of the RMSNorm, 1e-20 in the paper and 1e-6 in DeepSeek-V4.
       implementation: as in `sinkhorn`.
 
     Returns:
-      float32 z, tokens last.  A token whose sum of squares overflows float32 gets NaN, and so do its results of `coefficients`
-      and `write_read`.  If the squares underflow, z is v phi / sqrt(eps_norm); see `inverse_rms`.
+      Float32 z, tokens last.  If the sum of squares of a token overflows float32, z of this token is NaN, and so are its results
+      of `coefficients` and `write_read`.  If the squares underflow, z is v phi / sqrt(eps_norm); see `inverse_rms`.
 
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
@@ -148,12 +149,12 @@ def gates(
     Args:
       z: the result of `projection`, tokens last.
       alpha, bias, num_streams, parts, eps: as in `coefficients`.
-      mixing: function that makes H_res from its logits; None means `sinkhorn` with 20 pairs of steps and this eps.
+      mixing: function that makes H_res from the logits of H_res; None means `sinkhorn` with 20 iterations and this eps.
 
     Returns:
       Float32 coefficients, tokens last; a part that is not in `parts` is None.
 
-    Traffic per token: reads n^2 + 2 n float32 and writes as many.  It does not depend on C.
+    Memory traffic per token, which does not depend on C: reads n^2 + 2 n float32 numbers and writes as many.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -199,15 +200,15 @@ def coefficients(
 
     Args:
       x: flat streams, stream-major, any float dtype; computed in float32.
-      phi: projection with the columns [pre n | post n | res n*n, row-major] of the parts that exist (see `columns`).
+      phi: projection matrix with the columns [pre n | post n | res n*n, row-major] of the parts that exist (see `columns`).
       alpha: one gate for each part, in the order of `parts`.
-      bias: static logits, laid out as the columns of phi.
+      bias: static logits, one for each column of phi.
       num_streams: n.
       parts: which of pre, post and res exist; a part that is left out comes back as None.
       num_iters: t_max of Sinkhorn.
       eps_norm: epsilon of the RMSNorm, 1e-20 in the paper, 1e-6 in DeepSeek-V4.
       eps: epsilon of H_pre and Sinkhorn, 0 in the paper, 1e-6 in DeepSeek-V4.
-      implementation: as in `sinkhorn`; it holds for the projection and for Sinkhorn.
+      implementation: as in `sinkhorn`; the backend of the projection and of Sinkhorn.
 
     Returns:
       Float32 coefficients, tokens last.
@@ -215,7 +216,7 @@ def coefficients(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: reads n C, writes n^2 + 2 n (mHC Table 2).
+    Memory traffic per token: reads n C numbers, writes n^2 + 2 n (mHC Table 2).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -253,7 +254,7 @@ def read(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: reads n C + n, writes C (mHC Table 2, "apply H_pre"); backward moves (2 n + 1) C.
+    Memory traffic per token: reads n C + n numbers, writes C (mHC Table 2, "apply H_pre"); backward moves (2 n + 1) C.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -289,7 +290,7 @@ def write(
 
         $x'_i = \sum_j H^{res}_{ij} x_j + H^{post}_i y$
 
-    Row i of `res` makes the new stream i.  The matrix `comb` of DeepSeek's code is the transpose of `res`.
+    Row i of `res` has the weights of the old streams in new stream i.  The matrix `comb` in DeepSeek's code is `res` transposed.
 
     Args:
       x: flat streams.
@@ -305,8 +306,8 @@ def write(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: reads (n + 1) C + n^2 + n, writes n C (mHC section 4.3, fused post, res and merge).
-    Backward reads (2 n + 1) C and writes (n + 1) C.
+    Memory traffic per token: reads (n + 1) C + n^2 + n numbers, writes n C (mHC section 4.3, where one kernel applies H_post and
+    H_res and adds them).  Backward reads (2 n + 1) C and writes (n + 1) C.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -345,8 +346,8 @@ def write_read(
 
         $x' = H^{res} x + (H^{post})^\top y$,  $(H'^{pre}, H'^{post}, H'^{res}) = \mathrm{coefficients}(x')$,  $h = H'^{pre} x'$
 
-    A kernel crosses it in one pass over the streams, the fused form that mHC section 4.3 asks for.  `backends.py` has the formula
-    of the gradient.
+    In a backend with kernels, one kernel does all forward work on the streams, as mHC section 4.3 asks for.  For the gradient, see
+    `backends.py`.
 
     Args:
       x: flat streams that the first sub-layer read from.
@@ -362,8 +363,8 @@ def write_read(
     Raises:
       ValueError: shapes that do not match, or an implementation that cannot run here.
 
-    Traffic per token: one pass moves (2 n + 2) C, which is the floor, and n^2 + 2 n float32 a few times.  XLA moves at least
-    (4 n + 3) C if the boundary is composed of the single operations.
+    Memory traffic per token: one pass over the streams moves (2 n + 2) C numbers, the least possible, and the n^2 + 2 n
+    coefficients a few times.  The three single operations, one after another, move at least (4 n + 2) C.
 
     Examples:
       >>> import jax.numpy as jnp

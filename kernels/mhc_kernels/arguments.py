@@ -1,4 +1,4 @@
-"""Check the shapes of arguments, merge token axes into one, and match types under `shard_map`, for all operations."""
+"""Prepare the arguments of all operations: check shapes, merge token axes into one, and match types under `shard_map`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mhc_kernels.layout import columns
 
 
 def require(op: str, condition: bool, problem: str, **arrays: Array | None) -> None:
-    """Raise ValueError with the `problem` and the shapes of `arrays` if `condition` is false."""
+    """If `condition` is false, raise ValueError with the name `op` of the operation, the `problem`, and the shapes of `arrays`."""
     if not condition:
         shapes = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items() if a is not None)
         raise ValueError(f"{op}: {problem} (got {shapes}).")
 
 
 def check_streams(op: str, x: Array, num_streams: int) -> None:
-    """Require flat streams x with a float dtype, a last axis that n divides, and at least one token."""
+    """Raise ValueError unless the streams x have a float dtype, a last axis that `num_streams` divides, and at least one token."""
     require(op, jnp.issubdtype(x.dtype, jnp.floating), "streams must have a float dtype", x=x)
     require(op, num_streams >= 1, f"num_streams is {num_streams}, it must be at least 1", x=x)
     require(
@@ -29,10 +29,10 @@ def check_streams(op: str, x: Array, num_streams: int) -> None:
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Cast the arrays so that their types vary over the same mesh axes.
+    """Cast the arrays so that the type of each varies over every mesh axis over which any of them varies.
 
-    Under `shard_map`, phi is one value for all shards, and x differs from shard to shard.  The cast of phi makes its gradient the
-    sum over shards.
+    Under `jax.shard_map`, phi has the same value on all shards, and x differs from shard to shard.  With the cast, the gradient of
+    phi is summed over the shards.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     missing = [tuple(frozenset().union(*varying) - v) for v in varying]
@@ -40,7 +40,7 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
 
 
 def flatten(a: Array, small: int) -> Array:
-    """Merge the token axes of coefficients into one, the last; `small` is the number of axes in front of them."""
+    """Merge the token axes of coefficients into one last axis; `small` is the number of axes in front of the token axes."""
     return a.reshape(*a.shape[:small], -1)
 
 
@@ -52,7 +52,7 @@ def flatten_streams(a: Array) -> Array:
 def check_parameters(
     op: str, x: Array, phi: Array, alpha: Array, bias: Array, num_streams: int, parts: tuple[str, ...]
 ) -> None:
-    """Require phi, alpha and bias to have the shapes that x, n and the existing `parts` of the coefficients ask for."""
+    """Raise ValueError unless phi, alpha and bias have the shapes that follow from x, n and the existing `parts`."""
     k = columns(num_streams, parts)[parts[-1]].stop
     good = phi.shape == (x.shape[-1], k) and bias.shape == (k,) and alpha.shape == (len(parts),)
     wanted = f"phi must be [{x.shape[-1]}, {k}], bias [{k}] and alpha [{len(parts)}] for parts {', '.join(parts)}"
@@ -60,7 +60,11 @@ def check_parameters(
 
 
 def check_write(op: str, x: Array, y: Array, post: Array | None, res: Array | None, num_streams: int) -> str | None:
-    """Check the shapes of the arguments of a write, and return the reason why no kernel can run it, or None."""
+    """Check the shapes of the arguments of a write, and return why no kernel can run this write, or None if a kernel can.
+
+    Raises:
+      ValueError: shapes that do not match.
+    """
     n, tokens = num_streams, x.shape[:-1]
     arrays = {"x": x, "y": y, "post": post, "res": res}
     require(op, y.shape == (*tokens, x.shape[-1] // n), "y must have the tokens of x and 1/n of its channels", **arrays)

@@ -1,4 +1,4 @@
-"""Choose the backend of an operation and the device that a program is traced for."""
+"""Choose the backend that runs an operation, and the kind of device that a program is traced for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "triton": "gpu"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Values that the context manager `settings` has set, one field for each of its arguments."""
+    """The values that the context manager `settings` has set, with one field for each of its arguments."""
 
     implementation: str | None = None
     platform: str | None = None
@@ -37,18 +37,18 @@ def settings(
     interpret: bool | None = None,
     token_axes: PartitionSpec | None = None,
 ) -> Iterator[None]:
-    """Choose backends, device and mesh axes for every operation that is traced inside.
+    """Choose the backends, the kind of device and the mesh axes of every operation that is traced inside this context manager.
 
-    An argument that is left out keeps its value from the surrounding settings.  A function that `jax.jit` has already traced stays
-    as it is.
+    An argument that is left out keeps its value from an enclosing `settings`.  A function that `jax.jit` has already traced does
+    not change.
 
     Args:
-      implementation: the backend of every call with `implementation=None`; `xla` runs plain XLA everywhere.
-      platform: `cpu`, `gpu` or `tpu`, the device that the program is traced for.  It is needed when that device is not the
-        default backend (ahead-of-time compilation).
+      implementation: the backend of every call with `implementation=None`; `xla` means plain XLA without kernels.
+      platform: `cpu`, `gpu` or `tpu`, the kind of device that the program is traced for.  It is needed when this is not the
+        default backend of JAX (ahead-of-time compilation).
       interpret: whether Pallas kernels run in interpret mode, which any device can do.
       token_axes: mesh axes that split the leading token axes ([B, T]) of streams and coefficients.  Each operation then runs
-        under `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded.py`).  Empty means without `jax.shard_map`.
+        under `jax.shard_map` over the mesh of `jax.set_mesh` (see `sharded.py`).  An empty PartitionSpec turns this off.
 
     Raises:
       ValueError: unknown implementation or platform.
@@ -84,7 +84,7 @@ def interpret() -> bool:
 
 
 def token_axes() -> PartitionSpec:
-    """Return the mesh axes that tokens are split over."""
+    """Return the mesh axes that split the leading token axes, as `settings` has set them; empty means no `jax.shard_map`."""
     return _settings.get().token_axes
 
 
@@ -94,19 +94,20 @@ def _known(name: str) -> None:
 
 
 def choose(op: str, requested: str | None, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
-    """Return the implementation that will run.
+    """Return the name of the implementation that will run a call of the operation `op`.
 
     Args:
       op: name of the operation, for messages.
       requested: the `implementation` that the caller named, or None.
-      obstacles: for each backend but `xla`, a function that returns why it cannot run this call, or None if it can.  A backend
-        that is not listed does not have this operation.
+      obstacles: for each backend but `xla`, a function that returns why the backend cannot run this call, or None if it can.  A
+        backend that is not listed has no kernel for this operation.
 
     Returns:
-      The implementation that was named.  If none was named, the backend of the platform, or `xla` with one warning that says why.
+      The implementation that the caller or else `settings` named.  If none was named, the backend with kernels for the platform.
+      If there is no such backend, `xla`.  If there is one that cannot run the call, `xla` with one warning that gives the reason.
 
     Raises:
-      ValueError: the named implementation cannot run here.
+      ValueError: the named implementation cannot run this call.
     """
     name = requested or _settings.get().implementation
     if name is not None:

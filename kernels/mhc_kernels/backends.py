@@ -1,6 +1,7 @@
-r"""The contract of a backend, and the custom gradient that all backends of an operation share.
+r"""What a backend must provide, and the custom gradient of each operation, which all backends of the operation share.
 
-A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N tokens, without autodiff of its own:
+A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N tokens.  JAX does not differentiate them; each
+backend has its own `backward`, in which g is the gradient of the result and dx is the gradient of x:
 
     sinkhorn      forward(logits[n, n, N], num_iters, eps) -> res[n, n, N]
                   backward(logits, g, num_iters, eps) -> dlogits
@@ -14,10 +15,11 @@ A backend is a module `ops/<op>/<backend>.py` of plain functions on arrays of N 
                   read_products(x'[N, nC], g_h[N, C]) -> dpre[n, N] = <x'_i, g_h>
                   backward(saved, pre, g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi
 
-A backend also has `obstacle(num_streams, width, dtypes) -> str | None`, which says why it cannot run such a call.  Coefficients
-are float32; x, y, h and their gradients share one dtype.  XLA computes the gates and the other small arrays around the kernels.
+A backend also has `obstacle(num_streams, width, dtypes) -> str | None`, which returns why it cannot run such a call.  Coefficients
+are float32; x, y, h and their gradients share one dtype.  XLA turns z into coefficients, outside the kernels.
 
-The fused boundary makes the gradient G_i of each new stream x'_i once, as a sum over all uses of x':
+The backward pass of `write_read` makes the gradient G_i of each new stream x'_i once, as a sum over all uses of x'.  With the
+gradients g_x', g_h and g_z of the three results, it is
 
     $G_i = g_{x'_i} + H^{pre}_i g_h + s\, (g_z \phi^\top)_i - \frac{s^2}{nC} \langle g_z, z \rangle x'_i$,  with s = `inverse`
 
@@ -43,11 +45,11 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "write": ("pallas_tpu", "pallas_gpu"),
     "write_read": ("pallas_tpu", "pallas_gpu"),
 }
-"""Names of the backends with kernels, by operation."""
+"""For each operation, the names of the backends that have kernels for it."""
 
 
 class Saved(NamedTuple):
-    """Arrays of the forward pass of `write_read` that its backward pass needs."""
+    """Arrays that the forward pass of `write_read` keeps for its backward pass."""
 
     x: Array
     y: Array
@@ -55,7 +57,7 @@ class Saved(NamedTuple):
     res: Array
     phi: Array
     new: Array
-    """The new streams x', after they were rounded to the dtype of x."""
+    """The new streams x', rounded to the dtype of x."""
     z: Array
     inverse: Array
 
@@ -65,7 +67,10 @@ def _module(op: str, backend: str) -> Any:
 
 
 def pick(op: str, implementation: str | None, num_streams: int, width: int, dtypes: Any, refuse: str | None) -> str:
-    """Return the implementation that will run (see `choose`); `refuse` is a reason against every kernel, or None."""
+    """Return the name of the implementation that will run a call (see `choose`).
+
+    `refuse` is a reason why no kernel can run the call, or None.
+    """
 
     def obstacle(backend: str) -> str | None:
         return refuse or _module(op, backend).obstacle(num_streams, width, dtypes)
@@ -74,7 +79,10 @@ def pick(op: str, implementation: str | None, num_streams: int, width: int, dtyp
 
 
 def _keeping_arguments(op: str, arrays: int, static: int = 0) -> Any:
-    """Make an operation f(*arrays, *static, backend) with a custom gradient that keeps the arguments `arrays` and nothing else."""
+    """Make an operation f(*arrays, *static, backend) whose custom gradient keeps nothing but the arguments *arrays.
+
+    `arrays` and `static` are the numbers of arguments of the two kinds.
+    """
 
     def forward(*args):
         *rest, backend = args
@@ -105,7 +113,7 @@ def _projection_bwd(eps_norm, backend, saved, g):
 
 
 projection: Any = jax.custom_vjp(lambda *args: _projection_fwd(*args)[0], nondiff_argnums=(2, 3))
-"""Project x[N, nC] to z[k, N], as a function f(x, phi, eps_norm, backend)."""
+"""The function f(x, phi, eps_norm, backend) that projects x[N, nC] to z[k, N], with a custom gradient."""
 projection.defvjp(_projection_fwd, _projection_bwd)
 
 
@@ -120,7 +128,11 @@ def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
 
 
 def _write_read_bwd(eps_norm, eps, backend, kept, g):
-    """Pass over the streams twice: first for the products <x'_i, g_h>, which the gates need, then for all other gradients."""
+    """Return the gradients of the arguments of `write_read`, in two passes over the streams.
+
+    The first pass makes the products <x'_i, g_h>, which are the gradient of H_pre.  The gradients of alpha and bias follow from it.
+    The second pass makes all other gradients.
+    """
     (saved, alpha, bias), (g_new, g_z, g_h) = kept, g
     kernel, n = _module("write_read", backend), len(saved.post)
     pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), saved.z, alpha, bias)
@@ -129,8 +141,8 @@ def _write_read_bwd(eps_norm, eps, backend, kept, g):
 
 
 write_read: Any = jax.custom_vjp(lambda *args: _write_read_fwd(*args)[0], nondiff_argnums=(7, 8, 9))
-"""Cross the boundary, as a function f(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> x', z, h.
+"""The function f(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend) -> x', z, h for the boundary, with a custom gradient.
 
-The gradient of the coefficients arrives at z, and the gradient of the read arrives at h.
+The caller makes the coefficients of the next sub-layer from z, so their gradient reaches this function as the gradient of z.
 """
 write_read.defvjp(_write_read_fwd, _write_read_bwd)

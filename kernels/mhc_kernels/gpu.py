@@ -1,8 +1,9 @@
-"""Helpers of the Pallas kernels for NVIDIA GPUs (Triton lowering): calls, blocks of tokens and channels, exact products.
+"""Helpers of the Pallas kernels for NVIDIA GPUs (Triton lowering): calls, tiles of tokens and channels, exact products.
 
-A kernel sees whole arrays and cuts its blocks out of them.  `Tile` loads and stores [tokens, channels] blocks, and masks the last
-block if it is ragged.  Triton wants sizes that are powers of two, and it can neither slice nor index a value.  So the streams of a
-block are a Python list of values, and so are the entries of a small matrix.
+A kernel receives references to whole arrays.  Each program of its grid works on tiles, which are pieces [tokens, channels] of one
+stream.  `Tile` loads and stores a tile, and masks the part that lies outside the array.  In Triton, sizes must be powers of two,
+and a loaded value can be neither sliced nor indexed.  So kernels hold the n streams of some tokens as a Python list of n values,
+and the entries of a small matrix as a list, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxtyping import Array
 
 from mhc_kernels import backend_choice
 
-# jax 0.11 and 0.12 warn whenever a Triton kernel is lowered.  A user can do nothing about the warning.
+# jax 0.11 and 0.12 warn whenever a Triton kernel is lowered.  A user can do nothing about the warning, so it is hidden.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 MAX_STREAMS = 8
@@ -32,7 +33,7 @@ VECTOR_BYTES = 16
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why the kernels over streams cannot run a call with n = num_streams and C = width; None means that they can."""
+    """Return why the kernels over streams cannot run a call with n = num_streams and C = width, or None if they can."""
     if not 1 <= num_streams <= MAX_STREAMS:
         return f"n must be 1 to {MAX_STREAMS}, not {num_streams}"
     if width % 16:
@@ -50,10 +51,11 @@ def call(
     num_warps: int = 4,
     num_stages: int = 1,
 ) -> list[Array]:
-    """Run `kernel` on whole arrays and return its results.
+    """Run `kernel` on the arrays `args`, and return its results.
 
-    `out` lists the (shape, dtype) of each result, and `name` is the name of the kernel in the compiled program.  Triton's compiler
-    parameters are passed explicitly, because without them jax 0.10 uses the other GPU backend of Pallas.
+    `name` is the name of the kernel in the compiled program, `grid` is the number of programs along each axis, and `out` has the
+    (shape, dtype) of each result.  Triton's compiler parameters are passed explicitly, because without them jax 0.10 uses the
+    other GPU backend of Pallas (Mosaic GPU).
     """
     axes = jax.typeof(args[0]).manual_axis_type
     run = pl.pallas_call(
@@ -73,17 +75,18 @@ def power_of_two(at_least: int) -> int:
 
 
 def channels(width: int, most: int) -> int:
-    """Return the number of channels of a block, a power of two up to `most`.
+    """Return the number of channels of a tile, a power of two up to `most`.
 
-    It is the largest such number that divides C = `width`, unless that is under 128.  Then it is one that leaves a masked tail,
-    because such a divisor would cut rows into pieces shorter than a cache line or two.
+    It is the largest power of two up to `most` that divides C = `width`, if that is at least 128 or `most`.  A smaller divisor
+    would cut rows into pieces shorter than one or two cache lines.  So the result is then `most`, or the next power of two from C
+    on if that is smaller, and the last tile of a row is masked.
     """
     divisor = min(width & -width, most)
     return divisor if divisor >= min(128, most) else min(most, power_of_two(width))
 
 
 def rounded(a: Array) -> Array:
-    """Drop the lower 16 bits of every float32 value, so that the result fits bfloat16 exactly.
+    """Set the lower 16 bits of every float32 value to 0, so that the result fits bfloat16 exactly.
 
     XLA is free to leave out a cast to bfloat16 and back (`xla_allow_excess_precision`), so the bits are masked instead.
     """
@@ -104,13 +107,17 @@ def pieces(a: Array) -> list[Array]:
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Multiply bfloat16 matrices on tensor cores, in float32, summing over axis `contract[0]` of a and `contract[1]` of b."""
+    """Multiply bfloat16 matrices on tensor cores, contracting axis `contract[0]` of a with axis `contract[1]` of b in float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def split_dot(a: Sequence[Array], b: Sequence[Array], contract: tuple[int, int], terms: int) -> Array:
-    """Multiply two matrices that are cut into `pieces`, smallest products first, without those of order 2^(-8 `terms`)."""
+    """Multiply two matrices, given as the lists a and b of their `pieces`, and return the product in float32.
+
+    The products of single pieces are added from the smallest to the largest.  Those of piece i of a and piece j of b with
+    i + j >= `terms` are left out; their size is about 2^(-8 `terms`) of the product.
+    """
     orders = sorted(((i + j, i, j) for i in range(len(a)) for j in range(len(b)) if i + j < terms), reverse=True)
     total = None
     for _, i, j in orders:
@@ -122,7 +129,10 @@ def split_dot(a: Sequence[Array], b: Sequence[Array], contract: tuple[int, int],
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The block [tokens, channels] at (token, channel), in arrays of `num_tokens` rows and C = `width` channels a stream."""
+    """A piece [tokens, channels] of a stream, which begins at row `token` and at channel `channel` of the stream.
+
+    The arrays that it is cut out of have `num_tokens` rows, and each of their streams has C = `width` channels.
+    """
 
     token: Any
     tokens: int
@@ -131,14 +141,14 @@ class Tile:
     channels: int = 1
     width: int = 1
     ragged: bool | None = None
-    """Whether the last block of tokens is ragged; None means that it is if `tokens` does not divide `num_tokens`."""
+    """Whether some tile reaches beyond the last token; None means that one does if `tokens` does not divide `num_tokens`."""
 
     def at(self, channel: Any) -> Tile:
-        """Return the block of the same tokens at another channel."""
+        """Return the tile of the same tokens that begins at channel `channel`."""
         return dataclasses.replace(self, channel=channel)
 
     def inside(self) -> Array | None:
-        """Return the mask [tokens] of the tokens that exist, or None if no block of tokens is ragged."""
+        """Return a mask [tokens] that is true for tokens that exist, or None if no tile reaches beyond the last token."""
         if not (self.num_tokens % self.tokens if self.ragged is None else self.ragged):
             return None
         return self.token + lax.broadcasted_iota(jnp.int32, (self.tokens,), 0) < self.num_tokens
@@ -152,39 +162,40 @@ class Tile:
         return None if rows is None else jnp.broadcast_to(rows, (self.tokens, self.channels))
 
     def load(self, ref: Any, stream: Any = 0) -> Array:
-        """Load this block of a stream, in the dtype of the array, with zeros for tokens and channels that do not exist."""
+        """Load this tile of stream number `stream` of `ref`, in the dtype of `ref`, with zeros outside the stream."""
         index = pl.ds(self.token, self.tokens), pl.ds(stream * self.width + self.channel, self.channels)
         mask = self._mask()
         return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
 
     def load32(self, ref: Any, stream: Any = 0) -> Array:
-        """Load this block of a stream as `load` does, and convert it to float32."""
+        """Load this tile of stream number `stream` of `ref` as `load` does, and convert it to float32."""
         return self.load(ref, stream).astype(jnp.float32)
 
     def store(self, ref: Any, value: Array, stream: Any = 0) -> None:
-        """Store `value` as this block of a stream, rounded to the dtype of the array."""
+        """Store `value` [tokens, channels] in this tile of stream number `stream` of `ref`, rounded to the dtype of `ref`."""
         index = pl.ds(self.token, self.tokens), pl.ds(stream * self.width + self.channel, self.channels)
         plgpu.store(ref.at[index], value.astype(ref.dtype), mask=self._mask())
 
     def column(self, ref: Any, *index: Any) -> Array:
-        """Load one coefficient, chosen by `index`, of each token of the block: [tokens], float32, zeros for missing tokens."""
+        """Load ref[*index] at the tokens of this tile, where `ref` has tokens last: [tokens], zeros for missing tokens."""
         mask = self.inside()
         return plgpu.load(self._column(ref, index), mask=mask, other=None if mask is None else 0.0)
 
     def store_column(self, ref: Any, value: Array, *index: Any) -> None:
-        """Store one coefficient, chosen by `index`, of each token of the block; `value` is [tokens]."""
+        """Store `value` [tokens] in ref[*index] at the tokens of this tile, where `ref` has tokens last."""
         plgpu.store(self._column(ref, index), value, mask=self.inside())
 
     def _column(self, ref: Any, index: Sequence[Any]) -> Any:
-        # The interpreter of jax 0.10 does not take a Python integer here.
+        # Pallas' interpreter in jax 0.10 does not take a Python integer as an index.
         indices = (np.int32(i) if isinstance(i, int) else i for i in index)
         return ref.at[(*indices, pl.ds(self.token, self.tokens))]
 
 
 def rows(width: int, n: int, dtype: Any, warps: int) -> tuple[int, int]:
-    """Return the numbers of tokens and channels of a block, so that a thread holds one vector of each stream, or two if n <= 2.
+    """Return the numbers of tokens and channels of a tile for a program of `warps` warps; C is `width`.
 
-    A block has at most 256 channels, so that a warp holds whole rows and sums them by shuffles.
+    The tile is so large that each thread holds one 16-byte vector of each stream, or two if n <= 2.  It has at most 256 channels,
+    so that a warp holds whole rows of the tile, and sums a row by shuffles between its threads.
     """
     vector = VECTOR_BYTES // jnp.dtype(dtype).itemsize
     elements = warps * WARP * (2 * vector if n <= 2 else vector)

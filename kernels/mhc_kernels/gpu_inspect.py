@@ -3,7 +3,7 @@
     for kernel in resources(lower(f, *shapes)):
         print(kernel.name, kernel.registers, kernel.spills)
 
-This needs the `triton` package.  Its compiler stands in for the Triton compiler inside XLA, which is another version of it.
+This needs the `triton` package, whose compiler stands in for the Triton compiler inside XLA.  The two are different versions.
 """
 
 from __future__ import annotations
@@ -31,46 +31,46 @@ TARGET = "__gpu$xla.gpu.triton"
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Resources of one kernel, as compiled for sm_90."""
+    """Resources that one kernel uses when it is compiled for sm_90."""
 
     name: str
     registers: int
-    """Number of registers of a thread."""
+    """Number of registers that each thread uses."""
     spills: int
     """Number of local-memory instructions (LDL, STL) plus bytes of stack and local memory; 0 means that nothing spills."""
     shared: int
-    """Bytes of shared memory for each thread block."""
+    """Bytes of shared memory that each thread block uses."""
     moved: int
-    """Bytes of all operands and results: the least that the kernel must read and write."""
+    """Bytes of all operands and results of the kernel, which are the least that it must read and write."""
     loads: dict[int, int]
-    """Number of load instructions from global memory by bits a thread loads, as in {128: 8, 32: 4}.
+    """Numbers of instructions that load from global memory, by the bits that one instruction loads for a thread.
 
-    Asynchronous copies to shared memory count as loads.
+    {128: 8, 32: 4} means 8 loads of 128 bits and 4 of 32 bits.  Asynchronous copies to shared memory count as loads.
     """
     stores: dict[int, int]
-    """Number of store instructions to global memory by bits a thread stores."""
+    """Numbers of instructions that store to global memory, by the bits that one instruction stores for a thread."""
 
 
 def lower(function: Callable[..., Any], *args: Any, devices: int = 1) -> jax.stages.Lowered:
     """Lower a function of arrays (or `jax.ShapeDtypeStruct`s) for H100s, on any host.
 
-    In `function`, `jax.shard_map` without a mesh finds the mesh axis "data" with `devices` devices.
+    A `jax.shard_map` in `function` that is given no mesh uses a mesh with one axis, "data", of `devices` devices.
     """
     device = mesh_lib.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     types = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=types, abstract_device=device)
-    # Without a GPU, jax 0.10 takes compute capability 9.0, and jax 0.11 asks the mesh for the device.
+    # On a host without a GPU, jax 0.10 assumes compute capability 9.0, and jax 0.11 takes the device from the mesh.
     with settings(platform="gpu"), jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
 
 
 def missing() -> str | None:
-    """Say why `resources` cannot run here; None means that it can."""
+    """Return why the function `resources` cannot run on this machine, or None if it can."""
     return None if importlib.util.find_spec("triton") else "the triton package is not installed"
 
 
 def _collect(op: Any, kernels: list[dict[str, Any]]) -> None:
-    """Append the Triton custom calls in a StableHLO operation and its regions to `kernels`."""
+    """Append to `kernels` the name, code and sizes of each Triton custom call in a StableHLO operation and its regions."""
     for region in op.regions:
         for block in region:
             for inner in block:
@@ -106,7 +106,7 @@ def _widths(sass: str, opcodes: str) -> dict[int, int]:
 
 
 def resources(lowered: jax.stages.Lowered) -> list[Resources]:
-    """Compile the kernels of a program for sm_90 (H100, H200), and return their resources in the order of the program."""
+    """Compile each Triton kernel of a program for sm_90 (H100, H200), and return their resources in the order of the program."""
     import triton
     from triton.backends.compiler import GPUTarget
 

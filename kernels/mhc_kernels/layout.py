@@ -1,4 +1,4 @@
-"""The layout of streams, coefficients and their parameters in arrays."""
+"""How streams, coefficients and the parameters of the coefficients are laid out in arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 PARTS = ("pre", "post", "res")
-"""Names of the parts of the coefficients, in the order of their columns in phi."""
+"""Names of the coefficients H_pre, H_post and H_res, in the order of their columns in the projection matrix phi."""
 
 
 class Coefficients(NamedTuple):
@@ -18,7 +18,7 @@ class Coefficients(NamedTuple):
 
         $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$
 
-    None stands for a disabled part: `pre` is then 1/n, `post` is 1 and `res` is the identity.
+    A field that is None stands for a constant: 1/n for `pre`, 1 for `post`, and the identity for `res`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -37,11 +37,13 @@ class Coefficients(NamedTuple):
 
 
 def columns(num_streams: int, parts: tuple[str, ...] = PARTS) -> dict[str, slice]:
-    """Return the columns of phi, and entries of bias, of each part: [pre n | post n | res n*n, row-major].
+    """Return the columns of each part of the coefficients in phi: [pre n | post n | res n*n, row-major].
+
+    The same slices select the entries of each part in `bias`.
 
     Args:
       num_streams: n.
-      parts: the parts that exist; a part that is left out takes no columns.
+      parts: the parts that exist, in the order of `PARTS`; a part that is left out takes no columns.
 
     Examples:
       >>> from mhc_kernels import columns

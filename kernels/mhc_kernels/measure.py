@@ -1,7 +1,8 @@
 """Check and time the operations, for `kernels/bench.py` and `experiments/device_report.py`.
 
-Only an implementation that has passed its gate, a comparison with float64, is timed.  Implementations alternate (ABBA), and each
-timed batch follows an untimed call.  Inputs rotate over more memory than any cache holds.  The result is a median of rounds.
+An implementation is timed only if its results agree with a float64 reference; the function `gate` makes this accuracy check.
+Implementations take turns (A B B A), and each timed batch of calls follows an untimed one.  Inputs rotate over more memory than
+any cache holds.  The time is the median over rounds.
 """
 
 from __future__ import annotations
@@ -21,59 +22,59 @@ from mhc_kernels import backends
 from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, arguments, floor_bytes, function, program, shapes
 
 GATE_TOKENS = 269
-"""Number of tokens at the gate: a prime, so that no block size divides it, and more than two blocks of 128."""
+"""Number of tokens in the accuracy check: a prime, so that no block size divides it, and more than two blocks of 128 tokens."""
 FLOAT32_TOLERANCE = 1e-5
 STREAM_TOLERANCE = 2.0**-6
-"""Bound of the relative error of results that depend on rounded streams: two units in the last place of bfloat16."""
+"""Largest relative error of results that depend on streams rounded to bfloat16: two units in the last place of bfloat16."""
 ROTATION_BYTES = 256 * 2**20
-"""Least bytes of inputs that calls rotate over: more than twice the largest second-level cache (126 MB, of a B200)."""
+"""Least bytes of inputs that successive calls rotate over: over twice the largest second-level cache (126 MB, of a B200)."""
 BATCH_SECONDS = 0.02
-"""Approximate seconds of a timed batch, so long that the latency of a dispatch (tens of microseconds) does not count."""
+"""Approximate length of a timed batch in seconds, beside which the latency of a dispatch (tens of microseconds) is small."""
 
 Sets = Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]]
-"""Pairs (arguments of a call, cotangents of its outputs), one pair for each call."""
+"""Pairs (arguments of a call, cotangents of its outputs), which successive calls take in turn."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The dispatches of one contestant, as `alternating` times them."""
+    """How `alternating` runs one implementation: it starts several dispatches of work to the device, and waits for the last."""
 
     launch: Callable[[int], Any]
-    """Starts dispatch number k, which makes `calls` calls of the operation, and returns an object for `wait`."""
+    """Function that starts dispatch number k, of `calls` calls of the operation, and returns what `wait` takes."""
     wait: Callable[[Any], Any] = jax.block_until_ready
     calls: int = 1
 
 
 @runtime_checkable
 class Implementation(Protocol):
-    """The interface of a contestant in a benchmark, which peers in other frameworks have too."""
+    """The interface of an implementation in a benchmark: a backend of mhc_kernels, or a peer from another project."""
 
     @property
     def name(self) -> str:
-        """Name of the contestant, as the option `--implementations` takes it."""
+        """Name of the implementation, as the option `--implementations` takes it."""
         ...
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Say why the contestant cannot run this call on this machine; None means that it can."""
+        """Return why the implementation cannot run this operation and workload on this machine, or None if it can."""
         ...
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """Compute the outputs for the first set, and after them the gradients of its arguments if `backward` is true."""
+        """Return the outputs for sets[0], followed by the gradients of its arguments if `backward` is true."""
         ...
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """Make a batch of which each dispatch makes `calls` calls, on `sets` in rotation."""
+        """Make a batch whose dispatches make `calls` calls each, forward or forward + backward, on `sets` in rotation."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """The contestant that is a backend of mhc_kernels; `name` is its name for the argument `implementation`."""
+    """A backend of mhc_kernels in a benchmark; `name` is the value of the argument `implementation` that chooses it."""
 
     name: str
 
     def obstacle(self, op: str, spec: ArgSpec) -> str | None:
-        """Trace the call, and return the reason in the error that `mhc_kernels.backend_choice.choose` raises, or None."""
+        """Trace the call, and return why the backend cannot run it (the error of `backend_choice.choose`), or None if it can."""
         try:
             jax.eval_shape(function(op, spec, self.name), *shapes(op, spec)[0])
         except ValueError as error:
@@ -81,12 +82,12 @@ class Ours:
         return None
 
     def results(self, op: str, spec: ArgSpec, sets: Sets, backward: bool) -> list[np.ndarray]:
-        """Compute outputs and gradients of the first set in one program; see `Implementation`."""
+        """Compute outputs and gradients for sets[0] in one program; see `Implementation`."""
         out = jax.jit(program(function(op, spec, self.name), backward))(*sets[0])
         return [np.asarray(a) for a in out]
 
     def batch(self, op: str, spec: ArgSpec, sets: Sets, calls: int, backward: bool) -> Batch:
-        """Make a batch of which each dispatch is one program: a call in it waits for the call before it; see `Implementation`."""
+        """Make a batch whose dispatches are one program each, in which a call waits for the one before; see `Implementation`."""
         run = program(function(op, spec, self.name), backward)
 
         def several(group):
@@ -103,12 +104,12 @@ class Ours:
 
 
 def implementations(op: str) -> list[Implementation]:
-    """List `xla` and every backend with kernels for the operation, whether or not this machine can run it."""
+    """Return `xla` and every backend with kernels for the operation, whether or not this machine can run them."""
     return [Ours("xla"), *(Ours(name) for name in backends.BACKENDS[op])]
 
 
 def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
-    """Draw random arguments and cotangents for `count` calls; all sets differ."""
+    """Draw `count` pairs of random arguments and cotangents for calls of an operation; all pairs differ."""
     _, outputs = shapes(op, spec)
 
     @jax.jit
@@ -125,9 +126,9 @@ def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Errors of the results of a contestant, by name of the result, and their bounds.
+    """Result of the accuracy check of an implementation: by name of each array, its error and the largest error allowed.
 
-    An error is the largest |difference| from float64 over the largest |entry| in float64.
+    The error of an array is its largest |difference| from the float64 reference, divided by the largest |entry| of the reference.
     """
 
     errors: Mapping[str, float]
@@ -135,22 +136,22 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether every error is within its bound; an error of NaN is not."""
+        """Whether every error is at most what is allowed; an error of NaN is not."""
         return all(self.errors[name] <= self.allowed[name] for name in self.errors)
 
     @property
     def worst(self) -> str:
-        """Name of the result that is nearest to its bound, or furthest above it."""
+        """Name of the array whose error is the largest multiple of the allowed error."""
         return max(
             self.errors, key=lambda name: math.inf if math.isnan(e := self.errors[name]) else e / self.allowed[name]
         )
 
 
 def float64_results(op: str, spec: ArgSpec, given: Sequence[Any], cotangents: Sequence[Any]) -> list[np.ndarray]:
-    """Compute the outputs, then the gradients of the arguments, with the reference in float64 on the host's CPU.
+    """Return the outputs of a call, then the gradients of its arguments, from `reference.py` in float64 on the host's CPU.
 
     Raises:
-      RuntimeError: JAX_PLATFORMS leaves the CPU out.
+      RuntimeError: the environment variable JAX_PLATFORMS leaves the CPU out.
     """
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         sets = (tuple(jnp.asarray(np.asarray(a, np.float64)) for a in arrays) for arrays in (given, cotangents))
@@ -158,13 +159,17 @@ def float64_results(op: str, spec: ArgSpec, given: Sequence[Any], cotangents: Se
 
 
 def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float = 0.0) -> Gate:
-    """Compare outputs and gradients of an implementation with float64, on a small number of tokens.
+    """Check the accuracy of an implementation: compare its outputs and gradients with float64 on a small number of tokens.
 
     Args:
       op: name of the operation.
-      spec: workload; its tokens are cut to `GATE_TOKENS`.
-      implementation: contestant.
-      loosest: least bound of every error, for contestants that compute in lower precision by design; 0 keeps our bounds.
+      spec: workload, of which at most `GATE_TOKENS` tokens are used.
+      implementation: the implementation to check.
+      loosest: an error up to this value is always allowed, for peers that compute in lower precision by design; 0 allows no more
+        than our own backends may have.
+
+    Raises:
+      ValueError: a result has the wrong shape.
     """
     small = dataclasses.replace(spec, tokens=min(spec.tokens, GATE_TOKENS))
     sets = make_sets(op, small, 1)
@@ -172,14 +177,14 @@ def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float 
     names = [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])]
     dtypes = [a.dtype for part in (sets[0][1], sets[0][0]) for a in part]
     errors = dict.fromkeys(names, 0.0)
-    # A forward pass alone may be another program than a forward pass that saves arrays for the backward pass.
+    # Both are checked, because a forward pass alone may be another program than one that saves arrays for a backward pass.
     for backward in (False, True):
         actual = implementation.results(op, small, sets, backward)
         for name, a, b in zip(names[: len(actual)], actual, expected[: len(actual)], strict=True):
             if a.shape != b.shape:
                 raise ValueError(f"{op}: {implementation.name} returns {name} of shape {a.shape}, not {b.shape}.")
             error = np.abs(np.asarray(a, np.float64) - b).max() / max(float(np.abs(b).max()), 1e-30)
-            errors[name] = float(np.maximum(errors[name], error))  # `maximum` keeps a NaN
+            errors[name] = float(np.maximum(errors[name], error))  # np.maximum returns NaN if either is NaN
     allowed = {}
     for name, dtype in zip(names, dtypes, strict=True):
         exact_inputs = dtype == jnp.float32 and (op != "write_read" or spec.dtype == "float32")
@@ -190,16 +195,17 @@ def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float 
 def attempt(
     op: str, spec: ArgSpec, implementation: Implementation, loosest: float = 0.0, known: Gate | None = None
 ) -> tuple[str, Gate | None]:
-    """Run the gate, and return a status (`ok`, `FAILED`, or why there is no gate) and the gate.
+    """Check the accuracy of an implementation with `gate`, and return a status and the result of the check.
 
-    The first four arguments are those of `gate`.  `known` is the result of a gate that has run already; None runs it.
+    The status is `ok`, `FAILED` if an error is too large, or else the reason why there is no result.  The first four arguments are
+    those of `gate`.  `known` is the result of an earlier check of this implementation, or None, which makes the check now.
     """
     obstacle = implementation.obstacle(op, spec)
     if obstacle is not None:
         return obstacle, None
     try:
         result = known or gate(op, spec, implementation, loosest)
-    except Exception as error:  # if one kernel fails to compile, the other contestants must keep their rows
+    except Exception as error:  # one kernel that fails to compile must not end the whole benchmark
         return f"error: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
     return "ok" if result.passed else "FAILED", result
 
@@ -208,10 +214,15 @@ def attempt(
 
 
 def alternating(batches: Mapping[str, Batch], rounds: int, seconds: float = BATCH_SECONDS) -> dict[str, list[float]]:
-    """Time the contestants, and return the seconds of a call in each round, by contestant.
+    """Time several implementations in turn, and return for each of them the seconds of one call in every round.
 
-    Every round runs all contestants, in an order that alternates.  Each timed batch follows an untimed dispatch of the same
-    contestant, because the first dispatch pays for the caches and pages that another contestant left behind.
+    Each round runs all implementations, and the order is reversed from round to round.  Before each timed batch, the same
+    implementation runs one untimed dispatch, which finds caches and pages as another implementation left them.
+
+    Args:
+      batches: the implementations by name.
+      rounds: number of rounds.
+      seconds: approximate length of each timed batch.
     """
     repeats = {}
     for name, batch in batches.items():
@@ -233,7 +244,7 @@ def alternating(batches: Mapping[str, Batch], rounds: int, seconds: float = BATC
 
 
 def copy_bandwidth(rounds: int) -> float:
-    """Measure the bytes that x + 1 reads and writes per second, with x of 1 GiB in float32 (256 MiB on a CPU)."""
+    """Return how many bytes per second x + 1 reads and writes on this device, for a float32 x of 1 GiB (256 MiB on a CPU)."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**28
     x = jnp.zeros(size, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -242,10 +253,11 @@ def copy_bandwidth(rounds: int) -> float:
 
 
 def rotation(set_bytes: int) -> tuple[int, int]:
-    """Return the number of calls in a dispatch and the number of sets, for sets of `set_bytes` bytes.
+    """Return the number of calls in a dispatch, and the number of sets of inputs, for sets of `set_bytes` bytes each.
 
-    A dispatch moves ROTATION_BYTES or makes 16 calls, and all sets together fill ROTATION_BYTES.  On a CPU, a dispatch is one call,
-    because its own cost is small beside a call.  There are at most 512 sets, so the `tiny` workloads stay in cache.
+    A dispatch makes so many calls that their inputs fill ROTATION_BYTES, but at most 16.  On a CPU it makes one call, because the
+    cost of a dispatch is small beside a call there.  All sets together fill ROTATION_BYTES, but there are at most 512 sets, so the
+    inputs of the `tiny` workloads stay in cache.
     """
     calls = 1 if jax.default_backend() == "cpu" else min(16, math.ceil(ROTATION_BYTES / set_bytes))
     return calls, calls * min(512 // calls, max(2, math.ceil(ROTATION_BYTES / (calls * set_bytes))))
@@ -260,22 +272,22 @@ def measure(
     loosest: Mapping[str, float] = {},
     known: Mapping[str, Gate] = {},
 ) -> Iterator[dict[str, Any]]:
-    """Measure one operation on one workload: a row for each contestant, first forward, then forward + backward.
+    """Check and time implementations of one operation on one workload, first forward, then forward + backward.
 
     Args:
       op: name of the operation.
       spec: workload.
-      contestants: `implementations(op)` and any peers.
+      contestants: the implementations, such as `implementations(op)` and any peers.
       rounds: number of rounds.
-      copy: bytes per second of `copy_bandwidth` in the same run.
-      loosest: error that a contestant may have by its name, for contestants that compute in lower precision by design.
-      known: results of gates that have run already on this workload, by name of the contestant.
+      copy: the result of `copy_bandwidth` in the same run.
+      loosest: the argument `loosest` of `gate` for some implementations, by name; 0 for the others.
+      known: results of accuracy checks that have been made already on this workload, by name of the implementation.
 
     Yields:
-      Rows of timed contestants: `op`, `pass`, `spec` (its fields), `implementation`, `status` (`ok`), `ms`, `ms_rounds`,
-      `bytes` (see `floor_bytes`), `copy_share` (bytes per second over `copy`), `errors` and `worst` (see `Gate`).  After them,
-      one row for each contestant that is not timed.  Its `status` says why: `FAILED` at the gate, an error, or what the
-      contestant does not support.
+      For each pass, one row for each implementation that is timed: `op`, `pass`, `spec` (its fields), `implementation`, `status`
+      (`ok`), `ms`, `ms_rounds`, `bytes` (see `floor_bytes`), `copy_share` (bytes per second over `copy`), `errors` and `worst`
+      (see `Gate`).  After them, one row for each implementation that is not timed.  Its `status` says why: `FAILED` if an error is
+      too large, the message of an exception, or what the implementation does not support.
     """
     status: dict[str, str] = {}
     gates: dict[str, Gate] = {}
@@ -323,7 +335,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def markdown(header: str, lines: Iterable[Sequence[Any]]) -> str:
-    """Format a Markdown table; `header` has the names of its columns, with a bar (|) between two names."""
+    """Return a Markdown table of `lines`; `header` has the names of the columns, with a bar (|) between two names."""
     columns = header.count("|") + 1
     return "\n".join(
         [f"| {header} |", "| --- " * columns + "|", *("| " + " | ".join(map(str, c)) + " |" for c in lines)]

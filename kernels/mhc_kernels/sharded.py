@@ -1,8 +1,8 @@
 """Run operations over a mesh: every device runs an operation on the tokens that it holds.
 
-XLA's partitioner cannot look into kernels, and for loops and reshapes over tokens it often gathers all of them.  An operation
-treats each token by itself, so `jax.shard_map` is enough.  Every device holds all parameters.  The gradient of a parameter is a
-sum over the tokens of all devices, which is the only communication.
+XLA's partitioner cannot look into kernels, and it often gathers all tokens on every device for a loop or reshape over tokens.  An
+operation treats each token by itself, so `jax.shard_map` can run it on each device alone.  Every device holds all parameters.  The
+gradient of a parameter is a sum over the tokens of all devices, and this sum is the only communication.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operation]:
-    """Make a decorator that runs an operation under `jax.shard_map` if `settings(token_axes=...)` is set, else as it is.
+    """Make a decorator that runs an operation under `jax.shard_map` if `settings(token_axes=...)` is set, or else unchanged.
 
     Args:
-      result: the number of axes in front of the tokens in each result, as a pytree with the structure of the results.
-      **arguments: the number of axes in front of the tokens in each argument that has tokens.  Every device holds the whole of
-        any other array.
+      result: the number of axes in front of the token axes in each result, as a pytree with the structure of the results.
+      **arguments: the number of axes in front of the token axes, for each argument that has token axes.  Every device holds the
+        whole of any other array.
     """
 
     def decorate(operation: Operation) -> Operation:
@@ -45,11 +45,11 @@ def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operatio
                 return jax.tree.map(lambda axes: PartitionSpec(*(None,) * axes, *tokens), leading)
 
             names = tuple(name for axes in tokens for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
-            # Pallas' interpreter does not track which values vary between devices.
+            # Pallas' interpreter does not track which values vary between devices, so `check_vma` is off for it.
             checked = not backend_choice.interpret()
 
             def on_one_device(arrays: dict[str, Any]) -> Any:
-                if checked and names:  # sums the gradient of a parameter over devices once, not once for each use
+                if checked and names:  # the cast sums the gradient of a parameter over devices once, not at each use
                     varying = {k: jax.lax.pcast(a, names, to="varying") for k, a in arrays.items() if k in whole}
                     arrays = arrays | varying
                 with backend_choice.settings(token_axes=PartitionSpec()):

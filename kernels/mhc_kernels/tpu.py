@@ -1,8 +1,9 @@
-"""Helpers of the Pallas TPU (Mosaic) kernels: blocks of tokens, use of VMEM, and layouts of per-token numbers.
+"""Helpers of the Pallas TPU (Mosaic) kernels: blocks of tokens, use of VMEM, and the layout of coefficients.
 
-Coefficients are `[k, N]` in HBM, with k numbers for each of N tokens and the tokens on the lanes.  An array `[N, k]` would be
-padded to 128 lanes.  A kernel needs coefficients with tokens on the sublanes, as the streams have them.  `call` transposes a
-block in VMEM on the way in and out, so the padded form never reaches HBM.
+A kernel works on one block of tokens at a time, with all channels of these tokens.  Coefficients are arrays `[k, N]` in HBM: k
+numbers for each of N tokens, with the tokens on the lanes.  An array `[N, k]` would be padded to 128 lanes.  But inside a kernel,
+coefficients must have tokens on the sublanes, as streams have.  So `call` transposes the coefficients of a block in VMEM on the way
+in and out, and the padded form never reaches HBM.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from mhc_kernels import backend_choice
 LANES = 128
 MAX_STREAMS = 8
 SMALLEST_VMEM = 64 * 2**20
-"""Bytes of VMEM of v5p and TPU7x, assumed if the chip is not known (ahead-of-time compilation); v5e and v6e have 128 MiB."""
+"""Bytes of VMEM of v5p and TPU7x, assumed if no TPU is present (ahead-of-time compilation); v5e and v6e have 128 MiB."""
 STEP_BYTES = 4 * 2**20
-"""Bytes of HBM traffic in a grid step above which a larger block gains nothing.
+"""Bytes of HBM traffic in one grid step from which on a larger block of tokens does not make a kernel faster.
 
-They take 1.5 us on a v5p, beside the 0.35 us that a step costs by itself.
+A v5p moves these bytes in 1.5 us, and each grid step costs another 0.35 us.
 """
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any], per_token: int = 0, resident: int = 0) -> str | None:
-    """Say why no kernel can run a call, or None if one can; `per_token` and `resident` are bytes as in `block_tokens`."""
+    """Return why the kernels cannot run a call with n = num_streams and C = width, or None if they can.
+
+    `per_token` and `resident` are bytes of VMEM, as in `block_tokens`.
+    """
     if not 1 <= num_streams <= MAX_STREAMS:
         return f"it needs 1 to {MAX_STREAMS} streams, n is {num_streams}"
     if width % LANES:
@@ -52,13 +56,13 @@ def vmem_budget() -> int:
 
 
 def block_tokens(tokens: int, traffic: int, per_token: int, resident: int) -> int | None:
-    """Return the number of tokens of a block: no more than `STEP_BYTES` asks for, and no more than VMEM holds.
+    """Return the number of tokens of a kernel's block, which `STEP_BYTES` and the size of VMEM limit.
 
     Args:
       tokens: N, a multiple of 128.
       traffic: bytes that move between HBM and VMEM for each token.
-      per_token: bytes of VMEM that each token needs; both buffers of every block count.
-      resident: bytes of VMEM that a kernel needs for any block size.
+      per_token: bytes of VMEM that each token needs, in both buffers of every array that is double-buffered.
+      resident: bytes of VMEM that a kernel needs for a block of any size.
 
     Returns:
       512, 256 or 128, which divides N, or a fraction of 128 (64, 32 or 16); None if VMEM does not hold 16 tokens.
@@ -76,10 +80,11 @@ def up(size: int, multiple: int) -> int:
 
 
 def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
-    """Cut float32 `a` into values of 8 bits each, which fit bfloat16, so that the MXU multiplies them exactly.
+    """Cut float32 `a` into pieces that fit bfloat16, so that the MXU multiplies them exactly; the three pieces add up to `a`.
 
-    Piece 0 has the leading 8 bits, piece 1 the next 8, and piece 2 the last 8.  The result has the pieces `which`, in this order,
-    along `axis`.  `reduce_precision` makes the pieces, because XLA is free to drop a cast to bfloat16 and back.
+    Piece 0 has the leading 8 bits of each value, piece 1 the next 8, and piece 2 the last 8.  The result has the pieces `which`, in
+    this order, one after another along `axis`.  `reduce_precision` makes the pieces, because XLA is free to drop a cast to bfloat16
+    and back.
     """
     parts, rest = [], a
     for _ in range(3):
@@ -95,9 +100,9 @@ def pad(a: Array, size: int, axis: int) -> Array:
 
 
 def manual_axes(*arrays: Array) -> Any:
-    """Return the manual-axis type of results that vary over each mesh axis that any of the arrays varies over.
+    """Return the `manual_axis_type` of a result that varies over every mesh axis over which any of the arrays varies.
 
-    `shard_map` with `check_vma` asks for it.
+    `jax.shard_map` with `check_vma` needs this type for the results of a kernel.
     """
     types = [jax.typeof(a).manual_axis_type for a in arrays]
     return types[0].update(varying=frozenset().union(*(t.varying for t in types)))
@@ -117,21 +122,21 @@ def call(
     flops: int,
     transcendentals: int = 0,
 ) -> list[Array]:
-    """Run a kernel over blocks of tokens.
+    """Run a kernel over all blocks of tokens, and return its outputs.
 
     Args:
       kernel: function that processes one block.  It is called as kernel(numbers, *streams, *whole, *out_streams, out_numbers,
         out_sum, scratch) with references; a reference that the other arguments do not ask for is left out.  `numbers` [block, k]
         and `out_numbers` [block, out_numbers] have the tokens first.  `out_sum` starts at zero, and the kernel adds to it.
-      name: name of the custom call.
-      numbers: float32 arrays [k, N]; the kernel sees all of them side by side, in this order.
+      name: name of the kernel in the compiled program.
+      numbers: float32 arrays [k, N], such as coefficients; the kernel gets all their rows as the columns of one array.
       streams: arrays [N, width] of one dtype.
-      whole: small arrays that stay in VMEM.
+      whole: small arrays without tokens, which stay in VMEM.
       out_streams: widths of outputs [N, width] in the dtype of the streams.
       out_numbers: number of rows of a float32 output [out_numbers, N]; 0 means no such output.
       out_sum: shape of a float32 output that is a sum over tokens, added up in a fixed order; None means no such output.
-      scratch: width of a float32 scratch [block, scratch]; 0 means no scratch.
-      flops: number of operations for each token.
+      scratch: width of a float32 scratch array [block, scratch] in VMEM; 0 means no scratch.
+      flops: number of floating-point operations for each token.
       transcendentals: number of exponentials and roots for each token.
 
     Returns:
@@ -150,7 +155,7 @@ def call(
     block = block_tokens(padded, traffic, per_token, resident)
     if block is None:
         raise ValueError(f"{name}: VMEM does not hold 16 tokens of {width} numbers and {resident} bytes of parameters.")
-    lanes = max(block, LANES)  # number of tokens whose coefficients arrive together
+    lanes = max(block, LANES)  # number of tokens whose coefficients are loaded together
     steps = lanes // block
     blocks = padded // lanes
     cores = 2 if blocks % 2 == 0 else 1  # v5p has two cores, and each has its own sum
@@ -241,7 +246,10 @@ def call(
 
 
 def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
-    """Call body(rows, R) for every R tokens of a block of streams, as many as fill a register: 16 of bfloat16, 8 of float32."""
+    """Call body(rows, R) for every R tokens of the block `ref` [tokens, channels]; `rows` is the slice of these tokens.
+
+    R tokens fill the sublanes of a register: 16 tokens in bfloat16, 8 in float32.
+    """
     R = 32 // ref.dtype.itemsize
 
     def step(r, _):
@@ -252,10 +260,11 @@ def for_rows(ref: Any, body: Callable[[Any, int], None]) -> None:
 
 
 class Channels(NamedTuple):
-    """The place of 128 channels, which begin at channel `base` + `at` of a stream.
+    """The position of 128 channels in a stream: they begin at channel `base` + `at`.
 
-    `base` is traced and begins a run of `width` channels; `at` is a constant.  Scalar arithmetic limits the speed of light kernels.
-    So the address of `base` is computed once in a pass of the loop, and `at` is part of the instruction.
+    `base` is a traced number: the first of the `width` channels that one pass of the loop in `for_channels` handles.  `at` is a
+    constant.  Scalar arithmetic limits the speed of a kernel that computes little.  So an address is computed from `base` once in
+    each pass, and `at` is a constant in the instructions that load and store.
     """
 
     base: Array
@@ -264,7 +273,10 @@ class Channels(NamedTuple):
 
 
 def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most: int = 10) -> Any:
-    """Loop carry = body(channels, carry) over C channels, 128 at a time.  The loop is unrolled up to `most` times."""
+    """Run carry = body(channels, carry) for every 128 of the C channels of a stream, and return the last carry.
+
+    The loop is unrolled up to `most` times.
+    """
     steps = C // LANES
     unroll = max(u for u in range(1, most + 1) if steps % u == 0)
     width = unroll * LANES
@@ -279,26 +291,26 @@ def for_channels(C: int, body: Callable[[Channels, Any], Any], carry: Any, most:
 
 
 def piece(ref: Any, rows: Any, first: int, c: Channels) -> Array:
-    """Load 128 channels of the tokens `rows` as float32; `first` is the column of `ref` at which their stream begins."""
+    """Load the 128 channels c of the tokens `rows` as float32; `first` is the column of `ref` at which the stream begins."""
     return ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES].astype(jnp.float32)
 
 
 def put(ref: Any, rows: Any, first: int, c: Channels, value: Array) -> None:
-    """Store 128 channels at the place that `piece` loads from, rounded to the dtype of the array."""
+    """Store `value` where `piece` with the same arguments loads from, rounded to the dtype of `ref`."""
     ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES] = value.astype(ref.dtype)
 
 
 def add(terms: Iterable[Array]) -> Array:
-    """Sum the terms; the sum starts from the first term, not from 0."""
+    """Return the sum of the terms, without the 0 that Python's `sum` starts from."""
     return functools.reduce(jnp.add, terms)
 
 
 def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-    """Multiply two matrices in float32, and sum over axis `of_a` of a and axis `of_b` of b.
+    """Multiply two matrices, contracting axis `of_a` of a with axis `of_b` of b, and return the product in float32.
 
     Products of bfloat16 numbers are exact.  Float32 matrices are multiplied with precision HIGHEST.
     """
-    if backend_choice.interpret():  # for some shapes XLA:CPU has no bfloat16 product with a float32 result
+    if backend_choice.interpret():  # for some shapes, XLA:CPU cannot multiply bfloat16 to float32
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     dimensions = (((of_a,), (of_b,)), ((), ()))
@@ -306,11 +318,11 @@ def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
 
 
 def column(numbers: Array, k: int) -> Array:
-    """Return number k of each token, repeated over the lanes of a register."""
+    """Return column k of `numbers` [tokens, columns], repeated over the lanes of a register: [tokens, 128]."""
     return jnp.broadcast_to(numbers[:, k : k + 1], (numbers.shape[0], LANES))
 
 
 def put_sums(out: Any, rows: Any, sums: Sequence[Array]) -> None:
-    """Sum array k of `sums` over its lanes, and store the result in column k of `out` at the tokens `rows`."""
+    """Sum each array k of `sums` [tokens, 128] over its lanes, and store the sums in column k of `out` at the tokens `rows`."""
     for k, a in enumerate(sums):
         out[rows, k : k + 1] = jnp.sum(a, axis=1, keepdims=True)

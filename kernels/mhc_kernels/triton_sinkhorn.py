@@ -1,7 +1,8 @@
 """Sinkhorn-Knopp kernels in Triton; `ops/sinkhorn/triton.py` imports this module once it has found the package `triton`.
 
-`ops/sinkhorn/steps.py` derives the steps and their gradient.  A block is [n, n, TOKENS] in the registers of one warp, and n is a
-power of two.  The caller pads other sizes to a block-diagonal matrix, whose first `real` rows and columns are the original.
+`ops/sinkhorn/steps.py` derives the steps and their gradient.  A program of a kernel is one warp, which holds the matrices of a
+block of tokens, [n, n, TOKENS], in registers; n is a power of two.  The caller pads a matrix of any other size to a block-diagonal
+matrix, whose first `real` rows and columns are the original.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def _rescale(s, product, eps: tl.constexpr):
 
 @triton.jit
 def _first_step(logits, real: tl.constexpr, n: tl.constexpr, eps: tl.constexpr):
-    """Return K, the first row scaling r_0, and Q: the column softmax if eps > 0, or K if eps = 0."""
+    """Return the fixed matrix K of the iteration, the first row scaling r_0, and Q.
+
+    Q is the softmax over each column of the logits if eps > 0, or K if eps = 0.
+    """
     most = tl.reduce(logits, 0, _larger)
     centred = logits - tl.expand_dims(most, 0)
     if eps == 0.0:
@@ -73,7 +77,7 @@ def mhc_sinkhorn_forward(
     logits_ptr, out_ptr, N: tl.constexpr, n: tl.constexpr, real: tl.constexpr, TOKENS: tl.constexpr,
     pairs: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """Store H_res = SK(logits), the Sinkhorn iterations of logits [n, n, N], in `out` [n, n, N]."""
+    """Store H_res = SK(logits), the result of the Sinkhorn iterations on logits [n, n, N], in `out` [n, n, N]."""
     offsets, inside = _pointers(N, n, TOKENS)
     K, r, _ = _first_step(tl.load(logits_ptr + offsets, inside, 0.0), real, n, eps)
     r, c = _scalings(K, r, pairs, eps)
@@ -85,9 +89,10 @@ def mhc_sinkhorn_backward(
     logits_ptr, g_ptr, out_ptr, N: tl.constexpr, n: tl.constexpr, real: tl.constexpr, TOKENS: tl.constexpr,
     pairs: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of the logits, walking back from the last pair of steps.
+    """Store the gradient of the logits in `out` [n, n, N], where `g` is the gradient of H_res.
 
-    The scalings before each pair are computed again from the first step.
+    The loop undoes the pairs of steps (one over columns, one over rows) from the last to the first.  The scalings before each pair
+    are computed again from the first step.
     """
     offsets, inside = _pointers(N, n, TOKENS)
     K, r0, Q = _first_step(tl.load(logits_ptr + offsets, inside, 0.0), real, n, eps)

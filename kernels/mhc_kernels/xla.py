@@ -1,8 +1,8 @@
-"""Arithmetic on streams that the XLA forms of the operations share.
+"""Arithmetic on streams that the `xla.py` files of the operations share.
 
-CPUs and accelerators want different programs for the same formula.  XLA:CPU is fastest on `[*tokens, n, C]`.  On a TPU, a reshape
-to this shape moves every number, because n = 4 fills half of the 8 rows of a tile.  So on TPUs and GPUs, streams are a list of
-n arrays that are joined at the end.  The batch and token axes stay apart, because merging them moves every number too.
+CPUs and accelerators need different programs for the same formula.  XLA:CPU is fastest on streams `[*tokens, n, C]`.  On a TPU, a
+reshape to this shape moves every number, because n = 4 fills half of the 8 rows of a memory tile.  So on TPUs and GPUs, streams are
+a list of n arrays `[*tokens, C]`, which are joined at the end.  The token axes are not merged, which would move every number too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mhc_kernels.layout import split
 
 
 def once(a: Array) -> Array:
-    """Return `a` in a form that XLA:CPU computes only once; infinite entries become NaN.
+    """Return `a` in a form that XLA:CPU computes only once, however often it is used; infinite entries become NaN.
 
     XLA:CPU computes sums and products again inside every consumer, but a division only once.  It removes `optimization_barrier`
     before it fuses operations, so this function divides by a 1 that depends on `a`.
@@ -26,7 +26,7 @@ def once(a: Array) -> Array:
 
 
 def add(terms: Iterable[Array]) -> Array:
-    """Sum the terms; the sum starts from the first term, not from 0."""
+    """Return the sum of the terms, without the 0 that Python's `sum` starts from."""
     return functools.reduce(jnp.add, terms)
 
 
@@ -46,5 +46,5 @@ def join(values: Sequence[Array], like: Array) -> Array:
 
 
 def dots(values: Sequence[Array], vector: Array) -> Array:
-    """Return the inner products <values_i, vector> over channels, [n, *tokens]."""
+    """Return the inner products <values_i, vector> over channels, [n, *tokens], for arrays [*tokens, C]."""
     return jnp.stack([jnp.sum(v * vector, axis=-1) for v in values])

@@ -1,1 +1,1 @@
-"""Analysis of run folders: records of runs, statistics over seeds, variants and comparisons."""
+"""Analysis of run folders: their content, statistics over seeds, variants and comparisons."""

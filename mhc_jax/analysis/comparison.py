@@ -1,7 +1,7 @@
 """Make the table of runs, the table of variants, and the findings: sentences that say what the runs show.
 
-Every page, record, notebook and terminal table takes its numbers and sentences from this module, so that all follow the rule of
-`statistics.MIN_SEEDS`.
+Every page, record, notebook and terminal table takes its numbers and sentences from this module, so that none of them makes a
+claim from fewer than `statistics.MIN_SEEDS` seeds.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mhc_jax.analysis.run_reader import RunRecord, labels, last_diagnostics, pai
 from mhc_jax.analysis.statistics import MIN_SEEDS, Paired, paired, stability_frontier, verdict
 
 EQUAL_STREAMS_COSINE = 0.999
-"""Streams count as equal in direction if their mean cosine exceeds this value."""
+"""Streams count as equal in direction if the mean cosine between pairs of streams exceeds this value."""
 EQUAL_STREAMS_SIZE = 1.01
-"""Streams of a sub-layer count as equal in size if their largest RMS, divided by their smallest, lies below this value."""
+"""Streams count as equal in size if the largest root mean square of a stream, divided by the smallest, lies below this value."""
 ONE_STREAM_RANK = 1.01
-"""Streams count as one vector up to sign and scale if `stream_rank` lies below this value.
+"""Streams count as one vector up to sign and scale if their rank (`stream_rank` in diagnostics.py) lies below this value.
 
-At least 1 / 1.01, that is 99 %, of their squared size then lies along that vector.
+At least 1 / 1.01, that is 99 %, of the sum of the streams' squared norms then lies along one vector.
 """
 NBSP = "\N{NO-BREAK SPACE}"
-"""No-break space, so that the text of a table's cell can break before its parenthesis only."""
+"""No-break space.  Cells of tables have it inside parentheses, so that their text can break before a parenthesis only."""
 DASH = "–"
 COLUMNS = (
     "Losses are in nats/token; training loss and step time are those of summary.json. Gap: validation loss minus that of the "
@@ -48,7 +48,7 @@ STATISTICS = (
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, and the number or word by which its column is sorted.  None sorts last."""
+    """A cell of a table: the text that it shows, and the number or word by which its column is sorted.  None sorts last."""
 
     text: str
     value: float | str | None
@@ -57,7 +57,8 @@ class Cell(NamedTuple):
 def validation_gap(record: RunRecord, baseline: RunRecord) -> tuple[int, float] | None:
     """Return the last step at which both runs have a finite validation loss, and the difference of the losses at that step.
 
-    The difference is the loss of `record` minus that of `baseline`, in nats/token.  Below 0 `record` is better.
+    The difference is the loss of `record` minus that of `baseline`, in nats/token; below 0, `record` is better.  The result is None
+    if there is no such step.
     """
     steps, gap = paired_gap(record, baseline, "validation")
     finite = np.flatnonzero(np.isfinite(gap))
@@ -71,7 +72,7 @@ def rows(records: Sequence[RunRecord], variants: Sequence[Variant] | None = None
 
     Args:
       records: the runs.
-      variants: the runs grouped by `group`.  None groups them with the usual baseline.
+      variants: the same runs as variants.  None means `group(records)`.
     """
     variant_of = {run.folder: variant for variant in variants or group(records) for run in variant.runs.values()}
     out = []
@@ -109,8 +110,8 @@ def rows(records: Sequence[RunRecord], variants: Sequence[Variant] | None = None
 def compare(variant: Variant) -> Paired | None:
     """Pair the validation losses of a variant with those of its baseline, seed by seed.
 
-    Without a baseline, or a seed that both have, the result is None.  If a run of the variant or the baseline has not finished,
-    there is no interval and no p-value, because the runs that did finish may be the lucky ones.
+    The result is None if the variant has no baseline, or if no seed has a loss in both.  If a run of the variant or the baseline
+    has not finished, the result has no interval and no p-value, because the runs that finished may not be typical.
     """
     if variant.baseline is None:
         return None
@@ -161,7 +162,7 @@ def statistics_rows(variants: Sequence[Variant]) -> list[dict[str, Cell]]:
 
 
 def findings(variants: Sequence[Variant]) -> list[str]:
-    """Return sentences that say what the runs show: losses, failures, gains, streams, spikes and stability frontiers."""
+    """Return sentences on what the runs show: losses, failures, gains, streams, spikes and largest stable learning rates."""
     return [
         *(f"{variant.label}: {sentence}" for variant in variants if (sentence := _claim(variant))),
         *_failures(variants),
@@ -176,7 +177,7 @@ def findings(variants: Sequence[Variant]) -> list[str]:
 
 
 def _claim(variant: Variant) -> str:
-    """Say how a variant's loss compares with its baseline's, and whether there are enough seeds for a claim."""
+    """Return a sentence that compares a variant's loss with its baseline's, as far as the seeds allow a claim."""
     if variant.is_baseline:
         return ""
     if variant.baseline is None:
@@ -230,9 +231,10 @@ def _gains(variants: Sequence[Variant]) -> list[str]:
 
 
 def _streams(variant: Variant) -> str:
-    """Say whether the streams of a variant's finished runs differ at the last diagnostics step, from the second sub-layer on.
+    """Return a sentence that says whether the streams of a variant's finished runs differ from each other at the end of training.
 
-    The first sub-layer is left out, because it reads the streams as the entry made them.
+    The text is empty if no run finished, or if one has a single stream or lacks diagnostics of streams.  The first sub-layer is
+    left out, because the streams that it reads come from the entry, unchanged by any connection.
     """
     cosines, ranks, sizes = [], [], []
     for run in variant.finished:
@@ -302,7 +304,7 @@ def _beside_baseline(
     form: Callable[[float], str],
     compared: Callable[[float], str],
 ) -> Cell:
-    """Make the cell of a run's result, with the ratio to the baseline run's result in parentheses."""
+    """Make the cell of the number `key` of a run's summary.json, with its ratio to the baseline run's number in parentheses."""
     value, base = record.result(key), baseline.result(key) if baseline else None
     if value is None or not base:
         return _cell(value, form)
@@ -310,7 +312,7 @@ def _beside_baseline(
 
 
 def _gap_cell(record: RunRecord, baseline: RunRecord | None) -> Cell:
-    """Make the cell of the validation gap.  It names the step of the gap if that is not the last step of the baseline run."""
+    """Make the cell of `validation_gap`.  It names the step of the gap, except the last step with a loss of the baseline run."""
     gap = validation_gap(record, baseline) if baseline else None
     if baseline is None or gap is None:
         return Cell(DASH, None)
@@ -331,12 +333,12 @@ def _gain_cell(runs: Sequence[RunRecord], side: str) -> Cell:
 
 
 def _final(record: RunRecord, key: str) -> float | None:
-    """Return a number measured at the end of a run, or None if the run did not finish, even if its summary has the number."""
+    """Return the number `key` of a run's summary.json, or None if the run did not finish."""
     return record.result(key) if record.status == "finished" else None
 
 
 def _of_streams(record: RunRecord, value: float | None) -> float | None:
-    """Return a cosine or rank of streams, or None for a run of one stream, whose value is 1 by definition."""
+    """Return `value`, a cosine or rank of streams, or None for a run of one stream, for which it is always 1."""
     return value if record.num_streams > 1 else None
 
 

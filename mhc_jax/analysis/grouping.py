@@ -1,8 +1,8 @@
 """Group runs into variants, and find the baseline with which each variant is compared.
 
 The runs of a variant differ in their seeds alone.  The baseline of a variant has the settings that the sweep chose for baselines
-(as a rule the residual connection), and agrees with the variant in every other setting that a run's numbers depend on.  A
-variant without such a baseline is not compared.
+(as a rule the residual connection), and agrees with the variant in every other setting that a run's numbers depend on.  If no
+variant has all these settings, there is no baseline and no comparison.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mhc_jax.analysis.run_reader import SEED_KEYS, RunRecord, flatten, identitie
 from mhc_jax.errors import InputError, require
 
 Baseline = Mapping[str, Any]
-"""Settings of a baseline, by dotted key or `connection` (a spec).
+"""Settings by dotted key that make a variant a baseline.  The key `connection` takes a text such as `mhc:t_max=5`.
 
-In all other settings the baseline agrees with the variant that is compared with it.
+In all other settings a baseline agrees with the variant that is compared with it.
 """
 ENDED = ("finished", "diverged")
 
@@ -33,19 +33,19 @@ class Variant:
     """The runs whose configurations differ in seeds alone."""
 
     label: str
-    """Spec of the connection, followed by the other settings in which the variants of the group differ."""
+    """Text of the connection, such as `mhc:init=paper`, followed by the other settings in which the compared variants differ."""
     kind: str
     varying: Mapping[str, Any]
-    """Settings, by dotted key, that differ between the variants of this kind of connection."""
+    """This variant's values, by dotted key, of the settings in which the variants of its kind of connection differ."""
     runs: Mapping[tuple[int, int], RunRecord]
     """Runs of the variant by their seeds (train.seed, data.seed)."""
     baseline: Variant | None = None
-    """Variant with which this variant is compared.  None if this is a baseline itself, or if no variant matches."""
+    """Variant with which this variant is compared.  None if this variant is a baseline, or if it has none."""
     is_baseline: bool = False
 
     @property
     def any_run(self) -> RunRecord:
-        """The run of the variant with the lowest seed."""
+        """The run of the variant with the lowest seeds (train.seed, data.seed)."""
         return self.runs[min(self.runs)]
 
     @property
@@ -55,7 +55,7 @@ class Variant:
 
     @property
     def unfinished(self) -> int:
-        """Number of runs of the variant that have not ended."""
+        """Number of runs of the variant that have neither finished nor diverged."""
         return sum(run.status not in ENDED for run in self.runs.values())
 
     @property
@@ -64,17 +64,17 @@ class Variant:
         return [run for run in self.runs.values() if run.status == "finished"]
 
     def results(self, key: str) -> dict[tuple[int, int], float]:
-        """Map the seeds of each finished run to the number `key` of its summary.json; runs without the number are left out."""
+        """Return the number `key` of summary.json by the seeds of the run, for the finished runs whose summary has it."""
         values = {run.seed: run.result(key) for run in self.finished}
         return {seed: float(value) for seed, value in values.items() if value is not None}
 
     def mean(self, key: str) -> float | None:
-        """Return the mean of the number `key` of summary.json over the finished runs, or None if no run has it."""
+        """Return the mean of the number `key` of summary.json over the finished runs, or None if no finished run has it."""
         values = list(self.results(key).values())
         return float(np.mean(values)) if values else None
 
     def label_without(self, key: str) -> str:
-        """Return the variant's label without the setting `key`: the connection's spec and the other settings that vary."""
+        """Return the variant's label without the setting `key`: the text of the connection and the other settings that vary."""
         section, _, leaf = key.rpartition(".")
         connection = dict(self.any_run.config["model"]["connection"])
         if section == "model.connection":
@@ -89,8 +89,8 @@ def group(records: Sequence[RunRecord], baseline: Baseline | None = None) -> lis
 
     Args:
       records: the runs.
-      baseline: settings of the variants that serve as baselines.  None means the residual connection or, without residual runs,
-        the first run's connection.
+      baseline: settings of the variants that serve as baselines.  None means the residual connection or, if no run has it, the
+        first run's connection.
 
     Raises:
       InputError: there are no runs, or two runs have the same configuration.
@@ -137,7 +137,7 @@ def _varying(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
-    """Return for each run the run of its baseline with the same seeds, or None.  The baseline is the usual one of `group`."""
+    """Return for each run the run of its baseline that has the same seeds, or None.  `group(records)` finds the baselines."""
     of_run = {}
     for variant in group(records):
         for seed, run in variant.runs.items():
@@ -146,9 +146,9 @@ def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
 
 
 def lines(variants: Sequence[Variant], key: str) -> dict[str, list[Variant]]:
-    """Collect the variants that differ in the number `key` alone, under the label of the settings that they share.
+    """Group variants that differ in the setting `key` alone, if its values are numbers.  The result maps labels to groups.
 
-    Labels with fewer than two variants are left out.
+    The label of a group names its other settings.  Groups of fewer than two variants are left out.
     """
     out: dict[str, list[Variant]] = {}
     for variant in variants:
@@ -159,19 +159,19 @@ def lines(variants: Sequence[Variant], key: str) -> dict[str, list[Variant]]:
 
 
 def loss_threshold(variants: Sequence[Variant]) -> float:
-    """Return the loss above which a run counts as unstable: the lowest mean validation loss of a variant plus 0.5 nats.
+    """Return the loss in nats/token from which a run counts as unstable: the lowest mean validation loss of a variant plus 0.5.
 
-    The threshold is infinite if no run has a loss.
+    The result is infinite if no run has finished.
     """
     means = [mean for variant in variants if (mean := variant.mean("validation_loss")) is not None]
     return min(means) + 0.5 if means else float("inf")
 
 
 def frontier_lines(variants: Sequence[Variant]) -> dict[str, dict[float, list[float | None]]]:
-    """Return the final losses by learning rate, for each label of variants that differ in the learning rate alone.
+    """Return final validation losses by learning rate, for each group of variants that differ in the learning rate alone.
 
-    None stands for the loss of a run that diverged.  The rates end below the first rate with a run that has not ended, because
-    nothing can be said of that rate, nor of a frontier beyond it.
+    The groups have the labels of `lines`.  None stands for the loss of a run that diverged.  Learning rates from the first one
+    with a run that has not ended are left out, because that run may still show that its rate is unstable.
     """
     key = "optimizer.learning_rate"
     out: dict[str, dict[float, list[float | None]]] = {}
@@ -185,11 +185,11 @@ def frontier_lines(variants: Sequence[Variant]) -> dict[str, dict[float, list[fl
 
 
 def mean_record(variant: Variant) -> RunRecord:
-    """Average the runs of a variant into one record without seeds, for figures of single runs.
+    """Average the runs of a variant into one `RunRecord` without seeds, which the figures of single runs can draw.
 
-    Training and validation columns and diagnostics are means at the steps that all runs logged.  Numbers of the summary are means
-    over the runs that have them.  Events and spikes are those of all runs.  If any run finished, only
-    finished runs count.
+    If any run of the variant finished, only finished runs are averaged.  Training and validation columns and diagnostics are means
+    at the steps that all averaged runs logged.  Numbers of the summary are means over the averaged runs that have them.  Events
+    and spikes are those of all averaged runs.
     """
     runs = variant.finished or list(variant.runs.values())
     if len(variant.runs) == 1:

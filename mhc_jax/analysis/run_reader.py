@@ -1,6 +1,6 @@
 """Read run folders: configuration, environment, metrics and summary as plain values and arrays.
 
-Letters: K train lines and V validation lines of metrics.jsonl, L sub-layers (attention and feed-forward count as two), n streams.
+Letters: K is the number of train lines of metrics.jsonl, V of its validation lines, L of sub-layers, and n of streams.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mhc_jax.runs.folder import read_json
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
 NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
-"""Dotted keys of settings that change no number of a run (neutral settings).
+"""Dotted keys of neutral settings, which change no number that a run measures.
 
-The sections `mesh` and `pipeline` are neutral, too: they change rounding alone.
+All settings of the sections `mesh` and `pipeline` are neutral, too, because they change numbers by rounding alone.
 """
 SHORT = {
     "optimizer.learning_rate": "lr",
@@ -33,16 +33,16 @@ SHORT = {
     "train.seed": "trainseed",
     "data.seed": "dataseed",
 }
-"""Short names of settings in labels and in names of run folders.  A key that is not listed is shown by its last part."""
+"""Short names of settings in labels and in names of run folders.  Other settings have the last part of their key as short name."""
 ABSENT = "(absent)"
-"""Value of a setting that a run's config lacks, because each kind of connection has settings of its own."""
+"""Text that stands for the value of a setting that a run does not have.  Kinds of connection have different settings."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """The content of a run folder.
 
-    JSON null, which stands for NaN and infinity in the files, is NaN in the record.
+    JSON null, which stands for NaN and infinity in metrics.jsonl, is NaN in columns and arrays.
     """
 
     name: str
@@ -52,12 +52,12 @@ class RunRecord:
     env: Mapping[str, Any]
     """Content of env.json: device, versions, commit and the like.  Empty if the folder has no env.json."""
     summary: Mapping[str, Any] | None
-    """Content of summary.json.  None while the run goes on, and after it was killed."""
+    """Content of summary.json.  None if the run is still going on or was killed, because it writes the file at its end."""
     train: Mapping[str, Float[np.ndarray, " K"]]
-    """Columns of the train lines: `step`, `loss` (nats/token), ...; NaN if a line lacks the key."""
+    """Columns of the train lines of metrics.jsonl: `step`, `loss` (nats/token) and others.  Values that a line lacks are NaN."""
     validation: Mapping[str, Float[np.ndarray, " V"]]
     diagnostics: Sequence[Mapping[str, Any]]
-    """A mapping for each diagnostics line: `step` (int) and arrays [L, ...]."""
+    """A mapping for each diagnostics line of metrics.jsonl, with `step` (int) and arrays over depth, such as h_res [L, n, n]."""
     events: Sequence[Mapping[str, Any]]
 
     @property
@@ -67,7 +67,7 @@ class RunRecord:
 
     @property
     def connection(self) -> str:
-        """Spec of the connection, with its init and every setting that is not the kind's default."""
+        """Text of the connection, such as `mhc:init=paper`: its kind, its init and every setting that is not the kind's default."""
         return spec_of_mapping(self.config["model"]["connection"])
 
     @property
@@ -77,19 +77,19 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """How the run ended: `finished`, `diverged` or `interrupted`; `no summary` while it runs or after a kill."""
+        """How the run ended: `finished`, `diverged` or `interrupted`.  `no summary` means that it still runs or was killed."""
         return self.result("status") or ("no summary" if self.diverged_at is None else "diverged")
 
     @property
     def diverged_at(self) -> int | None:
-        """Step at which the first number was not finite, or else the step of the `diverged` event.  None without either."""
+        """Step of the first number that was not finite, from the summary, or else the step of the `diverged` event, or None."""
         steps = [e["step"] for e in self.events if e.get("event") == "diverged"]
         first = self.result("first_nonfinite_step")
         return int(first) if first is not None else (int(steps[0]) if steps else None)
 
     @property
     def spike_steps(self) -> list[int]:
-        """Steps of the run's loss spikes, from the summary or, without a summary, from the events."""
+        """Steps of the run's loss spikes, from the summary or, without a summary, from the events of metrics.jsonl."""
         steps = self.result("spike_steps")
         if steps is None:
             steps = [e["step"] for e in self.events if e.get("event") == "spike"]
@@ -113,18 +113,18 @@ class RunRecord:
         return None if steps is None else int(steps) * data["batch_size"] * data["sequence_length"]
 
     def result(self, key: str) -> Any:
-        """Return the value of `key` in summary.json, or None without a summary or such a key."""
+        """Return the value of `key` in summary.json, or None if the run has no summary or the summary no such key."""
         return None if self.summary is None else self.summary.get(key)
 
 
 def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
-    """Read a run folder into a record.
+    """Read a run folder.
 
-    A last line of metrics.jsonl that is not JSON is left out: it was being written when the process was killed.
+    If the last line of metrics.jsonl is not JSON, it is left out, because the process was killed while it wrote the line.
 
     Args:
       folder: the run folder.
-      metrics: whether to read metrics.jsonl; without it the record has a summary and no curves.
+      metrics: whether to read metrics.jsonl.  If not, the result has no measurements over steps and no events.
 
     Raises:
       InputError: there is no such folder, it lacks config.json or metrics.jsonl, or a file does not parse.
@@ -165,7 +165,7 @@ def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"
     Args:
       record: the run.
       kind: `train`, `validation` or `diagnostics`.
-      key: key of a line, e.g. `loss` (values [K]) or `composite_forward` (values [K, L]).
+      key: name of the measurement, e.g. `loss` (values [K]) or `composite_forward` (values [K, L]).
     """
     one_of("kind", kind, MEASUREMENTS)
     if kind == "diagnostics":
@@ -179,7 +179,7 @@ def series(record: RunRecord, kind: str, key: str) -> tuple[Int[np.ndarray, " K"
 
 
 def last_diagnostics(record: RunRecord, key: str) -> tuple[int, Float[np.ndarray, "L ..."]] | None:
-    """Return the step of the last diagnostics line with a finite number in `key`, and the values of `key` there, or None."""
+    """Return (step, values of `key`) of the last diagnostics line with a finite number in `key`, or None if there is none."""
     for line in reversed(record.diagnostics):
         if line.get(key) is not None and np.isfinite(line[key]).any():
             return line["step"], line[key]
@@ -187,7 +187,7 @@ def last_diagnostics(record: RunRecord, key: str) -> tuple[int, Float[np.ndarray
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn a nested mapping into one with dotted keys: {"model": {"width": 8}} becomes {"model.width": 8}."""
+    """Turn a nested mapping into a flat one with dotted keys: {"model": {"width": 8}} becomes {"model.width": 8}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -198,11 +198,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]:
-    """Return the settings that tell a run's variant from others: `connection` (its spec), and all on which its numbers depend.
+    """Return the settings by which a run's variant is told from others.
+
+    They are `connection` (a text such as `mhc:init=paper`) and, by dotted key, all other settings but the seeds.
 
     Args:
       config: configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it.
-      neutral: whether to keep the settings that change no number of a run (`NEUTRAL_KEYS`, `mesh` and `pipeline`).
+      neutral: whether to include settings that change no number of a run (`NEUTRAL_KEYS`, `mesh` and `pipeline`).
     """
     sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
     keys = SEED_KEYS if neutral else SEED_KEYS + NEUTRAL_KEYS
@@ -211,9 +213,9 @@ def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]
 
 
 def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Return the `identity` of each run, and under `text` the start of the hash of its training text, if all runs recorded it.
+    """Return the `identity` of each run and, if all runs recorded a hash of their training text, its first digits as `text`.
 
-    If runs differ in neutral settings alone, as in a sweep over meshes, the identities hold these settings too.
+    If two runs differ in neutral settings (`NEUTRAL_KEYS`) alone, as in a sweep over meshes, the identities include these settings.
     """
     hashes = [flatten(record.env).get("data.train_sha256") for record in records]
     texts = [{} if None in hashes else {"text": str(text)[:8]} for text in hashes]
@@ -256,18 +258,18 @@ def paired_gap(
 
 
 def seed_name(seed: tuple[int, int]) -> str:
-    """Return the seeds of a run as words: `seed 1`, or `seeds 0/1` if the seeds of training and data differ."""
+    """Return the seeds (train.seed, data.seed) as words: `seed 1` if they are equal, else `seeds 0/1`."""
     return f"seed {seed[0]}" if seed[0] == seed[1] else f"seeds {seed[0]}/{seed[1]}"
 
 
 def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
     """Name each run by its connection, by the other settings in which the runs differ, and by its seeds if the seeds differ.
 
-    Runs that would have the same name are told apart by primes.
+    Each further run of the same name gets one more prime (').
 
     Args:
       records: the runs.
-      seeds: whether the names hold the seeds.
+      seeds: whether the names hold the seeds.  If not, names get no primes either.
     """
     known = identities(records)
     keys = [key for key in dict.fromkeys(key for settings in known for key in settings) if key != "connection"]
@@ -288,7 +290,7 @@ def _word(value: Any) -> str:
 
 
 def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of metrics.jsonl by kind.  Lists in diagnostics lines become arrays."""
+    """Return the lines of metrics.jsonl by their kind, each a mapping.  Lists in diagnostics lines become float64 arrays."""
     lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MEASUREMENTS, "event")}
     raw = [(number, text) for number, text in enumerate(path.read_bytes().split(b"\n"), 1) if text.strip()]
     for number, text in raw:
@@ -308,6 +310,6 @@ def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, " K"]]:
-    """Make a column of each numeric key of the lines.  Null and missing values become NaN."""
+    """Return the values of each numeric key of the lines as an array, where NaN stands for null and missing values."""
     keys = sorted({k for line in lines for k, v in line.items() if isinstance(v, int | float)} | {"step"})
     return {key: np.asarray([line.get(key) for line in lines], float) for key in keys}

@@ -1,10 +1,10 @@
 """Statistics over a handful of seeds: paired differences, stability frontiers and power laws.
 
 One rule holds for every table, figure and sentence of the project: below `MIN_SEEDS` paired seeds there are differences, but no
-interval, no p-value, no effect size and no claim.  The tests and intervals are SciPy's.
+interval, no p-value, no effect size and no claim.  SciPy computes the tests and intervals.
 
-Letters: K is the number of seeds that both variants have.  A difference is `variant - baseline` of one measurement; for a loss,
-below 0 is better.
+Letters: K is the number of seeds that both the variant and its baseline have.  d is the difference of one measurement at one
+seed, variant minus baseline; for a loss, below 0 is better.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mhc_jax.errors import require
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-"""Smallest number of seeds for an interval.  With two seeds Student's factor is 12.7, and the spread rests on one number."""
+"""Smallest number of paired seeds for an interval.  With two seeds, the factor t of Student's 95 % interval would be 12.7."""
 SPREAD = 1e-9
-"""Values that differ by less than this count as equal.
+"""Losses, or differences of losses, count as equal if they deviate by at most this, in nats/token.
 
-Summaries hold nine digits, so rounding alone makes equal values deviate.
+summary.json holds nine digits, so smaller deviations come from rounding.
 """
 MOST_FLIPS = 2**14
 """Largest number of sign patterns that `sign_flip_p` tries: all patterns for up to 14 seeds, random patterns for more."""
@@ -34,22 +34,22 @@ MOST_FLIPS = 2**14
 
 @dataclass(frozen=True)
 class Paired:
-    """Paired differences of one variant from its baseline, over seeds.
+    """Differences of a variant from its baseline, paired by seed, and the statistics of these differences.
 
-    The interval has a confidence of 95 %, and the p-values are two-sided.  Interval, p-values and effect
-    are None below `MIN_SEEDS` seeds, and if the differences are all equal.
+    The interval has a confidence of 95 %, and the p-values are two-sided.  Interval, p-values and effect are None below `MIN_SEEDS`
+    seeds, and if the differences are all equal.
     """
 
     differences: tuple[float, ...]
     mean: float
     t_interval: tuple[float, float] | None
-    r"""Student's interval of the mean difference: $\bar d \pm t_{0.975, K-1}\, s_d / \sqrt{K}$."""
+    r"""Student's interval of the mean difference: $\bar d \pm t_{0.975, K-1}\, s_d / \sqrt{K}$, with standard deviation $s_d$."""
     p_t: float | None
     r"""p-value of the paired t test, whose statistic is $\bar d \sqrt{K} / s_d$."""
     p_sign_flip: float | None
-    r"""p-value of the permutation test of the mean under flips of signs; with K seeds it is at least $2^{1-K}$."""
+    r"""p-value of the permutation test that flips signs of the differences; with K seeds it is at least $2^{1-K}$."""
     effect: float | None
-    """Mean difference divided by the standard deviation of the baseline over the same seeds."""
+    """Mean difference divided by the baseline's standard deviation over the same seeds.  None if that deviation is 0."""
 
     @property
     def seeds(self) -> int:
@@ -63,11 +63,11 @@ class Paired:
 
 
 def paired(variant: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paired | None:
-    """Compare two variants seed by seed.  The result is None if no seed has a finite value in both.
+    """Compare a variant with its baseline seed by seed.  The result is None if no seed has a finite value in both.
 
     Args:
-      variant: values of the variant by seed.
-      baseline: values of the baseline by seed, in the same units.
+      variant: values of one measurement of the variant, by seed.
+      baseline: values of the same measurement of the baseline, by seed.
     """
     common = [s for s in variant if s in baseline and math.isfinite(variant[s]) and math.isfinite(baseline[s])]
     if not common:
@@ -89,9 +89,9 @@ def t_interval(values: Float[np.ndarray, " K"]) -> tuple[float, float]:
 
 
 def sign_flip_p(differences: Float[np.ndarray, " K"]) -> float:
-    """Return the two-sided p-value of the mean difference under flips of signs.
+    """Return the two-sided p-value of the mean of paired differences in a permutation test that flips their signs.
 
-    The p-value is exact for up to 14 values.  For more values it comes from 2^14 random flips.
+    The p-value is exact for up to 14 differences.  For more, it is estimated from `MOST_FLIPS` random sign patterns.
     """
     test = stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=MOST_FLIPS, rng=np.random.default_rng(0)
@@ -103,7 +103,7 @@ def verdict(result: Paired | None, baseline: str) -> str:
     """Return one sentence that says whether a variant's loss differs from its baseline's, as far as the seeds allow.
 
     Args:
-      result: paired differences from `paired`.
+      result: result of `paired` for the variant's losses.
       baseline: name of the baseline.
     """
     if result is None:
@@ -125,17 +125,17 @@ def verdict(result: Paired | None, baseline: str) -> str:
 def stability_frontier(
     losses: Mapping[float, Sequence[float | None]], threshold: float
 ) -> tuple[float | None, float | None]:
-    """Find the largest learning rate up to which every seed is stable, and the first learning rate that is unstable.
+    """Find the lowest unstable learning rate, and the largest stable learning rate below it.
 
-    A rate is stable if every loss is finite and below `threshold`.  Rates above the first unstable rate do not count, whatever
-    their losses.  Rates below the first stable rate whose losses are all finite are slow, not unstable; they are passed over.
+    A rate is stable if the losses of all seeds are finite and below `threshold`, else unstable.  But a rate below all stable rates
+    is unstable only if a loss is missing or not finite, because slow training alone may leave its losses above `threshold`.
 
     Args:
       losses: final losses of the seeds by learning rate, None for a run without a final loss.
       threshold: loss from which a run is unstable, in nats/token.
 
     Returns:
-      The largest stable rate and the first unstable rate.  Either is None if no rate tried is of that sort.
+      (stable rate, unstable rate).  Either is None if there is no such rate in `losses`.
     """
     last = None
     for rate in sorted(losses):
@@ -150,16 +150,16 @@ def stability_frontier(
 
 @dataclass(frozen=True)
 class PowerLaw:
-    r"""The law $\text{loss} = a (x / x_0)^{-b}$, where $x_0$ is the geometric mean of x.
+    r"""The law $\text{loss} = a (x / x_0)^{-b}$ of models of size x, where $x_0$ is the geometric mean of the sizes.
 
-    The law is fitted to the logarithms by least squares, so that equal relative errors count alike.
+    The law is fitted to the logarithms by least squares, so that equal relative errors of losses count alike.
     """
 
     a: float
     b: float
     x_0: float
     b_interval: tuple[float, float] | None
-    """Student's 95 % interval of the exponent b.  None for two points, which a power law fits exactly."""
+    """Student's 95 % interval of the exponent b.  None for two models, whose losses a power law fits exactly."""
 
 
 def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw:

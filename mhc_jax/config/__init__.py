@@ -1,4 +1,4 @@
-"""Settings of a run: frozen dataclasses that check their values.  `config.mapping` turns them into plain mappings and back."""
+"""Settings of a run, as frozen dataclasses that check their values.  `config.mapping` converts them to plain mappings and back."""
 
 from mhc_jax.config.mesh import AXES, MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig

@@ -1,6 +1,6 @@
-"""Read and write settings of the decoder that are one text each: attention, experts, and what the backward pass recomputes.
+"""Read and write the settings `attention_kind`, `experts` and `remat` of the decoder, each of which is one text of several parts.
 
-`ModelConfig` keeps the texts, and its properties read their parts.
+`ModelConfig` stores the texts, and its properties return their parts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class LatentAttention:
     """Settings of DeepSeek's multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434)."""
 
     kv_rank: int = 512
-    """Width of the latent that keys and values are made from, at least 1."""
+    """Width of the latent vector from which keys and values are made, at least 1."""
     rope_width: int = 64
-    """Number of columns that carry the position, in each query and in the key that all heads share; even, at least 2."""
+    """Number of columns that encode the position, in each query and in the one key that all heads share; even, at least 2."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.attention_kind: ", "kv_rank")
@@ -30,7 +30,7 @@ class LatentAttention:
 
 
 def read_attention(text: str) -> LatentAttention | None:
-    """Return the settings of latent attention from `mla` or `mla:kv_rank=512:rope_width=64`; None for `gqa`."""
+    """Return the settings in a text such as `mla` or `mla:kv_rank=512:rope_width=64`, or None for the text `gqa`."""
     kind = text.partition(":")[0]
     one_of("model.attention_kind", kind, ("gqa", "mla"))
     defaults = vars(LatentAttention()) if kind == "mla" else {}
@@ -39,7 +39,7 @@ def read_attention(text: str) -> LatentAttention | None:
 
 
 def write_attention(latent: LatentAttention | None) -> str:
-    """Return the shortest text that `read_attention` reads as `latent`."""
+    """Return the shortest text from which `read_attention` makes `latent`."""
     return "gqa" if latent is None else write_settings("mla", vars(latent), vars(LatentAttention()))
 
 
@@ -48,7 +48,7 @@ class Experts:
     """Settings of a mixture of experts (DeepSeekMoE, arXiv 2401.06066)."""
 
     number: int = 0
-    """Number of routed experts of a feed-forward sub-layer; 0: all blocks are dense."""
+    """Number of routed experts in a feed-forward sub-layer; 0: all blocks are dense."""
     active: int = 6
     """Number of routed experts that a token is sent to, from 1 to `number`."""
     shared: int = 2
@@ -56,13 +56,13 @@ class Experts:
     width: int = 128
     """Hidden width of one expert, at least 1."""
     dense_layers: int = 1
-    """Number of leading blocks without experts, fewer than model.num_layers; 0: none."""
+    """Number of dense blocks before the first block with experts, fewer than model.num_layers; 0: none."""
     buffer: float = 0.0
-    """Capacity of the buffer of each device that owns experts, in multiples of the even load; at least 1, or 0.
+    """Capacity of the buffer in which a device receives copies of tokens for its experts, in multiples of the even load.
 
-    The even load is the number of copies of tokens that a device receives if all loads are equal.  Copies that find no room are
-    dropped (metric router_dropped).  0: room for all copies that can come, so that none is dropped.  The buffer acts only if
-    mesh.expert splits the experts."""
+    The even load is the number of copies that each device receives if all receive equally many.  Copies that do not fit are
+    dropped (metric router_dropped).  The value is at least 1, or 0 for a buffer that has room for all copies that can come.  It
+    has an effect only if mesh.expert is above 1."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.experts: ", "width")
@@ -79,7 +79,7 @@ class Experts:
 
 
 def read_experts(text: str) -> Experts:
-    """Return the settings of the experts from `64` or `64:active=6:shared=2:width=128`.  An empty text means no experts."""
+    """Return the settings in a text such as `64` (experts) or `64:active=6:shared=2:width=128`.  An empty text means no experts."""
     if not text:
         return Experts()
     head = text.partition(":")[0]
@@ -92,7 +92,7 @@ def read_experts(text: str) -> Experts:
 
 
 def write_experts(experts: Experts) -> str:
-    """Return the shortest text that `read_experts` reads as `experts`."""
+    """Return the shortest text from which `read_experts` makes `experts`."""
     if not experts.number:
         return ""
     return write_settings(str(experts.number), _without_number(experts), vars(Experts()))
@@ -103,18 +103,18 @@ def _without_number(experts: Experts) -> dict[str, Any]:
 
 
 class Remat(NamedTuple):
-    """What the backward pass computes again instead of keeping it from the forward pass."""
+    """The remat policy: what the backward pass computes again instead of keeping it from the forward pass."""
 
     policy: str
-    """Name of the policy: `none`, `connection`, `full` or `auto`, as model.remat explains them."""
+    """Name of the policy, `none`, `connection`, `full` or `auto`.  `ModelConfig.remat` explains them."""
     block: int = 0
-    """L_r of `connection`, the number of sub-layers computed again at a time; 0: the L_r with the least memory (mHC Eq. 20)."""
+    """L_r, the number of sub-layers that `connection` recomputes at a time; 0: the L_r with the least memory (mHC Eq. 20)."""
     budget_gb: float = 0.0
-    """Memory of one device in GB (1e9 bytes), for `auto`; 0: no limit is known, and `auto` means `connection`."""
+    """Memory of one device in GB (1e9 bytes) that `auto` may use; 0: the limit is not known, and `auto` means `connection`."""
 
 
 def read_remat(text: str) -> Remat:
-    """Read `none`, `connection`, `connection:6` (L_r), `full`, `auto` or `auto:80` (memory of a device in GB)."""
+    """Return the policy in the text `none`, `connection`, `connection:6` (L_r), `full`, `auto` or `auto:80` (GB of a device)."""
     policies = ("none", "connection", "full", "auto")
     policy, number = read_number("model.remat", text, policies, {"connection": int, "auto": float})
     if number is None:
@@ -127,6 +127,6 @@ def read_remat(text: str) -> Remat:
 
 
 def write_remat(remat: Remat) -> str:
-    """Return the shortest text that `read_remat` reads as `remat`."""
+    """Return the shortest text from which `read_remat` makes `remat`."""
     number = remat.block or remat.budget_gb
     return f"{remat.policy}:{str(number).removesuffix('.0')}" if number else remat.policy

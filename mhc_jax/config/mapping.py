@@ -1,7 +1,8 @@
-"""Convert settings to plain nested mappings and back.  Config files, command lines and config.json hold such mappings.
+"""Convert settings to plain nested mappings and back.  Config files and the config.json of a run hold such mappings.
 
-`ml_collections.ConfigDict` is used in `experiments/` and config files only.  `to_mapping` gives a config file its defaults.
-`from_mapping` turns the edited mapping back into an `ExperimentConfig` once, and refuses unknown keys.
+`to_mapping` gives a config file the default settings, which the file and the command line change.  `from_mapping` makes an
+`ExperimentConfig` of the changed mapping, and refuses unknown keys.  Only `experiments/` and config files use
+`ml_collections.ConfigDict`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mhc_jax.errors import InputError, one_of, require
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Return the settings of `config`, defaults included, as a nested dict of plain values.  Tuples become lists, as in JSON."""
+    """Return all settings of `config`, defaults included, as a nested dict of plain values.  Tuples become lists, as in JSON."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -33,7 +34,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
     """Build an `ExperimentConfig` from the nested mapping of a config file or a run folder's config.json.
 
     Raises:
-      InputError: an unknown key (with the nearest known one), a value of the wrong type, or a value a dataclass refuses.
+      InputError: a key is unknown (the message names the nearest known one), or a value has the wrong type or is not allowed.
     """
     return _build(ExperimentConfig, mapping, "config")
 

@@ -13,36 +13,36 @@ from mhc_jax.settings_text import read_number
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis of the mesh, at least 1.  If all are 1 there is one device, and no mesh."""
+    """Number of devices along each axis of the mesh, at least 1.  If all are 1, the run uses one device and no mesh."""
 
     stage: int = 1
-    """Number of devices that share the blocks as a pipeline.  The pipeline has optimizer.accumulation_steps microbatches."""
+    """Number of devices of the pipeline, which share the blocks.  A training step has optimizer.accumulation_steps microbatches."""
     data: int = 1
-    """Number of copies of the model, which split the batch."""
+    """Number of copies of the model, each of which computes a part of the batch of its own (data parallelism)."""
     fsdp: int = 1
-    """Number of devices that split the batch, the parameters and the state of the optimizer."""
+    """Number of devices that split the batch, the parameters and the optimizer's state (fully sharded data parallelism)."""
     tensor: int = 1
-    """Number of devices that split heads and hidden channels.  If it divides model.vocab_size, they split the vocabulary too."""
+    """Number of devices that split attention heads and hidden channels, and the vocabulary if it divides model.vocab_size."""
     expert: int = 1
-    """Number of devices that split the batch and the experts."""
+    """Number of devices that split both the batch and the experts (expert parallelism)."""
     sequence: int = 1
-    """Number of devices that split each sequence.  If above 1, model.attention must be `xla`."""
+    """Number of devices that split the tokens of each sequence.  If it is above 1, model.attention must be `xla`."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "mesh.", *AXES)
 
     @property
     def size(self) -> int:
-        """Number of devices."""
+        """Number of devices of the whole mesh."""
         return math.prod(getattr(self, axis) for axis in AXES)
 
     @property
     def batch(self) -> int:
-        """Number of parts that the batch is split into."""
+        """Number of parts into which the mesh splits the batch."""
         return self.data * self.fsdp * self.expert
 
     def __str__(self) -> str:
-        """Return the axes of more than one device, as in `data 2, fsdp 4`; `1 device` if there are none."""
+        """Return the axes with more than one device, as in `data 2, fsdp 4`, or `1 device` if there are none."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
 
@@ -60,9 +60,9 @@ class PipelineConfig:
 
     `interleaved:4` gives each device 4 stages instead of 2."""
     overlap: bool = False
-    """Whether boundary tensors travel while the next tick computes, instead of between two ticks.
+    """Whether messages travel while the devices compute the next tick.  False: they travel between two ticks.
 
-    With overlap a schedule takes more ticks."""
+    With overlap a schedule takes more ticks, because a message arrives one tick later."""
 
     def __post_init__(self) -> None:
         name, chunks = self._read()
@@ -75,12 +75,12 @@ class PipelineConfig:
 
     @property
     def schedule_name(self) -> str:
-        """Name of the schedule, without the number of stages: `interleaved` for `interleaved:4`."""
+        """Name of the schedule without the number that may follow it: `interleaved` for `interleaved:4`."""
         return self._read()[0]
 
     @property
     def chunks(self) -> int:
-        """Number of stages of the model that a device holds; 0: the default of the schedule."""
+        """Number of stages that each device holds, as `schedule` gives it; 0: the default of the schedule."""
         return self._read()[1] or 0
 
     def _read(self) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""Settings of the decoder."""
+"""Settings of the decoder (section `model` of a configuration)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ATTENTION = ("xla", "cudnn", "splash")
 class ModelConfig:
     """Settings of the decoder.  C stands for the width, and L = 2 num_layers for the number of sub-layers.
 
-    `attention_kind`, `experts` and `remat` are texts.  They are stored in their shortest spelling, so that two spellings of one
-    value are one configuration.  Properties such as `kv_rank` and `num_experts` give the parts of these texts.
+    `attention_kind`, `experts` and `remat` are texts that hold several settings each.  Each is stored in its shortest spelling, so
+    that configurations with the same meaning are equal.  Properties such as `kv_rank` and `num_experts` give the single settings.
     """
 
     vocab_size: int = 0
-    """Number of tokens of the vocabulary; 0: as many as the tokenizer has."""
+    """Number of tokens in the vocabulary; 0: the number that the tokenizer has."""
     width: int = 128
     """C, the number of channels of one stream; at least 1."""
     num_layers: int = 8
@@ -42,50 +42,51 @@ class ModelConfig:
     num_kv_heads: int = 2
     """Number of key/value heads (GQA, arXiv 2305.13245), a divisor of num_heads; 1 is multi-query attention."""
     head_width: int = 0
-    """Number of channels of one head; 0: width / num_heads.
+    """Number of channels of one attention head; 0: width / num_heads.
 
-    With `mla` values have this width, and so do queries and keys without their RoPE columns."""
+    With `mla` this is the width of values, and of queries and keys without their RoPE columns."""
     attention_kind: str = "gqa"
     """Kind of attention: `gqa` (grouped key/value heads) or `mla` (multi-head latent attention).
 
     Settings of `mla` (`LatentAttention`) follow it, as in `mla:kv_rank=512:rope_width=64`.  `mla` ignores num_kv_heads."""
     attention: str = "xla"
-    """Program that computes attention.  T is the length of a sequence.
+    """Implementation of attention.  T is the length of a sequence.
 
-    - `xla`: any device and dtype; writes T x T scores to memory.
-    - `cudnn`: flash attention of NVIDIA GPUs; 16-bit compute_dtype only.
-    - `splash`: JAX's flash attention for TPUs.  T and the head width are multiples of 128, with `mla` rope_width of 64."""
+    - `xla`: runs on any device and with any dtype, and writes the T x T scores to memory.
+    - `cudnn`: flash attention for NVIDIA GPUs.  compute_dtype must be a 16-bit dtype.
+    - `splash`: JAX's flash attention for TPUs.  T and the head width must be multiples of 128.  With `mla`,
+      rope_width must be a multiple of 64."""
     mlp_width: int = 384
-    """Hidden width of SwiGLU in dense blocks, at least 1.  With experts only the leading blocks are dense."""
+    """Hidden width of the SwiGLU branch of dense blocks, at least 1.  With experts only the leading blocks are dense."""
     experts: str = ""
     """Number of routed experts and their settings (`Experts`); empty: dense blocks only.
 
     `64` means `64:active=6:shared=2:width=128:dense_layers=1:buffer=0`: 64 experts with the default settings."""
     embedding_init_std: float = 0.02
-    """Standard deviation of the embedding at initialisation, above 0 (GPT-2's 0.02)."""
+    """Standard deviation of the embedding at initialisation, above 0.  The default is GPT-2's."""
     depth_scaled_init: bool = True
-    """Whether output projections start at 1/sqrt(L) of the standard deviation of other projections (GPT-2).
+    """Whether the output projections of branches start with 1/sqrt(L) of the standard deviation of other projections (GPT-2).
 
-    The sum over depth then has the variance of one branch."""
+    The sum of all L branch outputs then has the variance that one branch output has without this factor."""
     tied_embeddings: bool = False
-    """Whether the unembedding is the transposed embedding."""
+    """Whether the unembedding, the matrix that makes logits, is the transposed embedding."""
     compute_dtype: str = "float32"
-    """Dtype of branches, one of `DTYPES`.  Parameters are float32, and norms, softmax and coefficients compute in float32."""
+    """Dtype in which branches compute, one of `DTYPES`.  Parameters, norms, softmax and coefficients are float32 in any case."""
     stream_dtype: str = "float32"
-    """Dtype of the residual stream(s) between sub-layers, one of `DTYPES`."""
+    """Dtype in which the streams are stored between sub-layers, one of `DTYPES`."""
     remat: str = "none"
     """What the backward pass computes again, in order to save memory, instead of keeping it from the forward pass.
 
     - `none`: nothing.
-    - `connection`: streams and coefficients, L_r sub-layers at a time, and no branch (mHC section 4.3.2).  `connection:6` sets
-      L_r = 6; without a number L_r is the one that takes the least memory (Eq. 20).
+    - `connection`: streams and coefficients of L_r sub-layers at a time, but no branch (mHC section 4.3.2).  `connection:6` sets
+      L_r = 6.  Without a number, L_r takes the value that needs the least memory (Eq. 20).
     - `full`: whole blocks.
     - `auto`: the first of `none`, `connection` and `full` whose estimated memory fits a device.  `auto:80` says that a device has
-      80 GB (1e9 bytes).  Without a number no limit is known, and `auto` means `connection`."""
+      80 GB (of 1e9 bytes).  `auto` without a number means `connection`, because the limit is not known."""
     unroll: int = 1
-    """Number of blocks per step of the scan over depth.  With num_layers the program has no loop over depth."""
+    """Number of blocks in one step of the loop over depth (`jax.lax.scan`).  If it is num_layers, the program has no such loop."""
     connection: ConnectionConfig = field(default_factory=lambda: connections.default_config("mhc"))
-    """Connection around each sub-layer F, which replaces x + F(x), and its settings (`mhc_jax/connections/`)."""
+    """The kind of connection that replaces x + F(x) around each branch F, with its settings (`mhc_jax/connections/`)."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")
@@ -141,27 +142,27 @@ class ModelConfig:
         )
 
     def require_vocabulary(self) -> None:
-        """Raise `InputError` unless vocab_size is set.  A plan needs it, because it has no tokenizer to take the size from."""
+        """Raise `InputError` if vocab_size is 0.  Estimates (`mhc_jax/planning`) load no tokenizer that tells the number."""
         require(self.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
 
     @property
     def num_leading(self) -> int:
-        """Number of dense blocks in front of the blocks with experts; 0 if all blocks are alike."""
+        """Number of dense blocks before the first block with experts; 0 if the model has no experts."""
         return self.num_dense_layers if self.num_experts else 0
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Number of channels of one attention head."""
         return self.head_width or self.width // self.num_heads
 
     @property
     def key_width(self) -> int:
-        """Number of channels of a query or a key of one head, including MLA's columns that carry the position."""
+        """Number of channels of a query or key of one head, including the columns with which MLA encodes the position."""
         return self.head_dim + (self.rope_width if self.uses_mla else 0)
 
     @property
     def num_sublayers(self) -> int:
-        """Number of sub-layers, the L of the papers.  Attention and feed-forward of a block count as two."""
+        """Number L of sub-layers of the decoder.  The attention and the feed-forward of a block count as two."""
         return 2 * self.num_layers
 
     @property
@@ -171,17 +172,17 @@ class ModelConfig:
 
     @property
     def kv_rank(self) -> int:
-        """Width of the latent that MLA makes keys and values from."""
+        """Width of the latent vector from which MLA makes keys and values."""
         return (self._latent or LatentAttention()).kv_rank
 
     @property
     def rope_width(self) -> int:
-        """Number of columns of MLA's queries and keys that carry the position."""
+        """Number of columns of MLA's queries and keys that encode the position (RoPE)."""
         return (self._latent or LatentAttention()).rope_width
 
     @property
     def num_experts(self) -> int:
-        """Number of routed experts of a feed-forward sub-layer; 0 if all blocks are dense."""
+        """Number of routed experts in a feed-forward sub-layer; 0 if all blocks are dense."""
         return self._experts.number
 
     @property
@@ -201,30 +202,31 @@ class ModelConfig:
 
     @property
     def num_dense_layers(self) -> int:
-        """Number of leading blocks without experts.  It has no effect if the model has no experts."""
+        """Number of dense blocks before the first block with experts.  It has no meaning if the model has no experts."""
         return self._experts.dense_layers
 
     @property
     def expert_buffer(self) -> float:
-        """Capacity of the buffer of each device that owns experts, in multiples of the even load.
+        """Capacity of the buffer in which a device receives copies of tokens for its experts, in multiples of the even load.
 
-        0: room for all copies of tokens that can come, so that none is dropped.
+        The even load is the number of copies that each device receives if all receive equally many.  0: the buffer has room for
+        all copies that can come, so that none is dropped.
         """
         return self._experts.buffer
 
     @property
     def remat_policy(self) -> str:
-        """What the backward pass computes again: `none`, `connection`, `full` or `auto`, without the number that may follow."""
+        """Name of the remat policy in `remat`: `none`, `connection`, `full` or `auto`, without the number that may follow it."""
         return self._remat.policy
 
     @property
     def remat_block(self) -> int:
-        """L_r, the number of sub-layers that `connection` computes again at a time; 0: the L_r that takes the least memory."""
+        """L_r, the number of sub-layers that `connection` of `remat` recomputes at a time; 0: the L_r with the least memory."""
         return self._remat.block
 
     @property
     def remat_budget_gb(self) -> float:
-        """Memory of a device in GB (1e9 bytes) that `auto` plans for; 0: unknown."""
+        """Memory of a device in GB (1e9 bytes) that the remat policy `auto` may use; 0: unknown."""
         return self._remat.budget_gb
 
     @property

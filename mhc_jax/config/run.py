@@ -1,4 +1,4 @@
-"""Settings of the text, the optimizer and the training loop, and the configuration of a run, which holds all sections."""
+"""Settings of the data, the optimizer and the training loop, and the class that holds all settings of a run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ TRACKERS = ("tensorboard", "wandb")
 class DataConfig:
     """Settings of the text, the tokenizer and the shape of a batch.
 
-    Prepared texts are kept in the folder $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
+    Tokenized texts are kept in the folder $MHC_JAX_CACHE, or in ~/.cache/mhc_jax if this variable is not set.
     """
 
     source: str = "shakespeare"
     """Training text: `shakespeare`, `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files.
 
-    `shakespeare` is the corpus embedded in this package."""
+    `shakespeare` is a text that comes with this package."""
     validation_source: str = ""
     """Held-out text, in the notation of `source`.
 
-    Empty: the validation split of `source`, else documents of `source` that are set apart by the hash of their text."""
+    Empty: the validation split of `source`, or, without such a split, documents of `source` chosen by the hash of their text."""
     validation_fraction: float = 0.05
-    """Share of documents that are set apart for validation, between 0 and 1.
+    """Share of the documents of `source` that are held out for validation, between 0 and 1.
 
     It has no effect if `validation_source` is given or `source` has a validation split."""
     tokenizer: str = "byte"
@@ -39,9 +39,9 @@ class DataConfig:
     sequence_length: int = 256
     """T, the number of tokens of a sequence; at least 2."""
     batch_size: int = 8
-    """B, the number of sequences of an optimizer step, over all its accumulation steps; at least 1."""
+    """B, the number of sequences in one step of the optimizer, summed over its accumulation steps; at least 1."""
     seed: int = 0
-    """Seed of the order in which training windows are read; not negative."""
+    """Seed of the order in which training sequences are read; not negative."""
 
     def __post_init__(self) -> None:
         at_least(2, self, "data.", "sequence_length")
@@ -60,35 +60,37 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW (arXiv 1711.05101) and its schedule.  Defaults that do not depend on size are from mHC Table 5.
+    """Settings of AdamW (arXiv 1711.05101) and of its learning rate.  Defaults that do not depend on the model's size are from mHC
+    Table 5.
 
     Norms, biases of routers and the static parameters of connections take no weight decay (`optim.no_decay_pattern`).
     """
 
     learning_rate: float = 3e-3
-    """Peak of the learning rate, above 0."""
+    """Largest learning rate, which is reached at the end of the warm-up; above 0."""
     schedule: str = "cosine"
-    """Course of the learning rate after the warm-up (`optim.schedule`), as shares of the peak and of the steps.
+    """Name of the learning-rate schedule after the warm-up (`optim.schedule`): `constant`, `cosine`, `step` or `wsd`.
 
-    `constant`, `cosine`, `step` (x0.316 after 80 %, x0.1 after 90 %) or `wsd` (linear over the last 20 %)."""
+    `step`: 0.316 of the peak after 80 % of the steps, 0.1 after 90 %.  `wsd`: constant, then a linear fall over the last 20 %."""
     warmup_steps: int = 20
-    """Number of updates in which the learning rate grows linearly to its peak; at most train.steps."""
+    """Number of steps in which the learning rate grows linearly to its peak; at most train.steps."""
     final_fraction: float = 0.1
-    """Learning rate of the last step of `cosine` and `wsd`, as a share of the peak; between 0 and 1."""
+    """Learning rate at the end of the schedules `cosine` and `wsd`, as a share of the peak; between 0 and 1."""
     b1: float = 0.9
     """Decay of AdamW's running mean of gradients, in [0, 1)."""
     b2: float = 0.95
     """Decay of AdamW's running mean of squared gradients, in [0, 1)."""
     eps: float = 1e-20
-    """Number that AdamW adds to the root of the mean of squared gradients; not negative."""
+    """Number that AdamW adds to the root of the running mean of squared gradients; not negative."""
     weight_decay: float = 0.1
     """Weight decay of AdamW: an update subtracts weight_decay x learning rate x parameter; not negative."""
     grad_clip: float = 1.0
-    """Global norm to which larger gradients are clipped; 0: no clipping."""
+    """Largest global norm of the gradient: a larger gradient is scaled down to it; 0: no clipping."""
     accumulation_steps: int = 1
-    """Number of slices that a batch is cut into, a divisor of data.batch_size.
+    """Number of slices into which a batch is cut, a divisor of data.batch_size.
 
-    Their gradients are computed one after another and averaged.  With mesh.stage above 1 the slices are the microbatches."""
+    The gradients of the slices are computed one after another and averaged.  If mesh.stage is above 1, the slices are the
+    microbatches of the pipeline."""
     connection_lr_multiplier: float = 1.0
     """Learning rate of the connections' parameters, as a multiple of `learning_rate`; not negative."""
 
@@ -115,19 +117,19 @@ class TrainConfig:
     steps: int = 200
     """Number of updates of the optimizer, at least 1."""
     seed: int = 0
-    """Seed of the initial parameters, not negative.  Branches get the same values with every connection."""
+    """Seed of the initial parameters, not negative.  Under one seed, branches start with the same values for every connection."""
     log_every: int = 10
-    """Number of steps between two train lines of metrics.jsonl, at least 1."""
+    """Number of steps between two lines of training metrics in metrics.jsonl, at least 1."""
     validate_every: int = 50
     """Number of steps between two validations; 0: only at the end."""
     validation_batches: int = 8
-    """Number of held-out batches of a validation, at least 1."""
+    """Number of held-out batches that one validation uses, at least 1."""
     checkpoint_every: int = 100
     """Number of steps between two checkpoints; 0: only at the end."""
     diagnostics_every: int = 50
-    """Number of steps between two measurements of gains and streams; 0: none.  The value does not change the train step."""
+    """Number of steps between two diagnostics of gains and streams; 0: none.  They run in a program apart from the train step."""
     trackers: tuple[str, ...] = ()
-    """Trackers that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty."""
+    """Services that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "train.", "steps", "log_every", "validation_batches")
@@ -141,7 +143,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """All settings of a run."""
+    """All settings of a run, one field for each section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -163,7 +165,7 @@ class ExperimentConfig:
         check_dimensions(self)
 
     def with_settings(self, **sections: Mapping[str, Any]) -> ExperimentConfig:
-        """Copy the configuration with some settings changed: `config.with_settings(model={"width": 64}, data={"seed": 1})`.
+        """Return a copy with some settings changed, as in `config.with_settings(model={"width": 64}, data={"seed": 1})`.
 
         Raises:
           InputError: the settings do not fit together.
@@ -173,10 +175,9 @@ class ExperimentConfig:
 
 
 def check_dimensions(config: ExperimentConfig) -> None:
-    """Raise `InputError` if an axis of `config.mesh` does not divide what it splits.
+    """Raise `InputError` if an axis of `config.mesh` does not divide the dimension that it splits.
 
-    The vocabulary is the exception.  If mesh.tensor does not divide model.vocab_size, the vocabulary is not split.  To split it,
-    set model.vocab_size to a multiple of mesh.tensor.
+    The vocabulary is an exception: if mesh.tensor does not divide model.vocab_size, the vocabulary is not split.
     """
     mesh, model, data = config.mesh, config.model, config.data
     micro = data.batch_size // config.optimizer.accumulation_steps
@@ -213,9 +214,9 @@ def check_dimensions(config: ExperimentConfig) -> None:
 
 
 def fits_splash(config: ExperimentConfig) -> bool:
-    """Return whether JAX's flash attention for TPUs takes the sizes of `config`.
+    """Return whether JAX's flash attention for TPUs (splash attention) can run with the sizes of `config`.
 
-    It takes lengths of sequences and widths of values in multiples of 128, and widths of keys in multiples of 64.
+    It needs multiples of 128 for the length of sequences and the width of values, and multiples of 64 for the width of keys.
     """
     model = config.model
     return config.data.sequence_length % 128 == 0 and model.head_dim % 128 == 0 and model.key_width % 64 == 0

@@ -1,6 +1,6 @@
-"""The registry of connection kinds, and the spelling of connections as text.
+"""The table of all kinds of connection, and functions that read and write a connection and its settings as one line of text.
 
-A new kind is one file in this folder and one line in `KINDS`.
+A new kind of connection needs one file in this folder and one line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ def default_config(kind: str, **settings: Any) -> ConnectionConfig:
 
 
 def parse(spec: str) -> ConnectionConfig:
-    """Return the config that a text such as `kind` or `kind:key=value:key=value` spells.
+    """Return the config of the connection that a text describes: `kind`, or a kind with settings, `kind:key=value:key=value`.
 
-    Connections are spelled like this in config files and on command lines.
-
-    Entries of a tuple are joined with +, as in `mhc:disable=pre+post`.
+    Config files and command lines name connections by such texts.  The entries of a tuple are joined with +, as in
+    `mhc:disable=pre+post`.
 
     Raises:
       InputError: the kind or a setting is unknown, or a value is not allowed.
@@ -96,10 +95,10 @@ def parse(spec: str) -> ConnectionConfig:
 
 
 def spec(config: ConnectionConfig) -> str:
-    """Return the canonical spelling of a config: its kind, then each setting that differs from its default.
+    """Return the text from which `parse` makes `config`: its kind, then each setting that differs from its default.
 
-    This function is the inverse of `parse`.  Settings stand in the order of the config's fields.  If a kind has the setting `init`,
-    it is always named, so that a label tells which initial values are meant.
+    Settings stand in the order of the config's fields.  The setting `init`, which not every kind has, is named even at its default,
+    so that the label of a run tells its initial values.
 
     Examples:
       >>> spec(parse("mhc:t_max=5"))
@@ -109,11 +108,10 @@ def spec(config: ConnectionConfig) -> str:
 
 
 def spec_of_mapping(mapping: Mapping[str, Any]) -> str:
-    """Return the spelling (see `spec`) of a connection that is given as a plain mapping, as in the config.json of a run.
+    """Return the text of a connection, as `spec` does, from a plain mapping such as the one in the config.json of a run.
 
-    Lists stand for tuples, and a missing setting has its default.  Settings are not checked, so that runs of any version have
-    labels.
-    Settings without a known default, such as those of an unregistered kind, are named last.
+    Lists stand for tuples, and a missing setting has its default.  Settings are not checked, so that runs of older versions of the
+    code have labels too.  Settings without a known default, such as those of a kind that is not in `KINDS`, come last.
 
     Examples:
       >>> spec_of_mapping({"kind": "mhc", "init": "home", "disable": ["pre", "post"]})

@@ -1,13 +1,13 @@
-r"""Block Attention Residuals (AttnRes, arXiv 2603.15031): a sub-layer attends to the sums of earlier outputs.
+r"""Block Attention Residuals (AttnRes, arXiv 2603.15031): a sub-layer reads by attention over sums of earlier branch outputs.
 
     $h_l = \sum_i \mathrm{softmax}_i(w_l \cdot \mathrm{rms}(V_i))\, V_i$
 
-The sources V are the embedding, one sum of outputs for each finished group of `block_size` sub-layers, and the partial sum of the
-running group.  (The paper calls such a group a block.)
+The sources V are the embedding, one sum of branch outputs for each finished group of `block_size` sub-layers, and the partial sum
+of the group that is not finished yet.  (The paper calls such a group a block.)
 
-No streams are mixed.  The decoder carries the sources in a flat buffer [B, T, S C] of S = 1 + ceil(L / block_size) slots.  A
-write adds to one slot.  With w = 0 the read is the mean of the sources.  That is the residual stream divided by the number of
-sources, and the norm of the branch removes this factor, so that the decoder equals Pre-Norm.
+No streams are mixed.  The decoder keeps the sources in a flat buffer [B, T, S C] of S = 1 + ceil(L / block_size) slots.  A write
+adds a branch output to one slot.  With the initial query w = 0 a read returns the mean of the sources, which is the residual
+stream divided by the number of sources.  The norm of the branch removes this factor, so that the decoder equals a Pre-Norm decoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class AttnResBlockConfig(ConnectionConfig):
-    """Settings of Block AttnRes."""
+    """Settings of Block AttnRes (Block Attention Residuals)."""
 
     kind: ClassVar[str] = "attnres_block"
     exits: ClassVar[tuple[str, ...]] = ("attention",)
@@ -37,9 +37,10 @@ class AttnResBlockConfig(ConnectionConfig):
     num_streams: int = 1
     """Number of streams, which is always 1: the residual stream is the sum of the sources."""
     exit: str = "attention"
-    """How the sources become one vector.  `attention`: by softmax attention over all sources, with a query w of its own."""
+    """How the sources become one vector.  `attention`: by softmax attention over all sources, with a query w that is a parameter
+    of the exit."""
     block_size: int = 4
-    """Number of sub-layers whose outputs are summed into one source.  1 gives full AttnRes, without groups."""
+    """Number of sub-layers whose branch outputs are summed into one source.  With 1 every output is a source (full AttnRes)."""
     eps_norm: float = 1e-20
     """Epsilon of the RMSNorm of the sources.  This norm has no weight of its own, because the query w absorbs it."""
 
@@ -58,13 +59,13 @@ class AttnResBlockConfig(ConnectionConfig):
 def source_weights(
     V: Float[Array, "*tokens SC"], w: Float[Array, " C"], filled: int | Int[Array, ""], eps_norm: float
 ) -> Float[Array, "S *tokens"]:
-    r"""Return the attention weights of the S slots, float32, tokens last.  Slots that hold no source yet get the weight 0.
+    r"""Return the attention weights of the S slots, float32, with the axes of tokens last.  A slot without a source gets 0.
 
     $a_i = \mathrm{softmax}_i(w \cdot \mathrm{rms}(V_i))$ over the first `filled` slots
 
     Args:
-      V: sources side by side, of any float dtype.
-      w: the query of one sub-layer.
+      V: the buffer, with its slots side by side, of any float dtype.
+      w: the query of one sub-layer or of the exit.
       filled: number of slots that hold a source.
       eps_norm: epsilon of the RMSNorm.
 
@@ -82,7 +83,7 @@ def source_weights(
 
 
 class AttnResBlock(Connection):
-    """The connection Block AttnRes.  Diagnostics see its residual stream, for which pre, post and res are the number 1."""
+    """The connection Block AttnRes.  Diagnostics see the sum of its sources as one stream, whose pre, post and res are 1."""
 
     config_class = AttnResBlockConfig
 
@@ -100,16 +101,16 @@ class AttnResBlock(Connection):
         return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], (self.slots - 1) * self.width), x.dtype)], -1)
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T SC"], Coefficients]:
-        """Make the state before the first boundary.  The write that is pending there goes to no slot."""
+        """Make the state (sources, c) before the first boundary.  A write with these coefficients c adds to no slot."""
         none = jnp.zeros((self.slots, *x.shape[:-1]), jnp.float32)
         return self.expand(x), Coefficients(none, none, None)
 
     def flat(self, streams: Float[Array, "B T SC"]) -> Float[Array, "B T C"]:
-        """Return the residual stream, which is the sum of the sources."""
+        """Return the residual stream, which is the sum of all sources."""
         return sum(split(streams, self.slots)[1:], streams[..., : self.width])
 
     def coefficients(self, streams: Float[Array, "B T SC"]) -> Coefficients:
-        """Make the coefficients: pre holds the weights of the S slots, and post is one-hot on the slot of the running group."""
+        """Make the coefficients: pre has the attention weights of the S slots, and post is one-hot on the slot to write to."""
         sublayer, size = self.sublayer, self.config.block_size
         pre = source_weights(streams, self.w, 1 + (sublayer + size - 1) // size, self.config.eps_norm)
         slot = (jnp.arange(self.slots) == 1 + sublayer // size).astype(jnp.float32)
@@ -122,14 +123,14 @@ class AttnResBlock(Connection):
     def write(
         self, streams: Float[Array, "B T SC"], c: Coefficients, y: Float[Array, "B T C"]
     ) -> Float[Array, "B T SC"]:
-        """Add the branch output y to the slot that sums the outputs of the running group."""
+        """Add the branch output y to the slot of the group that the sub-layer belongs to."""
         return write(streams, y, c.post, None, self.slots)
 
     def collapse(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """Make one vector of all sources, by a read with the query of the exit."""
+        """Make one vector of all sources, by attention with the query of the exit."""
         weights = source_weights(streams, self.w, self.slots, self.config.eps_norm)
         return read(streams, weights, self.slots)
 
     def dense(self, c: Coefficients, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
-        """Return the number 1 for each of pre, post and res, because y is added to the residual stream that `flat` returns."""
+        """Return 1 for each of pre, post and res, because a write adds y to the residual stream that `flat` returns."""
         return super().dense(Coefficients(None, None, None), like)

@@ -1,24 +1,27 @@
-r"""The contract that every connection keeps, and the base class that implements most of it.
+r"""The interface that every kind of connection implements, and the base class with most of the implementation.
 
 A connection replaces $x + F(x)$.  Sub-layer $l = 1 \dots L$ reads, mixes and writes $n$ streams (mHC, arXiv 2512.24880, Eq. 3):
 
     $h_l = H^{pre}_l x_l, \qquad x_{l+1} = H^{res}_l x_l + (H^{post}_l)^\top F_l(h_l)$
 
-The decoder knows a connection only through this class:
+The decoder uses a connection only through these methods of `Connection`:
 
     expand(x[B,T,C]) -> streams                  collapse(streams, c) -> x[B,T,C]
     coefficients(streams) -> c                   read(streams, c) -> h[B,T,C]
     write(streams, c, y) -> streams              write_read(streams, c, y) -> (streams, c_next, h)
 
-`streams` is any pytree of arrays.  Most kinds use one flat array `[B, T, n*C]` with stream i in columns i C to (i + 1) C.
-`c` holds the coefficients of one sub-layer and may be any pytree.  One module instance belongs to one sub-layer and owns its
-parameters.  One further instance, named the ends (`sublayer=None`), owns the parameters of `expand` and `collapse`.
+`streams` is any pytree of arrays.  Most kinds use one flat array `[B, T, n*C]`, in which stream i (counted from 0) has the columns
+i C to (i + 1) C - 1.  `c` holds the coefficients of one sub-layer and may be any pytree.  Each sub-layer has a Flax module of
+its own, with the parameters of that sub-layer.  One more module, called the ends (`sublayer=None`), has the parameters of
+`expand` and `collapse`.
 
-The decoder runs a chain of boundaries.  At each boundary the instance of sub-layer l writes the output of sub-layer l - 1 with
-the coefficients of l - 1.  Then it makes the coefficients of l and reads.  One kernel can do all three in a single pass.  `start`
-gives the state before the first boundary: a pending write that changes nothing.
+The decoder runs boundaries and branches in turn.  At the boundary before branch l, the module of sub-layer l writes the output
+of branch l - 1 with the coefficients of sub-layer l - 1.  Then it makes the coefficients of sub-layer l, and reads the input of
+branch l.  `write_read` does these three operations, so that one kernel can do them in a single pass over the streams.  A branch
+output that is not yet written is called a pending write.  `start` gives the state before the first boundary, whose pending write
+changes nothing.
 
-Diagnostics look at `flat(streams)` and at the three matrices of `dense(c, y)`.
+Diagnostics use `flat(streams)` and the three arrays of `dense(c, y)`.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from mhc_kernels import Coefficients, projection, read, write
 from mhc_jax.errors import one_of, require
 
 ALPHA_INIT = 0.01
-"""Initial value of the gates of dynamic parts: alpha of mHC (Table 5) and s of HC.  It is the default of the setting
+"""Initial value of the gates of dynamic parts, which are alpha in mHC (Table 5) and s in HC.  It is the default of the setting
 `alpha_init`."""
 
 
@@ -49,18 +52,21 @@ class ConnectionConfig:
     entries: ClassVar[tuple[str, ...]] = ("copy", "scaled")
     """Allowed values of the setting `entry`."""
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post", "res")
-    """Components (pre, post, res) that this kind of connection can learn.  Parameters hold them in this order."""
+    """Names of the coefficients (among pre, post and res) that this kind of connection can learn, in the order in which arrays of
+    parameters hold them."""
 
     num_streams: int = 4
     """Number of streams n."""
     exit: str = "sum"
-    """How n streams become one vector: `sum` (HC), `mean`, or `head` (DeepSeek-V4: learned weights, see `head_weights`)."""
+    """How the n streams become one vector: by their `sum` (HC), by their `mean`, or by a sum with learned weights, `head`
+    (DeepSeek-V4, `head_weights`)."""
     entry: str = "copy"
     """How the embedding becomes n streams.  `copy` (HC, mHC): n equal copies.  `scaled` (arXiv 2606.03483): each stream is the
-    embedding times a learned vector, so that streams differ from the start and the decoder does not start equal to Pre-Norm."""
+    embedding times a learned vector of its own.  The streams then differ from the start, and the decoder at initialisation does
+    not equal a Pre-Norm decoder."""
     disable: tuple[str, ...] = ()
-    """Components that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (ablation of mHC Table 1).  Empty:
-    all components of the kind are learned."""
+    """Coefficients that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (the ablation of mHC Table 1).
+    Empty: all coefficients in `learnable` are learned."""
 
     def __post_init__(self) -> None:
         require(
@@ -74,11 +80,11 @@ class ConnectionConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Components (pre, post, res) that are learned: those of `learnable` that are not in `disable`."""
+        """Names of the coefficients (pre, post, res) that are learned: those in `learnable` that are not in `disable`."""
         return tuple(part for part in self.learnable if part not in self.disable)
 
     def require_parts(self) -> None:
-        """Raise `InputError` if every component is disabled."""
+        """Raise `InputError` if the setting `disable` names every coefficient that could be learned."""
         *head, tail = self.learnable
         require(
             len(self.parts) > 0,
@@ -88,9 +94,9 @@ class ConnectionConfig:
 
 
 class Connection(nn.Module):
-    """The base class of all connections, which reads, mixes and writes n flat streams with coefficients of each token.
+    """The base class of all connections.  It reads, mixes and writes n flat streams, with coefficients for each token.
 
-    A kind of connection overrides the methods in which it differs.
+    A kind of connection is a subclass that overrides the methods in which it differs.
     """
 
     config: Any
@@ -100,21 +106,25 @@ class Connection(nn.Module):
     num_sublayers: int
     """Number L of sub-layers of the whole decoder."""
     sublayer: int | Array | None = None
-    """Index l - 1 of the sub-layer l that this instance belongs to, which may be traced.  None: the instance of the ends."""
+    """Index l - 1 of the sub-layer l that this instance belongs to, as a number or a traced array.  None: the instance has the
+    parameters of the entry and the exit."""
 
     config_class: ClassVar[type[ConnectionConfig]]
     static_params: ClassVar[tuple[str, ...]] = ()
-    """Names of the static parameters, which are not multiplied with streams.  They take no weight decay (`mhc_jax.optim`)."""
+    """Names of the parameters that take no weight decay (`mhc_jax.optim`): those that do not project streams, such as biases."""
 
     def setup(self) -> None:
-        """Declare the parameters of the ends or of one sub-layer."""
+        """Declare the parameters of entry and exit (`sublayer=None`), or those of one sub-layer."""
         if self.sublayer is None:
             self.setup_ends()
         else:
             self.setup_sublayer()
 
     def setup_ends(self) -> None:
-        """Declare the parameters of the entry, if it is `scaled`, and of the exit, if it is `head`."""
+        """Declare entry_scale [n, C] of the entry `scaled`, and head_phi [nC, n], head_bias [n], head_alpha [1] of the exit `head`.
+
+        A parameter exists only if the config has this entry or this exit.
+        """
         n, C = self.config.num_streams, self.width
         if self.config.entry == "scaled":
             noise = nn.initializers.xavier_normal()
@@ -125,22 +135,22 @@ class Connection(nn.Module):
             self.head_alpha = self.param("head_alpha", nn.initializers.constant(ALPHA_INIT), (1,))
 
     def setup_sublayer(self) -> None:
-        """Declare the parameters of the coefficients of one sub-layer."""
+        """Declare the parameters from which one sub-layer makes its coefficients."""
 
     def expand(self, x: Float[Array, "B T C"]) -> Any:
         """Make n streams of the embedding x, in the dtype of x, as the setting `entry` says."""
         if self.config.entry == "scaled":
             return jnp.concatenate([(x * s[None, None]).astype(x.dtype) for s in self.entry_scale], axis=-1)
-        # jnp.tile would make an array [B, T, n, C] on the way.  It costs 5 % of the cycles of two layers of width 2560 on a v5p.
+        # jnp.tile would first make an array [B, T, n, C], which takes 5 % of the cycles of two blocks of width 2560 on a v5p.
         return jnp.concatenate([x] * self.config.num_streams, axis=-1)
 
     def collapse(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
-        """Make one vector of the n streams, as the setting `exit` says.
+        """Make one vector of the n streams of each token, as the setting `exit` says.
 
-        Sums are in float32, and the result has the dtype of the streams.
+        Sums are computed in float32, and the result has the dtype of the streams.
 
         Args:
-          streams: the streams after the last write.
+          streams: the streams after the write of the last branch output.
           c: coefficients of the last sub-layer.
         """
         n = self.config.num_streams
@@ -149,16 +159,19 @@ class Connection(nn.Module):
         elif n == 1:
             return streams
         else:
-            # A sum is a read with weights of 1, because XLA on a TPU would transpose the streams before a plain sum.
+            # The sum is computed as a read with weights of 1, because XLA on a TPU would transpose the streams before a plain sum.
             weights = None if self.config.exit == "mean" else jnp.ones((n, *streams.shape[:-1]), jnp.float32)
         return read(streams, weights, n)
 
     def epsilons(self) -> dict[str, float]:
-        """Return the two epsilons of dynamic coefficients: `eps_norm` of the RMSNorm, and `eps`, which is added to sigmoids."""
+        """Return the two epsilons of coefficients: `eps_norm` of the RMSNorm of streams, and `eps` (see `EPS_CONVENTIONS`)."""
         return {"eps_norm": 1e-20, "eps": 0.0}
 
     def start(self, x: Float[Array, "B T C"]) -> tuple[Any, Any]:
-        """Make the state (streams, c) before the first boundary.  Writing y = 0 with this c leaves the streams as they are."""
+        """Make the state (streams, coefficients c) before the first boundary from the embedding x.
+
+        Writing a branch output y = 0 with this c leaves the streams unchanged.
+        """
         dense = self.dense(Coefficients(None, None, None), x)
         c = [a if part in self.config.parts else None for part, a in zip(Coefficients._fields, dense, strict=True)]
         return self.expand(x), Coefficients(*c)
@@ -172,18 +185,18 @@ class Connection(nn.Module):
         raise NotImplementedError
 
     def read(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
-        """Read the input of the branch from the streams x: $h = H^{pre} x$, in the dtype of the streams."""
+        """Return the input of the branch, read from the streams x: $h = H^{pre} x$, in the dtype of the streams."""
         return read(streams, c.pre, self.config.num_streams)
 
     def write(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> Any:
-        r"""Mix the streams x and add the branch output y: $H^{res} x + (H^{post})^\top y$, in the dtype of the streams."""
+        r"""Return the mixed streams plus the branch output y: $H^{res} x + (H^{post})^\top y$, in the dtype of the streams x."""
         return write(streams, y, c.post, c.res, self.config.num_streams)
 
     def write_read(self, streams: Any, c: Any, y: Float[Array, "B T C"]) -> tuple[Any, Any, Float[Array, "B T C"]]:
-        """Run the boundary between two sub-layers.
+        """Run the boundary between two sub-layers.  Return (new streams, coefficients, branch input h) of the second one.
 
-        Write the output y of the previous sub-layer with that sub-layer's coefficients c.  Then make the coefficients of this
-        sub-layer, and read the input of its branch.
+        First the output y of the first sub-layer is written with that sub-layer's coefficients c.  Then the coefficients of the
+        second sub-layer are made, and the input h of its branch is read.
         """
         streams = self.write(streams, c, y)
         c = self.coefficients(streams)
@@ -192,10 +205,8 @@ class Connection(nn.Module):
     def dense(self, c: Any, like: Float[Array, "B T nC"]) -> tuple[Array, Array, Array]:
         """Return all coefficients for diagnostics, float32: pre [n, B, T], post [n, B, T] and res [n, n, B, T].
 
-        Disabled components are filled in with their fixed values.
-
         Args:
-          c: coefficients; None stands for a component that is disabled.
+          c: coefficients.  One that is disabled is None in c, and has its fixed value in the result.
           like: any array with the leading axes [B, T].
         """
         n, tokens = self.config.num_streams, like.shape[:-1]
@@ -229,10 +240,10 @@ def head_weights(
       alpha: gate.
       bias: static logits b.
       eps_norm: epsilon of the RMSNorm.
-      eps: the $\epsilon$ added to each weight.
+      eps: the $\epsilon$ added to each weight, 1e-6 in DeepSeek-V4.
 
     Returns:
-      float32 weights, tokens last.
+      float32 weights, with the axes of tokens last.
 
     Examples:
       With a projection of 0 the bias alone decides: sigmoid(0) = 0.5 and sigmoid(2) = 0.88.
@@ -248,14 +259,14 @@ def head_weights(
 
 
 def home_stream(sublayer: int | Array | None, num_streams: int) -> Array:
-    r"""Return a one-hot vector [n] at the home stream of sub-layer l: $e_{(l - 1) \bmod n}$ (HC Eq. 14), float32.
+    r"""Return the one-hot vector [n] that selects the home stream of sub-layer l: $e_{(l - 1) \bmod n}$ (HC Eq. 14), float32.
 
     Args:
       sublayer: index l - 1 of the sub-layer.
       num_streams: number n of streams.
 
     Examples:
-      Sub-layer 7 of a decoder with 4 streams is at home in stream 2, counted from 0.
+      With 4 streams the home stream of sub-layer 7 is stream 2, counted from 0.
 
       >>> print(home_stream(6, 4))
       [0. 0. 1. 0.]

@@ -20,18 +20,18 @@ from mhc_jax.errors import require
 class CirculantConfig(DynamicConfig):
     """Settings of C-mHC.
 
-    Deviation: the projection phi starts at 0, as in all kinds.  In the author's code phi starts with small random numbers.
+    Deviation: the projection phi starts at 0, as in mHC.  In the author's code phi starts with small random numbers.
     """
 
     kind: ClassVar[str] = "circulant"
 
     init: str = "residual"
-    """Preset of the static logits (`bias_init`).  With `residual`, the author's choice, H_pre starts at 1/n and H_post at 1 for
-    each stream."""
+    """Preset of the initial static logits of H_pre and H_post (`bias_init`).  With `residual`, the author's choice, H_pre starts at
+    1/n and H_post at 1 for each stream."""
 
     beta: float = 4.0
-    """Strength of the mixing over the whole decoder.  In each of the L sub-layers the learned mixing has the weight g = beta /
-    (2L), and the identity has the weight 1 - g."""
+    """Strength of the mixing over the whole decoder.  In each of the L sub-layers, H_res is the sum of a learned mixing with the
+    weight g = beta / (2L) and the identity with the weight 1 - g."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,18 +40,17 @@ class CirculantConfig(DynamicConfig):
 
 
 def circulant_mixing(logits: Float[Array, "n *tokens"], g: float) -> Float[Array, "n n *tokens"]:
-    r"""Make H_res of C-mHC from n logits, float32.  It is exactly doubly stochastic for any logits.
+    r"""Make H_res of C-mHC from n logits z, float32.  H_res is doubly stochastic for any logits.
 
     $H^{res} = \sum_{k=0}^{n-1} c_k \Pi^k, \quad H^{res}_{ij} = c_{(j - i) \bmod n}, \quad
     c = (1 - g)\, e_0 + g\, \mathrm{softmax}(z)$
 
     with the cyclic shift $\Pi$.  Products of such matrices are circulant again.  The smallest singular value of the product over L
-    sub-layers is at least $\exp(-\beta - \beta^2 / L)$.  Source: the author's code, because
-    there is no paper.
+    sub-layers is at least $\exp(-\beta - \beta^2 / L)$ if $\beta \le L / 2$.  Source: the author's code, because there is no paper.
 
     Args:
       logits: the logits z.
-      g: weight of the learned mixing, in [0, 1].
+      g: weight of the learned mixing, in [0, 1].  The identity has the weight 1 - g.
 
     Examples:
       Equal logits spread the weight g evenly over all shifts.
@@ -68,15 +67,15 @@ def circulant_mixing(logits: Float[Array, "n *tokens"], g: float) -> Float[Array
 
 
 class Circulant(DynamicConnection):
-    """The connection C-mHC: mHC with an H_res by `circulant_mixing`.  The projection phi is [nC, 3n].
+    """The connection C-mHC: mHC whose H_res is made by `circulant_mixing`.  The projection phi is [nC, 3n].
 
-    With the same settings a deeper decoder mixes less in each sub-layer.
+    With the same `beta`, each sub-layer of a deeper decoder mixes less, because its weight is g = beta / (2L).
     """
 
     config_class = CirculantConfig
 
     def setup_sublayer(self) -> None:
-        """Check `beta`, and declare the parameters of `DynamicConnection`.
+        """Check `beta`, and declare the parameters phi, alpha and bias of `DynamicConnection`.
 
         Raises:
           InputError: beta exceeds 2L, so that the weight g = beta / (2L) would exceed 1.
@@ -89,9 +88,9 @@ class Circulant(DynamicConnection):
         super().setup_sublayer()
 
     def res_logits(self) -> Array:
-        """Return the initial logits [n] of H_res.  They are 0 under every preset, so that c_0 = 1 - g (n - 1) / n."""
+        """Return the initial logits [n] of H_res: 0 under every preset, so that H_res has 1 - g (n - 1) / n on its diagonal."""
         return jnp.zeros(self.config.num_streams)
 
     def mixing(self, logits: Float[Array, "n *tokens"]) -> Float[Array, "n n *tokens"]:
-        """Make H_res by `circulant_mixing`."""
+        """Make H_res, float32, from its logits by `circulant_mixing`."""
         return circulant_mixing(logits, self.config.beta / (2 * self.num_sublayers))

@@ -1,16 +1,16 @@
-"""Convert connection weights between DeepSeek-V4 checkpoints and connections `mhc:eps_convention=v4:exit=head`.
+"""Convert connection weights between DeepSeek-V4 checkpoints and decoders with the connection `mhc:eps_convention=v4:exit=head`.
 
-| fn, base and scale of DeepSeek-V4 | shapes | parameters here, under `params` | shapes |
+| prefix of the names of DeepSeek-V4's fn, base, scale | shapes | our parameters, under `params` | shapes |
 | --- | --- | --- | --- |
 | `layers.{i}.hc_attn_` | [k, nC], [k], [3] | `layers/attention_connection/` phi, bias, alpha | [N, nC, k], [N, k], [N, 3] |
 | `layers.{i}.hc_ffn_` | the same | `layers/mlp_connection/` phi, bias, alpha | the same |
 | `hc_head_` | [n, nC], [n], [1] | `ends/` head_phi, head_bias, head_alpha | [nC, n], [n], [1] |
 
-There are N blocks.  The k = n^2 + 2n logits are ordered as n of H_pre, n of H_post and n*n of H_res, row by row.  DeepSeek-V4
+There are N blocks.  The k = n^2 + 2n logits are n of H_pre, n of H_post, and n*n of H_res row by row, in this order.  DeepSeek-V4
 stores the logits of H_res transposed, and calls them comb.
 
-In a decoder with experts the leading dense blocks lie under `dense_layers` instead of `layers`.  The index i of DeepSeek-V4 counts
-through both stacks.  Values are moved and never computed with, so that there and back is the identity, bit for bit.
+In a decoder with experts the leading dense blocks are under `dense_layers` instead of `layers`.  DeepSeek-V4's index i counts all
+blocks, first the dense ones.  Values are only moved, so that a conversion there and back returns the same bits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HEAD = {"hc_head_fn": "head_phi", "hc_head_base": "head_bias", "hc_head_scale": 
 
 
 def comb_order(num_streams: int) -> np.ndarray:
-    """Return the permutation of a connection's n^2 + 2n logits that transposes H_res, which is stored last.
+    """Return the permutation of a connection's n^2 + 2n logits that transposes those of H_res, which come last.
 
-    The 2n logits of H_pre and H_post come first and keep their places.  The permutation is its own inverse.
+    The 2n logits of H_pre and H_post come first and stay where they are.  The permutation is its own inverse.
 
     Examples:
       >>> print(comb_order(2))
@@ -49,8 +49,8 @@ def from_deepseek_v4(
       num_layers: number N of blocks, each of one attention and one feed-forward sub-layer.
       num_streams: number n of streams.
       width: number C of channels of a stream.
-      num_leading: number of dense blocks before the blocks with experts (`ModelConfig.num_leading`).  They go under
-        "dense_layers".  0: all blocks go under "layers".
+      num_leading: number of dense blocks before the blocks with experts (`ModelConfig.num_leading`).  The parameters of these
+        dense blocks are returned under "dense_layers".  0: all blocks are returned under "layers".
 
     Returns:
       `{"layers": {"attention_connection": ..., "mlp_connection": ...}, "ends": ...}` with NumPy arrays in the dtypes of
@@ -84,12 +84,12 @@ def from_deepseek_v4(
 
 
 def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Make connection weights under DeepSeek-V4's names from the parameters of a decoder.
+    """Return the weights of all connections of a decoder under DeepSeek-V4's names, from the decoder's parameters.
 
-    Parameters outside connections are ignored.
+    Parameters that do not belong to connections are ignored.
 
     Raises:
-      InputError: a connection or parameter is missing or has a wrong shape, as in any connection but `mhc` with the exit `head`.
+      InputError: a connection or parameter is missing or has a wrong shape, as with any connection but `mhc` with the exit `head`.
     """
     require(
         "head_phi" in params.get("ends", {}),

@@ -1,4 +1,4 @@
-r"""Gated residual streams (Qwen4-Exp): a low-rank gate for each channel reads, a sigmoid for each stream writes, and H_res = I.
+r"""Gated residual streams (Qwen4-Exp): reads are gated channel by channel, writes stream by stream, and H_res is the identity.
 
     $h = \frac{1}{n} \sum_i g_i \odot z_i, \qquad x'_i = x_i + H^{post}_i F(h)$
 
@@ -23,20 +23,20 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class GatedConfig(ConnectionConfig):
-    """Settings of the gated connection of Qwen4-Exp, which has no static part and therefore no presets."""
+    """Settings of the gated connection of Qwen4-Exp.  Its coefficients have no static part, so that no setting `init` is needed."""
 
     kind: ClassVar[str] = "gated"
     exits: ClassVar[tuple[str, ...]] = ("sum", "mean", "head", "gate")
     learnable: ClassVar[tuple[str, ...]] = ("pre", "post")
 
     exit: str = "gate"
-    """How n streams become one vector.  `gate` (Qwen4-Exp): by a gated read with parameters of its own.  All other values mean what
-    they mean for every kind of connection."""
+    """How the n streams become one vector.  `gate` (Qwen4-Exp): by a gated read whose parameters belong to the exit.  The values
+    `sum`, `mean` and `head` mean what they mean for every kind of connection."""
     rank: int = 16
-    """Rank r of the two projections of the read gate.  Qwen4-Exp has 320."""
+    """Rank r of the two projections that make the read gate (`read_gate`).  Qwen4-Exp has 320."""
     init_std: float = 0.02
-    """Standard deviation of the initial matrices down, up and inject.  Only these random numbers make streams differ at the
-    start."""
+    """Standard deviation of the matrices down, up and inject at initialisation.  At the start only their random numbers make the
+    streams differ."""
     eps_norm: float = 1e-6
     """Epsilon of the RMSNorm of each stream."""
 
@@ -95,7 +95,7 @@ def read_gate(
 
 
 def write_gate(z: Float[Array, "*tokens n C"], inject: Float[Array, "nC n"]) -> Float[Array, "n *tokens"]:
-    r"""Make the write gate from the normed streams z: one number for each stream, float32, tokens last.
+    r"""Make the write gate from the normed streams z: one number for each stream, float32, with the axes of tokens last.
 
     $H^{post} = 2 \sigma(W_{inject}\, \mathrm{vec}(z) / n)$
 
@@ -110,17 +110,17 @@ def write_gate(z: Float[Array, "*tokens n C"], inject: Float[Array, "nC n"]) -> 
 
 
 class Gated(Connection):
-    """The gated connection of Qwen4-Exp.  The decoder does not equal Pre-Norm at step 0.
+    """The gated connection of Qwen4-Exp.  The decoder at initialisation does not equal a Pre-Norm decoder.
 
-    Its read has a gate for each channel, so it is no matrix [1, n].  For diagnostics `pre` is the mean of the read gate over
-    channels, divided by n.
+    The read has a gate for each stream and channel, so that no vector H_pre [n] describes it.  For diagnostics `pre` is the mean of
+    the read gate over channels, divided by n.
     """
 
     config_class = GatedConfig
     static_params = ("norm", "head_bias", "head_alpha", "entry_scale")
 
     def setup_ends(self) -> None:
-        """Declare the parameters of the ends.  The exit `gate` has the parameters of a read gate."""
+        """Declare the parameters of entry and exit.  The exit `gate` has those of a read gate (`setup_gate`)."""
         super().setup_ends()
         if self.config.exit == "gate":
             self.setup_gate()
@@ -139,24 +139,27 @@ class Gated(Connection):
 
     @property
     def normal(self) -> nn.initializers.Initializer:
-        """Initialiser of the matrices down, up and inject: normal with the standard deviation `init_std`."""
+        """Initialiser of the matrices down, up and inject: a normal distribution with the standard deviation `init_std`."""
         return nn.initializers.normal(self.config.init_std)
 
     def normed(self, streams: Float[Array, "B T nC"]) -> Float[Array, "B T n C"]:
-        """Return the normed streams z, float32."""
+        """Return the streams z after the RMSNorm of each stream (`stream_norm`), float32."""
         return stream_norm(streams, self.norm, self.config.num_streams, self.config.eps_norm)
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """Make the coefficients: post by `write_gate`, and pre for diagnostics only."""
+        """Make the coefficients: post by `write_gate`, and pre, which only diagnostics use.  None for res means the identity."""
         z = self.normed(streams)
         gate = jnp.moveaxis(jnp.mean(read_gate(z, self.down, self.up), -1), -1, 0)
         return Coefficients(pre=gate / self.config.num_streams, post=write_gate(z, self.inject), res=None)
 
     def read(self, streams: Float[Array, "B T nC"], c: Coefficients) -> Float[Array, "B T C"]:
-        r"""Read with the read gate: $h = \frac{1}{n} \sum_i g_i \odot z_i$, in the dtype of the streams."""
+        r"""Return the branch input $h = \frac{1}{n} \sum_i g_i \odot z_i$, in the dtype of the streams.
+
+        g is the read gate, and z are the normed streams.
+        """
         z = self.normed(streams)
         return jnp.mean(read_gate(z, self.down, self.up) * z, -2).astype(streams.dtype)
 
     def collapse(self, streams: Float[Array, "B T nC"], c: Coefficients) -> Float[Array, "B T C"]:
-        """Make one vector of the streams: under the exit `gate` by a gated read, otherwise as all connections do."""
+        """Make one vector of the streams: by a gated read if the exit is `gate`, otherwise by `Connection.collapse`."""
         return self.read(streams, c) if self.config.exit == "gate" else super().collapse(streams, c)

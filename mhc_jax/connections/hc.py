@@ -1,6 +1,6 @@
 """Hyper-Connections (HC, Zhu et al., arXiv 2409.19606): n streams with unconstrained learned coefficients.
 
-The coefficients are static (SHC, static HC) or depend on the token (DHC, dynamic HC).
+In static HC (SHC) the coefficients are the same for every token.  In dynamic HC (DHC) they depend on the token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mhc_kernels import Coefficients, projection
 from mhc_jax.connections.base import ALPHA_INIT, Connection, ConnectionConfig, home_stream
 
 GATE = {"pre": "s_a", "post": "s_b", "res": "s_a"}
-"""Name of the gate parameter of each component's dynamic part.  The components pre and res share a gate (HC Eq. 12, 13)."""
+"""Name of the gate parameter in the dynamic part of each coefficient.  Coefficients pre and res share a gate (HC Eq. 12, 13)."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class HyperConnectionConfig(ConnectionConfig):
     kind: ClassVar[str] = "hc"
 
     dynamic: bool = True
-    """Whether the coefficients depend on the token (DHC).  False: they are static (SHC)."""
+    """Whether the coefficients depend on the token (dynamic HC, DHC).  False: they do not (static HC, SHC)."""
     tanh: bool = True
-    """Whether the dynamic part passes through tanh.  The paper reports results with and without it."""
+    """Whether the dynamic part passes through tanh.  The HC paper reports results with and without tanh."""
     alpha_init: float = ALPHA_INIT
-    """Initial value of the gates s of the dynamic part."""
+    """Initial value of the gates s, which scale the dynamic part of the coefficients."""
     eps_norm: float = 1e-20
     """Epsilon of the RMSNorm of each stream."""
 
@@ -41,7 +41,7 @@ class HyperConnectionConfig(ConnectionConfig):
 
 
 def dynamic_columns(num_streams: int, parts: tuple[str, ...]) -> dict[str, slice]:
-    """Return the columns of W of each learned component: 1 of pre (W_m), then 1 of post (W_b), then n of res (W_r)."""
+    """Return the columns of the projection W for each coefficient in `parts`: 1 for pre, then 1 for post, then n for res."""
     sizes = {"pre": 1, "post": 1, "res": num_streams}
     columns, start = {}, 0
     for part in parts:
@@ -60,30 +60,31 @@ def hc_coefficients(
     tanh: bool,
     eps_norm: float,
 ) -> Coefficients:
-    r"""Make the coefficients of one sub-layer of HC (HC Eq. 10-13), float32, tokens last.
+    r"""Make the coefficients of one sub-layer of HC (HC Eq. 10-13), float32, with the axes of tokens last.
 
     $D = \mathrm{norm}(x)\, W, \qquad W = [W_m \mid W_\beta \mid W_r]$, where row j of D comes from stream j
     $H^{pre}_i = A_{m,i} + s_\alpha \tanh D_{i,m}$
     $H^{post}_i = B_i + s_\beta \tanh D_{i,\beta}$
     $H^{res}_{ij} = A_{r,ij} + s_\alpha \tanh D_{j,r_i}$
 
-    The dynamic part of $H^{res}_{ij}$ comes from the stream j that is read, as in both papers.  HC applies $A_r^\top$ with rows
-    from stream j.  mHC Eq. 5 writes $\theta\, \mathrm{norm}(x)^\top$.
+    The dynamic part of $H^{res}_{ij}$ comes from stream j, which this entry multiplies, as in both papers.  In HC row j of $A_r$
+    comes from stream j, and $A_r^\top$ is applied.  In mHC Eq. 5 column j of $\theta\, \mathrm{norm}(x)^\top$ comes from stream j.
 
-    Deviation: norm is an RMSNorm over the C channels without a weight.  The norm in HC's code has a weight, which W absorbs here.
+    Deviation: norm is an RMSNorm over the C channels of a stream, without a weight.  The norm in HC's code has a weight, which W
+    can absorb.
 
     Args:
       x: flat streams of any float dtype.
-      static: static coefficients A_m [n], B [n] and A_r [n, n].  None stands for a component that is disabled.
-      W: projection of the dynamic part, with columns as in `dynamic_columns`.  None for SHC.
-      gates: the gate s of each learned component.
+      static: static parts A_m [n], B [n] and A_r [n, n] of pre, post and res.  One that is disabled is None.
+      W: projection of the dynamic part, with columns as in `dynamic_columns`.  None for static HC.
+      gates: the gate s of each learned coefficient, by the coefficient's name.
       num_streams: number n of streams.
       tanh: whether the dynamic part passes through tanh.
       eps_norm: epsilon of the RMSNorm.
 
     Examples:
-      Two streams of two channels, read with [1, 0] statically and with 0.5 tanh(D) on top.  D is 1 for the first stream and -1 for
-      the second, and tanh(1) = 0.76.
+      There are two streams of two channels.  The static part of H_pre is [1, 0], and its dynamic part is 0.5 tanh(D).  D is 1 for
+      the first stream and -1 for the second, and tanh(1) = 0.76.
 
       >>> import jax.numpy as jnp
       >>> x, W = jnp.array([[2.0, 2.0, -3.0, -3.0]]), jnp.array([[1.0], [0.0]])
@@ -108,20 +109,20 @@ def hc_coefficients(
 
 
 class HyperConnection(Connection):
-    r"""HC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with unconstrained H.
+    r"""The connection HC: $x' = H^{res} x + (H^{post})^\top F(H^{pre} x)$ with unconstrained H.
 
-    Parameters start as in HC Eq. 14: $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder then
-    equals Pre-Norm at step 0, because the final norm removes the factor n of the exit `sum`.
+    Parameters start as in HC Eq. 14: $A_m = e_{(l - 1) \bmod n}$, B = 1, A_r = I, W = 0 and s = `alpha_init`.  The decoder at
+    initialisation then equals a Pre-Norm decoder, because the final norm removes the factor n of the exit `sum`.
 
     Deviation: HC multiplies the initial output projections of branches by sqrt(n).  Here branches start with the same values under
-    every connection, so that runs can be compared in pairs.
+    every connection, so that runs with the same seed can be compared in pairs.
     """
 
     config_class = HyperConnectionConfig
     static_params = ("A_m", "B", "A_r", "s_a", "s_b", "head_bias", "head_alpha", "entry_scale")
 
     def setup_sublayer(self) -> None:
-        """Declare the parameters A_m [n], B [n] and A_r [n, n] and, for DHC, W [C, k] and the gates s_a [] and s_b []."""
+        """Declare the parameters A_m [n], B [n] and A_r [n, n] and, for dynamic HC, W [C, k] and the gates s_a [] and s_b []."""
         n, cfg, parts = self.config.num_streams, self.config, self.config.parts
         self.static = Coefficients(
             pre=self.param("A_m", lambda _: home_stream(self.sublayer, n)) if "pre" in parts else None,

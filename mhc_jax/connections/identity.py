@@ -1,7 +1,7 @@
-"""Identity Hyper-Connections (iHC, Hunyuan HY-V4): H_res = I, with mHC's read and write.
+"""Identity Hyper-Connections (iHC, Hunyuan HY-V4): mHC with the identity as its mixing matrix H_res.
 
-A comparison with mHC shows what H_res is worth, because with the same `init` the two differ in H_res alone.  The default of `init`
-is `residual` here, as in HY-V4, and `paper` in mHC.
+With the same setting `init`, iHC and mHC differ in H_res alone, so that their comparison shows what H_res contributes.  The default
+of `init` is `residual` for iHC, as in HY-V4, and `paper` for mHC.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class IdentityConfig(DynamicConfig):
     eps_conventions: ClassVar[tuple[str, ...]] = ("paper", "v4", "hy_v4")
 
     init: str = "residual"
-    """Preset of the static logits (`bias_init`).  With `residual`, as in HY-V4, H_pre starts at 1/n (b_pre = -ln(n - 1)) and H_post
-    at 1 (b_post = 0) for each stream."""
+    """Preset of the initial static logits (`bias_init`).  With `residual`, as in HY-V4, H_pre starts at 1/n for each stream
+    (b_pre = -ln(n - 1)), and H_post starts at 1 (b_post = 0)."""
 
 
 class Identity(DynamicConnection):
-    r"""The connection iHC: $x' = x + (H^{post})^\top F(H^{pre} x)$.  The projection phi is [nC, 2n]."""
+    r"""The connection iHC: $x' = x + (H^{post})^\top F(H^{pre} x)$.  The projection phi has the shape [nC, 2n]."""
 
     config_class = IdentityConfig

@@ -17,8 +17,8 @@ from mhc_jax.errors import require
 class KromHCConfig(DynamicConfig):
     """Settings of KromHC.
 
-    Deviation: H_pre and H_post start with mHC's logits (`init=paper`).  In the authors' code both start with +1 on the home stream
-    and -1 elsewhere.
+    Deviation: H_pre and H_post start with mHC's logits (`init=paper`).  In the authors' code the logits of both start at +1 for the
+    home stream and at -1 for all other streams.
     """
 
     kind: ClassVar[str] = "kromhc"
@@ -34,12 +34,12 @@ class KromHCConfig(DynamicConfig):
 
 
 def kronecker_mixing(logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
-    r"""Make H_res of KromHC from K pairs of logits, float32.  It is exactly doubly stochastic for any logits.
+    r"""Make H_res of KromHC from K pairs of logits z, float32.  H_res is doubly stochastic for any logits.
 
     $H^{res} = U_1 \otimes \dots \otimes U_K, \quad U_k = \begin{pmatrix} p_k & 1 - p_k \\ 1 - p_k & p_k \end{pmatrix}, \quad
     p_k = \mathrm{softmax}(z_{2k-1}, z_{2k})_1$
 
-    There are n = 2^K streams and k = 2K logits.  Source: arXiv 2601.21579, with the smallest factors that the paper allows.
+    There are n = 2^K streams and k = 2K logits.  Source: arXiv 2601.21579, with factors of 2x2, the smallest that the paper allows.
 
     Examples:
       For two streams there is one factor, here with p = 3/4.
@@ -60,19 +60,19 @@ def kronecker_mixing(logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *to
 
 
 class KromHC(DynamicConnection):
-    """The connection KromHC: mHC with an H_res by `kronecker_mixing`.  The projection phi is [nC, 2n + 2 log2 n]."""
+    """The connection KromHC: mHC whose H_res is made by `kronecker_mixing`.  The projection phi is [nC, 2n + 2 log2 n]."""
 
     config_class = KromHCConfig
 
     def res_logits(self) -> Array:
         """Return the initial logits [K, 2] of H_res, two for each of the K factors.
 
-        They are (0, -8), as in the authors' code, which makes each factor the identity up to 3.4e-4.  Under `init=zeros` all are 0,
-        and every entry of H_res is 1/n.
+        Each pair is (0, -8), as in the authors' code, so that the entries of each factor differ from the identity's by 3.4e-4.
+        Under `init=zeros` all logits are 0, and every entry of H_res is 1/n.
         """
         swap = 0.0 if self.config.init == "zeros" else -8.0
         return jnp.tile(jnp.asarray([[0.0, swap]]), (self.config.num_streams.bit_length() - 1, 1))
 
     def mixing(self, logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
-        """Make H_res by `kronecker_mixing`."""
+        """Make H_res, float32, from its logits by `kronecker_mixing`."""
         return kronecker_mixing(logits)

@@ -39,13 +39,15 @@ class ManifoldHyperConnection(DynamicConnection):
     $H^{pre} = \sigma(\tilde H^{pre}), \quad H^{post} = 2 \sigma(\tilde H^{post}), \quad
     H^{res} = \mathrm{SinkhornKnopp}(\exp \tilde H^{res})$
 
-    with the logits $\tilde H = \alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b$.  `mhc_kernels.coefficients` computes them.
+    with the logits $\tilde H = \alpha\, \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi + b$.
+
+    `mhc_kernels.coefficients` computes all three coefficients.
     """
 
     config_class = ManifoldHyperConnectionConfig
 
     def res_logits(self) -> Array:
-        """Return the initial static logits [n, n] of H_res, under the preset `init`."""
+        """Return the initial static logits [n, n] of H_res for the preset that the setting `init` names."""
         return bias_init(self.config.init, self.sublayer, self.config.num_streams)["res"]
 
     def options(self) -> dict[str, Any]:
@@ -58,5 +60,5 @@ class ManifoldHyperConnection(DynamicConnection):
         return coefficients(streams, self.phi, self.alpha, self.bias, **self.options())
 
     def write_read(self, streams, c, y):
-        """Run the boundary as one operation, `mhc_kernels.write_read`."""
+        """Run the boundary (write, coefficients, read) as one operation, `mhc_kernels.write_read`."""
         return write_read(streams, c, y, self.phi, self.alpha, self.bias, **self.options())

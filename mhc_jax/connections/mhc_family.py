@@ -1,6 +1,7 @@
-r"""H_pre and H_post of mHC: presets of the static logits, conventions of epsilons, and the base class of connections with them.
+r"""How mHC makes H_pre and H_post: presets of the initial static logits, conventions of epsilons, and a base class of connections.
 
-The kinds `mhc`, `identity`, `mhc_lite`, `kromhc`, `circulant` and `single_pass` share this file.  They differ in H_res.
+The kinds `mhc`, `identity`, `mhc_lite`, `kromhc` and `circulant` use this file and differ in H_res.  `single_pass` uses it too, and
+differs from `mhc` in the read.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from mhc_jax.errors import one_of, require
 
 PRESETS = ("paper", "residual", "zeros", "hc", "home")
 EPS_CONVENTIONS = {"paper": (1e-20, 0.0), "v4": (1e-6, 1e-6), "hy_v4": (1e-6, 1e-6)}
-"""Conventions of epsilons, by name: (epsilon of the RMSNorm, epsilon that is added to H_pre and inside Sinkhorn).
+"""Conventions of epsilons, by name: `eps_norm`, then `eps`.  `paper` follows mHC Table 5, and `v4` follows DeepSeek-V4's code.
 
-`paper` follows mHC Table 5, and `v4` follows DeepSeek-V4's code.  `hy_v4` (Hunyuan HY-V4) adds the second epsilon to H_post too.
+`eps_norm` is added to the mean of squares in the RMSNorm of the streams.  `eps` is added to H_pre after the sigmoid, to each entry
+after the first column step of Sinkhorn and to each later divisor of Sinkhorn, and to the weights of the exit `head`.  H_post gets
+no epsilon, except under `hy_v4` (Hunyuan HY-V4), which adds `eps` to it too.
 """
 
 
@@ -35,13 +38,11 @@ class DynamicConfig(ConnectionConfig):
 
     exit: str = "mean"
     init: str = "paper"
-    """Preset of the static logits, see `bias_init`.  The default of each kind is the preset of its paper or of its authors'
-    code."""
+    """Preset of the initial static logits, one of `PRESETS` (see `bias_init`)."""
     eps_convention: str = "paper"
-    """Convention of epsilons.  `paper`: 1e-20 in the RMSNorm, and no other.  `v4`: 1e-6 in the RMSNorm, and 1e-6 added to H_pre and
-    inside Sinkhorn."""
+    """Convention of epsilons, see `EPS_CONVENTIONS`.  Only the kind `identity` takes `hy_v4`."""
     alpha_init: float = ALPHA_INIT
-    """Initial value of the gates alpha of the dynamic part."""
+    """Initial value of the gates alpha, which scale the dynamic part of the logits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,22 +59,23 @@ class DynamicConfig(ConnectionConfig):
 def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> dict[str, Array]:
     r"""Return the static logits b of sub-layer l at initialisation: {pre [n], post [n], res [n, n]}, float32.
 
-    | preset | $b^{pre}$ | $b^{post}$ | $b^{res}$ | step 0 |
+    | preset | $b^{pre}$ | $b^{post}$ | $b^{res}$ | the decoder then equals |
     | --- | --- | --- | --- | --- |
-    | `paper` (mHC ICML appendix A.6) | +3 home, -3 else | 0 (post 1) | +3 diagonal, -3 off | Pre-Norm |
-    | `residual` | $-\ln(n - 1)$ (pre 1/n) | 0 (post 1) | +3 diagonal, -3 off | Pre-Norm |
-    | `zeros` | 0 (pre 1/2) | 0 (post 1) | 0 (H_res 1/n) | Pre-Norm |
-    | `hc` | +16 home, -16 else (one-hot to 1e-7) | 0 (post 1) | +8 diagonal, -8 off (identity to 1e-6) | Pre-Norm |
-    | `home` | +3 home, -3 else | +3 home, -3 else (post 1.9 and 0.1) | +3 diagonal, -3 off | not Pre-Norm |
+    | `paper` (mHC ICML appendix A.6) | +3 home, -3 others | 0 (post 1) | +3 on the diagonal, -3 elsewhere | Pre-Norm |
+    | `residual` | $-\ln(n - 1)$ (pre 1/n) | 0 (post 1) | +3 on the diagonal, -3 elsewhere | Pre-Norm |
+    | `zeros` | 0 (pre 1/2) | 0 (post 1) | 0 (all entries 1/n) | Pre-Norm |
+    | `hc` | +16 home, -16 others (one-hot to 1e-7) | 0 (post 1) | +8 and -8 (identity to 1e-6) | Pre-Norm |
+    | `home` | +3 home, -3 others | +3 home, -3 others (post 1.9 and 0.1) | +3 on the diagonal, -3 elsewhere | not Pre-Norm |
 
-    The home stream of sub-layer l is $(l - 1) \bmod n$ (`home_stream`).
+    "Home" is the logit of the home stream $(l - 1) \bmod n$ (`home_stream`), and "others" are those of all other streams.
 
-    `paper` and `home` differ in $b^{post}$ alone.  Both read mostly the home stream.  `home` also writes mostly the home stream.
-    All other presets write all streams alike.  Streams enter as copies, so under equal writes they stay nearly equal.  An H_res
-    with row sums of 1 then changes nothing.  Under `home` streams differ, and H_res has an effect.
+    `paper` and `home` differ in $b^{post}$ alone.  Under both, a sub-layer reads mostly its home stream.  Under `home` it also
+    writes mostly to its home stream, and under every other preset it writes to all streams alike.  Streams that start as copies
+    (entry `copy`) stay nearly equal under equal writes, so that an H_res with row sums of 1 changes nothing.  Under `home` the
+    streams differ, so that H_res has an effect.
 
     `paper` is the default of mHC.  `home` is a preset of this project, and no paper has it.  `mhc_lite`, `kromhc` and `circulant`
-    take $b^{pre}$ and $b^{post}$ from here and have other logits of H_res (`res_logits`).
+    use $b^{pre}$ and $b^{post}$ of this function, and make other logits of H_res (`res_logits`).
 
     Args:
       preset: one of `PRESETS`.
@@ -92,7 +94,7 @@ def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> di
     home = 2 * home_stream(sublayer, n) - 1
     diagonal = 2 * jnp.eye(n) - 1
     zeros = jnp.zeros(n)
-    # For n = 1, -ln(n - 1) has no value.  3 is used, as in `paper`; the norm of the branch removes the scale of H_pre in any case.
+    # -ln(n - 1) is undefined for n = 1.  3, the value of `paper`, serves as well: the branch's norm removes the scale of H_pre.
     uniform = jnp.full(n, -math.log(n - 1) if n > 1 else 3.0)
     pre, post, res = {
         "paper": (3 * home, zeros, 3 * diagonal),
@@ -117,24 +119,24 @@ def dynamic_coefficients(
     eps: float,
     eps_post: float = 0.0,
 ) -> Coefficients:
-    r"""Make the coefficients of one sub-layer with mHC's H_pre and H_post (mHC Eq. 7, 8) and any H_res, float32, tokens last.
+    r"""Make the coefficients of one sub-layer, float32: H_pre and H_post as in mHC (Eq. 7, 8), and H_res by the function `mixing`.
 
     $z = \mathrm{RMSNorm}(\mathrm{vec}\, x)\, \phi$
     $H^{pre} = \sigma(\alpha^{pre} z^{pre} + b^{pre}) + \epsilon$
     $H^{post} = 2 \sigma(\alpha^{post} z^{post} + b^{post}) + \epsilon^{post}$
     $H^{res} = \mathrm{mixing}(\alpha^{res} z^{res} + b^{res})$
 
-    The RMSNorm has no weight and is applied after the product with phi (mHC Eq. 14-16).  The paper has no epsilon in H_pre and
-    H_post.  `EPS_CONVENTIONS` has the epsilons of DeepSeek-V4 and HY-V4.
+    The RMSNorm has no weight and divides after the product with phi (mHC Eq. 14-16).  In the paper $\epsilon$ and
+    $\epsilon^{post}$ are 0.  `EPS_CONVENTIONS` has their values in DeepSeek-V4 and HY-V4.  Axes of tokens come last.
 
     Args:
       x: flat streams of any float dtype.
-      phi: projection.  Its columns are [pre n | post n | res k_res], without the parts that do not exist.
-      alpha: one gate for each part.
+      phi: projection, with n columns for pre, n for post and k_res for res, in this order.  Only names in `parts` have columns.
+      alpha: one gate for each name in `parts`.
       bias: static logits b, in the order of the columns of phi.
       mixing: function from the k_res logits of H_res to H_res.
       num_streams: number n of streams.
-      parts: the parts among pre, post and res that exist.  Parts that do not exist come back as None.
+      parts: names of the coefficients to make, among pre, post and res.  All others are None in the result.
       eps_norm: epsilon of the RMSNorm.
       eps: the $\epsilon$ added to H_pre.
       eps_post: the $\epsilon^{post}$ added to H_post.
@@ -163,19 +165,19 @@ def dynamic_coefficients(
 class DynamicConnection(Connection):
     """The base class of connections that make H_pre and H_post as mHC does.
 
-    A kind defines the initial static logits of H_res (`res_logits`), and how logits become H_res (`mixing`).
+    A subclass defines the initial static logits of H_res (`res_logits`), and how logits become H_res (`mixing`).
     """
 
     static_params = ("alpha", "bias", "head_bias", "head_alpha", "entry_scale")
 
     def static_logits(self) -> dict[str, Array]:
-        """Return the initial static logits of each part that is learned."""
+        """Return the initial static logits of pre, post and res by name.  Those that are not learned have no effect."""
         cfg = self.config
         static = bias_init(cfg.init, self.sublayer, cfg.num_streams)
         return {**static, "res": self.res_logits()} if "res" in cfg.parts else static
 
     def res_logits(self) -> Array:
-        """Return the initial static logits of H_res, in any shape."""
+        """Return the initial static logits of H_res.  Their shape is free, because `setup_sublayer` flattens them."""
         raise NotImplementedError
 
     def mixing(self, logits: Float[Array, "k_res *tokens"]) -> Float[Array, "n n *tokens"]:
@@ -183,20 +185,20 @@ class DynamicConnection(Connection):
         raise NotImplementedError
 
     def setup_sublayer(self) -> None:
-        """Declare the parameters phi [nC, k], alpha [parts] and bias [k].
+        """Declare the projection phi [nC, k], one gate in alpha for each learned coefficient (pre, post, res), and bias [k].
 
-        The k logits are ordered [pre n | post n | res k_res], without the parts that are not learned.
+        The k logits are n of pre, n of post and k_res of res, in this order, without those of coefficients that are not learned.
         """
         cfg = self.config
         static = self.static_logits()
         k = sum(static[part].size for part in cfg.parts)
-        # phi starts at zero, as in HC.  The dynamic part is then zero too, and the decoder can equal Pre-Norm exactly at step 0.
+        # phi starts at zero, as HC's W does.  The dynamic part is then zero, and the initial decoder can exactly equal Pre-Norm.
         self.phi = self.param("phi", nn.initializers.zeros, (cfg.num_streams * self.width, k))
         self.alpha = self.param("alpha", nn.initializers.constant(cfg.alpha_init), (len(cfg.parts),))
         self.bias = self.param("bias", lambda _: jnp.concatenate([static[part].ravel() for part in cfg.parts]))
 
     def epsilons(self) -> dict[str, float]:
-        """Return the epsilons `eps_norm` and `eps` of the convention that the setting `eps_convention` names."""
+        """Return `eps_norm` and `eps`, the epsilons in `EPS_CONVENTIONS` that the setting `eps_convention` names."""
         return dict(zip(("eps_norm", "eps"), EPS_CONVENTIONS[self.config.eps_convention], strict=True))
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:

@@ -1,6 +1,6 @@
 """mHC-lite (arXiv 2601.05732): H_res is a convex combination of the n! permutation matrices.
 
-By Birkhoff's theorem every doubly stochastic matrix is such a combination, so that no Sinkhorn iterations are needed.
+Every doubly stochastic matrix is such a combination (Birkhoff's theorem), so that no Sinkhorn iterations are needed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mhc_jax.errors import require
 class MHCLiteConfig(DynamicConfig):
     """Settings of mHC-lite.
 
-    Deviation: H_pre and H_post start with mHC's logits (`init=paper`).  In the authors' code both start with +1 on the home stream
-    and -1 elsewhere.
+    Deviation: H_pre and H_post start with mHC's logits (`init=paper`).  In the authors' code the logits of both start at +1 for the
+    home stream and at -1 for all other streams.
     """
 
     kind: ClassVar[str] = "mhc_lite"
@@ -42,13 +42,13 @@ class MHCLiteConfig(DynamicConfig):
 
 
 def permutations(num_streams: int) -> Float[np.ndarray, "k n n"]:
-    """Return all n! permutation matrices, float32, in lexicographic order.  The identity comes first."""
+    """Return the k = n! permutation matrices, float32, in lexicographic order of the permutations.  The identity comes first."""
     orders = list(itertools.permutations(range(num_streams)))
     return np.eye(num_streams, dtype=np.float32)[np.asarray(orders)]
 
 
 def permutation_mixing(logits: Float[Array, "k *tokens"], num_streams: int) -> Float[Array, "n n *tokens"]:
-    r"""Make H_res of mHC-lite from n! logits, float32.  It is exactly doubly stochastic for any logits.
+    r"""Make H_res of mHC-lite from n! logits z, float32.  H_res is doubly stochastic for any logits.
 
     $H^{res} = \sum_{k=1}^{n!} \mathrm{softmax}(z)_k\, P_k$ with the permutation matrices $P_k$ of `permutations`
 
@@ -67,19 +67,19 @@ def permutation_mixing(logits: Float[Array, "k *tokens"], num_streams: int) -> F
 
 
 class MHCLite(DynamicConnection):
-    """The connection mHC-lite: mHC with an H_res by `permutation_mixing`.  The projection phi is [nC, 2n + n!]."""
+    """The connection mHC-lite: mHC whose H_res is made by `permutation_mixing`.  The projection phi is [nC, 2n + n!]."""
 
     config_class = MHCLiteConfig
 
     def res_logits(self) -> Array:
         """Return the initial logits [n!] of H_res, one for each permutation.
 
-        The identity has 0 and all other permutations have -8, as in the paper.  At n = 4 this H_res is the identity up to 0.008.
-        Under `init=zeros` all logits are 0, and every entry of H_res is 1/n.
+        The logit of the identity is 0 and all others are -8, as in the paper.  With n = 4 streams the entries of H_res then differ
+        from those of the identity by at most 0.008.  Under `init=zeros` all logits are 0, and every entry of H_res is 1/n.
         """
         others = 0.0 if self.config.init == "zeros" else -8.0
         return jnp.full(math.factorial(self.config.num_streams), others).at[0].set(0.0)
 
     def mixing(self, logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
-        """Make H_res by `permutation_mixing`."""
+        """Make H_res, float32, from its logits by `permutation_mixing`."""
         return permutation_mixing(logits, self.config.num_streams)

@@ -1,8 +1,7 @@
-"""Paths of parameters, by which other modules tell parameters apart.
+"""Paths of parameters as text, and regular expressions that tell from the path what a parameter belongs to.
 
-Several modules must agree on how a path is spelled, and on which parameters belong to connections or to stacked blocks.  This file
-holds these rules.  A rule that only one module needs lies in that module, such as `optim.NO_DECAY` and the logical axes
-`parallel.sharding.PARAMETERS`.
+Several modules use these rules.  A rule that only one module uses is in that module, such as `optim.NO_DECAY` (parameters without
+weight decay) and `parallel.sharding.PARAMETERS` (logical axes of parameters).
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 CONNECTION = r"(^|/)(\w+_connection|ends)/"
-"""Regular expression that matches the paths of the parameters of connections."""
+"""Regular expression that matches the paths of the parameters of connections, entry and exit included."""
 STACKED = r"(^|/)(dense_)?layers/"
-"""Regular expression that matches the paths of parameters that are stacked over blocks, with shapes [blocks, ...]."""
+"""Regular expression that matches the paths of parameters whose first axis runs over blocks (shape [blocks, ...])."""
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:

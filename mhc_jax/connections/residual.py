@@ -1,4 +1,4 @@
-"""The residual connection $x' = x + F(x)$: one stream, no coefficients, no parameters."""
+"""The residual connection $x' = x + F(x)$, which has one stream, no coefficients and no parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mhc_jax.errors import require
 
 @dataclass(frozen=True)
 class ResidualConfig(ConnectionConfig):
-    """Settings of the residual connection: one stream, and every component disabled."""
+    """Settings of the residual connection.  It has one stream, and pre, post and res are fixed instead of learned."""
 
     kind: ClassVar[str] = "residual"
     entries: ClassVar[tuple[str, ...]] = ("copy",)
@@ -43,5 +43,5 @@ class Residual(Connection):
     config_class = ResidualConfig
 
     def coefficients(self, streams: Float[Array, "B T C"]) -> Coefficients:
-        """Return no coefficients, because every component is fixed."""
+        """Return None for each of pre, post and res, because all three are fixed."""
         return Coefficients(None, None, None)

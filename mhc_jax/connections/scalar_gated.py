@@ -1,6 +1,6 @@
-r"""The scalar-gated residual: each sub-layer learns two numbers, as in nanochat: $x' = \lambda x + \mu F(x)$.
+r"""The scalar-gated residual $x' = \lambda x + \mu F(x)$: each sub-layer learns the numbers $\lambda$ and $\mu$, as in nanochat.
 
-A comparison with HC shows whether HC learns more than such a gain.
+A comparison with HC shows whether HC learns more than two such numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ScalarGatedConfig(ConnectionConfig):
 
 
 class ScalarGated(Connection):
-    r"""The scalar-gated residual, $x' = \lambda x + \mu F(x)$, which starts as Pre-Norm with $\lambda = \mu = 1$."""
+    r"""The scalar-gated residual, $x' = \lambda x + \mu F(x)$.  At first $\lambda = \mu = 1$, as in the residual connection."""
 
     config_class = ScalarGatedConfig
     static_params = ("lam", "mu")

@@ -1,1 +1,1 @@
-"""Costs that are counted: parameters, FLOPs and bytes of a model or of a compiled program."""
+"""Counts of what a model or a compiled program costs: parameters, FLOPs and bytes."""

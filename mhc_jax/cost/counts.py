@@ -1,4 +1,7 @@
-"""Counts of parameters, FLOPs and memory: of a program from its jaxpr and compiler, of a model from its configuration alone."""
+"""Counts of parameters, FLOPs and memory.
+
+The counts of a program come from its jaxpr or its compiler, and those of a model from its configuration alone.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ _ELEMENTWISE = frozenset(
         *("exp", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "sin", "cos"),
     )
 )
-"""JAX primitives that count as one FLOP per element of their result.  Comparisons, selects, copies and reshapes are free."""
+"""JAX primitives that count as one FLOP per element of their result.  Comparisons, selects, copies and reshapes count as none."""
 _REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "argmax"))
 """JAX primitives that count as one FLOP per element of their operand."""
 
 
 def parameter_counts(params: Any) -> tuple[int, int]:
-    """Count the entries of all parameters, and the entries of the connections' parameters."""
+    """Return (number of entries of all parameters, number of entries of the connections' parameters)."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     of_connections = [leaf for path, leaf in leaves if re.search(CONNECTION, path_of(path))]
     return _size(params), _size(of_connections)
@@ -41,9 +44,9 @@ def parameter_counts(params: Any) -> tuple[int, int]:
 def flops(function: Callable[..., Any], *args: Any) -> float:
     """Count the floating-point operations of one call: 2 m n k for a product of [m, k] and [k, n], 1 per element for arithmetic.
 
-    Loops and parallel parts count as often as they run: the body of a scan once per turn, a Pallas kernel once per program of its
-    grid, a shard_map once per device that has a part of its own.  A cond counts as its dearer branch.  The number of turns of a
-    while loop is not known; it counts as one.
+    Loops and parallel parts count as often as they run: the body of a scan once per iteration, a Pallas kernel once per program of
+    its grid, a shard_map once per device that has a part of its own.  A cond counts as its most expensive branch.  The body of a
+    while loop counts once, because its number of iterations is not known.
 
     Args:
       function: a function that JAX can trace.
@@ -53,7 +56,7 @@ def flops(function: Callable[..., Any], *args: Any) -> float:
 
 
 def jaxpr_flops(program: core.ClosedJaxpr) -> float:
-    """Count the floating-point operations, as `flops` does, of a program that is traced already (`jax.jit(f).trace(...).jaxpr`)."""
+    """Count the floating-point operations of a traced program (`jax.jit(f).trace(...).jaxpr`), as `flops` does of a function."""
     return sum((_operation_flops(eqn) for eqn in program.jaxpr.eqns), 0.0)
 
 
@@ -75,21 +78,22 @@ def _product_flops(eqn: core.JaxprEqn) -> float:
     else:
         dims = eqn.params["ragged_dot_dimension_numbers"]
         contracted, _ = dims.dot_dimension_numbers[0]
-        # If the ragged rows are kept, each row meets one group.  If they are summed, the groups share the rows.
+        # In a ragged product each row of the left operand belongs to one group.  If the product sums over the rows, it has one
+        # result per group, and each row enters one result only, so that the count is divided by the number of groups.
         groups = _shape(eqn.outvars[0])[0] if set(contracted) & set(dims.lhs_ragged_dimensions) else 1
     k = math.prod(_shape(eqn.invars[0])[d] for d in contracted)
     return 2.0 * k * math.prod(_shape(eqn.outvars[0])) / groups
 
 
 def _times(eqn: core.JaxprEqn) -> int:
-    """Return how often an operation runs the program that it calls."""
+    """Return how often an operation (a scan, a kernel, a shard_map or a call) runs the program inside it."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return params["length"]
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        # Along a mesh axis that splits none of the arrays, all devices do identical work, which counts once.
+        # Along a mesh axis that splits none of the arrays all devices do the same work, which counts once.
         specs = (*params["in_specs"], *params["out_specs"])
         axes = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
         return math.prod(size for name, size in dict(params["mesh"].shape).items() if name in axes)
@@ -101,7 +105,7 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 
 def device_peak() -> int:
-    """Return the most bytes that arrays have ever taken on this process's first device; 0 on a CPU, which keeps no count."""
+    """Return the largest number of bytes in use so far on this process's first device, or 0 on a CPU, which does not count them."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
@@ -109,7 +113,8 @@ def memory_parts(compiled: Any) -> dict[str, int] | None:
     """Return the bytes per device that a compiled program needs at its peak, or None if the backend does not report them.
 
     Returns:
-      `arguments`, `outputs`, `temporaries`, `aliased` (outputs that reuse arguments), and `total`, which counts reused bytes once.
+      `arguments`, `outputs`, `temporaries`, `aliased` (bytes of outputs that reuse the memory of arguments), and `total`, which
+      counts reused bytes once.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -124,7 +129,7 @@ def memory_parts(compiled: Any) -> dict[str, int] | None:
 
 
 def compiled_memory(compiled: Any) -> int | None:
-    """Return the bytes per device that a compiled program needs at its peak: the `total` of `memory_parts`."""
+    """Return the bytes per device that a compiled program needs at its peak (`total` of `memory_parts`), or None if unknown."""
     parts = memory_parts(compiled)
     return None if parts is None else parts["total"]
 
@@ -141,29 +146,30 @@ class ModelCost:
     active: int
     """Number of parameters that one token uses (mHC Table 5).
 
-    Of the experts only those count that a token is routed to, and the shared ones.  Of untied embeddings only one counts."""
+    Of the experts, those that a token is sent to count, shared ones included.  Of two untied embeddings, one counts."""
     vocabulary: int
     """Number of parameters of the input and output embeddings."""
     connection: int
     """Number of parameters of the connections."""
     training_flops: float
-    """FLOPs per token of forward and backward: products of the branches, T x T scores, and connections.
+    """FLOPs per token of the forward and backward pass: matrix products, T x T attention scores, and connections.
 
     Recomputation and the optimizer do not count."""
     connection_flops: float
-    """The FLOPs per token of the connections, which are part of `training_flops`."""
+    """FLOPs per token of the connections, forward and backward, which are part of `training_flops`."""
 
 
 def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
     r"""Count the parameters and FLOPs of a model from its configuration alone.  No array of the model is made.
 
-    Products count 2 FLOPs per weight and token forward and 4 backward.  N is the number of weights that a token meets in
-    products, the output embedding among them.  S is the number of products per pair of tokens in the scores and values of a block.
-    F is the FLOPs of the connections.  Training takes, per token,
+    A matrix product takes 2 FLOPs per weight and token in the forward pass and 4 in the backward pass.  N is the number of weights
+    that a token is multiplied with, including those of the output embedding.  S is the number of multiplications per pair of tokens
+    in the attention of one block, for scores and for sums of values.  T is the sequence length, and F is the FLOPs per token of the
+    connections.  Training takes, per token,
 
     $$6 (N + \mathrm{num\_layers} \, T S) + F$$
 
-    Norms, activations and softmax are left out; they are below 1 % at the papers' widths.
+    Norms, activations and softmax are left out, because they are below 1 % at the papers' widths.
     """
     C, T, layers, E = config.width, sequence_length, config.num_layers, config.num_experts
     attention, scores, norms = _attention_cost(config)
@@ -177,7 +183,7 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
 
     connection, connection_flops = _connection_cost(config)
     weights = layers * attention + dense + always + sparse * config.num_active_experts * expert
-    # The last three terms are the norms of the feed-forward sub-layers, the biases of the routers, and the final norm.
+    # The last three terms are the norms of all sub-layers, the biases of the routers, and the final norm.
     total = weights + unseen + vocabulary + connection + layers * (norms + C) + sparse * E + C
     return ModelCost(
         total=total,
@@ -190,7 +196,11 @@ def model_cost(config: ModelConfig, sequence_length: int) -> ModelCost:
 
 
 def _attention_cost(config: ModelConfig) -> tuple[int, int, int]:
-    """Count one attention sub-layer: (weights of products, products per pair of tokens in scores and values, weights of norms)."""
+    """Return three counts of one attention sub-layer.
+
+    They are the weights in matrix products, the multiplications per pair of tokens (scores and sums of values), and the weights of
+    norms.
+    """
     C, H, D = config.width, config.num_heads, config.head_dim
     if config.uses_mla:
         R, rank = config.rope_width, config.kv_rank
@@ -199,18 +209,18 @@ def _attention_cost(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def carry_shapes(config: ModelConfig, tokens: int) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
-    """Return the shapes of what a block hands to the next block, for one sequence: (streams, coefficients, branch output y)."""
+    """Return the shapes of what a block passes to the next block, for one sequence: (streams, coefficients, branch output y)."""
     streams, c = _entry_shapes(config, tokens)[0]
     return streams, c, jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.compute_dtype))
 
 
 def stream_elements(config: ModelConfig) -> int:
-    """Count the elements that a connection carries per token between sub-layers: nC, and what it keeps beside the streams."""
+    """Count the elements per token that go from sub-layer to sub-layer: nC of streams, and what the connection keeps with them."""
     return _size(carry_shapes(config, 1)[0])
 
 
 def _connection_cost(config: ModelConfig) -> tuple[int, float]:
-    """Count (parameters of all connections, FLOPs per token of all boundaries and their gradients)."""
+    """Return (number of parameters of all connections, FLOPs per token of all boundaries and of their gradients)."""
     tokens, L = 256, config.num_sublayers
     link = connection_module(config.connection)(config.connection, config.width, L, 1)
     carry, of_ends = carry_shapes(config, tokens), _entry_shapes(config, tokens)[1]
@@ -224,7 +234,7 @@ def _connection_cost(config: ModelConfig) -> tuple[int, float]:
 
 
 def _entry_shapes(config: ModelConfig, tokens: int) -> tuple[tuple[Any, Any], Any]:
-    """Return the shapes of (streams, coefficients) that enter the first block, and of the parameters of entry and exit."""
+    """Return ((shapes of streams, of coefficients) that enter the first block, shapes of the parameters of entry and exit)."""
     ends = connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
     x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
     return jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), _key(), x)

@@ -1,4 +1,4 @@
-"""The groups of devices that a collective of a compiled program runs between, and the mesh axes that they span."""
+"""Find the groups of devices within which a collective of a compiled program runs, and the mesh axes that these groups span."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Mapping
 import numpy as np
 
 _AXES = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-"""A mesh axis in HLO's notation, such as `'a'`, or a part of an axis, such as `'a':(2)2`."""
+"""Regular expression of a mesh axis in HLO's notation, such as `'a'`, or of a part of an axis, such as `'a':(2)2` (`groups`)."""
 
 
 def groups(line: str, devices: int) -> list[tuple[int, ...]]:
-    """Read the device groups from the HLO line of a collective, in any of HLO's three notations.
+    """Return the device groups that the HLO line of a collective names, in any of HLO's three notations.
 
-    A list, `{{0,1},{2,3}}`, is empty for all devices.  An iota is reshaped, transposed and reshaped, as in `[4,2]<=[8]T(1,0)`.
-    Axes of a mesh are named, as in `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.  In the notation by axes, `'a':(2)2` is a
-    part of axis a: of size 2, inside a part of size 2.
+    - A list, such as `{{0,1},{2,3}}`.  An empty list stands for one group of all devices.
+    - An iota, such as `[4,2]<=[2,4]T(1,0)`: the numbers from 0 on, as an array [2, 4], transposed, and then cut into 4 groups of 2.
+    - Axes of a mesh, such as `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.  `'a':(2)2` names a part of axis a only: if a is
+      split into axes of sizes 2, 2 and the rest, it is the second of them.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
         return _listed(pairs[1])
@@ -49,19 +50,20 @@ def _listed(text: str) -> list[tuple[int, ...]]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Return the array that a text such as `[2,4]T(1,0)` describes: numbers from 0 on in shape [2, 4], then transposed."""
+    """Return the array that a text such as `[2,4]T(1,0)` describes: the numbers from 0 on in the shape [2, 4], transposed."""
     shape, turned = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore
     ids = np.arange(math.prod(sizes := [int(d) for d in shape.split(",")])).reshape(sizes)
     return ids.transpose([int(d) for d in turned.split(",")]) if turned else ids
 
 
 def axes_of(device_groups: list[tuple[int, ...]], mesh: Mapping[str, int], pairs: bool = False) -> str:
-    """Name the fewest mesh axes that the groups span, as `data+fsdp`, or `other` if the groups span no product of axes.
+    """Return the names of the fewest mesh axes that the groups span, as in `data+fsdp`, or `other` if no axes give these groups.
 
     Args:
       device_groups: groups of devices, by their positions in the mesh.
       mesh: sizes of the mesh axes by name, in order.
-      pairs: whether the groups are pairs of devices.  Pairs need not fill the axes: it is enough that each lies within them.
+      pairs: whether the groups are pairs (sender, receiver).  A pair need not be a whole group of the axes.  It is enough that it
+        lies within one.
     """
     ids = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
     wanted = {frozenset(group) for group in device_groups}

@@ -1,8 +1,8 @@
-"""A parser of the HLO text of a compiled program, and the costs counted from it: cycles, FLOPs, bytes, collectives.
+"""A parser of the HLO text of a compiled program, and counts of the program's cycles, FLOPs, bytes and collectives.
 
-The compiler's own totals (`cost_analysis`) count the body of a loop once.  Here it counts once per turn, and nested loops by the
-product of their turns.  Cycles are the TPU compiler's estimates of single operations, which stand in the text.  It has none for
-Pallas kernels and none for collectives.
+The compiler's own totals (`cost_analysis`) count the body of a loop once.  Here it counts once per iteration, and that of a nested
+loop as often as the product of the iterations.  Cycles are estimates that the TPU compiler writes into the text for each operation,
+except for Pallas kernels and collectives.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FREE = frozenset(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of an HLO computation, which is one line of the text."""
+    """One instruction of an HLO computation, which is one line of the HLO text."""
 
     name: str
     shape: str
@@ -41,24 +41,24 @@ class Instruction:
     line: str
 
     def called(self, attribute: str) -> str:
-        """Return the name of the computation in an attribute (`calls`, `body`, `condition`), or an empty text without one."""
+        """Return the name of the computation in an attribute (`calls`, `body`, `condition`), or '' without this attribute."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.line)
         return match[1] if match else ""
 
     def branches(self) -> list[str]:
-        """List the computations that a conditional chooses from, by index.  A truth value chooses in the order false, true."""
+        """Return the names of the computations that a conditional chooses from, by index.  A boolean has the order false, true."""
         if listed := re.search(r"branch_computations=\{([^}]*)\}", self.line):
             return re.findall(r"%?([\w.\-]+)", listed[1])
         return [name for name in map(self.called, ("false_computation", "true_computation")) if name]
 
 
 class Program:
-    """The text of a compiled program (`compiled.as_text()`) as computations of instructions."""
+    """A compiled program, read from its text (`compiled.as_text()`) as a dict of computations, which are dicts of instructions."""
 
     def __init__(self, text: str):
         self.text = text
         self.shares: Mapping[str, Sequence[float]] = {}
-        """How often each branch of a conditional runs, by the conditional's name.  Branches of unnamed conditionals count once."""
+        """For the name of a conditional: how often each of its branches runs.  Branches of other conditionals count once each."""
         self.bodies: dict[str, dict[str, Instruction]] = {}
         self.entry = current = ""
         for line in text.splitlines():
@@ -70,14 +70,14 @@ class Program:
                 self.bodies[current][instruction.name] = instruction
 
     def part(self, entry: str = "", shares: Mapping[str, Sequence[float]] | None = None) -> Program:
-        """Return the program with another computation as its entry, or with branches that run as often as `shares` says."""
+        """Return a copy of the program that starts at the computation `entry`, or whose branches run as often as `shares` says."""
         part = copy.copy(self)
         part.entry = entry or self.entry
         part.shares = self.shares if shares is None else shares
         return part
 
     def walk(self, fused: bool = False) -> Iterator[tuple[Instruction, str, int | float]]:
-        """Yield every instruction, its computation, and how often it runs; with `fused`, instructions inside fusions too."""
+        """Yield (instruction, name of its computation, how often it runs).  With `fused`, instructions inside fusions come too."""
         yield from self._walk(self.entry, 1, fused)
 
     def _walk(self, name: str, times: int | float, fused: bool) -> Iterator[tuple[Instruction, str, int | float]]:
@@ -95,12 +95,13 @@ class Program:
                 yield from self._walk(instruction.called("to_apply") or instruction.called("calls"), times, fused)
 
     def turns(self, loop: Instruction) -> int:
-        """Return the number of turns of a while loop, as the compiler noted it.
+        """Return the number of iterations of a while loop.
 
-        Otherwise it is the one constant in the loop's condition, to which the loop counts from 0.
+        The compiler usually notes this number.  Without a note it is the only constant in the loop's condition, because the loop
+        counts from 0 up to this constant.
 
         Raises:
-          ValueError: the compiler noted no number, and the condition has no single constant.
+          ValueError: the compiler noted no number, and the condition does not have exactly one constant.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
             return int(known[1])
@@ -131,7 +132,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Return the position behind the parenthesis that closes the first parenthesis of `text`."""
+    """Return the position after the parenthesis that closes the one with which `text` begins."""
     depth = 0
     for k, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -141,13 +142,13 @@ def _closing(text: str) -> int:
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """Read the dimensions of the first array in a shape such as `bf16[6,1024]{1,0:T(8,128)}`."""
+    """Return the dimensions of the first array in an HLO shape, such as (6, 1024) of `bf16[6,1024]{1,0:T(8,128)}`."""
     match = re.search(r"\[([\d,]*)\]", shape)
     return _numbers(match[1]) if match else ()
 
 
 def arrays(shape: str) -> list[int]:
-    """List the bytes of every array in an HLO shape, without padding.  Tuples are flattened."""
+    """Return the size in bytes, without padding, of every array in an HLO shape.  The arrays of nested tuples form one list."""
     out = []
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
         width = re.match(r"[a-z]+(\d+)", kind)
@@ -169,15 +170,15 @@ def fusions(text: str) -> int:
 
 
 def cycles(program: Program, kernel: Callable[[Instruction], float]) -> float:
-    """Add up the estimated cycles of one run, collectives left out.
+    """Return the estimated number of cycles of one run of a program, without its collectives.
 
     Args:
       program: the program, compiled for a TPU.
-      kernel: returns the cycles of a Pallas kernel, for which the compiler has no estimate.
+      kernel: a function that returns the cycles of a Pallas kernel, for which the compiler has no estimate.
     """
     total = 0.0
     for instruction, _, times in program.walk():
-        # A number of more than 15 digits is a -1 without its sign: the compiler has no estimate.
+        # Where it has no estimate the compiler writes -1 as an unsigned number, which has more than 15 digits.
         if estimate := re.search(r'"estimated_cycles":"(\d{1,15})"', instruction.line):
             total += times * int(estimate[1])
         elif KERNEL in instruction.line:
@@ -186,7 +187,7 @@ def cycles(program: Program, kernel: Callable[[Instruction], float]) -> float:
 
 
 def kernel_estimate(kernel: Instruction) -> tuple[float, float] | None:
-    """Return (FLOPs, bytes) that a Pallas kernel's author wrote down as `pl.CostEstimate`, or None without an estimate."""
+    """Return (FLOPs, bytes) that the author of a Pallas kernel estimated (`pl.CostEstimate`), or None without an estimate."""
     moved = re.search(r'"bytes_accessed":"?(\d+)', kernel.line)
     work = re.search(r'"flops":"?(\d+)', kernel.line)
     return (float(work[1]) if work else 0.0, float(moved[1])) if moved else None
@@ -196,13 +197,13 @@ def kernel_estimate(kernel: Instruction) -> tuple[float, float] | None:
 
 
 def flops(program: Program, kernel: Callable[[Instruction], float]) -> float:
-    """Add up the FLOPs of a program: 2 for each multiplication of a matrix product, and the FLOPs of Pallas kernels.
+    """Return the FLOPs of one run of a program: 2 for each multiplication of a matrix product, and the FLOPs of Pallas kernels.
 
-    Matrix products are `dot` and `convolution` instructions.  The TPU compiler turns the first into the second.
+    Matrix products are `dot` and `convolution` instructions.  The TPU compiler turns every `dot` into a `convolution`.
 
     Args:
       program: the program, compiled for any backend.
-      kernel: returns the FLOPs of a Pallas kernel.
+      kernel: a function that returns the FLOPs of a Pallas kernel.
     """
     total = 0.0
     for instruction, computation, times in program.walk(fused=True):
@@ -223,7 +224,10 @@ def _dot_flops(dot: Instruction, left: tuple[int, ...], right: tuple[int, ...]) 
 
 
 def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Count 2 FLOPs for each pair of elements that both exist; most pairs of a batched product fall into the padding."""
+    """Count 2 FLOPs for each product of two elements, without products with padding.
+
+    In a batched matrix product that is written as a convolution, most products are products with padding.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.line)
     assert labels, convolution.line
     lhs, rhs, out = labels.groups()
@@ -247,10 +251,10 @@ def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: t
 
 
 def bytes_accessed(program: Program) -> float:
-    """Add up the bytes read from and written to HBM: operands and results of every operation outside fusions.
+    """Return the bytes that one run reads from and writes to HBM: the operands and results of every operation.
 
-    Arrays in VMEM do not count.  If a fusion reads or writes only a slice of an operand, the slice alone counts.  An operand that
-    several operations read counts once for each operation.
+    A fusion is one operation.  If it reads or writes only a slice of an operand, the slice alone counts.  An operand that several
+    operations read counts once for each of them.  Arrays in VMEM do not count.
     """
     total = 0.0
     for instruction, computation, times in program.walk():
@@ -270,13 +274,13 @@ def bytes_accessed(program: Program) -> float:
 
 
 def _hbm_bytes(shape: str) -> int:
-    """Return the bytes of the arrays of an HLO shape that live in HBM (memory space 0)."""
+    """Return the number of bytes of those arrays in an HLO shape that are in HBM (memory space 0)."""
     parts = re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?", shape)
     return sum(sum(arrays(part)) for part in parts if not re.search(r"S\([1-9]\)", part))
 
 
 def _sliced(fused: dict[str, Instruction], sizes: list[int], result: int) -> tuple[list[int], int]:
-    """Return the bytes of a fusion's operands and of its result.  An operand that the fusion slices counts as its slices."""
+    """Return (bytes of each operand of a fusion, bytes of its result).  If only slices of an operand are used, they alone count."""
     sizes = list(sizes)
     for parameter in fused.values():
         if parameter.opcode != "parameter":
@@ -297,28 +301,29 @@ def _sliced(fused: dict[str, Instruction], sizes: list[int], result: int) -> tup
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind, size and set of devices."""
+    """All collectives of a program that have the same kind, size in bytes and devices."""
 
     kind: str
     axes: str
-    """Mesh axes that the collective runs over, as `data+fsdp`, or `other` if its groups are no product of axes."""
+    """Mesh axes along which the collective runs, as in `data+fsdp`, or `other` if no mesh axes give its groups of devices."""
     group: tuple[int, ...]
-    """Positions in the mesh of one group's devices."""
+    """Positions in the mesh of the devices of one group within which the collective runs."""
     count: int
-    """Number of times that the collective runs; in a loop it runs once per turn."""
+    """Number of times that these collectives run in one run of the program, each iteration of a loop included."""
     bytes: int
-    """Bytes on one device of the whole array that is gathered, reduced, scattered or exchanged."""
+    """Size in bytes, on one device, of the array that is reduced or exchanged, or is the result of a gather or the operand of a
+    scatter."""
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in one run on a ring.  In an all-to-all a device sends all but the part that it keeps."""
+        """Bytes that a device sends if the collective runs once on a ring.  In an all-to-all it sends all but its own part."""
         g = len(self.group)
         shares = {"all-reduce": 2 * (g - 1) / g, "collective-permute": 1.0}
         return self.bytes * shares.get(self.kind, (g - 1) / g)
 
 
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
-    """List the collectives between devices, the largest total first.
+    """Return the collectives between devices, sorted by their total bytes (count x bytes), the largest first.
 
     Args:
       program: the program, compiled for all devices of the mesh.
@@ -331,7 +336,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        # An asynchronous collective may stand in three fusions (start, steps, end) with one channel.  It counts once.
+        # One asynchronous collective may appear in three fusions (start, steps, end) with the same channel id.  It counts once.
         channel = re.search(r"channel_id=(\d+)", instruction.line)
         if channel and computation in fused:
             if (kind, channel[1]) in seen:
@@ -340,7 +345,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         device_groups = groups(instruction.line, math.prod(mesh.values()))
         if max(map(len, device_groups)) < 2:
             continue
-        # The result of an asynchronous start is a tuple that holds the operand too.
+        # The result of an asynchronous start is a tuple of operand and result, of which only the larger one counts.
         size = (max if instruction.opcode.endswith("-start") else sum)(arrays(instruction.shape))
         if kind == "reduce-scatter":
             size *= len(device_groups[0])

@@ -1,4 +1,4 @@
-r"""Numbers of elements that the operations of a connection read and write, counted by hand (mHC Table 2).
+r"""Numbers of elements that the operations of a connection read from and write to memory, by formula (mHC Table 2).
 
 All numbers are per token and sub-layer, for the forward pass without the branch F.  The connection has n streams of width C.
 """
@@ -9,21 +9,22 @@ from typing import NamedTuple
 
 
 class Moved(NamedTuple):
-    """Numbers of elements per token that an operation reads from memory and writes to it."""
+    """Numbers of elements per token that an operation reads from memory and writes to memory."""
 
     read: int
     written: int
 
 
 def residual(C: int) -> Moved:
-    """Count the elements that the residual connection, x + y, moves (mHC Table 2, first row)."""
+    """Count the elements that the residual connection, x + y, reads and writes (mHC Table 2, first row)."""
     return Moved(2 * C, C)
 
 
 def unfused(n: int, C: int) -> dict[str, Moved]:
-    r"""Count the elements that each operation moves if it is a kernel of its own (mHC Table 2).
+    r"""Count the elements that each operation reads and writes if each is a kernel of its own (mHC Table 2).
 
-    In all $(5n + 1)C + n^2 + 2n$ elements are read and $(3n + 1)C + n^2 + 2n$ are written.
+    The operation `merge` adds the results of H_post and H_res.  All operations together read
+    $(5n + 1)C + n^2 + 2n$ elements and write $(3n + 1)C + n^2 + 2n$.
     """
     return {
         "coefficients": Moved(n * C, n**2 + 2 * n),
@@ -35,9 +36,9 @@ def unfused(n: int, C: int) -> dict[str, Moved]:
 
 
 def merged(n: int, C: int) -> dict[str, Moved]:
-    """Count the elements that each operation moves if H_post, H_res and the merge are one kernel (mHC section 4.3).
+    """Count the elements that each operation reads and writes if one kernel applies H_post and H_res and merges (mHC section 4.3).
 
-    The merged kernel reads (n + 1)C elements instead of (3n + 1)C, and writes nC elements instead of 3nC.
+    Beside the coefficients this kernel reads (n + 1)C elements instead of (3n + 1)C, and it writes nC elements instead of 3nC.
     """
     rows = unfused(n, C)
     return {key: rows[key] for key in ("coefficients", "apply H_pre")} | {
@@ -46,16 +47,19 @@ def merged(n: int, C: int) -> dict[str, Moved]:
 
 
 def total(rows: dict[str, Moved]) -> Moved:
-    """Add up the elements of all operations."""
+    """Return the sums of the elements that all operations in `rows` read and write."""
     return Moved(sum(row.read for row in rows.values()), sum(row.written for row in rows.values()))
 
 
 def boundary(n: int, C: int) -> dict[str, int]:
-    """Count the elements read plus written between two branches, with the pre-norm and without the coefficients themselves.
+    """Count the elements read plus written at one boundary, with the pre-norm of the branch and without the coefficients.
 
-    `three kernels`, (4n + 4)C: statistics and coefficients read nC.  The read takes nC and gives C.  The write takes (n + 1)C and
-    gives nC.  The pre-norm takes C and gives C.
-    `statistics in the write`, (3n + 2)C: the statistics are taken while x is written, and the norm is part of the read.
-    `one pass`, (2n + 2)C: x and y are touched once each.  No implementation can move less.
+    The statistics are the sums that make the coefficients: the projection of the streams, and the mean square for their RMSNorm.
+
+    `three kernels`, (4n + 4)C: the statistics read nC.  The read reads nC and writes C.  The write reads (n + 1)C and writes nC.
+    The pre-norm reads C and writes C.
+    `statistics in the write`, (3n + 2)C: the statistics are computed while the streams are written, and the pre-norm in the read.
+    `one pass`, (2n + 2)C: streams and branch output are read once, and streams and branch input are written once.  No
+    implementation can move fewer elements.
     """
     return {"three kernels": (4 * n + 4) * C, "statistics in the write": (3 * n + 2) * C, "one pass": (2 * n + 2) * C}

@@ -1,7 +1,7 @@
-"""Tokenized text: a memory-mapped array of ids for each source, split and tokenizer, kept in the cache folder.
+"""Tokenized text: a memory-mapped array of token ids for each source, split and tokenizer, kept in the cache folder.
 
 Every document is followed by the end-of-document token.  The ids are in `<key>.npy`, and counts and checksums in `<key>.json`.  The
-key is a hash of everything that the ids depend on, so that outdated files are never read.
+key is a hash of everything on which the ids depend, so that outdated files are never read.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
 
 FORMAT = 1
-"""Version of the stored arrays, a part of their key in the cache.
+"""Version of the stored arrays, which is part of their key in the cache.
 
-Raise it if a change of the code gives the same text other ids or another layout."""
+It must be raised if a change of the code gives the same text other ids or another layout."""
 CHUNK = 1 << 22
-"""Number of characters that the tokenizer gets at once, and number of bytes of a file that are read at once."""
+"""Number of characters that the tokenizer gets at once, and number of bytes of a file that are read at once for its CRC-32."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes and hash of a tokenized split."""
+    """Sizes and hash of the tokenized text of one split."""
 
     documents: int
     tokens: int
@@ -42,12 +42,12 @@ class Counts:
     bytes: int
     """Number of bytes of the text in UTF-8."""
     sha256: str
-    """SHA-256, in hex, of the ids as they are stored.  It identifies the text and its tokenizer, wherever the files lie."""
+    """SHA-256, in hex, of the stored ids.  It is the same for the same text and tokenizer, whatever the paths of the files."""
 
 
 @dataclass(frozen=True)
 class TokenArray:
-    """The ids of a tokenized split, and its counts."""
+    """The token ids of one split of a text, and its counts."""
 
     tokens: np.ndarray
     """Ids [counts.tokens], uint16 or uint32, memory mapped and read-only."""
@@ -57,10 +57,10 @@ class TokenArray:
 def token_array(
     source: str, split: sources.Split, tokenizer: Tokenizer, *, cache: Path, fraction: float = 0.05
 ) -> TokenArray:
-    """Return the ids of one split.  They come from the cache if it holds them undamaged; otherwise the text is tokenized.
+    """Return the token ids of one split.  If the cache does not hold them undamaged, the text is tokenized.
 
-    A file in the cache is checked against its CRC-32.  Several processes may call this function at once.  Each writes
-    the same bytes under a name of its own, and renames the file.
+    A file in the cache is checked against its CRC-32.  Several processes may call this function at once: each writes the same bytes
+    under a name of its own, and then renames the file.
 
     Args:
       source, split, fraction: as in `sources.documents`.
@@ -88,7 +88,7 @@ def token_array(
 
 
 def _load(stem: Path) -> TokenArray | None:
-    """Read an array and its counts from the cache; None if a file is missing or damaged."""
+    """Return the array and the counts in the files `stem`.npy and `stem`.json, or None if one of them is missing or damaged."""
     path = stem.with_suffix(".npy")
     try:
         meta = json.loads(stem.with_suffix(".json").read_text("utf-8"))
@@ -101,7 +101,7 @@ def _load(stem: Path) -> TokenArray | None:
 
 
 def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-    """Write an array and its counts into the cache.  Each file is written under another name and renamed."""
+    """Write `stem`.npy with the ids of the documents and `stem`.json with the counts, each under another name, and rename them."""
     with tempfile.TemporaryDirectory(dir=stem.parent, prefix=f".{stem.name}.") as folder:
         array, meta = Path(folder) / "array", Path(folder) / "meta"
         with array.open("wb") as file:
@@ -113,7 +113,7 @@ def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> N
 
 
 def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) -> Counts:
-    """Write the ids of all documents as a .npy file, and count them."""
+    """Write the ids of all documents as a .npy file, and return the counts."""
     dtype = id_dtype(tokenizer)
     end = np.array([tokenizer.end_of_document], dtype)
     number, tokens, size, digest = 0, 0, 0, hashlib.sha256()
@@ -130,13 +130,16 @@ def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) 
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, tokens: int) -> None:
-    """Write the .npy header.  NumPy pads it for 21 digits of the size, so that headers of all sizes have the same length."""
+    """Write the .npy header of an array [tokens].
+
+    NumPy pads it for 21 digits, so that the header can be overwritten with the true number of tokens after all ids are written.
+    """
     header = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Yield the texts in groups of about `CHUNK` characters."""
+    """Yield the texts of the documents in lists of at least `CHUNK` characters, except the last list."""
     texts: list[str] = []
     size = 0
     for document in documents:

@@ -1,4 +1,4 @@
-"""Make batches as a `DataConfig` says, in an order that depends only on the data settings."""
+"""Load the text of a `DataConfig` and make batches of it, in an order that depends only on the settings of data."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ Batch = dict[str, np.ndarray]
 """A batch: `inputs` and `targets`, int32 [B, T] of B sequences of T tokens.  Each target is the token after its input."""
 
 ODD_SHARE = 0.2
-"""Held-out share of all tokens above which a run warns, if the share is also more than twice data.validation_fraction."""
+"""Share of all tokens above which a run warns that local files give too much validation text.
+
+The share must also be more than twice data.validation_fraction."""
 ENDLESS = 1 << 48
-"""Number of windows after which a training iterator ends.  Grain's endless repeat would overflow `len` at a batch size of 1."""
+"""Number of windows (sequences) after which a training iterator ends.
+
+Grain's endless repeat is not used, because with it `len` overflows at a batch size of 1."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Data:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Hashes of the training and the validation text (`Counts.sha256`), under the keys that `summary` has for them."""
+        """Hashes of the tokenized training and validation text (`Counts.sha256`), under the same keys as in `summary`."""
         return {"train_sha256": self.train.counts.sha256, "validation_sha256": self.validation.counts.sha256}
 
     def target_bytes(self, batches: Sequence[Batch]) -> int:
@@ -47,19 +51,18 @@ class Data:
         return sum(int(self.tokenizer.token_bytes[batch["targets"]].sum()) for batch in batches)
 
     def bits_per_nat(self, count: int) -> float:
-        r"""Return the factor from mean loss in nats/token to bits per byte, over the first `count` validation batches.
+        r"""Return the factor by which a mean loss in nats per token is multiplied to get bits per byte.
 
-        Bits per byte are $-\sum_i \ln p_i / (\ln 2 \cdot \text{bytes})$, over the targets $i$ of exactly these batches and the
-        bytes that these targets stand for.  The end of a document counts in the sum, since the model must predict it.  It has no
-        bytes.
-        The factor is NaN if no target has a byte.
+        Bits per byte are $-\sum_i \ln p_i / (\ln 2 \cdot \text{bytes})$, over the targets $i$ of the first `count` validation
+        batches and the bytes that these targets stand for.  The end of a document counts in the sum, since the model must predict
+        it, but has no bytes.  The factor is NaN if no target has a byte.
         """
         batches = self.validation_batches(count)
         size = self.target_bytes(batches)
         return sum(batch["targets"].size for batch in batches) / math.log(2) / size if size else math.nan
 
     def summary(self) -> dict[str, Any]:
-        """Return the entry of env.json about the data of a run, as JSON values."""
+        """Return the entry `data` of a run's env.json as JSON values: the sources, the tokenizer and the counts of both splits."""
         return {
             "source": self.config.source,
             "validation_source": self.config.validation_source,
@@ -71,7 +74,7 @@ class Data:
         }
 
     def describe(self, count: int) -> list[str]:
-        """Return lines for the start of a run: the sizes of both splits, then warnings about unusual splits.
+        """Return lines to print at the start of a run: the sizes of both splits, then warnings about unusual splits.
 
         Args:
           count: number of validation batches that the run asks for (train.validation_batches).
@@ -104,24 +107,25 @@ class Data:
         return out
 
     def train_iterator(self, start_step: int = 0, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
-        """Return an endless iterator over shuffled training batches, after `start_step` batches.
+        """Return an endless iterator over shuffled training batches that skips the first `start_step` batches.
 
-        Window i holds T + 1 tokens from token i T on.  Every epoch visits each window once, in a new order.  A batch may span
-        two epochs.  One thread reads two batches ahead, and `close()` ends the thread.  The state of the iterator is the JSON value
-        `{"next_index": batches drawn}`, which is exact and is set in constant time.
+        A row of a batch is a window of the text.  Window i holds T + 1 tokens from token i T on, with T = data.sequence_length.
+        Every epoch visits each window once, in a new order.  A batch may span two epochs.  One thread reads two batches ahead, and
+        `close()` ends the thread.  The state of the iterator, `{"next_index": batches drawn}`, can be set in constant time.
 
         Args:
           start_step: number of batches to skip.
-          rows: numbers of the rows of each batch to read, in this order; None: all rows.  The order of windows and the state do not
-            depend on `rows`.  Processes that read different rows therefore make one batch together, and a run may go on with more
-            or fewer processes.
+          rows: indices of the rows of each batch to read, in this order.  None: all rows.  The order of windows and the state do
+            not depend on `rows`.  Processes that read different rows therefore make one batch together, and a run may go on with
+            more or fewer processes.
         """
-        import grain  # 1 s
+        import grain  # the import takes 1 s
 
         length, tokens = self.config.sequence_length, self.train.tokens
         windows = _windows(len(tokens), length)
         batches = (
-            # Grain handles only indices, and windows are cut a batch at a time.  A window then takes 20 us instead of 45 us.
+            # Grain handles the indices of windows alone, and `_cutter` cuts all windows of a batch at once.  A window then takes
+            # 20 us instead of 45 us.
             grain.MapDataset.range(windows)
             .seed(self.config.seed)
             .shuffle()
@@ -135,14 +139,14 @@ class Data:
         return iterator
 
     def validation_batches(self, count: int, rows: np.ndarray | None = None) -> list[Batch]:
-        """Return the first `count` batches of consecutive windows of the validation text, or as many as the text fills.
+        """Return the first `count` batches of the validation text, in the order of the text, or as many as the text fills.
 
-        Shapes are always [B, T].  An incomplete last batch is left out.  But a text of fewer than B windows is repeated until it
-        fills one batch.
+        Shapes are always [B, T].  An incomplete last batch is left out.  A text that does not fill one batch is repeated until it
+        does.
 
         Args:
           count: largest number of batches.
-          rows: numbers of the rows of each batch to read, as in `train_iterator`.
+          rows: indices of the rows of each batch to read, as in `train_iterator`.
         """
         length, size = self.config.sequence_length, self.config.batch_size
         windows = _windows(len(self.validation.tokens), length)
@@ -156,7 +160,7 @@ def load_data(config: DataConfig) -> Data:
     """Read, split and tokenize the text of `config`, or take the result from the cache.
 
     Raises:
-      InputError: a source, the tokenizer or the cache folder cannot be used, a split is shorter than one window, or both splits
+      InputError: a source, the tokenizer or the cache folder cannot be used, a split is shorter than one sequence, or both splits
         hold the same text.
     """
     tokenizer = load_tokenizer(config.tokenizer)
@@ -192,7 +196,7 @@ def load_data(config: DataConfig) -> Data:
 
 
 def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
-    """Return the configuration, in which a model.vocab_size of 0 is replaced by the vocabulary size of the tokenizer.
+    """Return `config`, but with the vocabulary size of the tokenizer in place of a model.vocab_size of 0.
 
     Raises:
       InputError: model.vocab_size is set and is smaller than the vocabulary of the tokenizer.
@@ -206,12 +210,18 @@ def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig
 
 
 def _windows(tokens: int, length: int) -> int:
-    """Return the number of windows in a text of `tokens` tokens.  A window has `length` + 1 tokens; neighbours share one token."""
+    """Return the number of windows in a text of `tokens` tokens.
+
+    A window is `length` inputs and their targets, `length` + 1 tokens.  It shares its last token with the next window.
+    """
     return (tokens - 1) // length
 
 
 def _cutter(tokens: np.ndarray, length: int, rows: np.ndarray | None) -> Callable[[np.ndarray], Batch]:
-    """Return the function that makes a batch from the numbers of its windows, [B].  `rows` picks rows of the batch; None: all."""
+    """Return a function that makes a batch of windows of the text `tokens` from the indices [B] of the windows.
+
+    If `rows` is not None, the batch holds only these of its rows.
+    """
 
     def cut(windows: np.ndarray) -> Batch:
         windows = windows if rows is None else windows[rows]

@@ -1,4 +1,4 @@
-"""The folder on disk that keeps prepared data: token arrays and the prepared corpus."""
+"""The folder on disk that keeps tokenized text and prepared data sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mhc_jax.errors import InputError
 
 
 def cache_folder() -> Path:
-    """Create and return the cache folder: $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
+    """Create the cache folder and return its path: $MHC_JAX_CACHE, or ~/.cache/mhc_jax without that variable.
 
     Raises:
       InputError: the folder cannot be created or written to.

@@ -1,7 +1,7 @@
 r"""Read documents from local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet.
 
-JSON lines are split at `\n` alone, since other Unicode line separators may occur inside a text.  Compressed files are read through
-pyarrow: unlike the `zstandard` package, it refuses a file that ends in the middle of a frame.
+JSON lines are split at `\n` alone, since other Unicode line separators may occur inside a text.  Compressed files are read by
+pyarrow, which refuses a file that ends in the middle of a compressed frame.  The package `zstandard` would accept it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mhc_jax.errors import InputError, require
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ALLOWED = "a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
 BLOCK = 8192
-"""Number of characters after which a block of a single .txt file ends at the next blank line."""
+"""Smallest number of characters of a block of text (`text_blocks`), except the last block of a file."""
 
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 _LINE_END = re.compile(r"\n")
@@ -28,7 +28,7 @@ _LINE_END = re.compile(r"\n")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its name.  A document as a whole belongs to one split."""
+    """A text and its name.  The whole document belongs either to the training split or to the validation split."""
 
     id: str
     text: str
@@ -62,12 +62,12 @@ def expand(source: str) -> list[Path]:
 def read_files(files: Sequence[Path]) -> Iterator[Document]:
     """Yield the documents of `files` in order, except documents without a visible character.
 
-    Each of several .txt files is a document.  A single .txt file is cut into blocks (`text_blocks`), so that some blocks can be
-    held out.
-    JSON lines and parquet rows hold the text under `text` and may hold a name under `id`.
+    If there are several .txt files, each is a document.  A single .txt file is cut into blocks of text (`text_blocks`), which are
+    the documents, so that some can be held out for validation.  JSON lines and parquet rows hold the text under `text` and may hold
+    a name under `id`.
 
     Raises:
-      InputError: a file is empty, damaged or unreadable; the message gives the place of the first fault.
+      InputError: a file is empty, damaged or unreadable.  The message says where the first fault is.
     """
     for file in files:
         empty = True
@@ -82,10 +82,10 @@ def read_files(files: Sequence[Path]) -> Iterator[Document]:
 
 
 def text_blocks(text: str) -> Iterator[str]:
-    """Yield consecutive blocks of `text`; joined they give `text` again.
+    """Yield consecutive blocks of `text`, which give `text` again if they are joined.
 
-    A block ends at the first blank line between `BLOCK` and 2 `BLOCK` characters.  If there is none, it ends at the first line end
-    after 2 `BLOCK` characters.
+    A block ends at the first blank line between `BLOCK` and 2 `BLOCK` characters after its start.  If there is none, it ends at the
+    first line end after 2 `BLOCK` characters.
     """
     start = 0
     while start < len(text):
@@ -118,7 +118,7 @@ def _read_text(file: Path, alone: bool) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path) -> Iterator[Document]:
-    import pyarrow as pa  # 0.1 s
+    import pyarrow as pa  # the import takes 0.1 s
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
     offset = 0

@@ -1,4 +1,4 @@
-"""The embedded corpus, 38 plays of Shakespeare, as a TensorFlow Datasets builder that needs no TensorFlow.
+"""The text source `shakespeare`: 38 plays that come with this package, as a TensorFlow Datasets builder that needs no TensorFlow.
 
 Importing this module imports tensorflow_datasets (0.5 s).
 """
@@ -32,7 +32,7 @@ def plays() -> list[dict[str, str]]:
 
 
 def held_out(ids: Sequence[str]) -> frozenset[str]:
-    """Return the ids of the plays held out for validation: the `VALIDATION_PLAYS` with the smallest SHA-256."""
+    """Return the `VALIDATION_PLAYS` ids whose SHA-256 are smallest.  Their plays are held out for validation."""
     ranked = sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())
     return frozenset(ranked[:VALIDATION_PLAYS])
 
@@ -66,14 +66,14 @@ class Shakespeare(tfds.core.GeneratorBasedBuilder):
 
 
 def identity() -> str:
-    """Return the SHA-256 of the compressed corpus."""
+    """Return the SHA-256, in hex, of the compressed file of the plays."""
     return hashlib.sha256(CORPUS.read_bytes()).hexdigest()
 
 
 def prepare(cache: Path) -> Path:
-    """Write the corpus as ArrayRecord files into `cache`, unless they are there already, and return their folder.
+    """Write the plays as ArrayRecord files into `cache`, unless they are there already, and return their folder.
 
-    The folder is written under another name and renamed, so that two processes may prepare it at once.
+    The folder is written under another name and renamed, so that several processes may do so at once.
     """
     root = cache / f"shakespeare-{identity()[:16]}"
     if not root.exists():
@@ -81,11 +81,11 @@ def prepare(cache: Path) -> Path:
         building = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=cache))
         try:
             builder = Shakespeare(data_dir=building, file_format="array_record")
-            with contextlib.redirect_stdout(io.StringIO()):  # otherwise it prints that it downloads, which it does not
+            with contextlib.redirect_stdout(io.StringIO()):  # the builder prints that it downloads, which it does not
                 builder.download_and_prepare()
             os.rename(building, root)
         except OSError:
-            if not root.exists():  # else another process has made it
+            if not root.exists():  # if it exists, another process has made it
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Read the documents of a text source, given by its name.
 
-    shakespeare              the embedded corpus
-    tfds:<name>[/<config>]   a named TensorFlow Datasets set that is already prepared on this machine
+    shakespeare              the plays of Shakespeare that come with this package
+    tfds:<name>[/<config>]   a data set of TensorFlow Datasets that is already prepared on this machine
     <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files
 
 tensorflow_datasets is imported only if a source needs it.
@@ -32,12 +32,12 @@ _HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|test|held.?out)(?![
 def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05) -> Iterator[Document]:
     """Yield the documents of one split of `source`, always in the same order.
 
-    The validation split of a named set is its `validation` split, else its `test` split.  If a source has neither, about
-    `fraction` of its documents are held out for validation (`set_apart`).  With `fraction=0` nothing is held out, and both
-    splits of such a source are all its documents.
+    `shakespeare` has splits of its own.  The validation split of a TensorFlow Datasets set is its `validation` split or, if it has
+    none, its `test` split.  From a set with neither, and from local files, about `fraction` of the documents are held out for
+    validation (`set_apart`).  With `fraction=0` both splits of such a source are all its documents.
 
     Args:
-      source: name of the source, as in the module's docstring.
+      source: name of the source: `shakespeare`, `tfds:<name>[/<config>]`, or a path or glob.
       split: `train` or `validation`.
       cache: folder for prepared data, as from `cache.cache_folder`.
       fraction: share of documents in the validation split, in [0, 1).
@@ -56,10 +56,10 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
 
 
 def identity(source: str) -> list[Any]:
-    """Return JSON values that change if the documents of `source` may have changed, for a key of the cache.
+    """Return JSON values that differ if the documents of `source` may have changed.  Keys of the cache contain them.
 
-    They are path, size and modification time of a local file, or the hash of the embedded corpus.  For a named set they are its
-    folder and a hash of its dataset_info.json.
+    They are path, size and modification time of each local file, the hash of the file of `shakespeare`, or the folder of a
+    TensorFlow Datasets set and a hash of its dataset_info.json.
     """
     if source == SHAKESPEARE:
         from mhc_jax.data import shakespeare
@@ -79,7 +79,7 @@ def local(source: str) -> bool:
 
 
 def named_like_splits(source: str) -> list[str]:
-    """Return the names of the files of a local source that look like held-out text (`valid.txt`, `test/a.txt`).
+    """Return the names of those files of a local source whose path suggests held-out text (`valid.txt`, `test/a.txt`).
 
     The result is empty if the source is a single file.
     """
@@ -89,7 +89,7 @@ def named_like_splits(source: str) -> list[str]:
 
 
 def check_disjoint(source: str, validation_source: str) -> None:
-    """Raise `InputError` if a local file is in both sources."""
+    """Raise `InputError` if both sources are local and have a file in common."""
     if not (local(source) and local(validation_source)):
         return
     train = {file.resolve() for file in files.expand(source)}
@@ -103,18 +103,18 @@ def check_disjoint(source: str, validation_source: str) -> None:
 
 
 def position(text: str) -> float:
-    """Map a text to a number in [0, 1): the first 64 bits of its SHA-256."""
+    """Return the hash of a text as a number in [0, 1): the first 64 bits of its SHA-256, divided by 2^64."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def set_apart(everything: Iterable[Document], split: Split, fraction: float) -> Iterator[Document]:
-    """Yield the documents that belong to `split`.  The hash of its text decides the split of a document.
+    """Yield the documents that belong to `split`.  A hash of its text, `position`, decides to which split a document belongs.
 
-    `validation` gets the documents whose `position` is below `fraction`.  If there are none, it gets the documents of the smallest
+    `validation` gets the documents whose position is below `fraction`.  If there are none, it gets the documents with the smallest
     position.  Equal texts are in the same split, whatever their ids, their order and their file format.
 
-    Until a position below `fraction` has been seen, the documents of the smallest position so far are held back, since they
-    may belong to either split.  In `train` they therefore come later than they would in order.
+    Until a position below `fraction` has been seen, the documents with the smallest position so far may belong to either split.
+    They are therefore held back, and `train` gets them later than in their order.
     """
     spare: list[Document] = []
     least, certain = 1.0, False
@@ -148,7 +148,7 @@ def _named_documents(source: str, split: Split, fraction: float) -> Iterator[Doc
 
 
 def _records(builder: tfds.core.DatasetBuilder, part: str, key: str) -> Iterator[Document]:
-    """Yield the records of one split of a named set, except those whose text has no visible character."""
+    """Yield the documents of split `part` of a TensorFlow Datasets set, except those whose text has no visible character."""
     data = builder.as_data_source(split=part)  # pyright: ignore[reportCallIssue]
     for index in range(len(data)):
         text = data[index][key]
@@ -159,7 +159,7 @@ def _records(builder: tfds.core.DatasetBuilder, part: str, key: str) -> Iterator
 
 
 def _named_builder(source: str) -> tfds.core.DatasetBuilder:
-    """Return the builder of a named set, which must be prepared in a format with random access."""
+    """Return the builder of the TensorFlow Datasets set `source`, which must be prepared in a format with random access."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
@@ -187,7 +187,7 @@ def _named_builder(source: str) -> tfds.core.DatasetBuilder:
 
 
 def _text_feature(source: str, builder: tfds.core.DatasetBuilder) -> str:
-    """Return the name of the feature that holds the text: `text`, or the only text feature."""
+    """Return the name of the feature of a data set that holds the text: `text`, or else the only feature that is a text."""
     import tensorflow_datasets as tfds
 
     declared = builder.info.features

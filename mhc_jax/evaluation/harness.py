@@ -1,4 +1,4 @@
-"""Models for lm-evaluation-harness: a trained model (`DecoderLM`), and a model that knows the answers (`GoldLM`)."""
+"""Models for lm-evaluation-harness: a trained model (`DecoderLM`), and one that always gives the right answer (`GoldLM`)."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.trained import Trained
 
 MAX_GEN_TOKS = 256
-"""Largest number of tokens of an answer if the task names no limit, as in the models of lm-evaluation-harness."""
+"""Largest number of tokens of an answer to a task that sets no limit.  The models of lm-evaluation-harness use the same number."""
 MOST_ROWS = {"cpu": 32}
-"""Largest number of prompts that are answered at once, by platform."""
+"""Largest number of prompts that are answered in one batch, by platform."""
 MORE_ROWS = 256
-"""Largest number of prompts that are answered at once on platforms that `MOST_ROWS` does not name."""
+"""Largest number of prompts that are answered in one batch on platforms that `MOST_ROWS` does not name."""
 
 
 class Likelihood(NamedTuple):
     """The likelihood of a continuation after its context."""
 
     nats: float
-    """Natural logarithm of the probability of the scored tokens."""
+    """Natural logarithm of the probability of the scored tokens (`split_texts`)."""
     greedy: bool
     """Whether every scored token was the most likely token at its position."""
     cut: int
-    """Number of tokens that the context lost at its beginning because it did not fit."""
+    """Number of tokens at the beginning of the context that were cut off because there was no room for them."""
     size: int
-    """Number of bytes of the scored text: the continuation, and the end of the context that `split_texts` adds to it."""
+    """Number of UTF-8 bytes of the scored tokens.
+
+    They are the bytes of the continuation and, if the first scored token begins within the context, the last bytes of the context
+    (`split_texts`)."""
 
 
 class _HarnessLM(LM):
@@ -45,19 +48,19 @@ class _HarnessLM(LM):
 
 
 class DecoderLM(_HarnessLM):
-    """A trained model of any connection, as lm-evaluation-harness calls it.
+    """A trained model, with any kind of connection, in the interface of lm-evaluation-harness.
 
-    Prompts that do not fit the context lose their beginning, and the number of lost tokens is recorded.
+    The beginning of a prompt that is too long is cut off, and the number of tokens that were cut off is recorded.
     """
 
     def __init__(self, model: Trained, store: Responses, context: int = 0, batch_size: int = 0, max_gen_toks: int = 0):
-        """Prepare the model for the benchmarks.  Nothing is compiled yet.
+        """Prepare the model for the benchmarks.  Programs are compiled later.
 
         Args:
           model: trained model from `load_trained`.
-          store: keeps the responses, and holds the responses of earlier calls.
+          store: store of responses, which holds the responses of earlier calls and gets the new ones.
           context: largest number of tokens of prompt and answer together.  0 means the sequence length of training.
-          batch_size: rows of a batch.  0 means as many as fit the memory.
+          batch_size: number of sequences in a batch.  0 means as many as fit the memory.
           max_gen_toks: largest number of tokens of an answer, even if the task allows more.  0 means the limit of the task.
         """
         super().__init__()
@@ -74,14 +77,15 @@ class DecoderLM(_HarnessLM):
         return self.scorer.compilations + len(self.generator.programs)
 
     def scored(self, requests: Sequence[Instance]) -> list[Likelihood]:
-        """Return the likelihood of each request (context, continuation).  It is computed if the store does not have it.
+        """Return the likelihood of each request, a pair of texts (context, continuation), from the store if it has it.
 
-        The continuations of one context in one item share their conditioning tokens (`split_texts`).  A context that does not
-        fit loses its beginning until the longest continuation fits, for all continuations alike.  The models of
-        lm-evaluation-harness instead cut the context for each continuation separately.
+        The continuations of one context in one item of a task are scored given the same tokens of the context (`split_texts`).  If
+        the context leaves too little room for the longest continuation, its first tokens are cut off for all continuations.  The
+        models of lm-evaluation-harness instead cut the context for each continuation separately.
 
         Raises:
-          InputError: a continuation is empty or longer than the context.  It is raised before anything is computed.
+          InputError: a continuation is empty, or has more tokens than the model may read (`max_length`).  It is raised before
+            anything is computed.
         """
         items: dict[tuple[str | None, int | None, str], list[int]] = {}
         for index, request in enumerate(requests):
@@ -102,7 +106,7 @@ class DecoderLM(_HarnessLM):
             )
             kept = given[-(self.max_length + 1 - longest) :]
             for index, text, ids in zip(indices, texts, scored, strict=True):
-                # Texts and the two lengths together determine the scored tokens and the tokens before them.
+                # Both texts, the number of kept context tokens and the number of scored tokens determine all tokens of a sequence.
                 key = self.store.key("loglikelihood", [context, text, len(kept), len(ids)])
                 answers[index] = key, len(given) - len(kept), int(sizes[ids].sum())
                 if key not in self.store.known:
@@ -122,14 +126,16 @@ class DecoderLM(_HarnessLM):
         return out
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (ln p, greedy) for each request: p is the probability of the continuation after its context.
+        """Return (ln p, greedy) for each request, where p is the probability of the continuation after its context.
 
-        `greedy` says whether every scored token was the most likely token.
+        `greedy` says whether every scored token was the most likely token at its position.
         """
         return [(answer.nats, answer.greedy) for answer in self.scored(requests)]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Return the answer to each prompt, up to the first stop string.  Decoding is greedy unless the task asks for samples.
+        """Return the answer to each request (prompt, settings), up to the first of the stop strings in its settings.
+
+        Decoding is greedy unless the settings ask for random samples.
 
         Raises:
           InputError: the longest answer that a task allows leaves no room for a prompt.  It is raised before anything is computed.
@@ -155,7 +161,7 @@ class DecoderLM(_HarnessLM):
         return [self.store.known[key]["response"] for key in keys]
 
     def _answer(self, settings: Mapping[str, Any], prompts: dict[str, list[int]], progress: Progress) -> None:
-        """Generate the answers to prompts that share their settings, the longest prompts first."""
+        """Generate the answers to prompts with the same settings, longest prompts first, and add them to the store."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         max_new = self._max_new(settings)
@@ -167,7 +173,7 @@ class DecoderLM(_HarnessLM):
         tokenizer, end = self.model.tokenizer, self.model.tokenizer.end_of_document
 
         def text_of(made: list[int]) -> tuple[str, bool]:
-            """Return the text of the answer up to the first stop, and whether the answer has a stop."""
+            """Return the text of the tokens `made` up to the first stop string or end of document, and whether one was found."""
             text = tokenizer.decode(made[: made.index(end)] if end in made else made)
             stops = [text.index(stop) for stop in until if stop in text]
             return (text[: min(stops)], True) if stops else (text, end in made)
@@ -179,7 +185,7 @@ class DecoderLM(_HarnessLM):
             order = order[len(batch) :]
             kept = [prompts[key][-room:] for key in batch]
             count = len(kept)
-            # Repeated prompts fill an incomplete batch up to one of a few sizes, because each size is compiled to a program.
+            # An incomplete batch is filled with copies of a prompt up to one of a few sizes, because each size needs a compilation.
             kept += [kept[-1]] * (min(self._rows(T), bucket(count, FEW_ROWS)) - count)
 
             def ended(row: int, made: list[int], count: int = count) -> bool:
@@ -192,14 +198,14 @@ class DecoderLM(_HarnessLM):
             progress.advance(count)
 
     def _max_new(self, settings: Mapping[str, Any]) -> int:
-        """Return the largest number of tokens of an answer to a request with these settings."""
+        """Return the largest number of tokens of an answer to a request with these settings of lm-evaluation-harness."""
         asked = int(settings.get("max_gen_toks", MAX_GEN_TOKS))
         return min(asked, self.limit or asked)
 
     def _rows(self, T: int) -> int:
-        """Return the number of prompts of T tokens that are answered at once.
+        """Return the number of prompts of T tokens that are answered in one batch.
 
-        Unless a batch size is set, the number is a power of two for which keys, values and attention scores take at most half of
+        Unless a batch size is set, it is a power of two with which keys, values and attention scores take at most half of
         `memory_budget`.
         """
         if self.batch_size:
@@ -213,10 +219,16 @@ class DecoderLM(_HarnessLM):
 
 
 class GoldLM(_HarnessLM):
-    """A model that answers with the gold text.  Its score is the score that data, prompts and metrics let a perfect model reach."""
+    """A model that always gives the right ("gold") answer.
+
+    Its score is the highest score that the data, prompts and metrics of a benchmark allow.
+    """
 
     def __init__(self, gold: Callable[[str, Mapping[str, Any]], Any]):
-        """Take the function `gold`: (task, item) -> the gold answer, or the index of the gold choice in multiple choice."""
+        """Make the model from a function `gold` of a task's name and an item, which returns the right answer.
+
+        In multiple choice `gold` returns the index of the right choice.
+        """
         super().__init__()
         self.gold = gold
 
@@ -225,5 +237,5 @@ class GoldLM(_HarnessLM):
         return [(0.0, True) if r.idx == self.gold(r.task_name, r.doc) else (-1e3, False) for r in requests]
 
     def generate_until(self, requests) -> list[str]:
-        """Return the gold answer to each prompt."""
+        """Return the answer that the function `gold` gives for the item of each request.  Prompts are not read."""
         return [self.gold(r.task_name, r.doc) for r in requests]

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints on benchmarks.  Results, samples and configuration are kept in the run folder of each checkpoint."""
+"""Evaluate checkpoints on benchmarks, and write results, samples and configuration to the run folder of each checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def import_harness(local: bool) -> Any:
     """Import lm_eval and return it, without its progress bars and warnings.
 
     Args:
-      local: whether all items are in local files, so that the library need not look for a network.
+      local: whether all items are in local files, so that the library is told not to use the network.
 
     Raises:
       InputError: lm_eval is not installed.
@@ -56,24 +56,24 @@ def evaluate(
     max_gen_toks: int = 0,
     tokenizer: str = "",
 ) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint on benchmarks.  Responses that are known from earlier calls are not computed again.
+    """Evaluate a run's newest checkpoint on benchmarks.  Responses that earlier calls have stored are not computed again.
 
     Args:
       checkpoint: run folder.
       tasks: names of benchmarks and tasks, as `tasks.choose` takes them.
-      data_dir: folder of local items.  None means that items come from the hub.
+      data_dir: folder of local items.  None means that items come from the Hugging Face Hub.
       limit: largest number of items of each task.  0 means all items.
       context: largest number of tokens of prompt and answer together.  0 means the sequence length of training.
-      batch_size: rows of a batch.  0 means as many as fit the memory.
+      batch_size: number of sequences in a batch.  0 means as many as fit the memory.
       max_gen_toks: largest number of tokens of an answer.  0 means the limit of the task.
       tokenizer: tokenizer in the form of data.tokenizer.  Empty means the tokenizer of the checkpoint.
 
     Returns:
-      The content of the results file, its folder, and `samples` (`collect`).
+      The content of the results file, and two more entries: `folder`, the folder of this file, and `samples` (`collect`).
 
     Raises:
       InputError: a number is negative, a task, file, checkpoint or tokenizer cannot be used, or a prompt and its answer do not
-        fit the context.  All that can be checked before anything is compiled is checked then.
+        fit the context.  It is raised before programs are compiled, where that is possible.
     """
     sizes = {"limit": limit, "context": context, "batch_size": batch_size, "max_gen_toks": max_gen_toks}
     for name, value in sizes.items():
@@ -122,13 +122,13 @@ def evaluate(
 
 
 def gold_check(tasks: Sequence[str], data_dir: str | Path | None, limit: int = 0) -> dict[str, Any]:
-    """Evaluate a model that answers with the gold text, to show the highest score that data, prompts and metrics allow.
+    """Evaluate a model that always gives the right answer, to show the highest score that data, prompts and metrics allow.
 
     Args:
       tasks, data_dir, limit: as in `evaluate`.
 
     Returns:
-      `benchmarks`, as `summarise` returns them, and `harness`: the values of lm-evaluation-harness by task.
+      A mapping with two keys: `benchmarks`, the result of `summarise`, and `harness`, lm-evaluation-harness's values by task.
     """
     chosen = choose(tasks)
     specs = harness_tasks(chosen, _folder(data_dir))
@@ -163,8 +163,12 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Return the samples of an evaluation: one mapping for each item of each task.
 
-    The keys are benchmark, task, doc_id, score (by the metric and filter of the benchmark), response, target, prompt_hash, and
-    the three keys that `add_gold_bits` fills in.
+    The keys are benchmark, task, doc_id, score (by the metric and filter of the benchmark), response, target, prompt_hash, and the
+    keys truncated, gold_bits and gold_bytes, whose values `add_gold_bits` sets later.
+
+    Args:
+      chosen: tasks by benchmark, from `tasks.choose`.
+      logged: samples of lm-evaluation-harness by task.
     """
     return [
         {
@@ -187,12 +191,13 @@ def collect(
 
 
 def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[str, Any]) -> None:
-    """Add to each sample gold_bits (-log2 p of the gold answer after the prompt), gold_bytes and truncated.
+    """Set gold_bits, gold_bytes and truncated in each sample.
 
-    In multiple choice the gold choice has been scored already.  In all other tasks the first target is scored here, after the
-    delimiter that the task puts between question and answer in its examples.  An empty target has neither bits nor bytes.  The
-    bytes are counted over the scored text, with the delimiter (`scoring.split_texts`).  `truncated` says whether the prompt lost
-    its beginning.
+    gold_bits is -log2 of the probability of the right ("gold") answer after the prompt.  gold_bytes is the number of bytes of the
+    scored text (`scoring.split_texts`).  truncated says whether the beginning of the prompt was cut off.
+
+    In multiple choice the right choice has been scored already.  In all other tasks the first target is scored here, together with
+    the delimiter that the task puts between question and answer.  If this target is empty, bits and bytes stay None.
 
     Args:
       lm: the `DecoderLM` that made the responses.
@@ -230,16 +235,17 @@ def add_gold_bits(lm: Any, samples: Sequence[dict[str, Any]], logged: Mapping[st
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], shots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Return the numbers of each benchmark over all items of all its tasks.  Every item has the same weight.
+    """Return the results of each benchmark, in which all items of all its tasks have the same weight.
 
     Args:
       samples: samples from `collect`, completed by `add_gold_bits`.
       shots: number of examples in the prompts of each task, as the harness counts them.
 
     Returns:
-      By benchmark: score (mean of the metric), stderr (standard error of the items as one sample; None for a single item),
-      truncated (items whose prompt lost its beginning), gold_bits_per_byte (sum of gold_bits over the sum of gold_bytes), and
-      metric, items, tasks, shots and paper_shots.
+      By benchmark: score (mean of the metric over items), stderr (standard error of this mean; None for a single item), truncated
+      (number of items for which the beginning of the prompt was cut off), gold_bits_per_byte (sum of gold_bits, divided by the sum
+      of gold_bytes), metric (its name), items and tasks (their numbers), and shots and paper_shots (numbers of examples in a prompt
+      here and in the paper).
     """
     out = {}
     for name in dict.fromkeys(sample["benchmark"] for sample in samples):

@@ -1,8 +1,8 @@
 """Compute log-likelihoods of token sequences in batches of a few shapes.
 
-A sequence is padded on the right to a power of two (its bucket).  In a causal model later tokens do not change
-the predictions of earlier ones, so a score depends neither on the bucket nor on other rows.  For each bucket a program is
-compiled, for as many rows as fit the memory.
+A sequence is padded at its end to a power of two.  In a causal model later tokens do not change the predictions of earlier ones, so
+a score depends neither on the padding nor on the other sequences of the batch.  All sequences that are padded to the same length
+form a bucket.  For each bucket a program is compiled, for batches of as many sequences as fit the memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ TOKENS = {"cpu": 8192}
 MORE_TOKENS = 65536
 """Largest number of tokens of a batch on platforms that `TOKENS` does not name."""
 FEW_ROWS = 8
-"""Smallest number of rows of a batch, if they fit.  Without it, every size of a last batch would be compiled separately."""
+"""Smallest number of sequences (rows) of a batch, if they fit the memory.
+
+With it, small batches share one program.  Otherwise each size would be compiled separately."""
 
 
 class Scored(NamedTuple):
-    """A sequence to score: the model predicts each of the last `scored` ids from all ids before it."""
+    """A sequence of token ids to score: the model predicts each of the last `scored` ids from all ids before it."""
 
     ids: Sequence[int]
     scored: int
@@ -44,32 +46,30 @@ class Score(NamedTuple):
     """Score of one sequence of tokens."""
 
     bits: float
-    """-log2 of the probability of the scored tokens, in bits.  It is a float64 sum of float32 terms."""
+    """-log2 of the probability of the scored tokens, in bits.  It is the sum, in float64, of one float32 term for each token."""
     greedy: bool
     """Whether every scored token was the most likely token at its position."""
 
 
 def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Split texts (context + continuation) into the tokens that condition all continuations, and the scored tokens of each.
+    """Split each text (context + continuation) into conditioning tokens, which all texts share, and the tokens to score.
 
-    Each whole text is encoded.  The conditioning tokens are the longest run of tokens that all
-    encodings begin with and that ends within the context.  All later tokens are scored.  Hence a token that straddles the end of
-    the context is scored, with the bytes of the context that it holds.  Two continuations differ in their scores exactly
-    as in the log-probabilities of their whole texts.
+    Each whole text is encoded.  The conditioning tokens are the longest run of tokens with which all encodings begin and that ends
+    within the context.  All later tokens are scored.  Hence a token that holds the end of the context and the beginning of the
+    continuation is scored, with the bytes of the context that it holds.  Two continuations differ in their scores exactly as in the
+    log-probabilities of their whole texts.  White space at the end of the context counts as part of each continuation.
 
-    White space at the end of the context counts as part of each continuation.
-
-    lm-evaluation-harness (`TemplateLM._encode_pair`) cuts the whole text after as many tokens as the context alone has.
-    Both splits are the same if every encoding begins with the encoding of the context.
+    lm-evaluation-harness (`TemplateLM._encode_pair`) instead cuts each text after as many tokens as the context alone has.  Both
+    splits are the same if every encoding begins with the encoding of the context.
 
     Args:
-      tokenizer: a lossless tokenizer.  None of its special tokens is added.
+      tokenizer: a lossless tokenizer.  No special tokens are added to a text.
       context: text before the continuations, which may be empty.
       continuations: texts to score, at least one, none of them empty.
 
     Returns:
-      The conditioning tokens, and for each continuation its scored tokens, at least one.  If there would be no conditioning
-      token, the end-of-document token is the only one.
+      The conditioning tokens, and for each continuation its scored tokens, at least one.  If the texts share no token, the only
+      conditioning token is the end-of-document token.
     """
     room = len(context.rstrip().encode())
     encoded = tokenizer.encode_batch([context + continuation for continuation in continuations])
@@ -83,7 +83,7 @@ def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]
 
 
 def memory_budget() -> int:
-    """Return the bytes that a program may use: 4/5 of an accelerator's free memory, or 1/4 of the host's free memory."""
+    """Return how many bytes a program may use: 4/5 of an accelerator's free memory, else 1/4 of the host's free memory."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -91,10 +91,10 @@ def memory_budget() -> int:
 
 
 def make_score_step(config: ModelConfig) -> Any:
-    """Return the function that scores a batch: (params, inputs, targets) -> (bits, greedy).
+    """Return the function (params, inputs, targets) -> (bits, greedy), which scores every target of a batch.
 
     Inputs, targets, bits and greedy have the shape [B, T].  bits is -log2 of the probability of each target, in float32.  greedy
-    says whether the target was the most likely token.
+    says whether the target was the most likely token at its position.
     """
     model = Decoder(config)
 
@@ -102,7 +102,7 @@ def make_score_step(config: ModelConfig) -> Any:
         logits, _ = model.apply({"params": params}, inputs)
         target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         top = logits.max(-1)
-        # The sum enters through log2, not ln, so that a uniform model over 256 bytes has exactly 8 bits a byte in float32.
+        # The logarithm of the sum is log2 and not ln / ln 2, so that a uniform model over 256 bytes has exactly 8 bits.
         bits = jnp.log2(jnp.exp(logits - top[..., None]).sum(-1)) + (top - target) / LN2
         return bits, target >= top
 
@@ -110,26 +110,26 @@ def make_score_step(config: ModelConfig) -> Any:
 
 
 class Scorer:
-    """Scorer of token sequences with one set of parameters, which keeps its compiled programs."""
+    """A scorer of token sequences with one set of parameters, which keeps its compiled programs."""
 
     def __init__(self, config: ModelConfig, params: Any, mesh: Mesh | None = None, batch_size: int = 0):
-        """Prepare the scorer.  Nothing is compiled yet.
+        """Prepare the scorer.  Programs are compiled later.
 
         Args:
           config: configuration of the model.
           params: parameters of `Decoder`, on `mesh` or on the first device.
           mesh: mesh of devices.  None means one device.
-          batch_size: rows of a batch.  0 means as many as fit the memory by the compiler's estimate.
+          batch_size: number of sequences in a batch.  0 means as many as fit the memory by the compiler's estimate.
         """
         self.params, self.mesh, self.batch_size = params, mesh, batch_size
         self._step = jax.jit(make_score_step(config))
         self.programs: dict[tuple[int, int], Any] = {}
-        """Compiled programs by (rows of a batch, tokens of a row)."""
+        """Compiled programs by the shape of their batch: (number of sequences, tokens of a sequence)."""
         self.compilations = 0
         self._most: dict[int, int] = {}
 
     def scores(self, sequences: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
-        """Yield the index and the score of each sequence, longer sequences first.  Equal sequences are computed once."""
+        """Yield the index and the score of each sequence, longer buckets first.  The score of equal sequences is computed once."""
         same: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, sequence in enumerate(sequences):
             same.setdefault((tuple(sequence.ids), sequence.scored), []).append(index)
@@ -145,7 +145,10 @@ class Scorer:
                 left = left[len(scored) :]
 
     def _batch(self, left: list[tuple[tuple[int, ...], int]], T: int) -> list[Score]:
-        """Score the next sequences of a bucket: as many as its program takes, or fewer if memory runs out."""
+        """Return the scores of the first sequences of `left`, which are padded to T tokens: as many as the program takes.
+
+        If memory runs out, a program for half as many is used.
+        """
         while True:
             B = self._program(T, len(left))
             inputs, targets = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
@@ -169,13 +172,13 @@ class Scorer:
 
     @property
     def _least(self) -> int:
-        """Smallest number of rows of a batch: one row for each device among which the mesh splits the batch."""
+        """Smallest number of sequences in a batch: one for each device of the mesh axes over which the batch is sharded."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in ("data", "fsdp", "expert"))
 
     def _program(self, T: int, wanted: int) -> int:
-        """Return the number of rows of a program for rows of T tokens.
+        """Return the batch size of a compiled program for sequences of T tokens.
 
-        The program takes `wanted` rows, or as many as fit.  It is compiled now if no earlier program takes them.
+        The program takes at least `wanted` sequences, or as many as fit the memory.  If there is none yet, it is compiled.
         """
         most = TOKENS.get(jax.devices()[0].platform, MORE_TOKENS) // T
         while True:

@@ -1,4 +1,4 @@
-"""Store the responses of a model in a file as they come, so that an evaluation that was stopped can continue."""
+"""Store each response of a model in a file as soon as it is computed, so that an evaluation that was stopped can continue."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from mhc_jax.errors import InputError
 
 
 class Responses:
-    """Responses in a file with one JSON object a line: key, response, and the number of tokens that the prompt lost."""
+    """A store of responses in a file of JSON lines, each with the fields `key`, `response` and `truncated`.
+
+    `truncated` is the number of tokens that were cut off at the beginning of the prompt.
+    """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
         """Open the file of responses, and read the responses that it holds.
 
         Args:
           path: path of the file, which need not exist.
-          identity: checkpoint, context and tokenizer, on which responses depend besides the request.  It is part of each key,
-            so that a response of another identity is never taken for a response of this identity.
+          identity: step of the checkpoint, tokenizer and context length, on which responses depend besides the request.  It is
+            part of each key, so that a response under another identity is never returned.
 
         Raises:
           InputError: the file cannot be read or written.
@@ -41,19 +44,19 @@ class Responses:
             raise InputError(f"Cannot use {path} for responses ({error}); remove it to start again.") from error
 
     def key(self, kind: str, arguments: Any) -> str:
-        """Return the key of a request: a hash of the identity, the kind and the arguments."""
+        """Return the key of a request, a hash of the store's identity, the kind of request and its arguments."""
         return hashlib.sha256(json.dumps([self.identity, kind, arguments], sort_keys=True).encode()).hexdigest()
 
     def add(self, key: str, response: Any, truncated: int = 0) -> None:
-        """Add a response to the store.  `truncated` is the number of tokens that its prompt lost."""
+        """Add a response to the store.  `truncated` is the number of tokens that were cut off at the beginning of its prompt."""
         entry = {"key": key, "response": response, "truncated": truncated}
         self.known[key] = entry
         self._file.write(json.dumps(entry) + "\n")
 
     def flush(self) -> None:
-        """Write to disk the responses that were added."""
+        """Write to the file the responses that have been added."""
         self._file.flush()
 
     def close(self) -> None:
-        """Write to disk the responses that were added, and close the file."""
+        """Write to the file the responses that have been added, and close it."""
         self._file.close()

@@ -12,16 +12,16 @@ from scipy import stats
 from mhc_jax.runs.trained import beyond_training
 
 RESAMPLES = 2000
-"""Number of resamples of a bootstrapped interval."""
+"""Number of resamples from which a bootstrapped interval is computed."""
 CHUNK = 200
-"""Number of resamples that are drawn at a time.  200 resamples of MMLU's 14,042 items take 22 MB for each column."""
+"""Number of resamples that are drawn at a time.  200 resamples of MMLU's 14,042 items take 22 MB for each column of `bootstrap`."""
 FEWEST_RESAMPLED = 2
-"""Smallest number of items for an interval.  With one item every resample is that item, so the interval would be a point."""
+"""Smallest number of items for which an interval is computed.  All resamples of a single item are equal."""
 FEWEST_BOLD = 30
-"""Smallest number of items for a difference in bold.
+"""Smallest number of items with which a difference may be printed in bold.
 
-The percentile interval of the mean of N normal items covers the true mean with probability P(|t| < 1.96 sqrt((N - 1) / N)), where
-t has N - 1 degrees of freedom: 0.936 for 30 items, 0.846 for 5.
+With few items the interval is too narrow.  The 95 % percentile interval of the mean of N normal values covers the true mean with
+probability P(|t| < 1.96 sqrt((N - 1) / N)), where t has N - 1 degrees of freedom: 0.936 for 30 items, 0.846 for 5.
 """
 LEGEND = (
     f"score: mean over items, ± its standard error. gold bits/byte: -log2 of the probability of the gold answers, over their "
@@ -32,13 +32,13 @@ LEGEND = (
 
 
 def bootstrap(statistic: Callable[..., Any], *columns: Float[np.ndarray, " N"]) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of a statistic over resampled items, or None below `FEWEST_RESAMPLED` items.
+    """Return the bootstrapped 95 % interval of a statistic over items (percentile method), or None below `FEWEST_RESAMPLED` items.
 
-    The draws are the same at every call.
+    Every call draws with the same random numbers.
 
     Args:
-      statistic: function of the columns, with a keyword `axis`.
-      columns: arrays with one value for each item.  The values of an item are drawn together.
+      statistic: function of the columns, with a keyword `axis`, the axis of the items.
+      columns: arrays with one value for each of N items.  A resample takes all values of the items that it draws.
     """
     if len(columns[0]) < FEWEST_RESAMPLED:
         return None
@@ -63,7 +63,7 @@ def difference_of_ratios(
     *,
     axis: int = -1,
 ) -> Any:
-    """Return sum(bits) / sum(size) - sum(base_bits) / sum(base_size), along `axis`."""
+    """Return sum(bits) / sum(size) - sum(base_bits) / sum(base_size), where sums are over the N items along `axis`."""
     return bits.sum(axis) / size.sum(axis) - base_bits.sum(axis) / base_size.sum(axis)
 
 
@@ -72,15 +72,16 @@ def paired_differences(
 ) -> dict[str, Any]:
     """Return the differences in score and in gold bits per byte, `samples` minus `baseline`, over the items that both have.
 
-    Bits are per byte of the text that each checkpoint scored, so that the tokenizers of the checkpoints may differ.
+    The bits of each checkpoint are divided by the bytes of the text that it scored, so that their tokenizers may differ.
 
     Args:
       samples, baseline: samples of two checkpoints, as from `run.collect`.
       benchmark: name of the benchmark.
 
     Returns:
-      A mapping with the keys items (number that both have), score, score_interval, bits_items (number with bits in both), bits
-      and bits_interval.  Intervals are of 95 % (`bootstrap`).  Keys for which there are no items are absent.
+      A mapping with the keys items (number of items that both have), score (difference in score), score_interval, bits_items
+      (number of items with gold_bits in both), bits (difference in gold bits per byte) and bits_interval.  Intervals are 95 %
+      intervals (`bootstrap`).  Differences and intervals for which there are no items are absent.
     """
     base = {(s["task"], s["doc_id"]): s for s in baseline if s["benchmark"] == benchmark}
     pairs = [
@@ -107,7 +108,9 @@ def paired_differences(
 
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of benchmarks and checkpoints, with paired differences to the first checkpoint (`LEGEND`).
+    """Return a Markdown table with a row for each benchmark and checkpoint, and paired differences to the first checkpoint.
+
+    `LEGEND` explains the columns.
 
     Args:
       results: results of each checkpoint from `run.evaluate`.
@@ -148,7 +151,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the limits of a checkpoint's numbers, and a sentence with the time taken and the results folder."""
+    """Return sentences about an evaluation: warnings if its context is too long or prompts were cut, then its time and folder."""
     context, out = result["settings"]["context"], []
     if _beyond(result):
         out.append(beyond_training(result["checkpoint"], result["settings"]["trained_context"], context))
@@ -165,12 +168,12 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def _beyond(result: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint read longer contexts than it was trained on."""
+    """Return whether the context of the evaluation of a checkpoint is longer than the sequences of its training."""
     return result["settings"]["context"] > result["settings"]["trained_context"]
 
 
 def _difference(differences: Mapping[str, Any], name: str, may_be_bold: bool, factor: float, form: str) -> str:
-    """Return the cell of a difference with its interval.  The cell is empty if there is no difference."""
+    """Return the text of a table cell: the difference `name` times `factor`, and its interval.  Empty if there is no difference."""
     if name not in differences:
         return ""
     text, interval = form.format(factor * differences[name]), differences[f"{name}_interval"]

@@ -1,4 +1,7 @@
-"""The eight benchmarks of mHC Table 4 as tasks of lm-evaluation-harness 0.4.13, with items from the hub or from local files."""
+"""The eight benchmarks of mHC Table 4 as tasks of lm-evaluation-harness 0.4.13.
+
+Items come from the Hugging Face Hub or from local files.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ MATH = {
     "prealgebra": "prealgebra",
     "precalc": "precalculus",
 }
-"""Names of the subjects of MATH: the name in local files by the name in lm-evaluation-harness."""
+"""Subjects of the benchmark MATH.  Keys are their names in lm-evaluation-harness, and values their names in local files."""
 _MMLU = """
 abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
 college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
@@ -48,17 +51,17 @@ class Benchmark:
     """One benchmark of the paper's table.  It may consist of several tasks of lm-evaluation-harness."""
 
     tasks: Mapping[str, Mapping[str, str]]
-    """Local files of each task of the harness: path under the data folder by split of the data."""
+    """Local files of each task of lm-evaluation-harness: the path in the data folder of each split (`test`, `train`, ...)."""
     metric: str
     """Name of the metric.  The mean of the metric over all items of all tasks is reported."""
     filter: str
-    """Name of the harness's filter, which extracts the answer from a response."""
+    """Name of the filter of lm-evaluation-harness that extracts the answer from a response."""
     shots: int
     """Number of examples in the prompt, as in the paper."""
     local_shots: int
-    """Number of examples in the prompt with local files.  It is smaller if they have no split from which to take examples."""
+    """Number of examples in the prompt with local files.  It is 0 if examples would come from a split without a local file."""
     fixed_shots: bool = False
-    """Whether the task of the harness sets the number of examples itself."""
+    """Whether the task of lm-evaluation-harness sets the number of examples itself."""
 
 
 def _benchmarks() -> dict[str, Benchmark]:
@@ -91,7 +94,7 @@ PAPER = tuple(BENCHMARKS)[:8]
 
 
 def choose(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the chosen tasks by benchmark.
+    """Return the tasks that `names` select, as a list for each benchmark.
 
     A name is that of a benchmark or of a single task, or `paper` for all benchmarks of the paper.
 
@@ -112,14 +115,14 @@ def choose(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) -> list[dict[str, Any]]:
-    """Return the argument `tasks` of lm_eval.simple_evaluate.
+    """Return the chosen tasks in the form of the argument `tasks` of lm_eval.simple_evaluate.
 
-    The tasks are members of a group, because lm-eval 0.4.13 merges the settings of a member over the settings of the task that
-    the member names.  A mapping outside a group would define a new task.
+    Each task is given as a member of a group.  lm-eval 0.4.13 then loads the task that the member names, and replaces the settings
+    that the member gives.  The same mapping outside a group would define a new task.
 
     Args:
       chosen: tasks by benchmark, from `choose`.
-      data_dir: folder of local items.  None means that items come from the hub.
+      data_dir: folder of local items.  None means that items come from the Hugging Face Hub.
 
     Raises:
       InputError: a file is missing.
@@ -142,19 +145,20 @@ def harness_tasks(chosen: Mapping[str, Sequence[str]], data_dir: Path | None) ->
                 member["dataset_kwargs"] = {"data_files": {split: str(file) for split, file in files.items()}}
                 if name not in ("bbh", "bbh_direct", "mmlu"):
                     member["training_split"] = "train" if "train" in files else None
-                if name == "drop":  # every item has the same examples in its prompt
+                if name == "drop":  # all prompts hold the same examples, the first items of the file
                     member |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
             if name == "drop":
-                # lm-eval 0.4.13 joins the keys of the mapping `answer`, so that every example would end "number,date,spans,...".
+                # By default lm-eval 0.4.13 joins the keys of a mapping, so that every example in a prompt would end with
+                # "number,date,spans,..." instead of its answer.
                 member["doc_to_target"] = "{{ answers[0]|join(',') }}"
             members.append(member)
     return [{"group": "chosen", "task": members}]
 
 
 def gold_answer(benchmark: str, task: Any, doc: Mapping[str, Any]) -> Any:
-    """Return the response of a perfect model, in the form for which the metric looks.
+    """Return the right answer to the item `doc` in the form that the metric of the benchmark expects of a response.
 
-    In multiple choice it is the index of the gold choice.
+    In multiple choice it is the index of the right choice.
     """
     target = task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "multiple_choice":

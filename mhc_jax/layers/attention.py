@@ -2,7 +2,8 @@ r"""Causal self-attention, and the branch with grouped key/value heads (GQA, Ain
 
     $\mathrm{attention}(q, k, v) = \mathrm{softmax}(q k^\top / \sqrt{D})\, v$ under a causal mask (arXiv 1706.03762, Eq. 1)
 
-Letters: H query heads, K key/value heads, D channels of a query or key head, E channels of a value head, S slots of a cache.
+Letters: H query heads, K key/value heads, D channels of a query or key head, E channels of a value head.  S is the number of slots
+of a key-value cache, which keeps one earlier token in each slot.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from mhc_jax.parallel.sharding import constrain, on_each_shard
 def attend(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"], implementation: str
 ) -> Float[Array, "B T H E"]:
-    """Return causal attention of T tokens over themselves.  Query head h reads key/value head h K // H.
+    """Return the result of causal attention among T tokens.  Query head h uses key/value head h K // H.
 
     Args:
       q, k, v: queries and keys after RoPE, and values.  With `splash` and `xla`, values may be narrower than keys (E < D,
-        as in MLA).  `xla` then pads values with zeros, because JAX's attention has one width.
+        as in MLA).  `xla` then pads values with zeros, because JAX's attention needs keys and values of equal width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
         `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
 
@@ -55,7 +56,7 @@ def attend(
 def split_heads(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K E"]]:
-    """Shard heads over the mesh axis `tensor`, and queries over `sequence`.  Keys and values are gathered along the sequence."""
+    """Return q, k and v with heads sharded over the mesh axis `tensor` and, in q alone, tokens sharded over `sequence`."""
     q = constrain(q, "batch", "sequence", "heads", None)
     return q, constrain(k, "batch", None, "heads", None), constrain(v, "batch", None, "heads", None)
 
@@ -91,12 +92,12 @@ def _splash(q, k, v):
 
 
 class Past(NamedTuple):
-    """Arrays that attention keeps of earlier tokens (`mhc_jax.kv_cache`), for one layer or, with an axis more, for several."""
+    """The key-value cache (`mhc_jax.kv_cache`) of one layer, or of several layers, whose arrays then have one more leading axis."""
 
     kept: dict[str, Array]
     """Arrays [B, S, ...] by name: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
     position: Int[Array, " B"]
-    """Number of tokens that each row has so far.  Slots from this number on are empty or stale, and are never read."""
+    """Number of tokens of each sequence that are in the cache.  Slots from this number on are empty or outdated, and never read."""
 
     @property
     def empty(self) -> bool:
@@ -111,16 +112,17 @@ def attend_past(
     position: Int[Array, " B"],
     scale: float,
 ) -> Float[Array, "B T H E"]:
-    """Return attention of T new tokens over earlier tokens and, causally, over themselves, with float32 scores and softmax.
+    """Return the result of attention for T new tokens, which attend to all earlier tokens and, causally, to each other.
 
-    Scores of earlier and new tokens are joined instead of keys, so that the keys of the cache are read without a copy.
+    Scores and softmax are float32.  The scores of earlier and of new tokens are concatenated.  The keys of the key-value cache are
+    thus read in place, while a concatenation of keys would copy them.
 
     Args:
       q: queries of the new tokens.
-      past: keys and values in the slots of the cache.
+      past: keys and values in the S slots of the cache.
       new: keys and values of the new tokens.
-      position: number of slots of each row that hold a token.
-      scale: factor of the scores q k^T.
+      position: number of slots of each sequence that hold a token.
+      scale: factor by which q k^T is multiplied.
     """
     B, T, H, D = q.shape
     S, K = past[0].shape[1:3]
@@ -148,7 +150,7 @@ class AttentionBranch(nn.Module):
     num_heads: int
     """Number H of query heads."""
     head_dim: int
-    """Number D of channels of a head.  In MLA the channels of RoPE are not counted."""
+    """Number D of channels of a head.  In MLA it does not include the channels to which RoPE is applied."""
     rope_theta: float
     norm_eps: float
     output_scale: float
@@ -162,20 +164,20 @@ class AttentionBranch(nn.Module):
     def __call__(
         self, h: Float[Array, "B T C"], past: Past | None = None
     ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """Return the output of the branch in `dtype`, and the arrays that a cache keeps of these tokens ({} without a past)."""
+        """Return the output of the branch in `dtype`, and the new tokens' arrays for the key-value cache ({} if `past` is None)."""
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
         mixed, kept = self.heads(x, past)
         y = project(self, "W_o", mixed.reshape(*h.shape[:2], -1), h.shape[-1], self.output_scale)
         return y, {} if past is None else kept
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
-        """Return the outputs of all heads, and the arrays that a cache keeps of these tokens."""
+        """Return the outputs of all heads, and the arrays of these tokens that the key-value cache keeps."""
         raise NotImplementedError
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """Call `attend` with the chosen implementation.
+        """Return the result of the function `attend` with the implementation `self.implementation`.
 
-        Initialisation always takes `xla`, because it must run with few tokens and on any device.
+        Initialisation always uses `xla`, because it must run with few tokens and on any device.
         """
         return attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
 
@@ -187,7 +189,7 @@ class Attention(AttentionBranch):
     """Number K of key/value heads, which divides the number H of query heads."""
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
-        """Return the outputs of all heads, and the arrays that a cache keeps: k (after RoPE) and v."""
+        """Return the outputs of all heads, and two arrays for the key-value cache: the keys k (after RoPE) and the values v."""
         (B, T, _), H, K, D = x.shape, self.num_heads, self.num_kv_heads, self.head_dim
         first = None if past is None else past.position
         q = rope(project(self, "W_q", x, H * D).reshape(B, T, H, D), self.rope_theta, first)

@@ -7,11 +7,11 @@ The rotary part ($q^R$, $k^R$, R channels) carries the position and the rest ($q
 
 Deviations.  Queries are projected directly, as in mHC's models, while DeepSeek-V2 projects them through a low rank.  The latent c
 alone is normed before the up-projection, as by `kv_a_layernorm` in DeepSeek's code.  RoPE turns pairs of channels (d, d + R/2),
-while DeepSeek's turns neighbours (2d, 2d + 1).  A permutation of the columns of W_q and W_kv_down makes both equal.
+while DeepSeek's code turns neighbours (2d, 2d + 1).  A permutation of the columns of W_q and W_kv_down makes both equal.
 
-A cache keeps rms(c) and rope(k^R): rank + R numbers for each token, which all heads share.  With a cache, keys and values of
-earlier tokens are not made again, because the up-projection is absorbed into queries and outputs (section 2.1.2 of the paper).  For
-each head, with $W_{kv,up} = [W_k \mid W_v]$:
+A key-value cache keeps rms(c) and rope(k^R): rank + R numbers for each token, which all heads share.  With a cache, keys and values
+of earlier tokens are not made at all, because the up-projection is absorbed into queries and outputs (section 2.1.2 of the paper).
+For each head, with $W_{kv,up} = [W_k \mid W_v]$ and attention weights $p_s$ of the tokens s:
 
     $q^C \cdot k^C = (q^C W_k^\top) \cdot \mathrm{rms}(c), \qquad \sum_s p_s v_s = (\sum_s p_s\, \mathrm{rms}(c_s))\, W_v$
 """
@@ -28,7 +28,7 @@ from mhc_jax.layers.rope import rope
 
 
 class LatentAttention(AttentionBranch):
-    """The branch MLA: keys and values of `head_dim` channels through a latent, and a rotary part of `rope_width` channels."""
+    """The branch of MLA: RMSNorm, attention whose keys and values are made from a latent, and an output projection."""
 
     rope_width: int
     """Number R of channels of the rotary part of queries and keys."""
@@ -36,7 +36,7 @@ class LatentAttention(AttentionBranch):
     """Number of channels of the latent c, from which keys and values are made."""
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
-        """Return the outputs of all heads, and the arrays that a cache keeps: the normed latent c and the rotary key k_R."""
+        """Return the outputs of all heads, and two arrays for the key-value cache: the normed latents c and the rotary keys k_R."""
         (B, T, _), H, D, R, rank = x.shape, self.num_heads, self.head_dim, self.rope_width, self.kv_rank
         q_C, q_R = jnp.split(project(self, "W_q", x, H * (D + R)).reshape(B, T, H, D + R), [D], axis=-1)
         c, k_R = jnp.split(project(self, "W_kv_down", x, rank + R), [rank], axis=-1)
@@ -60,7 +60,9 @@ class LatentAttention(AttentionBranch):
         k_R: Float[Array, "B T 1 R"],
         past: Past,
     ) -> Float[Array, "B T H D"]:
-        """Return attention over earlier and new tokens, in which all heads share the latents of the tokens.
+        """Return the outputs of all heads for new tokens that attend to earlier and new tokens by their latents.
+
+        The up-projection to keys and values is absorbed into queries and outputs (module docstring).
 
         Args:
           q_C: content part of the queries.

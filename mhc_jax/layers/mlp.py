@@ -14,9 +14,9 @@ from mhc_jax.parallel.sharding import constrain
 def project(
     module: nn.Module, name: str, x: Float[Array, "B T _"], outputs: int, scale: float = 1.0
 ) -> Float[Array, "B T {outputs}"]:
-    """Return the product x W in the dtype of x, and declare W [in, outputs] as the parameter `name` of the module.
+    """Return the product x W in the dtype of x.  W [in, outputs] becomes the parameter `name` of the module.
 
-    W starts with random numbers N(0, scale^2 / in).
+    The initial entries of W are random numbers N(0, scale^2 / in).
     """
     init = nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
     return x @ module.param(name, init, (x.shape[-1], outputs)).astype(x.dtype)
@@ -33,7 +33,7 @@ def swiglu(
       module: the module that gets the parameters.
       prefix: parameters are named `{prefix}_gate`, `{prefix}_up` and `{prefix}_down`.
       x: normed input.
-      hidden: hidden width.
+      hidden: number of hidden channels.
       output_scale: factor by which the initial W_down is multiplied.
     """
     gate = project(module, f"{prefix}_gate", x, hidden)
@@ -55,6 +55,6 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """Return the output of the branch in `dtype`, and no auxiliary values."""
+        """Return the output of the branch in `dtype`, and an empty dict, since this branch has no auxiliary values."""
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
         return swiglu(self, "W", x, self.hidden, self.output_scale), {}

@@ -1,4 +1,4 @@
-r"""DeepSeekMoE (Dai et al., arXiv 2401.06066): shared experts see every token, and each token sees k of the routed experts.
+r"""DeepSeekMoE (Dai et al., arXiv 2401.06066): all shared experts and k of the E routed experts process each token.
 
 The router and the balancing of loads are as in DeepSeek-V3 (arXiv 2412.19437, Eq. 12-16; Wang et al., arXiv 2408.15664):
 
@@ -7,19 +7,20 @@ The router and the balancing of loads are as in DeepSeek-V3 (arXiv 2412.19437, E
     $y = \mathrm{shared}(x) + \sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$
     after each step: $b_e \leftarrow b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ (`balanced_bias`)
 
-The bias b helps to choose the experts and does not weigh their outputs, so that no gradient reaches it.  Tokens are sorted by
-expert, and each expert multiplies its group of tokens, however large it is (`layers.grouped_matmul`).  No token is dropped, unless
-the setting `buffer` of model.experts limits the number of rows that a device has room for.
+The gate $g_e$ of an expert weighs its output.  The bias b only takes part in the choice of experts, so no gradient reaches it.
+Tokens are sorted by expert, and each expert multiplies its group of tokens, however large the group is (`layers.grouped_matmul`).
+No token is dropped, unless the setting `buffer` of model.experts limits the number of rows that a device has room for.
 
 Deviations: DeepSeek-V3 limits the groups of devices that a token is sent to, and has a sequence-wise auxiliary loss.  This code has
 neither.
 
-Under a mesh (`routed_on_mesh`) each device routes its own tokens and sends copies of them to the owners of the experts:
+Under a mesh (`routed_on_mesh`) each of ep devices owns E/ep experts.  A device chooses experts for its own N tokens, and sends a
+copy of a token to the owner of each chosen expert.  An owner has room for `capacity` rows (copies):
 
-    copies of the N local tokens, sorted by expert                     [N k, C]
-    dispatch: all-to-all over the axis of experts, sorted by expert    [capacity, C]
-    SwiGLU of the E/ep local experts, in groups
-    combine: all-to-all                                                [N k, C]
+    k copies of each of the N tokens, sorted by expert                    [N k, C]
+    dispatch: all-to-all over the mesh axis `expert`, sorted by expert    [capacity, C]
+    SwiGLU of the E/ep experts of this device, in groups                  [capacity, C]
+    combine: all-to-all                                                   [N k, C]
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ from mhc_jax.parallel.sharding import RULES, current, token_axes
 
 
 class Experts(NamedTuple):
-    """Weights of all routed experts, in the dtype in which they are multiplied.  The fields may hold shardings instead."""
+    """SwiGLU matrices of the routed experts, in the dtype in which they are multiplied, or the shardings of these matrices."""
 
     W_gate: Any
-    """Weights [E, C, F] of the gates of the E experts."""
+    """Matrices W_gate [E, C, F] of SwiGLU, one for each of the E experts."""
     W_up: Any
-    """Weights [E, C, F] of the hidden values of the E experts."""
+    """Matrices W_up [E, C, F] of SwiGLU, one for each of the E experts."""
     W_down: Any
-    """Weights [E, F, C] of the outputs of the E experts."""
+    """Matrices W_down [E, F, C] of SwiGLU, one for each of the E experts."""
 
 
 ROUTED_SCALE = 1.0
-"""Sum of the gates of all routed experts of a token (DeepSeek-V3, Eq. 13)."""
+"""Sum of the gates of the chosen experts of a token, by which their outputs are weighted (DeepSeek-V3, Eq. 13)."""
 BALANCING_RATE = 1e-3
-"""Amount gamma by which each step moves the biases of a router towards even loads of experts (DeepSeek-V3, section 4.2)."""
+"""Amount gamma by which each step changes the biases of a router, to make the loads of experts even (DeepSeek-V3, section 4.2)."""
 
 
 def route(
@@ -62,17 +63,17 @@ def route(
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"], Float[Array, "N E"]]:
     """Choose k experts for each token (DeepSeek-V3 Eq. 13-16), with all numbers in float32.
 
-    A score of NaN counts as the largest score.  The gates of its token are then NaN, so that the NaN stays visible.
+    An expert with a score of NaN is chosen first.  The gates of the token are then NaN, so that the NaN stays visible.
 
     Args:
       x: tokens, float32.
       W: weights W_router.
       bias: bias b of each expert.
-      k: number of experts that a token sees.
+      k: number of experts for each token.
       scale: sum of the gates of a token.
 
     Returns:
-      the chosen experts, their gates g, and the scores s of all experts.
+      the chosen experts, their gates g (factors of their outputs), and the scores s of all experts.
 
     Examples:
       The scores are equal here, so that the bias alone decides the choice, and the gates are equal.
@@ -85,7 +86,7 @@ def route(
     scores = jax.nn.sigmoid(jnp.dot(x, W, precision="highest"))
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores + bias[None]), k)
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    # 1e-20 as in DeepSeek-V3: if all k scores underflow, the gates are zero and not NaN.
+    # The addition of 1e-20, as in DeepSeek-V3, makes the gates zero and not NaN if all k scores underflow.
     return experts, scale * chosen / (chosen.sum(-1, keepdims=True) + 1e-20), scores
 
 
@@ -95,9 +96,10 @@ def mix_experts(
     gates: Float[Array, "N k"],
     weights: Experts,
 ) -> tuple[Float[Array, "N C"], Int[Array, " E"]]:
-    r"""Return $\sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$ of all tokens, and the number of tokens of each expert.
+    r"""Return the weighted sum of the chosen experts' outputs for each token, and the number of tokens of each expert.
 
-    Matrices are multiplied in the dtype of x.  The weighted sum is in float32, and the result has the dtype of x.
+    The sum is $\sum_{e \in \mathcal{K}} g_e\, \mathrm{expert}_e(x)$ over the k chosen experts with gates $g_e$.  Matrices are
+    multiplied in the dtype of x.  The sum is computed in float32 and returned in the dtype of x.
     """
     rows, order, load = sorted_copies(x, experts, len(weights.W_gate))
     out = grouped_swiglu(rows, weights, load)
@@ -107,11 +109,16 @@ def mix_experts(
 def sorted_copies(
     x: Float[Array, "N C"], experts: Int[Array, "N k"], num_experts: int
 ) -> tuple[Float[Array, "M C"], Int[Array, " M"], Int[Array, " E"]]:
-    """Return M = N k copies of tokens sorted by expert, the order that sorts them, and the number of copies for each expert."""
+    """Make a copy of each token for each of its k experts.
+
+    Returns:
+      the M = N k copies sorted by expert, the permutation that sorts them, and the number of copies for each expert.
+    """
     N, k = experts.shape
     order = jnp.argsort(experts.reshape(-1), stable=True)
     load = jnp.bincount(experts.reshape(-1), length=num_experts).astype(jnp.int32)
-    # Copies are made before the permutation.  Its gradient then scatters to unique places, and sums have a fixed order everywhere.
+    # Tokens are first copied and then sorted.  In the backward pass the sort then moves each row to a place of its own, and the
+    # sum over the k copies of a token has the same order on every device.
     copies = jnp.broadcast_to(x[:, None], (N, k, x.shape[-1])).reshape(N * k, -1)
     return copies.at[order].get(unique_indices=True), order, load
 
@@ -123,7 +130,10 @@ def grouped_swiglu(rows: Float[Array, "M C"], weights: Experts, groups: Int[Arra
 
 
 def weighted_sum(rows: Float[Array, "M C"], order: Int[Array, " M"], gates: Float[Array, "N k"]) -> Float[Array, "N C"]:
-    """Return the sum of each token's k rows, weighted by its gates, float32.  Rows come in the order of `sorted_copies`."""
+    """Return the sum of each token's k rows, weighted by its gates, in float32.
+
+    `rows` are sorted as by `sorted_copies`, and `order` is the permutation that this function returned.
+    """
     out = rows.at[jnp.argsort(order)].get(unique_indices=True).reshape(*gates.shape, -1)
     return jnp.einsum("nkc,nk->nc", out.astype(jnp.float32), gates, precision="highest")
 
@@ -136,18 +146,18 @@ def mix_experts_of_owners(
     axis: str,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "N C"], Int[Array, " E"], Int[Array, ""]]:
-    """Mix experts for the tokens of this device, like `mix_experts`, if each of the ep devices of `axis` owns E/ep experts.
+    """Do the same as `mix_experts` for the tokens of this device, if each of the ep devices of `axis` owns E/ep experts.
 
     Args:
-      x: tokens of this device, like `experts` and `gates`.  Experts are numbered through all E.
+      x, experts, gates: tokens of this device, their chosen experts (numbers from 0 to E - 1) and their gates.
       weights: weights of the E/ep experts that this device owns.
       axis: mesh axis of the surrounding shard_map.
       buffer: number of rows that an owner has room for, in multiples of N k.  With even loads an owner gets N k rows.  0: room
         for the worst case.
 
     Returns:
-      the weighted sum in float32, the number of this device's copies for each expert, and the number of rows that this device got
-      as an owner.
+      the weighted sum in float32, the number of this device's tokens for each of the E experts, and the number of rows that this
+      device got as an owner.
     """
     N, k = experts.shape
     ep = jax.lax.axis_size(axis)
@@ -157,7 +167,8 @@ def mix_experts_of_owners(
     rows, order, load = sorted_copies(x, experts, E)
     dispatch, combine, groups = plan(load, axis, None if capacity == most else capacity)
     pair = min(most // ep, capacity)
-    # A multiple of 128 rows, because with 1,500 rows libtpu 0.0.42 turned ragged_dot into dense products with all experts.
+    # The number of rows is rounded up to a multiple of 128.  With 1,500 rows libtpu 0.0.42 turned ragged_dot into dense products
+    # of all rows with all experts.
     room = -(-capacity // 128) * 128
     rows = exchange(rows, dispatch, combine, room, pair, axis)
     # Rows beyond the groups belong to no expert, and ragged_dot may leave any values in them.
@@ -180,16 +191,17 @@ def routed(
     hidden: str | None = None,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-    """Apply router and routed experts to the tokens of this device.  Arguments and results are explained at `routed_on_mesh`.
+    """Apply router and routed experts to the tokens of this device.  `routed_on_mesh` explains the other arguments and the results.
 
-    Three arguments name mesh axes of the surrounding shard_map.  `shards` splits the tokens, `owners` splits the experts, and
-    `hidden` splits the hidden channels F.
+    Three arguments name mesh axes of the surrounding shard_map, if it has such axes: tokens are sharded over `shards`, experts over
+    `owners`, and the hidden channels F over `hidden`.
     """
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates, scores = route(tokens, W_router, bias, k, scale)
     tokens, entropy, dropped = tokens.astype(weights.W_gate.dtype), score_entropy(scores), jnp.zeros(())
     if hidden:
-        # The cast stands before the copies, so that gradients are summed over `hidden` once for each token.
+        # `pcast` marks the tokens as differing between the devices of the mesh axis `hidden`, and its gradient is a sum over these
+        # devices.  It is applied before each token is copied k times, so that this sum has one row for each token, not for each copy.
         tokens = jax.lax.pcast(tokens, hidden, to="varying")
     if owners:
         y, load, seen = mix_experts_of_owners(tokens, experts, gates, weights, owners, buffer)
@@ -222,22 +234,22 @@ def routed_on_mesh(
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
     """Apply router and routed experts (`routed`) to tokens and experts that are sharded over a mesh, without gathering tokens.
 
-    Router weights and bias are whole on every device.  If the channels C of the experts' weights are sharded, these weights are
-    gathered, and their gradients leave by a reduce-scatter.  If the hidden channels F are sharded, each device of that axis sends
-    equal rows, and partial results are added up.
+    Every device has the whole weights and biases of the router.  If the channels C of the experts' weights are sharded, these
+    weights are gathered before use, and their gradients are summed by a reduce-scatter.  If the hidden channels F are sharded, the
+    devices of that mesh axis handle the same tokens, and their partial results are summed.
 
     Args:
       x: tokens, float32, sharded as `tokens` says.  The mesh axis of the experts must be among the axes of `tokens`.
       W_router, bias, k, scale: arguments of `route`.
       weights: weights of the experts in the compute dtype, sharded as `axes` says.
-      mesh: any mesh.  Axes of size 1 are ignored.  Without an axis of experts nothing is sent.
-      tokens: mesh axes of [B, T].
-      axes: mesh axes of [E, C, F], one axis or None for each.
+      mesh: any mesh.  Axes of size 1 are ignored.  If experts are not sharded, no row is sent to another device.
+      tokens: mesh axes over which the axes [B, T] of the tokens are sharded.
+      axes: mesh axis over which each of the axes [E, C, F] of the weights is sharded, or None.
       buffer: argument of `mix_experts_of_owners`.
 
     Returns:
-      y in the compute dtype, and float32 values over the tokens of all devices: expert_load [E], router_entropy [] and
-      router_dropped [], as in `MoE`.
+      y in the compute dtype, and float32 values over the tokens of all devices, as in `MoE.__call__`: expert_load [E],
+      router_entropy [] and router_dropped [].
     """
 
     def present(entry):
@@ -264,7 +276,7 @@ def routed_on_mesh(
 def balanced_bias(bias: Float[Array, "M E"], load: Float[Array, "M E"], rate: float) -> Float[Array, "M E"]:
     r"""Move the biases of the routers of M layers by one step of auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1).
 
-    $b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$ with the mean load of all experts of a layer
+    Return $b_e + \gamma\, \mathrm{sign}(\overline{\mathrm{load}} - \mathrm{load}_e)$, with the mean load of all experts of a layer.
 
     Args:
       bias: bias b of each expert.
@@ -282,13 +294,13 @@ def balanced_bias(bias: Float[Array, "M E"], load: Float[Array, "M E"], rate: fl
 def router_health(
     load: Float[Array, "M E"], entropy: Float[Array, " M"], bias: Float[Array, "M E"]
 ) -> dict[str, Float[Array, " M"]]:
-    """Return four numbers that describe each router of M layers.
+    """Return four numbers that describe how evenly the router of each of M layers spreads tokens over experts.
 
-    They are 0, 1, 1 and 0 if tokens are spread evenly over experts and no bias has moved.
+    They are 0, 1, 1 and 0 if all loads, all scores and all biases are equal.
 
     Args:
       load: number of tokens of each expert.
-      entropy: router_entropy of `MoE`.
+      entropy: mean entropy of the scores of each router (`score_entropy`).
       bias: bias b of each expert.
 
     Returns:
@@ -308,35 +320,35 @@ class MoE(nn.Module):
     """The feed-forward branch with experts: RMSNorm, then shared and routed SwiGLU experts.
 
     Weights are [in, out] and [expert, in, out].  They start as N(0, 1/in), and W_down starts as N(0, 1/in) times `output_scale`.
-    The outputs of shared experts are added without weights.  They are therefore one SwiGLU with the hidden widths of all shared
-    experts together.
+    The outputs of shared experts are added without weights.  All shared experts are therefore computed as one SwiGLU with
+    `num_shared` F hidden channels.
     """
 
     num_experts: int
     """Number E of routed experts."""
     num_active: int
-    """Number k of routed experts that a token sees."""
+    """Number k of routed experts that are chosen for each token."""
     num_shared: int
     """Number of shared experts.  0: there are none."""
     hidden: int
     """Number F of hidden channels of one expert."""
     routed_scale: float
-    """Sum of the gates of all routed experts of a token."""
+    """Sum of the gates of the chosen experts of a token, by which their outputs are weighted."""
     norm_eps: float
     output_scale: float
     """Factor by which the initial output matrices W_down are multiplied."""
     dtype: Any
     """Dtype in which matrices are multiplied."""
     buffer: float = 0.0
-    """Room for rows at each owner of experts under a mesh, in multiples of an even load.  0: the worst case
-    (`mix_experts_of_owners`)."""
+    """Number of rows that each device has room for, if experts are sharded over a mesh, in multiples of the number that it gets
+    with even loads.  0: room for the worst case (`mix_experts_of_owners`)."""
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
         """Return the output of the branch in `dtype`, and auxiliary values of the router.
 
-        Auxiliary values, float32: expert_load [E] (number of tokens), router_entropy [] (`score_entropy`), router_dropped [] (share
-        of the copies of tokens that no expert saw) and router_bias [E].
+        Auxiliary values, float32: expert_load [E] (number of tokens of each expert), router_entropy [] (`score_entropy`),
+        router_dropped [] (share of the pairs of token and chosen expert that were dropped) and router_bias [E].
         """
         C, E, F = h.shape[-1], self.num_experts, self.hidden
         x = RMSNorm(self.norm_eps, name="norm")(h)
@@ -353,7 +365,7 @@ class MoE(nn.Module):
         )
         mesh, tokens = current(), token_axes(h.shape[:2])
         how = {"k": self.num_active, "scale": self.routed_scale}
-        # The mesh does not divide the few tokens of initialisation, nor the single sequence of diagnostics.
+        # tokens[0] is None if the batch is not sharded, as for the few tokens of initialisation or the one sequence of diagnostics.
         if mesh is None or tokens[0] is None:
             y, aux = routed(x, W_router, bias, weights, **how)
         else:
@@ -366,9 +378,9 @@ class MoE(nn.Module):
 
 
 def score_entropy(scores: Float[Array, "N E"]) -> Float[Array, ""]:
-    r"""Return the entropy of the scores of a token, averaged over tokens: 1 if the router prefers no expert, and 0 for E = 1.
+    r"""Return the entropy of a token's scores s, divided by ln E and averaged over tokens.
 
-    $-\sum_e p_e \ln p_e / \ln E$ with $p = s / \sum_e s_e$
+    It is $-\sum_e p_e \ln p_e / \ln E$ with $p = s / \sum_e s_e$: 1 if all scores are equal.  For E = 1 it is 0.
     """
     E = scores.shape[-1]
     if E == 1:

@@ -13,8 +13,8 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
 
     $y_c = x_c\, w_c / \sqrt{\tfrac{1}{C} \sum_{c'} x_{c'}^2 + \epsilon}$
 
-    Deviation: the paper has no $\epsilon$.  If the sum of squares of a token overflows float32, the token becomes NaN.  If the
-    squares underflow, it becomes $x w / \sqrt{\epsilon}$ (`mhc_kernels.inverse_rms`).
+    Deviation: the paper has no $\epsilon$.  If the sum of squares of a token overflows float32, the result for this token is NaN.
+    If the squares underflow, the result is $x w / \sqrt{\epsilon}$ (`mhc_kernels.inverse_rms`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -25,17 +25,19 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
 
 
 NORM_EPS = 1e-20
-"""Epsilon of all RMSNorms of the decoder (mHC Table 5).  With small embeddings a larger epsilon breaks the equality with Pre-Norm
-at step 0."""
+"""Epsilon of all RMSNorms of the decoder (mHC Table 5).
+
+Under many connections the decoder equals Pre-Norm, the decoder with x + F(x), at step 0, because norms remove constant factors of
+their inputs.  With small embeddings a norm with a larger epsilon keeps such a factor, and the decoders differ."""
 
 
 class RMSNorm(nn.Module):
-    """The layer that applies `rms_norm` with a learned weight, which starts at 1."""
+    """The layer that applies `rms_norm` with a learned weight [C], which starts at 1."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
-        """Return the normed x, float32."""
+        """Return `rms_norm` of x, float32."""
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
         return rms_norm(x, weight, self.eps)

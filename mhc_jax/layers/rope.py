@@ -14,13 +14,13 @@ def rope(x: Float[Array, "B T H D"], theta: float, first: Int[Array, " B"] | Non
 
     The pair $(x_d, x_{d + D/2})$, $d = 0 \dots D/2 - 1$, turns by $t\, \theta^{-2d/D}$ at position t.
 
-    Deviation: the paper turns neighbours $(x_{2d}, x_{2d+1})$, which is equal up to a permutation of channels.  Angles are
-    float32, and the result has the dtype of x.
+    Deviation: the paper turns the neighbours $(x_{2d}, x_{2d+1})$ instead.  Both are equal up to a permutation of channels.
+    Angles are float32, and the result has the dtype of x.
 
     Args:
       x: queries or keys of T consecutive tokens.
       theta: base of the frequencies.
-      first: position of the first token of each row.  None: position 0.
+      first: position of the first token of each of the B sequences.  None: position 0.
 
     Examples:
       With two channels, position t turns by t radians.

@@ -1,8 +1,8 @@
-"""Runs of several processes: how the processes start, agree and end.
+"""Functions with which the processes of a run join, agree with each other and end.
 
 Every process runs the same program on its own devices, and arrays are sharded over the devices of all processes
-(`jax.distributed`).  Process 0 is the first process, and it alone prints progress and writes files.  Arrays are an exception: each
-process writes its part of them.  In a run of one process every function here returns at once.
+(`jax.distributed`).  Process 0, the first process, alone prints progress and writes files.  The arrays of a checkpoint are an
+exception: each process writes its own shards.  In a run of one process no function here waits or communicates.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mhc_jax.errors import InputError, require
 
 LOST = 4
-"""Exit status of a process that ends because another process of the run is lost."""
+"""Exit status of a process that ends because another process of the run is gone or cannot be reached."""
 BARRIER_TIMEOUT_S = 24 * 3600
-"""Longest wait at a barrier, in seconds.  One process may read or tokenize for hours, while heartbeats show that it is alive."""
+"""Longest wait at a barrier, in seconds.  It is long, because one process may tokenize text for hours while the others wait."""
 LINGER_S = 3.0
-"""Seconds that the first process lives on after a failure.  It runs the coordinator, without which JAX aborts other processes."""
+"""Seconds for which the first process waits before it ends after a failure.
+
+It runs JAX's coordinator.  JAX aborts the other processes as soon as the coordinator is gone."""
 TEXT_BYTES = 4096
-"""Largest number of bytes of a text that a process can send to the other processes."""
+"""Largest number of bytes of a text that a process can send to the other processes (`allgather_text`)."""
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _UNREACHABLE = re.compile(
@@ -43,18 +45,21 @@ T = TypeVar("T")
 
 
 class ProcessLostError(RuntimeError):
-    """Raised when another process of the run is gone.  The message says from which point the run can go on."""
+    """Raised when another process of the run is gone or cannot be reached.  `process_lost_error` makes it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
 def launcher(environ: Mapping[str, str]) -> str:
-    """Return the launcher that tells JAX 0.10 about the other processes, judged by environment variables after jax is imported.
+    """Return the name of the launcher that started this process and tells JAX 0.10 about the other processes.
+
+    Args:
+      environ: environment variables after jax has been imported.
 
     Returns:
       `Slurm` (srun), `Open MPI` (to version 4; version 5 no longer tells the address of process 0), `Kubernetes` (an indexed Job;
-      needs `pip install 'jax[k8s]'`), `Cloud TPU` (a worker of a slice, or a single host), or an empty string.
+      needs `pip install 'jax[k8s]'`), `Cloud TPU` (a worker of a slice, or a single host), or an empty string for none of them.
     """
     if all(name in environ for name in _SLURM):
         return "Slurm" if environ["SLURM_NTASKS"] != "1" else ""
@@ -71,7 +76,7 @@ def launcher(environ: Mapping[str, str]) -> str:
 
 
 def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int = 300, silence_s: int = 100) -> None:
-    """Join the other processes of the run, if there are any.  Call it before JAX looks for devices.
+    """Join the other processes of the run, if there are any.  The call must come before JAX looks for devices.
 
     Args:
       address: host:port of process 0.  Empty means $JAX_COORDINATOR_ADDRESS, or else the address that the launcher tells.
@@ -79,7 +84,7 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
         alone, whatever the launcher tells.
       process: number of this process, from 0.  -1 means $JAX_PROCESS_ID, or else the number that the launcher tells.
       wait_s: seconds within which all processes must have joined.
-      silence_s: seconds of silence after which a process counts as dead, and JAX ends the other processes.
+      silence_s: seconds without a heartbeat after which a process counts as dead, and JAX ends the other processes.
 
     Raises:
       InputError: the settings are incomplete or contradict each other.
@@ -127,7 +132,8 @@ def _number(name: str, default: int) -> int:
 def _join(
     address: str, processes: int, process: int, device: int | None, launched_by: str, wait_s: int, silence_s: int
 ) -> None:
-    # If processes are missing, JAX aborts this process with a C++ stack trace.  The timer ends it earlier, with a sentence.
+    # If some processes do not join, JAX aborts this process with a C++ stack trace.  The timer ends this process earlier, with an
+    # error message of one sentence.
     def give_up() -> None:
         where = f"the coordinator at {address}" if address and process != 0 else "the other processes"
         print(
@@ -141,7 +147,8 @@ def _join(
     timer = threading.Timer(wait_s, give_up)
     timer.daemon = True
     timer.start()
-    # Gloo (collectives between CPUs) reports each connection on C's standard output, to which the summary of the run goes too.
+    # Gloo (collectives between CPUs) writes a line for each connection to file descriptor 1, where the run's summary goes too.  So
+    # Python's stdout gets a copy of descriptor 1, and descriptor 1 becomes standard error.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     handler = signal.getsignal(signal.SIGTERM)
@@ -162,7 +169,8 @@ def _join(
         raise InputError(f"The processes could not be joined: {_first_line(error)}") from error
     finally:
         timer.cancel()
-    # JAX's preemption service has taken over SIGTERM.  Give it back: processes agree on the last step by `StopRequest`.
+    # jax.distributed.initialize has replaced the handler of SIGTERM.  The earlier handler is restored, because a run of this code
+    # stops at a signal by `StopRequest` and `Agreement`.
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -175,7 +183,7 @@ def is_multiprocess() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process is process 0, which prints progress and writes files."""
+    """Whether this process is process 0, the one that prints progress and writes files."""
     return jax.process_index() == 0
 
 
@@ -186,7 +194,10 @@ def print_once(text: str) -> None:
 
 
 def barrier() -> None:
-    """Wait until all processes are here.  Call it before the collectives of a new program: Gloo gives processes 30 s to connect."""
+    """Wait until all processes have called this function.
+
+    It must be called before a program's first collectives, because Gloo lets processes wait only 30 s for each other to connect.
+    """
     if is_multiprocess():
         import orbax.checkpoint as ocp  # the import takes 1 s
 
@@ -195,7 +206,7 @@ def barrier() -> None:
 
 
 def allgather_text(text: str) -> list[str]:
-    """Return the texts that all processes give, in the order of the processes.  Each is cut to `TEXT_BYTES` bytes."""
+    """Return the texts that all processes give, in the order of the processes.  Each text is cut to `TEXT_BYTES` bytes."""
     if not is_multiprocess():
         return [text]
     barrier()
@@ -205,13 +216,13 @@ def allgather_text(text: str) -> list[str]:
 
 
 def on_every_process(function: Callable[[], T]) -> T:
-    """Call a function on every process, and go on when it has returned on all of them.
+    """Call `function`, and wait until it has returned on all processes, each of which must call it by this function.
 
     Returns:
       The value that the function returned on this process.
 
     Raises:
-      InputError: the function raised it on some process.  It is then raised on all processes.
+      InputError: the function raised it on at least one process.  It is then raised on all processes.
     """
     if not is_multiprocess():
         return function()
@@ -233,10 +244,10 @@ def require_same(text: str, sentence: str) -> None:
 
 
 class Agreement:
-    """Tells every process the largest of the numbers that processes give, one call later.
+    """An agreement of all processes on one number, the largest of the numbers that they give to `ask`.
 
-    A signal may reach one process only, and yet all processes must stop at the same step.  So before every step each process gives
-    the number of its signal, or 0.
+    Its use: a signal such as SIGTERM may reach only one process, but all processes must stop after the same step.  Before every
+    step each process gives the number of the signal that it has received, or 0.
     """
 
     def __init__(self, mesh: Mesh | None):
@@ -246,10 +257,10 @@ class Agreement:
             self._largest = jax.jit(lambda a: a.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def ask(self, number: int) -> int:
-        """Give a number, and return the largest number that a process gave at the previous call.
+        """Start the computation of the largest `number` of all processes, and return the result of the previous call's computation.
 
-        The first call returns 0.  The collective of a call runs beside the training step that follows.  The next call reads its
-        result.  In a run of one process a call returns `number` itself.
+        The first call returns 0.  The result comes one call late, so that the collective runs beside the training step that follows
+        the call.  In a run of one process a call returns `number` itself.
         """
         if not is_multiprocess():
             return number
@@ -264,19 +275,19 @@ class Agreement:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an exception of JAX or Orbax means that another process cannot be reached."""
-    # Gloo's errors are a ValueError when a value is read, and a JaxRuntimeError when a program is started.
+    # An error of Gloo appears as a ValueError when a value is read, and as a JaxRuntimeError when a program is started.
     if isinstance(error, InputError) or not isinstance(error, RuntimeError | ValueError):
         return False
     return is_multiprocess() and _UNREACHABLE.search(str(error)) is not None
 
 
 def process_lost_error(error: BaseException, when: str = "", go_on: str = "") -> ProcessLostError:
-    """Return the exception to raise if `is_lost_process(error)`.
+    """Return the exception to raise in place of an `error` for which `is_lost_process` is true.
 
     Args:
       error: the exception of JAX or Orbax.
       when: words that say when the loss was noticed.
-      go_on: words that say from which point the run can go on.
+      go_on: words that say from which checkpoint the run can go on.
     """
     return ProcessLostError(
         f"Another process of the run has gone or cannot be reached{when} ({_first_line(error)}). Start the same command again on "
@@ -289,19 +300,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def joined() -> bool:
-    """Whether `start` has joined other processes."""
+    """Whether `start` has initialised `jax.distributed`, so that this process is joined with the others."""
     return jax.distributed.is_initialized()
 
 
 def shutdown() -> None:
-    """Leave the other processes at the end of the run.  All processes must call it, and each waits for the others."""
+    """Leave `jax.distributed` at the end of the run.  All processes must call this function, and each waits for the others."""
     if joined():
         barrier()
         jax.distributed.shutdown()
 
 
 def exit_if_joined(status: int) -> None:
-    """End this process with exit status `status`, without waiting for other processes.  Return if `start` joined no processes."""
+    """End this process with exit status `status`, without waiting for other processes.  If it is not `joined`, only return."""
     if not joined():
         return
     sys.stdout.flush()

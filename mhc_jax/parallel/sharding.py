@@ -1,8 +1,8 @@
 """Meshes of devices, and the shardings of arrays over them.
 
-Modules name the axes of an array logically (`constrain(q, "batch", "sequence", "heads", None)`).  `RULES` says over which mesh axes
-each logical axis is sharded, and XLA's partitioner (GSPMD) derives the communication.  The mesh is set by `jax.set_mesh`.
-Without a mesh nothing here changes an array, and the program is that of a single device.
+The model's code gives each axis of an array a logical name (`constrain(q, "batch", "sequence", "heads", None)`).  `RULES` says over
+which mesh axes each logical axis is sharded, and XLA's partitioner (GSPMD) derives the communication.  The mesh is set by
+`jax.set_mesh`.  Without a mesh no function here changes an array, and the program is that of a single device.
 
 | mesh axis | what is sharded over it |
 | --- | --- |
@@ -11,9 +11,9 @@ Without a mesh nothing here changes an array, and the program is that of a singl
 | `fsdp` | the batch and the parameters, which are gathered layer by layer where they are used |
 | `tensor` | heads, hidden channels of the feed-forward, and the vocabulary (Megatron, arXiv 1909.08053) |
 | `expert` | the batch and the experts of DeepSeekMoE |
-| `sequence` | the tokens of a sequence; keys and values are gathered |
+| `sequence` | the tokens of a sequence; attention gathers keys and values of all tokens |
 
-Streams [B, T, nC] are sharded over batch and sequence, never along nC.  The parameters of connections are replicated.
+Streams [B, T, nC] are sharded along B and T, never along nC.  The parameters of connections are replicated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rules:
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
     sequence: tuple[str, ...] = ("sequence",)
     heads: tuple[str, ...] = ("tensor",)
-    """Mesh axes for heads, and for the axis of a projection that holds all heads."""
+    """Mesh axes for the axis of heads in an activation, and for the axis of a weight that holds the channels of all heads."""
     hidden: tuple[str, ...] = ("tensor",)
     """Mesh axes for the hidden channels of the feed-forward."""
     vocabulary: tuple[str, ...] = ("tensor",)
@@ -52,12 +52,12 @@ class Rules:
     """Mesh axes for the axis C of a weight.  The axis C of an activation is not sharded (None)."""
     expert: tuple[str, ...] = ("expert",)
     layer: tuple[str, ...] = ("stage",)
-    """Mesh axes for the leading axis of stacked blocks.  It is replicated if the stages do not divide the blocks."""
+    """Mesh axes for the leading axis of parameters of stacked blocks.  If they do not divide it, it is not sharded (`fit`)."""
     connection: tuple[str, ...] = ()
     """Mesh axes for every axis of the parameters of a connection.  Empty: these parameters are replicated."""
 
     def spec(self, *logical: str | None) -> PartitionSpec:
-        """Return the mesh axes of an array from its logical axes.  The logical axis None is not sharded.
+        """Return the mesh axes over which each axis of an array is sharded, from its logical axes.  The axis None is not sharded.
 
         Raises:
           ValueError: two axes of the array would be sharded over the same mesh axis.
@@ -91,7 +91,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 """Logical axes of parameters outside connections, as (pattern of the path, logical axes).
 
-The leading axis of stacked blocks is left out.  If two rows match a path, the number of axes decides.
+The leading axis of stacked blocks is left out.  If the patterns of two rows match a path, the row with as many axes as the
+parameter is taken.
 """
 
 
@@ -116,10 +117,10 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """Make the mesh of the first `config.size` devices, with all axes, also axes of size 1.  For one device return None.
+    """Make the mesh of the first `config.size` devices.  It has all of `AXES`, also axes of size 1.  For one device return None.
 
     Raises:
-      InputError: there are fewer than `config.size` devices, or the mesh leaves out devices of a run of several processes.
+      InputError: there are fewer than `config.size` devices, or the run has several processes and the mesh leaves out devices.
     """
     given, devices = devices, jax.devices() if devices is None else devices
     require(
@@ -143,18 +144,18 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager inside which programs shard their arrays over this mesh.
+    """Return a context manager inside which programs shard their arrays over the mesh.
 
-    Trace, compile and run the programs inside it.  If the mesh is None it does nothing.
+    Programs must be traced, compiled and run inside it.  If the mesh is None, the context manager does nothing.
     """
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def current() -> AbstractMesh | None:
-    """Return the mesh under which the code is traced, or None if there is no mesh to shard over.
+    """Return the mesh under which the calling code is traced, or None if there is no mesh to shard over.
 
-    Inside a `jax.shard_map` over all axes the code already works on one shard, so the result is None.  The
-    `jax.shard_map` of a pipeline is over `stage` alone, and arrays inside it can still be sharded over the other axes.
+    Inside a `jax.shard_map` over all axes the calling code works on one shard, so the result is None.  The `jax.shard_map` of a
+    pipeline is over the axis `stage` alone, and arrays inside it can still be sharded over the other axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = {kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if name != "stage"}
@@ -162,10 +163,10 @@ def current() -> AbstractMesh | None:
 
 
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
-    """Return `spec` without mesh axes of size 1, and without mesh axes that do not divide their axis of `shape`.
+    """Return the mesh axes `spec` of an array without axes of size 1, and without axes that do not divide the array's `shape`.
 
-    Mesh axes may fail to divide two kinds of axes.  One is a vocabulary axis, from which `stage` is dropped first.  The other is
-    the axis of a batch of one sequence, as diagnostics use it.
+    If the mesh axes for an array axis do not divide its size, `stage` is dropped first (as from a vocabulary), and all of them if
+    that is not enough (as from a batch of one sequence in diagnostics).
     """
     sizes = dict(mesh.shape)
     axes = []
@@ -188,23 +189,25 @@ def constrain(x: Array, *logical: str | None) -> Array:
 
 
 def on_each_shard(function: Callable[..., Array], logical: tuple[str | None, ...], *arrays: Array) -> Array:
-    """Call a function on each shard of its arguments (`jax.shard_map`), for kernels that GSPMD cannot partition.
+    """Return the result of calling `function` on each shard of its arguments (`jax.shard_map`).
+
+    It serves kernels, which XLA's partitioner (GSPMD) cannot partition.
 
     Args:
       function: a function whose computation is independent along the sharded axes.
       logical: the logical axes of every array and of the result.
-      *arrays: the arguments, all with the same number of axes.  The first array decides which axes can be sharded (`fit`).
+      *arrays: the arguments, all with the same number of axes.  The shape of the first decides which axes can be sharded (`fit`).
     """
     mesh = current()
     if mesh is None:
         return function(*arrays)
     spec = fit(mesh, RULES.spec(*logical), arrays[0].shape)
-    # check_vma is off, because JAX's flash attention does not declare which of its values vary between devices.
+    # check_vma is off, because JAX's flash attention kernels do not declare which of their values vary between devices.
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def token_axes(shape: Sequence[int]) -> PartitionSpec:
-    """Return the mesh axes of tokens [B, T], for `mhc_kernels.settings`.  The result is empty without a mesh."""
+    """Return the mesh axes over which tokens [B, T] are sharded, for `mhc_kernels.settings`.  Without a mesh it is empty."""
     mesh = current()
     return PartitionSpec() if mesh is None else fit(mesh, RULES.spec("batch", "sequence"), shape)
 
@@ -215,7 +218,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, shape: tuple[int, int]) -> np.ndarray:
-    """Return the numbers of the batch rows of which devices of this process hold a part, ascending.  `shape` is (B, T)."""
+    """Return the indices of those rows of a batch of shape (B, T) of which this process's devices hold a part, ascending."""
     parts = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
     return np.unique(np.concatenate([np.arange(shape[0])[part[0]] for part in parts if part is not None]))
 
@@ -226,7 +229,7 @@ def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, values: n
     Args:
       mesh: the mesh over the devices of all processes.
       shape: (B, T).
-      rows: the numbers of the rows that this process has read (`local_rows`).
+      rows: the indices of the rows that this process has read (`local_rows`).
       values: the tokens of these rows, [len(rows), T].
     """
 
@@ -237,14 +240,14 @@ def global_batch(mesh: Mesh, shape: tuple[int, int], rows: np.ndarray, values: n
 
 
 def replicate(mesh: Mesh, a: np.ndarray) -> Array:
-    """Replicate an array over the devices of all processes.  Every process must have the whole array."""
+    """Return an array that is replicated over the devices of all processes.  Every process must give the whole array."""
     return jax.make_array_from_callback(a.shape, NamedSharding(mesh, PartitionSpec()), lambda _: a)
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-    """Return the shardings of a train state, or of parameters.
+    """Return the sharding of each array of a train state, or of a tree of parameters.
 
-    Moments are sharded like their parameters, and scalars are replicated.
+    Moments of the optimizer are sharded like their parameters, and scalars are replicated.
 
     Args:
       mesh: a mesh of `make_mesh` or `abstract_mesh`.

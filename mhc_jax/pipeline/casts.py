@@ -1,7 +1,7 @@
 """Casting of weights to the compute dtype once a step, instead of once in every microbatch.
 
-Flax modules cast a float32 weight where they use it.  In a pipeline this cast lies inside the loop over ticks, and no compiler
-moves it out of the loop.  Every microbatch would read all weights of a stage in float32 and write them again in bfloat16.
+Flax modules cast a float32 weight where they use it.  In a pipeline they use it inside the loop over ticks, and XLA does not move
+the cast out.  Without this module every microbatch would read the weights of a stage in float32 and write them in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mhc_jax.pipeline.split import CALLS
 Tree = Any
 
 _INNER = CALLS | {"scan", "shard_map", "custom_jvp_call", "custom_vjp_call"}
-"""Primitives that run an inner jaxpr, whose inputs are their operands in the same order."""
+"""Names of primitives that run an inner jaxpr.  The inputs of the jaxpr are the operands of the primitive, in the same order."""
 _MOVES = frozenset({"slice", "dynamic_slice", "squeeze", "reshape", "expand_dims", "transpose", "split", "copy"})
-"""Primitives that move elements of their first operand without changing them."""
+"""Names of primitives that move or select elements of their first operand, without a change of value."""
 
 
 def computed_in(function: Callable[..., Any], params: Tree, *arguments: Any) -> Tree:
     """Return for each of `params` the dtype in which function(params, *arguments) computes with it.
 
-    It is the dtype to which every use of the parameter casts it first, if all uses agree and this dtype is a narrower float.  A
-    parameter that is used in two ways, returned, or cast to a wider dtype keeps its own dtype.
+    If every use of a parameter first casts it to the same narrower float dtype, this is the dtype.  Otherwise the dtype is the
+    parameter's own, as for a parameter that some use does not cast, or that the function returns.
     """
     closed = jax.make_jaxpr(function)(params, *arguments)
     leaves, tree = jax.tree.flatten(params)
@@ -52,7 +52,7 @@ def _narrower(to: np.dtype, dtype: Any) -> bool:
 
 
 def _casts(jaxpr: core.Jaxpr, v: Any) -> set[Any]:
-    """Return the dtypes to which a jaxpr casts a variable.  The set also holds None if some use of the variable is no cast."""
+    """Return the set of dtypes to which a jaxpr casts a variable.  It contains None if some use of the variable is no cast."""
     found: set[Any] = {None} if any(out is v for out in jaxpr.outvars) else set()
     for eqn in jaxpr.eqns:
         for k in (k for k, own in enumerate(eqn.invars) if own is v):

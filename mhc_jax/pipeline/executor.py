@@ -5,24 +5,24 @@ The blocks of the decoder are split over the mesh axis `stage`.
 The program is a `jax.shard_map` over the axis `stage` alone.  XLA splits the program of each stage over the other axes of the mesh,
 as it splits the decoder without stages.
 
-Each device scans over the ticks of its columns (`program.compile_table`).  In a tick it runs one operation, which a
-`jax.lax.switch` for each phase of the tick chooses.  Then the devices exchange boundary tensors by `jax.lax.ppermute`, up and down.
-With `pipeline.overlap` the tensors of a tick travel while the next tick computes.
+Each device scans over the ticks of the schedule.  Columns of numbers from `program.compile_table` tell it what to do.  In a tick
+it runs one operation, which a `jax.lax.switch` for each phase of the tick chooses.  Then the devices exchange boundary tensors
+by `jax.lax.ppermute`.  With `pipeline.overlap` the tensors of a tick travel while the next tick computes.
 
 The state of the scan has four buffers.  The columns name the slots of these buffers:
 
-    inputs       boundary tensors that wait for their forward
+    inputs       boundary tensors that wait for the forward of the stage that they enter
     gradients    gradients of boundary tensors, from their arrival to their last use
-    activations  values that a forward keeps for its backward: the residuals of the VJP, without residuals that the backward can
-                 recompute from weights alone or by elementwise operations (in float32 only by operations that do not round)
+    activations  residuals of the VJP of a stage, which a forward keeps for its backward.  The backward recomputes residuals that
+                 depend on weights alone, or that cheap primitives make (`split.CHEAP`; in float32 `split.EXACT`).
     deferrals    values that I keeps for W
 
-A boundary tensor is the packed carry between two blocks: streams, coefficients and the pending output y of the last branch.
-Streams and y are (n + 1)C elements a token, and the coefficients are n^2 + 2n.
+A boundary tensor is the packed carry between two stages: streams, coefficients and the pending output y of the last branch.
+Streams and y have (n + 1)C elements per token, and the coefficients have n^2 + 2n.
 
 Parameters outside the stacked blocks are replicated over `stage` during a step.  Between steps the embeddings are sharded over
 `stage`, along the vocabulary (`parallel.sharding.Rules.rows`).  Blocks are moved to the devices of their stages when a step begins.
-DualPipe has two copies of every block.  The copies are equal, because both are made from one state.  Their gradients are added up.
+DualPipe has two copies of every block.  Both are made from the same parameters, so they are equal.  Their gradients are added up.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Tree = Any
 
 
 def schedule_of(config: ExperimentConfig) -> Schedule | None:
-    """Return the schedule of `config.pipeline`, with optimizer.accumulation_steps microbatches.  None if mesh.stage is 1."""
+    """Return the schedule of `config.pipeline` with optimizer.accumulation_steps microbatches, or None if mesh.stage is 1."""
     if config.mesh.stage == 1:
         return None
     microbatches, pipeline = config.optimizer.accumulation_steps, config.pipeline
@@ -58,7 +58,7 @@ def schedule_of(config: ExperimentConfig) -> Schedule | None:
 
 
 def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, Tree], tuple[tuple[Array, Tree], Tree]]:
-    """Make the function (params, batch) -> ((loss, router), gradient) of a pipeline, like `train_step.gradients`.
+    """Make a function (params, batch) -> ((loss, router), gradient), like `train_step.gradients`, that runs a pipeline.
 
     Trace the function under the mesh of the configuration, whose axis `stage` has schedule.devices devices.
 
@@ -97,7 +97,7 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
 
 
 class _Layout:
-    """Moves stacked blocks [blocks, ...] to the devices of their stages, [P, chunks, blocks of a stage, ...], and back."""
+    """Rearranges stacked blocks [blocks, ...] by device and chunk as [P, chunks, blocks of a stage, ...], and back."""
 
     def __init__(self, model: ModelConfig, schedule: Schedule):
         self.lead, self.stages = model.num_leading, schedule.stages
@@ -106,7 +106,7 @@ class _Layout:
         self.places = np.array([[stage_of.get(Place(d, c), 0) for d in devices] for c in range(schedule.chunks)])
 
     def to_stages(self, layers: Tree) -> Tree:
-        """Move stacked blocks to the devices of their stages.  Zeros stand for leading dense blocks, which lie elsewhere."""
+        """Move stacked blocks to the devices of their stages.  Zeros fill the rows of leading blocks, which `layers` lacks."""
 
         def move(a: Array) -> Array:
             a = jnp.concatenate([jnp.zeros((self.lead, *a.shape[1:]), a.dtype), a]) if self.lead else a
@@ -120,7 +120,7 @@ class _Layout:
         return jax.tree.map(move, layers)
 
     def from_stages(self, parts: Tree) -> Tree:
-        """Move gradients of blocks back from the devices of their stages, and add up those of copies of a block."""
+        """Move values of blocks, such as gradients, back from the devices, and add up the values of the copies of a block."""
 
         def move(a: Array) -> Array:
             whole = jnp.zeros((self.stages, *a.shape[2:]), a.dtype)
@@ -132,9 +132,9 @@ class _Layout:
         return jax.tree.map(move, parts)
 
     def _slice(self, place: np.ndarray) -> tuple[Any, int]:
-        """Return (index, step) of the stages `place`.
+        """Return (index, step) such that a[index][::step] has the stages `place` of an array a of all stages.
 
-        Consecutive stages are a slice, because a gather would bring all stages to every device.
+        The index of consecutive stages is a slice, because a gather would bring all stages to every device.
         """
         steps = set(np.diff(place).tolist())
         if steps in ({1}, {-1}):
@@ -151,7 +151,7 @@ def _run_ticks(
     """Run all ticks of the schedule on one device.
 
     Returns:
-      (loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...]), each summed over microbatches.
+      (loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...]), each a sum over microbatches.
     """
     layers = jax.tree.map(lambda a: a[0], layers)
     columns = {name: column[0] for name, column in columns.items()}
@@ -164,23 +164,23 @@ def _run_ticks(
 
 
 IN_PLACE = ("activations", "deferrals", "outer", "layers")
-"""The parts of the state that operations change in place.  Other results of operations live for one tick."""
+"""Names of the parts of the scan's state that operations change in place.  Other results of operations live for one tick."""
 
 
 def writes(op: Operation) -> list[str]:
-    """Return the names of the results of an operation, and of the parts of the state that it changes."""
+    """Return the names of the results of an operation, and of the parts of the scan's state that it changes."""
     forward = ["F", "aux", "loss", "activations", "outer"] if op.forward else []
     backward = {"": [], "I": ["B", "outer", "deferrals"], "W": ["outer", "layers"], "B": ["B", "outer", "layers"]}
     return forward + backward[op.backward]
 
 
 def phase_scope(k: int) -> str:
-    """Return the name scope of the operations of phase k of a tick."""
+    """Return the name of the `jax.named_scope` around the operations of phase k of a tick."""
     return f"phase_{k}"
 
 
 class _Device:
-    """One device inside the `jax.shard_map`: makes the state of its scan, and runs its ticks."""
+    """The program of one device inside the `jax.shard_map`: makes the first state of the scan over ticks, and runs each tick."""
 
     def __init__(
         self, model: ModelConfig, schedule: Schedule, program: Program, layers: Tree, outer: Tree, slices: Tree
@@ -197,17 +197,17 @@ class _Device:
             "aux": self.stage.aux,
             "loss": jax.ShapeDtypeStruct((), "float32"),
         }
-        """Shapes and dtypes of the results of operations that live for one tick."""
+        """Shapes and dtypes of those results of operations that live for one tick only."""
 
     def start(self) -> Tree:
-        """Return the state before the first tick."""
+        """Return the state of the scan before the first tick."""
         stage, program = self.stage, self.program
 
         def buffer(slots: int, like: Tree) -> Tree:
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
         state = {
-            # One slot more than the program needs takes the messages that no stage of this device uses.
+            # Messages that no stage of this device uses go into one slot more than the program needs.
             "inputs": buffer(program.inputs + 1, stage.packer.like),
             "gradients": buffer(program.gradients + 1, stage.packer.like),
             "activations": buffer(program.activations, stage.activations.shapes),
@@ -222,14 +222,14 @@ class _Device:
         return state
 
     def tick(self, state: Tree, now: Tree) -> tuple[Tree, None]:
-        """Return (state after a tick, None), as a scan wants.  `now` has the entries of the columns for this tick and device."""
+        """Return (state after a tick, None), as `jax.lax.scan` wants.  `now` has the columns' numbers for this tick and device."""
         arrivals = self.exchanged(state["outbox"]) if self.overlap else []
         made = {name: state[name] for name in ("inputs", "gradients", *IN_PLACE)}
         for k in range(len(self.program.phases)):
             made = self.phase(k, made, now)
         made = {name: _zeros(like) for name, like in self.of_a_tick.items()} | made
         if self.overlap:
-            # Without this barrier XLA may begin the exchange of messages only after the operation, which then would not hide it.
+            # Without this barrier XLA may exchange messages after the operations of the tick, instead of at the same time.
             made, arrivals = jax.lax.optimization_barrier((made, arrivals))
         outbox = {kind: made[kind] for kind in "FB"}
         if not self.overlap:
@@ -251,7 +251,7 @@ class _Device:
         return new | ({"outbox": outbox} if self.overlap else {}), None
 
     def exchanged(self, outbox: Tree) -> list[Tree]:
-        """Exchange messages with other devices.  Return the arrays that arrive on each channel, [kinds of the channel, ...]."""
+        """Exchange messages with other devices.  Return for each channel what arrives on it, [kinds of the channel, ...]."""
         arrivals = []
         for channel in self.program.channels:
             message = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
@@ -259,7 +259,7 @@ class _Device:
         return arrivals
 
     def phase(self, k: int, state: Tree, now: Tree) -> Tree:
-        """Return `state` after phase k of a tick, together with the results of the operation of this phase."""
+        """Run phase k of a tick.  Return `state` after it, together with the results of its operation."""
         operations = self.program.phases[k]
         names = list(dict.fromkeys(name for op in operations for name in writes(op)))
         branches = [functools.partial(self.operate, op, names) for op in operations]
@@ -267,9 +267,9 @@ class _Device:
             return state | jax.lax.switch(now[f"operation_{k}"], branches, state, now)
 
     def operate(self, op: Operation, names: Sequence[str], state: Tree, now: Tree) -> Tree:
-        """Return the entries `names` after an operation.
+        """Run the operation `op`, and return those parts of the state and results of operations that `names` lists.
 
-        Entries that the operation does not write are unchanged if they belong to the state, and zero if they live for one tick.
+        What `op` does not write is returned unchanged if it is in `state`, and as zeros otherwise.
         """
         stage = self.stage
         made = {name: state[name] if name in state else _zeros(self.of_a_tick[name]) for name in names}
@@ -281,7 +281,7 @@ class _Device:
         activations = _read(state["activations"], now["kept"]) if op.backward else []
         deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
         if op.forward and op.backward:
-            # The slot of the backward is read before the forward writes its own slot.  Without this order XLA copies the buffer.
+            # The backward's slot is read before the forward's slot is written.  Without this order XLA copies the whole buffer.
             activations, made["activations"] = jax.lax.optimization_barrier((activations, made["activations"]))
         if op.forward:
             x = _read(state["inputs"], now["forward_read"])
@@ -310,12 +310,12 @@ def _read(buffer: Tree, slot: Array) -> Tree:
 
 
 def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
-    """Return the buffer with `value` written into `slot`."""
+    """Return the buffer after `value` is written into `slot`."""
     return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """Return the buffer with `value` (the k-th part of it, if k is given) written into `slot`.  Slot -1 means the last slot."""
+    """Return the buffer after `value`, or its k-th part if k is given, is written into `slot`.  Slot -1 means the last slot."""
 
     def put(a: Array, new: Array) -> Array:
         new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)

@@ -1,7 +1,7 @@
 """Packing of the carry between two stages into one array for each dtype, so that it travels in few messages.
 
-The carry has the streams, the pending output y of the last branch, and the coefficients that will write y.  A TPU keeps few
-messages in flight, and each small message costs its latency.
+The carry has the streams, the pending output y of the last branch, and the coefficients that will write y.  Few messages are better
+than many, because a TPU keeps few messages in flight at once, and because every message costs the latency of the link.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class CarryPacker:
         """Find the token axes of every array of the tree.
 
         Args:
-          enter: a function of tokens that makes such a tree.
+          enter: a function that makes a tree of this kind from tokens [B, T].
           tokens: an array with the shape of the tokens of one microbatch.
         """
         self.tree: Tree = jax.eval_shape(enter, tokens)
         """Shapes and dtypes of the arrays of the tree."""
         self.leaves, self.structure = jax.tree.flatten(self.tree)
-        # The token axes of an array are the axes that grow with B and T.
+        # The token axes of an array are the axes that grow if B and T are doubled.
         larger = jax.ShapeDtypeStruct(tuple(2 * size for size in tokens.shape), tokens.dtype)
         grown = jax.tree.leaves(jax.eval_shape(enter, larger))
         self.axes = [
@@ -42,10 +42,10 @@ class CarryPacker:
         """The positions of the axes B and T in every leaf of the tree."""
         self.widths = [leaf.size // tokens.size for leaf in self.leaves]
         self.like = jax.eval_shape(lambda: self.pack(self.zeros()))
-        """Shapes and dtypes of the packed arrays."""
+        """Shapes and dtypes of the packed arrays, as `pack` returns them."""
 
     def pack(self, tree: Tree) -> dict[str, Shaped[Array, "B T width"]]:
-        """Pack a tree into a dict with one array for each dtype, under the name of the dtype."""
+        """Return a dict from the name of each dtype to one array that has all leaves of this dtype side by side."""
         parts: dict[str, list[Array]] = {}
         for a, axes in zip(jax.tree.leaves(tree), self.axes, strict=True):
             a = jnp.moveaxis(a, axes, (0, 1))

@@ -1,13 +1,16 @@
 """Compilation of a schedule's table into columns of numbers that one SPMD program can follow.
 
-The columns say what each device does in each tick, and in which slot of which buffer its operands and results lie.  In a tick a
+The columns say what each device does in each tick, and in which slots of its buffers the operands and results lie.  In a tick a
 device does a forward, a backward, or an overlapped pair F&B.  It reads buffers when the tick begins and writes them when the tick
-ends.  Values that live at the same time have different slots.  All devices have buffers of the same length.
+ends.  Values of one buffer that live at the same time have different slots.  All devices have buffers of the same length.
 
-A tick has three phases, F, then I, then W, B or F&B, and a device does something in one of them.  The phases keep XLA from copying
-large arrays.  XLA copies an array in a branch that only passes it on, unless every branch that writes the array comes behind this
-branch.  The activations are written by F and F&B, the deferrals by I, and the sums of gradients by W, B and F&B.  With three phases
-the branches can be ordered so for each array.  With all operations in one `jax.lax.switch` no such order exists.
+A tick has three phases, each with its own `jax.lax.switch`.  A single F runs in the first phase, an I in the second, and a W, a B
+or an F&B in the third.  A device has work in at most one phase of a tick.
+
+The phases keep XLA from copying large arrays.  XLA copies an array in a branch that does not change it, unless all branches that
+write the array come later in the program.  F and F&B write the activations, I writes the deferrals, and W, B and F&B write the sums
+of gradients.  Phases allow an order of branches in which, for each of these arrays, the branches that write it come last.  If one
+switch held all operations, there would be no such order.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from mhc_jax.pipeline_schedules.validate import messages, operations, when
 
 
 class Operation(NamedTuple):
-    """The operation, or overlapped pair, that a device does in a tick.  Each is a branch of the SPMD program."""
+    """What a device does in a phase of a tick: an operation, a pair F&B, or nothing.  The SPMD program has a branch for each."""
 
     forward: str = ""
     """`F`, or empty if the operation has no forward."""
@@ -37,54 +40,57 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Channel:
-    """Messages that all devices send in one direction at the same time.
+    """Messages that devices send at the same time in one direction, such as to the next device.
 
-    They travel as one, because a TPU keeps few messages in flight.
+    What a device sends on a channel travels as one array for each dtype, because a TPU keeps few messages in flight.
     """
 
     kinds: tuple[str, ...]
     """Kinds of messages on the channel: `F` (boundary tensors), `B` (their gradients), or both."""
     pairs: tuple[tuple[int, int], ...]
-    """(source, target) for each pair of devices between which messages travel."""
+    """(source, target) for each pair of devices between which messages of the channel travel."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A schedule's table as columns, int32 [devices, ticks].  The slot -1 means that the value is stored in no slot.
+    """A schedule's table as columns of numbers, each int32 [devices, ticks].  The slot -1 means that a value is not stored.
 
     | column | content |
     | --- | --- |
-    | `operation_<k>` | position of the operation in `phases[k]` |
+    | `operation_<k>` | position in `phases[k]` of the operation that the device runs |
     | `forward_microbatch`, `forward_chunk`, `forward_stage` | numbers of microbatch, chunk and stage of the forward |
     | `backward_microbatch`, `backward_chunk`, `backward_stage` | numbers of microbatch, chunk and stage of the backward |
-    | `forward_read` | slot of inputs that the forward reads |
-    | `backward_read` | slot of gradients that the backward reads |
-    | `keep`, `kept` | slot of activations that a forward writes, or a backward reads |
-    | `defer`, `deferred` | slot of deferrals that I writes, or W reads |
-    | `to_self` | slot of inputs for a forward's result that stays on the device |
-    | `to_own_gradients` | slot of gradients for a backward's result that stays on the device |
-    | `from_loss` | slot of gradients for the gradient of the loss, on the last stage |
-    | `arrives_<k>_<kind>` | slot of inputs (F) or gradients (B) for the message that channel k brings |
+    | `forward_read` | slot of the buffer `inputs` that the forward reads |
+    | `backward_read` | slot of the buffer `gradients` that the backward reads |
+    | `keep`, `kept` | slot of the buffer `activations` that a forward writes (`keep`), or a backward reads (`kept`) |
+    | `defer`, `deferred` | slot of the buffer `deferrals` that I writes (`defer`), or W reads (`deferred`) |
+    | `to_self` | slot of `inputs` for the forward's result if the next stage is on the same device |
+    | `to_own_gradients` | slot of `gradients` for the backward's result if the previous stage is on the same device |
+    | `from_loss` | slot of `gradients` for the gradient of the loss, which the forward of the last stage makes |
+    | `arrives_<k>_<kind>` | slot of `inputs` (kind F) or `gradients` (kind B) for the message that channel k brings |
     """
 
     columns: Mapping[str, np.ndarray]
     phases: tuple[tuple[Operation, ...], ...]
-    """The operations that occur in each phase of a tick.  The first operation of each phase does nothing."""
+    """For each phase of a tick, the operations that occur in it, as the branches of a `jax.lax.switch`.
+
+    The first operation of a phase does nothing.  A phase in which no device has work is left out.
+    """
     channels: tuple[Channel, ...]
     inputs: int
-    """Number of slots for boundary tensors that wait for their forward."""
+    """Number of slots for boundary tensors that wait for the forward of the stage that they enter."""
     gradients: int
     """Number of slots for gradients of boundary tensors, which live from their arrival to their last use."""
     activations: int
-    """Number of slots for activations.  A slot has all that one stage keeps of one microbatch for the backward."""
+    """Number of slots for activations.  A slot holds all that one stage keeps of one microbatch for the backward."""
     deferrals: int
-    """Number of slots for deferrals.  A slot has all that I of one stage and microbatch keeps for W."""
+    """Number of slots for deferrals.  A slot holds all that I of one stage and microbatch keeps for W."""
 
 
 Item = tuple[int, int]
-"""An item of a buffer, named by (microbatch, stage)."""
+"""The name of an item in a buffer: (microbatch, stage)."""
 Slots = Mapping[str, Mapping[Item, int]]
-"""For each buffer of `Program`, by name, the slot of every item."""
+"""For the name of each buffer of `Program`, the slot of every item."""
 
 
 class Life(NamedTuple):
@@ -100,11 +106,9 @@ class Life(NamedTuple):
 
 
 def compile_table(schedule: Schedule, leading: bool = False) -> Program:
-    """Compile the table of a schedule that `validate` has passed into a `Program`.
+    """Compile the table of a schedule into a `Program`.  The schedule must be one that `validate` accepts.
 
-    Args:
-      schedule: the schedule with the table.
-      leading: whether the first stage begins with dense blocks.
+    `leading`: whether the first stage begins with dense blocks, which the other stages do not have.
     """
     slots, channels = _buffers(schedule), _channels(schedule)
     phases, chosen = _phases(schedule, leading)
@@ -114,7 +118,7 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
 
 
 def _buffers(schedule: Schedule) -> Slots:
-    """Return the slot of every item in each of the four buffers."""
+    """Return the slot of every item in the buffers `inputs`, `gradients`, `activations` and `deferrals`."""
     done = when(schedule)
     ends = {
         (op.microbatch, schedule.wiring_of(device, op).stage): tick
@@ -133,15 +137,15 @@ def _buffers(schedule: Schedule) -> Slots:
             lives["activations"].append(Life(place.device, forward, end, (m, stage)))
             if backward < end:
                 lives["deferrals"].append(Life(place.device, backward, end, (m, stage)))
-            if stage == schedule.stages - 1:  # the gradient of the loss
+            if stage == schedule.stages - 1:  # The forward of the last stage makes the gradient of the loss.
                 lives["gradients"].append(Life(place.device, forward, end, (m, stage)))
     return {name: _slots(each, schedule.devices, shared=name != "activations") for name, each in lives.items()}
 
 
 def _slots(lives: Sequence[Life], devices: int, shared: bool) -> dict[Item, int]:
-    """Return the first free slot for each item.
+    """Give each item of one buffer the first slot of its device that is free when the item is written.
 
-    `shared`: whether a slot that is last read in a tick can be written at the end of the same tick.
+    `shared`: whether an item may be written into a slot at the end of the tick in which the item before it was last read.
     """
     out: dict[Item, int] = {}
     free_from: list[list[int]] = [[] for _ in range(devices)]
@@ -156,16 +160,16 @@ def _slots(lives: Sequence[Life], devices: int, shared: bool) -> dict[Item, int]
 
 
 def _direction(source: int, target: int, devices: int) -> int:
-    """Return the direction from `source` to `target`: 1 to the next device on the ring, -1 to the previous device.
+    """Return the direction of a message on the ring of devices: 1 to the next device, -1 to the previous device.
 
-    Other directions are target - source.  With two devices, 0 -> 1 is 1 and 1 -> 0 is -1.
+    Between devices that are not neighbours it is target - source.  With two devices, 0 -> 1 is 1 and 1 -> 0 is -1.
     """
     step = target - source
     return step if abs(step) == 1 else -step // (devices - 1) if abs(step) == devices - 1 else step
 
 
 def _channels(schedule: Schedule) -> dict[int, Channel]:
-    """Return the channel of each direction in which messages are sent, in ascending order of directions."""
+    """Return a dict from each direction in which messages are sent to its channel, in ascending order of directions."""
     sent: dict[int, set[tuple[str, tuple[int, int]]]] = {}
     for message in messages(schedule):
         if message.source != message.target:
@@ -181,7 +185,7 @@ def _channels(schedule: Schedule) -> dict[int, Channel]:
 
 
 def _slot_columns(schedule: Schedule, slots: Slots, directions: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return the columns with microbatch, chunk and stage of every operation, and the slots of its operands and results."""
+    """Return all columns but `operation_<k>`, by name.  `directions` are the directions of the channels, in order."""
     shape = schedule.devices, len(schedule.table)
     halves = [f"{half}_{name}" for half in ("forward", "backward") for name in ("microbatch", "chunk", "stage", "read")]
     columns = {name: np.zeros(shape, np.int32) for name in (*halves, "kept", "deferred")}
@@ -218,7 +222,7 @@ def _slot_columns(schedule: Schedule, slots: Slots, directions: Sequence[int]) -
 
 
 def _phases(schedule: Schedule, leading: bool) -> tuple[tuple[tuple[Operation, ...], ...], dict[str, np.ndarray]]:
-    """Return (operations of each phase that is not empty, columns `operation_<k>`)."""
+    """Return (operations of each phase in which some device has work, columns `operation_<k>` by name)."""
     does: dict[tuple[int, int], Operation] = {}
     for tick, device, op in operations(schedule):
         half, leads = "forward" if op.kind == "F" else "backward", leading and schedule.wiring_of(device, op).stage == 0
@@ -237,9 +241,9 @@ def _phases(schedule: Schedule, leading: bool) -> tuple[tuple[tuple[Operation, .
 
 
 def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
-    """Divide what a device does in a tick among the three phases: F; I; and W, B or F&B.
+    """Divide what a device does in a tick among the three phases.  The phases are F, then I, then W, B or F&B.
 
-    An F in the same cell as an I or a W is a separate operation, in the phase F.
+    An F in the same cell as an I or a W is an operation of its own, in the first phase.
     """
     nothing = Operation()
     if op.forward and op.backward == "B":
@@ -250,7 +254,7 @@ def _in_phases(op: Operation) -> tuple[Operation, Operation, Operation]:
 
 
 def _ordered(operations: set[Operation]) -> tuple[Operation, ...]:
-    """Sort the operations of a phase: first the operation that does nothing, last the operations that write most."""
+    """Sort the operations of a phase: the first does nothing, and those that write most arrays come last."""
     kinds = ("", "W", "I", "B")
     return tuple(
         sorted({Operation(), *operations}, key=lambda op: (op.forward, op.backward_leads, kinds.index(op.backward), op))

@@ -2,8 +2,8 @@
 
 The backward pass of a stage makes the gradient of its input (I), for which the previous stage waits, and the gradients of its
 weights (W), for which no stage waits.  `split` traces the whole pass and divides its operations.  The first half runs the
-operations on which I depends, and the second half runs all others.  Values of the first half that the second half needs are kept in
-between.  Most of these are gradients of the results of matrix products.
+operations on which I depends, and the second half runs all others.  Values of the first half that the second half needs are kept
+until it runs.  Most of the kept values are gradients of the results of matrix products.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ EXACT = frozenset(
         *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not"),
     )
 )
-"""Names of elementwise primitives and moves whose results have the same bits, however XLA fuses them."""
+"""Names of primitives whose results have the same bits, however XLA fuses them: they move, cast, negate, select or compare."""
 CHEAP = EXACT | {"add", "add_any", "sub", "mul", "div", "integer_pow", "square", "rsqrt", "logistic", "exp"}
-"""Names of primitives that are cheap to run again.  Those not in `EXACT` may round differently when XLA fuses them differently."""
+"""Names of primitives that are cheap to run again.  Those not in `EXACT` may round differently in another fusion by XLA."""
 
 
 class Split(NamedTuple):
-    """The two halves of function(free, given) = (now, later)."""
+    """The two halves of a function of (free, given) that has two results."""
 
     now: Callable[[Tree, Tree], tuple[Tree, list[Array]]]
-    """The first half: now(free, given) = (first result of the function, values to keep for the second half)."""
+    """The first half: now(free, given) returns (first result of the function, values to keep for the second half)."""
     later: Callable[[Tree, Tree, Sequence[Array]], Tree]
-    """The second half: later(free, given, kept) = second result of the function.  If split `at_once`, it does not use `given`."""
+    """The second half: later(free, given, kept) returns the second result of the function.
+
+    If the function was split with `at_once`, the second half does not use `given`.
+    """
     between: list[jax.ShapeDtypeStruct]
     """Shapes and dtypes of the values that the first half keeps for the second half."""
 
@@ -52,17 +55,18 @@ def split(
     at_once: bool = False,
     recompute: frozenset[str] = CHEAP,
 ) -> Split:
-    """Split function(free, given) = (now, later) into two halves that together compute each operation once.
+    """Split a function of (free, given) into two halves.  The first half makes the first result, and the second half the second.
 
-    Operations on `free` alone (casts of weights, masks) are an exception: each half that needs their results runs them.  Calls,
-    recomputation and unrolled loops are opened, so that their operations are divided too.  Any other loop is one operation.
+    Most operations run in one of the two halves.  Both halves may run operations on `free` alone (casts of weights, masks) and
+    primitives in `recompute`.  Calls, `jax.checkpoint` and unrolled loops are inlined, so that their operations are divided too.
+    Any other loop is one operation.
 
     Args:
-      function: a function of two trees of arrays, with two results.
+      function: a function of two trees of arrays, whose two results are trees of arrays.
       free: arrays, or their shapes and dtypes, that both halves get.  Results of operations on `free` alone are not kept.
-      given: arrays, or their shapes and dtypes, that both halves get unless `at_once` is true.
-      at_once: whether the first half computes all that depends on `given`.  The second half then gets only `free` and kept values.
-      recompute: `EXACT` or `CHEAP`, the primitives that the second half may run again so that fewer bytes are kept.
+      given: arrays, or their shapes and dtypes, that both halves get.  With `at_once` only the first half uses them.
+      at_once: whether the first half computes all that depends on `given`.
+      recompute: `EXACT` or `CHEAP`: primitives that the second half may run again so that fewer bytes are kept.
     """
     closed, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(free, given)
     flat = jax.make_jaxpr(lambda *a: _opened(closed.jaxpr, closed.consts, a))(*jax.tree.leaves((free, given)))
@@ -103,7 +107,7 @@ def split(
 
 
 def _needed(eqns: Sequence[Any], wanted: Iterable[Any], known: set[Any]) -> list[Any]:
-    """Return the operations that compute `wanted` from `known`, in their order among `eqns`."""
+    """Return those of the operations `eqns` that are needed to compute `wanted` from `known`, in the same order."""
     needed = {v for v in wanted if isinstance(v, core.Var)} - known
     out = []
     for eqn in reversed(eqns):
@@ -115,7 +119,7 @@ def _needed(eqns: Sequence[Any], wanted: Iterable[Any], known: set[Any]) -> list
 
 
 def _used(eqns: Sequence[Any], wanted: Iterable[Any], available: set[Any]) -> list[Any]:
-    """Return each value of `available` that is an operand of `eqns` or is in `wanted`, once."""
+    """Return the values of `available` that are operands of `eqns` or are in `wanted`, each once."""
     used = [v for eqn in eqns for v in eqn.invars] + list(wanted)
     return list(dict.fromkeys(v for v in used if isinstance(v, core.Var) and v in available))
 
@@ -123,10 +127,10 @@ def _used(eqns: Sequence[Any], wanted: Iterable[Any], available: set[Any]) -> li
 def _cheapest(
     kept: list[Any], origin: dict[Any, Any], dependent: set[Any], known: set[Any], recompute: frozenset[str]
 ) -> list[Any]:
-    """Return values with fewer bytes than `kept`, from which all of `kept` can be recomputed.
+    """Return values with at most as many bytes as `kept`, from which all of `kept` can be recomputed.
 
-    A value is dropped if primitives in `recompute` can make it from the other values.  A value is replaced by its operands if the
-    operands have fewer bytes.
+    A value is dropped if primitives in `recompute` can make it from the other values.  A value that such a primitive makes is
+    replaced by the operands of the primitive if these have fewer bytes.
     """
 
     def at_hand(v: Any, others: set[Any]) -> bool:
@@ -150,7 +154,8 @@ def _cheapest(
                 kept = [u for u in kept if u is not v]
             elif v in origin and (name := origin[v].primitive.name) in recompute:
                 operands = [u for u in origin[v].invars if not at_hand(u, others)]
-                # The operands of these three primitives are as large as the result, but some operands may be recomputable.
+                # The operands of these three primitives together are as large as the result.  They replace the result all the
+                # same, because some of them may be dropped later.
                 if sum(map(_bytes, operands)) < _bytes(v) + (name in ("stack", "concatenate", "name")):
                     kept = list(dict.fromkeys([u for u in kept if u is not v] + operands))
     return kept
@@ -178,7 +183,7 @@ def _run(jaxpr: core.Jaxpr, eqns: Sequence[Any], values: dict[Any, Any]) -> dict
 
 
 def _opened(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Run a jaxpr with its calls inlined and its unrolled loops written out, and return its results."""
+    """Run a jaxpr with its calls inlined and its unrolled loops traced turn by turn, and return its results."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -202,12 +207,12 @@ def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
     """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12 has `ft_in` in place of the two counts.
     return len(list(consts)), len(list(carry))
 
 
 def _unrolled(params: dict[str, Any], arguments: Sequence[Any]) -> list[Any]:
-    """Run a scan one turn after another, with the operations of each turn written out."""
+    """Run a scan turn by turn, so that the operations of each turn are traced separately, and return its results."""
     consts, carry = loop_arguments(params)
     fixed, state, each = arguments[:consts], list(arguments[consts:][:carry]), arguments[consts + carry :]
     told: list[list[Any]] = []

@@ -1,11 +1,11 @@
 """The operations of one stage of a pipeline: its forward, its backward, and the values that are kept between the two.
 
-B is the whole VJP of a stage.  I is the part that makes the gradient of the stage's input, and W is the rest (`split`).  Only the
-first stage embeds tokens, and only the last one computes logits and the loss.  The last stage takes the gradient of the loss within
-its forward, so that no buffer holds logits.
+B is the whole backward pass of a stage.  I is the part that makes the gradient of the stage's input, and W is the rest (`split`).
+Only the first stage embeds tokens, and only the last stage computes logits and the loss.  The forward of the last stage also makes
+the gradient of the loss, so that no buffer holds logits.
 
-If a decoder begins with dense blocks before its blocks with experts, the first stage computes other blocks than later stages.  This
-variant of a stage is named `leads`.  Every function of a stage is traced once for each variant.
+If a decoder begins with dense blocks before its blocks with experts, there are two variants of a stage: the first stage, which has
+dense blocks (`leads` is true), and any other stage.  Every function of a stage is traced once for each variant.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from mhc_jax.remat import block_length, recomputed
 Tree = Any
 
 FIRST, LAST = "first_stage", "last_stage"
-"""Name scopes of operations that only one stage runs: the first stage, or the last stage."""
+"""Names of the `jax.named_scope` around operations that only the first stage runs, or only the last stage."""
 
 
 class Pool:
-    """One list of arrays with room for the values of either variant of a stage, so that both variants use one buffer."""
+    """A list of arrays with room for the values of either variant of a stage (`leads` or not), so that both share one buffer."""
 
     def __init__(self, variants: Mapping[bool, Sequence[jax.ShapeDtypeStruct]]):
-        """Give every value of each variant a position.  Values of two variants with equal shapes and dtypes share a position."""
+        """Give every value of each variant a position in the list.
+
+        A value of one variant and a value of the other share a position if they have the same shape and dtype.
+        """
         self.shapes: list[jax.ShapeDtypeStruct] = []
         self.places: dict[bool, list[int]] = {}
-        """For each variant (whether it `leads`), the position of every value in the list."""
+        """For each variant (`leads` or not), the position of every value in the list."""
         for leads, values in variants.items():
             free = list(range(len(self.shapes)))
             self.places[leads] = []
@@ -53,14 +56,14 @@ class Pool:
                 self.places[leads].append(k)
 
     def put(self, leads: bool, values: Sequence[Array]) -> list[Array]:
-        """Return the whole list with the values of a variant at their positions, and zeros elsewhere."""
+        """Return a list of arrays with the values of a variant at their positions, and zeros elsewhere."""
         out = [jnp.zeros(a.shape, a.dtype) for a in self.shapes]
         for k, a in zip(self.places[leads], values, strict=True):
             out[k] = a
         return out
 
     def take(self, leads: bool, pool: Sequence[Any]) -> list[Any]:
-        """Return the values of a variant from the whole list."""
+        """Return the values of a variant from `pool`, a list like that of `put`."""
         return [pool[k] for k in self.places[leads]]
 
 
@@ -78,7 +81,7 @@ class Work(NamedTuple):
 
 
 class Stage:
-    """The operations of a device, as branches for `jax.lax.switch`, and the shapes of their results."""
+    """The operations F, B, I and W of the stages of one device, and the shapes of the values that they keep."""
 
     def __init__(self, model: ModelConfig, stages: int, outer: Tree, tokens: Array, layers: Tree, halves: bool = False):
         """Trace the operations of the stages of one device.
@@ -97,7 +100,7 @@ class Stage:
         self.packer = CarryPacker(lambda tokens: self.enter(self.head(outer), tokens), tokens)
         first = jax.tree.map(lambda a: a[0], layers)
         self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at)[1])
-        """Shapes of the aux values that the blocks of a stage report, [blocks of a stage, ...]."""
+        """Shapes of the auxiliary values (aux) that the blocks of a stage report, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
 
         def all_uses(params: tuple[Tree, Tree]) -> Any:
@@ -109,17 +112,17 @@ class Stage:
         dtypes = computed_in(all_uses, (outer, first))
         self.outer, self.layers = cast(outer, dtypes[0]), cast(layers, dtypes[1])
         free = jax.tree.map(lambda a: a[0], self.layers), at
-        # In float32 recompute only what does not round, so that a pipeline rounds as the decoder without a pipeline does.
+        # In float32 a pipeline should round as the decoder without it does, so values that XLA may round differently are kept.
         recompute = EXACT if model.compute_dtype == "float32" else CHEAP
         self.passes = {
             leads: split(functools.partial(self._pushed, leads), free, self.packer.zeros(), True, recompute)
             for leads in variants
         }
-        """For each variant, the forward pass, split into the part that F computes and the part that the backward recomputes."""
+        """For each variant, the forward split into two halves: F runs the first, and the backward the second, to recompute."""
         self.activations = Pool({leads: each.between for leads, each in self.passes.items()})
         """The values that a forward keeps for its backward."""
         self.halves = {}
-        """For each variant, the backward pass, split into I and W.  Empty if the schedule has no I and W."""
+        """For each variant, the backward split into I and W.  Empty if the schedule has no I and W."""
         for leads in variants if halves else ():
             given = self.activations.take(leads, self.activations.shapes), self.packer.tree
             self.halves[leads] = split(functools.partial(self.pulled, leads), free, given, recompute=recompute)
@@ -129,20 +132,20 @@ class Stage:
     # -- the model
 
     def head(self, outer: Tree) -> Tree:
-        """Return the parameters outside the blocks that the input embedding needs."""
+        """Return the entries of `outer` that the first stage needs to embed tokens and make streams of them."""
         return {name: outer[name] for name in ("embedding", "ends") if name in outer}
 
     def tail(self, outer: Tree) -> Tree:
-        """Return the parameters outside the blocks that the loss needs."""
+        """Return the entries of `outer` that the last stage needs to compute the loss."""
         unembedding = "embedding" if self.model.tied_embeddings else "unembedding"
         return {name: outer[name] for name in (unembedding, "final_norm", "ends") if name in outer}
 
     def dense(self, outer: Tree, leads: bool) -> Tree:
-        """Return the parameters of the dense blocks that precede blocks with experts.  Empty for a stage without such blocks."""
+        """Return the parameters of the leading dense blocks, or an empty dict for a stage without such blocks."""
         return outer["dense_layers"] if leads and self.model.num_leading else {}
 
     def enter(self, params: Tree, tokens: Array) -> Tree:
-        """Return the carry that enters the first block, from the tokens of a microbatch."""
+        """Return the carry that the tokens [B, T] of a microbatch give the first block."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
         return enter(self.model, params["embedding"], ends, tokens)
 
@@ -167,7 +170,7 @@ class Stage:
         return carry, jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
 
     def _run(self, dense: bool, layers: Tree, carry: Tree, indices: Array) -> tuple[Tree, Tree]:
-        """Run blocks one after another.  In the backward pass they are recomputed as model.remat says."""
+        """Run blocks one after another, and return (carry, aux).  The backward recomputes values in them as model.remat says."""
         model, count = self.model, len(indices)
 
         def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
@@ -188,23 +191,28 @@ class Stage:
     # -- its gradient in parts
 
     def vjp(self, leads: bool, layers: Tree, carry: Tree, stage: Array) -> tuple[Tree, Any, Tree]:
-        """Return the VJP of `blocks`, as (carry, pull-back to the gradients of (layers, dense, carry), aux)."""
+        """Run `blocks`, and return (carry after them, pull-back, aux).
+
+        The pull-back takes the gradient of this carry, and returns the gradients of (layers, dense, carry that entered).
+        """
         dense = self.dense(self.outer, leads)
         return jax.vjp(lambda l, d, c: self.blocks(leads, l, d, c, stage), layers, dense, carry, has_aux=True)
 
     def _pushed(self, leads: bool, free: tuple[Tree, Array], carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
-        """Run the forward with `free` = (layers, stage).  Return ((carry, aux), leaves of the pull-back)."""
+        """Run the blocks of a stage with `free` = (layers, stage).  Return ((carry, aux), arrays in the pull-back of `vjp`)."""
         carry, pull, aux = self.vjp(leads, free[0], carry, free[1])
         return (carry, aux), jax.tree.leaves(pull)
 
     def pulled(self, leads: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
-        """Run the backward of a stage, with `free` = (layers, stage) and `given` = (kept values, gradient of the carry).
+        """Run the backward of a stage.
+
+        `free` is (layers, stage), and `given` is (values that F kept, gradient of the carry that leaves the stage).
 
         Returns:
           (gradient of the carry that entered the stage, (gradients of its blocks, gradients of the dense blocks)).
         """
         (layers, stage), (kept, g) = free, given
-        # Only the structure of this pull-back is used.  Its leaves come from the forward that ran earlier.
+        # Of this pull-back only the tree structure is used.  Its arrays come from the values that F kept.
         _, pull, _ = self.vjp(leads, layers, self.packer.zeros(), stage)
         leaves = self.passes[leads].later(free, None, kept)
         g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
@@ -215,12 +223,12 @@ class Stage:
 
         Args:
           work: the stage and the microbatch.
-          x: packed boundary tensor that enters the stage.  The first stage makes its own from the tokens instead.
+          x: packed boundary tensor that enters the stage.  The first stage does not use it, and embeds the tokens.
           sums: gradients of the parameters outside the blocks, added up so far.
 
         Returns:
           (dict of `F`, `activations`, `loss` and `aux`, new `sums`).  `F` is the packed boundary tensor that leaves the stage.  On
-          the last stage it is the gradient of this tensor.
+          the last stage it is the gradient of the loss with respect to this tensor.
         """
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
@@ -254,9 +262,9 @@ class Stage:
           kind: the operation to run: `B`, `I` or `W`.
           work: the stage and the microbatch.
           chunk: position of the stage among the stages of the device.
-          activations: the values that the forward kept.
+          activations: the values that F of the same stage and microbatch kept.
           g: packed gradient of the boundary tensor that leaves the stage.
-          deferrals: the values that I kept.  Only W uses them.
+          deferrals: the values that I of the same stage and microbatch kept.  Only W uses them.
           sums: (gradients outside the blocks, gradients of the blocks [chunks, ...]), added up so far.
 
         Returns:

@@ -1,8 +1,8 @@
 """Simulation of a schedule from the times of its operations: how long a step takes, how long devices wait, and what they hold.
 
-Each device runs its cells in the order of the table.  A cell starts as soon as the device is free and its operands have arrived.
-Ticks therefore give the order of the cells alone, and no times.  A message travels while both devices compute, and takes
-`Costs.send`.
+Each device runs its cells in the order of the table.  A cell starts as soon as the device is free and the operands have arrived.
+The ticks of the table therefore only order the cells, and have no duration.  A message takes the time `Costs.send`, and the devices
+that send and receive it compute meanwhile.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from mhc_jax.pipeline_schedules.validate import peak_activations
 
 @dataclass(frozen=True)
 class Costs:
-    """Times that a pipeline takes for one microbatch, in any unit.  Each tuple has one number for each stage of the model."""
+    """Times of the operations on one microbatch, in any unit.  Each tuple has one number for each stage of the model."""
 
     F: tuple[float, ...]
-    """Time of the forward of each stage."""
+    """Time of the forward, for each stage."""
     B: tuple[float, ...]
-    """Time of the whole backward of each stage, recomputation included."""
+    """Time of the whole backward with its recomputation, for each stage."""
     W: tuple[float, ...]
     """Time of the part of B that makes the gradients of the weights, for each stage.  I is the rest: B = I + W."""
     pair: float = 1.0
-    """Time of an overlapped pair F&B, divided by F + B."""
+    """Time of an overlapped pair F&B, divided by the time F + B that the two take one after the other."""
     send: float = 0.0
     """Time that a boundary tensor takes to travel from one device to the next."""
     activations: tuple[float, ...] = ()
-    """Size of what each stage keeps of a microbatch, in any unit.  Empty means 1 for every stage."""
+    """Size of what each stage keeps of one microbatch for its backward, in any unit.  Empty means 1 for every stage."""
 
     def __post_init__(self) -> None:
         require(
@@ -62,23 +62,23 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The result of `simulate`: when each cell runs, and what each device holds.  Times are in the unit of `Costs`."""
+    """The result of `simulate`: when each cell runs, and how much each device holds.  Times are in the unit of `Costs`."""
 
     schedule: Schedule
     spans: tuple[Span, ...]
     exposed: float
-    """Exposed time of messages: by how much the step would be shorter if messages took no time."""
+    """Exposed time of messages: the time by which the step would be shorter if messages took no time."""
     activations: tuple[float, ...]
     """The largest size of activations that each device holds at once, in the unit of `Costs.activations`."""
 
     @property
     def makespan(self) -> float:
-        """Return the time of the whole step, without the optimizer."""
+        """Return the time from the start of the step to the end of its last cell.  The optimizer is left out."""
         return max(span.end for span in self.spans)
 
     @property
     def bubble(self) -> tuple[float, ...]:
-        """Return the time that each device waits during the step."""
+        """Return, for each device, the time that it waits during the step."""
         busy = [0.0] * self.schedule.devices
         for span in self.spans:
             busy[span.device] += span.end - span.start
@@ -86,15 +86,17 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """Return the share of device time spent waiting: the sum of `bubble`, divided by makespan times number of devices."""
+        """Return the share of the step that an average device waits: the mean of `bubble`, divided by `makespan`."""
         return sum(self.bubble) / (self.makespan * self.schedule.devices)
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Simulate the schedule with the times in `costs`.  `validate` must have passed the schedule.
+    """Compute when each cell of a schedule runs if its operations take the times in `costs`.
+
+    The schedule must be one that `validate` accepts.
 
     Raises:
-      InputError: the costs have another number of stages than the schedule.
+      InputError: the costs are those of another number of stages than the schedule has.
     """
     require(
         len(costs.F) == schedule.stages,

@@ -4,21 +4,22 @@ r"""Schedules of pipeline parallelism, as tables with a row for each tick and a 
 | --- | --- | --- |
 | `gpipe` | all forwards, then all backwards | GPipe, arXiv 1811.06965, section 2.2 |
 | `1f1b` | one forward, one backward in turn | PipeDream-Flush; arXiv 2104.04473, section 2.2.1 |
-| `interleaved` | `1f1b` with several stages a device | arXiv 2104.04473, section 2.2.2 |
+| `interleaved` | `1f1b` with several stages on each device | arXiv 2104.04473, section 2.2.2 |
 | `zb1p` | `1f1b` whose weight gradients fill the bubble | ZB-H1, arXiv 2401.10241, section 2.1 |
 | `dualpipe` | microbatches enter at both ends of the pipeline | DeepSeek-V3, arXiv 2412.19437, section 3.2.1 |
-| `dualpipev` | `dualpipe` on half as many devices, whose stages lie in a V | github.com/deepseek-ai/DualPipe |
+| `dualpipev` | `dualpipe` on half as many devices; stages go along them and back, in a V | github.com/deepseek-ai/DualPipe |
 
-Letters: P devices along the stage axis, M microbatches, v stages a device (chunks).  F, B, I and W are times of one stage and
-microbatch: the forward, the whole backward, and the two parts of the backward, B = I + W.  I computes the gradient of the stage's
-input, and W computes the gradients of its weights.  F&B is the time of a forward and a backward that overlap.
+P is the number of devices along the mesh axis `stage`, M the number of microbatches, and v the number of stages (chunks) of a
+device.  F, B, I and W are the times of a forward, a whole backward, and the two parts of the backward, for one stage and
+microbatch: B = I + W.  I computes the gradient of the stage's input, and W computes the gradients of its weights.  F&B is the time
+of a forward and a backward that overlap.
 
-The docstring of each schedule gives its bubble (the time that a device waits in a step) and the largest number of activations that
-a device holds.  Table 2 of arXiv 2412.19437 has the formulas of `1f1b`, `zb1p` and `dualpipe`.  The formula of `dualpipev` is in
-the README of github.com/deepseek-ai/DualPipe.
+The docstring of each schedule gives the bubble (the time that a device waits in a step) and the largest number of activations that
+a device holds at once.  An activation is all that one stage keeps of one microbatch.  Table 2 of arXiv 2412.19437 has the formulas
+of `1f1b`, `zb1p` and `dualpipe`.  The formula of `dualpipev` is in the README of github.com/deepseek-ai/DualPipe.
 
-A cell of a table holds no operation, one operation, or the two operations of an overlapped pair F&B.  A message sent in a tick is
-usable `latency` ticks later.
+A cell of a table holds no operation, one operation, or the two operations of an overlapped pair F&B.  A message that is
+sent in one tick can be used `latency` ticks later.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ class Op(NamedTuple):
     """The kind of operation: `F`, `B`, `I` or `W`."""
     microbatch: int
     chunk: int
-    """Position of the stage among the stages of the device."""
+    """Number of the stage among the stages of the device, from 0."""
     receives: int | None = None
-    """The device of the stage that makes the operand, which may be this device.  None if no other stage makes it."""
+    """The device of the neighbouring stage that makes the operand.  It may be this device.  None: no other stage makes it."""
     sends: int | None = None
-    """The device of the stage that needs the result, which may be this device.  None if no other stage needs it."""
+    """The device of the neighbouring stage that needs the result.  It may be this device.  None: no other stage needs it."""
 
     def __str__(self) -> str:
         return f"{self.kind} of microbatch {self.microbatch}, chunk {self.chunk}"
 
 
 class Place(NamedTuple):
-    """The device and the chunk at which a stage is computed."""
+    """Where a stage is computed: the device, and the number of the stage among those of the device (chunk)."""
 
     device: int
     chunk: int
@@ -60,12 +61,12 @@ class Place(NamedTuple):
 
 Cell = tuple[Op, ...]
 Order = list[list[tuple[str, int, int]]]
-"""The cells of one device in order.  Each cell is a list of operations (kind, microbatch, chunk)."""
+"""The cells that one device runs, in order.  Each cell is a list of operations (kind, microbatch, chunk)."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table of operations, with the routes that microbatches take through the devices."""
+    """A table of the operations of each device and tick, with the routes of microbatches through the devices."""
 
     name: str
     devices: int
@@ -73,16 +74,16 @@ class Schedule:
     microbatches: int
     """Number of microbatches, M."""
     routes: tuple[tuple[Place, ...], ...]
-    """One route for each direction in which microbatches travel.  A route lists the places of stages 0, 1, ... of the model."""
+    """One route for each direction in which microbatches travel.  It lists the places (device, chunk) of stages 0, 1, ..."""
     route_of: tuple[int, ...]
     """For each microbatch, the index in `routes` of the route that it takes."""
     bound: tuple[int, ...]
-    """Number of activations, each of one stage and microbatch, for which each device has room."""
+    """For each device, the number of activations that it may hold at once.  Each is of one stage and one microbatch."""
     table: tuple[tuple[Cell, ...], ...]
     """The cell of each tick and device, indexed as table[tick][device]."""
     latency: int = 1
-    """Number of ticks from sending a message to its first use.  1: devices wait for messages between two ticks.  2: messages
-    travel while the next tick computes."""
+    """Number of ticks from the tick that sends a message to the first tick that can use it.  1: devices wait for messages between
+    two ticks.  2: messages travel while the next tick computes."""
 
     @property
     def stages(self) -> int:
@@ -91,34 +92,36 @@ class Schedule:
 
     @property
     def chunks(self) -> int:
-        """Return the number of stages that a device holds."""
+        """Return the number of stages that a device holds, v."""
         return 1 + max(place.chunk for route in self.routes for place in route)
 
     @property
     def stage_of(self) -> dict[Place, int]:
-        """Return the number of the stage at every place."""
+        """Return a dict from each place (device, chunk) to the number of the stage that is computed there."""
         return {place: stage for route in self.routes for stage, place in enumerate(route)}
 
     def wiring_of(self, device: int, op: Op) -> Wiring:
-        """Return the wiring of an operation that the table gives to `device`."""
+        """Return the stage, neighbours and dependencies of an operation that `table` gives to `device`."""
         return wiring(self.routes[self.route_of[op.microbatch]])[op.kind, Place(device, op.chunk)]
 
 
 class Wiring(NamedTuple):
-    """The stage of an operation, the devices of its neighbours, and the operations on which it depends."""
+    """The stage of an operation, the devices that make its operand and need its result, and what must come before it."""
 
     stage: int
     receives: int | None
-    """As `Op.receives`: the device that makes the operand."""
+    """The device that makes the operand, as in `Op.receives`."""
     sends: int | None
-    """As `Op.sends`: the device that needs the result."""
+    """The device that needs the result, as in `Op.sends`."""
     needs: tuple[tuple[str, int, bool], ...]
-    """The operations that must come before, as (kind, stage, whether another device does it).  B means B or I."""
+    """The operations of the same microbatch that must come before, as (kind, stage, whether another device does it).
+
+    The kind B stands for B or I."""
 
 
 @functools.lru_cache(maxsize=64)
 def wiring(route: tuple[Place, ...]) -> dict[tuple[str, Place], Wiring]:
-    """Return the wiring of every kind of operation at every place of a route."""
+    """Return a dict from (kind of operation, place) to the `Wiring` of this operation, for all places of one route."""
     out = {}
     for stage, place in enumerate(route):
         before = route[stage - 1].device if stage > 0 else None
@@ -132,10 +135,10 @@ def wiring(route: tuple[Place, ...]) -> dict[tuple[str, Place], Wiring]:
 
 
 class Plan(NamedTuple):
-    """A schedule before its ticks are known: the order of operations on every device."""
+    """A schedule whose ticks are not known yet: it gives the order of operations on each device."""
 
     orders: Sequence[Order]
-    """The order of operations on each device."""
+    """For each device, its cells in the order in which it runs them."""
     routes: Sequence[Sequence[Place]]
     """The routes, as in `Schedule`.  `route_of` and `bound` are as in `Schedule` too."""
     route_of: Sequence[int]
@@ -143,10 +146,10 @@ class Plan(NamedTuple):
 
 
 def lay_out(name: str, plan: Plan, latency: int = 1) -> Schedule:
-    """Put every cell of a plan into the first tick in which its operands are there.  Each device keeps its order of cells.
+    """Make the schedule of a plan.  Each device runs its cells in order, each in the first tick in which the operands are there.
 
     Raises:
-      InputError: cells of the plan wait for each other for ever.
+      InputError: cells of the plan wait for each other for ever.  `name` names the plan in the message.
     """
     P = len(plan.orders)
     routes = tuple(tuple(route) for route in plan.routes)
@@ -182,7 +185,7 @@ def lay_out(name: str, plan: Plan, latency: int = 1) -> Schedule:
 def gpipe(P: int, M: int) -> Plan:
     r"""GPipe (Huang et al., arXiv 1811.06965, section 2.2): all forwards, then all backwards.
 
-    Bubble: $(P - 1)(F + B)$.  Activations of a device: $M$.
+    Bubble: $(P - 1)(F + B)$.  A device holds at most $M$ activations.
     """
     order = [[("F", m, 0)] for m in range(M)] + [[("B", m, 0)] for m in range(M)]
     return Plan([order] * P, [_line(P)], [0] * M, [M] * P)
@@ -192,17 +195,17 @@ def one_f_one_b(P: int, M: int) -> Plan:
     r"""1F1B (PipeDream-Flush; Narayanan et al., arXiv 2104.04473, section 2.2.1).
 
     Device $d$ begins with $P - 1 - d$ forwards, and then alternates one forward and one backward.
-    Bubble: $(P - 1)(F + B)$.  Activations of device $d$: $P - d$.
+    Bubble: $(P - 1)(F + B)$.  Device $d$ holds at most $P - d$ activations.
     """
     orders = [_alternate([("F", m, 0) for m in range(M)], [("B", m, 0) for m in range(M)], P - 1 - d) for d in range(P)]
     return Plan(orders, [_line(P)], [0] * M, [P - d for d in range(P)])
 
 
 def interleaved(P: int, M: int, v: int = 2) -> Plan:
-    r"""Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2.2): device $d$ holds the stages $cP + d$, $c < v$.
+    r"""Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2.2): device $d$ holds stages $cP + d$ for $c < v$.
 
-    Bubble: $(P - 1)(F + B)$ with the times of one stage, which are $1 / v$ of those under `1f1b`.
-    Activations of device $d$: $\min(2(P - d - 1) + (v - 1)P + 1,\; Mv)$.
+    Bubble: $(P - 1)(F + B)$, where the times F and B of a stage are $1 / v$ of those under `1f1b`.
+    Device $d$ holds at most $\min(2(P - d - 1) + (v - 1)P + 1,\; Mv)$ activations.
 
     Raises:
       InputError: v is less than 2, or M is not a multiple of P.
@@ -222,8 +225,8 @@ def interleaved(P: int, M: int, v: int = 2) -> Plan:
 def zb1p(P: int, M: int) -> Plan:
     r"""ZB-H1 (Qi et al., arXiv 2401.10241, section 2.1), which arXiv 2412.19437 calls ZB1P.
 
-    The order is that of `1f1b`, with I instead of B.  Device $d$ postpones $d$ weight gradients, and fills the bubble behind its
-    last forward with them.  Bubble: $(P - 1)(F + B - 2W)$.  Activations of a device: $P$.
+    The order is that of `1f1b`, with I instead of B.  Device $d$ postpones up to $d$ weight gradients (W), and computes them after
+    its last forward, where it would otherwise wait.  Bubble: $(P - 1)(F + B - 2W)$.  A device holds at most $P$ activations.
     """
     orders = []
     for d in range(P):
@@ -234,7 +237,7 @@ def zb1p(P: int, M: int) -> Plan:
             order.append(cell)
             if kind == "I":
                 waiting.append(m)
-                # Behind the last F there is a bubble before every I, which a W fills.
+                # After its last F the device would wait before every I.  Here a W fills each of these waits.
                 if len(waiting) > d or m >= M - (P - 1 - d) - 1:
                     order.append([("W", waiting.popleft(), 0)])
         orders.append(order + [[("W", m, 0)] for m in waiting])
@@ -245,9 +248,9 @@ def dualpipe(P: int, M: int) -> Plan:
     r"""DualPipe (DeepSeek-V3, arXiv 2412.19437, section 3.2.1, Figure 5 and Table 2).
 
     Half of the microbatches enter at device 0, and the other half at device $P - 1$.  A forward of one direction overlaps a
-    backward of the other direction.  Device $d$ therefore holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1): two copies of
-    the parameters.  Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long for other times.  Activations of a
-    device: $P + 1$.
+    backward of the other direction.  Device $d$ holds stage $d$ (chunk 0) and stage $P - 1 - d$ (chunk 1), so that there are two
+    copies of the parameters.  Bubble: $(P / 2 - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long for other times.  A device
+    holds at most $P + 1$ activations.
 
     Raises:
       InputError: P or M is odd.
@@ -256,7 +259,7 @@ def dualpipe(P: int, M: int) -> Plan:
     require(M % 2 == 0, f"'dualpipe' has {M} microbatches; it needs an even number, one half for each direction.")
     half, orders = M // 2, []
     for d in range(P):
-        near = int(d >= P // 2)  # the direction that begins at this device's end; its chunk has the same number
+        near = int(d >= P // 2)  # direction and chunk of the microbatches that enter at the end nearer to this device
         first = [near * half, (1 - near) * half]
         cells = _dual_order(P // 2, min(d, P - 1 - d), half)
         orders.append([[(kind, first[phase] + k, phase ^ near) for kind, k, phase in cell] for cell in cells])
@@ -265,12 +268,11 @@ def dualpipe(P: int, M: int) -> Plan:
 
 
 def dualpipev(P: int, M: int) -> Plan:
-    r"""DualPipeV (Sea AI Lab's "cut in half", in github.com/deepseek-ai/DualPipe): the directions of `dualpipe`, laid end to end.
+    r"""DualPipeV (Sea AI Lab's "cut in half", in github.com/deepseek-ai/DualPipe): `dualpipe` with its two directions joined.
 
-    P devices hold 2P stages: device $d$ holds stage $d$ (chunk 0) and stage $2P - 1 - d$ (chunk 1).  The
-    formulas are those of `dualpipe` for $PP = 2P$ stages.  Bubble: $(P - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long
-    for other times.
-    Activations of a device: $2P + 1$.
+    P devices hold 2P stages: device $d$ holds stage $d$ (chunk 0) and stage $2P - 1 - d$ (chunk 1).  The formulas are those of
+    `dualpipe` with $2P$ in place of $P$.  Bubble: $(P - 1)(F\&B + B - 3W)$ if $F = I = W$, and at most as long for other times.
+    A device holds at most $2P + 1$ activations.
     """
     route = [*_line(P), *(Place(d, 1) for d in reversed(range(P)))]
     return Plan([_dual_order(P, d, M) for d in range(P)], [route], [0] * M, [2 * P + 1] * P)
@@ -287,7 +289,7 @@ SCHEDULES: dict[str, Callable[..., Plan]] = {
 DEFAULT_CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
 """Number of stages that a device holds under each schedule.  Only `interleaved` can be given another number."""
 _FEWEST = {"gpipe": 0, "1f1b": 1, "interleaved": 1, "zb1p": 1, "dualpipe": 2, "dualpipev": 2}
-"""The least number of microbatches of each schedule, divided by the number of devices.  0 means one microbatch."""
+"""Least number of microbatches of each schedule, as a multiple of the number of devices.  0: one microbatch is enough."""
 
 
 def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: int = 1) -> Schedule:
@@ -298,7 +300,7 @@ def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: i
       devices: number of devices along the stage axis, P.
       microbatches: number of microbatches, M.
       chunks: number of stages that a device holds.  0 means the number in `DEFAULT_CHUNKS`; only `interleaved` takes another.
-      latency: ticks from sending a message to its first use, as in `Schedule`.
+      latency: number of ticks from sending a message to its first use, as in `Schedule`.
 
     Raises:
       InputError: there is no schedule of this name, or the numbers do not fit it.
@@ -319,7 +321,7 @@ def make(name: str, devices: int, microbatches: int, chunks: int = 0, latency: i
 
 
 def stage_count(name: str, devices: int, chunks: int = 0) -> int:
-    """Return the number of stages into which a schedule that `make` makes of these arguments cuts the model."""
+    """Return the number of stages into which the schedule cuts the model.  The arguments are those of `make`."""
     one_of("The schedule", name, SCHEDULES)
     return devices * {"interleaved": chunks or 2, "dualpipev": 2}.get(name, 1)
 
@@ -329,14 +331,14 @@ def _line(P: int) -> list[Place]:
 
 
 def _alternate(forward: Sequence[tuple], backward: Sequence[tuple], warm: int) -> Order:
-    """Return an order: `warm` forwards, then one forward and one backward in turn, then the remaining backwards."""
+    """Return cells of one operation: `warm` forwards, then a forward and a backward in turn, then the remaining backwards."""
     head, rest = forward[:warm], forward[warm:]
     pairs = [[op] for pair in zip(rest, backward, strict=False) for op in pair]
     return [[op] for op in head] + pairs + [[op] for op in backward[len(rest) :]]
 
 
 def _dual_order(half: int, h: int, count: int) -> Order:
-    """Return the order of one device under DualPipe, in eight steps that are numbered as in DeepSeek's code.
+    """Return the order of one device's cells under DualPipe, in eight steps that are numbered as in DeepSeek's code.
 
     Args:
       half: number of devices from one end of the pipeline to its middle.
@@ -344,8 +346,8 @@ def _dual_order(half: int, h: int, count: int) -> Order:
       count: number of microbatches of each direction.
 
     Returns:
-      Cells of (kind, number among the microbatches of the direction, direction).  Direction 0 begins at the end from which h
-      counts.
+      Cells of operations (kind, number among the microbatches of its direction, direction).  Microbatches of direction 0 enter at
+      the end of the pipeline from which h counts.
     """
     order: Order = []
     numbers = {(kind, direction): iter(range(count)) for kind in "FB" for direction in (0, 1)}
@@ -363,30 +365,30 @@ def _dual_order(half: int, h: int, count: int) -> Order:
         order.append([("W", *waiting.popleft())])
 
     far = half - h - 1
-    for _ in range(2 * far):  # step 1
+    for _ in range(2 * far):  # step 1: forwards of direction 0
         add(("F", 0))
-    for _ in range(h + 1):  # step 2
+    for _ in range(h + 1):  # step 2: forwards of both directions in turn
         add(("F", 0))
         add(("F", 1))
-    for _ in range(far):  # step 3
+    for _ in range(far):  # step 3: I, W and a forward of direction 1
         add(("I", 1))
         add_w()
         add(("F", 1))
-    for i in range(count - 2 * half + h + 1):  # step 4, the main one
-        if i == 0 and far == 0:  # F and B in separate cells, as in DeepSeek's code: B need not wait for F here
+    for i in range(count - 2 * half + h + 1):  # step 4, the main step: pairs of opposite directions
+        if i == 0 and far == 0:  # no pair here, as in DeepSeek's code, so that B need not wait for F
             add(("F", 0))
             add(("B", 1))
         else:
             add(("F", 0), ("B", 1))
         add(("F", 1), ("B", 0))
-    for _ in range(far):  # step 5
+    for _ in range(far):  # step 5: a backward of direction 1, then a pair
         add(("B", 1))
         add(("F", 1), ("B", 0))
-    for i in range(2 * (h + 1)):  # step 6: the second half does only I, and leaves W to steps 7 and 8
+    for i in range(2 * (h + 1)):  # step 6: backwards of both directions in turn, the second half of them without W
         add(("I" if i > h else "B", 1 - i % 2))
-    for _ in range(far):  # step 7
+    for _ in range(far):  # step 7: a W that was left, then an I of direction 0
         add_w()
         add(("I", 0))
-    for _ in range(h + 1):  # step 8
+    for _ in range(h + 1):  # step 8: all W that are left
         add_w()
     return order

@@ -1,8 +1,8 @@
-"""Proof that a table is a correct pipeline.
+"""Proof that the table of a schedule describes a correct pipeline.
 
-In a correct table every operation occurs once, at the place of its stage, and after all operations on which it depends.  No device
-holds more activations than it has room for.  `validate` refuses any other table with one sentence that names the tick, the device
-and the operation.
+In a correct table every operation occurs once, on the device of its stage, and after all operations on which it depends.  No device
+holds more activations than it has room for.  `validate` refuses any other table with one sentence that says what is wrong in which
+tick and on which device.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mhc_jax.pipeline_schedules.tables import KINDS, Op, Place, Schedule, Wiring
 
 
 class Message(NamedTuple):
-    """An array that one stage hands to its neighbour: the streams at the boundary (F), or their gradient (B)."""
+    """What one stage hands to a neighbouring stage: a boundary tensor (F), or the gradient of one (B)."""
 
     kind: str
-    """The operation whose result is handed on, `F` or `B`.  I counts as B."""
+    """The operation whose result the message is, `F` or `B`.  I counts as B."""
     microbatch: int
     stage: int
     """The stage that uses the message."""
@@ -48,7 +48,7 @@ def when(schedule: Schedule) -> dict[tuple[str, int, int], int]:
 
 
 def messages(schedule: Schedule) -> list[Message]:
-    """Return the messages of all boundaries between stages, in the order in which they are used."""
+    """Return all messages between neighbouring stages, in the order in which they are used."""
     done, out = when(schedule), []
     for tick, device, op in operations(schedule):
         if op.kind != "W" and op.receives is not None:
@@ -59,11 +59,11 @@ def messages(schedule: Schedule) -> list[Message]:
 
 
 def validate(schedule: Schedule) -> None:
-    """Prove that a table is a correct pipeline.
+    """Check that the table of a schedule describes a correct pipeline.
 
     Raises:
-      InputError: a cell holds operations that no device can run together, or an operation is at the wrong place, missing, there
-        twice or before its operands.  Or a sender or receiver is wrong, or a device holds more activations than `schedule.bound`.
+      InputError: a cell holds operations that cannot overlap, or an operation is on the wrong device, missing, listed twice or
+        earlier than its operands, or has a wrong sender or receiver, or a device holds more activations than `schedule.bound`.
     """
     _check_cells(schedule)
     ticks: dict[tuple[str, int, int], int] = {}
@@ -97,7 +97,7 @@ def validate(schedule: Schedule) -> None:
 
 
 def _placed(schedule: Schedule, tick: int, device: int, op: Op) -> Wiring:
-    """Return the wiring of an operation, after checking that the operation is where the route of its microbatch says."""
+    """Return the `Wiring` of an operation, after checking that the operation lies on the route of its microbatch."""
 
     def check(condition: bool, sentence: str) -> None:
         require(condition, f"tick {tick}, device {device}: {op}: {sentence}")
@@ -130,10 +130,10 @@ def _check_cells(schedule: Schedule) -> None:
 
 
 def peak_activations(schedule: Schedule, sizes: Sequence[float] = ()) -> list[tuple[int | float, int]]:
-    """Return for each device (most activations held at once, first tick in which it holds as many).
+    """Return for each device (largest size of activations held at once, first tick in which the device holds so much).
 
     An activation belongs to one microbatch and stage, and lives from its F to its B or W.  An activation that ends in a tick makes
-    room in the next tick, so an overlapped F&B holds the activations of both of its microbatches.
+    room only in the next tick, so an overlapped F&B holds the activations of both of its microbatches.
 
     Args:
       schedule: the table of operations.

@@ -1,1 +1,1 @@
-"""Cost estimates for machines that are not at hand: train steps compiled for slices of TPUs, and simulated pipelines."""
+"""Estimates of what train steps cost on machines that are not at hand, from compilation for TPUs and simulation of pipelines."""

@@ -20,7 +20,10 @@ from mhc_jax.train_step import init_state, make_train_step
 
 
 def best_attention(config: ExperimentConfig, platform: str) -> ExperimentConfig:
-    """Replace `xla` attention, which writes T x T scores to memory, by `splash` attention if a TPU can run it."""
+    """Return the configuration with `splash` attention in place of `xla` attention, if the platform can run it.
+
+    `xla` attention writes T x T scores to memory, and `splash` attention, a Pallas kernel for TPUs, does not.
+    """
     model = config.model
     if platform != "tpu" or model.attention != "xla" or not fits_splash(config) or config.mesh.sequence > 1:
         return config
@@ -39,11 +42,11 @@ class LoweredStep:
 
 
 def lower(config: ExperimentConfig, where: Slice, implementation: str | None) -> LoweredStep:
-    """Trace the train step of a configuration for the devices of a slice, as its mesh splits it.
+    """Trace and lower the train step of a configuration for a slice, over whose devices config.mesh shards it.
 
     Args:
       config: the configuration.  Its mesh has all devices of the slice, its vocabulary is known, and its model.remat is not `auto`.
-      where: the slice to lower for.
+      where: the slice.  This machine need not have its devices.
       implementation: name of the implementation of the connections' operations.  None takes the platform's default.
 
     Raises:
@@ -57,7 +60,8 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
     )
     try:
         mesh = sharding.make_mesh(config.mesh, where.devices)
-    except NotImplementedError as error:  # jax can lay an axis only along whole sides of the torus.
+    except NotImplementedError as error:
+        # jax.make_mesh can lay a mesh axis along one or more whole sides of the torus, and not along a part of a side.
         sides = " x ".join(map(str, where.sides))
         raise InputError(
             f"The mesh ({config.mesh}) cannot be laid on {where.name}; every axis must be a product of whole sides of {sides}."
@@ -78,7 +82,10 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
 
 
 class DoesNotFitError(Exception):
-    """A program does not fit, as the compiler reports.  `needs` and `has` are bytes, or None if the report lacks them."""
+    """The compiler reports that a program does not fit into the memory of a device.
+
+    `needs` and `has` are the bytes that the program needs and that the device has, or None if the report lacks them.
+    """
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -90,7 +97,7 @@ class DoesNotFitError(Exception):
 
 
 def compile_lowered(lowered: Any) -> Any:
-    """Compile a program in a thread, so that Ctrl-C is answered at once and not after minutes.
+    """Compile a lowered program in a thread, so that Ctrl-C stops this process at once and not after minutes.
 
     Raises:
       DoesNotFitError: the program does not fit into the memory of a device.

@@ -1,4 +1,4 @@
-"""Train steps of several connections compiled for one slice: their estimates, their tables, and the largest batch that fits."""
+"""Estimates for a train step with each of several connections on one slice: tables of them, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def estimates(
     folder: Path,
     largest: bool,
 ) -> list[Row]:
-    """Estimate the train step with each connection.
+    """Estimate the memory and time of a train step with each of several connections.
 
     Args:
       config: the configuration of the step.  Its connection is replaced by each of `kinds`.
@@ -34,10 +34,10 @@ def estimates(
       where: the slice to compile for.
       implementation: name of the implementation of the connections' operations.  None takes the platform's default.
       folder: folder of the cached results.
-      largest: whether to search the largest batch as well.
+      largest: whether to search for the largest batch that fits as well.
 
     Returns:
-      A row for each connection, as `step_estimate.estimate` gives it.  With `largest` it has an entry `largest_batch` as well.
+      A row for each connection, as `step_estimate.estimate` returns it.  With `largest` it has an entry `largest_batch` as well.
     """
     # All configurations are made first, so that a mistake in one is reported before the first compile.
     configs = {kind: config.with_settings(model={"connection": connections.parse(kind)}) for kind in kinds}
@@ -65,19 +65,20 @@ def estimates(
 
 
 def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[ExperimentConfig], Row]) -> dict[str, Any]:
-    """Search the largest number of sequences per step that fits, with the mesh and accumulation steps of the configuration.
+    """Search for the largest number of sequences per step that fits, with the mesh and accumulation steps of the configuration.
 
-    Memory is taken as linear in the number of sequences of one device and accumulation step.  Compiles with 1 and 2 sequences give
-    the line.  The largest number that fits by this line is compiled, then smaller numbers until one fits.
+    Memory is assumed to be linear in the number of sequences of one device and accumulation step.  Steps with 1 and 2 such
+    sequences are compiled to find the line.  Then the largest number that fits by this line is compiled, and smaller numbers until
+    one fits.
 
     Args:
       config: the configuration of the step.  Its batch size is replaced.
       hbm: memory of a device in bytes.
-      estimate: compiles the step of a configuration and returns its row.
+      estimate: a function that compiles the step of a configuration and returns its row.
 
     Returns:
-      `sequences`, the number per step, 0 if not even the smallest batch fits.  `per_device`, the number per device and accumulation
-      step.  `needs`, the memory of a device in bytes.
+      A dict of `sequences` (number per step, or 0 if not even the smallest batch fits), `per_device` (number per device and
+      accumulation step), and `needs` (bytes that the step needs on a device).
     """
     unit = config.mesh.batch * config.optimizer.accumulation_steps
 
@@ -98,7 +99,7 @@ def largest_batch(config: ExperimentConfig, hbm: int, estimate: Callable[[Experi
 
 
 def markdown(rows: Sequence[Row], where: Slice) -> str:
-    """Return Markdown tables of the steps, collectives and pipelines, with the notes that a reader needs."""
+    """Return the rows of `estimates` as Markdown: tables of the steps, their collectives and their pipelines, with notes."""
     out = [*_steps(rows), "", *_collectives(rows)]
     for row in rows:
         if largest := row.get("largest_batch"):
@@ -114,7 +115,7 @@ def markdown(rows: Sequence[Row], where: Slice) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of each step's memory and time.  Overheads are over the first row that fits."""
+    """Return the lines of a table of each step's memory and time.  Its overheads compare with the first step that fits."""
     out = [
         "| connection | parameters (GiB) | optimizer (GiB) | gradients (GiB) | streams (GiB) | logits (GiB) | HBM (GiB) | fits "
         "| TFLOP | GB moved | compute (ms) | collectives (ms) | longest wait (ms) | step (ms) | over the first that fits | MFU |",
@@ -141,7 +142,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 
 
 def _collectives(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of collectives.  Collectives with equal kind, axes and group size are added up."""
+    """Return the lines of a table of each step's collectives.  Those of equal kind, axes and group size are added up."""
     out = ["| connection | collective | axes | devices | times | GB in all | ms |", "| --- " * 7 + "|"]
     for row in rows:
         merged: dict[tuple[str, str, int], list[float]] = {}
@@ -159,7 +160,7 @@ def _collectives(rows: Sequence[Row]) -> list[str]:
 
 
 def pipelines(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of each pipeline's operations at their dearest stages; no lines if no row has a pipeline."""
+    """Return the lines of a table of pipelines, with each operation's longest time on a stage.  Without a pipeline return []."""
     if not any("pipeline" in row for row in rows):
         return []
     times = "F (ms) | B (ms) | W (ms) | F&B over F + B | message (ms) | waiting (%)"

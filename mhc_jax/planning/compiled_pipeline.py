@@ -1,8 +1,9 @@
 """The costs of the operations of a compiled pipelined train step, and whether its messages hide behind other work.
 
-The program is a loop over ticks, with one conditional for each phase of a tick (`pipeline.executor`).  Every operation stands in it
-once, as a branch of a conditional.  The schedule's columns say which branches a device takes.  Totals of the program are therefore
-weighted by how often an average device takes a branch.  The waits of devices for each other are simulated with the branches' costs.
+The compiled program is a loop over ticks, with one conditional for each phase of a tick (`pipeline.executor`).  Every operation is
+in the program once, as a branch of a conditional, and the schedule says in which ticks a device takes this branch.  In totals of
+the program each branch is therefore weighted by how often an average device takes it.  The time that devices wait for each other
+is simulated from the costs of the branches.
 """
 
 from __future__ import annotations
@@ -25,29 +26,32 @@ Cost = Callable[[Program], float]
 
 @dataclass(frozen=True)
 class Message:
-    """A message that one tick sends and receives, which is a `collective-permute` in the compiled program."""
+    """A message that devices exchange in every tick: a `collective-permute` of the compiled program."""
 
     bytes: int
     """Size of the message in bytes on one device."""
     asynchronous: bool
-    """Whether the compiled message is two instructions, a start and an end."""
+    """Whether the message is compiled into two instructions, its start and its end, so that work can run in between."""
     hidden: bool
-    """Whether work that covers the message stands between its start and its end: all phases of the tick, or as much time."""
+    """Whether the message costs no time, because other work runs between its start and its end.
+
+    This work is either all phases of the tick, or instructions that take at least as long as the message.
+    """
 
 
 class CompiledPipeline:
-    """The compiled program of a pipelined train step, divided into the operations of its schedule."""
+    """The compiled program of a train step with a pipeline, divided into the operations of the schedule."""
 
     def __init__(self, program: Program, schedule: Schedule, leading: bool):
-        """Find the loop over ticks and the conditional of each phase.
+        """Find the loop over ticks in a compiled program, and in this loop the conditional of each phase of a tick.
 
         Args:
-          program: the program, compiled from a step that follows `schedule`.
-          schedule: the schedule of the step.
-          leading: whether the first stage has leading blocks, which differ from the blocks of the other stages.
+          program: the compiled program of a train step.
+          schedule: the schedule that the train step follows.
+          leading: whether the first stage begins with dense blocks, which the other stages do not have.
 
         Raises:
-          ValueError: the program has no loop over ticks.
+          ValueError: the program has no such loop.
         """
         self.program, self.schedule = program, schedule
         self.table = compile_table(schedule, leading)
@@ -64,10 +68,10 @@ class CompiledPipeline:
         if not self.body:
             raise ValueError(f"the compiled step has no loop of {ticks} ticks with a choice for each of their phases")
         self.phases = self._conditionals(self.body)
-        """The conditional of each phase of a tick, in order."""
+        """The instruction that is the conditional of each phase of a tick, in order."""
 
     def _conditionals(self, body: str) -> list[Instruction]:
-        """List the conditionals of a computation, one for each phase; an empty list if they do not match the schedule."""
+        """List the conditionals of the phases of a tick in a computation.  Return [] if they do not match the schedule."""
         by_scope = {}
         for instruction in self.program.bodies[body].values():
             if instruction.opcode == "conditional":
@@ -78,7 +82,7 @@ class CompiledPipeline:
         return [conditional for conditional in conditionals if conditional] if fits else []
 
     def weighted(self) -> Program:
-        """Return the program with each branch weighted by how often an average device takes it."""
+        """Return the program with every branch weighted by how often an average device takes it in a tick."""
         taken: dict[str, Sequence[float]] = {}
         for k, (conditional, phase) in enumerate(zip(self.phases, self.table.phases, strict=True)):
             column = self.table.columns[f"operation_{k}"]
@@ -87,10 +91,10 @@ class CompiledPipeline:
         return self.program.part(shares={**taken, **self._end_shares(1 / S, 1 / S)})
 
     def costs(self, cost: Cost, send: float) -> Costs:
-        """Return the cost of every operation on every stage; each operation includes the work of a tick itself.
+        """Return the cost of every operation on every stage.  Each cost includes `tick_cost`.
 
         Args:
-          cost: returns the cost of one run of a program.
+          cost: a function that returns the cost of one run of a program.
           send: cost of one message, in the unit of `cost`.
         """
         S, tick = self.schedule.stages, self.tick_cost(cost)
@@ -102,7 +106,7 @@ class CompiledPipeline:
         has_leading = any(operation.forward_leads or operation.backward_leads for operation in branch_of)
 
         def on_all_stages(forward: str, backward: str) -> list[float]:
-            """List the costs of an operation on each stage, 0 where the operation does not occur."""
+            """List the costs of an operation or a pair F&B on each stage.  The cost is 0 where it does not occur."""
             out = []
             for stage in range(S):
                 leads = has_leading and stage == 0
@@ -119,15 +123,15 @@ class CompiledPipeline:
         return Costs(tuple(F), tuple(B), tuple(W), sum(ratios) / len(ratios) if ratios else 1.0, send)
 
     def tick_cost(self, cost: Cost) -> float:
-        """Return the cost of a tick without its operations: the messages that it puts into buffers."""
+        """Return the cost of a tick in which a device does no operation.  Such a tick still puts messages into buffers."""
         nothing = {conditional.name: [0.0] * len(conditional.branches()) for conditional in self.phases}
         return cost(self.program.part(self.body, nothing))
 
     def messages(self, seconds: Cost, link: float) -> list[Message]:
-        """List the messages of one tick.
+        """List the messages that devices exchange in one tick.
 
         Args:
-          seconds: returns the seconds of one run of a program.
+          seconds: a function that returns the seconds of one run of a program.
           link: bytes per second from one stage to the next.
         """
         order = list(self.program.bodies[self.body].values())
@@ -145,20 +149,20 @@ class CompiledPipeline:
         return messages
 
     def _only(self, instructions: Sequence[Instruction]) -> Program:
-        """Return a program that holds these instructions alone."""
+        """Return a program whose entry has these instructions alone."""
         part = self.program.part("between", {})
         part.bodies = {**self.program.bodies, "between": {one.name: one for one in instructions}}
         return part
 
     def _end_shares(self, first: float, last: float) -> dict[str, tuple[float, float]]:
-        """Return how often each branch (false, true) runs of the conditionals for the first stage's and the last stage's own work.
+        """Return how often conditionals around work of the first stage alone, or of the last stage alone, take each branch.
 
         Args:
-          first: share of devices that are the first stage, from 0 to 1.
-          last: share of devices that are the last stage, from 0 to 1.
+          first: how often the stage is the first one, from 0 (never) to 1 (always).
+          last: how often the stage is the last one, from 0 to 1.
 
         Returns:
-          The shares of the two branches, by the conditional's name.
+          The shares of the branches (false, true) by the name of the conditional.
         """
         shares: dict[str, tuple[float, float]] = {}
         for body in self.program.bodies.values():
@@ -170,12 +174,12 @@ class CompiledPipeline:
         return shares
 
     def describe(self, seconds: Cost, link: float, blocks: int) -> dict[str, Any]:
-        """Return JSON values of the operations' costs, of the step simulated with those costs, and of the messages.
+        """Return, as JSON values, the costs of the operations, the bubble of a step simulated with them, and the messages.
 
         Args:
-          seconds: returns the seconds of one run of a program.
+          seconds: a function that returns the seconds of one run of a program.
           link: bytes per second from one stage to the next.
-          blocks: number of blocks of one stage.
+          blocks: number of blocks of one stage, which is only written into the result.
         """
         messages = self.messages(seconds, link)
         send = max((message.bytes for message in messages), default=0) / link
@@ -199,6 +203,6 @@ class CompiledPipeline:
 
 
 def _scopes(instruction: Instruction) -> list[str]:
-    """List the named scopes in which an instruction's operation was traced, outermost first."""
+    """List the names of the `jax.named_scope` in which an instruction was traced, the outermost first."""
     name = re.search(r'op_name="([^"]*)"', instruction.line)
     return name[1].split("/") if name else []

@@ -1,4 +1,4 @@
-"""A cache of long computations: each result is a JSON file, and is computed again when its inputs change."""
+"""A cache for results of long computations.  Each result is a JSON file, and is computed again when its inputs change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import mhc_kernels
 
 
 def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Read a result from the cache, or compute it and write it there.
+    """Read a result from the cache, or compute the result and write it into the cache.
 
-    The file's name is a hash of the key, of the versions of jax and its companions, and of the project's source files.
+    The file's name is a hash of the key, of the versions of jax, jaxlib, flax, optax and libtpu, and of the project's source files.
 
     Args:
-      key: JSON values that decide the result.
+      key: JSON values on which the result depends.
       folder: folder of the cached files.
-      work: computes the result.
+      work: a function that computes the result.
 
     Returns:
       The result, and whether it was in the cache.

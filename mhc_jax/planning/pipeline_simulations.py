@@ -21,16 +21,16 @@ CostsOfStages = Callable[[int], Costs]
 
 @dataclass(frozen=True)
 class Row:
-    """The simulation of one schedule with one set of costs: one row of the table."""
+    """The simulation of one schedule with one set of costs, which is one row of the table."""
 
     label: str
-    """Name of the connection, with "recompute" if it recomputes.  It is empty for costs given by hand."""
+    """Name of the connection, followed by `recompute` or model.remat if the backward recomputes.  Empty for costs given by hand."""
     run: Timeline
     """The simulated step."""
     sized: bool
-    """Whether the activations of `run` are the bytes that the connections keep.  Otherwise they count stages."""
+    """Whether `run.activations` are the bytes that the connections keep.  Otherwise they are numbers of activations."""
     over: float | None = None
-    """Makespan of this row over that of the schedule's first row, less 1.  The first row itself has None."""
+    """Makespan of this row divided by the makespan of the first row with this schedule, less 1.  None for that first row."""
 
     @property
     def unit(self) -> str:
@@ -46,7 +46,7 @@ class Row:
 
 
 def schedules(names: Sequence[str], devices: int, microbatches: int) -> list[Schedule]:
-    """Make the schedules of these names and check that each is valid."""
+    """Make the schedules with these names, and check that each is valid."""
     made = [make(name, devices, microbatches) for name in names]
     for schedule in made:
         validate(schedule)
@@ -56,7 +56,7 @@ def schedules(names: Sequence[str], devices: int, microbatches: int) -> list[Sch
 def of_hand(schedules: Sequence[Schedule], F: float, B: float, W: float, pair: float, send: float) -> list[Row]:
     """Simulate the schedules with costs given by hand.
 
-    Every stage takes F, B and W, whatever the number of stages into which a schedule cuts the model.
+    F, B and W are the times of every stage, whatever the number of stages into which a schedule cuts the model.
     """
     return _rows(schedules, {"": lambda stages: by_hand(stages, F, B, W, pair, send)})
 
@@ -68,9 +68,9 @@ def of_model(
     rates: stage_costs.Rates,
     pair: float,
 ) -> list[Row]:
-    """Simulate the schedules with a model's costs, once for each connection.
+    """Simulate the schedules with costs that `stage_costs.from_model` computes, once for each connection of `kinds`.
 
-    A connection with more than one stream is simulated a second time, with recompute.  A microbatch is one sequence.
+    A connection with more than one stream is simulated a second time, with `recompute`.  A microbatch is one sequence.
     """
     config.model.require_vocabulary()
     T = config.data.sequence_length
@@ -94,7 +94,7 @@ def of_compiled(schedules: Sequence[Schedule], files: Sequence[Mapping[str, Any]
       blocks: number of blocks of the whole model.
 
     Raises:
-      InputError: `experiments/compile.py --json` did not write a file, or two rows have the same connection and model.remat.
+      InputError: a file is not from `experiments/compile.py --json`, or two rows have the same connection and model.remat.
     """
     costs: dict[str, CostsOfStages] = {}
     for file in files:
@@ -110,7 +110,7 @@ def of_compiled(schedules: Sequence[Schedule], files: Sequence[Mapping[str, Any]
 def of_report(
     schedules: Sequence[Schedule], report: Mapping[str, Any], workload: str, names: Sequence[str], blocks: int
 ) -> list[Row]:
-    """Simulate the schedules with train-step times that a device report has measured; see `stage_costs.from_report`."""
+    """Simulate the schedules with times from a device report, which `stage_costs.from_report` divides among stages."""
     costs: dict[str, CostsOfStages] = {
         name: functools.partial(stage_costs.from_report, report, workload, name, blocks=blocks) for name in names
     }
@@ -131,9 +131,10 @@ def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages]) -> 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the Markdown table of the rows.
+    """Return the rows as a Markdown table.
 
-    Times are in the unit of the costs.  Activations count stages of one microbatch.  The bytes that connections keep are in GB.
+    Times are in the unit of the costs.  The column `activations` is the largest number of activations that a device holds at once,
+    each of one stage and one microbatch.  The bytes that connections keep are in GB.
     """
     unit = f" ({rows[0].unit})" if rows and rows[0].unit else ""
     out = [

@@ -1,9 +1,10 @@
-"""Slices of TPUs by name, such as `v5p:4x4x4`, `v5e:16x16`, `v6e:8x8`, `cpu:8`; programs compile for them without hardware.
+"""Slices of TPUs with names such as `v5p:4x4x4`, `v6e:8x8` or `cpu:8`, for which programs are compiled without the hardware.
 
-Peak FLOPs, memory and links are from Google Cloud's pages of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e):
-bfloat16 FLOP/s, HBM capacity and bandwidth of a chip, and the bits per second of all its ports (4 in two dimensions, 6 in three).
-The pages do not name the clock.  It is the peak over 2 FLOPs x MXUs x MXU area: v4 has 8 MXUs of 128 x 128, v5e 4, v5p 8, and v6e
-4 of 256 x 256.  libtpu makes two devices of a v4, each with half of everything.
+The figures of each chip are from Google Cloud's page about it (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e): its bfloat16
+FLOP/s, the size and bandwidth of its HBM, and the bits per second of all its ports (4 in two dimensions, 6 in three).  The pages do
+not state the clock.  The clock is computed as the peak FLOP/s, divided by the FLOPs of all matrix units (MXUs) in one cycle, which
+are 2 for each element of an MXU.  A v4 has 8 MXUs of 128 x 128, a v5e 4, a v5p 8, and a v6e 4 of 256 x 256.  libtpu makes two
+devices of a v4 chip, each with half of the figures.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from jax.experimental import topologies
 
 from mhc_jax.errors import InputError, one_of, require
 
-# Without a TPU no metadata server names the TPU, so a type is set here.  libtpu would lock a file for the whole machine, so several
-# loads are allowed.  The log level spares pages of warnings.
+# Without a TPU no metadata server tells libtpu the type of TPU, so a type is set here.  By default libtpu locks a file, so that one
+# process at a time loads it; here several may.  The log level hides pages of warnings.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -35,7 +36,7 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Chip:
-    """The figures of a compiler's device, which is a chip, or one of the two cores of a v4.  All figures per second are peaks."""
+    """The figures of one device, which is a chip, or one of the two cores of a v4 chip.  All figures per second are peaks."""
 
     name: str
     flops: float
@@ -45,17 +46,17 @@ class Chip:
     hbm: int
     """Size of HBM in bytes."""
     clock: float
-    """Number of the compiler's cycles per second."""
+    """Cycles per second, to convert the cycles that the compiler estimates into seconds."""
     link: float
     """Bytes per second that one port sends in one direction."""
     dimensions: int
     """Number of dimensions of the torus of chips.  A chip has two ports in each dimension."""
     devices: int
-    """Number of devices of one chip."""
+    """Number of devices that libtpu makes of one chip."""
     whole: int
-    """Number of chips of which a side of the torus must be a multiple to close to a ring.  Other sides are lines."""
+    """A side of the torus is a ring if its number of chips is a multiple of this number.  Otherwise the side is a line."""
     largest: int
-    """Number of chips of the largest slice."""
+    """Number of chips of the largest slice of this kind."""
 
     def bytes_cycles(self, size: float) -> float:
         """Return the cycles that `size` bytes take at peak bandwidth."""
@@ -73,12 +74,12 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 1.64e12, 32 * 2**30, 1.75e9, 3584e9 / 8 / 4, 2, 1, 16, 256),
 }
 CPU = Chip("cpu", 1e11, 2e10, 8 * 2**30, 1e9, 1e9, 1, 1, 1, 4096)
-"""A CPU with round numbers, to try commands out without libtpu.  Its sizes and counts mean something, its times do not."""
+"""A CPU with invented round figures, to try out commands without libtpu.  Times that are estimated for it have no meaning."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A torus of chips and its devices, which exist for the compiler only."""
+    """A torus of chips, whose devices exist for the compiler only."""
 
     name: str
     chip: Chip
@@ -87,30 +88,30 @@ class Slice:
 
     @property
     def platform(self) -> str:
-        """The name of the platform, `tpu` or `cpu`, as `mhc_kernels.settings` takes it."""
+        """Name of the platform, `tpu` or `cpu`, as `mhc_kernels.settings` takes it."""
         return "cpu" if self.chip is CPU else "tpu"
 
     def coordinates(self, device: Any) -> tuple[int, ...]:
-        """Return the place of a device's chip along each side of the torus."""
+        """Return the position of a device's chip along each side of the torus, counted from 0."""
         return (device.id,) if self.chip is CPU else tuple(device.coords)[: self.chip.dimensions]
 
     def bandwidth(self, spans: tuple[int, ...]) -> float:
-        """Return the bytes per second that a chip sends to a group of chips.
+        """Return the bytes per second that a chip of a group sends to the rest of the group.
 
-        The chip uses both ports of every side that the group spans, or one port if the side is a line and not a ring.
+        On every side of the torus that the group spans, the chip uses both of its ports if the side is a ring, and else one port.
 
         Args:
-          spans: number of chips of the group along each side of the torus.
+          spans: number of positions that the group takes up along each side of the torus.
         """
         sides = zip(spans, self.sides, strict=True)
         return self.chip.link * sum(2 if side % self.chip.whole == 0 else 1 for span, side in sides if span > 1)
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """Read (chip, sides) from a name such as `v5p:4x4x4`.
+    """Return (chip, number of chips along each side) of a name such as `v5p:4x4x4`.
 
     Raises:
-      InputError: the chip is unknown, or cannot have these sides.
+      InputError: the chip is unknown, or a slice of this chip cannot have these sides.
     """
     kind, _, shape = name.partition(":")
     one_of("The chip of --topology", kind, [*CHIPS, "cpu"])
@@ -141,7 +142,7 @@ def get_slice(name: str) -> Slice:
 
 
 def _cpu_devices(name: str, count: int) -> tuple[Any, ...]:
-    with contextlib.suppress(RuntimeError):  # jax has made its devices already.
+    with contextlib.suppress(RuntimeError):  # jax raises this if its devices exist already.
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     require(
@@ -159,13 +160,13 @@ def _tpu_devices(name: str, sides: tuple[int, ...]) -> tuple[Any, ...]:
         f"PYTHONPATH (it needs no TPU).",
     )
     os.environ.update(LIBTPU_ENVIRONMENT)
-    # By default libtpu knows only slices of whole hosts, which have four chips each.
+    # By default libtpu makes slices of whole hosts with 2 x 2 chips each.  An odd first or second side needs hosts of one chip.
     host = [2, 2, 1] if sides[0] % 2 == sides[1] % 2 == 0 else [1, 1, 1]
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
-    except Exception as error:  # libtpu raises this for a shape that was never built.
+    except Exception as error:  # libtpu raises an error for a shape that does not exist.
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--topology is {name!r}, which libtpu does not know: {reason}") from error
-    # jax can write a program for an absent device to its cache of compiled programs but not read it, so nothing is cached.
+    # jax cannot load programs for absent devices from its compilation cache.  This limit keeps them out of the cache.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     return tuple(topology.devices)

@@ -1,15 +1,16 @@
 r"""Times of the stages of a pipeline: from a configuration and a chip's rates, from a compiled step, or from a device report.
 
-From a configuration (`from_model`), one microbatch costs one device this much for each block of two sub-layers:
+`from_model` takes a configuration.  It counts the following costs of one microbatch for each block of two sub-layers:
 
     branches     6 FLOPs per weight and token, as `cost.counts.model_cost` counts: a third in F, a third in I, a third in W
-    connection   bytes of two boundaries: $(2n + 2)C$ elements per token forward, $(5n + 5)C$ backward, all of it in F and I
-    recompute    $(2n + 2)C$ per boundary once more in I, for kinds with streams; blocks are the stages (mHC section 4.3.3)
+    connection   for each of two boundaries, the bytes of $(2n + 2)C$ elements per token in F, and of $(5n + 5)C$ in I
+    recompute    if asked for and n > 1: for each boundary $(2n + 2)C$ elements per token once more in I, because a stage keeps only
+                 the streams that enter it (mHC section 4.3.3, where the recomputed blocks are the stages)
     message      $nC$ elements per token over one link
 
 At n = 4 the fused backward kernels move 25C elements, which is $(5n + 5)C$ (listed by `experiments/compile.py` and
-`kernels/bench.py --compile`).  n = 1 is the plain residual with its pre-norm.  The input embedding is free.  The
-output embedding is on the last stage.
+`kernels/bench.py --compile`).  n = 1 is the plain residual with its pre-norm.  The input embedding counts as no time.  The last
+stage computes the output embedding.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from mhc_jax.planning.slices import CHIPS
 
 @dataclass(frozen=True)
 class Rates:
-    """The speeds that a device reaches: FLOPs and bytes per second."""
+    """The speeds that a device is assumed to reach."""
 
     flops: float
-    """FLOPs per second in the branches."""
+    """FLOPs per second in the branches and the output embedding."""
     bandwidth: float
-    """Memory bandwidth in bytes per second.  The connections' operations run at this speed."""
+    """Memory bandwidth in bytes per second, which alone limits the operations of the connections."""
     link: float
-    """Bytes per second that a device sends to the next stage."""
+    """Bytes per second that a device sends to the device of the next stage."""
 
 
 def chip_rates(name: str, flops_share: float, bandwidth_share: float) -> Rates:
     """Return the rates of a chip of `slices.CHIPS`: its peak FLOPs and bandwidth, multiplied by the given shares.
 
-    The shares are assumptions.  The link is one port of the chip at its peak.
+    The shares are assumptions of the caller.  `Rates.link` is the peak of one port of the chip.
     """
     one_of("The chip", name, CHIPS)
     require(
@@ -67,7 +68,7 @@ def blocks_of_stages(blocks: int, stages: int, head: float = 0.0) -> list[int]:
       The number of blocks of each stage.
 
     Raises:
-      InputError: there are too few blocks.  Every stage needs one, save the last if `head` is above 0.
+      InputError: there are too few blocks.  Every stage needs one block, except the last stage if `head` is above 0.
     """
     require(
         blocks >= stages - (head > 0),
@@ -84,15 +85,15 @@ def blocks_of_stages(blocks: int, stages: int, head: float = 0.0) -> list[int]:
 def from_model(
     config: ModelConfig, sequence_length: int, stages: int, rates: Rates, recompute: bool = False, pair: float = 1.0
 ) -> Costs:
-    """Return the seconds that one sequence, as a microbatch, takes on each stage, and the bytes that the connections keep of it.
+    """Return the seconds that a microbatch of one sequence takes on each stage, and the bytes that the connections keep of it.
 
     Args:
       config: configuration of the model, with its vocabulary size.
       sequence_length: number of tokens of the sequence, T.
       stages: number of stages of the model.
       rates: the rates of one device.
-      recompute: whether to keep only the streams that enter a stage, and compute the streams inside the stage again.
-      pair: time of an overlapped F&B over F + B, as in `Costs`.
+      recompute: whether the backward computes the streams inside a stage again, from the streams that entered the stage.
+      pair: time of an overlapped F&B, divided by F + B, as in `Costs`.
     """
     T, C, width = sequence_length, config.width, jnp.dtype(config.stream_dtype).itemsize
     cost, n = model_cost(config, T), stream_elements(config) // config.width
@@ -107,18 +108,20 @@ def from_model(
     W = [b * block for b in blocks]
     B = [b * (2 * block + 2.5 * boundary + again) for b in blocks]
     F[-1], B[-1], W[-1] = F[-1] + head, B[-1] + 2 * head, W[-1] + head
-    # With one stream the branch's input is the stream itself.  With several, the branch's input h and output y are kept beside the
-    # streams; with recompute only y is.
+    # What a stage keeps of one token, in units of C.  With one stream each sub-layer keeps the stream, which is its branch's input.
+    # With n > 1 each sub-layer keeps n streams and its branch's input and output.  With recompute a stage keeps the n streams that
+    # enter it, and each sub-layer keeps its branch's output alone.
     elements = [2 * b * (n + 2 if n > 1 else 1) if not again else n + 2 * b for b in blocks]
     kept = tuple(float(e * C * width * T) for e in elements)
     return Costs(tuple(F), tuple(B), tuple(W), pair, n * C * width * T / rates.link, kept)
 
 
 def from_compiled(row: Mapping[str, Any], stages: int, blocks: int) -> Costs:
-    """Return the seconds of each stage that the compiler estimates, from a pipelined train step of a model with the same blocks.
+    """Return the seconds of each stage, from the compiler's estimates for a pipelined train step of a model with the same blocks.
 
-    The second stage of the compiled step gives the cost of a block.  The time that the last stage's F takes beyond the second's is
-    the time of the loss.  The loss counts in F alone, and the last stage gets fewer blocks for it, as in `from_model`.
+    The second stage of the compiled step gives the time of a block.  The time by which F of the last stage exceeds F of the second
+    stage is the time of the loss and its gradient.  This time counts in F alone, and the last stage gets fewer blocks to make up
+    for it, as in `from_model`.
 
     Args:
       row: a row of a file that `experiments/compile.py --json` wrote, for one connection.
@@ -126,7 +129,7 @@ def from_compiled(row: Mapping[str, Any], stages: int, blocks: int) -> Costs:
       blocks: number of blocks of the whole model.
 
     Raises:
-      InputError: the row's step has no pipeline, fewer than 3 stages, or no W.
+      InputError: the compiled step has no pipeline, fewer than 3 stages, or no W.
     """
     require("pipeline" in row, "The row is of no pipeline; compile it with --config.mesh.stage=4.")
     pipeline = row["pipeline"]
@@ -149,9 +152,9 @@ def from_compiled(row: Mapping[str, Any], stages: int, blocks: int) -> Costs:
 def from_report(report: Mapping[str, Any], workload: str, connection: str, stages: int, blocks: int) -> Costs:
     """Return the seconds of one sequence on each stage, from train steps that `experiments/device_report.py` has measured.
 
-    The blocks have the shape of the measured layers.  The residual connection's step is divided like the branches' FLOPs: a third
-    each to F, I and W.  The time that another connection adds is divided like its bytes: two sevenths to F, the rest to I.
-    Messages take no time.
+    The blocks are taken to be those of the measured model.  The time of its step with the residual connection is divided like the
+    branches' FLOPs: a third each to F, I and W.  The time that another connection adds to this step is divided like the bytes that
+    the connection moves: two sevenths to F, and the rest to I.  Messages take no time.
 
     Args:
       report: contents of report.json of one device.

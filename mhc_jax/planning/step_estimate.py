@@ -1,13 +1,13 @@
-r"""The costs of a train step on a slice of TPUs, estimated from array shapes and from the compiled program.
+r"""The memory, work and time of a train step on a slice of TPUs, estimated from array shapes and the compiled program.
 
-Memory is as the compiler reports it.  Time is an upper estimate of one device's step:
+The memory is the compiler's report.  The time of a step on one device is an upper estimate:
 
 $$t = t_{compute} + t_{collectives} + t_{wait}$$
 
-`compute` is the compiler's estimate of cycles, divided by the chip's clock.  The compiler has no cycles for a Pallas kernel: a
-kernel takes the time of its FLOPs or of its bytes at the chip's peaks, whichever is longer.  `collectives` is the time of their
-bytes over the links of the torus that their group spans (`Slice.bandwidth`), as if nothing ran beside them.  `wait` is the longest
-simulated wait of a device of the pipeline, and 0 without a pipeline.
+$t_{compute}$ is the compiler's estimate of cycles, divided by the chip's clock.  The compiler gives no cycles for a Pallas kernel.
+Its time is that of its FLOPs or that of its bytes at the chip's peaks, whichever is longer.  $t_{collectives}$ is the time in which
+all collectives send their bytes over the links of the torus (`Slice.bandwidth`), as if nothing else ran meanwhile.  $t_{wait}$ is
+the longest time that a device of the pipeline waits in a simulation, and 0 without a pipeline.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
       implementation: name of the implementation of the connections' operations.  None takes the platform's default.
 
     Returns:
-      JSON values by name.  Bytes and FLOPs count one device, times are in seconds.  A step that does not fit has no costs.
+      JSON values by name.  Bytes and FLOPs are those of one device, and times are in seconds.  If the compiler reports that the
+      step does not fit into memory, its work and times are missing.
 
     Raises:
       InputError: the mesh does not fit the slice, or the vocabulary is not known.
@@ -72,7 +73,7 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
 
 
 def _costs(prices: Prices, program: Program) -> dict[str, Any]:
-    """Return the work, kernels, collectives, seconds and MFU of a compiled train step, by name."""
+    """Return the work, kernels, collectives, seconds and MFU of a compiled train step as JSON values by name."""
     config, where = prices.config, prices.where
     row: dict[str, Any] = {}
     wait = 0.0
@@ -101,11 +102,11 @@ def _costs(prices: Prices, program: Program) -> dict[str, Any]:
 
 
 def by_shape(config: ExperimentConfig, state: Any) -> dict[str, int]:
-    """Return the bytes that a step must hold on one device whatever the compiler does, computed from shapes and shardings.
+    """Return the bytes of arrays that a step holds on one device however it is compiled, from their shapes and shardings.
 
-    `streams` counts the streams kept for the backward pass.  Without remat they are the streams of every sub-layer, with `full`
-    those of every block, and with `connection` those of every L_r-th sub-layer.  In a pipeline, as many microbatches and stages
-    count as the schedule keeps.
+    `streams` are the streams that are kept for the backward pass.  With model.remat `none` they are those of every sub-layer, with
+    `full` those of every block, and with `connection` those of every L_r-th sub-layer.  In a pipeline they are those of the largest
+    number of activations that a device may hold (`Schedule.bound`).
 
     Args:
       config: the configuration of the run.
@@ -139,7 +140,7 @@ def _shard_bytes(tree: Any) -> int:
 
 @dataclass(frozen=True)
 class Prices:
-    """FLOPs, seconds and kernels of the parts of a train step that is compiled for a slice."""
+    """Computes the FLOPs, seconds and kernels of parts of a train step that is compiled for a slice."""
 
     config: ExperimentConfig
     where: Slice
@@ -162,7 +163,7 @@ class Prices:
     def collectives(self, part: Program) -> list[tuple[Collective, float]]:
         """List the collectives of one run of a part of the step, each with the seconds of all its repetitions.
 
-        Messages of a pipeline are left out.  Either they hide behind operations, or the simulation counts the wait for them.
+        Messages of a pipeline are left out, because the simulation of the pipeline counts how long devices wait for them.
         """
         if self.mesh is None:
             return []
@@ -177,7 +178,7 @@ class Prices:
         return self.compute_seconds(part) + sum(seconds for _, seconds in self.collectives(part))
 
     def kernels(self, part: Program) -> dict[str, int | float]:
-        """Count the runs of each Pallas kernel, by name.  `(no estimate)` after a name means that the kernel counts as no time."""
+        """Return how often each Pallas kernel runs, by name.  `(no estimate)` after a name means that its time counts as 0."""
         times_of: dict[str, int | float] = {}
         for instruction, _, times in part.walk():
             if hlo.KERNEL in instruction.line:
@@ -190,7 +191,8 @@ class Prices:
 def kernel_cost(config: ExperimentConfig, kernel: Instruction) -> tuple[float, float] | None:
     """Return (FLOPs, bytes) of a Pallas kernel in the train step of one device, or None if they are not known.
 
-    JAX's splash attention carries no estimate.  It computes two products forward and five backward, over half of the T x T scores.
+    JAX's splash attention states no costs.  Its FLOPs are those of two matrix products in the forward kernel and of five in the
+    backward kernel, over half of the T x T scores.  Its bytes count as 0.
     """
     if known := hlo.kernel_estimate(kernel):
         return known
@@ -204,21 +206,21 @@ def kernel_cost(config: ExperimentConfig, kernel: Instruction) -> tuple[float, f
 
 
 def kernel_cycles(chip: Chip, cost: tuple[float, float] | None) -> float:
-    """Return the cycles of a kernel: of its FLOPs or of its bytes at peak rate, whichever is more; 0 if its cost is None."""
+    """Return the larger of the cycles of a kernel's FLOPs and of its bytes at the chip's peaks.  If `cost` is None return 0."""
     return max(chip.flops_cycles(cost[0]), chip.bytes_cycles(cost[1])) if cost else 0.0
 
 
 def collective_seconds(collective: Collective, where: Slice, mesh: Any) -> float:
     """Return the seconds of one run of a collective.
 
-    A collective runs on rings along every side of the torus that its group spans.  An all-to-all is bounded by the links across
-    the middle of the longest side of its group, which is s devices long.  Of an array of b bytes on each device, s b / 8 bytes
-    cross that middle each way if the side is a ring, and twice as many if it is a line.
+    A collective sends its bytes along every side of the torus that its group spans.  An all-to-all is limited by the links across
+    the middle of the longest side of its group, which is s chips long.  If every device has an array of b bytes, each link
+    carries s b / 8 bytes each way if the side is a ring, and twice as many if the side is a line.
     """
     places = np.array([where.coordinates(mesh.devices.flat[k]) for k in collective.group])
     spans = tuple(len(set(column)) for column in places.T.tolist())
     longest = max(range(len(spans)), key=lambda k: spans[k])
-    if spans[longest] == 1:  # The group is the two cores of one chip.
+    if spans[longest] == 1:  # The group is the two cores of one chip, which share its memory.
         return collective.wire_bytes / where.chip.bandwidth
     if collective.kind.endswith("all-to-all"):
         ring = where.sides[longest] % where.chip.whole == 0

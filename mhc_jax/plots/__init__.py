@@ -1,8 +1,8 @@
-"""Figures: pure functions from run records to matplotlib figures.
+"""Figures: pure functions from the data of runs (`RunRecord`) to matplotlib figures.
 
-`FIGURES` (single runs) and `sweeps.SWEEP_FIGURES` (runs grouped over seeds) map each name to a function, its title and its caption.
-This package alone imports matplotlib.  It draws on Figure objects of its own and never touches pyplot, so that no figure depends
-on another figure or on a display.
+`FIGURES` (single runs) and `sweeps.SWEEP_FIGURES` (runs grouped over seeds) map the name of each figure to its function, title and
+caption.  Nothing else in mhc_jax imports matplotlib.  Figures are made without pyplot, so that they need no display and do not
+depend on each other.
 """
 
 from mhc_jax.plots.curves import block_grad_norm, grad_norm, loss, loss_cost, loss_gap

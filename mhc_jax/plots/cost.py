@@ -1,4 +1,4 @@
-"""Figures of cost: memory traffic, recompute, measured overhead, and the bandwidth of kernels beside that of a copy."""
+"""Figures of cost: memory traffic, activations kept for the backward pass, measured overhead, and bandwidth of kernels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mhc_jax.plots.style import INK, LOOKS, NothingToDraw, color_of, house_style
 
 @house_style
 def traffic_bars(n: int, C: int) -> Figure:
-    """Draw the elements that a boundary moves per token and sub-layer, in units of C, as horizontal bars.
+    """Draw as bars how many elements connections read and write in memory, per token and sub-layer, in units of C.
 
-    The bars go from the residual connection and the unfused operations (mHC Table 2) down to one pass. Grey bars include the
-    pre-norm.
+    From top to bottom, the bars are the residual connection, mHC with one kernel for each operation (mHC Table 2), and mHC with
+    more and more operations in one kernel. Grey bars include the pre-norm and leave out the coefficients.
 
     Args:
       n: number of streams.
@@ -51,16 +51,17 @@ def traffic_bars(n: int, C: int) -> Figure:
 
 @house_style
 def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figure:
-    r"""Draw the activations that recompute keeps against L_r, the number of sub-layers between stored streams.
+    r"""Draw the size of the activations that are kept for the backward pass if connections are computed again there.
 
-    Each number of streams has a line, with a dot at the best L_r. The activations are
+    The x axis is L_r: the streams are stored at every L_r-th sub-layer, and recomputed at the others. The y axis shows
     $nC \lceil L / L_r \rceil + (n + 2) C L_r$ elements (mHC Eq. 20) times `itemsize`, in KiB per token. Both axes are logarithmic.
+    Each number of streams has a line, with a dot at the L_r that keeps the least.
 
     Args:
       L: number of sub-layers.
       streams: numbers n of streams, one for each line.
       C: width of the model.
-      itemsize: bytes of an element.
+      itemsize: size of an element, in bytes.
     """
     figure, (axis,) = panels(1, 1, height=2.9)
     L_r = range(1, L + 1)
@@ -80,10 +81,10 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
 
 @house_style
 def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw the ratios of measured costs to those of the residual connection as bars, one group of bars for each measure.
+    """Draw as bars the measured costs of connections, each divided by the same cost of the residual connection.
 
     Args:
-      ratios: by measure and by connection (a spec), the connection's value divided by the residual connection's value.
+      ratios: {measure: {connection: ratio}}.  A measure is a name for the x axis, a connection a text such as `mhc:t_max=5`.
 
     Raises:
       NothingToDraw: `ratios` is empty.
@@ -109,9 +110,9 @@ def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
 
 @house_style
 def roofline(report: Mapping[str, Any]) -> Figure:
-    """Draw the share of the bandwidth of a copy that each kernel reaches, in %.
+    """Draw the memory bandwidth that each implementation of an operation reaches, in % of the bandwidth of a copy.
 
-    There is one row for each kernel, shape and pass.
+    There is one row for each operation, workload (shape of its arguments) and pass (forward, or forward and backward).
 
     Args:
       report: content of report.json from `experiments/device_report.py`.

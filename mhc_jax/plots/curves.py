@@ -36,11 +36,11 @@ WIDE_LOSS_RATIO = 10.0
 def loss(records: Sequence[RunRecord]) -> Figure:
     """Draw training and validation loss against steps.
 
-    Loss in nats/token against optimizer steps; lower is better. The training loss is a mean over the tokens of a step's batch.
-    It is drawn at every logged step (faint) and as a moving median over a twentieth of these steps (line). Markers are
-    validation losses. The second panel spans the moving medians and the validation losses of the second half, so that single
-    values may leave the panel. Triangles at the top edge mark loss spikes, one row for each run. A dotted vertical line with a
-    cross marks the step at which a run diverged.
+    The y axis is the loss in nats/token, where lower is better; the x axis is the optimizer step. The faint line shows the training
+    loss at every logged step, a mean over the tokens of the step's batch. The strong line is its moving median over a twentieth of
+    the logged steps. Markers are validation losses. The right panel shows the second half of training, and its y axis spans the
+    strong lines and the markers, so that faint lines may leave the panel. Triangles at the top edge mark loss spikes, one row for
+    each run. A dotted vertical line with a cross marks the step at which a run diverged.
     """
     figure, axes = panels(1, 2, height=3.4)
     latest = max((s[-1] for r in records if len(s := series(r, "train", "loss")[0])), default=0)
@@ -67,13 +67,13 @@ def loss(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Loss gap to the baseline")
 def loss_gap(records: Sequence[RunRecord]) -> Figure:
-    """Draw the difference between each run's loss and its baseline's against steps.
+    """Draw the loss of each run minus the loss of its baseline against steps.
 
-    Loss of each run minus the loss of the baseline's run of the same seed at the same step, hence on the same batch, in
-    nats/token against optimizer steps. Below zero is better. The faint line is the gap in training loss at every logged step,
-    the strong line its moving median over a twentieth of these steps, and markers are gaps in validation loss. The baseline is
-    the residual run or, without a residual run, the first run. The axis spans medians and markers, so that single values may
-    leave the panel.
+    The y axis is the gap in nats/token, where below zero is better; the x axis is the optimizer step. The gap is the loss of a run
+    minus the loss of the baseline's run of the same seed at the same step, hence on the same batch. The faint line is the gap in
+    training loss at every logged step, the strong line is its moving median over a twentieth of these steps, and markers are gaps
+    in validation loss. The baseline has the residual connection or, if no run has it, the connection of the first run. The y axis
+    spans the strong lines and the markers, so that faint lines may leave the panel.
     """
     figure, (axis,) = panels(1, 1, height=3.4)
     for (record, style), baseline in zip(styled(records), baselines(records), strict=True):
@@ -96,8 +96,10 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
 def loss_cost(records: Sequence[RunRecord]) -> Figure:
     """Draw the training loss of runs with a summary against FLOPs and against time.
 
-    Moving median of the training loss in nats/token, over a twentieth of the logged steps. Left: against the arithmetic done, in
-    FLOPs: tokens × FLOPs per token. Right: against the training time in seconds: steps × median step time, without compilation.
+    The y axes show the moving median of the training loss over a twentieth of the logged steps, in nats/token. The x axis of the
+    left panel is the arithmetic done so far in FLOPs, which is the number of tokens times the FLOPs per token. The x axis of the
+    right panel is the training time so far in seconds, which is the number of steps times the median time of a step; compilation
+    is not included.
     """
     figure, axes = panels(1, 2, height=3.2)
     for record, style in styled(records):
@@ -117,9 +119,10 @@ def loss_cost(records: Sequence[RunRecord]) -> Figure:
 def grad_norm(records: Sequence[RunRecord]) -> Figure:
     """Draw the gradient norm against steps.
 
-    Global norm of the gradient before clipping, in nats/token on a logarithmic axis, against optimizer steps. The faint line is
-    every logged step, the strong line the moving median over a twentieth of these steps. Surges that the loss does not show are
-    the first sign of instability. The grey dashed line is the clipping threshold, if all runs share one.
+    The y axis (logarithmic) is the norm of the gradient of the loss (nats/token) with respect to all parameters, before clipping;
+    the x axis is the optimizer step. The faint line shows every logged step, and the strong line is the moving median over a
+    twentieth of these steps. A norm that surges while the loss does not is often the first sign of instability. The grey dashed
+    line is the norm to which gradients are clipped, if it is the same in all runs.
     """
     figure, (axis,) = panels(1, 1, height=3.2)
     for record, style in styled(records):
@@ -138,9 +141,9 @@ def grad_norm(records: Sequence[RunRecord]) -> Figure:
 def block_grad_norm(records: Sequence[RunRecord]) -> Figure:
     """Draw the gradient norm of each block against the number of the block.
 
-    Norm of the gradient of each block's parameters (attention and feed-forward together) at the last diagnostics step, in
-    nats/token on a logarithmic axis. Blocks count from 1. A curve that climbs or falls by orders of magnitude shows gradients
-    that depth amplifies or loses.
+    The y axis (logarithmic) is the norm of the gradient of the loss (nats/token) with respect to the parameters of one block,
+    attention and feed-forward together, before clipping at the last diagnostics step. The x axis is the number of the block,
+    counted from 1. A curve that climbs or falls by orders of magnitude shows that gradients explode or vanish over depth.
     """
     figure, (axis,) = panels(1, 1, height=3.0)
     axis.set_title("Per block")

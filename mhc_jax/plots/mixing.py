@@ -1,7 +1,7 @@
 """Figures of the streams: gains, similarity, sizes, mixing matrices, reads and writes.
 
-All numbers come from diagnostics.  The sampled tokens are `DIAGNOSTICS_TOKENS` evenly spaced tokens of one held-out
-sequence.
+All numbers come from the diagnostics lines of metrics.jsonl.  The sampled tokens are `DIAGNOSTICS_TOKENS` evenly spaced tokens of
+one held-out sequence.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from mhc_jax.plots.style import (
 )
 
 CELL_TEXT_STREAMS = 4
-"""Largest number n of streams for which heat maps of matrices show the numbers in the cells."""
+"""Largest number n of streams for which the cells of a heat map of a matrix show their numbers."""
 MARGIN_STREAMS = 8
-"""Largest number n of streams for which heat maps of matrices show row and column sums in the margins."""
+"""Largest number n of streams for which a heat map of a matrix shows the sums of rows and columns in its margins."""
 _SEAMLESS: dict[str, Any] = {"edgecolors": "face", "linewidth": 0.4}
-"""Options that draw the edges of a heat map's cells.  Without edges, viewers of vector figures show hairlines between cells."""
+"""Options of `pcolormesh` that draw the edges of cells.  Without them, viewers of vector figures show hairlines between cells."""
 
 
 @register(FIGURES, "Gain against depth")
 def gain_depth(records: Sequence[RunRecord]) -> Figure:
     """Draw the gains of single mixing matrices and of composites against depth (mHC, Figures 3 and 7).
 
-    Gain (no unit, logarithmic) against the sub-layer l at the last diagnostics step. Top: gain of each mixing matrix alone.
-    Bottom: gain of the composite, forward from the first sub-layer to l, backward from the last down to l. The gain is the
-    largest absolute row sum (forward) or column sum (backward). Lines are means over the sampled tokens; the faint band in the
-    bottom panels reaches up to the token of the largest gain. A gain of 1 amplifies nothing.
+    The y axes (logarithmic) show gains, which have no unit, at the last diagnostics step; the x axes show the sub-layer l. A gain
+    is the largest absolute row sum (forward) or column sum (backward) of a matrix. The top panels show each mixing matrix alone.
+    The bottom panels show the product of the matrices of sub-layers 1 to l (forward) or l to L (backward). Lines are means over the
+    sampled tokens, and the faint bands reach from these means up to the largest gain of a token. A gain of 1 amplifies nothing.
     """
     figure, axes = panels(2, 2, height=2.7, share_y=True)
     drawn = (
@@ -70,14 +70,15 @@ def gain_depth(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Composite gain against steps")
 def gain_step(records: Sequence[RunRecord]) -> Figure:
-    """Draw the gain of the whole composite H_L ... H_1 against steps.
+    """Draw the gain of the product H_L ... H_1 of all mixing matrices against steps.
 
-    Gain (no unit, logarithmic) of the composite of all mixing matrices against optimizer steps, forward and backward. Lines are
-    means over the sampled tokens; the band reaches up to the token of the largest gain. A line that climbs is an unconstrained
-    product that grows; a gain of 1 amplifies nothing. A dotted vertical line with a cross marks the step at which a run diverged.
+    The y axes (logarithmic) show the gain of the product of all mixing matrices, forward and backward, which has no unit; the x
+    axes show the optimizer step. Lines are means over the sampled tokens, and the faint bands reach from these means up to the
+    largest gain of a token. A gain of 1 amplifies nothing, and a line that climbs shows that the product grows during training. A
+    dotted vertical line with a cross marks the step at which a run diverged.
     """
     figure, axes = panels(1, 2, height=3.0, share_y=True)
-    # The whole composite ends the forward profile (l = L) and begins the backward one (l = 1).
+    # The product of all L matrices is the last entry of `composite_forward` and the first entry of `composite_backward`.
     sides = ((axes[0], "composite_forward", -1), (axes[1], "composite_backward", 0))
     for axis, key, whole in sides:
         for record, style in styled(records):
@@ -100,12 +101,13 @@ def gain_step(records: Sequence[RunRecord]) -> Figure:
 def stream_similarity(records: Sequence[RunRecord]) -> Figure:
     """Draw cosines and participation ratio of the streams against depth and against steps.
 
-    Left: values against the sub-layer l at the last diagnostics step. Right: means over sub-layers against optimizer steps. All
-    values are means over the sampled tokens and have no unit. Top: mean absolute cosine between pairs of streams (thick) and
-    mean signed cosine (thin). Bottom: participation ratio (tr G)² / tr(G²) of the streams' Gram matrix G, which lies between 1
-    and n. An absolute cosine of 1 means that the streams of a token are one vector up to sign and scale; then a mixing matrix
-    changes only their signs and scales. Signed cosines of opposite streams cancel. A ratio of 1 means one vector, or one stream
-    that outweighs the others; n means orthogonal streams of equal norm.
+    The left panels show values against the sub-layer l at the last diagnostics step, and the right panels show means over
+    sub-layers against optimizer steps. All values are means over the sampled tokens and have no unit. In the top panels, thick
+    lines are the mean absolute cosine between pairs of streams, and thin lines are the mean cosine with its sign, where opposite
+    signs cancel. If the absolute cosine is 1, the streams of a token are multiples of one vector, and a mixing matrix can change
+    only the signs and scales of these multiples. The bottom panels show the participation ratio (tr G)² / tr(G²) of the Gram matrix
+    G of a token's n streams. The ratio is 1 if the streams are multiples of one vector or if one stream outweighs the others, and
+    n if the streams are orthogonal and have equal norms.
     """
     figure, axes = panels(2, 2, height=2.7, share_y=True)
     thin = {"linewidth": 0.7, "marker": ""}
@@ -133,10 +135,11 @@ def stream_similarity(records: Sequence[RunRecord]) -> Figure:
 def stream_size(records: Sequence[RunRecord]) -> Figure:
     """Draw the root mean square of streams and of branch outputs against depth.
 
-    Root mean square over channels and tokens (no unit, logarithmic) against the sub-layer l at the last diagnostics step. Left:
-    of the streams that the sub-layer reads, over the sampled tokens; the line is the mean over streams, the band reaches from
-    the smallest to the largest stream, so that a wide band means that the streams differ in size. Right: of the branch's
-    output, over all tokens of the sequence.
+    The y axes (logarithmic) show root mean squares, which have no unit, at the last diagnostics step; the x axes show the sub-layer
+    l. The left panel is about the streams that the sub-layer reads: the root mean square of each stream is taken over its channels
+    and the sampled tokens, the line is the mean over streams, and the band reaches from the smallest stream to the largest. A wide
+    band means that the streams differ in size. The right panel shows the root mean square of the branch's output, over its
+    channels and all tokens of the sequence.
     """
     figure, axes = panels(1, 2, height=2.9)
     for axis, title, key in zip(axes, ("Streams", "Branch outputs"), ("stream_rms", "branch_rms"), strict=True):
@@ -150,10 +153,11 @@ def stream_size(records: Sequence[RunRecord]) -> Figure:
 def eigenvalues(records: Sequence[RunRecord]) -> Figure:
     """Draw the second eigenvalue of single mixing matrices and of composites against depth.
 
-    |lambda_2| / |lambda_1| (no unit) against the sub-layer l at the last diagnostics step. Left: the ratio of the mean of H_res
-    over the sampled tokens. Right: the ratio of the composite H(l)···H(1) of these means. The ratio is the factor by which each
-    further application shrinks what differs from the leading eigenvector. At 1 nothing is averaged away; near 0 the streams
-    become multiples of one vector. For doubly stochastic matrices lambda_1 = 1, and the streams become equal.
+    The y axes show |lambda_2| / |lambda_1| (no unit), where lambda_1 and lambda_2 are the eigenvalues of a matrix that are largest
+    in absolute value; the x axes show the sub-layer l. In the left panel the matrix is the mean of H_res over the sampled tokens at
+    the last diagnostics step, in the right panel the product H(l)···H(1) of these means. Each time the matrix is applied to the
+    streams, differences from its leading eigenvector shrink by this ratio. At 1 nothing is averaged away; near 0 the streams become
+    multiples of one vector. For doubly stochastic matrices lambda_1 is 1, and the streams become equal.
     """
     figure, axes = panels(1, 2, height=2.9)
     for _, style, (_, matrices) in _multi_stream(records, "h_res"):
@@ -170,11 +174,12 @@ def eigenvalues(records: Sequence[RunRecord]) -> Figure:
 def mixing(records: Sequence[RunRecord]) -> Figure:
     """Draw the row and column sums, the entropy and the distance to uniform averaging of the mixing matrices against depth.
 
-    Four numbers (no unit) against the sub-layer l at the last diagnostics step. Top: largest distance of a row sum and of a
-    column sum of H_res from 1, over rows or columns and the sampled tokens, logarithmic; exact zeros are not drawn. Bottom left:
-    entropy of the rows of H_res over log n, mean over rows and the sampled tokens (0: each stream keeps to itself, 1: uniform
-    averaging). Bottom right: distance of the composite P = H(l)···H(1) to uniform averaging, mean over the sampled tokens,
-    logarithmic; products of doubly stochastic matrices approach 0.
+    Each panel shows a number without unit at the last diagnostics step against the sub-layer l. The top panels (logarithmic) show
+    the largest |row sum − 1| and |column sum − 1| of H_res, over its rows or columns and the sampled tokens; zeros are not drawn.
+    The bottom left panel shows the entropy of the rows of H_res divided by log n, a mean over rows and the sampled tokens: it is 0
+    if each row has one entry that is not 0, and 1 if all entries have the same size. The bottom right panel (logarithmic) shows how
+    far the product P = H(l)···H(1) is from the matrix with all entries 1/n, a mean over the sampled tokens. If the matrices are
+    doubly stochastic and mix all streams, this distance approaches 0 as l grows.
     """
     figure, axes = panels(2, 2, height=2.5)
     drawn = (
@@ -195,12 +200,13 @@ def mixing(records: Sequence[RunRecord]) -> Figure:
 
 @register(FIGURES, "Mixing matrices H_res")
 def h_res(records: Sequence[RunRecord]) -> Figure:
-    """Draw heat maps of H_res at depths 0, 1/4, 1/2, 3/4 and 1, and of the composite of all sub-layers.
+    """Draw heat maps of H_res at five evenly spaced sub-layers, and of the composite of all sub-layers.
 
-    H_res (no unit), its mean over the sampled tokens, at five sub-layers l, and the product of these means over all L
-    sub-layers, at the last diagnostics step. Row i says what output stream i takes from each input stream j. Sums of rows stand
-    at the right, sums of columns below. Signed matrices have a diverging scale centred at 0, others a sequential scale from 0; the
-    product has a scale of its own if it exceeds the scale of the other matrices.
+    Each row of the figure shows one run at its last diagnostics step. The first five maps show H_res (no unit), a mean over the
+    sampled tokens, at sub-layers l from the first to the last. The sixth map shows the product of these means over all L
+    sub-layers. Row i of a map says how much output stream i takes from each input stream j. Sums of rows stand at the right of a
+    map and sums of columns below it, for up to 8 streams. The colour scale is centred at 0 if a run's matrices have negative
+    entries, else it starts at 0. The product has a colour scale of its own if one of its entries reaches 2 in size.
     """
     runs = list(_multi_stream(records, "h_res"))
     if not runs:
@@ -221,7 +227,7 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
             figure.colorbar(mesh, ax=list(axes[:5]), shrink=0.7, pad=0.01)
             figure.colorbar(composite_mesh, ax=axes[5], shrink=0.7, pad=0.03)
         axes[5].set_title(f"H({L})···H(1)", loc="center")
-        size = min(9.0, 240 / len(style["label"]))  # points; a row is 2.3 inches high
+        size = min(9.0, 240 / len(style["label"]))  # in points, so that long labels fit a row of 2.3 inches
         name = f"{style['label']}\n(step {step})"
         axes[0].set_ylabel(name, color=style["color"], weight="bold", fontsize=size)
     return figure
@@ -231,9 +237,9 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
 def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
     """Draw heat maps of H_pre and H_post, with streams against depth.
 
-    H_pre says how much of each stream the branch reads, H_post how much of the branch's output is written to each stream. Colour
-    is their mean over the sampled tokens (no unit), for the streams 1 to n against the sub-layer l, at the last diagnostics
-    step. Columns of one colour mean that all streams are treated alike.
+    H_pre says how much of each stream the branch reads, and H_post says how much of the branch's output is written to each stream.
+    Colours show their means over the sampled tokens (no unit) at the last diagnostics step. The y axis is the stream, 1 to n, and
+    the x axis is the sub-layer l. A column of one colour means that the sub-layer treats all streams alike.
     """
     runs = list(_multi_stream(records, "h_pre"))
     if not runs:
@@ -263,9 +269,9 @@ def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
 def _multi_stream(
     records: Sequence[RunRecord], key: str
 ) -> Iterator[tuple[RunRecord, dict[str, Any], tuple[int, np.ndarray]]]:
-    """Yield the runs that have several streams and diagnostics of `key`.
+    """Yield (run, look, (step, value)) for each run that has several streams and diagnostics of `key`.
 
-    Each is a tuple of the record, its look, and the step and value of its last diagnostics of `key`.
+    The look is that of `styled`.  The step and the value belong to the run's last diagnostics of `key`.
     """
     for record, style in styled(records):
         last = last_diagnostics(record, key)
@@ -274,9 +280,9 @@ def _multi_stream(
 
 
 def _scale(values: Float[np.ndarray, "*shape"]) -> tuple[str, Normalize]:
-    """Return the colour map and the scale of a heat map: diverging about 0 for signed values, else sequential from 0.
+    """Return the name of the colour map and the scale of a heat map.
 
-    The top of the scale is at least 1.
+    If any value is negative, colours diverge from 0.  Otherwise they begin at 0.  The scale reaches at least to 1.
     """
     top = max(1.0, float(np.nanmax(np.abs(values))))
     if np.nanmin(values) < -1e-6:
@@ -293,7 +299,7 @@ def _number(value: float) -> str:
 
 
 def _matrix(axis: Axes, matrix: Float[np.ndarray, "n n"], scale: tuple[str, Normalize]) -> QuadMesh:
-    """Draw the heat map of one matrix.  For few streams, cells show their numbers and margins the sums of rows and columns."""
+    """Draw the heat map of one matrix, with numbers in cells and margins as `CELL_TEXT_STREAMS` and `MARGIN_STREAMS` allow."""
     n = len(matrix)
     cmap, norm = scale
     mesh = axis.pcolormesh(matrix, cmap=cmap, norm=norm, **_SEAMLESS)

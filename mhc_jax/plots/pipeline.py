@@ -18,13 +18,13 @@ NAMES = {"F": "forward", "B": "backward", "I": "backward for the input", "W": "b
 def timeline(runs: Sequence[Timeline], titles: Sequence[str], unit: str = "") -> Figure:
     """Draw one panel for each schedule, all with the same time axis.  Colours are operations, numbers are microbatches.
 
-    A forward and a backward pass that overlap lie above each other in one box.  Operations of a device's second and further
-    chunks of the model are hatched.
+    A forward and a backward pass that overlap lie above each other in one box.  If a device computes several stages, the operations
+    of all its stages but the first are hatched.
 
     Args:
-      runs: timelines of simulated schedules.
+      runs: results of `simulate`, one for each schedule.
       titles: titles of the panels.
-      unit: unit of time.  Empty means that the costs have no unit.
+      unit: unit of time for the label of the time axis, or empty.
     """
     longest = max(run.makespan for run in runs)
     widest = max(len(run.spans) / run.schedule.devices for run in runs)

@@ -1,9 +1,9 @@
 """Tools that all figures share: house style, looks of the kinds of connection, panels, legends, axes and saving.
 
-A kind of connection keeps its colour in every figure.  The colours are those of Okabe and Ito, which colour-blind readers tell
-apart.  Line style and marker differ too, so that the figures survive a black-and-white printer.
+A look is a colour, a line style and a marker.  A kind of connection has the same colour in every figure.  The colours are those of
+Okabe and Ito, which colour-blind readers tell apart.  Line styles and markers tell the kinds apart in black and white.
 
-Letters: L sub-layers (attention and feed-forward count as two), l = 1 ... L the depth, n streams, K logged steps.
+Letters: L is the number of sub-layers, l = 1 ... L the depth, n the number of streams, and K the number of logged steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mhc_jax.analysis.run_reader import RunRecord, labels, last_diagnostics, ser
 from mhc_jax.errors import InputError
 
 INK = "#1a1a1b"
-"""Colour of text, axes and the residual connection; `svg` turns it into the text colour of the page."""
+"""Colour of text, axes and the residual connection; `svg` replaces it by the text colour of the page."""
 GRID = "#9a9a9a"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -73,7 +73,7 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (
 
 
 class NothingToDraw(InputError):  # noqa: N818  (a message for a person, like its parent)
-    """Raised if the runs hold nothing that a figure can show.  The message says what is missing."""
+    """Raised if the given runs lack what a figure shows.  The message says what is missing."""
 
     def __init__(self, missing: str) -> None:
         super().__init__(f"Nothing to draw: {missing}.")
@@ -83,7 +83,7 @@ class Plot(NamedTuple):
     """A figure that a page can show: the function that draws it, its title and its caption."""
 
     draw: Callable[[Any], Figure]
-    """Function that draws the figure of run records (`FIGURES`) or of runs grouped over seeds (`sweeps.SWEEP_FIGURES`)."""
+    """Function that draws the figure of a list of `RunRecord` (`FIGURES`) or of `Variant` (`sweeps.SWEEP_FIGURES`)."""
     title: str
     caption: str
     """Text below the figure, which says what the axes show and how to read the figure."""
@@ -105,9 +105,9 @@ def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Return a decorator that enters a function in `figures` under its name, in the house style.
+    """Return a decorator that makes a function draw in the house style `STYLE` and enters it in `figures` under its name.
 
-    The caption is the function's docstring without its first line, so that code and pages say the same.
+    The caption of the figure is the function's docstring without the first line, so that code and pages say the same.
     """
 
     def enter(function: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -130,7 +130,7 @@ def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as an `<svg>` element: transparent, with text in the page's colour, and without external files."""
+    """Return a figure as an `<svg>` element for a page: transparent, with text in the page's colour, and without links to files."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True)
@@ -143,16 +143,15 @@ def svg(figure: Figure) -> str:
 
 
 def half_window(points: int) -> int:
-    """Return the number of points on each side of a point that `smooth` takes into the median for that point."""
+    """Return how many neighbours on each side `smooth` includes in the median at a point, for a curve of `points` points."""
     return points // 40
 
 
 def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
-    """Return the centred moving median over about a twentieth of the points; points that are not finite stay NaN.
+    """Return the centred moving median over about a twentieth of the points.  Points that are not finite become NaN.
 
-    A median is taken, because a mean turns a spike of one step into a plateau.  At the start of the curve the window shrinks,
-    because a loss falls fast there.  At the end the window loses its later half alone, so that a curve does not end with the
-    value of one noisy step.
+    A mean would turn a spike of one step into a plateau.  At the start of the curve the window shrinks on both sides, because a
+    loss falls fast there.  At the end it loses its later half alone, so that a curve does not end with the value of one noisy step.
     """
     half = half_window(len(values))
     out = np.full(len(values), np.nan)
@@ -164,9 +163,9 @@ def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
 
 
 def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield colour, line style and marker for each of several kinds of connection, as arguments of `Axes.plot`.
+    """Yield colour, line style and marker for each kind of connection in `kinds`, as arguments of `Axes.plot`.
 
-    A kind that comes again keeps its colour and marker but takes the next line style.  Every second time its markers are hollow.
+    If a kind occurs again, it has the same colour and marker but the next line style, and every second time its markers are hollow.
     """
     seen: Counter[str] = Counter()
     for kind in kinds:
@@ -188,7 +187,7 @@ def styled(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, dict[str, 
 
 
 def plain_text(label: str) -> str:
-    """Return a label in a form that matplotlib does not read as mathematics, and does not hide for a leading underscore."""
+    """Return a label that matplotlib shows as plain text: $ is escaped, and a space stands before a leading underscore."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
@@ -196,7 +195,7 @@ def panels(rows: int, columns: int, height: float = 2.9, share_y: bool = False) 
     """Make a figure with a grid of panels.  Return the figure and the list of its panels, row by row.
 
     Args:
-      rows, columns: size of the grid.  A single column is 6.4 inches wide; each of several columns is 4.2 inches wide.
+      rows, columns: numbers of panels.  A single column is 6.4 inches wide; each of several columns is 4.2 inches wide.
       height: height of a row, in inches.
       share_y: whether the panels of a row share one y axis.
     """
@@ -212,7 +211,7 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
     Args:
       figure: figure whose curves have the labels from `styled`.
       records: all runs, drawn or not.
-      need: words for what the runs lack, for the error if nothing was drawn.
+      need: what the runs lack if nothing was drawn, for the message of the error.
 
     Raises:
       NothingToDraw: no curve of any run was drawn.
@@ -235,14 +234,14 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
 
 
 def curve(axis: Axes, x: Any, y: Any, style: dict[str, Any], **more: Any) -> None:
-    """Draw one curve of a run, with about 12 markers.  If no value is finite, nothing is drawn."""
+    """Draw one curve of a run, with about 12 markers.  If no value of y is finite, nothing is drawn."""
     if np.isfinite(np.asarray(y, float)).any():
         options: dict[str, Any] = style | {"markevery": max(1, len(x) // 12)} | more
         axis.plot(x, y, **options)
 
 
 def mark_divergence(axis: Axes, record: RunRecord, style: dict[str, Any]) -> None:
-    """Mark the step at which a run diverged with a dotted line and a cross at the foot of the panel."""
+    """Mark the step at which a run diverged, if it did, with a dotted vertical line and a cross at the foot of the panel."""
     if record.diverged_at is not None:
         axis.axvline(record.diverged_at, color=style["color"], linestyle=":", linewidth=1)
         top = axis.get_xaxis_transform()
@@ -250,13 +249,13 @@ def mark_divergence(axis: Axes, record: RunRecord, style: dict[str, Any]) -> Non
 
 
 def mark_spikes(axis: Axes, steps: Sequence[int], row: int, color: str) -> None:
-    """Mark the steps of loss spikes by triangles along the top edge of a panel.  `row` is the row of triangles from the top."""
+    """Mark the steps of loss spikes by triangles in row `row` along the top edge of a panel.  Rows count downwards from 0."""
     height = [0.985 - 0.035 * row] * len(steps)
     axis.plot(steps, height, "v", color=color, ms=5, transform=axis.get_xaxis_transform())
 
 
 def fit_y(axis: Axes, values: Any, below: float = 0.15, above: float = 0.15) -> None:
-    """Let the y axis span the finite `values`.  The margins `below` and `above` are shares of the range of these values."""
+    """Let the y axis span the finite `values`.  The margins `below` and `above` are fractions of the range of these values."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if len(values):
@@ -275,8 +274,8 @@ def log_axis(*axes: Axes, around: float | None = None) -> None:
 
     Args:
       axes: panels whose curves have been drawn.
-      around: a value that the axes show together with its surroundings, a factor of 1.7 each way, in any case.  So rounding
-        errors near this value do not fill the panel.  None means that the data alone set the limits.
+      around: a value such that the axes always span at least `around` / 1.7 to 1.7 `around`.  Without it, rounding errors near
+        this value could fill the panel.  None means that the data alone set the limits.
     """
     drawn = [np.empty(0)]
     for axis in axes:
@@ -298,7 +297,7 @@ def log_axis(*axes: Axes, around: float | None = None) -> None:
 
 
 def ticks_at(axis: Axes, values: Sequence[float | int], log: bool = True) -> None:
-    """Put ticks of the x axis at `values` and nowhere else.  `log` makes the axis logarithmic."""
+    """Put ticks of the x axis at `values` and nowhere else.  If `log`, make the axis logarithmic."""
     if log:
         axis.set_xscale("log")
         axis.xaxis.set_minor_locator(NullLocator())
@@ -307,7 +306,7 @@ def ticks_at(axis: Axes, values: Sequence[float | int], log: bool = True) -> Non
 
 
 def _tick(value: float, _: int) -> str:
-    """Return the label of a tick: a plain number from 0.001 to below 100,000, and a power of ten for all other values."""
+    """Return the label of a tick: a plain number if 0.001 <= value < 100,000, else a digit times a power of ten."""
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
     exponent = int(np.floor(np.log10(value) + 1e-9))
@@ -317,9 +316,9 @@ def _tick(value: float, _: int) -> str:
 
 
 def _minor_ticks(ratio: float) -> Formatter:
-    """Return the formatter of tick labels between powers of ten, for a logarithmic axis that spans few powers.
+    """Return the formatter that labels ticks between powers of ten on a logarithmic axis, and labels fewer on a longer axis.
 
-    `ratio` is the upper limit of the axis divided by the lower limit.
+    `ratio` is the upper limit of the axis divided by the lower limit.  Above 30, no such tick has a label.
     """
     if ratio > 30:
         return NullFormatter()
@@ -333,7 +332,7 @@ def _minor_ticks(ratio: float) -> Formatter:
 
 
 def by_step(axis: Axes, record: RunRecord, style: dict[str, Any], key: str) -> None:
-    """Draw a measurement of training against steps: every logged value as a faint line, and the moving median on top."""
+    """Draw the measurement `key` of the train lines against steps: a faint line of all values, and the moving median on top."""
     steps, values = series(record, "train", key)
     axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
     curve(axis, steps, smooth(values), style, marker="")
@@ -353,10 +352,10 @@ def by_depth(
     multi_stream_only: bool = False,
     **more: Any,
 ) -> None:
-    """Draw the last diagnostics of `key` against depth, which counts from 1.
+    """Draw the last diagnostics of `key` of each run against depth, which counts from 1.
 
     Values [L] are drawn as they are, with a faint band up to the values of `upper`.  Values [L, n] are drawn as their mean over
-    streams, with a band from the smallest to the largest stream.  The step of the diagnostics goes into the panel's title.
+    streams, with a band from the smallest to the largest stream.  The step of the diagnostics is added to the panel's title.
 
     Args:
       axis: the panel, with its title.

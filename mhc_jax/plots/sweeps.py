@@ -32,7 +32,7 @@ from mhc_jax.plots.style import (
 SWEEP_FIGURES: dict[str, Plot] = {}
 """Figures of runs grouped over seeds, by name."""
 LOG_KEYS = ("optimizer.learning_rate", "model.num_layers", "model.connection.num_streams", "model.connection.t_max")
-"""Settings that have a logarithmic axis.
+"""Settings that have a logarithmic axis in the figure `swept`, if their values are positive.
 
 Any other setting has a logarithmic axis if its largest value is at least 8 times its smallest.
 """
@@ -42,19 +42,20 @@ MEASURES = (
     ("max_composite_backward", "largest composite gain, backward", True),
     ("max_column_error", "largest |column sum − 1| of H_res", False),
 )
-"""Measurements against which settings are swept.
+"""Measurements that the figure `swept` shows, each as (key in summary.json, label of the y axis, whether the axis is logarithmic).
 
-Each has its key in summary.json, the label of its axis, and whether the axis is logarithmic and shows the surroundings of 1.
+A logarithmic axis always includes 1 and its surroundings.
 """
 
 
 @register(SWEEP_FIGURES, "Loss gap, seeds and mean")
 def gap_curves(settings: Sequence[Variant]) -> Figure:
-    """Draw the difference between each variant's training loss and its baseline's against steps, one panel for each kind.
+    """Draw each variant's training loss minus its baseline's against steps, one panel for each kind of connection.
 
-    Training loss minus that of the baseline's run of the same seed at the same step, in nats/token against optimizer steps, as a
-    moving median over a twentieth of the logged steps. Thin lines are seeds, the thick line is their mean, and the legend counts
-    the seeds. Below zero is better. The axis spans the second half of the means.
+    The y axis is the gap in nats/token, where below zero is better; the x axis is the optimizer step. The gap is the training loss
+    of a run minus that of the baseline's run of the same seed at the same step. Lines are moving medians over a twentieth of the
+    logged steps. Each thin line is one seed, and the thick line is the mean over seeds. The legend gives the number of seeds in
+    parentheses. The y axis spans zero and the second half of the thick lines, so that earlier gaps may leave the panel.
     """
     compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     if not compared:
@@ -95,10 +96,11 @@ BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm be
 def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Draw training loss and gradient norm against steps, over the seeds of every variant.
 
-    Left: training loss in nats/token; right: global norm of the gradient before clipping, in nats/token on a logarithmic axis;
-    both against optimizer steps, as moving medians over a twentieth of the logged steps. The line is the mean over a
-    variant's seeds, the band reaches from the lowest seed to the highest. Triangles at the top mark loss spikes of any seed, one
-    row for each variant. The range of the loss axis does not count the first quarter of the steps.
+    The left panel shows the training loss in nats/token, and the right panel the norm of its gradient with respect to all
+    parameters, before clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
+    twentieth of the logged steps. Each line is the mean over a variant's seeds, and the band reaches from the lowest seed to the
+    highest. Triangles at the top mark loss spikes of any seed, one row for each variant. The loss axis spans the values after the
+    first quarter of the steps, so that earlier losses may leave the panel.
     """
     figure, axes = panels(1, 2, height=3.2)
     ends: list[float] = []
@@ -113,7 +115,7 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
             if not curves:
                 continue
             common = sorted(set.intersection(*map(set, curves)))
-            common = common[: len(common) - half_window(len(common))]  # the medians at the end have half a window only
+            common = common[: len(common) - half_window(len(common))]  # the last medians have shorter windows
             table = np.asarray([[curve[step] for step in common] for curve in curves])
             axis.fill_between(common, table.min(0), table.max(0), color=color, alpha=0.15, linewidth=0)
             label = f"{setting.label} ({len(curves)} seeds)"
@@ -137,9 +139,9 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
 def seed_strip(settings: Sequence[Variant]) -> Figure:
     """Draw the final validation loss of every run, one row for each variant.
 
-    Validation loss in nats/token at the end of training. Dots are runs, the bar is the mean over the variant's seeds. The grey
-    band is the mean of the variant's baseline plus and minus one standard deviation over its seeds, from three seeds on. Runs
-    without a final loss are counted at the right.
+    The x axis is the validation loss in nats/token at the end of training. Dots are runs, and the bar is the mean over the
+    variant's seeds. The grey band is the mean of the variant's baseline plus and minus one standard deviation over the baseline's
+    seeds, if at least three of them finished. Runs without a final loss are counted at the right.
     """
     figure, (axis,) = panels(1, 1, height=0.9 + 0.27 * len(settings))
     drawn = False
@@ -170,10 +172,11 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
 def swept(settings: Sequence[Variant]) -> Figure:
     """Draw loss, gains and column errors against every number that the sweep varies.
 
-    There is one row for each swept number and one column for each measurement: validation loss in nats/token, the largest
-    composite gain forward and backward, and the largest column error of H_res. Gains and errors (no unit) are the largest over
-    sub-layers and diagnostics steps; over the sampled tokens gains are means and errors are maxima. Dots are runs that
-    finished, lines their means over seeds. Only variants that differ in nothing else are joined.
+    There is one row of panels for each setting that the sweep varies and that is a number, and one column for each measurement:
+    validation loss in nats/token, the largest composite gain forward and backward, and the largest |column sum − 1| of H_res. Gains
+    are means over the sampled tokens and column errors are maxima over them; both have no unit and are the largest values of all
+    sub-layers and diagnostics steps. Dots are runs that finished, and lines join their means over seeds. A line joins only variants
+    that differ in no other setting.
     """
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
@@ -206,9 +209,9 @@ def swept(settings: Sequence[Variant]) -> Figure:
 def frontier(settings: Sequence[Variant]) -> Figure:
     """Draw which learning rates are stable, one row for each connection.
 
-    Each dot is a learning rate that was tried, on a logarithmic axis. A filled dot is a stable rate: every run finished with a
-    validation loss less than 0.5 nats/token above the best mean of the sweep. A hollow dot with a cross is a rate that is not
-    stable. The bar reaches from the first stable rate to the last stable rate before the next unstable rate.
+    The x axis (logarithmic) is the learning rate. Each dot is a rate that was tried. A filled dot is a stable rate: every run
+    finished with a validation loss less than 0.5 nats/token above the lowest mean of a variant of the sweep. A hollow dot with a
+    cross is a rate that is not stable. The bar reaches from the lowest stable rate to the last one below the next unstable rate.
     """
     threshold = loss_threshold(settings)
     found = frontier_lines(settings)
@@ -236,11 +239,13 @@ def frontier(settings: Sequence[Variant]) -> Figure:
 
 @register(SWEEP_FIGURES, "Compute ladder")
 def ladder(settings: Sequence[Variant]) -> Figure:
-    """Draw a power law for each connection with at least three sizes whose training FLOPs differ by a factor of two or more.
+    """Draw a power law of loss against training FLOPs for each connection that was trained at several sizes.
 
-    Validation loss in nats/token against training arithmetic in FLOPs (FLOPs per token × tokens), both axes logarithmic. Dots are
-    runs, and lines are power laws fitted to the dots. The legend gives the exponent and its 95 % interval from the scatter of the
-    dots about the line. With one run for each size the interval does not include the noise of seeds.
+    The y axis is the validation loss in nats/token, and the x axis is the training arithmetic in FLOPs, which is FLOPs per token
+    times the number of tokens. Both axes are logarithmic. Markers are runs, and lines are power laws fitted to the markers. A
+    connection is drawn if its runs have at least three different FLOPs, the largest at least twice the smallest. The legend gives
+    the exponent and its 95 % interval, which comes from the scatter of the markers about the line. With one run for each size, the
+    interval does not include the noise of seeds.
     """
     figure, (axis,) = panels(1, 1, height=3.2)
     sizes = {"model.width", "model.num_layers", "train.steps"}

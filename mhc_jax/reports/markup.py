@@ -20,21 +20,19 @@ def bullets(sentences: Sequence[str]) -> str:
 
 
 def fold(summary: str, content: str, is_open: bool = False) -> str:
-    """Return an HTML element that shows its summary, and hides `content` until a reader opens it unless `is_open`."""
+    """Return an HTML element that shows `summary` and, if `is_open` or after a click of the reader, the HTML `content`."""
     return f"<details{' open' * is_open}><summary>{escaped(summary)}</summary>{content}</details>"
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return an HTML table with these headings and rows, every value as plain text."""
+    """Return an HTML table with the given headings and rows, every value as plain text."""
     head = "".join(f"<th>{escaped(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{escaped(value)}</td>" for value in row) + "</tr>" for row in rows)
     return _scrolling("text", head, body)
 
 
 def sortable_table(table: Sequence[Mapping[str, Cell]], links: Mapping[str, str] | None = None) -> str:
-    """Return an HTML table that a reader sorts with the button in each heading.
-
-    The cells carry the values by which they are sorted.
+    """Return an HTML table that the reader of the page can sort with the button in each heading.
 
     Args:
       table: rows that share their headings, each a mapping from heading to cell.
@@ -59,7 +57,7 @@ def _scrolling(kind: str, head: str, body: str) -> str:
 
 
 def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
-    """Return a Markdown table of rows that share their headings, for a page, a notebook or a terminal."""
+    """Return a Markdown table of rows that share their headings, each a mapping from heading to cell."""
     lines = [list(table[0]), ["---"] + ["---:"] * (len(table[0]) - 1)]
     lines += [[cell.text for cell in row.values()] for row in table]
     return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)

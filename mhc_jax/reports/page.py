@@ -19,16 +19,16 @@ from mhc_jax.reports.markup import bullets, escaped, fold, sortable_table, text_
 from mhc_jax.runs.folder import read_json
 
 HEADER_KEYS = ("date", "command", "commit", "device")
-"""Keys of env.json that the top of the page shows.  All keys are in a fold below the settings."""
+"""Keys of env.json that the top of the page shows.  The section of settings shows all keys, in a table that the reader opens."""
 MOST_VALUES = 3
-"""Largest number of different values that the top of the page shows for one key.
-
-It is also the largest number of missing runs that a sentence names.
-"""
+"""Largest number of values of one key of env.json that the top of the page shows.  `held_runs` names at most this many runs."""
 CURVES = 8
-"""Largest number of variants for which the page draws the figures of single runs, from each variant's mean over seeds."""
+"""Largest number of variants with which the page draws the figures of `plots.FIGURES`, where each variant has its own curves.
+
+If there are more variants, the page leaves these figures out.
+"""
 OPEN_EVENTS = 20
-"""Largest number of events for which the page shows the table of events unfolded."""
+"""Largest number of events for which the table of events is open from the start.  The reader opens a longer table by a click."""
 
 
 # -- the runs of a page
@@ -54,7 +54,12 @@ def find_runs(folder: Path, order: Sequence[str] = ()) -> list[RunRecord]:
 
 
 def held_runs(records: Sequence[RunRecord], grid: Sequence[str]) -> str:
-    """Return a sentence that says how many runs of a sweep's grid a page holds, and which runs have not begun."""
+    """Return a sentence that says how many runs of a sweep's grid a page shows, and which of them have not begun.
+
+    Args:
+      records: the runs on the page.
+      grid: names of the runs of the grid.
+    """
     names = {record.name for record in records}
     missing = [name for name in grid if name not in names]
     text = f"This page holds {len(grid) - len(missing)} of the {len(grid)} runs of the grid"
@@ -73,7 +78,7 @@ def write_folder_report(folder: Path, output: Path | None = None, title: str = "
     Args:
       folder: folder of the runs.
       output: folder of the page.  None means `folder`.
-      title: title of the page.  If it is empty, the title is that of the sweep or, without a sweep, the folder's name.
+      title: title of the page.  If it is empty, the title is that of the sweep or, if there is no sweep, the folder's name.
 
     Raises:
       InputError: there is no such folder, or no run in it.
@@ -94,8 +99,8 @@ def write_report(
 ) -> Path:
     """Write the page `folder`/report.html, and its figures as `folder`/figures/<name>.png and .svg.
 
-    The page needs no network and no other file: figures are inline SVG, and styles and the script that sorts the tables are in
-    the page.
+    The page needs no network and no other file, because it contains its figures as SVG, its styles and the script that sorts its
+    tables.
 
     Args:
       records: the runs, in the order in which the page shows them.
@@ -108,7 +113,7 @@ def write_report(
       The path of report.html.
 
     Raises:
-      InputError: there are no records, or a record is given twice.
+      InputError: there are no runs, or two runs have the same configuration.
     """
     variants = group(records, baseline)
     folder = Path(folder)
@@ -129,11 +134,11 @@ def write_report(
 
 
 def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path:
-    """Fill the template of the page and write report.html atomically.
+    """Fill the template of the page, write it as `folder`/report.html atomically, and return its path.
 
     Args:
       folder: an existing folder.
-      drawn: title of each figure by its id, for the links at the top.
+      drawn: titles of the figures by their HTML ids, for the links at the top.
       sections: HTML of the title, header, findings, notes, comparison, figures, settings and events.
     """
     links = {name: name.capitalize() for name in ("findings", "comparison", "figures")} | dict(drawn)
@@ -155,9 +160,9 @@ def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path
 
 
 def header(records: Sequence[RunRecord]) -> str:
-    """Return the top of the page as HTML: number of runs, date (first to last), command, commit and device.
+    """Return the top of the page as HTML: number of runs, dates (first to last), commands, commits and devices.
 
-    Each different value is shown once.
+    A value that several runs share is shown once.
     """
     items = [("runs", str(len(records)))]
     for key in HEADER_KEYS:
@@ -180,7 +185,7 @@ def _header_value(env: Mapping[str, Any], key: str) -> str | None:
 
 
 def _tables(records: Sequence[RunRecord], variants: Sequence[Variant], folder: Path) -> str:
-    """Return the table of runs as HTML and, if a variant has several runs, the table of variants above it."""
+    """Return the table of runs as HTML, below the table of variants if a variant has several runs."""
     links = {
         label: os.path.relpath(record.folder, folder) for label, record in zip(labels(records), records, strict=True)
     }
@@ -193,7 +198,7 @@ def _tables(records: Sequence[RunRecord], variants: Sequence[Variant], folder: P
 def _figures(
     variants: Sequence[Variant], runs: int, folder: Path, baseline: Baseline | None
 ) -> tuple[str, dict[str, str]]:
-    """Draw the figures over seeds and variants, then the figures of single runs or of the means over seeds."""
+    """Draw `SWEEP_FIGURES` of the variants, and `plots.FIGURES` of each variant's mean over seeds.  Return the same as `_draw`."""
     plain = len(variants) == runs and baseline is None
     over_seeds = {k: v for k, v in SWEEP_FIGURES.items() if not plain or k in ("swept", "frontier", "ladder")}
     figures, drawn = _draw(over_seeds, variants, folder, quiet=plain)
@@ -209,11 +214,11 @@ def _figures(
 def _draw(
     figures: Mapping[str, plots.Plot], data: Any, folder: Path, quiet: bool = False
 ) -> tuple[str, dict[str, str]]:
-    """Draw every figure for which `data` has numbers.  Return the HTML, and the title of each drawn figure by its id.
+    """Draw every figure for which `data` has numbers.  Return the HTML, and the titles of the drawn figures by their HTML ids.
 
     Args:
       figures: figures by name, such as `plots.FIGURES`.
-      data: argument of the functions that draw the figures.
+      data: runs or variants, the argument of the functions that draw the figures.
       folder: folder to which <name>.png and <name>.svg are written.
       quiet: whether to leave out the list of the figures that could not be drawn.
     """
@@ -237,7 +242,7 @@ def _draw(
 
 
 def _settings(variants: Sequence[Variant]) -> str:
-    """Return, as HTML, the settings in which variants differ, the settings that all runs share, and the environments."""
+    """Return, as HTML, the settings in which variants differ, the settings that all runs share, and the content of env.json."""
     runs = [run for variant in variants for run in variant.runs.values()]
     shared = shared_settings(runs)
     out = ""
@@ -275,7 +280,7 @@ def changed_settings(records: Sequence[RunRecord]) -> str:
 
 
 def _events(records: Sequence[RunRecord]) -> str:
-    """Return the table of events as HTML: spikes, resumptions and other events, in the order of steps within a run."""
+    """Return the table of the events of all runs (spikes, resumptions and others) as HTML, run by run in the order of steps."""
     events = []
     for label, record in zip(labels(records), records, strict=True):
         for event in record.events:

@@ -1,7 +1,7 @@
 """Write and read the record of a sweep: the small part of the sweep's folder that the repository keeps.
 
 A record holds README.md, results.csv, results.parquet and a folder for each run with config.json, env.json, summary.json and, if
-wanted, metrics.jsonl.  Checkpoints, locks and logs stay behind.  Of absolute paths only the last part is kept.
+wanted, metrics.jsonl.  Checkpoints, locks and logs are not copied.  In the files, absolute paths are cut to their last part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mhc_jax.runs.folder import read_json
 from mhc_jax.sweeps.results import result_rows, write_table
 
 MISSING = ("pending", "begun", "interrupted")
-"""States of runs that have not ended and may still finish."""
+"""Values of `run_status` for runs that have not ended and may still finish."""
 FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
 """Pattern that matches the folders of an absolute path, but not the folders of a URL or a relative path."""
 
@@ -37,21 +37,22 @@ def shortened(text: str) -> str:
 def write_record(
     sweep_folder: Path, folder: Path, metrics: bool = False, unfinished: bool = False, note: str = ""
 ) -> Path:
-    """Write the record of a sweep.  The sweep's folder stays as it is.
+    """Write the record of a sweep.  The folder of the sweep does not change.
 
     Args:
       sweep_folder: the folder that `experiments/sweep.py` wrote.
       folder: folder of the record, which must not exist.
-      metrics: whether to keep metrics.jsonl, too.
+      metrics: whether to copy metrics.jsonl, too.
       unfinished: whether to accept a sweep with runs that have not ended.  The record leaves these runs out, and README.md
         counts them.
-      note: a sentence for README.md, or empty.
+      note: a sentence to add to README.md, or empty.
 
     Returns:
       The folder of the record.
 
     Raises:
-      InputError: `sweep_folder` holds no sweep, the sweep is not finished, no run has ended, or the record exists already.
+      InputError: `sweep_folder` holds no sweep, runs have not ended and `unfinished` is false, no run has ended, or `folder`
+        exists.
     """
     rows = result_rows(sweep_folder)
     missing = [row["run"] for row in rows if row["status"] in MISSING]
@@ -79,14 +80,14 @@ def write_record(
 def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], baseline: Baseline | None, note: str) -> str:
     """Return the text of a record's README.md.
 
-    It holds the command and circumstances, how the runs ended, the findings, and the table of variants.
+    It holds the command, commits, devices and dates of the runs, how they ended, the findings, and the table of variants.
 
     Args:
       title: title of the sweep.
       records: the runs that ended.
-      states: status of each run of the sweep.
+      states: `run_status` of each run of the sweep.
       baseline: settings of the baseline, as `grouping.group` takes them.
-      note: a sentence for the reader, or empty.
+      note: a sentence to add to the text, or empty.
     """
     envs = [record.env for record in records]
     dates = sorted(str(env["date"]) for env in envs)
@@ -116,7 +117,9 @@ def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], basel
 
 
 def read_record(folder: str | Path) -> list[RunRecord]:
-    """Read the runs of a record, in the order of their names.  A run without metrics.jsonl has its summary and no curves.
+    """Read the runs of a record, in the order of their names.
+
+    If the record has no metrics.jsonl of a run, the result has its summary, but no measurements over steps and no events.
 
     Raises:
       InputError: `folder` is not the record of a sweep.
@@ -128,7 +131,7 @@ def read_record(folder: str | Path) -> list[RunRecord]:
 
 
 def read_newest(root: str | Path, name: str) -> list[RunRecord]:
-    """Return the runs of the latest record of a sweep, which is named `<date>-sweep-<name>`, in the folder `root`.
+    """Return the runs of the latest record of the sweep `name`.  Its records are the folders `root`/<date>-sweep-<name>.
 
     Raises:
       InputError: there is no record of this sweep.

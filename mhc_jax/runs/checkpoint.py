@@ -1,4 +1,4 @@
-"""Save and read checkpoints: an Orbax folder for each saved step, with all that a run needs to go on.  It is whole or absent."""
+"""Save and read checkpoints.  A checkpoint is an Orbax folder with all that a run needs to go on, and is either whole or absent."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mhc_jax.runs.folder import differences, read_json
 from mhc_jax.train_step import TrainState
 
 ITEMS = ("state", "loop", "config", "tokenizer")
-"""Names of the parts of a checkpoint."""
+"""Names of the parts of a checkpoint: train state, other state of the training loop, configuration and tokenizer."""
 KEEP_CHECKPOINTS = 2
-"""Number of checkpoints that a run keeps: the newest, and the one before it in case the newest cannot be read."""
+"""Number of checkpoints that a run keeps: the newest, and the one before, in case the newest cannot be read."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """Exceptions that Orbax raises if writing to disk fails.  Errors of TensorStore arrive as ValueError."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder/checkpoints/<step>/`.  Use as a context manager.
+    """A context manager that saves and reads the checkpoints of one run, `folder/checkpoints/<step>/`.
 
-    Saving is asynchronous: `save` returns once the arrays are copied to the host.  A step folder gets its final name
-    only when it is complete, so that a kill leaves at most a temporary folder, which the next start removes.
+    `save` returns once the arrays are copied to the host, and writing goes on in the background.  The folder of a step gets its
+    final name when it is complete.  A kill therefore leaves at most a temporary folder, which the next start removes.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -50,7 +50,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # Closing waits for all processes, and after an error one of them may be gone.
+        # Closing waits for all processes of the run.  After an error another process may be gone, and the wait would not end.
         if kind is None or not distributed.is_multiprocess():
             self.close()
 
@@ -59,7 +59,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def newest(self) -> str:
-        """Return words for the newest checkpoint that is whole on disk; empty if there is none.  Other processes are not asked."""
+        """Return a text such as `the checkpoint of step 100` for the newest whole checkpoint on disk; empty if there is none."""
         steps = saved_steps(self.folder)
         return f"the checkpoint of step {max(steps)}" if steps else ""
 
@@ -71,9 +71,9 @@ class Checkpoints:
         Args:
           step: number of updates done.
           state: train state.
-          loop: the rest of the state of the training loop, JSON-serialisable.
-          config: configuration of the run (`mapping.to_mapping`).
-          tokenizer: tokenizer of the run (`Tokenizer.saved`).
+          loop: state of the training loop besides the train state, as JSON values.
+          config: configuration of the run, as from `mapping.to_mapping`.
+          tokenizer: tokenizer of the run, as from `Tokenizer.saved`.
 
         Raises:
           InputError: this or the previous save could not be written (disk full, folder gone).
@@ -82,7 +82,7 @@ class Checkpoints:
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            # Orbax writes `loop` while the run goes on and appends to the lists in it.
+            # Orbax writes `loop` while the run goes on and changes its lists.  So Orbax gets a copy.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
             config=ocp.args.JsonSave(config),
             tokenizer=ocp.args.JsonSave(tokenizer),
@@ -113,7 +113,7 @@ class Checkpoints:
         full = "no space left" in str(error).lower() or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else _reason(error)
         self._failed = True
-        # Orbax never starts its remaining writes, and Python would warn of each of them at exit.
+        # After a failure Orbax never starts its other writes.  Python would warn of each of them at exit.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         newest = self.newest()
         kept = f"{newest} is whole" if newest else "there is no earlier one"
@@ -129,11 +129,11 @@ class Checkpoints:
 
         Args:
           abstract: shapes, dtypes and shardings of the train state.
-          config: the configuration of the run that wants to go on.
+          config: configuration of the run that is to go on.  Its model must be the model of the checkpoint.
 
         Returns:
-          (state, loop, remarks): the train state, the rest of the state of the loop, and a remark for each broken checkpoint that
-          was set aside.
+          (state, loop, remarks): the train state, the other state of the training loop, and a sentence for each checkpoint that
+          could not be read and was moved out of the way.
 
         Raises:
           InputError: the newest readable checkpoint belongs to another model, or there are checkpoints and none can be read.
@@ -147,7 +147,7 @@ class Checkpoints:
                 raise
             except Exception as error:
                 reason = _reason(error)
-            # Each process reads its part of the checkpoint, and the part of any process may be broken.
+            # Each process reads its own part of the checkpoint.  If one part is broken, no process uses the checkpoint.
             reason = next(filter(None, distributed.allgather_text(reason)), "")
             if out and not reason:
                 return *out, self._set_aside(broken)
@@ -174,7 +174,7 @@ class Checkpoints:
         return out["state"], out["loop"]
 
     def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
-        """Move broken checkpoints out of the folder, so that their steps can be saved again.  Returns a remark for each."""
+        """Move broken checkpoints out of the folder, so that their steps can be saved again.  Return a sentence for each."""
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
@@ -198,7 +198,7 @@ class Checkpoints:
         """Wait for pending saves and release threads.
 
         Raises:
-          InputError: a save failed, and neither `save` nor `wait` has raised it.
+          InputError: a save failed, and neither `save` nor `wait` has raised this error.
         """
         try:
             self._manager.close()
@@ -215,7 +215,7 @@ def check_tokenizer(saved: str, given: str, folder: Path) -> None:
     """Raise `InputError` unless the given tokenizer is the one that a run was trained with.
 
     Args:
-      saved: fingerprint of the tokenizer of the run.
+      saved: fingerprint (SHA-256) of the tokenizer of the run.
       given: fingerprint of the given tokenizer.
       folder: folder of the run.
     """
@@ -230,8 +230,8 @@ def check_text(saved: Mapping[str, str], given: Mapping[str, str], folder: Path)
     """Raise `InputError` if the given text is not the one that a run was trained with.
 
     Args:
-      saved: recorded hashes of the text of the run.  A hash that is not recorded is not compared.
-      given: hashes of the given text (`Data.identity`).
+      saved: hashes of the training and validation text of the run, by name.  A name that is missing is not compared.
+      given: hashes of the given text, as from `Data.identity`.
       folder: folder of the run.
     """
     for name, new in given.items():
@@ -263,28 +263,28 @@ def newest_step(folder: Path) -> int:
 
 
 def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> tuple[dict[str, Any], Any]:
-    """Return (configuration mapping, parameters) of the newest checkpoint of a run folder, for evaluation and notebooks.
+    """Return (configuration as a nested mapping, parameters) of the newest checkpoint of a run folder.
 
-    model.vocab_size is never 0 in this configuration: if it is 0 in config.json, the checkpoint has the size of the tokenizer.
+    In this configuration model.vocab_size is never 0.  Where config.json has 0, it is the size of the tokenizer.
 
     Args:
       folder: the run folder.
-      shardings: a function from the shapes and dtypes of the train state to its shardings (`sharding.state_shardings`).  None:
-        everything goes to the first device.
+      shardings: a function from the shapes and dtypes of the train state to its shardings (`sharding.state_shardings`).  None
+        puts everything on the first device.
 
     Raises:
-      InputError: the folder holds no checkpoint, or the newest cannot be read.
+      InputError: the folder holds no checkpoint, or the newest checkpoint cannot be read.
     """
     step = newest_step(folder)
     root = (folder / "checkpoints").resolve()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    # Orbax warns of each item without a handler, even if the item is not read.
+    # Every item gets a handler, because Orbax warns of an item without one, even if the item is not read.
     handlers = {"state": ocp.StandardCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
     try:
         with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-            # The state was saved on the devices of the run, and is restored to the devices of this process.
+            # The checkpoint names the devices on which the run saved it.  The arrays are restored to devices of this process.
             saved = manager.item_metadata(step)["state"]
             places = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
             target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, places)
@@ -298,7 +298,7 @@ def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> 
 
 
 def saved_tokenizer(folder: Path) -> dict[str, str]:
-    """Return the tokenizer of the newest checkpoint of a run folder, as `Tokenizer.saved` gives it.
+    """Return the tokenizer of the newest checkpoint of a run folder, in the form of `Tokenizer.saved`.
 
     Raises:
       InputError: the folder holds no checkpoint, or its tokenizer cannot be read.

@@ -18,7 +18,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.parallel import distributed
 
 COMMAND = "MHC_JAX_COMMAND"
-"""Name of the environment variable through which a sweep passes its command to the processes that it starts."""
+"""Name of the environment variable in which a sweep hands its own command line to the processes that it starts."""
 
 _PACKAGES = ("mhc-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -41,14 +41,14 @@ def _version(package: str) -> str | None:
 
 
 def command() -> str:
-    """Return the command that a person typed: the command of the sweep in a process of a sweep, else of this process."""
+    """Return the command line that a person typed: that of the sweep if a sweep started this process, else that of this process."""
     return os.environ.get(COMMAND) or shlex.join(["python", *sys.argv])
 
 
 def environment() -> dict[str, Any]:
-    """Return the values of env.json: date (UTC), command, commit, Python, packages and devices.
+    """Return the entries of env.json: date (UTC), command line, commit, and versions of Python, packages and devices.
 
-    `dirty` says whether files differ from the commit.  `commit` and `dirty` are None outside a git checkout.
+    `dirty` says whether files differ from the commit in git.  `commit` and `dirty` are None outside a git checkout.
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
     devices = jax.devices()
@@ -66,9 +66,9 @@ def environment() -> dict[str, Any]:
 
 
 def devices_of(config: ExperimentConfig) -> dict[str, Any]:
-    """Return the entries about mesh and processes in env.json, summary.json and events.
+    """Return the mesh and the number of processes of a run, as entries of env.json, summary.json and events.
 
-    There is no `mesh` for a single device, and no `processes` for a single process.
+    The entry `mesh` is missing for a single device, and `processes` for a single process.
     """
     mesh = {"mesh": str(config.mesh)} if config.mesh.size > 1 else {}
     return mesh | ({"processes": jax.process_count()} if distributed.is_multiprocess() else {})

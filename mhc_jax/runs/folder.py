@@ -15,7 +15,7 @@ from mhc_jax.runs.metrics import plain
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, which is never half-written, even if the process is killed.
+    """Write `value` to a JSON file.  If the process is killed, the file is either old or complete.
 
     Raises:
       InputError: the folder cannot be written.
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
-    """Return the entry of env.json about the text and the tokenizer of a run (`Data.summary`); {} if there is no env.json yet.
+    """Return what env.json says of the text and the tokenizer of a run (`Data.summary`), or {} if there is no env.json yet.
 
     Raises:
       InputError: the file is no JSON object.
@@ -55,7 +55,10 @@ def recorded_data(folder: Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a line such as `model.width: 64 -> 128` for every value in which two nested mappings differ."""
+    """Return a line such as `model.width: 64 -> 128` for every value in which two nested mappings differ.
+
+    `prefix` stands before every key.
+    """
     out = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
@@ -67,17 +70,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Check that a run of this configuration may start or go on in a folder.  Nothing is written.
+    """Check that a run with the configuration `config` may start or go on in a folder.  Nothing is written.
 
     Returns:
-      The summary if the run has ended already, else None.
+      The content of summary.json if the run has finished or diverged already, else None.
 
     Raises:
       InputError: the folder is not a run folder and not empty, or holds a run of another configuration.
     """
     saved = folder / "config.json"
     if saved.exists():
-        # The mesh and the pipeline may differ from the recorded ones, because a run may go on with other devices.
+        # The mesh and the pipeline may differ from those in config.json, because a run may go on with other devices.
         free = {"mesh": None, "pipeline": None}
         changed = differences({**read_json(saved), **free}, {**plain(config), **free})
         if changed:
@@ -97,10 +100,10 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
 
 
 def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Make the run folder and write config.json.  The first process does this, and every process checks that it sees the file.
+    """Make the run folder and write config.json on the first process.  Then every process checks that it sees config.json.
 
     Raises:
-      InputError: the folder cannot be written, or another process does not see it.
+      InputError: the folder cannot be written, or another process does not see config.json.
     """
     distributed.on_every_process(lambda: _create(folder, config) if distributed.is_first_process() else None)
     sentence = f"{folder} is not the folder that the first process writes to; give a run folder that all hosts share."

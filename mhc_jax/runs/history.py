@@ -20,11 +20,11 @@ from mhc_jax.runs.metrics import SPIKE_THRESHOLD, SPIKE_WINDOW, SpikeDetector, p
 from mhc_jax.train_step import TrainState
 
 KEPT_TIMES, KEPT_LOSSES = 200, 10
-"""Number of last steps whose times are kept for summary.json, and number of last steps whose losses are kept for it."""
+"""summary.json is made from the times of the last `KEPT_TIMES` steps and the losses of the last `KEPT_LOSSES` steps."""
 
 
 class Clock:
-    """A clock that adds up the seconds of a run by the part they were spent on, such as compilation or validation."""
+    """A clock that adds up the seconds that a run spends on each kind of work, such as compilation or validation."""
 
     def __init__(self) -> None:
         parts = ("compile_s", "train_s", "validation_s", "diagnostics_s", "checkpoint_s")
@@ -33,17 +33,17 @@ class Clock:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds that the body of the `with` statement takes to the total of `part`."""
+        """Add the seconds that the body of the `with` statement takes to the total of `part`, such as `compile_s`."""
         began = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - began
 
     def restart_step(self) -> None:
-        """Let the next step begin now, so that pauses before it do not count as its time."""
+        """Let the time of the next train step begin now, so that validation or saving before it does not count."""
         self._step_began = time.perf_counter()
 
     def end_step(self) -> float:
-        """Return the seconds since the last step ended or `restart_step` was called, and add them to `train_s`."""
+        """Return the seconds since the previous train step ended or `restart_step` was called, and add them to `train_s`."""
         now = time.perf_counter()
         elapsed, self._step_began = now - self._step_began, now
         self.seconds["train_s"] += elapsed
@@ -52,12 +52,12 @@ class Clock:
 
 @dataclass
 class History:
-    """The state of the training loop beside the train state.  Checkpoints hold it, so that summary.json covers the whole run."""
+    """The measurements of a run so far.  Checkpoints hold them, so that summary.json covers a run that was interrupted, too."""
 
     spikes: SpikeDetector = field(default_factory=lambda: SpikeDetector(SPIKE_WINDOW, SPIKE_THRESHOLD))
     clock: Clock = field(default_factory=Clock)
     step: int = 0
-    """Number of updates that have been dispatched."""
+    """Number of optimizer updates that have been dispatched to the devices."""
     losses: list[float] = field(default_factory=list)
     """Losses of the last `KEPT_LOSSES` steps, in nats per token."""
     step_times: list[float] = field(default_factory=list)
@@ -66,29 +66,29 @@ class History:
     gains: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("max_composite_forward", "max_composite_backward", "max_column_error"))
     )
-    """Largest value of each gain or error over depth and all diagnostics steps so far; None before the first diagnostics step."""
+    """Largest composite gains and error of H_res's column sums so far, over sub-layers and diagnostics steps; None before these."""
     last_diagnostics: dict[str, float | None] = field(
         default_factory=lambda: {f"final_{key}": None for key in STREAM_MEASURES}
     )
     diverged_at: int | None = None
-    """Step at which the run diverged; None if it has not."""
+    """Step at which the run diverged; None if it has not diverged."""
     first_nonfinite: int | None = None
-    """Step at which a number was not finite; None if all were finite."""
+    """Step with a loss, a gradient norm, or an RMS of streams or branches that is not finite; None if there is none."""
     compiled_bytes: int | None = None
     """Memory of the compiled train step in bytes, as the compiler estimates it; None if unknown."""
 
     def saved(self) -> dict[str, Any]:
-        """Return the history as JSON values for `restore`.  Later steps change the lists in it, so copy them to keep them."""
+        """Return the history as JSON values for `restore`.  Later steps change these values, so copy them to keep them."""
         return {**vars(self), "spikes": self.spikes.state(), "clock": self.clock.seconds}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Take over the history that `saved` returned."""
+        """Replace the content of this history by values that `saved` returned."""
         self.spikes = SpikeDetector(self.spikes.window, self.spikes.threshold, saved["spikes"])
         self.clock.seconds = saved["clock"]
         vars(self).update({f.name: saved[f.name] for f in fields(self) if f.name not in ("spikes", "clock")})
 
     def ended(self, steps: int) -> str | None:
-        """Return `diverged` or `finished`, or None if the run has done fewer than `steps` steps."""
+        """Return `diverged` or `finished`, or None if the run has not diverged and has done fewer than `steps` steps."""
         if self.diverged_at is not None:
             return "diverged"
         return "finished" if self.step == steps else None
@@ -106,7 +106,11 @@ class History:
         self.first_nonfinite = None if math.isfinite(loss) else self.step
 
     def add_diagnostics(self, values: dict[str, np.ndarray]) -> None:
-        """Record the values that `diagnostics.summarize` returned, and whether they are finite."""
+        """Update the largest gains and the last stream measures, and note whether an RMS is not finite.
+
+        Args:
+          values: what `diagnostics.summarize` returned.
+        """
         for key, before in self.gains.items():
             largest = float(np.max(np.nan_to_num(values[key.removeprefix("max_")], nan=np.inf)))
             self.gains[key] = largest if before is None else max(before, largest)
@@ -127,26 +131,27 @@ def summary_of(
 
     steps                 number of updates in the saved state
     parameters            number of all parameters; connection_parameters: number of the parameters of connections
-    flops_per_token       operations of one train step over its tokens, recomputation included (`cost.counts.flops`)
+    flops_per_token       FLOPs of one train step divided by its number of tokens, recomputation included (`cost.counts.flops`)
     step_time_s           median time of the last 200 steps, without validation, diagnostics and checkpoints
-    peak_memory_bytes     the most that arrays took on the first device.  It is the compiler's estimate of the train step if the
-                          device keeps no count, or if something before the run in this process took more
+    peak_memory_bytes     most bytes that arrays took on the first device.  If the device keeps no count, or if the process had
+                          taken as much before the run, it is the compiler's estimate of the train step
     train_loss            mean of the losses of the last 10 steps, without those that are not finite
     validation_loss       loss of the last validation; bits_per_byte: its value in bits per byte
-    max_*                 largest gain or error over depth and diagnostics steps; gains_overflowed: whether one is infinite
-    final_*               mean over sub-layers at the last diagnostics step (`diagnostics.STREAM_MEASURES`)
+    max_*                 largest composite gains and error of H_res's column sums, over sub-layers and diagnostics steps
+    gains_overflowed      whether one of max_* is infinite
+    final_*               means over sub-layers of `diagnostics.STREAM_MEASURES` at the last diagnostics step
     spikes                number of loss spikes; spike_steps: the steps at which they begin (`SpikeDetector`)
     first_nonfinite_step  step at which a number that is not finite ended the run
-    wall_clock_s          sum of compile_s, train_s, validation_s, diagnostics_s and checkpoint_s.  Reading text, making the first
-                          state and steps lost to a kill are not included
+    wall_clock_s          sum of compile_s, train_s, validation_s, diagnostics_s and checkpoint_s.  It leaves out reading text,
+                          making the first state, and steps lost to a kill
 
     Args:
-      config: settings of the run, with the size of the vocabulary.
+      config: configuration of the run.
       state: train state at the end.
       history: history of the run.
-      flops: operations per token (`programs.flops_per_token`).
+      flops: FLOPs per token (`programs.flops_per_token`).
       bits_per_nat: factor from nats/token to bits per byte, over the validation batches.
-      peak_before: peak of memory in bytes before the run (`counts.device_peak`).
+      peak_before: most bytes that arrays took on the first device before the run (`counts.device_peak`).
     """
     parameters, of_connections = counts.parameter_counts(state.params)
     peak = counts.device_peak()

@@ -1,14 +1,16 @@
-"""The writer of metrics.jsonl, which also feeds TensorBoard and wandb, and the detector of loss spikes.
+"""The writer of the metrics of a run (metrics.jsonl, TensorBoard and wandb), and the detector of loss spikes.
 
-The file holds one JSON object a line.  Each object has a `kind` and a `step`, the number of updates done:
+Each line of metrics.jsonl is a JSON object with a `kind`, a `step` (the number of updates done) and the values of its kind:
 
     train        loss [nats/token], the mean over the batch before the update; grad_norm (before clipping); clipped (1 if
                  grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on, this step included;
-                 step_time_s; tokens_per_s.  With experts, means over layers of router_load_cv, router_max_load, router_entropy
-                 and router_bias_range (`layers.moe.router_health`), and with a buffer in model.experts of router_dropped
+                 step_time_s; tokens_per_s.  If the model has experts: router_load_cv, router_max_load, router_entropy and
+                 router_bias_range (`layers.moe.router_health`), each a mean over layers, and the same of router_dropped if
+                 model.experts sets a buffer
     validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these tokens (`Data.bits_per_nat`)
-    diagnostics  `diagnostics.summarize` as lists; grad_norm_per_layer; with experts, the router_* numbers of each layer
-    event        event = spike | resumed | diverged | interrupted | checkpoint_skipped, and details
+    diagnostics  arrays of `diagnostics.summarize` as lists; after step 0 also grad_norm_per_layer [L/2] (of each block) and, if
+                 the model has experts, router_* of each layer
+    event        event (spike, resumed, diverged, interrupted or checkpoint_skipped), and details of this event
 
 A train line is written every train.log_every steps, and at the last step.  NaN and infinity are written as null.
 """
@@ -46,7 +48,7 @@ def plain(value: Any) -> Any:
 
 
 SPIKE_WINDOW = 50
-"""Number of last losses whose median a new loss is compared with, to find spikes."""
+"""Number of last losses whose median each new loss is compared with, in order to find spikes."""
 SPIKE_THRESHOLD = 0.5
 """A loss is a spike if it exceeds the median of the last `SPIKE_WINDOW` losses by more than this, in nats per token."""
 
@@ -54,8 +56,8 @@ SPIKE_THRESHOLD = 0.5
 class SpikeDetector:
     """Finds spikes: steps whose loss exceeds the median of the last `window` losses by more than `threshold` nats per token.
 
-    Losses of spikes are not among these `window` losses.  The detector finds spikes once it has seen `window` / 2 losses.  Spikes
-    of consecutive steps count as one.
+    The median leaves out losses of spikes and losses that are not finite.  It takes `window` / 2 losses before a spike can be
+    found.  Spikes of consecutive steps count as one.
     """
 
     def __init__(self, window: int, threshold: float, state: dict[str, Any] | None = None):
@@ -67,11 +69,11 @@ class SpikeDetector:
 
     @property
     def median(self) -> float:
-        """The median of the losses in the window, in nats per token."""
+        """The median of the last `window` losses, in nats per token."""
         return statistics.median(self.recent)
 
     def update(self, step: int, loss: float) -> bool:
-        """Add the loss of a step.  Returns whether a spike begins with this step."""
+        """Add the loss of a step, in nats per token.  Return whether a spike begins with this step."""
         if len(self.recent) >= max(self.window // 2, 1) and loss > self.median + self.threshold:
             begins = step != self.last + 1
             self.last = step
@@ -83,12 +85,12 @@ class SpikeDetector:
         return False
 
     def state(self) -> dict[str, Any]:
-        """Return the state as JSON values, which the constructor takes as `state`."""
+        """Return the state of the detector as JSON values.  The constructor takes them as `state`."""
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Raise `InputError` if the package of a tracker is not installed."""
+    """Raise `InputError` if the package of a tracker (`tensorboard` or `wandb`) is not installed."""
     for name in trackers:
         package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
         require(
@@ -98,9 +100,9 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl`, TensorBoard and wandb.  A written line is kept if the process is killed.
+    """A context manager that appends lines to metrics.jsonl and sends their numbers to TensorBoard and wandb.
 
-    Use as a context manager.  With several processes, only the first writes.
+    A line that is written stays in the file if the process is killed.  In a run of several processes only the first one writes.
     """
 
     def __init__(self, folder: Path, keep_until: int, trackers: Sequence[str] = (), config: Any = None):
@@ -108,10 +110,10 @@ class MetricsWriter:
 
         Args:
           folder: folder of the run.
-          keep_until: the last step whose lines are kept.  Lines of later steps and half-written lines are dropped; -1 drops all,
-            for a run that starts anew.
-          trackers: trackers that get the metrics too, as in train.trackers.
-          config: configuration that wandb shows.
+          keep_until: the last step whose lines in metrics.jsonl are kept.  Lines of later steps and half-written lines are
+            dropped.  -1 drops all lines, for a run that starts anew.
+          trackers: names of the trackers that get the metrics too, as in train.trackers.
+          config: configuration of the run, which wandb shows.
         """
         self.path = folder / "metrics.jsonl"
         self._sinks: list[Callable[[str, int, dict[str, Any]], Any]] = []
@@ -142,7 +144,7 @@ class MetricsWriter:
         self.close()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record.
+        """Append one line with `kind`, `step` and `values`.
 
         Raises:
           InputError: the disk is full, or the file is gone.
@@ -152,11 +154,11 @@ class MetricsWriter:
             sink(kind, step, record)
 
     def close(self) -> None:
-        """Flush and close every writer."""
+        """Flush and close metrics.jsonl and the trackers."""
         self._open.close()
 
     def _keep(self, until: int) -> None:
-        """Rewrite metrics.jsonl with only the complete lines up to the step `until`."""
+        """Rewrite metrics.jsonl so that it holds the complete lines up to the step `until` alone."""
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
@@ -171,13 +173,13 @@ class MetricsWriter:
         self._guard(lambda: (self._file.write(line), self._file.flush()))
 
     def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # `write` has already reported the failed flush
+        with contextlib.suppress(OSError):  # a failed `write` has already raised this error
             self._file.close()
 
     def _wandb_run(self, folder: Path, config: Any) -> Any:
         import wandb
 
-        # Other comparisons may have run folders of the same name, so the id of the wandb run is kept in a file of the folder.
+        # Folders of two comparisons may have the same name.  So the wandb run has a random id, which a file in the folder keeps.
         id_file = folder / "wandb_id"
         if not id_file.exists():
             self._guard(lambda: id_file.write_text(uuid.uuid4().hex))

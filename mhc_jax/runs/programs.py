@@ -1,4 +1,4 @@
-"""The compiled programs of a run, its batches, and its first train state."""
+"""What a run needs to begin: its compiled steps, its batches and its first train state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mhc_jax.train_step import (
 
 
 class Feed:
-    """The batches that a run reads.  Each process reads the rows of a batch that its devices hold."""
+    """The batches of a run for training, validation and diagnostics.  Each process reads the rows that its devices hold."""
 
     def __init__(self, data: Data, config: ExperimentConfig, mesh: Mesh | None):
         self._mesh = mesh
@@ -37,13 +37,13 @@ class Feed:
         self.train = data.train_iterator(rows=self._rows)
         self.validation = data.validation_batches(count, self._rows)
         self.bits_per_nat = data.bits_per_nat(count)
-        # One held-out sequence, the same at every diagnostics step and in every run of a comparison.
+        # Diagnostics use one held-out sequence, the same at every diagnostics step and in every run of a comparison.
         self.diagnostic_tokens: Any = data.validation_batches(1, np.arange(1))[0]["inputs"]
         if mesh and self._rows is not None:
             self.diagnostic_tokens = replicate(mesh, self.diagnostic_tokens)
 
     def placed(self, batch: Batch) -> Any:
-        """Return the batch as arrays split over the devices of the mesh, or `batch` itself without a mesh."""
+        """Return the batch as arrays that are split over the devices of the mesh.  Without a mesh return `batch` itself."""
         if self._mesh is None:
             return batch
         if self._rows is None:
@@ -54,14 +54,14 @@ class Feed:
 def abstract_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
     """Return the shapes, dtypes and shardings of the train state on the devices of this run."""
     shapes = jax.eval_shape(lambda: init_state(config))
-    # A checkpoint names the devices of the machine that wrote it.  The shardings here name the devices of this machine.
+    # Shardings must name devices of this machine, because a checkpoint names those of the machine that wrote it.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = state_shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: here, shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def first_state(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> TrainState:
-    """Return the train state before the first step, on the devices that the shardings of `abstract` name."""
+    """Return the train state before the first step, with the shardings of `abstract` if there is a mesh."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract) if mesh else None
     program = jax.jit(lambda: init_state(config), out_shardings=shardings).lower().compile()
     distributed.barrier()
@@ -74,16 +74,16 @@ def replicated(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def trace_train_step(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> Any:
-    """Return the traced train step (`jax.stages.Traced`), which donates its input state."""
+    """Return the train step as a traced program (`jax.stages.Traced`).  It donates the arrays of its input state."""
     shardings = (jax.tree.map(lambda a: a.sharding, abstract), replicated(mesh)) if mesh else None
     step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings)
     return step.trace(abstract, _example(config, mesh))
 
 
 def flops_per_token(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState, traced: Any) -> float:
-    """Return the operations of a train step divided by its number of tokens.
+    """Return the FLOPs of a train step divided by its number of tokens.
 
-    For a pipeline, the operations of the same step without stages are counted.
+    `traced` is the train step.  For a pipeline the FLOPs of the same step without stages are counted (`make_unstaged_step`).
     """
     if config.mesh.stage > 1:
         traced = jax.jit(make_unstaged_step(config)).trace(abstract, _example(config, mesh))
@@ -91,7 +91,7 @@ def flops_per_token(config: ExperimentConfig, mesh: Mesh | None, abstract: Train
 
 
 def _example(config: ExperimentConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes, dtypes and shardings of a batch."""
+    """Return the shape [B, T], dtype and sharding of the inputs and of the targets of a batch."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh) if mesh else None)
     return {"inputs": tokens, "targets": tokens}
@@ -99,7 +99,7 @@ def _example(config: ExperimentConfig, mesh: Mesh | None) -> dict[str, jax.Shape
 
 @dataclass(frozen=True)
 class Programs:
-    """The compiled steps of a run, as the module `train_step` describes them."""
+    """The compiled steps of a run.  The functions `make_*_step` of the module `train_step` describe them."""
 
     train: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
     validate: Callable[[Any, Any], jax.Array]
@@ -113,13 +113,13 @@ def compile_programs(
     """Compile the steps of a run.
 
     Args:
-      config: settings of the run, with model.remat resolved.
+      config: configuration of the run, in which model.remat is not `auto` (`remat_plan.resolve`).
       mesh: mesh of the run, or None.
       traced: train step from `trace_train_step`.
       params: parameters on the devices of the run.
       feed: batches of the run.
       clock: counts the seconds of each compilation.  The diagnostics step counts as `diagnostics_s`, the others as `compile_s`.
-      say: called with a sentence before each compilation.
+      say: function that gets a text such as `compiling the train step` before each compilation.
     """
 
     def compiled(name: str, trace: Callable[[], Any], options: dict[str, Any] | None = None) -> Any:
@@ -137,7 +137,7 @@ def compile_programs(
     validate = compiled("validation", lambda: jitted(make_eval_step(config)).trace(params, held_out))
     diagnose = None
     if config.train.diagnostics_every:
-        # The diagnostics step runs a few times on one sequence.  On CPUs, half the compilation time is worth a slower program.
+        # On a CPU the diagnostics step is not optimized, which halves its compilation time.  It runs only a few times.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         step = jitted(make_diagnostics_step(config))
         diagnose = compiled("diagnostics", lambda: step.trace(params, feed.diagnostic_tokens), quick)

@@ -19,7 +19,7 @@ TEXT = "{task.fields[text]}"
 
 
 class _Bars:
-    """Progress bars below each other, each with name, bar, count and `columns`.  Use as a context manager."""
+    """A context manager that shows progress bars below each other.  Each has a name, a bar, a count and the given `columns`."""
 
     def __init__(self, *columns: str | rich.ProgressColumn, shown: bool = True):
         console = Console(file=sys.stderr, soft_wrap=True)
@@ -35,7 +35,7 @@ class _Bars:
         self._bars.stop()
 
     def _print(self, line: str) -> None:
-        """Print a line that stays above the bars."""
+        """Print a line, which stays above the bars if there are any."""
         if self._live:
             self._bars.console.print(line, highlight=False, markup=False)
         elif self._shown:
@@ -43,19 +43,20 @@ class _Bars:
 
 
 class Progress(_Bars):
-    """Shows how many of `total` alike pieces of work are done, and how long the remaining pieces will take."""
+    """Shows how many of `total` pieces of work, such as steps, are done, and how long the remaining pieces will take."""
 
     def __init__(
         self, label: str, noun: str, total: int, done: int = 0, every_s: float = 5.0, shown: bool = True
     ) -> None:
-        """Begin to count the time at once.
+        """Start the display, and the clock of the elapsed time.
 
         Args:
-          label: name of the work, at the start of every line.
+          label: name of the whole work, at the start of every line.
           noun: name of a piece of work, such as `step`.
           total: number of pieces of work.
-          done: number of pieces that were done before.
-          every_s: least number of seconds between two plain lines.  The first and the last piece always have a line.
+          done: number of pieces that are done already.
+          every_s: smallest number of seconds between two lines, where no terminal shows a bar.  The first and the last piece
+            always have a line.
           shown: whether anything is printed.
         """
         super().__init__(TEXT, rich.TimeElapsedColumn(), "left", rich.TimeRemainingColumn(), shown=shown)
@@ -65,11 +66,15 @@ class Progress(_Bars):
         self._first: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
-        """Print a line that stays above the bars."""
+        """Print a line that begins with the label.  It stays above the bar if there is one."""
         self._print(f"{self.label}: {text}")
 
     def advance(self, count: int, text: str = "") -> bool:
-        """Count `count` more pieces as done, and show `text` beside them.  Returns whether a plain line was due."""
+        """Count `count` more pieces as done, and show `text` beside the count.
+
+        Returns:
+          Whether `every_s` seconds had passed since the last line, or all pieces are done.
+        """
         self.done += count
         self._bars.update(self._task, completed=self.done, text=text)
         now, left = time.monotonic(), self._left()
@@ -81,7 +86,7 @@ class Progress(_Bars):
         return True
 
     def _left(self) -> str:
-        """Return the time left, in words.  The pace is measured from the first piece, so that a compilation does not count."""
+        """Return the time left as text.  The pace is measured from the first `advance` on, so that a compilation does not count."""
         now = time.monotonic()
         done, began = self._first = self._first or (self.done, now)
         if self.done == done:
@@ -90,10 +95,10 @@ class Progress(_Bars):
 
 
 class SweepProgress(_Bars):
-    """Shows a bar for each run of a sweep that is running, and a bar for all runs together."""
+    """Shows a bar for each run of a sweep that is in progress, and a bar for all runs together."""
 
     def __init__(self, workdir: Path, total: int, done: int):
-        """Begin a sweep of `total` runs in the folder `workdir`, of which `done` were done before."""
+        """Show a sweep in the folder `workdir`.  It has `total` runs, of which `done` are done already."""
         super().__init__(TEXT)
         self.workdir, self.total, self.done = workdir, total, done
         self._before, self._ended, self._began = done, 0, time.monotonic()
@@ -114,7 +119,7 @@ class SweepProgress(_Bars):
             self._print(f"{name}: started")
 
     def update(self, running: Mapping[str, int]) -> None:
-        """Show the newest train line of each running run.  `running` maps the name of a run to its number of steps."""
+        """Show step and loss of each run in progress, from its metrics.jsonl.  `running` maps the run's name to train.steps."""
         if not self._live:
             return
         for name, steps in running.items():
@@ -133,7 +138,7 @@ class SweepProgress(_Bars):
         self._print(f"{name}: {status} after {took:.0f} s ({self.done} of {self.total} runs done{self._left(', ')})")
 
     def _left(self, before: str = "") -> str:
-        """Return the text `before` and the time left, at the pace since this sweep was started.
+        """Return the text `before` and the time left for all runs, at their pace since this command began.
 
         The result is empty until a run has ended, and if no run is left.
         """
@@ -145,7 +150,7 @@ class SweepProgress(_Bars):
 
 
 def last_train_line(path: Path) -> dict[str, Any] | None:
-    """Return the newest complete train line in the last 64 KiB of a metrics.jsonl, or None if there is none."""
+    """Return the newest complete train line in the last 64 KiB of the metrics.jsonl at `path`, or None if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Catch the signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class StopRequest:
-    """Keeps the number of the first SIGINT or SIGTERM in `signal`, which is None before.  Use as a context manager.
+    """A context manager that catches the first SIGINT or SIGTERM and keeps its number in `signal`, which is None until then.
 
-    A second signal acts as usual.
+    A second signal acts as it would without this class.
     """
 
     def __init__(self) -> None:

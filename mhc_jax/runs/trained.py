@@ -34,19 +34,19 @@ class Trained:
 def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     """Load the newest checkpoint of a run.
 
-    Parameters are sharded as in the run if this process has enough devices.  Otherwise they lie on the first device.
+    Parameters are sharded as in the run if there are enough devices here.  Otherwise they lie on the first device.
 
     Args:
       folder: the run folder.
-      tokenizer: name of a tokenizer, as in data.tokenizer; empty: the tokenizer in the checkpoint.
+      tokenizer: name of a tokenizer, as in data.tokenizer.  An empty text means the tokenizer in the checkpoint.
 
     Raises:
-      InputError: no folder or checkpoint, or a tokenizer that the model was not trained with.
+      InputError: the folder or its checkpoint is missing, or the model was trained with another tokenizer.
     """
     folder = Path(folder)
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a run.")
     saved, step = saved_tokenizer(folder), newest_step(folder)
-    # The mesh comes from config.json.  Other settings come from the checkpoint, which has the size of the vocabulary.
+    # The mesh comes from config.json.  All other settings come from the checkpoint, where model.vocab_size is never 0.
     wanted = from_mapping(read_json(folder / "config.json")).mesh
     mesh = make_mesh(wanted) if wanted.size <= len(jax.devices()) else None
     mapping, params = load_params(folder, None if mesh is None else lambda shapes: state_shardings(mesh, shapes))
@@ -57,9 +57,9 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
 
 
 def beyond_training(name: str, trained: int, context: int) -> str:
-    """Return a warning if the model `name` reads `context` tokens, more than the `trained` tokens of a training sequence.
+    """Return a warning if the model `name` reads more tokens at a time than in training, else an empty text.
 
-    Otherwise the result is an empty text.
+    `context` is the number of tokens that it reads, and `trained` is the number of tokens of a training sequence.
     """
     if context <= trained:
         return ""

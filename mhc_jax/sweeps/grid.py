@@ -1,6 +1,6 @@
 """The grid of a sweep: its points, the names and configurations of its runs, and the files that describe it on disk.
 
-A sweep file is Python with a docstring and `get_sweep()`:
+A sweep file is a Python file with a docstring and a function `get_sweep`:
 
     def get_sweep():
         points = product(over("connection", ["residual", "mhc:t_max=5"]), over("optimizer.learning_rate", [1e-3, 1e-2]))
@@ -39,36 +39,36 @@ from mhc_jax.runs.folder import read_json, write_json
 Point = dict[str, Any]
 """Settings that one run of a sweep changes, by dotted key of the configuration.
 
-There are two shorthands: `connection` takes a spec, and `seed` sets train.seed and data.seed.
+There are two shorthands: `connection` takes a text such as `mhc:t_max=5`, and `seed` sets both train.seed and data.seed.
 """
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as the `get_sweep` of a sweep file returns it."""
+    """The description of a sweep that the function `get_sweep` of a sweep file returns."""
 
     base: str
-    """Path of the config file, relative to the sweep file, followed by `:arg` if the file takes an argument."""
+    """Path of the config file relative to the folder of the sweep file, followed by `:arg` if the config file takes an argument."""
     points: Sequence[Point]
     settings: Point = field(default_factory=dict)
-    """Settings that all runs of the sweep share.  The names of runs leave them out."""
+    """Settings by which all runs of the sweep differ from the config file.  Names of runs do not include them."""
     baseline: Point = field(default_factory=dict)
     """Settings of the baseline, such as {"connection": "hc"}.
 
     In all other settings a baseline agrees with the variant that is compared with it.  An empty mapping means the residual
-    connection or, without residual runs, the connection of the first point.
+    connection or, if no run has it, the connection of the first point.
     """
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of a sweep: its runs, with their configurations built."""
+    """The grid of a sweep: the title of the sweep, all runs with their configurations, and the settings of the baseline."""
 
     title: str
     """First line of the sweep file's docstring."""
     runs: Sequence[Run]
     baseline: Point = field(default_factory=dict)
-    """Settings of the baseline, as in `Sweep.baseline`."""
+    """Settings of the baseline, as `canonical_baseline` returns them."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,24 @@ def over(key: str, values: Sequence[Any]) -> list[Point]:
 
 
 def seeds(k: int) -> list[Point]:
-    """Make k points whose `seed` counts from 0.  Runs with equal seeds are paired."""
+    """Make k points that set `seed` to 0, ..., k - 1.  Comparisons pair runs of equal seeds."""
     return over("seed", range(k))
 
 
 def product(*axes: Sequence[Point]) -> list[Point]:
-    """Combine every point of each axis with every point of the other axes.  The last axis varies fastest."""
+    """Return every combination of one point from each axis, merged into one point.  Points of the last axis vary fastest.
+
+    Raises:
+      InputError: two axes set the same setting.
+    """
     return [_merged(parts) for parts in itertools.product(*axes)]
 
 
 def zip_points(*axes: Sequence[Point]) -> list[Point]:
-    """Combine the first points of all axes into one point, then the second points, and so on.
+    """Merge the first points of all axes into one point, the second points into another, and so on.
 
     Raises:
-      InputError: the axes have different lengths.
+      InputError: the axes have different lengths, or two axes set the same setting.
     """
     lengths = [len(axis) for axis in axes]
     require(len(set(lengths)) <= 1, f"zip_points is given axes of {lengths} points; they must have the same length.")
@@ -121,7 +125,7 @@ def load_sweep(file: str | Path, base: Mapping[str, Any] | None = None) -> Grid:
       base: the configuration that the points change.  None means the `base_configuration` of the file.
 
     Raises:
-      InputError: a file cannot be used, a key is unknown, a value is refused, two runs have the same name or configuration, or
+      InputError: a file cannot be used, a key is unknown, a value is invalid, two runs have the same name or configuration, or
         no run of the grid has the settings of the baseline.
     """
     title, sweep = _read_sweep(Path(file))
@@ -130,7 +134,7 @@ def load_sweep(file: str | Path, base: Mapping[str, Any] | None = None) -> Grid:
 
 
 def base_configuration(file: str | Path) -> dict[str, Any]:
-    """Return the configuration that all runs of a sweep file share: its config file with `Sweep.settings`, as a nested mapping.
+    """Return the configuration of a sweep's config file, changed by `Sweep.settings`, as a nested mapping.
 
     Raises:
       InputError: a file cannot be used, or a key is unknown.
@@ -150,7 +154,7 @@ def _read_sweep(file: Path) -> tuple[str, Sweep]:
 
 
 def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
-    """Run a Python file and call a function of the file.  Return the result and the file's docstring."""
+    """Run a Python file and call the named function of it.  Return the function's result and the file's docstring."""
     require(file.is_file(), f"The file {str(file)!r} does not exist; give a Python file.")
     try:
         names = runpy.run_path(str(file))
@@ -163,7 +167,7 @@ def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
 
 
 def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
-    """Return the settings of a sweep's baseline, with the values spelled as in the runs of the grid.
+    """Return the settings of a sweep's baseline with the values that runs have: `mhc:t_max=5` becomes `mhc:init=paper:t_max=5`.
 
     Raises:
       InputError: `baseline` is not a mapping of settings, or no run of the grid has these settings.
@@ -188,14 +192,14 @@ def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
 
 
 def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
-    """Make the run of each point: its name and its configuration.
+    """Make a run from each point: its name and its configuration.
 
     Args:
-      base: nested mapping with every leaf of the configuration.
+      base: the configuration that the points change, as a nested mapping with every setting.
       points: settings that each run changes.
 
     Raises:
-      InputError: there are no points, a key is unknown, a value is refused, or two points have the same name or configuration.
+      InputError: there are no points, a key is unknown, a value is invalid, or two points have the same name or configuration.
     """
     require(bool(points), "The sweep has no points; give at least one.")
     runs: dict[str, Run] = {}
@@ -218,7 +222,7 @@ def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
 
 
 def run_name(point: Point) -> str:
-    """Return the name of a run's folder.  It depends on the run's point alone, so it stays when other points come and go.
+    """Return the name of a run's folder.  It depends on the run's point alone, not on other points of the sweep.
 
     >>> run_name({"optimizer.learning_rate": 0.01, "seed": 2, "connection": "mhc:t_max=5"})
     'mhc-t_max-5-lr0.01-seed2'
@@ -235,10 +239,10 @@ def run_name(point: Point) -> str:
 def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
     """Return a copy of a nested configuration, changed by the settings of a point.
 
-    `connection` is set first, because other keys of the point may be settings of that connection.
+    `connection` is set first, because other keys of the point may be settings of this connection.
 
     Raises:
-      InputError: the configuration lacks a key of the point, or the connection does not parse.
+      InputError: the configuration lacks a key of the point, or the text of the connection is invalid.
     """
     out = copy.deepcopy(dict(base))
     if "connection" in point:
@@ -254,7 +258,7 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
         require(key in known, f"The sweep sets {key!r}, which the configuration does not have. {hint}")
         *path, leaf = key.split(".")
         section = functools.reduce(operator.getitem, path, out)
-        # An int for a float setting becomes a float, because the command line reads each setting by its type.
+        # An int for a float setting becomes a float, because the flag --config.KEY=VALUE accepts only the type of the value here.
         section[leaf] = float(value) if isinstance(section[leaf], float) and type(value) is int else value
     return out
 
@@ -264,12 +268,12 @@ def _spelled(point: Mapping[str, Any]) -> str:
 
 
 def select(runs: Sequence[Run], part: str) -> list[Run]:
-    """Return the part 'k/of' of the runs: every `of`-th run from the k-th on, with k from 1.
+    """Return the runs that the text `part`, 'k/of', selects: the k-th run, counted from 1, and every `of`-th run after it.
 
-    An empty `part` means all runs.
+    An empty `part` selects all runs.
 
     Raises:
-      InputError: `part` is not of the form 'k/of'.
+      InputError: `part` is neither empty nor 'k/of' with 1 <= k <= of.
     """
     if not part:
         return list(runs)
@@ -280,7 +284,7 @@ def select(runs: Sequence[Run], part: str) -> list[Run]:
 
 
 def write_plan(workdir: Path, grid: Grid) -> None:
-    """Write the plan of a sweep: sweep.json, and the configuration of every run.  Workers and results read these files.
+    """Write the plan of a sweep into its folder: sweep.json with the names of the runs, and the configuration of every run.
 
     Raises:
       InputError: the folder cannot be written.
@@ -298,7 +302,9 @@ def write_plan(workdir: Path, grid: Grid) -> None:
 
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Return the configuration of each run by its name: first the runs of the latest grid, then begun runs of earlier grids.
+    """Return the configuration of each run by its name, as a nested mapping.
+
+    The runs of the latest grid come first, and after them the runs of earlier grids that have begun.
 
     Raises:
       InputError: `workdir` is not the folder of a sweep.
@@ -311,7 +317,7 @@ def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_planned(workdir: Path, name: str) -> ExperimentConfig:
-    """Return the configuration of a run from the plan in `workdir`."""
+    """Return the configuration of the run `name` that `write_plan` wrote in the folder of a sweep."""
     return from_mapping(read_json(_planned(workdir, name)))
 
 
@@ -320,15 +326,15 @@ def _planned(workdir: Path, name: str) -> Path:
 
 
 class Busy(Exception):  # noqa: N818  (a state, not a mistake)
-    """Raised when another process holds the lock of a run.  The text names the other process."""
+    """Raised when another process holds the lock of a run.  The message names that process."""
 
 
 @contextlib.contextmanager
 def run_lock(workdir: Path, name: str) -> Iterator[None]:
     """Hold the lock of a run while the run is trained.
 
-    The lock is the kernel's (flock), so a process that dies releases its locks, however it died.  The lock file names the last
-    holder.
+    The lock is a file lock of the operating system (flock), which is released when the process ends, even if it is killed.  The
+    lock file names the process that held the lock last.
 
     Raises:
       Busy: another process holds the lock.

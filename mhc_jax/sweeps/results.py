@@ -43,9 +43,9 @@ SUMMARY_KEYS = (
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Write `workdir`/results.csv and results.parquet, each atomically, and return the rows.
 
-    The columns are run, status, connection (its spec), kind, seed (train.seed) and data_seed; every other setting that differs
-    between runs, by its dotted key; the measurements (losses in nats/token, times in s); device, commit, date and error.  A cell
-    is empty if the run has no such value.
+    The columns are run, status, connection (a text such as `mhc:init=paper`), kind, seed (train.seed) and data_seed; then every
+    other setting that differs between runs, under its dotted key; then the measurements (losses in nats/token, times in seconds),
+    device, commit, date and error.  A cell is empty if the run has no such value.
     """
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,14 +57,14 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write rows that share their keys to `folder`/results.csv and `folder`/results.parquet."""
+    """Write rows of the results table, which share their keys, to `folder`/results.csv and `folder`/results.parquet."""
     table = pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
     pyarrow.csv.write_csv(table, str(folder / "results.csv"))
     pyarrow.parquet.write_table(table, str(folder / "results.parquet"))
 
 
 def result_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Return one row of the results table for every run of the sweep, begun or not.
+    """Return one row of the results table for every run of the sweep, also for runs that have not begun.
 
     Raises:
       InputError: `workdir` is not the folder of a sweep.
@@ -100,18 +100,18 @@ def run_status(workdir: Path, name: str) -> str:
 
 
 def failure_file(workdir: Path, name: str) -> Path:
-    """Return the path of the file that records a run's last failure under `exit` and `error`.
+    """Return the path of the JSON file with the exit status (`exit`) and the error message (`error`) of a run's last failure.
 
-    The file does not exist if the run has not failed.
+    The file does not exist if the run has not failed since its last start.
     """
     return workdir / ".sweep" / "failed" / f"{name}.json"
 
 
 def measurements(record: RunRecord | None) -> dict[str, Any]:
-    """Return the measurements of one run for the results table.  All are None without a record.
+    """Return the measurements of one run for the results table.  All are None if `record` is None.
 
-    `max_grad_norm` is the largest finite norm before clipping at the logged steps after the warm-up.  `clipped_fraction` is
-    the share of all logged steps whose gradient was clipped.
+    `max_grad_norm` is the largest finite gradient norm before clipping, at the logged steps after the warm-up of the learning rate.
+    `clipped_fraction` is the fraction of all logged steps whose gradient was clipped.
     """
     out: dict[str, Any] = dict.fromkeys(
         (*SUMMARY_KEYS, "max_grad_norm", "clipped_fraction", "device", "commit", "date"), None
@@ -128,17 +128,17 @@ def measurements(record: RunRecord | None) -> dict[str, Any]:
 
 
 def _record(folder: Path) -> RunRecord | None:
-    """Read the record of a run, or return None before the first line of its metrics is written."""
+    """Read a run folder, or return None if the run has not yet written metrics.jsonl."""
     if not (folder / "metrics.jsonl").is_file():
         return None
     try:
         return read_run(folder)
-    except InputError:  # the folder was read while a process was writing it
+    except InputError:  # Another process was writing a file of the folder.
         return None
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Make a table column of one type.  Lists and mixtures of types become JSON text."""
+    """Return the values of a column as an array of one type.  Values of a column with lists or several types become JSON text."""
     kinds = {type(v) for v in values if v is not None}
     if kinds <= {int, float} and float in kinds:
         return pa.array([None if v is None else float(v) for v in values])

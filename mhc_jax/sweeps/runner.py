@@ -31,11 +31,11 @@ from mhc_jax.sweeps.worker import run as run_one
 
 POLL_S = 0.2
 PATIENCE_S = 20.0
-"""Seconds to wait for runs that another process holds.  The workers of a killed sweep save and end within seconds."""
+"""Seconds to wait for runs that other processes train, if no other run is left.  Workers of a killed sweep end in this time."""
 GRACE_S = 120.0
-"""Seconds from SIGTERM to SIGKILL, in which a worker finishes its step and saves."""
+"""Seconds from SIGTERM to SIGKILL.  In this time a worker finishes its step and saves its run."""
 ERROR_LINES = 8
-"""Number of last lines of a run's log that the record of its failure keeps."""
+"""Number of lines at the end of a run's log that its `failure_file` keeps."""
 
 
 def cores() -> int:
@@ -44,19 +44,18 @@ def cores() -> int:
 
 
 def default_workers() -> int:
-    """Return the number of processes to run side by side: one for every two cores, but one alone with a GPU or TPU."""
+    """Return the number of runs to train at the same time: 1 on a machine with a GPU or TPU, else one for every two CPU cores."""
     accelerator = Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     return 1 if accelerator else max(1, cores() // 2)
 
 
 def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
-    """Check every run folder, write the plan, tokenize the data once, and return the runs that are not done.
+    """Check every run folder, tokenize the data once, write the plan of the sweep, and return the selected runs that are not done.
 
-    If any run is to be trained, the page of the sweep is removed, because it may show another grid than the folder will hold.
+    If any run is not done, the page of the sweep (report.html) is removed, because it is about to be out of date.
 
     Raises:
-      InputError: a run folder cannot be used, data cannot be read, or a run was begun with another text.  It is raised before
-        the first run starts.
+      InputError: a run folder cannot be used, data cannot be read, or a run was begun with another training text.
     """
     todo = [run for run in selected if not check_run_folder(workdir / run.name, to_mapping(run.config))]
 
@@ -69,7 +68,7 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
         data = load_data(run.config.data)
         identities[text] = data.identity
         print("\n".join(data.describe(run.config.train.validation_batches)), file=sys.stderr)
-    for run in grid.runs:  # runs that were begun on another machine are checked, too
+    for run in grid.runs:  # also runs that are not selected, because another machine may have begun them
         if read := identities.get(text_of(run)):
             check_text(recorded_data(workdir / run.name), read, workdir / run.name)
     write_plan(workdir, grid)
@@ -79,17 +78,17 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
 
 
 def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) -> int:
-    """Train the selected runs that are not done, `workers` processes side by side, and keep the results table up to date.
+    """Train the selected runs that are not done, `workers` of them at a time, and keep the results table up to date.
 
-    A failure of a run is recorded, and the other runs go on.  SIGINT and SIGTERM make every process save and end.  A call with
-    the same arguments then continues the saved runs.
+    A failure of a run is recorded, and the other runs go on.  On SIGINT or SIGTERM, every worker saves its run and ends, and a
+    later call with the same arguments continues the saved runs.
 
     Returns:
-      Exit status: 0 when all runs are done (a divergence is a result), 1 when some runs failed or are held by another process,
-      130 when stopped.
+      Exit status: 0 if all runs finished or diverged, 1 if some runs failed or are trained by another process, 130 if a signal
+      stopped the call.
 
     Raises:
-      InputError: `workers` is below 1, or `prepare` refuses the runs.  It is raised before the first run starts.
+      InputError: `workers` is below 1, or `prepare` raises it.  No run has been started then.
     """
     require(workers >= 1, f"--workers is {workers}; it must be at least 1.")
     todo = prepare(workdir, grid, selected)
@@ -111,7 +110,7 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
 
 
 class _Pool:
-    """The pool of processes with which one call of `run_local` trains runs."""
+    """The pool of worker processes with which one call of `run_local` trains runs, and the queue of runs."""
 
     def __init__(self, workdir: Path, todo: Sequence[Run], workers: int, done: int):
         self.workdir, self.workers = workdir, workers
@@ -122,7 +121,7 @@ class _Pool:
         self.progress = SweepProgress(workdir, len(todo) + done, done)
 
     def work(self, stop: StopRequest) -> None:
-        """Start processes and wait for them, until no run is left to train or a signal asks to stop."""
+        """Start workers and wait for them, until no run is left to train or a signal asks to stop; then stop all workers."""
         patience = time.monotonic() + PATIENCE_S
         while (self.queue or self.active) and stop.signal is None:
             self._start_free()
@@ -142,13 +141,13 @@ class _Pool:
                 self._reap(stopping=True)
 
     def kill(self) -> None:
-        """Kill the processes that still run.  There are such processes only if `work` was cut short."""
+        """Kill the workers that still run, because `work` raised an error or they took longer than `GRACE_S` to stop."""
         for _, process in self.active.values():
             process.kill()
             process.wait()
 
     def _start_free(self) -> None:
-        """Start queued runs as long as there is room.  Runs that another process holds go to the end of the queue."""
+        """Start queued runs until `workers` runs are active.  Runs that another process trains go to the end of the queue."""
         for _ in range(len(self.queue)):
             if len(self.active) == self.workers:
                 return
@@ -166,7 +165,7 @@ class _Pool:
         share = str(max(1, cores() // self.workers))
         env = {
             **os.environ,
-            # NPROC is the size of the thread pool of XLA's CPU client.
+            # XLA's CPU client reads the size of its thread pool from NPROC.
             "NPROC": share,
             "OMP_NUM_THREADS": share,
             "PYTHONUNBUFFERED": "1",
@@ -176,7 +175,8 @@ class _Pool:
         env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
         command = [sys.executable, "-m", "mhc_jax.sweeps.worker", str(self.workdir), run.name, str(os.getpid())]
         with (self.workdir / "logs" / f"{run.name}.log").open("ab") as log:
-            # In a new session Ctrl-C reaches this process alone, which then asks each worker once.
+            # The worker gets a session of its own, so that Ctrl-C sends it no signal.  This process sends it a single SIGTERM
+            # instead, because a second signal would end the worker before it has saved its run.
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -198,7 +198,7 @@ class _Pool:
 
 
 def record_failure(workdir: Path, name: str, code: int) -> str:
-    """Record the failure of a run: the exit status and the last lines of its log.  Return the reason in a few words."""
+    """Write exit status and last log lines of a failed run to its `failure_file`.  Return the reason in a few words."""
     reason = f"exit status {code}"
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
@@ -211,13 +211,13 @@ def record_failure(workdir: Path, name: str, code: int) -> str:
 
 
 class SlurmTask:
-    """A task of a Slurm array, which trains one run in its own process, as a local worker does."""
+    """The function that a task of a Slurm array calls to train one run in the task's process."""
 
     def __init__(self, workdir: Path):
         self.workdir, self.command = workdir.resolve(), typed_command()
 
     def __call__(self, name: str) -> int:
-        """Train one run and return its exit status.  A failure is recorded and then raised."""
+        """Train the run `name` and return the exit status of a worker.  An error is written to `failure_file` and raised again."""
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
         os.environ[COMMAND] = self.command
         try:
@@ -234,17 +234,17 @@ class SlurmTask:
 
 
 def submit(workdir: Path, grid: Grid, selected: Sequence[Run], cluster: str, parameters: dict[str, Any]) -> list[Any]:
-    """Submit the selected runs that are not done as one Slurm array, with a task for each run, and return submitit's jobs.
+    """Submit the selected runs that are not done as one Slurm array, with a task for each run, and return the jobs of submitit.
 
     Args:
       workdir: a folder on a file system that the nodes share.
       grid: the whole grid of the sweep.
       selected: runs of the grid that may be trained.
-      cluster: `slurm`, or `local` or `debug` of submitit.
+      cluster: where submitit runs the tasks: `slurm`, `local` (processes on this machine) or `debug` (this process).
       parameters: arguments of `submitit.AutoExecutor.update_parameters`, such as slurm_partition.
 
     Raises:
-      InputError: submitit is missing, or refuses the cluster or a parameter.
+      InputError: submitit is not installed or refuses the cluster or a parameter, or `prepare` raises it.
     """
     try:
         import submitit

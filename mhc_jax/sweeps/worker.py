@@ -18,17 +18,17 @@ from mhc_jax.sweeps.grid import Busy, read_planned, run_lock
 from mhc_jax.sweeps.results import failure_file, write_results
 
 BUSY = 75
-"""Exit status of a worker whose run another process holds (EX_TEMPFAIL)."""
+"""Exit status of a worker if another process already trains its run (EX_TEMPFAIL in Unix's sysexits.h)."""
 
 
 def run(workdir: Path, name: str) -> int:
-    """Train one run of the plan and bring the results table up to date.
+    """Train the run `name` of the sweep in the folder `workdir`, and bring the results table up to date.
 
     Returns:
-      Exit status: 0 when finished, 3 when diverged, 130 when stopped and saved.
+      Exit status: 0 if the run finished, 3 if it diverged, 130 if a signal stopped it and it was saved.
 
     Raises:
-      Busy: another process holds the run.
+      Busy: another process trains the run.
       InputError: the run folder or the data cannot be used.
     """
     config = read_planned(workdir, name)
@@ -40,9 +40,9 @@ def run(workdir: Path, name: str) -> int:
 
 
 def watch(parent: int) -> None:
-    """Wait until the process `parent` is gone, then ask this process to save and stop.
+    """Wait until `parent`, the id of the process that started this one, is gone, then send SIGTERM to this process.
 
-    A sweep that is killed therefore leaves no worker running.
+    On SIGTERM a worker saves its run and stops.  A sweep that is killed therefore leaves no worker running.
     """
     while os.getppid() == parent:
         time.sleep(0.5)
@@ -55,7 +55,7 @@ def main() -> int:
     if cpu_alone():
         keep_pages()
     threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
-    logging.set_verbosity(logging.FATAL)  # as in cli.main: Orbax logs a page for each checkpoint
+    logging.set_verbosity(logging.FATAL)  # as in cli.main, because Orbax logs many lines for each checkpoint
     try:
         return run(Path(workdir), name)
     except Busy as holder:

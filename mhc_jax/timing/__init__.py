@@ -1,1 +1,1 @@
-"""Measurements on the present device: train-step times at real sizes, and the report of them."""
+"""Measurements on the device of this process: times of train steps at sizes of real models, and a report of the measurements."""

@@ -1,4 +1,13 @@
-"""The report that `experiments/device_report.py` writes: the plan of its parts, and their results in report.json and README.md."""
+"""The report that `experiments/device_report.py` writes: what is measured, in which order, and the files report.json and README.md.
+
+A part of the report is one task at one workload (a size of the arguments or layers).  The tasks are:
+
+    correct   compare results and gradients of one operation with those in float64
+    bench     time one operation
+    step      time train steps
+    repeat    call one operation again and again, and compare the bits of its results and gradients
+    gradient  compute the gradient of a model again and again, and compare its bits
+"""
 
 from __future__ import annotations
 
@@ -19,7 +28,11 @@ BOUNDARY_FIRST = ("write_read", "write", "read", "coefficients", "sinkhorn")
 
 
 def plan(tiny: bool) -> list[str]:
-    """List the parts of the report in order of importance, as `<task>/<workload>[/<operation>]`."""
+    """Return the names of the parts of the report, `<task>/<workload>[/<operation>]`, the most important ones first.
+
+    Args:
+      tiny: whether to choose small workloads, which a CPU can run.
+    """
     if tiny:
         ops = [f"{task}/tiny/{op}" for task in ("correct", "bench") for op in BOUNDARY_FIRST]
         return [*ops, "step/tiny", "repeat/tiny/write_read", "gradient/tiny", "correct/tiny-bf16/write_read"]
@@ -31,15 +44,12 @@ def plan(tiny: bool) -> list[str]:
 
 
 def run(key: str, rounds: int, report: dict[str, Any]) -> Any:
-    """Measure one part of the plan.
+    """Measure one part of the report, and return its result as a JSON value.
 
     Args:
       key: name of the part, as `plan` gives it.
-      rounds: number of rounds of each measured time.
-      report: the report so far.  The first `bench` part adds `copy_bytes_per_s` to it.
-
-    Returns:
-      The JSON value of the part.
+      rounds: number of times that each time is measured.
+      report: the report so far.  The first `bench` part adds `copy_bytes_per_s`, the bytes that a copy moves in a second.
     """
     task, name, op = (*key.split("/"), "")[:3]
     if task == "step":
@@ -70,7 +80,7 @@ def run(key: str, rounds: int, report: dict[str, Any]) -> Any:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json and README.md.  report.json is replaced in one move, so that a kill leaves a whole file."""
+    """Write report.json and README.md.  report.json is replaced at once, so that a kill leaves the whole old or new file."""
     (folder / "report.tmp").write_text(json.dumps(report, indent=1) + "\n")
     os.replace(folder / "report.tmp", folder / "report.json")
     (folder / "README.md").write_text(readme(report))
@@ -80,7 +90,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def readme(report: dict[str, Any]) -> str:
-    """Return README.md, the Markdown of the parts that are done."""
+    """Return the text of README.md, which describes the parts of the report that have been measured."""
     env, parts = report["env"], report["parts"]
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items() if version)
     out = [

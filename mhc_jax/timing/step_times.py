@@ -1,6 +1,6 @@
-"""Train-step times of layers at real sizes on the present device, and repeated calls that show whether results differ.
+"""Times of train steps at sizes of real models, and repeated calls that show whether results differ, on this process's device.
 
-No data is needed: token ids are drawn at random.
+A contestant is a connection with one implementation of its operations.  Token ids are drawn at random, so no data is needed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from mhc_jax.cost import counts
 from mhc_jax.train_step import Batch, gradients, init_state, make_train_step
 
 VOCABULARY = 1024
-"""Number of vocabulary entries.  It is small, so that the layers take nearly all of the time."""
+"""Number of vocabulary entries.  It is small, so that the layers take nearly all of the time of a train step."""
 BASELINE = "residual"
-"""The contestant that the others are compared with."""
+"""Name of the contestant whose step time the others are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """Dense layers of one model, in bfloat16: heads of width 128, and SwiGLU of 8 times the width of its experts."""
+    """Sizes of a decoder with dense layers, and of its batches, for a train step.
+
+    For the models of mHC Table 5, which have experts, `mlp_width` is 8 times the width of an expert.
+    """
 
     name: str
     width: int
@@ -41,7 +44,7 @@ class LayerShape:
     mlp_width: int
     sequence_length: int = 4096
     batch_size: int = 2
-    """Number of sequences of the first try.  It is halved until the steps of all contestants fit."""
+    """Number of sequences in a batch at the first try.  It is halved until the train steps of all contestants fit in memory."""
     num_layers: int = 2
     dtype: str = "bfloat16"
     head_width: int = 128
@@ -52,18 +55,18 @@ LAYERS = {
     "27b": LayerShape("27b", 2560, 32, 8 * 1536),
     "tiny": LayerShape("tiny", 128, 4, 256, sequence_length=32, head_width=32, num_layers=1),
 }
-"""Layers by workload, with the widths and heads of mHC Table 5."""
+"""Shapes by the name of the workload: two models of mHC Table 5, and `tiny` for a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A connection and the implementation of its operations.  None as the implementation is the platform's default."""
+    """A kind of connection and the implementation of its operations, where None is the default of the platform."""
 
     kind: str
     implementation: str | None
 
     def obstacle(self, shape: LayerShape) -> str | None:
-        """Return the reason why the operations cannot run on this device at this shape, or None if they can."""
+        """Return the reason why the connection's operations cannot run on this device at this shape, or None if they can."""
         if self.implementation is None:
             return None
         op = "write_read" if self.kind == "mhc" else "write"
@@ -78,20 +81,23 @@ CONTESTANTS = {BASELINE: Contestant(BASELINE, None)} | {
 
 
 def attention_of(shape: LayerShape) -> str:
-    """Return `cudnn` if this device runs its flash attention at this shape, else `xla`, which writes T x T scores to memory."""
+    """Return `cudnn` if cuDNN's flash attention compiles on this device at this shape, else `xla`.
+
+    `xla` runs everywhere, but writes the T x T scores of each head to memory.
+    """
     if jax.default_backend() != "gpu" or shape.dtype == "float32":
         return "xla"
     heads = jax.ShapeDtypeStruct((1, shape.sequence_length, shape.num_heads, shape.head_width), shape.dtype)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     try:
         jax.jit(attend).lower(heads, heads, heads).compile()
-    except Exception:  # no cuDNN, or one that does not know this device: JAX raises many types
+    except Exception:  # JAX raises errors of many types if cuDNN is missing or does not support this device.
         return "xla"
     return "cudnn"
 
 
 def config_of(shape: LayerShape, kind: str, batch_size: int, attention: str = "xla") -> ExperimentConfig:
-    """Return the configuration of a run with layers of this shape."""
+    """Return a configuration with layers of the given shape and the given kind of connection in its default settings."""
     model = ModelConfig(
         vocab_size=VOCABULARY,
         width=shape.width,
@@ -109,7 +115,7 @@ def config_of(shape: LayerShape, kind: str, batch_size: int, attention: str = "x
 
 
 def random_batch(config: ExperimentConfig) -> Batch:
-    """Draw a batch of random token ids, with the same seed at every call."""
+    """Draw a batch of random token ids, the same at every call with the same configuration."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     return {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(np.roll(tokens, -1, 1))}
@@ -120,7 +126,7 @@ def random_batch(config: ExperimentConfig) -> Batch:
 
 @dataclasses.dataclass
 class CompiledStep:
-    """A compiled train step, the state that its next call starts from, and its batch."""
+    """A compiled train step, the train state from which its next call starts, and the batch of all its calls."""
 
     compiled: Any
     state: Any
@@ -128,13 +134,13 @@ class CompiledStep:
     compile_s: float
 
     def launch(self, _: int) -> Any:
-        """Start a step and return its loss, without waiting for the result."""
+        """Start a train step and return its loss as an array, without waiting for the result."""
         self.state, metrics = self.compiled(self.state, self.batch)
         return metrics["loss"]
 
     @property
     def memory(self) -> int:
-        """Bytes that the compiled step needs, or 0 if the backend does not report them."""
+        """Bytes of device memory that the compiled step needs at its peak, or 0 if the backend does not report them."""
         return counts.compiled_memory(self.compiled) or 0
 
 
@@ -142,9 +148,9 @@ def compile_step(config: ExperimentConfig, batch: Any, implementation: str | Non
     """Compile the train step of a configuration on this device.
 
     Args:
-      config: the configuration.  Its model.remat is not `auto`.
+      config: the configuration.  Its setting model.remat must not be `auto`.
       batch: the batch of every step.
-      implementation: name of the implementation of the connections' operations.  None takes the platform's default.
+      implementation: name of the implementation of the connections' operations.  None means the default of the platform.
     """
     with mhc_kernels.settings(implementation=implementation):
         began = time.perf_counter()
@@ -155,12 +161,13 @@ def compile_step(config: ExperimentConfig, batch: Any, implementation: str | Non
 
 
 def step_times(shape: LayerShape, rounds: int) -> dict[str, Any]:
-    """Time the train step of each contestant, alternating in one run.
+    """Time the train step of each contestant once in each of `rounds` rounds, between which the order of contestants alternates.
 
     Returns:
-      `shape`, `batch_size`, `attention`, and `steps`, a row per contestant.  A row has `name` and `status`.  If the status
-      is `ok`, it has the median `ms`, `ms_rounds`, `overhead` (0.05: 5 % longer than the baseline), `us_per_sublayer_token` (time
-      added to the baseline), `memory_bytes` and `loss`.
+      `shape`, `batch_size`, `attention`, and `steps`, a row for each contestant.  A row has `name` and `status`.  If the status is
+      `ok`, it also has the time of a step `ms` (median in milliseconds) and `ms_rounds` (all rounds), `overhead` (0.05: 5 % longer
+      than the baseline), `us_per_sublayer_token` (microseconds more than the baseline, per sub-layer and token), `memory_bytes`,
+      and `loss` (of the second step, nats/token).
     """
     attention = attention_of(shape)
     obstacles = {name: contestant.obstacle(shape) for name, contestant in CONTESTANTS.items()}
@@ -193,7 +200,7 @@ def step_times(shape: LayerShape, rounds: int) -> dict[str, Any]:
 def _fitting_steps(
     shape: LayerShape, contestants: Mapping[str, Contestant], attention: str
 ) -> tuple[int, dict[str, CompiledStep], dict[str, str]]:
-    """Return the largest batch size at which all steps fit, the compiled steps, and the errors of contestants without a step."""
+    """Return the batch size, halved from that of the shape until all steps fit in memory, and the results of `_all_steps`."""
     batch_size = shape.batch_size
     while True:
         try:
@@ -201,17 +208,17 @@ def _fitting_steps(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
                 raise
-        # This stands outside the handler, because the handler's traceback keeps the arrays of the failed attempt alive.
+        # The next try begins outside the `except` block, in which the traceback would keep the arrays of the failed try alive.
         batch_size //= 2
 
 
 def _all_steps(
     shape: LayerShape, contestants: Mapping[str, Contestant], batch_size: int, attention: str
 ) -> tuple[dict[str, CompiledStep], dict[str, str]]:
-    """Return the compiled steps that have run once, and the errors of contestants whose step could not run.
+    """Compile and run a step of each contestant.  Return the steps and, of contestants whose step fails, the errors.
 
     Raises:
-      JaxRuntimeError: the device is out of memory.
+      JaxRuntimeError: the device is out of memory.  Any other error of the baseline is raised, too.
     """
     steps, errors = {}, {}
     for name, contestant in contestants.items():
@@ -219,7 +226,7 @@ def _all_steps(
             config = config_of(shape, contestant.kind, batch_size, attention)
             steps[name] = compile_step(config, random_batch(config), contestant.implementation)
             jax.block_until_ready(steps[name].launch(0))
-        except Exception as error:  # a kernel that fails to compile must not cost the rows of the others
+        except Exception as error:  # If the kernels of one contestant do not compile, the others are still timed.
             if "RESOURCE_EXHAUSTED" in str(error) or name == BASELINE:
                 raise
             steps.pop(name, None)
@@ -231,16 +238,16 @@ def _all_steps(
 
 
 def repeated_operation(op: str, spec: ArgSpec, implementation: str, repeats: int) -> list[str]:
-    """Name the results and gradients of one operation that differ between calls on the same arguments; the aim is none."""
+    """Return the names of the results and gradients of one operation whose bits differ between calls with the same arguments."""
     (given,) = measure.make_sets(op, spec, 1)
     run = jax.jit(program(function(op, spec, implementation), True))
     return differing(lambda: run(*given), [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])], repeats)
 
 
 def repeated_gradient(shape: LayerShape, contestant: Contestant, repeats: int) -> list[str]:
-    """Name the parameters whose gradient differs between calls on the same batch of one sequence; the aim is none.
+    """Return the names of the parameters whose gradient differs in bits between calls with the same batch of one sequence.
 
-    Attention is `xla` here, because cuDNN's backward adds in no fixed order.
+    Attention is `xla` here, because the backward pass of cuDNN's attention adds in no fixed order and so differs in rounding.
     """
     config = config_of(shape, contestant.kind, 1)
     batch = random_batch(config)
@@ -252,7 +259,7 @@ def repeated_gradient(shape: LayerShape, contestant: Contestant, repeats: int) -
 
 
 def differing(run: Callable[[], Any], names: list[str], repeats: int) -> list[str]:
-    """Name the results that are not bitwise the same in every one of `repeats` calls."""
+    """Return the names of the results of `run` that are not bitwise the same in all of `repeats` calls."""
     same = jax.jit(lambda a, b: [jnp.array_equal(*_bits(x, y)) for x, y in zip(a, b, strict=True)])
     first, different = jax.tree.leaves(run()), set()
     for _ in range(repeats - 1):
@@ -262,5 +269,5 @@ def differing(run: Callable[[], Any], names: list[str], repeats: int) -> list[st
 
 
 def _bits(*arrays: Any) -> list[Any]:
-    """Return the bits of float arrays as integers, so that NaN equals itself and -0 differs from 0."""
+    """Return the bits of float arrays as integers, so that a comparison finds NaN equal to itself and -0 different from 0."""
     return [jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}")) for a in arrays]

@@ -1,4 +1,4 @@
-"""Named workloads of real models and the calls of each operation on them, for tests, benchmarks and tuning."""
+"""Workloads with the sizes of real models, and random arguments for each operation on them, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SPECS = {
         ArgSpec("27b-n8", 16384, 8, 2560),
         ArgSpec("27b-ragged", 16301, 4, 2560),
         ArgSpec("27b-fp32", 8192, 4, 2560, "float32"),
-        # DeepSeek-V4 Flash and DeepSeek-V4; TransformerEngine reports its times on these shapes too.
+        # DeepSeek-V4 Flash and DeepSeek-V4; TransformerEngine publishes times of its kernels on the same shapes.
         ArgSpec("v4-flash", 8192, 4, 4096),
         ArgSpec("v4", 8192, 4, 7168),
         ArgSpec("v4-32k", 32768, 4, 7168),
@@ -59,13 +59,13 @@ SPECS = {
 
 
 def arguments(op: str, spec: ArgSpec, key: Array) -> tuple[Array, ...]:
-    """Draw random arguments of one call, standard normal unless said otherwise below.
+    """Draw random arguments for one call of the operation `op`.
 
     The arguments of each operation: sinkhorn (logits[n, n, N]); coefficients (x[N, nC], phi[nC, k], alpha[3], bias[k]);
     read (x, pre[n, N]); write (x, y[N, C], post[n, N], res[n, n, N]); write_read (x, y, post, res, phi, alpha, bias).
 
-    phi is N(0, 1 / nC), so that every logit has a standard deviation near 1.  As in a model, pre is between 0 and 1, post is
-    between 0 and 2, and res is doubly stochastic.
+    logits, x, y and bias are standard normal.  phi is N(0, 1 / nC), so that the projected streams have a standard deviation near 1.
+    alpha is constant.  As in a model, pre is between 0 and 1, post is between 0 and 2, and res is doubly stochastic.
     """
     n, N, C = spec.num_streams, spec.tokens, spec.width
     k = n * n + 2 * n
@@ -109,7 +109,7 @@ def function(op: str, spec: ArgSpec, implementation: str | None) -> Callable[...
     Args:
       op: name of the operation.
       spec: workload.
-      implementation: the argument `implementation` of the operation, or `reference` for `ops/<op>/reference.py`.
+      implementation: value of the argument `implementation` of the operation, or `reference` for `ops/<op>/reference.py`.
     """
     if implementation == "reference":
         run = getattr(importlib.import_module(f"mhc_kernels.ops.{op}.reference"), op)
@@ -135,7 +135,7 @@ def shapes(op: str, spec: ArgSpec) -> tuple[Any, Any]:
 
 
 def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[..., tuple[Array, ...]]:
-    """Return f as a function (arguments, cotangents) -> outputs, followed by the gradients of the arguments if `backward`."""
+    """Return a function of (arguments, cotangents) that returns the outputs of f, and then the gradients if `backward` is true."""
 
     def forward_backward(given: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
         out, pull = jax.vjp(f, *given)
@@ -145,12 +145,12 @@ def program(f: Callable[..., tuple[Array, ...]], backward: bool) -> Callable[...
 
 
 def floor_bytes(op: str, spec: ArgSpec, backward: bool) -> int:
-    """Return the bytes that must move if each pass reads every input once and writes every output once.
+    """Return the bytes that an operation must move, forward or forward + backward, if each pass touches every array once.
 
     The forward pass reads the arguments and writes the outputs.  The backward pass reads the arguments and the cotangents of the
-    outputs and writes the gradients of the arguments.  A kernel that saves more than the arguments moves more.  Both together are
-    three times the arguments and twice the outputs.  For each token, in elements of the streams (mHC section 4.3) and without the
-    coefficients, these are:
+    outputs, and writes the gradients of the arguments.  So both passes together move three times the arguments and twice the
+    outputs.  A kernel that saves more than the arguments for its backward pass moves more.  The table has the numbers of elements
+    of x, y, h and x' that move for each token (mHC section 4.3), without the coefficients:
 
         operation     forward      both
         coefficients  n C          3 n C

@@ -1,4 +1,4 @@
-"""RMSNorm without a weight: its scale, which all implementations use, and the normalised numbers."""
+"""RMSNorm without a weight: the scale 1 / RMS, which all implementations use, and the normalised numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Float
 def inverse_rms(mean_square: Array, eps: float) -> Array:
     r"""Return the scale of an RMSNorm, $1 / \sqrt{\mathrm{mean}(v^2) + \epsilon}$, or NaN if the mean of squares has overflowed.
 
-    A scale of 0 would turn a token of large finite numbers into zeros with a gradient of zero, and the loss would look sound.
-    A sum of C squares overflows float32 from an RMS of 1.8e19 / sqrt(C) on.
+    A sum of C squares overflows float32 from an RMS of 1.8e19 / sqrt(C) on.  The formula would then give a scale of 0, which would
+    turn a token of large finite numbers into zeros with a gradient of zero.  NaN shows in the loss, and these zeros would not.
 
-    If squares underflow (numbers below 1e-19 to 1e-23, depending on the device), the scale is $1 / \sqrt{\epsilon}$.  With eps
+    If the squares underflow (numbers below 1e-19 to 1e-23, depending on the device), the scale is $1 / \sqrt{\epsilon}$.  With eps
     above 0, a token of zeros thus gives zeros and finite gradients.
 
     Args:
-      mean_square: mean of squares, float32, any shape.
+      mean_square: mean of the squares of the channels of each token, float32, any shape.
       eps: epsilon, 1e-20 in mHC and 1e-6 in DeepSeek-V4.
 
     Returns:
@@ -40,11 +40,11 @@ def inverse_rms(mean_square: Array, eps: float) -> Array:
 def normalized(v: Float[Array, "*tokens C"], eps: float) -> Float[Array, "*tokens C"]:
     r"""Apply RMSNorm over the last axis without a weight, $y = s\, v$ with $s = 1 / \sqrt{\mathrm{mean}(v^2) + \epsilon}$.
 
-    The derivative is $dy = s\, dv - y\, \mathrm{mean}(y\, s\, dv)$.  The derivative of s by itself would have a third power of s,
-    which underflows from an RMS of 4e12 on.
+    The derivative is $dy = s\, dv - y\, \mathrm{mean}(y\, s\, dv)$.  It is written by hand, because JAX's derivative of s has a
+    third power of s, which underflows from an RMS of 4e12 on.
 
     Args:
-      v: float32 numbers of each token.
+      v: float32 channels of each token.
       eps: epsilon, 1e-20 in mHC and 1e-6 in DeepSeek-V4.
 
     Returns:

@@ -1,1 +1,1 @@
-"""The coefficients of each token: RMS statistics, projection, gates and Sinkhorn (mHC Eq. 7, 8)."""
+"""The coefficients of each token, made from its streams by RMSNorm, projection, sigmoids and Sinkhorn (mHC Eq. 7, 8)."""

@@ -1,7 +1,7 @@
-"""Statistics and projection of the coefficients as Pallas kernels for NVIDIA GPUs; XLA computes the gates.
+"""The RMS and the projection z of each token as Pallas kernels for NVIDIA GPUs; XLA makes the coefficients from z.
 
-Tensor cores multiply bfloat16 numbers, so products of bfloat16 streams are exact.  A float32 array (phi, the gradient of z, float32
-streams) is cut into three bfloat16 pieces whose sum is exact (`gpu.pieces`).  The format tf32 would keep only 10 bits.
+Tensor cores multiply bfloat16 numbers exactly.  A float32 array (phi, the gradient of z, or float32 streams) is cut into three
+bfloat16 pieces whose sum is exact (`gpu.pieces`).  The format tf32 would keep only 10 bits.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ obstacle = gpu.obstacle
 
 TOKENS, CHANNELS = 64, 64
 PROGRAMS = 1024
-"""Approximate number of programs of the backward pass: several for each of the 132 multiprocessors of a large GPU."""
+"""Approximate number of programs of the backward kernel: several for each of the 132 multiprocessors of an H100."""
 
 
 def pad_columns(a: Float[Array, "rows k"]) -> Float[Array, "rows K"]:
-    """Pad the k columns with zeros to a power of two, at least 16, as tensor cores need it."""
+    """Pad the k columns of `a` with zeros to K columns, a power of two of at least 16, which tensor cores need."""
     return jnp.pad(a, ((0, 0), (0, max(gpu.power_of_two(a.shape[1]), 16) - a.shape[1])))
 
 
 def _warps(K: int) -> int:
-    """Return the number of warps of a program for K columns; with n = 8, K is 128 and four warps would spill."""
+    """Return the number of warps of a program for K columns of phi; with n = 8, K is 128, and four warps would spill."""
     return 4 if K <= 64 else 8
 
 
 def load_rows(refs: Sequence[Any], start: Any, rows: int, end: Any, ragged: bool) -> list[Array]:
-    """Load rows `start` to `start + rows` of arrays with K columns.
+    """Load rows `start` to `start + rows` of each array in `refs`, with all its columns.
 
-    If the last block is `ragged`, rows from `end` on are zeros.
+    If `ragged`, these rows may reach beyond row `end`, and rows from `end` on are loaded as zeros.
     """
     K = refs[0].shape[1]
     block = Tile(start, rows, end, 0, K, K, ragged)
@@ -47,7 +47,7 @@ def load_rows(refs: Sequence[Any], start: Any, rows: int, end: Any, ragged: bool
 
 
 def store_rows(tile: Tile, ref: Any, z: Array) -> None:
-    """Store z [tokens, K] transposed, at the tokens of `tile` in an array [K, N]."""
+    """Store the transpose of z [tokens, K] in the array `ref` [K, N], at the tokens of `tile`."""
     inside = tile.inside()
     mask = None if inside is None else jnp.broadcast_to(inside[None], z.T.shape)
     plgpu.store(ref.at[:, pl.ds(tile.token, tile.tokens)], z.T, mask=mask)
@@ -56,9 +56,12 @@ def store_rows(tile: Tile, ref: Any, z: Array) -> None:
 def forward(
     x: Float[Array, "N W"], phi: Float[Array, "W k"], eps_norm: float
 ) -> tuple[Float[Array, "k N"], Float[Array, " N"]]:
-    """Return z = (v phi) inverse and inverse = `inverse_rms` of mean(v^2).  A program has a block of tokens.
+    """Return z = (v phi) inverse and inverse = `inverse_rms` of mean(v^2), where v is the row of x of one token.
 
-    Traffic per token: reads W, writes k + 1 float32.  Each block reads phi once from L2: 6 W K / TOKENS bytes a token.
+    Each program of the kernel handles all channels of a block of tokens.
+
+    Memory traffic per token: reads W numbers, writes k + 1 float32 numbers.  Each block reads phi, with k padded to K, once from
+    the L2 cache: 6 W K / TOKENS bytes a token.
     """
     N, W = x.shape
     k = phi.shape[1]
@@ -92,9 +95,9 @@ def forward(
 
 
 def token_splits(N: int, tokens: int, others: int) -> tuple[int, int]:
-    """Return the number of programs that split the tokens, and the number of blocks of tokens for each of them.
+    """Return into how many shares the N tokens are split, and the number of blocks of `tokens` tokens in a share.
 
-    `others` is the number of programs that share a block of tokens.
+    Each share is handled by `others` programs, of which each has other channels.  All together are about `PROGRAMS` programs.
     """
     blocks = pl.cdiv(N, tokens)
     each = pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, others)))
@@ -108,11 +111,13 @@ def backward(
     inverse: Float[Array, " N"],
     g: Float[Array, "k N"],
 ) -> tuple[Float[Array, "N W"], Float[Array, "W k"]]:
-    """Return dv = (inverse g) phi^T - (g . z) inverse^2 v / W and dphi = v^T (inverse g).
+    """Return dv = (inverse g) phi^T - (g . z) inverse^2 v / W and dphi = v^T (inverse g), where g is the gradient of z.
 
-    A program has a block of channels and sums their dphi over its share of the tokens.  The shares are then summed in order.
+    Each program of the kernel handles a block of channels for a share of the tokens, and sums dphi over this share.  The sums of
+    all shares are then added in a fixed order.
 
-    Traffic per token: reads W, writes W, and moves 2 k a few times.  dphi adds 4 K bytes for each channel and share.
+    Memory traffic per token: reads W numbers, writes W, and moves 2 k a few times.  dphi adds 4 K bytes for each channel and share,
+    where K is k padded to a power of two.
     """
     scaled = g * inverse[None]
     shrink = (g * z).sum(0) * inverse**2 / x.shape[1]
@@ -120,7 +125,10 @@ def backward(
 
 
 def dphi(x: Float[Array, "N W"], scaled: Float[Array, "k N"]) -> Float[Array, "W k"]:
-    """Return dphi = v^T scaled, without dv; `scaled` is the gradient of z over the RMS.  Traffic per token: reads W."""
+    """Return dphi = v^T scaled alone, where v is x, and `scaled` is the gradient of z divided by the RMS.
+
+    Memory traffic per token: reads W numbers.
+    """
     return _backward(x, None, scaled, scaled[0])[1]
 
 
@@ -132,7 +140,7 @@ def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tupl
     parts = [] if phi is None else gpu.pieces(pad_columns(phi))
     K = grads[0].shape[1]
     shares, each = token_splits(N, TOKENS, pl.cdiv(W, wide))
-    # With two terms, products of order 2^-16 are left out; rounding a bfloat16 dx would lose them anyway.
+    # Two terms leave out products of relative size 2^-16, which the rounding of dx to bfloat16 would lose anyway.
     terms = 2 if x.dtype == jnp.bfloat16 else 3
 
     def kernel(x_ref, shrink_ref, *refs):

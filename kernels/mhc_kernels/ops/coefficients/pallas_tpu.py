@@ -1,7 +1,7 @@
-"""RMS statistics and projection in one pass over the streams (Mosaic).
+"""The RMS and the projection z of each token as Pallas kernels for TPUs (Mosaic), in one pass over the streams.
 
-The MXU multiplies bfloat16 numbers, so products of bfloat16 streams are exact.  The float32 phi is then cut into three bfloat16
-pieces.  Streams in float32 are multiplied with precision HIGHEST.
+The MXU multiplies bfloat16 numbers exactly.  For bfloat16 streams, the float32 phi is cut into three bfloat16 pieces.  Float32
+streams are multiplied with precision HIGHEST.
 """
 
 from __future__ import annotations
@@ -18,36 +18,41 @@ from mhc_kernels import tpu
 from mhc_kernels.ops.rms_norm import inverse_rms
 
 _PIECES = {2: ((2, 0, 1, 0), (0, 0, 1)), 4: ((2, 0, 1, 0, 1, 0), (0, 0, 0, 1, 1, 2))}
-"""Numbers of the pieces of the gradient g / RMS and of phi whose products make dx, by the bytes of an entry of x.
+"""Pieces of g / RMS and of phi whose products make dx, for x with entries of 2 bytes (bfloat16) and of 4 bytes (float32).
 
-Piece 0 has the leading bits.  The first tuple is for g / RMS, and the second for phi.  The last pieces of the first tuple are
-multiplied with the pieces of the second.  Their sum is exact to 2^-16 for bfloat16, where dx is rounded to 2^-9, and to 2^-24 for
-float32.  The first three pieces of the first tuple are the whole gradient, which dphi needs.
+g is the gradient of z.  `tpu.pieces` cuts a float32 array into the pieces 0, 1 and 2; piece 0 has the leading bits.  The first
+tuple lists pieces of g / RMS, and the second tuple lists m pieces of phi.  The last m pieces of the first tuple are multiplied, one
+by one, with the m pieces of phi, and the products are added.  The sum is exact to 2^-16 for bfloat16, where dx is rounded to 2^-9,
+and to 2^-24 for float32.  The first three pieces of the first tuple make up the whole gradient, which dphi needs.
 """
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None if n C is a multiple of 128, streams are bfloat16 or float32, and VMEM is enough."""
+    """Return why the kernels cannot run a call, or None if they can.
+
+    n C must be a multiple of 128, streams must be bfloat16 or float32, and VMEM must hold phi, its gradient and 16 tokens.
+    """
     itemsize, channels = max(jnp.dtype(d).itemsize for d in dtypes), num_streams * width
     return tpu.obstacle(1, channels, dtypes, 4 * channels * itemsize, resident(24, channels, itemsize))
 
 
 def resident(k: int, channels: int, itemsize: int) -> int:
-    """Return the bytes in VMEM of the pieces of phi and of the gradient of phi."""
+    """Return the bytes of VMEM that the pieces of phi [channels, k] and the gradient of phi take in the backward kernel."""
     return (2 * len(_PIECES[itemsize][1]) + 4) * tpu.up(k, 8) * channels
 
 
 def folded(phi: Array, dtype: Any) -> Array:
-    """Transpose phi [nC, k] for the forward pass, with k padded to a multiple of 8.
+    """Return phi [nC, k] transposed for the forward kernel, with k padded to a multiple of 8.
 
-    The result is [3 k, nC] in three pieces for bfloat16 streams, and [k, nC] for float32 streams.
+    `dtype` is that of the streams.  For bfloat16, the result is [3 k, nC], the three pieces of phi below each other in bfloat16.
+    For float32, it is [k, nC].
     """
     turned = tpu.pad(phi.T, tpu.up(phi.shape[1], 8), 0)
     return turned if dtype == jnp.float32 else tpu.pieces(turned, (0, 1, 2), 0).astype(jnp.bfloat16)
 
 
 def forward(x: Array, phi: Array, eps_norm: float) -> tuple[Array, Array]:
-    """Map x [N, nC], phi [nC, k] -> z [k, N], inverse = 1 / RMS [N].  Traffic per token: nC."""
+    """Map x [N, nC], phi [nC, k] -> z = x phi / RMS [k, N], inverse = 1 / RMS [N].  Memory traffic per token: nC numbers."""
     (channels, k), rows = phi.shape, tpu.up(phi.shape[1], 8)
     out = tpu.call(
         functools.partial(_forward, rows, eps_norm),
@@ -63,7 +68,7 @@ def forward(x: Array, phi: Array, eps_norm: float) -> tuple[Array, Array]:
 
 
 def _forward(k, eps_norm, x, phi, out):
-    """Compute z and 1 / RMS of a block; the vector units sum squares while the matrix unit multiplies."""
+    """Store z and 1 / RMS of a block of tokens in `out`; the vector units sum squares while the matrix unit multiplies."""
     width = chunk(x.shape[1], 1024)
 
     def step(s, carry):
@@ -82,17 +87,17 @@ def _forward(k, eps_norm, x, phi, out):
 
 
 def project(phi, v):
-    """Return phi v^T [rows of phi, tokens], with tokens on the lanes.
+    """Return phi v^T [rows of phi, tokens], with tokens on the lanes, for phi [rows, channels] and v [tokens, channels].
 
-    The rows of phi, which are fewer than the tokens, stream past tiles of v.
+    In this order the matrix unit holds tiles of v while rows of phi stream past; there are fewer rows than tokens.
     """
     return tpu.dot(phi, v, 1, 1)
 
 
 def normalise(products, squares, out, k, channels, eps_norm):
-    """Store z in the first k columns of `out`, and 1 / RMS in the next.
+    """Store z in the first k columns of `out` [tokens, columns], and 1 / RMS in the next column.
 
-    `products` is the sum of `project` over channels.  `squares` [tokens, 128] is still to be summed over its lanes.
+    `products` is the sum of `project` over all channels.  `squares` [tokens, 128] has sums of squares, still one for each lane.
     """
     inverse = inverse_rms(jnp.sum(squares, axis=1, keepdims=True) / channels, eps_norm)
     out[:, k : k + 1] = inverse
@@ -105,7 +110,7 @@ def chunk(channels: int, most: int) -> int:
 
 
 def backward(x: Array, phi: Array, z: Array, inverse: Array, g: Array) -> tuple[Array, Array]:
-    """Map x [N, nC], phi [nC, k], z and its gradient g [k, N], inverse [N] -> dx, dphi.  Traffic per token: 2 nC."""
+    """Map x [N, nC], phi [nC, k], z and its gradient g [k, N], inverse [N] -> dx, dphi.  Memory traffic per token: 2 nC numbers."""
     channels, k = phi.shape
     parts, shrink, rows_of_phi = gradient_operands(x, phi, z, inverse, g)
     dx, dphi = tpu.call(
@@ -137,9 +142,10 @@ def gradient_columns(k: int, dtype: Any) -> int:
 
 
 def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
-    """Make the small operands of the backward pass.
+    """Return the small operands of the backward kernel, where g [k, N] is the gradient of z.
 
-    They are pieces of g / RMS [.., N], the factor (g . z) / (RMS^2 nC) [1, N], and pieces of phi [.., nC].
+    They are the pieces of g / RMS [rows, N], the factor (g . z) / (RMS^2 nC) of x in dx [1, N], and the pieces of phi [rows, nC];
+    `_PIECES` says which pieces.
     """
     of_g, of_phi = _PIECES[x.dtype.itemsize]
     k = tpu.up(g.shape[0], 8)
@@ -149,7 +155,10 @@ def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
 
 
 def gradients(numbers, x, phi, dphi, finish):
-    """Add to dphi [k, nC], and call finish(channels, dv) for every chunk of channels, with dv = g phi^T / RMS in float32."""
+    """Add what a block of tokens contributes to dphi [k, nC], and call finish(channels, dv) for each slice of channels.
+
+    dv = g phi^T / RMS [tokens, channels] in float32, where g is the gradient of z.
+    """
     k, last = dphi.shape[0], gradient_columns(dphi.shape[0], x.dtype)
     left = numbers[:, last - phi.shape[0] : last].astype(jnp.bfloat16)
     whole = numbers[:, : 3 * k].T

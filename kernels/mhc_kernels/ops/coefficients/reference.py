@@ -20,7 +20,7 @@ from mhc_kernels.ops.sinkhorn.reference import sinkhorn
 def coefficients(
     x: Array, phi: Array, alpha: Array, bias: Array, *, num_streams: int, eps_norm: float = 1e-20, eps: float = 0.0
 ) -> tuple[Array, Array, Array]:
-    """Map x [N, nC], phi [nC, n^2 + 2n], alpha [3], bias [n^2 + 2n] -> pre [n, N], post [n, N], res [n, n, N]."""
+    """Map streams x [N, nC], phi [nC, n^2 + 2n], alpha [3], bias [n^2 + 2n] -> pre [n, N], post [n, N], res [n, n, N]."""
     n = num_streams
     z = (x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + eps_norm)) @ phi
     z_pre, z_post, z_res = jnp.split(z.T, [n, 2 * n])

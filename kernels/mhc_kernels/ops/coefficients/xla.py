@@ -1,4 +1,4 @@
-"""RMS statistics and projection of the coefficients as XLA runs them, with a hand-written gradient."""
+"""The RMS and the projection z of each token for plain XLA, with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def projection(x: Array, phi: Array, eps_norm: float) -> Array:
 
 
 def _projection_fwd(x, phi, eps_norm):
-    """Return z and the arrays that the gradient needs.
+    """Return z, and the arrays that the gradient needs: x, phi, 1 / RMS and z.
 
-    On CPUs, all tokens are in one axis, and z is kept for the gradient as [tokens, k].
+    On CPUs, all token axes are merged into one, and z is kept for the gradient as [tokens, k] instead of [k, *tokens].
     """
     if backend_choice.platform() != "cpu":
         v = x.astype(jnp.float32)
@@ -35,8 +35,9 @@ def _projection_fwd(x, phi, eps_norm):
 
 
 def _projection_bwd(_, saved, g):
-    r"""Return the gradients of v = x and phi for $z = s\, v \phi$ with $s = (\mathrm{mean}(v^2) + \epsilon)^{-1/2}$.
+    r"""Return the gradients of x and phi for $z = s\, v \phi$ with v = x and $s = (\mathrm{mean}(v^2) + \epsilon)^{-1/2}$.
 
+    With a bar for the gradient of a quantity,
     $\bar v = s\, \bar z \phi^\top - (\bar z \cdot z)\, s^2 v / C$ and $\bar \phi = v^\top (s\, \bar z)$.
     """
     x, phi, inverse, z = saved
@@ -49,7 +50,7 @@ def _projection_bwd(_, saved, g):
     scaled = g.reshape(g.shape[0], -1) * inverse[None]
     shrink = jnp.einsum("kt,tk->t", scaled, z, precision="highest") * inverse / v.shape[-1]
     dv = jnp.matmul(scaled.T, phi.T, precision="highest") - shrink[:, None] * v
-    # On CPUs the product [k, t] [t, C] takes a fifth of the time of [C, t] [t, k], into which XLA turns it without the barrier.
+    # On CPUs a product [k, t] [t, C] takes a fifth of the time of [C, t] [t, k], which XLA would make of it without the barrier.
     dphi = jax.lax.optimization_barrier(jnp.matmul(scaled, v, precision="highest")).T
     return dv.reshape(x.shape).astype(x.dtype), dphi
 

@@ -20,7 +20,7 @@ WARPS = 4
 def forward(x: Float[Array, "N nC"], pre: Float[Array, "n N"]) -> Float[Array, "N C"]:
     """Return h = H_pre x in the dtype of x, accumulated in float32.
 
-    Traffic per token: reads n C + n, writes C.
+    Memory traffic per token: reads n C + n numbers, writes C.
     """
     n, N = pre.shape
     C = x.shape[1] // n
@@ -40,15 +40,17 @@ def forward(x: Float[Array, "N nC"], pre: Float[Array, "n N"]) -> Float[Array, "
 def backward(
     x: Float[Array, "N nC"], pre: Float[Array, "n N"], g: Float[Array, "N C"]
 ) -> tuple[Float[Array, "N nC"], Float[Array, "n N"]]:
-    """Return dx_i = pre_i g and dpre_i = <x_i, g>.  A program has a block of tokens.
+    """Return dx_i = pre_i g and dpre_i = <x_i, g>, where g is the gradient of h.
 
-    Traffic per token: reads (n + 1) C + n, writes n C + n.
+    Each program of the kernel handles all channels of a block of tokens.
+
+    Memory traffic per token: reads (n + 1) C + n numbers, writes n C + n.
     """
     return _backward(x, pre, g)
 
 
 def products(x: Float[Array, "N nC"], g: Float[Array, "N C"]) -> Float[Array, "n N"]:
-    """Return dpre_i = <x_i, g> without dx.  Traffic per token: reads (n + 1) C, writes n."""
+    """Return dpre_i = <x_i, g> alone, with g the gradient of h.  Memory traffic per token: reads (n + 1) C numbers, writes n."""
     return _backward(x, None, g)[1]
 
 

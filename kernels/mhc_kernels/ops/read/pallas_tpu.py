@@ -1,4 +1,4 @@
-"""The read h = H_pre x and its gradient, each in one pass over a block of tokens (Mosaic)."""
+"""The read h = H_pre x and its gradient as Pallas kernels for TPUs (Mosaic), each in one pass over the streams."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mhc_kernels import tpu
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None if n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
+    """Return why the kernels cannot run a call; None if n is at most 8, C a multiple of 128, and x is bfloat16 or float32."""
     itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
     return tpu.obstacle(num_streams, width, dtypes, 2 * (2 * num_streams + 1) * width * itemsize)
 
 
 def forward(x: Array, pre: Array) -> Array:
-    """Map x [N, nC], pre [n, N] -> h [N, C].  Traffic per token: (n + 1) C."""
+    """Map x [N, nC], pre [n, N] -> h [N, C].  Memory traffic per token: (n + 1) C numbers."""
     n, C = pre.shape[0], x.shape[1] // pre.shape[0]
     kernel = functools.partial(_forward, n, C)
     return tpu.call(kernel, "mhc_read", numbers=[pre], streams=[x], out_streams=[C], flops=2 * n * C)[0]
@@ -40,7 +40,7 @@ def _forward(n, C, pre, x, h):
 
 
 def products(x: Array, g: Array, name: str = "mhc_read_products") -> Array:
-    """Map x [N, nC], g [N, C] -> <x_i, g> [n, N] in float32.  Traffic per token: (n + 1) C."""
+    """Map x [N, nC], g [N, C] -> <x_i, g> [n, N] in float32.  Memory traffic per token: (n + 1) C numbers."""
     C = g.shape[1]
     n = x.shape[1] // C
 
@@ -51,7 +51,7 @@ def products(x: Array, g: Array, name: str = "mhc_read_products") -> Array:
 
 
 def backward(x: Array, pre: Array, g: Array) -> tuple[Array, Array]:
-    """Map x [N, nC], pre [n, N], g [N, C] -> dx, dpre, where g is the gradient of h.  Traffic per token: (2n + 1) C."""
+    """Map x [N, nC], pre [n, N] and the gradient g [N, C] of h -> dx, dpre.  Memory traffic per token: (2n + 1) C numbers."""
     n, C = pre.shape[0], g.shape[1]
     dx, dpre = tpu.call(
         functools.partial(_backward, n, C),
@@ -66,7 +66,7 @@ def backward(x: Array, pre: Array, g: Array) -> tuple[Array, Array]:
 
 
 def _backward(n, C, pre, x, g, dx, dpre):
-    """Store dx and dpre of a block, or dpre alone if `pre` is None."""
+    """Store dx and dpre of a block of tokens, or dpre alone if `pre` is None; g is the gradient of h."""
 
     def rows_of(rows, R):
         weights = [] if pre is None else [tpu.column(pre[rows, :], i) for i in range(n)]

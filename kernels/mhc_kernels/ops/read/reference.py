@@ -7,5 +7,5 @@ from jax import Array
 
 
 def read(x: Array, pre: Array, num_streams: int) -> Array:
-    """Map x [N, nC], pre [n, N] -> h [N, C]."""
+    """Map streams x [N, nC] and H_pre, pre [n, N], to the branch input h [N, C]."""
     return jnp.einsum("nic,in->nc", x.reshape(len(x), num_streams, -1), pre)

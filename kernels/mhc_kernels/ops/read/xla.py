@@ -1,4 +1,4 @@
-"""The read h = H_pre x on flat streams for XLA, with a hand-written gradient."""
+"""The read h = H_pre x on flat streams for plain XLA, with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _read_bwd(saved, g):
     g32 = g.astype(jnp.float32)
     if backend_choice.platform() != "cpu":
         return join([p[..., None] * g32 for p in pre], x), dots(streams(x, len(pre)), g32)
-    g32 = once(g32)  # without `once`, every stream computes the gradient of the branch's norm again
+    g32 = once(g32)  # without `once`, XLA:CPU computes the gradient of the branch's norm again for each stream
     dx = (jnp.moveaxis(pre, 0, -1)[..., None] * g32[..., None, :]).reshape(x.shape).astype(x.dtype)
     xs = x.reshape(*g.shape[:-1], len(pre), g.shape[-1]).astype(jnp.float32)
     dpre = jnp.einsum("...ic,...c->...i", xs, g32, precision="highest")

@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp as Pallas kernels for NVIDIA GPUs: a warp keeps the matrices of a block of tokens in registers.
 
-`steps.py` has the iteration and derives its gradient.  A block is one value [n, n, tokens].  With n^2 values [tokens] instead,
-Triton takes 5 times as long to compile the gradient at n = 4: the cost of its search for coalesced layouts grows with the square
-of the size of the program.
+`steps.py` has the iteration and derives its gradient.  The matrices of a block are one value [n, n, tokens] in the kernel.  If each
+entry were a value [tokens] of its own, Triton would take 5 times as long to compile the gradient at n = 4, because the cost of its
+search for coalesced layouts grows with the square of the size of the program.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from mhc_kernels.ops.sinkhorn.steps import Scalings, Steps, pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why the kernel cannot run a call, or None if n is small enough for a warp to hold its matrices in registers."""
+    """Return why the kernel cannot run a call, or None if n is small enough for a warp to hold its matrices in registers."""
     del width, dtypes
     return None if num_streams <= gpu.MAX_STREAMS else f"n must be 1 to {gpu.MAX_STREAMS}, not {num_streams}"
 
 
 def tokens(n: int) -> int:
-    """Return the number of tokens of a block, so that a thread has at most 16 values of an array [n, n, tokens]."""
+    """Return the number of tokens of a kernel's block, so that a thread holds at most 16 numbers of an array [n, n, tokens]."""
     return {1: 32, 2: 32, 3: 16, 4: 16}.get(n, 8)
 
 
 def padded(a: Array, diagonal: float, off: float) -> Array:
-    """Pad the matrices [n, n, N] to a power of two, as block-diagonal matrices whose first block is `a`.
+    """Pad the matrices `a` [n, n, N] with rows and columns, until their size n is a power of two.
 
     New entries on the diagonal are `diagonal`, and new entries elsewhere are `off`.
     """
@@ -44,9 +44,9 @@ def padded(a: Array, diagonal: float, off: float) -> Array:
 
 
 def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]:
-    """Return K and r of `Steps.first_step`, with eps added to the first n rows and columns only, and Q.
+    """Return the matrix K and row scaling r of `Steps.first_step`, and Q, for padded logits with n real rows and columns.
 
-    Q is the column softmax if eps > 0, or K if eps = 0.
+    eps is added to the entries of the real rows and columns only.  Q is the softmax over each column if eps > 0, or K if eps = 0.
     """
     centred = logits - logits.max(0)[None]
     if eps == 0:
@@ -61,7 +61,7 @@ def _first_step(logits: Array, n: int, eps: float) -> tuple[Array, Array, Array]
 
 
 def _call(kernel: Any, name: str, n: int, *args: Array) -> Array:
-    """Run a function `kernel`, from blocks [n, n, tokens] to one such block, on arrays [n, n, N]."""
+    """Run `kernel`, a function from blocks [n, n, tokens] of arrays [n, n, N] to a block of the result, on all tokens of `args`."""
     size, N = args[0].shape[0], args[0].shape[-1]
     block = tokens(n)
 
@@ -79,7 +79,7 @@ def _call(kernel: Any, name: str, n: int, *args: Array) -> Array:
 def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[Array, "n n N"]:
     """Return H_res = SK(logits), the result of the Sinkhorn iterations.
 
-    Traffic per token: reads and writes n^2 float32.
+    Memory traffic per token: reads and writes n^2 float32 numbers.
     """
     n, steps = logits.shape[0], Steps(eps, summed=True)
 
@@ -94,19 +94,20 @@ def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[
 def backward(
     logits: Float[Array, "n n N"], g: Float[Array, "n n N"], num_iters: int, eps: float
 ) -> Float[Array, "n n N"]:
-    """Return the gradient of the logits through the truncated iteration; only the logits are kept from the forward pass.
+    """Return the gradient of the logits through the num_iters iterations, where `g` is the gradient of H_res.
 
-    The reverse walk needs the scalings r_t, c_t from the last to the first.  All of them, 2 n t_max values for each token, would
-    spill.  So the iteration runs from its start again for every segment of `size` pairs of steps.  This adds t_max^2 / (2 size)
-    pairs.  A pair is 2 n^2 multiply-adds in registers, which cost less than a trip to memory.
+    The backward pass needs the scalings r_t and c_t of every iteration t, from the last to the first.  All of them, 2 n num_iters
+    numbers for each token, do not fit into registers.  So they are made in segments of `size` pairs of steps (one over columns, one
+    over rows), and for every segment the iteration runs from its start again.  This adds num_iters^2 / (2 size) pairs.  A pair is
+    2 n^2 multiply-adds in registers, which cost less than loads from memory.
 
-    Traffic per token: reads 2 n^2, writes n^2 float32.
+    Memory traffic per token: reads 2 n^2, writes n^2 float32 numbers.
     """
     n, steps, pairs = logits.shape[0], Steps(eps, summed=True), pairs_left(num_iters, eps)
     size = 4 if n <= 4 else 2
 
     def reverse(K: Array, start: Scalings, count: int, carry: Any) -> Any:
-        """Walk back over `count` pairs of steps, the first of which begins at the scalings `start`."""
+        """Undo `count` pairs of steps, the first of which begins at the scalings `start`; `carry` holds the gradients."""
         scalings, (K_bar, bars) = [start], carry
         for _ in range(count):
             scalings.append(steps.pair(K, scalings[-1]))

@@ -1,7 +1,8 @@
 """Sinkhorn-Knopp as Pallas kernels for TPUs (Mosaic), which process blocks of at least 1,024 tokens.
 
-Tokens are arranged in rows of 128.  Entry [i, j] of the matrices of a block is then one register [8, 128] or a few.  The sums over
-i or j are additions of whole registers.  `steps.py` has the iteration and derives its gradient.
+The tokens of a block are arranged in rows of 128.  For each i and j, the entries [i, j] of the matrices of all these tokens then
+fill one or a few registers [8, 128], and a sum over i or j adds whole registers.  `steps.py` has the iteration and derives its
+gradient.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
 
 
 def _steps(eps: float) -> Steps:
-    """Return steps that sum over an axis on TPUs, and use multiply-adds if XLA:CPU interprets the kernel."""
+    """Return `Steps` that sum over an axis on a TPU, and that use multiply-adds where the kernel is interpreted on a CPU."""
     return Steps(eps, summed=backend_choice.platform() == "tpu")
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None if n is at most 8.  `width` and `dtypes` do not matter: logits arrive as float32."""
+    """Return why the kernels cannot run a call, or None if n is at most 8; `width` and `dtypes` do not matter."""
     return tpu.obstacle(num_streams, tpu.LANES, (jnp.float32,))
 
 
 def forward(logits: Array, num_iters: int, eps: float) -> Array:
-    """Map logits [n, n, N] -> res [n, n, N] in float32.  Traffic per token: reads n^2, writes n^2."""
+    """Map logits [n, n, N] -> res [n, n, N] in float32.  Memory traffic per token: reads n^2 numbers, writes n^2."""
     n = logits.shape[0]
     kernel = functools.partial(_forward_kernel, num_iters, eps)
     return _call(kernel, "mhc_sinkhorn", [logits], flops=2 * n * n * (2 * num_iters + 1), roots=n * (2 * num_iters + n))
@@ -45,9 +46,9 @@ def _forward_kernel(num_iters, eps, logits, res):
 
 
 def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
-    """Map logits and the gradient g of res, [n, n, N] each, -> dlogits; the scalings stay in VMEM.
+    """Map logits and the gradient g of res, [n, n, N] each, -> the gradient of the logits; all scalings stay in VMEM.
 
-    Traffic per token: reads 2 n^2, writes n^2.
+    Memory traffic per token: reads 2 n^2 numbers, writes n^2.
     """
     n, history = logits.shape[0], pairs_left(num_iters, eps) + 1
     kernel = functools.partial(_backward_kernel, num_iters, eps)
@@ -56,7 +57,10 @@ def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
 
 
 def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
-    """Store dlogits of a block, with all scalings R and C in scratch; the output first holds the gradient of K."""
+    """Store the gradient of the logits of a block in `dlogits`, which first holds the gradient of the matrix K of `steps.py`.
+
+    R and C are scratch arrays for the scalings of the rows and of the columns after each pair of steps.
+    """
     x, G, steps = logits[...], g[...], _steps(eps)
     K, r = steps.first_step(x)
     R[0], C[0] = r, jnp.ones_like(r)
@@ -81,13 +85,13 @@ def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
 
 
 def _call(kernel, name, arrays, flops, roots, history=0):
-    """Run a kernel over blocks [n, n, rows, 128].
+    """Run a kernel over blocks [n, n, rows, 128] of the arrays [n, n, N], and return its result [n, n, N].
 
-    VMEM keeps `history` scalings of rows and as many of columns; 0 means no scratch.
+    The kernel gets two scratch arrays in VMEM, for `history` scalings of rows and as many of columns; 0 means no scratch arrays.
     """
     n, N = arrays[0].shape[0], arrays[0].shape[2]
     padded = tpu.up(N, 8 * tpu.LANES)
-    # Several rows of tokens are independent and hide the latency of divisions, as long as K fits the registers.
+    # The rows of tokens are independent, so several rows hide the latency of divisions, as long as the matrices fit into registers.
     most = 32 if n <= 4 else 8
     rows = max(r for r in (8, 16, 32) if r <= most and padded % (r * tpu.LANES) == 0)
     tiled = [tpu.pad(a, padded, 2).reshape(n, n, -1, tpu.LANES) for a in arrays]

@@ -1,27 +1,33 @@
-r"""The steps of Sinkhorn-Knopp in scaling-vector form, and their gradient, for plain XLA and the Pallas kernels.
+r"""The steps of Sinkhorn-Knopp as updates of two scaling vectors, and their gradient, for plain XLA and the Pallas kernels.
 
 Every iterate of mHC (arXiv 2512.24880) Eq. 9 has the form $M = \mathrm{diag}(r)\, K\, \mathrm{diag}(c)$ with one fixed K.  So the
-state of the iteration is 2n numbers a token instead of $n^2$.  One pair of steps, columns first and rows last, is
+state of the iteration is r and c: 2n numbers a token instead of $n^2$.  One pair of steps, columns first and rows last, is
 
     $c' = c / (c\, (K^\top r) + \epsilon)$,  $r' = r / (r\, (K c') + \epsilon)$
 
-elementwise.  With $\epsilon = 0$ the pair is $c' = 1 / K^\top r$ and $r' = 1 / K c'$.  The first step differs, see `first_step`.
+elementwise.  With $\epsilon = 0$ the pair is $c' = 1 / K^\top r$ and $r' = 1 / K c'$.  `Steps.first_step` makes K and the first r.
 
-The gradient is that of the truncated iteration.  Write $u = K c'$ and $v = K^\top r$.  Then
+The gradient is that of the steps that were taken, not of their limit.  Write $u = K c'$ and $v = K^\top r$.  Then
 
     $\partial r' / \partial u = -r'^2$,  $\partial r' / \partial r = \epsilon\, (r' / r)^2$,
 
 and likewise with c', v and c for r', u and r.
 
-With a bar for the gradient of a quantity, a pair is undone from its end to its start (`Steps.undo_pair`):
+A bar stands for the gradient of a quantity.  The backward pass undoes a pair from its end to its start (`Steps.undo_pair`):
 
     $\bar u = -\bar r' r'^2$,  $\bar c' \leftarrow \bar c' + K^\top \bar u$,  $\bar v = -\bar c' c'^2$
     $\bar K \leftarrow \bar K + \bar u c'^\top + r \bar v^\top$
     $\bar r = K \bar v + \epsilon\, \bar r' (r' / r)^2$,  $\bar c = \epsilon\, \bar c' (c' / c)^2$
 
-The walk back starts from the last $M = \mathrm{diag}(r)\, K\, \mathrm{diag}(c)$.  `Steps.logits_gradient` then turns the gradients
-of K and of the first r into the gradient of the logits.  Only the logits are kept from the forward pass: the backward pass computes
-the scalings again.
+The backward pass starts from the last $M = \mathrm{diag}(r)\, K\, \mathrm{diag}(c)$, whose gradient G gives
+
+    $\bar r = (G \circ K)\, c$,  $\bar c = (G \circ K)^\top r$,  $\bar K = G \circ r c^\top$.
+
+At the end, `Steps.logits_gradient` turns the gradients of K and of the first r into the gradient of the logits.  It is
+$\bar K \circ K$ if $\epsilon = 0$.  Otherwise it is $S - Q \circ 1 (1^\top S)$, where Q is the softmax of each column of the
+logits, $K = Q + \epsilon$, and $S = (\bar K - (\bar r \circ r^2) 1^\top) \circ Q$.
+
+Only the logits are kept from the forward pass, so the backward pass computes r and c of every step again.
 """
 
 from __future__ import annotations
@@ -37,11 +43,11 @@ from jax import Array, lax
 from mhc_kernels.xla import add, once
 
 Scalings = tuple[Array, Array]
-"""The scalings r of rows and c of columns, or their gradients, [n, ...] each."""
+"""The scaling vectors r of the rows and c of the columns, or their gradients, [n, ...] each."""
 
 
 def pairs_left(num_iters: int, eps: float) -> int:
-    """Return the number of pairs of steps that follow `first_step`, which does the first pair itself if eps > 0."""
+    """Return the number of pairs of steps that follow `Steps.first_step`, which takes the first pair itself if eps > 0."""
     return num_iters if eps == 0 else num_iters - 1
 
 
@@ -53,13 +59,13 @@ def column_softmax(logits: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps on matrices [n, n, ...], whose later axes are tokens, for one epsilon and one way to sum."""
+    """The steps of Sinkhorn-Knopp on matrices [n, n, ...], whose later axes are tokens, for one epsilon."""
 
     eps: float
     summed: bool
-    """Whether a product with K is a sum over an axis; if not, it is n multiply-adds."""
+    """Whether the product of K and a vector is computed as a sum over an axis; if not, it is computed as n multiply-adds."""
     keep: Callable[[Array], Array] = lambda a: a
-    """Function applied to values that are used several times, such as `once`; the default does nothing."""
+    """Function that is applied to a value that is used several times, such as `mhc_kernels.xla.once`; the default does nothing."""
 
     def columns(self, K: Array, r: Array) -> Array:
         """Return K^T r, [n, ...]: the column sums of K with its rows scaled by r."""
@@ -70,13 +76,13 @@ class Steps:
         return jnp.sum(K * c[None], axis=1) if self.summed else add(K[:, j] * c[j][None] for j in range(len(K)))
 
     def first_step(self, logits: Array) -> tuple[Array, Array]:
-        """Return K and the first r.
+        """Return the fixed matrix K and the first row scaling r for logits [n, n, ...].
 
         eps = 0: K = exp(logits - a_j - b_i) and r = exp(b).  Here a_j is the largest logit of column j, and b_i is the largest
         entry of row i of logits - a_j.  Each row and column of K then holds a 1 and nothing larger, so no sum over- or underflows.
         The first iterate does not depend on a or b, so neither needs a gradient.
 
-        eps > 0: K = Q + eps with the column softmax Q, and r = 1 / (K 1 + eps): the first pair of steps is done.
+        eps > 0: K = Q + eps with the column softmax Q, and r = 1 / (K 1 + eps).  This is already the first pair of steps.
         """
         if self.eps == 0:
             centred = logits - once(functools.reduce(jnp.maximum, logits))[None]
@@ -89,19 +95,19 @@ class Steps:
         return 1 / product if self.eps == 0 else s / (s * product + self.eps)
 
     def pair(self, K: Array, scalings: Scalings) -> Scalings:
-        """Take one pair of steps, over the columns and then over the rows, and return the new scalings r and c."""
+        """Take one pair of steps, over the columns and then over the rows, and return the new scaling vectors r and c."""
         r, c = scalings
         c = self._rescale(c, self.columns(K, r))
         return self._rescale(r, self.rows(K, c)), c
 
     def scalings(self, K: Array, r: Array, pairs: Any) -> Scalings:
-        """Return the scalings r and c after `pairs` pairs of steps, which run in a loop; `r` is the first row scaling."""
+        """Return the scaling vectors r and c after `pairs` pairs of steps, which run in a loop from the first row scaling `r`."""
         return lax.fori_loop(0, pairs, lambda _, scalings: self.pair(K, scalings), (r, jnp.ones_like(r)))
 
     def undo_pair(self, K: Array, bars: Scalings, after: Scalings, before: Scalings) -> tuple[Scalings, Array]:
-        """Undo a pair of steps: return the gradients of the scalings `before` it, and its share of the gradient of K.
+        """Return the gradients of the scaling vectors before a pair of steps, and what the pair adds to the gradient of K.
 
-        `bars` are the gradients of the scalings `after` the pair.
+        `before` and `after` are the scaling vectors before and after the pair, and `bars` are the gradients of those after it.
         """
         (r_bar, c_bar), (r, c), (r_before, c_before) = bars, after, before
         u_bar = self.keep(-r_bar * r * r)
@@ -115,9 +121,9 @@ class Steps:
         return jnp.zeros_like(s_bar) if self.eps == 0 else self.eps * s_bar * (ratio * ratio)
 
     def logits_gradient(self, K: Array, Q: Array, r: Array, K_bar: Array, r_bar: Array) -> Array:
-        """Return the gradient of the logits from the gradients of K and r of `first_step`.
+        """Return the gradient of the logits from K and r of `first_step` and their gradients K_bar and r_bar.
 
-        `Q` is the column softmax, which is used only if eps > 0.
+        `Q` is the softmax over each column of the logits, which is used only if eps > 0.
         """
         if self.eps == 0:
             return self.keep(K_bar * K)

@@ -1,6 +1,7 @@
-"""Sinkhorn-Knopp through jax-triton, for the time after Pallas drops its Triton lowering; it runs only if a caller names it.
+"""Sinkhorn-Knopp on NVIDIA GPUs through jax-triton, which runs only if a caller names this backend.
 
-jax-triton 0.3.1 goes with jax 0.10 (Python 3.11).  jax-triton 0.4 needs jax 0.11 and does not lower on jax 0.12.0.
+It is kept for the time after Pallas drops its Triton lowering.  jax-triton 0.3.1 works with jax 0.10 (Python 3.11).
+jax-triton 0.4 needs jax 0.11, and its kernels do not lower with jax 0.12.0.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mhc_kernels.ops.sinkhorn.steps import pairs_left
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why the kernel cannot run a call (no package, interpret mode, n too large), or None if it can."""
+    """Return why the kernel cannot run a call (a missing package, interpret mode, n too large), or None if it can."""
     try:
         importlib.import_module("jax_triton")
         importlib.import_module("triton")
@@ -34,7 +35,10 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
 
 
 def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
-    """Run a kernel on arrays [n, n, N] whose n is padded to a power of two; the axis of a `vmap` joins the tokens."""
+    """Run the kernel `name` of `triton_sinkhorn.py` on arrays [size, size, N], and return its result [n, n, N].
+
+    `size` is the power of two to which n is padded.  Under `jax.vmap`, the mapped axis is merged with the tokens.
+    """
     import jax_triton
 
     from mhc_kernels import triton_sinkhorn
@@ -50,7 +54,7 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
             grid=(pl.cdiv(N, block),),
             num_warps=1,
             num_stages=1,
-            # Without a GPU here, compile for a GPU of compute capability 9.0.
+            # On a host without a GPU, the kernel is compiled for compute capability 9.0.
             compute_capability=None if jax.default_backend() == "gpu" else 90,
             N=N,
             n=size,
@@ -68,22 +72,22 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
         return jnp.moveaxis(out.reshape(*out.shape[:2], axis_size, -1), 2, 0), True
 
     out = run(*args)[:n, :n]
-    # `triton_call` loses the type that says that results vary between shards (`shard_map`).
+    # The result of `triton_call` has lost the type which says that it varies between shards (`jax.shard_map`).
     axes = tuple(jax.typeof(args[0]).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying)
     return lax.pcast(out, axes, to="varying") if axes else out
 
 
 def forward(logits: Float[Array, "n n N"], num_iters: int, eps: float) -> Float[Array, "n n N"]:
-    """Return H_res = SK(logits), the result of the Sinkhorn iterations.  Traffic per token: reads and writes n^2 float32."""
+    """Return H_res = SK(logits), the result of the Sinkhorn iterations, in float32."""
     return _call("mhc_sinkhorn_forward", logits.shape[0], num_iters, eps, padded(logits, 0.0, -jnp.inf))
 
 
 def backward(
     logits: Float[Array, "n n N"], g: Float[Array, "n n N"], num_iters: int, eps: float
 ) -> Float[Array, "n n N"]:
-    """Return the gradient of the logits through the truncated iteration.
+    """Return the gradient of the logits through the num_iters iterations, where `g` is the gradient of H_res.
 
-    Traffic per token: reads 2 n^2, writes n^2 float32.
+    Memory traffic per token: reads 2 n^2, writes n^2 float32 numbers.
     """
     args = padded(logits, 0.0, -jnp.inf), padded(g, 0.0, 0.0)
     return _call("mhc_sinkhorn_backward", logits.shape[0], num_iters, eps, *args)

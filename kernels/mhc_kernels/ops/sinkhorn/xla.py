@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp for plain XLA, in the scaling-vector form of `steps.py`, which derives its gradient.
+"""Sinkhorn-Knopp for plain XLA, as updates of two scaling vectors; `steps.py` derives the updates and their gradient.
 
 The matrix axes come first and the token axes last, so that each operation is a full-width vector operation.
 """
@@ -18,7 +18,7 @@ from mhc_kernels.xla import once
 
 
 def _steps(eps: float) -> Steps:
-    """Return steps that sum over an axis on TPUs, where a reduction is one fusion, and use multiply-adds elsewhere.
+    """Return `Steps` that sum over an axis on TPUs, where a reduction is one fusion, and that use multiply-adds elsewhere.
 
     On CPUs, XLA's reduction over a leading axis of 4 is 20x slower than multiply-adds.
     """
@@ -26,9 +26,9 @@ def _steps(eps: float) -> Steps:
 
 
 def _tiled(a: Array) -> Array:
-    """Convert [n, n, *tokens] to float32, and on a TPU reshape it to [n, n, N / 128, 128] if 128 divides N.
+    """Convert `a` [n, n, *tokens] to float32, and on a TPU reshape it to [n, n, N / 128, 128] if 128 divides N.
 
-    This shape fills the 8 x 128 tiles of a TPU.  Two token axes [2, 4096] would fill only a quarter of each tile.
+    This shape fills the 8 x 128 memory tiles of a TPU.  Token axes of sizes [2, 4096] would fill only a quarter of each tile.
     """
     tokens = math.prod(a.shape[2:])
     a = a.reshape(*a.shape[:2], -1, 128) if backend_choice.platform() == "tpu" and tokens % 128 == 0 else a
@@ -36,7 +36,7 @@ def _tiled(a: Array) -> Array:
 
 
 def _value(logits: Array, num_iters: int, eps: float) -> Array:
-    """Return H_res of logits [n, n, *tokens].  Without a gradient, the pairs of steps run in a loop, which is a small program."""
+    """Return H_res of logits [n, n, *tokens]; the pairs of steps run in a loop, which keeps the program small."""
     steps = _steps(eps)
     K, r = steps.first_step(_tiled(logits))
     r, c = steps.scalings(K, r, pairs_left(num_iters, eps))
@@ -47,11 +47,11 @@ sinkhorn = jax.custom_vjp(_value, nondiff_argnums=(1, 2))
 
 
 def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]:
-    """Return K and the scalings after every pair of steps: R[t] of the rows, C[t] of the columns (lists or arrays); C[0] is ones.
+    """Return the matrix K, and the scalings R[t] of its rows and C[t] of its columns after t pairs of steps, t = 0 to `pairs`.
 
-    The steps are unrolled on purpose.  XLA:CPU runs them 4x slower in a loop that stacks R and C.  If a program has both the
-    value and its gradient, XLA:CPU computes unrolled steps once for both.  On a TPU unrolled steps would be four times as many
-    fusions as a loop, so a TPU runs the loop.
+    R and C are lists or arrays, and C[0] is ones.  On a TPU, the steps run in a loop, because unrolled steps would be four times as
+    many fusions.  Elsewhere they are unrolled.  XLA:CPU runs a loop that stacks R and C 4x slower, and if a program has both the
+    value and its gradient, XLA:CPU computes unrolled steps only once.
     """
     K, r = steps.first_step(logits)
     start = r, jnp.ones_like(r)

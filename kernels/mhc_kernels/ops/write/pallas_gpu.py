@@ -19,13 +19,13 @@ WARPS = 4
 
 
 def load_row(tile: Tile, post_ref: Any, res_ref: Any, i: Any) -> tuple[Array, list[Array]]:
-    """Load post_i and the n entries of row i of res for the tokens of a block, [tokens, 1] each."""
+    """Load post_i and the n entries of row i of res at the tokens of `tile`, as arrays [tokens, 1]."""
     n = post_ref.shape[0]
     return tile.column(post_ref, i)[:, None], [tile.column(res_ref, i, j)[:, None] for j in range(n)]
 
 
 def mix(x: Sequence[Array], y: Array, post: Array, res: Sequence[Array]) -> Array:
-    """Return one new stream of a block, sum_j res_j x_j + post y, from its row of res and its entry of post."""
+    """Return new stream i, sum_j res_j x_j + post y, for some tokens; `res` is row i of H_res, and `post` is entry i of H_post."""
     new = post * y
     for r, xj in zip(res, x, strict=True):
         new += r * xj
@@ -37,7 +37,7 @@ def forward(
 ) -> Float[Array, "N nC"]:
     """Return x' = H_res x + H_post^T y in the dtype of x, accumulated in float32.
 
-    Traffic per token: reads (n + 1) C + n^2 + n, writes n C.
+    Memory traffic per token: reads (n + 1) C + n^2 + n numbers, writes n C.
     """
     N, C = y.shape
     n = post.shape[0]
@@ -62,25 +62,25 @@ def backward(
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"]]:
     """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>.
 
-    A program has a block of tokens.
+    g_i is the gradient of new stream i.  Each program of the kernel handles all channels of a block of tokens.
 
-    Traffic per token: reads (2 n + 1) C + n^2 + n, writes (n + 1) C + n^2 + n.
+    Memory traffic per token: reads (2 n + 1) C + n^2 + n numbers, writes (n + 1) C + n^2 + n.
     """
     N, C = y.shape
     n = post.shape[0]
     tokens, wide = gpu.rows(C, n, x.dtype, WARPS)
     vector = gpu.VECTOR_BYTES // x.dtype.itemsize
     if n > 4 and vector > 4:
-        # A thread holds n^2 + n sums and n vectors of g, and would spill with 16-byte vectors.
+        # A thread holds n^2 + n sums and n vectors of g.  With 16-byte vectors, its registers would spill.
         tokens, vector = tokens // 2, 4
 
     def kernel(x_ref, y_ref, post_ref, res_ref, g_ref, dx_ref, dy_ref, dpost_ref, dres_ref):
         tile = Tile(pl.program_id(0) * tokens, tokens, N, 0, wide, C)
-        # p and H are loaded before the loop.  Otherwise the compiler holds their addresses, which take twice the registers.
+        # post (p) and res (H) are loaded before the loop.  Otherwise their addresses are kept, which take twice the registers.
         p, H = zip(*(load_row(tile, post_ref, res_ref, i) for i in range(n)), strict=True)
 
         def part(a):
-            """Sum over each vector of a thread, to leave registers for the n^2 + n sums that a thread holds."""
+            """Sum each vector of `a` that a thread holds to one number, to leave registers for the n^2 + n sums of the thread."""
             return a.reshape(tokens, wide // vector, vector).sum(2)
 
         def chunk(c, sums):

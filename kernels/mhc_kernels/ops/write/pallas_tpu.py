@@ -1,4 +1,4 @@
-"""The write x' = H_res x + H_post^T y and its gradient, each in one pass over a block of tokens (Mosaic)."""
+"""The write x' = H_res x + H_post^T y and its gradient as Pallas kernels for TPUs (Mosaic), each in one pass over the streams."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mhc_kernels import tpu
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None if n is at most 8, C a multiple of 128, and streams are bfloat16 or float32."""
+    """Return why the kernels cannot run a call; None if n is at most 8, C a multiple of 128, and x is bfloat16 or float32."""
     itemsize = max(jnp.dtype(d).itemsize for d in dtypes)
     return tpu.obstacle(num_streams, width, dtypes, 2 * (3 * num_streams + 2) * width * itemsize)
 
 
 def forward(x: Array, y: Array, post: Array, res: Array) -> Array:
-    """Map x [N, nC], y [N, C], post [n, N], res [n, n, N] -> x' [N, nC].  Traffic per token: (2n + 1) C."""
+    """Map x [N, nC], y [N, C], post [n, N], res [n, n, N] -> x' [N, nC].  Memory traffic per token: (2n + 1) C numbers."""
     n, C = post.shape[0], y.shape[1]
     return tpu.call(
         functools.partial(_forward, n, C),
@@ -46,13 +46,16 @@ def _forward(n, C, numbers, x, y, new):
 
 
 def coefficient_columns(n, numbers, first=0):
-    """Load post and res from the columns of `numbers`: n columns of post from `first` on, then n * n of res."""
+    """Load post and res from `numbers` [tokens, columns], which has n columns of post from column `first` on, then n * n of res."""
     post = [tpu.column(numbers, first + i) for i in range(n)]
     return post, [[tpu.column(numbers, first + n + n * i + j) for j in range(n)] for i in range(n)]
 
 
 def mixer(n, C, numbers, x, y, rows):
-    """Make a function from the place c of 128 channels to these channels of every new stream; `numbers` holds post and res."""
+    """Return a function mix(c) that returns the n new streams at the 128 channels c and the tokens `rows`.
+
+    `numbers` [tokens, n + n * n] holds post and res.
+    """
     post, res = coefficient_columns(n, numbers)
 
     def mix(c):
@@ -66,7 +69,7 @@ def mixer(n, C, numbers, x, y, rows):
 def backward(x: Array, y: Array, post: Array, res: Array, g: Array) -> tuple[Array, Array, Array, Array]:
     """Return dx, dy, dpost and dres, where g [N, nC] is the gradient of x'.
 
-    Traffic per token: reads (2n + 1) C, writes (n + 1) C.
+    Memory traffic per token: reads (2n + 1) C numbers, writes (n + 1) C.
     """
     n, C = post.shape[0], y.shape[1]
     dx, dy, sums = tpu.call(
@@ -92,9 +95,10 @@ def _backward(n, C, numbers, x, y, g, dx, dy, out):
 
 
 def pull(n, C, coefficients, x, y, dx, dy, out, rows, R, gradient):
-    """Store the gradients of a write for some tokens; gradient(c) returns the gradients of the new streams at 128 channels.
+    """Store the gradients of a write for the R tokens `rows`.
 
-    `coefficients` are (post, res).  `out` receives dpost and dres, with one column for each entry.
+    gradient(c) returns the gradients of the n new streams at the 128 channels c.  `coefficients` are (post, res).  `out` receives
+    dpost and dres, with one column for each entry.
     """
     post, res = coefficients
 

@@ -10,6 +10,6 @@ from jax import Array
 
 
 def write(x: Array, y: Array, post: Array, res: Array, num_streams: int) -> Array:
-    """Map x [N, nC], y [N, C], post [n, N], res [n, n, N] -> x' [N, nC]."""
+    """Map streams x [N, nC], branch output y [N, C], post [n, N], res [n, n, N] -> new streams x' [N, nC]."""
     mixed = jnp.einsum("ijn,njc->nic", res, x.reshape(len(x), num_streams, -1))
     return (mixed + jnp.einsum("in,nc->nic", post, y)).reshape(x.shape)

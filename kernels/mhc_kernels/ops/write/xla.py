@@ -1,4 +1,4 @@
-"""The write x' = H_res x + H_post^T y on flat streams for XLA, with a hand-written gradient."""
+"""The write x' = H_res x + H_post^T y on flat streams for plain XLA, with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def write(x: Array, y: Array, post: Array | None, res: Array | None, num_streams
 
 
 def mixed(x: Array, y: Array, post: Array, res: Array) -> list[Array]:
-    """Return the list of the n new streams, float32 [*tokens, C] each."""
+    """Return the n new streams x'_i of a write as a list of float32 arrays [*tokens, C]."""
     xs, y32 = streams(x, len(post)), y.astype(jnp.float32)
     return [weighted(row, xs) + p[..., None] * y32 for row, p in zip(res, post, strict=True)]
 
 
 def pull(gs: Sequence[Array], x: Array, y: Array, post: Array, res: Array) -> tuple[Array, Array, Array, Array]:
-    """Return dx, dy, dpost and dres from the gradients gs of the n new streams, float32 [*tokens, C] each."""
+    """Return dx, dy, dpost and dres of a write from `gs`, the gradients of the n new streams, float32 [*tokens, C] each."""
     n = len(post)
     dx = join([weighted(res[:, j], gs) for j in range(n)], x)
     dres = jnp.stack([dots(gs, xj) for xj in streams(x, n)], axis=1)
@@ -43,9 +43,9 @@ def _pull_post(gs: Sequence[Array], y: Array, post: Array) -> tuple[Array, Array
 
 
 def _outer(a: Array, b: Array) -> Array:
-    """Return a_i b for every stream i, as a broadcast: [n, *tokens], [*tokens, C] -> [*tokens, n, C].
+    """Return a_i b for every stream i, made by broadcasting: a [n, *tokens], b [*tokens, C] -> [*tokens, n, C].
 
-    With a stack of n products instead, XLA's CPU fusions would branch for every element.
+    If n products were stacked instead, XLA's CPU fusions would branch for every element.
     """
     return jnp.moveaxis(a, 0, -1)[..., None] * b.astype(jnp.float32)[..., None, :]
 
@@ -63,13 +63,13 @@ def _write(x, y, post, res):
 
 
 def _write_bwd(saved, g):
-    """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>."""
+    """Return dx_j = sum_i res_ij g_i, dy = sum_i post_i g_i, dpost_i = <g_i, y>, dres_ij = <g_i, x_j>; g is the gradient of x'."""
     x, y, post, res = saved
     n = len(post)
     if backend_choice.platform() != "cpu":
         return pull(streams(g, n), x, y, post, res)
-    g = once(g)  # g is a sum of three gradients: from the projection, the read and the next write
-    # XLA:CPU has a library for small matrix products.  The same sums as a fusion of broadcasts take 3x as long.
+    g = once(g)  # g is a sum of three gradients, from the next projection, read and write; it is computed once
+    # einsum calls a library for small matrix products on CPUs.  The same sums as a fusion of broadcasts take 3x as long.
     gs = _as_streams(g, n)
     dx = jnp.einsum("ij...,...ic->...jc", res, gs, precision="highest").reshape(x.shape).astype(x.dtype)
     dres = jnp.einsum("...ic,...jc->ij...", gs, _as_streams(x, n), precision="highest")
@@ -82,7 +82,7 @@ def _post_gradients(y, post, g):
     if backend_choice.platform() != "cpu":
         return _pull_post(streams(g, n), y, post)
     dy = weighted(post, streams(g, n))
-    # Without `once`, dy is computed again, column by column, in the transpose for the gradient of a weight.
+    # Without `once`, XLA:CPU computes dy again, column by column, where it transposes dy for the gradient of a weight.
     dy = once(dy).astype(y.dtype)
     dpost = jnp.einsum("...ic,...c->...i", _as_streams(g, n), y.astype(jnp.float32), precision="highest")
     return dy, jnp.moveaxis(dpost, -1, 0)
@@ -93,7 +93,7 @@ _write.defvjp(lambda *args: (_write(*args), args), _write_bwd)
 
 @jax.custom_vjp
 def _write_identity(x, y, post):
-    """Return the new streams x' for H_res = I."""
+    """Return the new streams x' = x + H_post^T y of a write whose H_res is the identity."""
     if backend_choice.platform() == "cpu":
         return once(_as_streams(x, len(post)) + _outer(post, y)).reshape(x.shape).astype(x.dtype)
     y32 = y.astype(jnp.float32)

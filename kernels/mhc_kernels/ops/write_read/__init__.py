@@ -1,1 +1,1 @@
-"""The boundary between two sub-layers: write of the first, then coefficients and read of the second."""
+"""The boundary between two sub-layers: the write of the first, then the coefficients and the read of the second."""

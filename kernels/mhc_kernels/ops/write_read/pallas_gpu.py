@@ -1,4 +1,4 @@
-"""The boundary between two sub-layers as Pallas kernels for NVIDIA GPUs: write, statistics and projection, read."""
+"""The boundary between two sub-layers as Pallas kernels for NVIDIA GPUs: the write, the RMS and projection, and the read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ read_products = read.products
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """The numbers of tokens, channels and warps of a block, chosen so that nothing spills on sm_90."""
+    """The numbers of tokens and channels of a tile, and of warps of a program, chosen so that no registers spill on sm_90."""
 
     tokens: int
     channels: int
@@ -33,15 +33,15 @@ class _Block:
 
 
 def _forward_block(n: int) -> _Block:
-    """Return a block of 64 tokens, the height of a Hopper matrix instruction.
+    """Return the sizes for the forward kernel with n streams: 64 tokens, the height of a Hopper matrix instruction.
 
-    Up to n = 4, two programs fit a multiprocessor and overlap.
+    Up to n = 4, two programs fit on a multiprocessor and overlap.
     """
     return _Block(64, 32, 4) if n <= 4 else _Block(64, 16, 8)
 
 
 def _backward_block(n: int) -> _Block:
-    """Return a block of few tokens, because x and dx of all streams are in registers at once."""
+    """Return the sizes for the backward kernel: few tokens, because x and dx of all n streams are in registers at once."""
     return _Block(16, 64, 4 if n <= 4 else 8)
 
 
@@ -56,14 +56,17 @@ def forward(
     eps_norm: float,
     eps: float,
 ) -> tuple[Float[Array, "N nC"], Float[Array, "k N"], Float[Array, " N"], Float[Array, "N C"]]:
-    """Return x', z, inverse and h.  A program has a block of tokens.  It writes and projects all of x', then makes pre, then h.
+    """Return x', z = x' phi / RMS, inverse = 1 / RMS and h.
 
-    Traffic per token: reads (n + 1) C, writes (n + 1) C, and reads n C of x' again.  L2 still has a part of x', because the second
-    pass begins with the latest writes.  So the total is between (2 n + 2) C and (3 n + 2) C.
+    Each program of the kernel handles a block of tokens.  In a first pass over the channels it writes x' and sums z.  Then it makes
+    pre from z.  In a second pass it reads x' and makes h.
 
-    A count of bytes says that smaller blocks would not help.  L2 would have to hold x' of all programs at once: some 1,500 tokens
-    on an H100 at n C = 10,240.  Blocks would then be so small that reading phi from L2, 6 n K bytes for each channel and block,
-    costs more than is saved.
+    Memory traffic per token: reads (n + 1) C numbers, writes (n + 1) C, and reads n C of x' again.  The second pass begins with the
+    channels that were written last, of which the L2 cache still has a part.  So the total is between (2 n + 2) C and (3 n + 2) C.
+
+    A count of bytes says that smaller blocks would not help.  L2 would have to hold x' of all programs that run at once, and on an
+    H100 at n C = 10,240 it holds some 1,500 tokens.  Blocks would then be so small that their reads of phi from L2, 6 n K bytes for
+    each channel and block, cost more than is saved; K is k padded to a power of two.
     """
     N, C = y.shape
     n, k = bias_pre.shape[0], phi.shape[1]
@@ -81,7 +84,7 @@ def forward(
             at = tile.at(c * wide)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
 
-            # This loop is not unrolled: the addresses and operands of all streams would take more registers than there are.
+            # The loop over streams is not unrolled: addresses and operands of all streams would take too many registers.
             def stream(i, sums):
                 z, squares = sums
                 p, H = load_row(tile, post_ref, res_ref, i)
@@ -106,7 +109,7 @@ def forward(
             zi = jnp.where(column == i, z, 0.0).sum(1)
             pre.append(1 / (1 + jnp.exp(-(gate_ref[np.int32(n)] * zi + gate_ref[np.int32(i)]))) + eps)
         if not backend_choice.interpret():
-            plgpu.debug_barrier()  # a thread reads x' that other threads wrote
+            plgpu.debug_barrier()  # below, a thread reads parts of x' that other threads wrote
 
         def read_chunk(c, carry):
             at = tile.at((chunks - 1 - c) * wide)
@@ -135,14 +138,14 @@ def backward(
     g_h: Float[Array, "N C"],
     g_z: Float[Array, "k N"],
 ) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"], Float[Array, "nC k"]]:
-    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`; the kernel makes G in one pass over the streams.
+    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`, in which G is the whole gradient of x'.
 
-    A program has a block of channels of every stream and walks over its share of the tokens, so that phi comes from the L1 cache.
-    It makes x' again from x and y instead of reading it.  Each block of channels writes its own part of dpost and dres, and the
-    parts are added in order.  The kernel of `coefficients` makes dphi, because the sums of dphi would spill in this kernel.
+    Each program of the kernel handles a block of channels of all streams for a share of the tokens, so that phi comes from the L1
+    cache.  The program makes x' again from x and y instead of reading x'.  Each block of channels has its own sums for dpost and
+    dres, which are added in a fixed order.  A kernel of `coefficients` makes dphi, whose sums would spill in this kernel.
 
-    Traffic per token: reads (2 n + 2) C and writes (n + 1) C.  Parts of dpost and dres add 4 (n^2 + n) / 64 bytes for each channel,
-    written and read.  dphi reads n C.  With `read_products` the whole gradient moves (5 n + 4) C.
+    Memory traffic per token: reads (2 n + 2) C numbers, writes (n + 1) C.  The sums for dpost and dres add 4 (n^2 + n) / 64 bytes
+    for each channel, written and read.  dphi reads n C.  With `read_products`, the whole gradient moves (5 n + 4) C.
     """
     x, y, post, res, phi, new, z, inverse = saved
     N, C = y.shape

@@ -1,4 +1,7 @@
-"""The boundary between two sub-layers in one pass over the streams (Mosaic), with the least traffic: (2n + 2) C a token."""
+"""The boundary between two sub-layers as Pallas kernels for TPUs (Mosaic), in one pass over the streams.
+
+The forward kernel has the least memory traffic that is possible: (2n + 2) C numbers for each token.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, pull
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
-    """Say why a call cannot run, or None if it can: VMEM must hold 16 tokens of the backward pass.
+    """Return why the kernels cannot run a call, or None if they can.
 
-    n must be at most 8, C a multiple of 128, and streams bfloat16 or float32.
+    n must be at most 8, C a multiple of 128, and streams bfloat16 or float32.  VMEM must hold 16 tokens of the backward pass.
     """
     n, itemsize = num_streams, max(jnp.dtype(d).itemsize for d in dtypes)
     per_token = 2 * (4 * n + 3) * width * itemsize + 4 * n * width
@@ -39,13 +42,15 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
 def forward(
     x: Array, y: Array, post: Array, res: Array, phi: Array, alpha: Array, bias: Array, eps_norm: float, eps: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Map x [N, nC], y [N, C], phi [nC, k], alpha [], bias [n] of pre -> x' [N, nC], z [k, N], inverse [N], h [N, C].
+    """Map x [N, nC], y [N, C], phi [nC, k] -> x' [N, nC], z = x' phi / RMS [k, N], inverse = 1 / RMS [N], h [N, C].
 
-    Traffic per token: reads (n + 1) C, writes (n + 1) C.
+    alpha [] and bias [n] are the gate and the static logits of H_pre of the second sub-layer, whose branch input is h.
+
+    Memory traffic per token: reads (n + 1) C numbers, writes (n + 1) C.
     """
     n, C, k = post.shape[0], y.shape[1], phi.shape[1]
     rows = tpu.up(k, 8)
-    # The logit of pre is row 0 of `gate` times z, plus row 1.  Both rows have the columns of `out`.
+    # The logits of pre are row 0 of `gate` times z, plus row 1.  Column i of both rows belongs to column i of `out`, which is z_i.
     gate = tpu.pad(jnp.stack([jnp.broadcast_to(alpha, (n,)), bias]).astype(jnp.float32), 8, 0)
     new, h, out = tpu.call(
         functools.partial(_forward, n, C, rows, eps_norm, eps),
@@ -63,7 +68,7 @@ def forward(
 
 
 def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide):
-    """Store x', z, 1 / RMS and h of a block.  One loop mixes on the vector units while it projects on the matrix units."""
+    """Store x', z, 1 / RMS and h of a block of tokens.  In one loop, the vector units make x' while the matrix units project it."""
     tokens, lanes = x.shape[0], tpu.LANES
     R = min(tokens, 64 // x.dtype.itemsize)
 
@@ -97,7 +102,7 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
 
     tpu.for_rows(x, spread)
     zeros = jnp.zeros((phi.shape[0], tokens), jnp.float32), jnp.zeros((tokens, lanes), jnp.float32)
-    # A pass of the loop has about a thousand instruction bundles, for any n and block size.
+    # This keeps a pass of the loop at about a thousand instruction bundles, for any n and number of tokens.
     unroll = max(1, 16 * lanes // (n * tokens))
     products, squares = tpu.for_channels(C, channels, zeros, unroll)
     normalise(products, squares, out, k, n * C, eps_norm)
@@ -116,14 +121,14 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
 
 
 def read_products(new: Array, g_h: Array) -> Array:
-    """Map x' [N, nC], g_h [N, C] -> <x'_i, g_h> [n, N].  Traffic per token: (n + 1) C."""
+    """Map x' [N, nC] and the gradient g_h [N, C] of h -> <x'_i, g_h> [n, N].  Memory traffic per token: (n + 1) C numbers."""
     return products(new, g_h, "mhc_write_read_products")
 
 
 def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
-    """Return dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is made in VMEM and never leaves it.
+    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`; the gradient of x' is made in VMEM and stays there.
 
-    Traffic per token: reads (3n + 2) C, writes (n + 1) C.  Together with `read_products` that is (5n + 4) C.
+    Memory traffic per token: reads (3n + 2) C numbers, writes (n + 1) C.  Together with `read_products`, that is (5n + 4) C.
     """
     x, y, post, res, phi, new, z, inverse = saved
     n, C = post.shape[0], y.shape[1]

@@ -1,4 +1,4 @@
-"""The boundary between two sub-layers: the write of the first, then coefficients and read of the second."""
+"""The boundary between two sub-layers: the write of the first, then the coefficients and the read of the second."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Parts = tuple[Array | None, Array, Array]
 def write_read(
     x: Array, c: Parts, y: Array, phi: Array, alpha: Array, bias: Array, *, num_streams: int, stream_dtype: str
 ) -> tuple[Array, Parts, Array]:
-    """Map x [N, nC], c and y [N, C] of the first sub-layer -> x' [N, nC], c and h [N, C] of the second; c are coefficients."""
+    """Map streams x [N, nC], c and y [N, C] of a sub-layer -> x' [N, nC], c and h [N, C] of the next; c are the coefficients."""
     _, post, res = c
     new = write(x, y, post, res, num_streams)
-    # The second sub-layer sees streams in their own dtype.  The gradient passes through the rounding.
+    # The second sub-layer sees streams rounded to their own dtype.  The gradient passes the rounding unchanged.
     new = new + lax.stop_gradient(new.astype(stream_dtype).astype(new.dtype) - new)
     pre, post, res = coefficients(new, phi, alpha, bias, num_streams=num_streams)
     return new, (pre, post, res), read(new, pre, num_streams)

@@ -1,8 +1,8 @@
-"""The boundary for XLA on TPUs and GPUs; on CPUs the boundary is composed of the single operations.
+"""The boundary between two sub-layers for plain XLA on TPUs and GPUs; CPUs run the single operations one after another.
 
-Forward and backward are each written as a whole.  The gradient that reaches the new streams is a sum of three gradients: from the
-next write, the read and the projection.  In a composition of single operations, XLA joins each of the three into flat streams and
-then adds them.  That was a quarter of the boundary's cycles on a v5p.
+The forward pass and the backward pass are each one function.  The gradient of the new streams is a sum of three gradients: from the
+next write, the read and the projection.  If the single operations ran one after another, XLA would join each of these gradients
+into flat streams before it adds them.  This took a quarter of the boundary's cycles on a v5p.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mhc_kernels.xla import add, dots, join, streams, weighted
 def forward(
     x: Array, y: Array, post: Array, res: Array, phi: Array, alpha: Array, bias: Array, eps_norm: float, eps: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Map x [*tokens, nC], y [*tokens, C], post [n, *tokens], res, phi [nC, k] -> x', z, inverse = 1 / RMS, h.
+    """Map x [*tokens, nC], y [*tokens, C], post [n, *tokens], res, phi [nC, k] -> x', z = x' phi / RMS, inverse = 1 / RMS, h.
 
-    alpha [] and bias [n] are the gate and the static logits of pre.
+    alpha [] and bias [n] are the gate and the static logits of H_pre of the second sub-layer, whose branch input is h.
     """
     n = post.shape[0]
     rows = [row.astype(x.dtype) for row in mixed(x, y, post, res)]
@@ -35,12 +35,12 @@ def forward(
 
 
 def read_products(new: Array, g_h: Array) -> Array:
-    """Map x' [*tokens, nC], g_h [*tokens, C] -> <x'_i, g_h> [n, *tokens]."""
+    """Map x' [*tokens, nC] and the gradient g_h [*tokens, C] of h -> <x'_i, g_h> [n, *tokens]."""
     return dots(streams(new, new.shape[-1] // g_h.shape[-1]), g_h.astype(jnp.float32))
 
 
 def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
-    """Return dx, dy, dpost, dres and dphi.  The gradient of x' (see `backends.py`) is rounded to the dtype of x once."""
+    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`; the sum G is rounded to the dtype of x."""
     x, y, post, res, phi, new, z, inverse = saved
     n, C = post.shape[0], y.shape[-1]
     scaled = g_z * inverse[None]
