@@ -201,7 +201,7 @@ def routed(
     tokens, entropy, dropped = tokens.astype(weights.W_gate.dtype), score_entropy(scores), jnp.zeros(())
     if hidden:
         # `pcast` marks the tokens as differing between the devices of the mesh axis `hidden`, and its gradient is a sum over these
-        # devices.  It is applied before each token is copied k times, so that this sum has one row for each token, not for each copy.
+        # devices.  It is applied before each token is copied k times, so that this sum has one row a token, not one a copy.
         tokens = jax.lax.pcast(tokens, hidden, to="varying")
     if owners:
         y, load, seen = mix_experts_of_owners(tokens, experts, gates, weights, owners, buffer)
