@@ -7,7 +7,10 @@ Every parameter takes weight decay, the embedding too, except three groups: the 
 | --- | --- | --- |
 | HC | A_m, B, A_r, s_a, s_b | W |
 | mHC and its family | alpha, bias | phi |
-| entry and exit of any kind | entry_scale, head_alpha, head_bias | head_phi |
+| `gated` | norm | down, up, inject |
+| `scalar_gated` | lam, mu | |
+| `attnres_block` | | w |
+| entry `scaled`, exit `head` | entry_scale, head_alpha, head_bias | head_phi |
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ r"""The coefficients of one sub-layer, as mHC (arXiv 2512.24880) writes them in 
     $H^{post} = 2 \sigma(\alpha_{post}\, \tilde x \phi_{post} + b_{post})$
     $H^{res} = \mathrm{Sinkhorn}(\alpha_{res}\, \mathrm{mat}(\tilde x \phi_{res}) + b_{res})$
 
-DeepSeek-V4 adds `eps` to $H^{pre}$ and inside Sinkhorn, and not to $H^{post}$.
+DeepSeek-V4 adds `eps` to $H^{pre}$ and inside Sinkhorn, and not to $H^{post}$ (`EPS_CONVENTIONS` in `mhc_family.py`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ At the end, `Steps.logits_gradient` turns the gradients of K and of the first r 
 $\bar K \circ K$ if $\epsilon = 0$.  Otherwise it is $S - Q \circ 1 (1^\top S)$, where Q is the softmax of each column of the
 logits, $K = Q + \epsilon$, and $S = (\bar K - (\bar r \circ r^2) 1^\top) \circ Q$.
 
-Only the logits are kept from the forward pass, so the backward pass computes r and c of every step again.
+Only the logits are kept from the forward pass, so the backward pass computes r and c of every step again.  The loop over all
+pairs is `_sinkhorn_bwd` in `xla.py`.
 """
 
 from __future__ import annotations
