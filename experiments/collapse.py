@@ -76,9 +76,8 @@ def main() -> int:
 
 
 def _loss(step, params, batches) -> float:
-    compiled = jax.jit(
-        lambda params, batch: step(params, batch)
-    )  # With a new function jax traces the step again, under the present interceptor.
+    # The lambda is a new function in every call, so jax traces the step again, with the interceptor that is now in force.
+    compiled = jax.jit(lambda params, batch: step(params, batch))
     return float(np.mean([compiled(params, batch) for batch in batches]))
 
 

@@ -28,7 +28,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # It must be set before jax is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"  # This variable must be set before jax is imported.
 
 from absl import flags
 from mhc_kernels.backend_choice import IMPLEMENTATIONS

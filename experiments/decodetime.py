@@ -27,7 +27,10 @@ VOCABULARY = 264
 
 
 def token_times(generator: Generator, prompt: np.ndarray, count: int) -> list[float]:
-    """Return the seconds per token of each chunk of `CHUNK` decoded tokens, without the pass over the prompt and the last chunk."""
+    """Decode `count` tokens in chunks of `CHUNK`, and return the seconds per token of each chunk but the last.
+
+    The pass over the prompt, which makes the first token, is not timed.
+    """
     ends: list[float] = []
     generator.generate([prompt], count, ended=lambda _row, _made: ends.append(time.perf_counter()) or False)
     return [(after - before) / CHUNK for before, after in itertools.pairwise(ends)]

@@ -40,7 +40,7 @@ def main() -> int:
     prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
 
     def answer(made: list[int]) -> tuple[list[int], bool]:
-        """Return (the tokens before the end of the document, whether `made` contains this end)."""
+        """Return (the tokens of `made` before the end-of-document token, whether `made` has this token)."""
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 

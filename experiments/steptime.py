@@ -25,7 +25,10 @@ VOCABULARY = 264
 
 
 def median_times(steps: dict[str, CompiledStep], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each train step over the rounds, by name.  A first round warms up and is not timed."""
+    """Time compiled train steps, one for each connection, and return the median seconds of each over all rounds, by name.
+
+    In a round each of them runs once.  One more round, the first, warms up and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(rounds + 1):
         for name in list(steps) if k % 2 else list(steps)[::-1]:

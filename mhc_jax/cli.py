@@ -151,7 +151,8 @@ def _sentence(error: Exception, file: str) -> str:
         chain.append(below)
     root = chain[-1]
     if mistakes := [link for link in chain if isinstance(link, InputError)]:
-        return str(mistakes[-1])  # ml_collections wraps get_config's error in another InputError
+        # ml_collections wraps an InputError of get_config in another one.  The innermost one says what is wrong.
+        return str(mistakes[-1])
     if isinstance(root, SyntaxError):
         return f"The config file {file!r} is not Python: {root.msg} (line {root.lineno})."
     text = " ".join(str(error).split())

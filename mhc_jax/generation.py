@@ -39,7 +39,7 @@ class Sampling:
     temperature: float = 0.0
     """Number by which logits are divided.  0: always take the most likely token (greedy)."""
     top_p: float = 1.0
-    """Probability that the nucleus must reach: the next token is one of the fewest tokens that together have it.  1: any token."""
+    """The next token is drawn from the smallest set of most likely tokens that has at least this probability.  1: all tokens."""
     seed: int = 0
     """Seed of the random numbers with which tokens are drawn."""
 
@@ -114,7 +114,7 @@ class Generator:
         """
         self.params, self.context, self.mesh, self.shortest = params, context, mesh, shortest
         self.programs: set[tuple[Any, ...]] = set()
-        """Names and shapes of the programs that have been compiled."""
+        """Programs that have been compiled, each as a tuple of its name and static arguments, such as the number of prompts."""
         model, valid = Decoder(config), vocab_size or config.vocab_size
 
         def run(params: Any, tokens: Array, **inputs: Any) -> Any:

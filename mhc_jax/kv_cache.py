@@ -23,10 +23,10 @@ class Cache:
     """The key-value cache of B sequences (rows), with S slots for tokens in each row."""
 
     kept: dict[str, dict[str, Array]]
-    """Arrays [N, B, S, ...] of N blocks, in the compute dtype.  The first key is the name of the scan over these blocks (`layers`,
-    `dense_layers`), the second the name of the array (k and v for GQA, c and k_R for MLA)."""
+    """Arrays [N, B, S, ...] of N blocks, with S slots for tokens in each of B rows, in the compute dtype.  The first key is the
+    name of the scan over these blocks (`layers`, `dense_layers`), the second that of the array (k, v for GQA; c, k_R for MLA)."""
     position: Int[Array, " B"]
-    """Number of tokens that each row holds so far."""
+    """Number of tokens that each of the B rows of the cache holds so far.  A row holds one sequence."""
 
     @property
     def slots(self) -> int:
@@ -60,7 +60,8 @@ def written(cache: Cache, new: dict[str, dict[str, Array]], num_tokens: int) -> 
     """
 
     def put(old: Array, new: Array, position: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 1)  # [N, S, ...] of one row
+        # `old` [N, S, ...] and `new` [N, num_tokens, ...] belong to one row of the cache.
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 1)
 
     rows = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
     kept = new if cache.slots == 0 else jax.tree.map(lambda a, b: rows(a, b, cache.position), cache.kept, new)

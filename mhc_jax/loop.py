@@ -134,7 +134,8 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             StopRequest() as stop,
         ):
             record_start(folder, config, data, writer, progress, history, remarks, anew)
-            if history.ended(cfg.steps) is None:  # otherwise only summary.json is missing
+            # A run that has ended trains no further.  It only lacks its summary.json, which is written below.
+            if history.ended(cfg.steps) is None:
                 programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.say)
                 history.compiled_bytes = counts.compiled_memory(programs.train)
                 run = Run(config, data, feed, mesh, programs, checkpoints, writer, progress)
@@ -192,7 +193,8 @@ def record_start(
     if distributed.is_first_process():
         if anew or not (folder / "env.json").exists():
             write_json(folder / "env.json", env | {"data": data.summary()})
-        (folder / "summary.json").unlink(missing_ok=True)  # an interrupted run leaves this file
+        # The summary that an interrupted run has left must not remain while the run goes on.
+        (folder / "summary.json").unlink(missing_ok=True)
     for line in data.describe(config.train.validation_batches):
         progress.say(line)
     for remark in remarks:

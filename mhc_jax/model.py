@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 
         if sample:
             all_blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected)
-            # [blocks, sub-layers of a block, ...] -> [L, ...]
+            # The axes [blocks, sub-layers of a block] become one axis of L sub-layers.
             aux |= jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), all_blocks)
         if cache is not None:
             aux["cache"] = written(cache, kept, tokens.shape[1])

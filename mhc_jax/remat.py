@@ -44,7 +44,9 @@ def kept_elements(L_r: int, L: int, n: int, C: int) -> int:
 
 
 def best_block_length(L: int, n: int) -> int:
-    r"""Return the L_r with the fewest `kept_elements` (mHC Eq. 20), and the smallest such L_r if several have equally few.
+    r"""Return the number L_r of sub-layers to recompute at a time for which connections keep the fewest elements (mHC Eq. 20).
+
+    If several L_r have equally few `kept_elements`, the smallest of them is returned.
 
     $$L_r^* = \arg\min_{L_r} \left[ nC \lceil L / L_r \rceil + (n + 2) C L_r \right] \approx \sqrt{nL / (n + 2)}$$
     """
@@ -74,7 +76,7 @@ def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array,
     on h (casts of parameters, masks, angles of RoPE) are computed again, because they cost nothing per token.  The input h is
     computed again by the boundary before the branch.
 
-    No gradient flows through aux.
+    No gradient flows through the auxiliary values aux.
     """
 
     @jax.custom_vjp
@@ -174,7 +176,7 @@ def _run_blocks(
 
 
 def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
-    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`.  Return (carry, list of the aux of each one)."""
+    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`.  Return (carry, list of their aux dicts)."""
     # Arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded arrays.
     each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []

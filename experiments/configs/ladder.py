@@ -21,7 +21,7 @@ from mhc_jax.connections import parse
 from mhc_jax.cost.counts import model_cost
 from mhc_jax.errors import one_of
 
-# Each rung has: blocks, heads, tokens of a sequence, sequences of a step.
+# Each rung gives the numbers of blocks, heads, tokens in a sequence and sequences in a step.
 RUNGS = {"w160": (4, 2, 512, 32), "w320": (6, 4, 1024, 32), "w640": (8, 8, 2048, 64), "w960": (10, 12, 4096, 128)}
 
 
@@ -55,7 +55,8 @@ def get_config(arg: str = "w160:mhc") -> ConfigDict:
     config.optimizer.schedule = "step"
 
     config.train.steps = round(64 * active / (length * sequences))
-    config.optimizer.warmup_steps = config.train.steps // 15  # as in mHC Table 5, 2000 of 30,000 steps at 3B
+    # The warm-up has the share of the steps that it has in mHC Table 5: 2000 of 30,000 steps for the 3B model.
+    config.optimizer.warmup_steps = config.train.steps // 15
     config.train.validate_every = 500
     config.train.checkpoint_every = 500
     config.train.diagnostics_every = 500

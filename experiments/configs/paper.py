@@ -22,7 +22,7 @@ from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
 from mhc_jax.errors import one_of
 
-# Each size has: blocks, width, heads, routed experts, width of an expert, sequences per step, steps, learning rate
+# Each size gives: blocks, width, heads, routed experts, width of an expert, sequences per step, steps, largest learning rate.
 SIZES = {
     "3b": (12, 1280, 16, 64, 896, 320, 30_000, 8.6e-4),
     "9b": (18, 1920, 24, 64, 1280, 512, 50_000, 5.9e-4),

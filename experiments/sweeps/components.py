@@ -12,8 +12,9 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 
 def get_sweep() -> Sweep:
     """Return the sweep: residual, and every set of learned coefficients, with each of three seeds."""
-    # `disable` names the coefficients that are not learned.  `entry=scaled` makes the streams differ from the start.  If they were
-    # copies, they would stay equal where H_post is fixed, and the losses would be residual's to four digits (experiments/LOG.md).
+    # `disable` names the coefficients that are not learned.  `entry=scaled` makes the streams differ from the start.  Equal
+    # streams would stay equal where H_post is fixed, and the losses would equal those of `residual` to four digits
+    # (experiments/LOG.md).
     bare = "identity:init=home:entry=scaled:disable=pre"
     mhc = "mhc:init=home:entry=scaled"
     connections = ["residual", bare, f"{mhc}:disable=pre+post", f"{mhc}:disable=post", mhc]

@@ -28,9 +28,8 @@ from mhc_kernels.ops.sinkhorn import xla as sinkhorn_xla
 from mhc_kernels.ops.write import xla as write_xla
 from mhc_kernels.sharded import over_tokens
 
-_COEFFICIENTS = Coefficients._make(
-    (1, 1, 2)
-)  # number of axes in front of the token axes: one in pre [n, *tokens], one in post, two in res
+# Number of axes in front of the token axes in pre [n, *tokens], in post [n, *tokens] and in res [n, n, *tokens].
+_COEFFICIENTS = Coefficients._make((1, 1, 2))
 
 
 @over_tokens(2, logits=2)

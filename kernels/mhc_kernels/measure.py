@@ -25,14 +25,16 @@ GATE_TOKENS = 269
 """Number of tokens in the accuracy check: a prime, so that no block size divides it, and more than two blocks of 128 tokens."""
 FLOAT32_TOLERANCE = 1e-5
 STREAM_TOLERANCE = 2.0**-6
-"""Largest relative error of results that depend on streams rounded to bfloat16: two units in the last place of bfloat16."""
+"""Largest allowed relative error of results that depend on streams rounded to bfloat16: two units in the last place of bfloat16."""
 ROTATION_BYTES = 256 * 2**20
-"""Least bytes of inputs that successive calls rotate over: over twice the largest second-level cache (126 MB, of a B200)."""
+"""Size in bytes that all sets of inputs together reach, except for `tiny` workloads.  Timed calls take the sets in turn.
+
+The size is over twice the largest second-level cache (126 MB, of a B200), so that a call does not find its inputs in cache."""
 BATCH_SECONDS = 0.02
 """Approximate length of a timed batch in seconds, beside which the latency of a dispatch (tens of microseconds) is small."""
 
 Sets = Sequence[tuple[tuple[Any, ...], tuple[Any, ...]]]
-"""Pairs (arguments of a call, cotangents of its outputs), which successive calls take in turn."""
+"""Sets of inputs, each a pair (arguments of a call, cotangents of its outputs), which successive calls take in turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Batch:
     """How `alternating` runs one implementation: it starts several dispatches of work to the device, and waits for the last."""
 
     launch: Callable[[int], Any]
-    """Function that starts dispatch number k, of `calls` calls of the operation, and returns what `wait` takes."""
+    """launch(k) starts dispatch number k, which calls the operation `calls` times, and returns the argument of `wait`."""
     wait: Callable[[Any], Any] = jax.block_until_ready
     calls: int = 1
 
@@ -121,7 +123,7 @@ def make_sets(op: str, spec: ArgSpec, count: int) -> Sets:
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
 
 
-# --------------------------------------------------------------------------------------------------------------- gate
+# ----------------------------------------------------------------------------------------------------------- accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +179,14 @@ def gate(op: str, spec: ArgSpec, implementation: Implementation, loosest: float 
     names = [*OUTPUTS[op], *(f"d{name}" for name in ARGUMENTS[op])]
     dtypes = [a.dtype for part in (sets[0][1], sets[0][0]) for a in part]
     errors = dict.fromkeys(names, 0.0)
-    # Both are checked, because a forward pass alone may be another program than one that saves arrays for a backward pass.
+    # The forward pass alone may be another program than the one that saves arrays for a backward pass, so both are checked.
     for backward in (False, True):
         actual = implementation.results(op, small, sets, backward)
         for name, a, b in zip(names[: len(actual)], actual, expected[: len(actual)], strict=True):
             if a.shape != b.shape:
                 raise ValueError(f"{op}: {implementation.name} returns {name} of shape {a.shape}, not {b.shape}.")
             error = np.abs(np.asarray(a, np.float64) - b).max() / max(float(np.abs(b).max()), 1e-30)
-            errors[name] = float(np.maximum(errors[name], error))  # np.maximum returns NaN if either is NaN
+            errors[name] = float(np.maximum(errors[name], error))  # np.maximum keeps a NaN, unlike max
     allowed = {}
     for name, dtype in zip(names, dtypes, strict=True):
         exact_inputs = dtype == jnp.float32 and (op != "write_read" or spec.dtype == "float32")

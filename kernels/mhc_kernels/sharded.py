@@ -49,7 +49,8 @@ def over_tokens(result: Any, **arguments: Any) -> Callable[[Operation], Operatio
             checked = not backend_choice.interpret()
 
             def on_one_device(arrays: dict[str, Any]) -> Any:
-                if checked and names:  # the cast sums the gradient of a parameter over devices once, not at each use
+                # With this `pcast` the gradient of a parameter is summed over devices once, and not at each use.
+                if checked and names:
                     varying = {k: jax.lax.pcast(a, names, to="varying") for k, a in arrays.items() if k in whole}
                     arrays = arrays | varying
                 with backend_choice.settings(token_axes=PartitionSpec()):

@@ -158,7 +158,7 @@ def call(
     lanes = max(block, LANES)  # number of tokens whose coefficients are loaded together
     steps = lanes // block
     blocks = padded // lanes
-    cores = 2 if blocks % 2 == 0 else 1  # v5p has two cores, and each has its own sum
+    cores = 2 if blocks % 2 == 0 else 1  # each of the two cores of a v5p has its own sum
     grid = (cores, blocks // cores, steps)
 
     def of_streams(w):

@@ -48,7 +48,7 @@ STATISTICS = (
 
 
 class Cell(NamedTuple):
-    """A cell of a table: the text that it shows, and the number or word by which its column is sorted.  None sorts last."""
+    """A cell of one of the report's tables: its text, and the number or word by which its column is sorted.  None sorts last."""
 
     text: str
     value: float | str | None
@@ -284,7 +284,7 @@ def _frontiers(variants: Sequence[Variant]) -> list[str]:
     return out
 
 
-# -- cells
+# -- cells of the report's table
 
 
 def _word(text: str) -> Cell:
@@ -312,7 +312,7 @@ def _beside_baseline(
 
 
 def _gap_cell(record: RunRecord, baseline: RunRecord | None) -> Cell:
-    """Make the cell of `validation_gap`.  It names the step of the gap, except the last step with a loss of the baseline run."""
+    """Make the cell of the difference `validation_gap`, with its step unless this is the last validation of the baseline run."""
     gap = validation_gap(record, baseline) if baseline else None
     if baseline is None or gap is None:
         return Cell(DASH, None)

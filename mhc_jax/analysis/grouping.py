@@ -137,7 +137,7 @@ def _varying(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
-    """Return for each run the run of its baseline that has the same seeds, or None.  `group(records)` finds the baselines."""
+    """Return, for each run in `records`, the run of its variant's baseline with the same seeds, or None if there is none."""
     of_run = {}
     for variant in group(records):
         for seed, run in variant.runs.items():
@@ -146,9 +146,9 @@ def baselines(records: Sequence[RunRecord]) -> list[RunRecord | None]:
 
 
 def lines(variants: Sequence[Variant], key: str) -> dict[str, list[Variant]]:
-    """Group variants that differ in the setting `key` alone, if its values are numbers.  The result maps labels to groups.
+    """Return groups of variants that differ in the setting `key` alone, by the label of the group (`Variant.label_without`).
 
-    The label of a group names its other settings.  Groups of fewer than two variants are left out.
+    Variants whose value of `key` is no number are left out, and so are groups of fewer than two variants.
     """
     out: dict[str, list[Variant]] = {}
     for variant in variants:
@@ -170,8 +170,8 @@ def loss_threshold(variants: Sequence[Variant]) -> float:
 def frontier_lines(variants: Sequence[Variant]) -> dict[str, dict[float, list[float | None]]]:
     """Return final validation losses by learning rate, for each group of variants that differ in the learning rate alone.
 
-    The groups have the labels of `lines`.  None stands for the loss of a run that diverged.  Learning rates from the first one
-    with a run that has not ended are left out, because that run may still show that its rate is unstable.
+    Groups and labels are those that `lines` returns.  None stands for the loss of a run that diverged.  The lowest learning rate
+    with a run that has not ended, and all higher rates, are left out, because that run may still show that its rate is unstable.
     """
     key = "optimizer.learning_rate"
     out: dict[str, dict[float, list[float | None]]] = {}

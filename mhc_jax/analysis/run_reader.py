@@ -198,13 +198,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]:
-    """Return the settings by which a run's variant is told from others.
+    """Return a dict of the settings by which a run's variant is told from others.
 
-    They are `connection` (a text such as `mhc:init=paper`) and, by dotted key, all other settings but the seeds.
+    The dict has `connection` (a text such as `mhc:init=paper`) and, by dotted key, all other settings except the seeds.
 
     Args:
       config: configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it.
-      neutral: whether to include settings that change no number of a run (`NEUTRAL_KEYS`, `mesh` and `pipeline`).
+      neutral: whether the dict has the neutral settings, too: `NEUTRAL_KEYS` and those of the sections `mesh` and `pipeline`.
     """
     sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
     keys = SEED_KEYS if neutral else SEED_KEYS + NEUTRAL_KEYS
@@ -213,9 +213,10 @@ def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]
 
 
 def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Return the `identity` of each run and, if all runs recorded a hash of their training text, its first digits as `text`.
+    """Return for each run the dict of settings that `identity` returns, by which its variant is told from others.
 
-    If two runs differ in neutral settings (`NEUTRAL_KEYS`) alone, as in a sweep over meshes, the identities include these settings.
+    If all runs recorded a hash of their training text, each dict also has the key `text`: the first eight digits of this hash.  If
+    two runs differ in neutral settings alone (see `identity`), as in a sweep over meshes, the dicts include these settings.
     """
     hashes = [flatten(record.env).get("data.train_sha256") for record in records]
     texts = [{} if None in hashes else {"text": str(text)[:8]} for text in hashes]

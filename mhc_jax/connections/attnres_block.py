@@ -76,7 +76,8 @@ def source_weights(
       >>> print(source_weights(jnp.ones((1, 8)), jnp.zeros(2), 2, 1e-20)[:, 0])
       [0.5 0.5 0.  0. ]
     """
-    z = projection(V.reshape(*V.shape[:-1], -1, len(w)), w[:, None], eps_norm)  # [1, *tokens, S]
+    # z has the shape [1, *tokens, slots].
+    z = projection(V.reshape(*V.shape[:-1], -1, len(w)), w[:, None], eps_norm)
     logits = jnp.moveaxis(z[0], -1, 0)
     slots = jnp.arange(len(logits)).reshape(-1, *(1,) * (logits.ndim - 1))
     return jax.nn.softmax(jnp.where(slots < filled, logits, -jnp.inf), axis=0)

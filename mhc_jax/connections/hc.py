@@ -100,7 +100,8 @@ def hc_coefficients(
         for part, value in present.items()
     }
     if W is not None:
-        D = jnp.moveaxis(projection(x.reshape(*tokens, n, -1), W, eps_norm), -1, 1)  # [k, n, *tokens]
+        # D has the shape [k, n, *tokens], where k is the number of columns of W.
+        D = jnp.moveaxis(projection(x.reshape(*tokens, n, -1), W, eps_norm), -1, 1)
         D = jnp.tanh(D) if tanh else D
         for part, columns in dynamic_columns(n, tuple(present)).items():
             dynamic = D[columns] if part == "res" else D[columns.start]

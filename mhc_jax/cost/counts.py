@@ -93,7 +93,7 @@ def _times(eqn: core.JaxprEqn) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        # Along a mesh axis that splits none of the arrays all devices do the same work, which counts once.
+        # If a mesh axis splits none of the arrays, all devices along it do the same work, which counts once.
         specs = (*params["in_specs"], *params["out_specs"])
         axes = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
         return math.prod(size for name, size in dict(params["mesh"].shape).items() if name in axes)
@@ -146,7 +146,7 @@ class ModelCost:
     active: int
     """Number of parameters that one token uses (mHC Table 5).
 
-    Of the experts, those that a token is sent to count, shared ones included.  Of two untied embeddings, one counts."""
+    Routed experts to which the token is not sent do not count.  If input and output embeddings are untied, one of them counts."""
     vocabulary: int
     """Number of parameters of the input and output embeddings."""
     connection: int
@@ -234,7 +234,7 @@ def _connection_cost(config: ModelConfig) -> tuple[int, float]:
 
 
 def _entry_shapes(config: ModelConfig, tokens: int) -> tuple[tuple[Any, Any], Any]:
-    """Return ((shapes of streams, of coefficients) that enter the first block, shapes of the parameters of entry and exit)."""
+    """Return shapes: ((streams, coefficients) that enter the first block, parameters of the decoder's entry and exit)."""
     ends = connection_module(config.connection)(config.connection, config.width, config.num_sublayers, None)
     x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.dtype(config.stream_dtype))
     return jax.eval_shape(lambda k, x: ends.init_with_output(k, x, method="start"), _key(), x)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 _AXES = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-"""Regular expression of a mesh axis in HLO's notation, such as `'a'`, or of a part of an axis, such as `'a':(2)2` (`groups`)."""
+"""Regular expression of a mesh axis as HLO writes it, such as `'a'`, or of a part of an axis, such as `'a':(2)2` (see `groups`)."""
 
 
 def groups(line: str, devices: int) -> list[tuple[int, ...]]:

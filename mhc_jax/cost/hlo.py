@@ -1,8 +1,8 @@
 """A parser of the HLO text of a compiled program, and counts of the program's cycles, FLOPs, bytes and collectives.
 
-The compiler's own totals (`cost_analysis`) count the body of a loop once.  Here it counts once per iteration, and that of a nested
-loop as often as the product of the iterations.  Cycles are estimates that the TPU compiler writes into the text for each operation,
-except for Pallas kernels and collectives.
+The compiler's own totals (`cost_analysis`) count the body of a loop once.  Here it counts as often as it runs, also in nested
+loops.  Cycles are estimates that the TPU compiler writes into the text for each operation, except for Pallas kernels and
+collectives.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Instruction:
         return match[1] if match else ""
 
     def branches(self) -> list[str]:
-        """Return the names of the computations that a conditional chooses from, by index.  A boolean has the order false, true."""
+        """Return the names of a `conditional`'s branches, in the order of its index, or (false, true) if a boolean chooses."""
         if listed := re.search(r"branch_computations=\{([^}]*)\}", self.line):
             return re.findall(r"%?([\w.\-]+)", listed[1])
         return [name for name in map(self.called, ("false_computation", "true_computation")) if name]
@@ -58,7 +58,9 @@ class Program:
     def __init__(self, text: str):
         self.text = text
         self.shares: Mapping[str, Sequence[float]] = {}
-        """For the name of a conditional: how often each of its branches runs.  Branches of other conditionals count once each."""
+        """For each conditional named here, how often each of its alternatives runs, per run of the conditional.
+
+        All alternatives of other conditionals count as run once."""
         self.bodies: dict[str, dict[str, Instruction]] = {}
         self.entry = current = ""
         for line in text.splitlines():
@@ -70,7 +72,10 @@ class Program:
                 self.bodies[current][instruction.name] = instruction
 
     def part(self, entry: str = "", shares: Mapping[str, Sequence[float]] | None = None) -> Program:
-        """Return a copy of the program that starts at the computation `entry`, or whose branches run as often as `shares` says."""
+        """Return a copy that starts at the computation `entry`, and whose conditionals take branches as often as `shares` says.
+
+        Without an argument, the copy has the `entry` or the `shares` of this program.
+        """
         part = copy.copy(self)
         part.entry = entry or self.entry
         part.shares = self.shares if shares is None else shares
@@ -307,12 +312,11 @@ class Collective:
     axes: str
     """Mesh axes along which the collective runs, as in `data+fsdp`, or `other` if no mesh axes give its groups of devices."""
     group: tuple[int, ...]
-    """Positions in the mesh of the devices of one group within which the collective runs."""
+    """Devices of one of the groups within which the collective runs, as their positions in the mesh."""
     count: int
     """Number of times that these collectives run in one run of the program, each iteration of a loop included."""
     bytes: int
-    """Size in bytes, on one device, of the array that is reduced or exchanged, or is the result of a gather or the operand of a
-    scatter."""
+    """Size in bytes, on one device, of the operand if the collective is a reduce-scatter, and of the result otherwise."""
 
     @property
     def wire_bytes(self) -> float:
@@ -345,7 +349,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         device_groups = groups(instruction.line, math.prod(mesh.values()))
         if max(map(len, device_groups)) < 2:
             continue
-        # The result of an asynchronous start is a tuple of operand and result, of which only the larger one counts.
+        # The result of an asynchronous start is a tuple of the operand and the result, of which only the larger counts.
         size = (max if instruction.opcode.endswith("-start") else sum)(arrays(instruction.shape))
         if kind == "reduce-scatter":
             size *= len(device_groups[0])

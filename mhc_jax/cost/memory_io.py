@@ -52,9 +52,10 @@ def total(rows: dict[str, Moved]) -> Moved:
 
 
 def boundary(n: int, C: int) -> dict[str, int]:
-    """Count the elements read plus written at one boundary, with the pre-norm of the branch and without the coefficients.
+    """Count the elements read plus written at one boundary, for three ways to divide it into kernels.
 
-    The statistics are the sums that make the coefficients: the projection of the streams, and the mean square for their RMSNorm.
+    The pre-norm of the branch is included, and the coefficients are not.  The statistics are the sums that make the coefficients:
+    the projection of the streams, and the mean square for their RMSNorm.
 
     `three kernels`, (4n + 4)C: the statistics read nC.  The read reads nC and writes C.  The write reads (n + 1)C and writes nC.
     The pre-norm reads C and writes C.

@@ -23,9 +23,9 @@ Batch = dict[str, np.ndarray]
 """A batch: `inputs` and `targets`, int32 [B, T] of B sequences of T tokens.  Each target is the token after its input."""
 
 ODD_SHARE = 0.2
-"""Share of all tokens above which a run warns that local files give too much validation text.
+"""Share of all tokens.  If local files give a larger share of validation text, a run warns that it is too much.
 
-The share must also be more than twice data.validation_fraction."""
+The run warns only if this share also exceeds twice data.validation_fraction."""
 ENDLESS = 1 << 48
 """Number of windows (sequences) after which a training iterator ends.
 

@@ -106,7 +106,7 @@ class DecoderLM(_HarnessLM):
             )
             kept = given[-(self.max_length + 1 - longest) :]
             for index, text, ids in zip(indices, texts, scored, strict=True):
-                # Both texts, the number of kept context tokens and the number of scored tokens determine all tokens of a sequence.
+                # The key has all that determines the tokens of a sequence: both texts and the numbers of kept and of scored tokens.
                 key = self.store.key("loglikelihood", [context, text, len(kept), len(ids)])
                 answers[index] = key, len(given) - len(kept), int(sizes[ids].sum())
                 if key not in self.store.known:

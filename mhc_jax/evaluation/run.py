@@ -69,7 +69,7 @@ def evaluate(
       tokenizer: tokenizer in the form of data.tokenizer.  Empty means the tokenizer of the checkpoint.
 
     Returns:
-      The content of the results file, and two more entries: `folder`, the folder of this file, and `samples` (`collect`).
+      The content of the results file, and two more entries: `folder`, the folder of this file, and `samples`, from `collect`.
 
     Raises:
       InputError: a number is negative, a task, file, checkpoint or tokenizer cannot be used, or a prompt and its answer do not

@@ -145,9 +145,10 @@ class Scorer:
                 left = left[len(scored) :]
 
     def _batch(self, left: list[tuple[tuple[int, ...], int]], T: int) -> list[Score]:
-        """Return the scores of the first sequences of `left`, which are padded to T tokens: as many as the program takes.
+        """Pad sequences to T tokens, run one batch of them, and return their scores.
 
-        If memory runs out, a program for half as many is used.
+        The batch has the first sequences of `left`, as many as the compiled program takes.  If memory runs out, a program for half
+        as many is used.
         """
         while True:
             B = self._program(T, len(left))
@@ -178,7 +179,7 @@ class Scorer:
     def _program(self, T: int, wanted: int) -> int:
         """Return the batch size of a compiled program for sequences of T tokens.
 
-        The program takes at least `wanted` sequences, or as many as fit the memory.  If there is none yet, it is compiled.
+        The program takes at least `wanted` sequences, or as many as fit the memory.  It is compiled if no earlier program does.
         """
         most = TOKENS.get(jax.devices()[0].platform, MORE_TOKENS) // T
         while True:

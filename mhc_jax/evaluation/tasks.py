@@ -57,7 +57,7 @@ class Benchmark:
     filter: str
     """Name of the filter of lm-evaluation-harness that extracts the answer from a response."""
     shots: int
-    """Number of examples in the prompt, as in the paper."""
+    """Number of examples in the prompt, as in the mHC paper."""
     local_shots: int
     """Number of examples in the prompt with local files.  It is 0 if examples would come from a split without a local file."""
     fixed_shots: bool = False
@@ -90,7 +90,7 @@ def _benchmarks() -> dict[str, Benchmark]:
 
 BENCHMARKS = _benchmarks()
 PAPER = tuple(BENCHMARKS)[:8]
-"""Names of the eight benchmarks of the paper, which `--tasks=paper` selects."""
+"""Names of the eight benchmarks of the mHC paper, which `--tasks=paper` selects."""
 
 
 def choose(names: Sequence[str]) -> dict[str, list[str]]:

@@ -95,13 +95,13 @@ class Past(NamedTuple):
     """The key-value cache (`mhc_jax.kv_cache`) of one layer, or of several layers, whose arrays then have one more leading axis."""
 
     kept: dict[str, Array]
-    """Arrays [B, S, ...] by name: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
+    """Arrays [B, S, ...] by name, with S slots for tokens: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
     position: Int[Array, " B"]
     """Number of tokens of each sequence that are in the cache.  Slots from this number on are empty or outdated, and never read."""
 
     @property
     def empty(self) -> bool:
-        """Whether the cache has no slots, so that the tokens of this call are the first ones."""
+        """Whether the cache has no slots, so that there are no earlier tokens."""
         return jax.tree.leaves(self.kept)[0].shape[1] == 0
 
 

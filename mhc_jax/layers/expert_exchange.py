@@ -21,19 +21,20 @@ from mhc_kernels import backend_choice
 class Transfer(NamedTuple):
     """One direction of an exchange, in which this device sends E slices of rows and receives E slices of rows.
 
-    E/ep of each are between this device and each of the ep devices, its peers.  Slices are ordered by peer, then by expert.
+    It sends E/ep slices to each of the ep devices, itself included, and receives as many from each.  Fields are int32, ordered by
+    this other device, then by expert.
     """
 
     start: Int[Array, " E"]
-    """Index of the first row of each slice that this device sends, among its rows."""
+    """For each slice that this device sends, the index of its first row in the array of this device's rows."""
     size: Int[Array, " E"]
     """Number of rows of each slice that this device sends."""
     landing: Int[Array, " E"]
-    """Index of the first row of each slice that this device sends, in the result of the device that receives it."""
+    """For each slice that this device sends, the index of its first row in the result of the device that receives it."""
     received: Int[Array, " E"]
     """Number of rows of each slice that this device receives."""
     place: Int[Array, " E"]
-    """Index of the first row of each slice that this device receives, in its result."""
+    """For each slice that this device receives, the index of its first row in the result of this device."""
 
 
 class Plan(NamedTuple):
@@ -72,7 +73,8 @@ def plan(load: Int[Array, " E"], axis: str, capacity: int | None = None) -> Plan
         end of every slice for this owner.  None: room for all rows.
     """
     ep, me, E = jax.lax.axis_size(axis), jax.lax.axis_index(axis), load.size
-    loads = jax.lax.all_gather(load, axis)  # number of rows of each device for each expert, [source, E]
+    # loads [ep, E] is the number of rows that each device has for each expert.
+    loads = jax.lax.all_gather(load, axis)
     start = jnp.cumsum(loads, 1) - loads
     size = loads
     if capacity is not None:
@@ -80,11 +82,13 @@ def plan(load: Int[Array, " E"], axis: str, capacity: int | None = None) -> Plan
         # The kept share is slightly less than capacity / total, so that rounding in float32 cannot make the slices exceed capacity.
         share = jnp.where(total <= capacity, 1.0, capacity / jnp.maximum(total, 1) * (1 - 1e-6))
         size = jnp.floor(loads * jnp.repeat(share, E // ep)[None]).astype(load.dtype)
-    by_owner = size.reshape(ep, ep, -1).transpose(1, 2, 0)  # [owner, expert, source], the order in which an owner stores slices
+    # by_owner has the axes [owner, expert, sender], because an owner stores its slices by expert, then by sender.
+    by_owner = size.reshape(ep, ep, -1).transpose(1, 2, 0)
     ends = jnp.cumsum(by_owner.reshape(ep, -1), 1).reshape(by_owner.shape)
-    landing = (ends - by_owner).transpose(2, 0, 1)  # [source, owner, expert]
-    # `sent` and `received` describe the slices that this device sends and receives in `dispatch`: first row at the sender, number
-    # of rows, first row at the owner.
+    # landing has the axes [sender, owner, expert].
+    landing = (ends - by_owner).transpose(2, 0, 1)
+    # `sent` describes the slices that this device sends in `dispatch`, and `received` those that it receives: index of the first
+    # row at the sender, number of rows, index of the first row at the owner.
     sent = start[me], size[me], landing[me].reshape(-1)
     received = [a.reshape(ep, ep, -1)[:, me].reshape(-1) for a in (start, size, landing)]
     dispatch = Transfer(*sent, received=received[1], place=received[2])
@@ -105,7 +109,7 @@ def exchange(
       transfer: `Plan.dispatch` or `Plan.combine`.
       reverse: the transfer in the opposite direction.
       num_rows: number of rows of the result.
-      pair: largest number of rows between this device and one peer.
+      pair: largest number of rows that one device sends to one device.
       axis: mesh axis of the surrounding shard_map.
     """
     return _exchange(rows, transfer, reverse, num_rows, pair, axis)
@@ -121,7 +125,7 @@ def _move(rows, transfer, reverse, num_rows, pair, axis):
 
 
 def _forward(rows, transfer, reverse, num_rows, pair, axis):
-    # Of `rows` the backward pass needs only their number, which an array without columns keeps.
+    # The backward pass needs only the number of rows, so an array [M, 0], the rows without columns, is kept for it.
     return _move(rows, transfer, reverse, num_rows, pair, axis), (transfer, reverse, rows[:, :0])
 
 
@@ -135,11 +139,15 @@ _exchange.defvjp(_forward, _backward)
 
 
 def _dense(rows, transfer, num_rows, pair, axis):
-    """Exchange rows by an ordinary all-to-all of buffers [ep, pair, C], for backends without a ragged all-to-all."""
+    """Do what `exchange` does by an ordinary all-to-all, with a buffer of `pair` rows for each of the ep devices: [ep, pair, C]."""
     ep = jax.lax.axis_size(axis)
 
     def places(start, size, beyond):
-        """Return the index of the t-th row of each peer's slices as an array [ep, pair], with `beyond` after the last such row."""
+        """Return the index, in the array of all rows, of the row for each entry of each device's buffer, as an array [ep, pair].
+
+        Slice i has the rows start[i] to start[i] + size[i] - 1 of the array of all rows.  The slices of a device lie one after
+        another at the beginning of its buffer.  Entries that no slice fills have the index `beyond`.
+        """
         start, size = start.reshape(ep, -1), size.reshape(ep, -1)
         ends = jnp.cumsum(size, 1)
         t = jnp.arange(pair)

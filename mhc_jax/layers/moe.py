@@ -117,8 +117,8 @@ def sorted_copies(
     N, k = experts.shape
     order = jnp.argsort(experts.reshape(-1), stable=True)
     load = jnp.bincount(experts.reshape(-1), length=num_experts).astype(jnp.int32)
-    # Tokens are first copied and then sorted.  In the backward pass the sort then moves each row to a place of its own, and the
-    # sum over the k copies of a token has the same order on every device.
+    # Tokens are copied before they are sorted.  The backward pass then undoes the sort without a sum, and adds the gradients of the
+    # k copies of a token in the same order on every device.
     copies = jnp.broadcast_to(x[:, None], (N, k, x.shape[-1])).reshape(N * k, -1)
     return copies.at[order].get(unique_indices=True), order, load
 
@@ -132,7 +132,7 @@ def grouped_swiglu(rows: Float[Array, "M C"], weights: Experts, groups: Int[Arra
 def weighted_sum(rows: Float[Array, "M C"], order: Int[Array, " M"], gates: Float[Array, "N k"]) -> Float[Array, "N C"]:
     """Return the sum of each token's k rows, weighted by its gates, in float32.
 
-    `rows` are sorted as by `sorted_copies`, and `order` is the permutation that this function returned.
+    `rows` are sorted by expert, as `sorted_copies` sorts them, and `order` is the permutation that it returned.
     """
     out = rows.at[jnp.argsort(order)].get(unique_indices=True).reshape(*gates.shape, -1)
     return jnp.einsum("nkc,nk->nc", out.astype(jnp.float32), gates, precision="highest")
@@ -171,7 +171,7 @@ def mix_experts_of_owners(
     # of all rows with all experts.
     room = -(-capacity // 128) * 128
     rows = exchange(rows, dispatch, combine, room, pair, axis)
-    # Rows beyond the groups belong to no expert, and ragged_dot may leave any values in them.
+    # Rows after those of the last expert belong to no expert, and ragged_dot may leave any values in them.
     inside = (jnp.arange(room) < groups.sum())[:, None]
     out = grouped_swiglu(jnp.where(inside, rows, 0), weights, groups)
     out = exchange(jnp.where(inside, out, 0), combine, dispatch, N * k, pair, axis)
@@ -191,17 +191,17 @@ def routed(
     hidden: str | None = None,
     buffer: float = 0.0,
 ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-    """Apply router and routed experts to the tokens of this device.  `routed_on_mesh` explains the other arguments and the results.
+    """Apply router and routed experts to the tokens of this device.
 
     Three arguments name mesh axes of the surrounding shard_map, if it has such axes: tokens are sharded over `shards`, experts over
-    `owners`, and the hidden channels F over `hidden`.
+    `owners`, and hidden channels of the experts over `hidden`.  The other arguments and the results are as in `routed_on_mesh`.
     """
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates, scores = route(tokens, W_router, bias, k, scale)
     tokens, entropy, dropped = tokens.astype(weights.W_gate.dtype), score_entropy(scores), jnp.zeros(())
     if hidden:
         # `pcast` marks the tokens as differing between the devices of the mesh axis `hidden`, and its gradient is a sum over these
-        # devices.  It is applied before each token is copied k times, so that this sum has one row a token, not one a copy.
+        # devices.  It is applied before each token is copied k times, so that the sum is over N rows and not over N k.
         tokens = jax.lax.pcast(tokens, hidden, to="varying")
     if owners:
         y, load, seen = mix_experts_of_owners(tokens, experts, gates, weights, owners, buffer)
@@ -320,8 +320,8 @@ class MoE(nn.Module):
     """The feed-forward branch with experts: RMSNorm, then shared and routed SwiGLU experts.
 
     Weights are [in, out] and [expert, in, out].  They start as N(0, 1/in), and W_down starts as N(0, 1/in) times `output_scale`.
-    The outputs of shared experts are added without weights.  All shared experts are therefore computed as one SwiGLU with
-    `num_shared` F hidden channels.
+    The outputs of shared experts are added without weights.  All shared experts are therefore computed as one SwiGLU
+    with `num_shared` times the hidden channels of an expert.
     """
 
     num_experts: int

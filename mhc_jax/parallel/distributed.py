@@ -66,7 +66,8 @@ def launcher(environ: Mapping[str, str]) -> str:
     if "OMPI_MCA_orte_hnp_uri" in environ:
         return "Open MPI" if environ["OMPI_COMM_WORLD_SIZE"] != "1" else ""
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
-    # jax sets TPU_ML_PLATFORM if it finds libtpu and chips, and TPU_SKIP_MDS_QUERY if it finds no chips.
+    # jax sets TPU_ML_PLATFORM if it finds libtpu and chips, or if $JAX_FORCE_TPU_INIT is set.  It sets TPU_SKIP_MDS_QUERY if it
+    # finds no chips.
     chips = environ.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environ
     if "," in hosts or chips:
         return "Cloud TPU"
@@ -164,7 +165,8 @@ def _join(
         )
         jax.devices()
     except (RuntimeError, ValueError) as error:
-        if launched_by == "Cloud TPU" and not address:  # a TPU machine that belongs to no slice
+        # A TPU machine that belongs to no slice has no other processes to join.
+        if launched_by == "Cloud TPU" and not address:
             return
         raise InputError(f"The processes could not be joined: {_first_line(error)}") from error
     finally:
@@ -275,7 +277,8 @@ class Agreement:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an exception of JAX or Orbax means that another process cannot be reached."""
-    # An error of Gloo appears as a ValueError when a value is read, and as a JaxRuntimeError when a program is started.
+    # Gloo, which connects CPUs, reports a lost process as a ValueError when a value is read, and as a JaxRuntimeError (a kind of
+    # RuntimeError) when a program is started.
     if isinstance(error, InputError) or not isinstance(error, RuntimeError | ValueError):
         return False
     return is_multiprocess() and _UNREACHABLE.search(str(error)) is not None
@@ -319,4 +322,4 @@ def exit_if_joined(status: int) -> None:
     sys.stderr.flush()
     if is_first_process():
         time.sleep(LINGER_S)
-    os._exit(status)  # Python's usual exit waits for the other processes
+    os._exit(status)  # Python's usual exit would wait for the other processes

@@ -102,7 +102,7 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     Raises:
       ValueError: no row of `PARAMETERS` matches.
     """
-    if ndim == 0:  # counters, and the scalars of connections
+    if ndim == 0:  # counters of the optimizer and scalar parameters have no axes
         return ()
     if re.search(CONNECTION, path):
         return ("connection",) * ndim
@@ -163,10 +163,10 @@ def current() -> AbstractMesh | None:
 
 
 def fit(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
-    """Return the mesh axes `spec` of an array without axes of size 1, and without axes that do not divide the array's `shape`.
+    """Return the `spec` of an array of this `shape`, without the mesh axes over which the mesh cannot shard the array.
 
-    If the mesh axes for an array axis do not divide its size, `stage` is dropped first (as from a vocabulary), and all of them if
-    that is not enough (as from a batch of one sequence in diagnostics).
+    Mesh axes of size 1 are dropped.  If the product of the mesh axes of an array axis does not divide its size, `stage` is dropped
+    (as from a vocabulary), and if that is not enough, all of them (as from a batch of one sequence in diagnostics).
     """
     sizes = dict(mesh.shape)
     axes = []

@@ -132,9 +132,9 @@ class _Layout:
         return jax.tree.map(move, parts)
 
     def _slice(self, place: np.ndarray) -> tuple[Any, int]:
-        """Return (index, step) such that a[index][::step] has the stages `place` of an array a of all stages.
+        """Return (index, step) such that a[index][::step] is a[place], where `place` lists numbers of stages.
 
-        The index of consecutive stages is a slice, because a gather would bring all stages to every device.
+        For consecutive stages the index is a slice, because a gather would bring all stages to every device.
         """
         steps = set(np.diff(place).tolist())
         if steps in ({1}, {-1}):
@@ -151,7 +151,8 @@ def _run_ticks(
     """Run all ticks of the schedule on one device.
 
     Returns:
-      (loss, aux [1, chunks, ...], gradients of `outer`, gradients of `layers` [1, chunks, ...]), each a sum over microbatches.
+      (loss, auxiliary values of blocks [1, chunks, ...], gradients of `outer` (parameters outside the blocks), gradients of
+      `layers` [1, chunks, ...]), each a sum over microbatches.
     """
     layers = jax.tree.map(lambda a: a[0], layers)
     columns = {name: column[0] for name, column in columns.items()}
@@ -207,7 +208,7 @@ class _Device:
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
         state = {
-            # Messages that no stage of this device uses go into one slot more than the program needs.
+            # The buffers have one slot more than the program needs.  It takes messages that no stage of this device uses.
             "inputs": buffer(program.inputs + 1, stage.packer.like),
             "gradients": buffer(program.gradients + 1, stage.packer.like),
             "activations": buffer(program.activations, stage.activations.shapes),
@@ -251,7 +252,7 @@ class _Device:
         return new | ({"outbox": outbox} if self.overlap else {}), None
 
     def exchanged(self, outbox: Tree) -> list[Tree]:
-        """Exchange messages with other devices.  Return for each channel what arrives on it, [kinds of the channel, ...]."""
+        """Exchange messages with other devices.  Return for each channel what arrives, stacked over its kinds of messages."""
         arrivals = []
         for channel in self.program.channels:
             message = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
@@ -281,7 +282,7 @@ class _Device:
         activations = _read(state["activations"], now["kept"]) if op.backward else []
         deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
         if op.forward and op.backward:
-            # The backward's slot is read before the forward's slot is written.  Without this order XLA copies the whole buffer.
+            # The barrier makes XLA read the backward's slot before it writes the forward's slot.  Otherwise XLA copies the buffer.
             activations, made["activations"] = jax.lax.optimization_barrier((activations, made["activations"]))
         if op.forward:
             x = _read(state["inputs"], now["forward_read"])
@@ -315,7 +316,7 @@ def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """Return the buffer after `value`, or its k-th part if k is given, is written into `slot`.  Slot -1 means the last slot."""
+    """Return the buffer after `value`, or `value[k]` if k is given, is written into `slot`.  Slot -1 means the last slot."""
 
     def put(a: Array, new: Array) -> Array:
         new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)

@@ -26,7 +26,7 @@ class CarryPacker:
         """Find the token axes of every array of the tree.
 
         Args:
-          enter: a function that makes a tree of this kind from tokens [B, T].
+          enter: a function from tokens [B, T] to a tree of the form that is packed.
           tokens: an array with the shape of the tokens of one microbatch.
         """
         self.tree: Tree = jax.eval_shape(enter, tokens)
@@ -65,5 +65,5 @@ class CarryPacker:
         return jax.tree.unflatten(self.structure, out)
 
     def zeros(self) -> Tree:
-        """Return a tree with the shapes and dtypes of `tree`, filled with zeros."""
+        """Return a tree of the form that is packed, filled with zeros."""
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.tree)

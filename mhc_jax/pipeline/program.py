@@ -26,7 +26,7 @@ from mhc_jax.pipeline_schedules.validate import messages, operations, when
 
 
 class Operation(NamedTuple):
-    """What a device does in a phase of a tick: an operation, a pair F&B, or nothing.  The SPMD program has a branch for each."""
+    """What a device does in a phase of a tick: an operation, a pair F&B, or nothing.  It is one branch of the phase's switch."""
 
     forward: str = ""
     """`F`, or empty if the operation has no forward."""
@@ -66,7 +66,7 @@ class Program:
     | `defer`, `deferred` | slot of the buffer `deferrals` that I writes (`defer`), or W reads (`deferred`) |
     | `to_self` | slot of `inputs` for the forward's result if the next stage is on the same device |
     | `to_own_gradients` | slot of `gradients` for the backward's result if the previous stage is on the same device |
-    | `from_loss` | slot of `gradients` for the gradient of the loss, which the forward of the last stage makes |
+    | `from_loss` | slot of `gradients` for the gradient of the loss, which the last stage computes in its forward (see `stage`) |
     | `arrives_<k>_<kind>` | slot of `inputs` (kind F) or `gradients` (kind B) for the message that channel k brings |
     """
 
@@ -94,7 +94,7 @@ Slots = Mapping[str, Mapping[Item, int]]
 
 
 class Life(NamedTuple):
-    """The ticks in which a buffer holds an item.
+    """The ticks in which a buffer holds an item, which is a value of one microbatch and stage.
 
     The item is written at the end of the tick `written`, and last read at the beginning of the tick `last_read`.
     """
@@ -118,7 +118,7 @@ def compile_table(schedule: Schedule, leading: bool = False) -> Program:
 
 
 def _buffers(schedule: Schedule) -> Slots:
-    """Return the slot of every item in the buffers `inputs`, `gradients`, `activations` and `deferrals`."""
+    """Return the slot that each value (of one microbatch and stage) has in each of the four buffers of `Program`."""
     done = when(schedule)
     ends = {
         (op.microbatch, schedule.wiring_of(device, op).stage): tick
@@ -137,7 +137,9 @@ def _buffers(schedule: Schedule) -> Slots:
             lives["activations"].append(Life(place.device, forward, end, (m, stage)))
             if backward < end:
                 lives["deferrals"].append(Life(place.device, backward, end, (m, stage)))
-            if stage == schedule.stages - 1:  # The forward of the last stage makes the gradient of the loss.
+            # After the last stage comes the loss.  The forward of this stage makes the gradient of the loss with respect to its
+            # output, from which the backward starts.
+            if stage == schedule.stages - 1:
                 lives["gradients"].append(Life(place.device, forward, end, (m, stage)))
     return {name: _slots(each, schedule.devices, shared=name != "activations") for name, each in lives.items()}
 
@@ -185,7 +187,7 @@ def _channels(schedule: Schedule) -> dict[int, Channel]:
 
 
 def _slot_columns(schedule: Schedule, slots: Slots, directions: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return all columns but `operation_<k>`, by name.  `directions` are the directions of the channels, in order."""
+    """Return all columns of `Program` but `operation_<k>`, by name.  `directions` are those of the channels, in order."""
     shape = schedule.devices, len(schedule.table)
     halves = [f"{half}_{name}" for half in ("forward", "backward") for name in ("microbatch", "chunk", "stage", "read")]
     columns = {name: np.zeros(shape, np.int32) for name in (*halves, "kept", "deferred")}

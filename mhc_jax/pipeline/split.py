@@ -35,7 +35,7 @@ CHEAP = EXACT | {"add", "add_any", "sub", "mul", "div", "integer_pow", "square",
 
 
 class Split(NamedTuple):
-    """The two halves of a function of (free, given) that has two results."""
+    """The two halves that `split` makes of a function with two arguments, called free and given, and two results."""
 
     now: Callable[[Tree, Tree], tuple[Tree, list[Array]]]
     """The first half: now(free, given) returns (first result of the function, values to keep for the second half)."""
@@ -207,7 +207,8 @@ def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
     """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12 has `ft_in` in place of the two counts.
+    # In JAX 0.12 the parameters of a scan have `ft_in` in place of num_consts and num_carry.
+    consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
 
 

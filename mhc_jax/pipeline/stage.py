@@ -42,7 +42,7 @@ class Pool:
         """
         self.shapes: list[jax.ShapeDtypeStruct] = []
         self.places: dict[bool, list[int]] = {}
-        """For each variant (`leads` or not), the position of every value in the list."""
+        """For each variant of a stage (`leads` or not), the positions of its values in the list `shapes`."""
         for leads, values in variants.items():
             free = list(range(len(self.shapes)))
             self.places[leads] = []
@@ -118,25 +118,26 @@ class Stage:
             leads: split(functools.partial(self._pushed, leads), free, self.packer.zeros(), True, recompute)
             for leads in variants
         }
-        """For each variant, the forward split into two halves: F runs the first, and the backward the second, to recompute."""
+        """For each variant of a stage (`leads` or not), its forward, split into two halves.  F runs the first half.  The backward
+        runs the second half, which makes again what F did not keep."""
         self.activations = Pool({leads: each.between for leads, each in self.passes.items()})
-        """The values that a forward keeps for its backward."""
+        """The values that the forward of a stage keeps for its backward, as a `Pool` of their shapes and dtypes."""
         self.halves = {}
-        """For each variant, the backward split into I and W.  Empty if the schedule has no I and W."""
+        """For each variant of a stage (`leads` or not), its backward, split into I and W.  Empty if the schedule has no I and W."""
         for leads in variants if halves else ():
             given = self.activations.take(leads, self.activations.shapes), self.packer.tree
             self.halves[leads] = split(functools.partial(self.pulled, leads), free, given, recompute=recompute)
         self.deferrals = Pool({leads: each.between for leads, each in self.halves.items()})
-        """The values that I keeps for W."""
+        """The values that I keeps for W, as a `Pool` of their shapes and dtypes."""
 
     # -- the model
 
     def head(self, outer: Tree) -> Tree:
-        """Return the entries of `outer` that the first stage needs to embed tokens and make streams of them."""
+        """Return those of the parameters `outer` that the first stage needs to embed tokens and make streams of them."""
         return {name: outer[name] for name in ("embedding", "ends") if name in outer}
 
     def tail(self, outer: Tree) -> Tree:
-        """Return the entries of `outer` that the last stage needs to compute the loss."""
+        """Return those of the parameters `outer` that the last stage needs to compute the loss."""
         unembedding = "embedding" if self.model.tied_embeddings else "unembedding"
         return {name: outer[name] for name in (unembedding, "final_norm", "ends") if name in outer}
 
@@ -145,12 +146,12 @@ class Stage:
         return outer["dense_layers"] if leads and self.model.num_leading else {}
 
     def enter(self, params: Tree, tokens: Array) -> Tree:
-        """Return the carry that the tokens [B, T] of a microbatch give the first block."""
+        """Embed the tokens [B, T] of a microbatch, and return the carry that enters the first block."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
         return enter(self.model, params["embedding"], ends, tokens)
 
     def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
-        """Return the loss of one microbatch in nats per token, float32 []."""
+        """Return the loss of one microbatch in nats per token, float32 [], from the `carry` after the last block."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
         norm = RMSNorm(NORM_EPS).bind({"params": params["final_norm"]})
         x = leave(self.model, ends, norm, carry)
@@ -158,7 +159,7 @@ class Stage:
         return cross_entropy(logits_of(x, W), targets)
 
     def blocks(self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array) -> tuple[Tree, Tree]:
-        """Run the blocks of a stage.  Return (carry after the last block, aux [blocks, ...]).  The aux of dense blocks is 0."""
+        """Run the blocks of a stage.  Return (carry after the last one, auxiliary values [blocks, ...], 0 for dense blocks)."""
         lead = self.model.num_leading if leads else 0
         if lead:
             carry, _ = self._run(True, dense, carry, jnp.arange(lead))
@@ -170,7 +171,7 @@ class Stage:
         return carry, jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
 
     def _run(self, dense: bool, layers: Tree, carry: Tree, indices: Array) -> tuple[Tree, Tree]:
-        """Run blocks one after another, and return (carry, aux).  The backward recomputes values in them as model.remat says."""
+        """Run blocks in order, and return (carry, auxiliary values).  The backward recomputes values as model.remat says."""
         model, count = self.model, len(indices)
 
         def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
@@ -191,22 +192,23 @@ class Stage:
     # -- its gradient in parts
 
     def vjp(self, leads: bool, layers: Tree, carry: Tree, stage: Array) -> tuple[Tree, Any, Tree]:
-        """Run `blocks`, and return (carry after them, pull-back, aux).
+        """Run the blocks of a stage, and return (carry that leaves the stage, pull-back, auxiliary values).
 
-        The pull-back takes the gradient of this carry, and returns the gradients of (layers, dense, carry that entered).
+        The pull-back takes the gradient of this carry, and returns the gradients of (`layers`, leading dense blocks, `carry`).
         """
         dense = self.dense(self.outer, leads)
         return jax.vjp(lambda l, d, c: self.blocks(leads, l, d, c, stage), layers, dense, carry, has_aux=True)
 
     def _pushed(self, leads: bool, free: tuple[Tree, Array], carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
-        """Run the blocks of a stage with `free` = (layers, stage).  Return ((carry, aux), arrays in the pull-back of `vjp`)."""
+        """Run `vjp`, with `free` = (layers, stage).  Return ((carry, auxiliary values), arrays that the pull-back holds)."""
         carry, pull, aux = self.vjp(leads, free[0], carry, free[1])
         return (carry, aux), jax.tree.leaves(pull)
 
     def pulled(self, leads: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
         """Run the backward of a stage.
 
-        `free` is (layers, stage), and `given` is (values that F kept, gradient of the carry that leaves the stage).
+        `free` is (parameters of the blocks, number of the stage).  `given` is (values that F kept, gradient of the carry that
+        leaves the stage).
 
         Returns:
           (gradient of the carry that entered the stage, (gradients of its blocks, gradients of the dense blocks)).
@@ -227,8 +229,8 @@ class Stage:
           sums: gradients of the parameters outside the blocks, added up so far.
 
         Returns:
-          (dict of `F`, `activations`, `loss` and `aux`, new `sums`).  `F` is the packed boundary tensor that leaves the stage.  On
-          the last stage it is the gradient of the loss with respect to this tensor.
+          (dict of `F`, `activations`, `loss` and auxiliary values `aux`, new `sums`).  `F` is the packed boundary tensor that
+          leaves the stage.  On the last stage it is the gradient of the loss with respect to this tensor.
         """
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)

@@ -21,15 +21,15 @@ class Costs:
     """Times of the operations on one microbatch, in any unit.  Each tuple has one number for each stage of the model."""
 
     F: tuple[float, ...]
-    """Time of the forward, for each stage."""
+    """Time of the forward of one microbatch, for each stage, in any unit."""
     B: tuple[float, ...]
-    """Time of the whole backward with its recomputation, for each stage."""
+    """Time of the whole backward of one microbatch with its recomputation, for each stage, in the unit of F."""
     W: tuple[float, ...]
     """Time of the part of B that makes the gradients of the weights, for each stage.  I is the rest: B = I + W."""
     pair: float = 1.0
     """Time of an overlapped pair F&B, divided by the time F + B that the two take one after the other."""
     send: float = 0.0
-    """Time that a boundary tensor takes to travel from one device to the next."""
+    """Time that a boundary tensor takes to travel from one device to the next, in the unit of F."""
     activations: tuple[float, ...] = ()
     """Size of what each stage keeps of one microbatch for its backward, in any unit.  Empty means 1 for every stage."""
 

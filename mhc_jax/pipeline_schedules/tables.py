@@ -114,7 +114,7 @@ class Wiring(NamedTuple):
     sends: int | None
     """The device that needs the result, as in `Op.sends`."""
     needs: tuple[tuple[str, int, bool], ...]
-    """The operations of the same microbatch that must come before, as (kind, stage, whether another device does it).
+    """The operations of the same microbatch that must come before this one, as (kind, stage, whether another device does it).
 
     The kind B stands for B or I."""
 
@@ -331,7 +331,7 @@ def _line(P: int) -> list[Place]:
 
 
 def _alternate(forward: Sequence[tuple], backward: Sequence[tuple], warm: int) -> Order:
-    """Return cells of one operation: `warm` forwards, then a forward and a backward in turn, then the remaining backwards."""
+    """Return the order of operations: `warm` forwards, then a forward and a backward in turn, then the remaining backwards."""
     head, rest = forward[:warm], forward[warm:]
     pairs = [[op] for pair in zip(rest, backward, strict=False) for op in pair]
     return [[op] for op in head] + pairs + [[op] for op in backward[len(rest) :]]

@@ -115,7 +115,7 @@ def markdown(rows: Sequence[Row], where: Slice) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of each step's memory and time.  Its overheads compare with the first step that fits."""
+    """Return the lines of a table of each step's memory and time, the time also relative to the first step that fits."""
     out = [
         "| connection | parameters (GiB) | optimizer (GiB) | gradients (GiB) | streams (GiB) | logits (GiB) | HBM (GiB) | fits "
         "| TFLOP | GB moved | compute (ms) | collectives (ms) | longest wait (ms) | step (ms) | over the first that fits | MFU |",

@@ -1,9 +1,9 @@
 """The costs of the operations of a compiled pipelined train step, and whether its messages hide behind other work.
 
-The compiled program is a loop over ticks, with one conditional for each phase of a tick (`pipeline.executor`).  Every operation is
-in the program once, as a branch of a conditional, and the schedule says in which ticks a device takes this branch.  In totals of
-the program each branch is therefore weighted by how often an average device takes it.  The time that devices wait for each other
-is simulated from the costs of the branches.
+The compiled program is a loop over ticks, with one `conditional` for each phase of a tick (`pipeline.executor`).  A branch is here
+one of the computations that a conditional chooses from.  Each operation is such a branch, and the schedule says in which ticks a
+device takes it.  In totals of the program each branch is therefore weighted by how often an average device takes it.  The time
+that devices wait for each other is simulated from the costs of the branches.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class CompiledPipeline:
         if not self.body:
             raise ValueError(f"the compiled step has no loop of {ticks} ticks with a choice for each of their phases")
         self.phases = self._conditionals(self.body)
-        """The instruction that is the conditional of each phase of a tick, in order."""
+        """For each phase of a tick, in order, the conditional instruction that runs one of its operations."""
 
     def _conditionals(self, body: str) -> list[Instruction]:
         """List the conditionals of the phases of a tick in a computation.  Return [] if they do not match the schedule."""
@@ -82,7 +82,7 @@ class CompiledPipeline:
         return [conditional for conditional in conditionals if conditional] if fits else []
 
     def weighted(self) -> Program:
-        """Return the program with every branch weighted by how often an average device takes it in a tick."""
+        """Return the program such that each branch of a conditional counts as often as an average device takes it in a tick."""
         taken: dict[str, Sequence[float]] = {}
         for k, (conditional, phase) in enumerate(zip(self.phases, self.table.phases, strict=True)):
             column = self.table.columns[f"operation_{k}"]
@@ -106,7 +106,7 @@ class CompiledPipeline:
         has_leading = any(operation.forward_leads or operation.backward_leads for operation in branch_of)
 
         def on_all_stages(forward: str, backward: str) -> list[float]:
-            """List the costs of an operation or a pair F&B on each stage.  The cost is 0 where it does not occur."""
+            """List the cost on each stage of an operation (the other argument is '') or a pair F&B; 0 where it does not occur."""
             out = []
             for stage in range(S):
                 leads = has_leading and stage == 0
@@ -149,7 +149,7 @@ class CompiledPipeline:
         return messages
 
     def _only(self, instructions: Sequence[Instruction]) -> Program:
-        """Return a program whose entry has these instructions alone."""
+        """Return a program that consists of `instructions` alone, so that their cost can be computed."""
         part = self.program.part("between", {})
         part.bodies = {**self.program.bodies, "between": {one.name: one for one in instructions}}
         return part
@@ -174,7 +174,7 @@ class CompiledPipeline:
         return shares
 
     def describe(self, seconds: Cost, link: float, blocks: int) -> dict[str, Any]:
-        """Return, as JSON values, the costs of the operations, the bubble of a step simulated with them, and the messages.
+        """Return JSON values: costs of operations, the bubble of a step simulated with these costs, number and size of messages.
 
         Args:
           seconds: a function that returns the seconds of one run of a program.

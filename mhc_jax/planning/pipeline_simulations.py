@@ -30,7 +30,7 @@ class Row:
     sized: bool
     """Whether `run.activations` are the bytes that the connections keep.  Otherwise they are numbers of activations."""
     over: float | None = None
-    """Makespan of this row divided by the makespan of the first row with this schedule, less 1.  None for that first row."""
+    """Makespan of this row divided by the makespan of the first row with this schedule, minus 1.  None for that first row."""
 
     @property
     def unit(self) -> str:
@@ -70,7 +70,8 @@ def of_model(
 ) -> list[Row]:
     """Simulate the schedules with costs that `stage_costs.from_model` computes, once for each connection of `kinds`.
 
-    A connection with more than one stream is simulated a second time, with `recompute`.  A microbatch is one sequence.
+    A connection with more than one stream is simulated a second time, with streams that the backward recomputes.  A
+    microbatch is one sequence.
     """
     config.model.require_vocabulary()
     T = config.data.sequence_length
@@ -131,10 +132,11 @@ def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages]) -> 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table.
+    """Return a Markdown table with one row for each simulation.
 
     Times are in the unit of the costs.  The column `activations` is the largest number of activations that a device holds at once,
-    each of one stage and one microbatch.  The bytes that connections keep are in GB.
+    each of one stage and one microbatch.  The column `kept by connections` is the most that a device holds at
+    once for the backward of connections, in GB.
     """
     unit = f" ({rows[0].unit})" if rows and rows[0].unit else ""
     out = [

@@ -23,8 +23,8 @@ from jax.experimental import topologies
 
 from mhc_jax.errors import InputError, one_of, require
 
-# Without a TPU no metadata server tells libtpu the type of TPU, so a type is set here.  By default libtpu locks a file, so that one
-# process at a time loads it; here several may.  The log level hides pages of warnings.
+# Without a TPU no metadata server tells libtpu the type of TPU, so a type is set here.  By default libtpu locks a file, so that
+# only one process can load it at a time.  Here several processes may.  The log level hides pages of warnings.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -105,8 +105,8 @@ def by_shape(config: ExperimentConfig, state: Any) -> dict[str, int]:
     """Return the bytes of arrays that a step holds on one device however it is compiled, from their shapes and shardings.
 
     `streams` are the streams that are kept for the backward pass.  With model.remat `none` they are those of every sub-layer, with
-    `full` those of every block, and with `connection` those of every L_r-th sub-layer.  In a pipeline they are those of the largest
-    number of activations that a device may hold (`Schedule.bound`).
+    `full` those of every block, and with `connection` those of every L_r-th sub-layer (`remat.block_length`).  In a pipeline they
+    are those of the largest number of activations that a device may hold (`Schedule.bound`).
 
     Args:
       config: the configuration of the run.
@@ -220,7 +220,8 @@ def collective_seconds(collective: Collective, where: Slice, mesh: Any) -> float
     places = np.array([where.coordinates(mesh.devices.flat[k]) for k in collective.group])
     spans = tuple(len(set(column)) for column in places.T.tolist())
     longest = max(range(len(spans)), key=lambda k: spans[k])
-    if spans[longest] == 1:  # The group is the two cores of one chip, which share its memory.
+    # If the devices span one chip only, they are its two cores, which exchange arrays through the chip's memory.
+    if spans[longest] == 1:
         return collective.wire_bytes / where.chip.bandwidth
     if collective.kind.endswith("all-to-all"):
         ring = where.sides[longest] % where.chip.whole == 0

@@ -227,7 +227,8 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
             figure.colorbar(mesh, ax=list(axes[:5]), shrink=0.7, pad=0.01)
             figure.colorbar(composite_mesh, ax=axes[5], shrink=0.7, pad=0.03)
         axes[5].set_title(f"H({L})···H(1)", loc="center")
-        size = min(9.0, 240 / len(style["label"]))  # in points, so that long labels fit a row of 2.3 inches
+        # The font size, in points, is small enough for a long label to fit a row of 2.3 inches.
+        size = min(9.0, 240 / len(style["label"]))
         name = f"{style['label']}\n(step {step})"
         axes[0].set_ylabel(name, color=style["color"], weight="bold", fontsize=size)
     return figure

@@ -115,7 +115,8 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
             if not curves:
                 continue
             common = sorted(set.intersection(*map(set, curves)))
-            common = common[: len(common) - half_window(len(common))]  # the last medians have shorter windows
+            # The last medians of a curve are left out, because their windows have fewer points.
+            common = common[: len(common) - half_window(len(common))]
             table = np.asarray([[curve[step] for step in common] for curve in curves])
             axis.fill_between(common, table.min(0), table.max(0), color=color, alpha=0.15, linewidth=0)
             label = f"{setting.label} ({len(curves)} seeds)"

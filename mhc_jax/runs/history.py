@@ -66,7 +66,7 @@ class History:
     gains: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("max_composite_forward", "max_composite_backward", "max_column_error"))
     )
-    """Largest composite gains and error of H_res's column sums so far, over sub-layers and diagnostics steps; None before these."""
+    """Largest composite gains, and largest error of a column sum of H_res, so far; None before the first diagnostics step."""
     last_diagnostics: dict[str, float | None] = field(
         default_factory=lambda: {f"final_{key}": None for key in STREAM_MEASURES}
     )
@@ -106,7 +106,7 @@ class History:
         self.first_nonfinite = None if math.isfinite(loss) else self.step
 
     def add_diagnostics(self, values: dict[str, np.ndarray]) -> None:
-        """Update the largest gains and the last stream measures, and note whether an RMS is not finite.
+        """Update the largest gains and the last stream measures, and note whether an RMS of streams or branches is not finite.
 
         Args:
           values: what `diagnostics.summarize` returned.

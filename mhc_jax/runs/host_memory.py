@@ -35,6 +35,6 @@ def keep_pages() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # the C library musl has no mallopt
         return False
-    # There is one arena, because only the arena of the main thread can grow to any size.  It serves large requests, too.
+    # The main thread's arena is the only one, because no other can grow to any size.  With M_MMAP_MAX = 0 it serves large requests.
     settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
     return all([mallopt(name, value) == 1 for name, value in settings.items()])

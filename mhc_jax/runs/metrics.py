@@ -4,9 +4,9 @@ Each line of metrics.jsonl is a JSON object with a `kind`, a `step` (the number 
 
     train        loss [nats/token], the mean over the batch before the update; grad_norm (before clipping); clipped (1 if
                  grad_norm exceeds optimizer.grad_clip); learning_rate of this update; tokens trained on, this step included;
-                 step_time_s; tokens_per_s.  If the model has experts: router_load_cv, router_max_load, router_entropy and
-                 router_bias_range (`layers.moe.router_health`), each a mean over layers, and the same of router_dropped if
-                 model.experts sets a buffer
+                 step_time_s; tokens_per_s.  If the model has experts, means over layers: router_load_cv, router_max_load,
+                 router_entropy and router_bias_range (`layers.moe.router_health`), and router_dropped (share of dropped pairs
+                 of token and expert) if model.experts sets a buffer
     validation   loss, the mean over all tokens of the validation batches; bits_per_byte of these tokens (`Data.bits_per_nat`)
     diagnostics  arrays of `diagnostics.summarize` as lists; after step 0 also grad_norm_per_layer [L/2] (of each block) and, if
                  the model has experts, router_* of each layer

@@ -19,7 +19,7 @@ TEXT = "{task.fields[text]}"
 
 
 class _Bars:
-    """A context manager that shows progress bars below each other.  Each has a name, a bar, a count and the given `columns`."""
+    """A context manager that shows progress bars, one a line.  Each line has a name, a bar, a count and the given `columns`."""
 
     def __init__(self, *columns: str | rich.ProgressColumn, shown: bool = True):
         console = Console(file=sys.stderr, soft_wrap=True)

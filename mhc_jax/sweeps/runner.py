@@ -68,7 +68,8 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
         data = load_data(run.config.data)
         identities[text] = data.identity
         print("\n".join(data.describe(run.config.train.validation_batches)), file=sys.stderr)
-    for run in grid.runs:  # also runs that are not selected, because another machine may have begun them
+    # Runs that are not selected are checked too, because another machine may have begun them.
+    for run in grid.runs:
         if read := identities.get(text_of(run)):
             check_text(recorded_data(workdir / run.name), read, workdir / run.name)
     write_plan(workdir, grid)
@@ -217,7 +218,7 @@ class SlurmTask:
         self.workdir, self.command = workdir.resolve(), typed_command()
 
     def __call__(self, name: str) -> int:
-        """Train the run `name` and return the exit status of a worker.  An error is written to `failure_file` and raised again."""
+        """Train a run and return its exit status, as `worker.run` does.  An error is written to `failure_file` and raised again."""
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
         os.environ[COMMAND] = self.command
         try:

@@ -137,15 +137,15 @@ def _backward(numbers, x, phi, dx, dphi):
 
 
 def gradient_columns(k: int, dtype: Any) -> int:
-    """Return the number of columns that the pieces of the gradient of z take, for k padded to a multiple of 8."""
+    """Return how many columns the pieces of g / RMS (`gradient_operands`) take in a kernel, for k padded to a multiple of 8."""
     return k * len(_PIECES[jnp.dtype(dtype).itemsize][0])
 
 
 def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
     """Return the small operands of the backward kernel, where g [k, N] is the gradient of z.
 
-    They are the pieces of g / RMS [rows, N], the factor (g . z) / (RMS^2 nC) of x in dx [1, N], and the pieces of phi [rows, nC];
-    `_PIECES` says which pieces.
+    They are pieces of g / RMS below each other [rows, N], the factor (g . z) / (RMS^2 nC) of x in dx [1, N], and pieces of phi^T
+    [rows, nC].  `_PIECES` explains the pieces.
     """
     of_g, of_phi = _PIECES[x.dtype.itemsize]
     k = tpu.up(g.shape[0], 8)
@@ -157,7 +157,8 @@ def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
 def gradients(numbers, x, phi, dphi, finish):
     """Add what a block of tokens contributes to dphi [k, nC], and call finish(channels, dv) for each slice of channels.
 
-    dv = g phi^T / RMS [tokens, channels] in float32, where g is the gradient of z.
+    dv = g phi^T / RMS [tokens, channels] in float32, where g is the gradient of z.  The first columns of
+    `numbers` [tokens, columns] are the pieces of g / RMS, and `phi` holds the pieces of phi^T (`gradient_operands`).
     """
     k, last = dphi.shape[0], gradient_columns(dphi.shape[0], x.dtype)
     left = numbers[:, last - phi.shape[0] : last].astype(jnp.bfloat16)

@@ -40,7 +40,7 @@ def _forward(n, C, pre, x, h):
 
 
 def products(x: Array, g: Array, name: str = "mhc_read_products") -> Array:
-    """Map x [N, nC], g [N, C] -> <x_i, g> [n, N] in float32.  Memory traffic per token: (n + 1) C numbers."""
+    """Map x [N, nC], g [N, C] -> inner products <x_i, g> [n, N], float32.  Memory traffic per token: (n + 1) C numbers."""
     C = g.shape[1]
     n = x.shape[1] // C
 

@@ -22,7 +22,7 @@ from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
 
 
 def _steps(eps: float) -> Steps:
-    """Return `Steps` that sum over an axis on a TPU, and that use multiply-adds where the kernel is interpreted on a CPU."""
+    """Return the Sinkhorn iteration, with sums over an axis on a TPU, and multiply-adds where a CPU interprets the kernel."""
     return Steps(eps, summed=backend_choice.platform() == "tpu")
 
 
@@ -46,7 +46,9 @@ def _forward_kernel(num_iters, eps, logits, res):
 
 
 def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
-    """Map logits and the gradient g of res, [n, n, N] each, -> the gradient of the logits; all scalings stay in VMEM.
+    """Map logits and the gradient g of res, [n, n, N] each, -> the gradient of the logits.
+
+    The scalings of all iterations are computed again and stay in VMEM.
 
     Memory traffic per token: reads 2 n^2 numbers, writes n^2.
     """
@@ -59,7 +61,7 @@ def backward(logits: Array, g: Array, num_iters: int, eps: float) -> Array:
 def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
     """Store the gradient of the logits of a block in `dlogits`, which first holds the gradient of the matrix K of `steps.py`.
 
-    R and C are scratch arrays for the scalings of the rows and of the columns after each pair of steps.
+    R and C are scratch arrays for the scalings of rows and columns after each iteration (a pair of steps).
     """
     x, G, steps = logits[...], g[...], _steps(eps)
     K, r = steps.first_step(x)
@@ -88,6 +90,7 @@ def _call(kernel, name, arrays, flops, roots, history=0):
     """Run a kernel over blocks [n, n, rows, 128] of the arrays [n, n, N], and return its result [n, n, N].
 
     The kernel gets two scratch arrays in VMEM, for `history` scalings of rows and as many of columns; 0 means no scratch arrays.
+    `flops` and `roots` are numbers of operations for each token.
     """
     n, N = arrays[0].shape[0], arrays[0].shape[2]
     padded = tpu.up(N, 8 * tpu.LANES)

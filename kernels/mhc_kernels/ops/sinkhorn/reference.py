@@ -27,5 +27,6 @@ def sinkhorn(logits: Array, num_iters: int = 20, eps: float = 0.0, axes: tuple[i
     def row_step(M):
         return M / (M.sum(columns, keepdims=True) + eps)
 
-    M = row_step(jax.nn.softmax(logits, rows) + eps)  # the softmax over a column is T_c(exp(logits))
+    # The softmax over each column is exp(logits) after a column step without epsilon.
+    M = row_step(jax.nn.softmax(logits, rows) + eps)
     return lax.fori_loop(1, num_iters, lambda _, M: row_step(column_step(M)), M)

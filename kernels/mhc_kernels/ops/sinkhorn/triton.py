@@ -72,7 +72,7 @@ def _call(name: str, n: int, num_iters: int, eps: float, *args: Array) -> Array:
         return jnp.moveaxis(out.reshape(*out.shape[:2], axis_size, -1), 2, 0), True
 
     out = run(*args)[:n, :n]
-    # The result of `triton_call` has lost the type which says that it varies between shards (`jax.shard_map`).
+    # The result of `triton_call` lacks the type which says that it varies between shards of `jax.shard_map`.  `pcast` restores it.
     axes = tuple(jax.typeof(args[0]).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying)
     return lax.pcast(out, axes, to="varying") if axes else out
 

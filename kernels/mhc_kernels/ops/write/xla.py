@@ -68,8 +68,9 @@ def _write_bwd(saved, g):
     n = len(post)
     if backend_choice.platform() != "cpu":
         return pull(streams(g, n), x, y, post, res)
-    g = once(g)  # g is a sum of three gradients, from the next projection, read and write; it is computed once
-    # einsum calls a library for small matrix products on CPUs.  The same sums as a fusion of broadcasts take 3x as long.
+    # `once` makes XLA compute g a single time.  g is the sum of the gradients from the next projection, read and write.
+    g = once(g)
+    # On CPUs einsum calls a library for small matrix products.  As a fusion of broadcasts, the same sums take 3x as long.
     gs = _as_streams(g, n)
     dx = jnp.einsum("ij...,...ic->...jc", res, gs, precision="highest").reshape(x.shape).astype(x.dtype)
     dres = jnp.einsum("...ic,...jc->ij...", gs, _as_streams(x, n), precision="highest")

@@ -102,7 +102,7 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
 
     tpu.for_rows(x, spread)
     zeros = jnp.zeros((phi.shape[0], tokens), jnp.float32), jnp.zeros((tokens, lanes), jnp.float32)
-    # This keeps a pass of the loop at about a thousand instruction bundles, for any n and number of tokens.
+    # With this `unroll` one iteration of the loop has about a thousand instruction bundles, for any n and number of tokens.
     unroll = max(1, 16 * lanes // (n * tokens))
     products, squares = tpu.for_channels(C, channels, zeros, unroll)
     normalise(products, squares, out, k, n * C, eps_norm)
@@ -121,7 +121,7 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
 
 
 def read_products(new: Array, g_h: Array) -> Array:
-    """Map x' [N, nC] and the gradient g_h [N, C] of h -> <x'_i, g_h> [n, N].  Memory traffic per token: (n + 1) C numbers."""
+    """Map x' [N, nC] and the gradient g_h [N, C] of h -> products <x'_i, g_h> [n, N].  Traffic per token: (n + 1) C numbers."""
     return products(new, g_h, "mhc_write_read_products")
 
 
