@@ -113,7 +113,8 @@ def stream_measures(x: Float[Array, "S n C"]) -> dict[str, Float[Array, ""]]:
     def over_pairs(values: Float[Array, "S n n"]) -> Float[Array, ""]:
         return jnp.where(count == 0, 1, jnp.sum(jnp.where(pairs, values, 0)) / jnp.maximum(count, 1))
 
-    # A token's norms are divided by the largest power of two among their scales, so that their fourth powers fit float32.
+    # The norm of a stream is `norm` times 2^`exponent`.  All norms of one token are divided by the token's largest 2^`exponent`, so
+    # that the fourth powers of the norms, which `gram**2` needs, fit float32.
     size = jnp.ldexp(norm, (exponent - jnp.max(jnp.where(zero[:, :, None], -999, exponent), 1, keepdims=True))[:, :, 0])
     gram = cosine * size[:, :, None] * size[:, None, :]
     trace, squares = jnp.sum(size**2, 1), jnp.sum(gram**2, (1, 2))

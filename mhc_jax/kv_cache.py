@@ -37,7 +37,7 @@ class Cache:
 def empty_cache(config: ModelConfig, batch: int, slots: int = 0) -> Cache:
     """Make an empty cache with room for `slots` tokens in each of `batch` rows.
 
-    If `slots` is 0, the cache that the decoder returns has room for exactly the tokens of that call.
+    If `slots` is 0, the cache that the decoder returns has room for exactly the tokens that the decoder was given.
     """
     if config.uses_mla:
         shapes = {"c": (config.kv_rank,), "k_R": (config.rope_width,)}

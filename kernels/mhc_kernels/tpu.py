@@ -296,7 +296,7 @@ def piece(ref: Any, rows: Any, first: int, c: Channels) -> Array:
 
 
 def put(ref: Any, rows: Any, first: int, c: Channels, value: Array) -> None:
-    """Store `value` where `piece` with the same arguments loads from, rounded to the dtype of `ref`."""
+    """Round `value` to the dtype of `ref`, and store it at the place from which `piece` loads with the same arguments."""
     ref.at[rows, pl.ds(first + c.base, c.width)][:, c.at : c.at + LANES] = value.astype(ref.dtype)
 
 

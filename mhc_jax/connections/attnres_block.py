@@ -42,7 +42,8 @@ class AttnResBlockConfig(ConnectionConfig):
     block_size: int = 4
     """Number of sub-layers whose branch outputs are summed into one source.  With 1 every output is a source (full AttnRes)."""
     eps_norm: float = 1e-20
-    """Epsilon of the RMSNorm of the sources.  This norm has no weight of its own, because the query w absorbs it."""
+    """Epsilon of the RMSNorm of the sources.  This norm has no weight, because the learned query w, with which the sources are
+    scored, would absorb it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

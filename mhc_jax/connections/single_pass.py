@@ -79,7 +79,7 @@ class SinglePass(ManifoldHyperConnection):
         return {**super().static_logits(), "pre": ahead["pre"]}
 
     def expand(self, x: Float[Array, "B T C"]) -> Ahead:
-        """Make the streams of the embedding x, and the coefficients A_0 of their first read, which are one-hot on stream 0."""
+        """Make the streams of the embedding x, and the coefficients of their first read (A_0, one-hot on stream 0)."""
         n, tokens = self.config.num_streams, x.shape[:-1]
         first = home_stream(0, n).reshape(n, *(1,) * len(tokens))
         return Ahead(super().expand(x), jnp.broadcast_to(first, (n, *tokens)))

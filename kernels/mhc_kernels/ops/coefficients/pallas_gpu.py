@@ -97,7 +97,8 @@ def forward(
 def token_splits(N: int, tokens: int, others: int) -> tuple[int, int]:
     """Return into how many shares the N tokens are split, and the number of blocks of `tokens` tokens in a share.
 
-    Each share is handled by `others` programs, of which each has other channels.  All together are about `PROGRAMS` programs.
+    `others` programs work on one share, each on a different part of the channels.  The number of shares is chosen so that there are
+    about `PROGRAMS` programs in all.
     """
     blocks = pl.cdiv(N, tokens)
     each = pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, others)))

@@ -50,7 +50,7 @@ def forward(
     """
     n, C, k = post.shape[0], y.shape[1], phi.shape[1]
     rows = tpu.up(k, 8)
-    # The logits of pre are row 0 of `gate` times z, plus row 1.  Column i of both rows belongs to column i of `out`, which is z_i.
+    # Row 0 of `gate` is the gate alpha, and row 1 is the bias: logit i of pre is gate[0, i] z_i + gate[1, i].
     gate = tpu.pad(jnp.stack([jnp.broadcast_to(alpha, (n,)), bias]).astype(jnp.float32), 8, 0)
     new, h, out = tpu.call(
         functools.partial(_forward, n, C, rows, eps_norm, eps),
