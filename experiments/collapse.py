@@ -27,7 +27,7 @@ from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.train_step import make_eval_step
 
 CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders, joined with commas.")
-BATCHES = flags.DEFINE_integer("batches", 16, "Number of validation batches.")
+BATCHES = flags.DEFINE_integer("batches", 16, "Number of validation batches.", lower_bound=1)
 
 
 def replaced(n: int, first: int) -> nn.module.Interceptor:

@@ -21,7 +21,7 @@ from mhc_jax.train_step import init_state
 
 CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Decodings of each; the order turns every round.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Decodings of each; the order turns every round.", lower_bound=1)
 VOCABULARY = 264
 """Vocabulary size of the byte tokenizer.  Prompts are random ids, so that no text is read."""
 

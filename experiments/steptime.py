@@ -19,7 +19,7 @@ from mhc_jax.train_step import make_train_step
 
 CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
-ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each; the order turns every round.")
+ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each; the order turns every round.", lower_bound=1)
 VOCABULARY = 264
 """Vocabulary size of the byte tokenizer.  Token ids are random, so that no text is read."""
 

@@ -169,7 +169,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="compile the GPU kernels instead; needs the package triton"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; it must be at least 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"--json: there is no folder {Path(args.json).parent}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

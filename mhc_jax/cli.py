@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 import traceback
@@ -91,7 +92,9 @@ def main(
             status = 2 if isinstance(error, InputError) else distributed.LOST
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            status = 130
+            # At the usual end of the interpreter, XLA's threads that still compile would crash the process.
+            sys.stdout.flush()
+            os._exit(130)
         except Exception as error:
             if not distributed.joined():
                 raise

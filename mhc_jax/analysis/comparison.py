@@ -21,11 +21,13 @@ EQUAL_STREAMS_COSINE = 0.999
 """Streams count as equal in direction if the mean cosine between pairs of streams exceeds this value."""
 EQUAL_STREAMS_SIZE = 1.01
 """Streams count as equal in size if the largest root mean square of a stream, divided by the smallest, lies below this value."""
+ONE_STREAM_COSINE = 0.99
+"""Streams count as one vector up to sign and scale if the mean absolute cosine between pairs of streams exceeds this value, and
+their rank lies below `ONE_STREAM_RANK`.  The rank alone does not tell, because it is near 1 as well where one stream outweighs
+streams of other directions."""
 ONE_STREAM_RANK = 1.01
-"""Streams count as one vector up to sign and scale if their rank (`stream_rank` in diagnostics.py) lies below this value.
-
-At least 1 / 1.01, that is 99 %, of the sum of the streams' squared norms then lies along one vector.
-"""
+"""At a rank below this value (`stream_rank` in diagnostics.py), at least 1 / 1.01, that is 99 %, of the sum of the streams' squared
+norms lies along one vector."""
 NBSP = "\N{NO-BREAK SPACE}"
 """No-break space.  Cells of tables have it inside parentheses, so that their text can break before a parenthesis only."""
 DASH = "–"
@@ -236,15 +238,19 @@ def _streams(variant: Variant) -> str:
     The text is empty if no run finished, or if one has a single stream or lacks diagnostics of streams.  The first sub-layer is
     left out, because the streams that it reads come from the entry, unchanged by any connection.
     """
-    cosines, ranks, sizes = [], [], []
+    measures = {key: [] for key in ("stream_cosine", "stream_cosine_abs", "stream_rank", "stream_rms")}
     for run in variant.finished:
-        for key, values in (("stream_cosine", cosines), ("stream_rank", ranks), ("stream_rms", sizes)):
+        for key, values in measures.items():
             last = last_diagnostics(run, key)
             values.append(np.empty(0) if last is None or run.num_streams == 1 else last[1][1:])
-    if not ranks or any(not len(values) or not np.isfinite(values).all() for values in (*cosines, *ranks, *sizes)):
+    cosines, absolute, ranks, sizes = measures.values()
+    if not ranks or any(not len(v) or not np.isfinite(v).all() for values in measures.values() for v in values):
         return ""
     among = f"{min(map(np.min, ranks)):.2f} and {max(map(np.max, ranks)):.2f} of {sizes[0].shape[1]}"
-    collapsed = [int((values < ONE_STREAM_RANK).sum()) for values in ranks]
+    collapsed = [
+        int(((rank < ONE_STREAM_RANK) & (cosine > ONE_STREAM_COSINE)).sum())
+        for rank, cosine in zip(ranks, absolute, strict=True)
+    ]
     spread = max(float((values.max(1) / values.min(1)).max()) for values in sizes)
     if min(map(np.min, cosines)) > EQUAL_STREAMS_COSINE and spread < EQUAL_STREAMS_SIZE:
         return (
@@ -256,7 +262,8 @@ def _streams(variant: Variant) -> str:
         return (
             f"streams are nearly one vector up to sign and scale at {', '.join(map(str, collapsed))} of the {len(ranks[0])} "
             f"sub-layers after the first{each}: at least 99 % of their squared size lies along it (rank below "
-            f"{ONE_STREAM_RANK}). There H_res changes little but signs and scales. The rank lies between {among}."
+            f"{ONE_STREAM_RANK}, mean absolute cosine above {ONE_STREAM_COSINE}). There H_res changes little but "
+            f"signs and scales. The rank lies between {among}."
         )
     return f"streams differ at every sub-layer: their rank lies between {among}."
 

@@ -202,8 +202,8 @@ def mixing(records: Sequence[RunRecord]) -> Figure:
 def h_res(records: Sequence[RunRecord]) -> Figure:
     """Draw heat maps of H_res at five evenly spaced sub-layers, and of the composite of all sub-layers.
 
-    Each row of the figure shows one run at its last diagnostics step. The first five maps show H_res (no unit), a mean over the
-    sampled tokens, at sub-layers l from the first to the last. The sixth map shows the product of these means over all L
+    Each row of the figure shows one run at its last diagnostics step. The first maps show H_res (no unit), a mean over the
+    sampled tokens, at up to five sub-layers l from the first to the last. The last map shows the product of these means over all L
     sub-layers. Row i of a map says how much output stream i takes from each input stream j. Sums of rows stand at the right of a
     map and sums of columns below it, for up to 8 streams. The colour scale is centred at 0 if a run's matrices have negative
     entries, else it starts at 0. The product has a colour scale of its own if one of its entries reaches 2 in size.
@@ -215,13 +215,15 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
     grid = figure.subplots(len(runs), 6, squeeze=False)
     for axes, (_, style, (step, matrices)) in zip(grid, runs, strict=True):
         L = len(matrices)
-        depths = [round(share * (L - 1)) for share in (0, 0.25, 0.5, 0.75, 1)]
+        depths = sorted({round(share * (L - 1)) for share in (0, 0.25, 0.5, 0.75, 1)})
         composite = reduce(lambda product, matrix: matrix @ product, matrices)
         chosen = matrices[depths]
         scale = _scale(np.append(chosen, composite) if np.abs(composite).max() < 2 else chosen)
         for axis, sublayer in zip(axes, depths, strict=False):
             mesh = _matrix(axis, matrices[sublayer], scale)
             axis.set_title(f"l = {sublayer + 1}", loc="center")
+        for axis in axes[len(depths) : 5]:
+            axis.set_axis_off()
         composite_mesh = _matrix(axes[5], composite, _scale(np.append(chosen, composite)))
         if len(composite) > CELL_TEXT_STREAMS:
             figure.colorbar(mesh, ax=list(axes[:5]), shrink=0.7, pad=0.01)

@@ -310,8 +310,8 @@ def _tick(value: float, _: int) -> str:
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
     exponent = int(np.floor(np.log10(value) + 1e-9))
-    factor = round(value / 10.0**exponent)
-    factor_text = "" if factor == 1 else rf"{factor}\cdot "
+    factor = f"{value / 10.0**exponent:.2g}"
+    factor_text = "" if factor == "1" else rf"{factor}\cdot "
     return f"${factor_text}10^{{{exponent}}}$"
 
 
@@ -325,8 +325,9 @@ def _minor_ticks(ratio: float) -> Formatter:
     labelled = range(2, 10) if ratio < 3.5 else (2, 3, 4, 6) if ratio < 8 else (2, 5)
 
     def text(value: float, position: int) -> str:
-        digit = round(value / 10.0 ** np.floor(np.log10(value) + 1e-9))
-        return _tick(value, position) if digit in labelled else ""
+        factor = value / 10.0 ** np.floor(np.log10(value) + 1e-9)
+        whole = abs(factor - round(factor)) < 1e-6  # an axis of less than a decade also has ticks such as 2.2 and 2.4
+        return _tick(value, position) if whole and round(factor) in labelled else ""
 
     return FuncFormatter(text)
 

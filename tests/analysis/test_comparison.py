@@ -180,10 +180,11 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
     assert "mhc:init=paper" not in frontier_lines(without_mhc(*RATES))
 
 
-def with_streams(record, cosine, rank, rms=1.0):
+def with_streams(record, cosine, rank, rms=1.0, absolute=1.0):
     """Return the run with these measures of its streams in every diagnostics line; `rms` is the second stream's."""
     sizes = np.tile([1.0, rms, 1.0, 1.0], (len(rank), 1))
     more = {"stream_cosine": np.asarray(cosine), "stream_rank": np.asarray(rank), "stream_rms": sizes}
+    more["stream_cosine_abs"] = np.full(len(rank), absolute)
     return dataclasses.replace(record, diagnostics=[{**line, **more} for line in record.diagnostics])
 
 
@@ -197,6 +198,9 @@ def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     said = findings(group([residual, with_streams(hc, [1.0, 0.0, 0.6, 0.5], [1.0, 1.001, 2.1, 2.6])]))
     opposed = "hc: streams are nearly one vector up to sign and scale at 1 of the 3 sub-layers after the first: at least 99 % "
     assert any(s.startswith(opposed) and s.endswith("The rank lies between 1.00 and 2.60 of 4.") for s in said)
+    # One stream outweighs three others, which point elsewhere.
+    said = findings(group([residual, with_streams(hc, [1.0, 0.6, 0.6], [1.0, 1.004, 1.3], 40.0, absolute=0.657)]))
+    assert "hc: streams differ at every sub-layer: their rank lies between 1.00 and 1.30 of 4." in said
     said = findings(group([residual, with_streams(hc, [1.0, 0.1, 0.2], [1.0, 2.1, 2.6])]))
     assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 

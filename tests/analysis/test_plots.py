@@ -15,6 +15,7 @@ from mhc_jax import plots
 from mhc_jax.analysis.grouping import group
 from mhc_jax.analysis.run_reader import labels, last_diagnostics, series
 from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
+from mhc_jax.plots import style
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 
 MHC, LOST = "mhc:init=paper", "hc dtype=float16"
@@ -359,3 +360,9 @@ def test_gaps_of_seeds_and_their_mean(rates):
     steps, gap = line.get_data()
     # A straight line, -0.06 of the share of the steps done; medians of it are its middle.
     np.testing.assert_allclose(gap[5:-5], -0.06 * np.asarray(steps)[5:-5] / STEPS, atol=1e-9)
+
+
+def test_ticks_of_a_short_logarithmic_axis_are_labelled_as_they_stand():
+    assert [style._tick(value, 0) for value in (2.2e-7, 1e-7, 0.02)] == [r"$2.2\cdot 10^{-7}$", "$10^{-7}$", "0.02"]
+    label = style._minor_ticks(2.0)
+    assert [label(value, 0) for value in (2e-7, 2.2e-7)] == [r"$2\cdot 10^{-7}$", ""]
