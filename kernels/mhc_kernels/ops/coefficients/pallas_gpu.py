@@ -21,7 +21,8 @@ from mhc_kernels.ops.rms_norm import inverse_rms
 
 obstacle = gpu.obstacle
 
-TOKENS, CHANNELS = 64, 64
+CHANNELS = 64
+"""Largest number of channels of a block."""
 PROGRAMS = 1024
 """Approximate number of programs of the backward kernel: several for each of the 132 multiprocessors of an H100."""
 
@@ -29,6 +30,11 @@ PROGRAMS = 1024
 def pad_columns(a: Float[Array, "rows k"]) -> Float[Array, "rows K"]:
     """Pad the k columns of `a` with zeros to K columns, a power of two of at least 16, which tensor cores need."""
     return jnp.pad(a, ((0, 0), (0, max(gpu.power_of_two(a.shape[1]), 16) - a.shape[1])))
+
+
+def _tokens(K: int, dtype: Any) -> int:
+    """Return the number of tokens of a block of x: fewer in float32, whose three pieces would spill."""
+    return 64 if dtype == jnp.bfloat16 else 32 if K <= 64 else 16
 
 
 def _warps(K: int) -> int:
@@ -61,17 +67,18 @@ def forward(
     Each program of the kernel handles all channels of a block of tokens.
 
     Memory traffic per token: reads W numbers, writes k + 1 float32 numbers.  Each block reads phi, with k padded to K, once from
-    the L2 cache: 6 W K / TOKENS bytes a token.
+    the L2 cache: 6 W K bytes, shared by its tokens.
     """
     N, W = x.shape
     k = phi.shape[1]
     wide = gpu.channels(W, CHANNELS)
     parts = gpu.pieces(pad_columns(phi))
     K = parts[0].shape[1]
+    tokens = _tokens(K, x.dtype)
 
     def kernel(x_ref, *refs):
         *phi_refs, z_ref, inverse_ref = refs
-        tile = Tile(pl.program_id(0) * TOKENS, TOKENS, N, 0, wide, W)
+        tile = Tile(pl.program_id(0) * tokens, tokens, N, 0, wide, W)
 
         def chunk(c, sums):
             z, squares = sums
@@ -80,14 +87,14 @@ def forward(
             p = load_rows(phi_refs, c * wide, wide, W, bool(W % wide))
             return z + gpu.split_dot(gpu.pieces(v), p, (1, 0), terms=3), squares + (v32 * v32).sum(1)
 
-        zeros = jnp.zeros((TOKENS, K), jnp.float32), jnp.zeros((TOKENS,), jnp.float32)
+        zeros = jnp.zeros((tokens, K), jnp.float32), jnp.zeros((tokens,), jnp.float32)
         z, squares = lax.fori_loop(0, pl.cdiv(W, wide), chunk, zeros)
         inverse = inverse_rms(squares / W, eps_norm)
         tile.store_column(inverse_ref, inverse)
         store_rows(tile, z_ref, z * inverse[:, None])
 
     out = [((K, N), jnp.float32), ((N,), jnp.float32)]
-    grid = (pl.cdiv(N, TOKENS),)
+    grid = (pl.cdiv(N, tokens),)
     z, inverse = gpu.call(
         kernel, "mhc_coefficients_forward", grid, out, x, *parts, num_warps=_warps(K), num_stages=3 if K <= 64 else 2
     )
@@ -140,7 +147,8 @@ def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tupl
     grads = gpu.pieces(pad_columns(scaled.T))
     parts = [] if phi is None else gpu.pieces(pad_columns(phi))
     K = grads[0].shape[1]
-    shares, each = token_splits(N, TOKENS, pl.cdiv(W, wide))
+    tokens = _tokens(K, x.dtype)
+    shares, each = token_splits(N, tokens, pl.cdiv(W, wide))
     # Two terms leave out products of relative size 2^-16, which the rounding of dx to bfloat16 would lose anyway.
     terms = 2 if x.dtype == jnp.bfloat16 else 3
 
@@ -149,16 +157,16 @@ def _backward(x: Array, phi: Array | None, scaled: Array, shrink: Array) -> tupl
         channel, share = pl.program_id(0) * wide, pl.program_id(1)
 
         def block(b, dphi):
-            tile = Tile(b * TOKENS, TOKENS, N, channel, wide, W)
+            tile = Tile(b * tokens, tokens, N, channel, wide, W)
             v = tile.load(x_ref)
-            s = load_rows(grad_refs, b * TOKENS, TOKENS, N, bool(N % TOKENS))
+            s = load_rows(grad_refs, b * tokens, tokens, N, bool(N % tokens))
             if phi is not None:
                 p = load_rows(phi_refs, channel, wide, W, bool(W % wide))
                 dv = gpu.split_dot(s, p, (1, 1), terms)
                 tile.store(out_refs[0], dv - tile.column(shrink_ref)[:, None] * v.astype(jnp.float32))
             return dphi + gpu.split_dot(gpu.pieces(v), s, (0, 0), terms=3)
 
-        last = jnp.minimum((share + 1) * each, pl.cdiv(N, TOKENS))
+        last = jnp.minimum((share + 1) * each, pl.cdiv(N, tokens))
         dphi = lax.fori_loop(share * each, last, block, jnp.zeros((wide, K), jnp.float32))
         Tile(share * rounded + channel, wide, shares * rounded, 0, K, K, ragged=False).store(out_refs[-1], dphi)
 

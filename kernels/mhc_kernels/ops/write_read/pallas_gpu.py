@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,24 +26,29 @@ read_products = read.products
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """The numbers of tokens and channels of a tile, and of warps of a program, chosen so that no registers spill on sm_90."""
+    """The numbers of tokens and channels of a tile, and of warps of a program, chosen so that no registers spill.
+
+    This was seen on sm_90, under Triton 3.6 and 3.9.
+    """
 
     tokens: int
     channels: int
     warps: int
 
 
-def _forward_block(n: int) -> _Block:
-    """Return the sizes for the forward kernel with n streams: 64 tokens, the height of a Hopper matrix instruction.
+def _forward_block(n: int, dtype: Any) -> _Block:
+    """Return the sizes for the forward kernel: mostly 64 tokens, the height of a Hopper matrix instruction.
 
     Up to n = 4, two programs fit on a multiprocessor and overlap.
     """
-    return _Block(64, 32, 4) if n <= 4 else _Block(64, 16, 8)
+    half = dtype == jnp.bfloat16
+    return _Block(64, 32 if half else 16, 4) if n <= 4 else _Block(64 if half else 32, 16, 8)
 
 
-def _backward_block(n: int) -> _Block:
+def _backward_block(n: int, dtype: Any) -> _Block:
     """Return the sizes for the backward kernel: few tokens, because x and dx of all n streams are in registers at once."""
-    return _Block(16, 64, 4 if n <= 4 else 8)
+    wide = 64 if dtype == jnp.bfloat16 else 32 if n <= 4 else 16
+    return _Block(16, wide, 4 if n <= 4 else 8)
 
 
 def forward(
@@ -70,7 +76,7 @@ def forward(
     """
     N, C = y.shape
     n, k = bias_pre.shape[0], phi.shape[1]
-    block = _forward_block(n)
+    block = _forward_block(n, x.dtype)
     tokens, wide = block.tokens, gpu.channels(C, block.channels)
     parts = gpu.pieces(statistics.pad_columns(phi))
     K = parts[0].shape[1]
@@ -150,7 +156,7 @@ def backward(
     x, y, post, res, phi, new, z, inverse = saved
     N, C = y.shape
     n = post.shape[0]
-    size = _backward_block(n)
+    size = _backward_block(n, x.dtype)
     tokens, wide = size.tokens, gpu.channels(C, size.channels)
     scaled = g_z * inverse[None]
     shrink = (g_z * z).sum(0) * inverse**2 / x.shape[1]
@@ -159,16 +165,19 @@ def backward(
     terms = 2 if x.dtype == jnp.bfloat16 else 3
     chunks = pl.cdiv(C, wide)
     shares, each = statistics.token_splits(N, tokens, chunks)
+    ragged = N < tokens
 
     def kernel(x_ref, y_ref, post_ref, res_ref, pre_ref, shrink_ref, g_new_ref, g_h_ref, *refs):
         grad_refs, phi_refs, (dx_ref, dy_ref, sums_ref) = refs[:3], refs[3:6], refs[6:]
         chunk, share = pl.program_id(0), pl.program_id(1)
 
         def block(b, carry):
-            at = Tile(b * tokens, tokens, N, chunk * wide, wide, C)
+            # The last block ends at token N.  Where it repeats tokens of the block before, both write the same numbers.
+            start = b * tokens if ragged or N % tokens == 0 else jnp.minimum(b * tokens, N - tokens)
+            at = Tile(start, tokens, N, chunk * wide, wide, C, ragged)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
             g_h, shrink = at.load32(g_h_ref), at.column(shrink_ref)[:, None]
-            s = statistics.load_rows(grad_refs, b * tokens, tokens, N, bool(N % tokens))
+            s = statistics.load_rows(grad_refs, start, tokens, N, ragged)
 
             def stream(i, sums):
                 dy, dxs = sums
