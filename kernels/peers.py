@@ -177,8 +177,8 @@ def _composed(sinkhorn: Any, coefficients: Any, read: Any, write: Any) -> dict[s
     }
 
 
-def torch_compile(n: int) -> dict[str, Any]:
-    """Return the operations for n streams by name, written in plain PyTorch and compiled by `torch.compile`."""
+def plain_torch(n: int) -> dict[str, Any]:
+    """Return the operations for n streams by name, written in plain PyTorch."""
     import torch
 
     def sinkhorn(logits):
@@ -203,8 +203,14 @@ def torch_compile(n: int) -> dict[str, Any]:
         mixed = (res[:, :, :, None] * x.float()[:, None]).sum(2)
         return (mixed + post[:, :, None] * y.float()[:, None]).to(x.dtype)
 
-    made = _composed(sinkhorn, coefficients, read, write)
-    return {op: torch.compile(function, dynamic=False) for op, function in made.items()}
+    return _composed(sinkhorn, coefficients, read, write)
+
+
+def torch_compile(n: int) -> dict[str, Any]:
+    """Return the operations of `plain_torch`, each compiled by `torch.compile`."""
+    import torch
+
+    return {op: torch.compile(function, dynamic=False) for op, function in plain_torch(n).items()}
 
 
 def liger(n: int) -> dict[str, Any]:

@@ -48,14 +48,33 @@ class LayerShape:
     num_layers: int = 2
     dtype: str = "bfloat16"
     head_width: int = 128
+    vocabulary: int = VOCABULARY
+    tied: bool = False
+    """Whether one matrix embeds tokens and makes logits."""
+    contestants: tuple[str, ...] = ()
+    """Names of the contestants that take part; empty means all of `CONTESTANTS`."""
 
 
 LAYERS = {
     "3b": LayerShape("3b", 1280, 16, 8 * 896, batch_size=4),
     "27b": LayerShape("27b", 2560, 32, 8 * 1536),
+    "304m": LayerShape(
+        "304m",
+        1024,
+        16,
+        2752,
+        sequence_length=1024,
+        batch_size=16,
+        num_layers=24,
+        head_width=64,
+        vocabulary=50304,
+        tied=True,
+        contestants=(BASELINE, "mhc pallas_gpu", "identity", "hc pallas_gpu", "mhc xla"),
+    ),
     "tiny": LayerShape("tiny", 128, 4, 256, sequence_length=32, head_width=32, num_layers=1),
 }
-"""Shapes by the name of the workload: two models of mHC Table 5, and `tiny` for a CPU."""
+"""Shapes by the name of the workload: layers of two models of mHC Table 5, a whole decoder of 304M parameters without its embedding
+(that of github.com/wdlctc/hyper-connection-factory, configs/scaling_gpu/l.yaml), and `tiny` for a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +94,7 @@ class Contestant:
         return measure.Ours(self.implementation).obstacle(op, spec)
 
 
-CONTESTANTS = {BASELINE: Contestant(BASELINE, None)} | {
+CONTESTANTS = {BASELINE: Contestant(BASELINE, None), "identity": Contestant("identity", None)} | {
     f"{kind} {backend}": Contestant(kind, backend) for kind in ("mhc", "hc") for backend in IMPLEMENTATIONS
 }
 
@@ -99,7 +118,8 @@ def attention_of(shape: LayerShape) -> str:
 def config_of(shape: LayerShape, kind: str, batch_size: int, attention: str = "xla") -> ExperimentConfig:
     """Return a configuration with layers of the given shape and the given kind of connection in its default settings."""
     model = ModelConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=shape.vocabulary,
+        tied_embeddings=shape.tied,
         width=shape.width,
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
@@ -170,8 +190,9 @@ def step_times(shape: LayerShape, rounds: int) -> dict[str, Any]:
       and `loss` (of the second step, nats/token).
     """
     attention = attention_of(shape)
-    obstacles = {name: contestant.obstacle(shape) for name, contestant in CONTESTANTS.items()}
-    able = {name: contestant for name, contestant in CONTESTANTS.items() if obstacles[name] is None}
+    contestants = {name: CONTESTANTS[name] for name in shape.contestants or CONTESTANTS}
+    obstacles = {name: contestant.obstacle(shape) for name, contestant in contestants.items()}
+    able = {name: contestant for name, contestant in contestants.items() if obstacles[name] is None}
     batch_size, steps, errors = _fitting_steps(shape, able, attention)
     losses = {name: float(step.launch(0)) for name, step in steps.items()}
     times = measure.alternating({name: measure.Batch(step.launch) for name, step in steps.items()}, rounds, seconds=0.0)

@@ -47,8 +47,7 @@ def _forward_block(n: int, dtype: Any) -> _Block:
 
 def _backward_block(n: int, dtype: Any) -> _Block:
     """Return the sizes for the backward kernel: few tokens, because x and dx of all n streams are in registers at once."""
-    wide = 64 if dtype == jnp.bfloat16 else 32 if n <= 4 else 16
-    return _Block(16, wide, 4 if n <= 4 else 8)
+    return _Block(16, 64 if dtype == jnp.bfloat16 else 32, 4 if n <= 4 else 8)
 
 
 def forward(
@@ -173,7 +172,7 @@ def backward(
 
         def block(b, carry):
             # The last block ends at token N.  Where it repeats tokens of the block before, both write the same numbers.
-            start = b * tokens if ragged or N % tokens == 0 else jnp.minimum(b * tokens, N - tokens)
+            start = b * tokens if ragged else jnp.minimum(b * tokens, N - tokens)
             at = Tile(start, tokens, N, chunk * wide, wide, C, ragged)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
             g_h, shrink = at.load32(g_h_ref), at.column(shrink_ref)[:, None]
