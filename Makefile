@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 # Compilers for devices that are not here.  Beside the environment, not in it: jax looks for a TPU wherever it finds libtpu.
 AOT := $(VENV)/aot
 
-.PHONY: demo notebooks test test-rest test-all test-slow aot test-aot lint format constraints clean
+.PHONY: demo notebooks test test-rest test-all test-slow aot test-aot lint format constraints first-light first-light-wheels clean
 demo: $(VENV)/.installed
 	$(RUN) experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
 
@@ -65,5 +65,14 @@ $(AOT)/.installed: $(VENV)/.installed .ci/aot-$(VERSION).txt
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(AOT) --requirement .ci/aot-$(VERSION).txt
 	touch $@
 
+# For a GPU machine without a network (experiments/first_light.sh): wheels for Python 3.12 on Linux, gathered where there is one.
+first-light-wheels: $(VENV)/.installed
+	rm -rf .wheels
+	$(RUN) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	    $(addprefix --platform manylinux,2014_x86_64 _2_17_x86_64 _2_27_x86_64 _2_28_x86_64) --dest .wheels --requirement .ci/first-light.txt
+
+first-light:
+	experiments/first_light.sh
+
 clean:
-	rm -rf .venv* runs build *.egg-info
+	rm -rf .venv* .wheels runs build *.egg-info

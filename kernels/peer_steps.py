@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peers import EPS_NORM, plain_torch
+from torch.nn import functional
 
 THETA = 1e4
 """Base of the frequencies of RoPE."""
@@ -54,9 +54,11 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 def attention(p: Mapping[str, torch.Tensor], h: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
     """Apply the attention branch, without its residual connection, to h [N, C]; N = batch T tokens."""
     x = norm(h, p["norm/weight"]).to(h.dtype)
-    q, k, v = ((x @ p[name].to(x.dtype)).view(batch, -1, heads, p[name].shape[1] // heads) for name in ("W_q", "W_k", "W_v"))
+    q, k, v = (
+        (x @ p[name].to(x.dtype)).view(batch, -1, heads, p[name].shape[1] // heads) for name in ("W_q", "W_k", "W_v")
+    )
     q, k, v = (a.transpose(1, 2) for a in (rotate(q), rotate(k), v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     return mixed.reshape(h.shape[0], -1) @ p["W_o"].to(x.dtype)
 
 
@@ -64,7 +66,7 @@ def feed_forward(p: Mapping[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor
     """Apply the SwiGLU branch, without its residual connection, to h [N, C]."""
     x = norm(h, p["norm/weight"]).to(h.dtype)
     gate, up, down = (p[name].to(x.dtype) for name in ("W_gate", "W_up", "W_down"))
-    return (F.silu(x @ gate) * (x @ up)) @ down
+    return (functional.silu(x @ gate) * (x @ up)) @ down
 
 
 def hc_coefficients(p: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,7 +156,7 @@ class Model:
             x = (x.sum(1) if self.kind == "hc" else x.mean(1)).to(self.dtype)
         x = norm(x, self.ends["final_norm/weight"]).to(self.dtype)
         matrix = self.ends["unembedding"] if "unembedding" in self.ends else self.ends["embedding"].T
-        return F.cross_entropy((x @ matrix.to(x.dtype)).float(), targets.flatten())
+        return functional.cross_entropy((x @ matrix.to(x.dtype)).float(), targets.flatten())
 
 
 def loss_and_gradients(model: Model, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
@@ -164,7 +166,7 @@ def loss_and_gradients(model: Model, tokens: np.ndarray, targets: np.ndarray) ->
     grads = {path: a.grad for path, a in model.ends.items()}
     for path in model.blocks[0]:
         grads[f"layers/{path}"] = torch.stack([block[path].grad for block in model.blocks])
-    return float(loss), {path: np.zeros(0) if g is None else g.cpu().numpy() for path, g in grads.items()}
+    return loss.item(), {path: np.zeros(0) if g is None else g.cpu().numpy() for path, g in grads.items()}
 
 
 def times(models: Mapping[str, Model], tokens: np.ndarray, targets: np.ndarray, rounds: int) -> dict[str, list[float]]:
@@ -205,6 +207,11 @@ def rows(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Return a row for each model: `name`, `ms` (median), `ms_rounds`, and `overhead` over the model `residual`."""
     base = statistics.median(seconds["residual"])
     return [
-        {"name": name, "ms": 1e3 * (ms := statistics.median(s)), "ms_rounds": [1e3 * t for t in s], "overhead": ms / base - 1}
+        {
+            "name": name,
+            "ms": 1e3 * (ms := statistics.median(s)),
+            "ms_rounds": [1e3 * t for t in s],
+            "overhead": ms / base - 1,
+        }
         for name, s in seconds.items()
     ]

@@ -34,6 +34,8 @@ class Resources:
     """Resources that one kernel uses when it is compiled for sm_90."""
 
     name: str
+    warps: int
+    """Number of warps of a program (thread block)."""
     registers: int
     """Number of registers that each thread uses."""
     spills: int
@@ -49,6 +51,12 @@ class Resources:
     """
     stores: dict[int, int]
     """Numbers of instructions that store to global memory, by the bits that one instruction stores for a thread."""
+
+    @property
+    def programs(self) -> int:
+        """Number of programs that fit on one multiprocessor of an H100 (CUDA's occupancy rules for compute capability 9.0)."""
+        registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        return min(registers, 233472 // (self.shared + 1024), 64 // self.warps, 32)
 
 
 def lower(function: Callable[..., Any], *args: Any, devices: int = 1) -> jax.stages.Lowered:
@@ -123,11 +131,11 @@ def resources(lowered: jax.stages.Lowered) -> list[Resources]:
             compiled = triton.compile(str(file), target=GPUTarget("cuda", 90, 32), options=options)
             cubin = Path(folder) / f"{kernel['name']}.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
-            out.append(_read(kernel["name"], cubin, compiled.metadata.shared, kernel["moved"]))
+            out.append(_read(kernel, cubin, compiled.metadata.shared))
     return out
 
 
-def _read(name: str, cubin: Path, shared: int, moved: int) -> Resources:
+def _read(kernel: dict[str, Any], cubin: Path, shared: int) -> Resources:
     from triton.backends import nvidia
 
     tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -138,11 +146,12 @@ def _read(name: str, cubin: Path, shared: int, moved: int) -> Resources:
     usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage"))}
     sass = dump("-sass")
     return Resources(
-        name=name,
+        name=kernel["name"],
+        warps=kernel["num_warps"],
         registers=usage["REG"],
         spills=usage["STACK"] + usage["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared=shared,
-        moved=moved,
+        moved=kernel["moved"],
         loads=_widths(sass, "LDG|LDGSTS"),
         stores=_widths(sass, "STG"),
     )

@@ -164,15 +164,17 @@ def backward(
     terms = 2 if x.dtype == jnp.bfloat16 else 3
     chunks = pl.cdiv(C, wide)
     shares, each = statistics.token_splits(N, tokens, chunks)
-    ragged = N < tokens
+    ragged = tokens > N
 
     def kernel(x_ref, y_ref, post_ref, res_ref, pre_ref, shrink_ref, g_new_ref, g_h_ref, *refs):
         grad_refs, phi_refs, (dx_ref, dy_ref, sums_ref) = refs[:3], refs[3:6], refs[6:]
         chunk, share = pl.program_id(0), pl.program_id(1)
 
         def block(b, carry):
-            # The last block ends at token N.  Where it repeats tokens of the block before, both write the same numbers.
-            start = b * tokens if ragged else jnp.minimum(b * tokens, N - tokens)
+            # The last block ends at token N.  Where it repeats tokens of the block before, both write the same numbers.  Without
+            # the minimum, Triton 3.6 needs fewer registers up to n = 4, and more above.
+            whole = ragged or (N % tokens == 0 and n <= 4)
+            start = b * tokens if whole else jnp.minimum(b * tokens, N - tokens)
             at = Tile(start, tokens, N, chunk * wide, wide, C, ragged)
             xs, y = [at.load32(x_ref, j) for j in range(n)], at.load32(y_ref)
             g_h, shrink = at.load32(g_h_ref), at.column(shrink_ref)[:, None]
