@@ -53,7 +53,7 @@ def plan(tiny: bool) -> list[str]:
     return [*first, *whole, *two_streams, *repeats, *bench, "step/3b", "gradient/3b", *correct, *larger]
 
 
-def seconds(key: str) -> float:
+def seconds(key: str) -> int:
     """Return the estimated seconds of a part on a GPU."""
     return SECONDS[key.split("/")[0]]
 

@@ -136,6 +136,45 @@ def steps(shape: LayerShape, contestants: Iterable[str], num_streams: int = 4) -
     return rows
 
 
+def others() -> list[dict[str, str]]:
+    """Predict what the other tasks of the report show: rows with `part`, `expected`, `wrong` and `why`."""
+    one_gpu = LayerShape("one_gpu", 768, 12, 2048, 1024, batch_size=64, num_layers=12, head_width=64, vocabulary=264)
+    step_s = steps(one_gpu, ["mhc pallas_gpu"])[1]["ms"] / 1e3
+    tokens = one_gpu.batch_size * one_gpu.sequence_length / step_s
+    return [
+        {
+            "part": "correct",
+            "expected": "every error within its bound",
+            "wrong": "any FAILED",
+            "why": "the same kernels agree with float64 in interpret mode on a CPU",
+        },
+        {
+            "part": "bench, torch.compile, write_read",
+            "expected": "40 % of copy forward, 35 % forward + backward",
+            "wrong": "above ours",
+            "why": "write, coefficients and read are kernels of their own: (4n + 2)C forward where one pass moves (2n + 2)C",
+        },
+        {
+            "part": "peer, 304m",
+            "expected": "residual as fast as ours within 15 %; mhc at .53 of residual's throughput",
+            "wrong": "residual beyond 25 %",
+            "why": "the throughput that hyper-connection-factory reports for this model under torch.compile on H100s",
+        },
+        {
+            "part": "train, one_gpu",
+            "expected": f"{tokens / 1e3:.0f} thousand tokens/s; largest composite gain 1.0 forward, 1 to 2 backward",
+            "wrong": f"{tokens / WRONG / 1e3:.0f} thousand tokens/s; a gain above 3",
+            "why": "the step is predicted as above; 20 Sinkhorn iterations end on rows, whose sums are 1",
+        },
+        {
+            "part": "repeat, gradient",
+            "expected": "nothing differs in 20 calls",
+            "wrong": "any difference",
+            "why": "no kernel adds atomically, and partial sums are added in a fixed order",
+        },
+    ]
+
+
 # -- Markdown
 
 
@@ -143,7 +182,8 @@ def readme(predictions: Mapping[str, Any]) -> str:
     """Return the text of README.md of the predictions.
 
     Args:
-      predictions: `operations` (rows of `operation` by version of Triton), `steps` (rows of `steps` by name of the shape), `jax`.
+      predictions: `operations` (rows of `operation` by version of Triton), `steps` (rows of `steps` by name of the shape),
+        `others` (rows of `others`), `jax`.
     """
     out = [
         "# Predicted for an H100, not measured",
@@ -160,7 +200,13 @@ def readme(predictions: Mapping[str, Any]) -> str:
         _operation_table(next(iter(predictions["operations"].values()))),
         "## Train steps",
     ]
-    return "\n\n".join([*out, _step_table(predictions["steps"])]) + "\n"
+    rest = [[row[key] for key in ("part", "expected", "wrong", "why")] for row in predictions["others"]]
+    tables = [
+        _step_table(predictions["steps"]),
+        "## Other parts",
+        measure.markdown("part | expected | wrong | why", rest),
+    ]
+    return "\n\n".join([*out, *tables]) + "\n"
 
 
 def _kernel_table(operations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -220,6 +266,7 @@ def predict(specs: Iterable[ArgSpec], ops: Iterable[str], shapes_of: Iterable[La
     return {
         "jax": jax.__version__,
         "operations": {triton.__version__: [row for spec in specs for op in ops for row in operation(op, spec)]},
+        "others": others(),
         "steps": {
             shape.name: steps(shape, [name for name in names if not shape.contestants or name in shape.contestants])
             for shape in shapes_of

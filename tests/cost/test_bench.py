@@ -3,9 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import re
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +12,10 @@ from mhc_kernels import measure
 from mhc_kernels.ops.arg_specs import ARGUMENTS, OPS, OUTPUTS, SPECS, arguments, floor_bytes, function
 from support import oracles
 from support.thinned import thin
-from support.tiny_runs import ROOT, run_script
+from support.tiny_runs import ROOT
 from support.tolerances import FLOAT64_CHAIN, FLOAT64_SUMS, ROUNDED, assert_close
 
-from mhc_jax.timing import device_report, step_times
+from mhc_jax.timing import step_times
 
 
 @pytest.fixture(scope="module")
@@ -242,67 +239,6 @@ def test_bench_names_what_it_knows_and_what_it_lacks(scripts, capsys, monkeypatc
 def test_copy_bandwidth_counts_both_ways(monkeypatch):
     monkeypatch.setattr(measure, "alternating", lambda batches, rounds: {"copy": [0.5, 0.25, 1.0]})
     assert measure.copy_bandwidth(3) == 2 * 4 * 2**26 / 0.5  # of four bytes each
-
-
-def test_a_cut_device_report_goes_on(tmp_path, monkeypatch, capsys):
-    """On a clock by which a part takes the whole budget, each call does one part, and the next call does not repeat it."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    report_script, now, run = importlib.import_module("device_report"), [0.0], device_report.run
-
-    def part(key, rounds, report):
-        now[0] += 480.0
-        return run(key, rounds, report)
-
-    passed = measure.Gate({"h": 1e-7}, {"h": 1e-5})
-    monkeypatch.setattr(measure, "attempt", lambda op, spec, one: ("ok", passed) if one.name == "xla" else ("no", None))
-    monkeypatch.setattr(report_script, "run", part)
-    monkeypatch.setattr(report_script, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(sys, "argv", ["device_report", "--tiny", "--rounds=1", f"--workdir={tmp_path}"])
-    done = []
-    for _ in range(2):
-        assert report_script.main() == 0
-        report = json.loads((tmp_path / "report.json").read_text())
-        done.append(list(report["parts"]))
-        assert report["left"]
-        assert "Not done within the budget: " + ", ".join(report["left"]) in (tmp_path / "README.md").read_text()
-    assert done == [["correct/tiny/write_read"], ["correct/tiny/write_read", "correct/tiny/write"]]
-    assert report["parts"]["correct/tiny/write"][0]["status"] == "ok"
-    (tmp_path / "report.json").write_text(json.dumps({**report, "tiny": False}))
-    with pytest.raises(SystemExit) as end:
-        report_script.main()
-    assert end.value.code == 2
-    assert "holds the report of another device, commit or size" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_device_report_of_this_cpu(tmp_path):
-    status, _, err = run_script("device_report", "--tiny", "--rounds=2", f"--workdir={tmp_path}")
-    assert status == 0, err
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["left"] == []
-    steps = {row["name"]: row for row in report["parts"]["step/tiny"]["steps"]}
-    assert {name for name, row in steps.items() if row["status"] == "ok"} == {"residual", "mhc xla", "hc xla"}
-    assert steps["residual"]["overhead"] == 0
-    assert steps["mhc xla"]["overhead"] == pytest.approx(steps["mhc xla"]["ms"] / steps["residual"]["ms"] - 1)
-    assert steps["mhc pallas_gpu"]["status"].startswith("it needs a GPU")
-    assert report["parts"]["gradient/tiny"] == {"mhc xla": []}
-    assert report["parts"]["repeat/tiny/write_read"] == {"xla": []}
-    headings = re.findall(r"^## ([^:\n]*)", (tmp_path / "README.md").read_text(), re.MULTILINE)
-    assert set(headings) >= {"Against float64", "Operations", "Train step", "Repeated calls"}
-
-
-def test_device_report_names_only_known_parts_and_the_papers_layers():
-    for keys in map(device_report.plan, (True, False)):
-        assert len(set(keys)) == len(keys)
-        for key in keys:
-            what, name, op = (*key.split("/"), "")[:3]
-            known = step_times.LAYERS if what in ("step", "gradient") else SPECS
-            assert name in known
-            assert op in (("",) if known is step_times.LAYERS else OPS)
-    for name, width, expert in (("3b", 1280, 896), ("27b", 2560, 1536)):
-        model = step_times.config_of(step_times.LAYERS[name], "mhc", 1).model
-        assert (model.width, model.mlp_width, model.head_dim) == (width, 8 * expert, 128)
-        assert (model.compute_dtype, model.stream_dtype) == ("bfloat16", "bfloat16")
 
 
 def test_results_that_differ_between_calls_are_named():
