@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import json
 import lzma
@@ -74,9 +75,16 @@ def peer(name: str, rounds: int) -> Any:
 
     errors, shape = torch_steps.step_errors(peer_steps), LAYERS[name]
     result = {"torch": torch.__version__, "errors": errors, "shape": vars(shape), "steps": []}
-    if torch_steps.equal(errors):
-        models, (inputs, targets) = torch_steps.torch_models(peer_steps, shape)
-        result["steps"] = peer_steps.rows(peer_steps.times(models, inputs, targets, rounds))
+    while torch_steps.equal(errors):
+        try:
+            seconds = peer_steps.times(*torch_steps.torch_models(peer_steps, shape), rounds)
+            return result | {"shape": vars(shape), "steps": peer_steps.rows(seconds)}
+        except torch.OutOfMemoryError:
+            if shape.batch_size == 1:
+                raise
+        # This stands outside the handler, because the handler's traceback keeps the tensors of the failed attempt alive.
+        torch.cuda.empty_cache()
+        shape = dataclasses.replace(shape, batch_size=shape.batch_size // 2)
     return result
 
 

@@ -169,12 +169,12 @@ def loss_and_gradients(model: Model, tokens: np.ndarray, targets: np.ndarray) ->
     return loss.item(), {path: np.zeros(0) if g is None else g.cpu().numpy() for path, g in grads.items()}
 
 
-def times(models: Mapping[str, Model], tokens: np.ndarray, targets: np.ndarray, rounds: int) -> dict[str, list[float]]:
-    """Time the train step of each model: seconds of a step in each round, where models alternate.
+def times(models: Mapping[str, Model], batch: Sequence[np.ndarray], rounds: int) -> dict[str, list[float]]:
+    """Time the train step of each model on a batch [tokens, targets]: seconds of a step in each round, where models alternate.
 
     A round takes two steps of each model, and the second is timed.
     """
-    batch = [torch.tensor(a, dtype=torch.long, device=device()) for a in (tokens, targets)]
+    given = [torch.tensor(a, dtype=torch.long, device=device()) for a in batch]
     synchronize = torch.cuda.synchronize if device() == "cuda" else lambda: None
 
     def step_of(model: Model) -> Callable[[], None]:
@@ -182,7 +182,7 @@ def times(models: Mapping[str, Model], tokens: np.ndarray, targets: np.ndarray, 
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            model.loss(*batch).backward()
+            model.loss(*given).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
 
