@@ -10,6 +10,7 @@ the predicted one means that something is wrong: with the kernel, or with the re
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from mhc_kernels.gpu import power_of_two
 from mhc_kernels.ops.arg_specs import ArgSpec, floor_bytes, function, program, shapes
 
 from mhc_jax.cost import counts
-from mhc_jax.timing.step_times import BASELINE, LayerShape, config_of
+from mhc_jax.timing.step_times import BASELINE, CONTESTANTS, LayerShape, config_of
 
 COPY = 3.0e12
 """Bytes per second that a copy reads and writes, as seen on an H100 with HBM3."""
@@ -103,11 +104,13 @@ def elements(contestant: str, n: int) -> int:
     """Return the number of elements, in units of C, that a connection moves for each sub-layer and token, forward and backward.
 
     The operations of `xla` and of `hc` are kernels of their own: coefficients 3n, read 3n + 2, write 5n + 3, and 6n for the two
-    sums of the gradients of x.  `identity` writes with H_res = I, which moves 3n + 3.  The fused boundary of `mhc pallas_gpu` moves
-    (2n + 2) + n again for x' forward and (5n + 4) backward.
+    sums of the gradients of x.  `identity` writes with H_res = I, which moves 3n + 3.  The fused boundary of `mhc` with
+    `pallas_gpu` moves (2n + 2) + n again for x' forward and (5n + 4) backward.
     """
-    fused = (3 * n + 2) + (5 * n + 4)
-    return {"identity": 15 * n + 5, "mhc pallas_gpu": fused}.get(contestant, 17 * n + 5)
+    kind, backend = re.split("[: ]", contestant)[0], contestant.rpartition(" ")[2]
+    if (kind, backend) == ("mhc", "pallas_gpu"):
+        return (3 * n + 2) + (5 * n + 4)
+    return 15 * n + 5 if kind == "identity" else 17 * n + 5
 
 
 def steps(shape: LayerShape, contestants: Iterable[str], num_streams: int = 4) -> list[dict[str, Any]]:
@@ -139,7 +142,7 @@ def steps(shape: LayerShape, contestants: Iterable[str], num_streams: int = 4) -
 def others() -> list[dict[str, str]]:
     """Predict what the other tasks of the report show: rows with `part`, `expected`, `wrong` and `why`."""
     one_gpu = LayerShape("one_gpu", 768, 12, 2048, 1024, batch_size=64, num_layers=12, head_width=64, vocabulary=264)
-    step_s = steps(one_gpu, ["mhc pallas_gpu"])[1]["ms"] / 1e3
+    step_s = steps(one_gpu, ["mhc:init=paper pallas_gpu"])[1]["ms"] / 1e3
     tokens = one_gpu.batch_size * one_gpu.sequence_length / step_s
     return [
         {
@@ -156,7 +159,7 @@ def others() -> list[dict[str, str]]:
         },
         {
             "part": "peer, 304m",
-            "expected": "residual as fast as ours within 15 %; mhc at .53 of residual's throughput",
+            "expected": "residual as fast as ours within 15 %; mhc:init=paper at .53 of residual's throughput",
             "wrong": "residual beyond 25 %",
             "why": "the throughput that hyper-connection-factory reports for this model under torch.compile on H100s",
         },
@@ -262,13 +265,17 @@ def predict(specs: Iterable[ArgSpec], ops: Iterable[str], shapes_of: Iterable[La
     import triton
 
     ops = list(ops)
-    names = ("identity", "mhc xla", "mhc pallas_gpu", "hc xla", "hc pallas_gpu")
+    able = [
+        name for name, contestant in CONTESTANTS.items() if contestant.implementation in (None, "xla", "pallas_gpu")
+    ]
     return {
         "jax": jax.__version__,
         "operations": {triton.__version__: [row for spec in specs for op in ops for row in operation(op, spec)]},
         "others": others(),
         "steps": {
-            shape.name: steps(shape, [name for name in names if not shape.contestants or name in shape.contestants])
+            shape.name: steps(
+                shape, [name for name in able if name in (shape.contestants or able) and name != BASELINE]
+            )
             for shape in shapes_of
         },
     }

@@ -69,7 +69,13 @@ LAYERS = {
         head_width=64,
         vocabulary=50304,
         tied=True,
-        contestants=(BASELINE, "mhc pallas_gpu", "identity", "hc pallas_gpu", "mhc xla"),
+        contestants=(
+            "residual",
+            "mhc:init=paper pallas_gpu",
+            "identity:init=residual",
+            "hc pallas_gpu",
+            "mhc:init=paper xla",
+        ),
     ),
     "tiny": LayerShape("tiny", 128, 4, 256, sequence_length=32, head_width=32, num_layers=1),
 }
@@ -94,9 +100,15 @@ class Contestant:
         return measure.Ours(self.implementation).obstacle(op, spec)
 
 
-CONTESTANTS = {BASELINE: Contestant(BASELINE, None), "identity": Contestant("identity", None)} | {
-    f"{kind} {backend}": Contestant(kind, backend) for kind in ("mhc", "hc") for backend in IMPLEMENTATIONS
+def _name(kind: str, backend: str | None = None) -> str:
+    """Return the name of a contestant: the text of its connection, such as `mhc:init=paper`, and its backend."""
+    return " ".join(filter(None, (connections.spec(connections.default_config(kind)), backend)))
+
+
+CONTESTANTS = {_name(kind): Contestant(kind, None) for kind in (BASELINE, "identity")} | {
+    _name(kind, backend): Contestant(kind, backend) for kind in ("mhc", "hc") for backend in IMPLEMENTATIONS
 }
+"""Contestants by name.  Those without a backend in their name run the default of the platform."""
 
 
 def attention_of(shape: LayerShape) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mhc_jax import connections
 from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.timing.step_times import BASELINE, LAYERS, LayerShape, config_of, random_batch
 from mhc_jax.train_step import gradients, init_state
@@ -22,12 +23,15 @@ In bfloat16 two programs round in different places, and the gradients of both ar
 
 
 def torch_models(peer_steps: Any, shape: LayerShape) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Make PyTorch's decoders of a shape, compiled, with the parameters that ours start from, and a batch [inputs, targets]."""
+    """Make PyTorch's compiled decoders of a shape, by connection, and a batch [inputs, targets].
+
+    Their parameters are those that our decoders start from.
+    """
     models = {}
     for kind in peer_steps.CONNECTIONS:
         config = config_of(shape, kind, shape.batch_size)
         arrays = _by_path(jax.jit(lambda config=config: init_state(config).params)())
-        models[kind] = peer_steps.Model(kind, arrays, shape.batch_size, shape.num_heads, shape.dtype, True)
+        models[_name(kind)] = peer_steps.Model(kind, arrays, shape.batch_size, shape.num_heads, shape.dtype, True)
     batch = random_batch(config_of(shape, BASELINE, shape.batch_size))
     return models, [np.asarray(batch[name]) for name in ("inputs", "targets")]
 
@@ -43,7 +47,7 @@ def step_errors(peer_steps: Any) -> dict[str, dict[str, list[float]]]:
     out: dict[str, dict[str, list[float]]] = {}
     for dtype in BOUNDS:
         shape = dataclasses.replace(LAYERS["tiny"], num_layers=2, dtype=dtype)
-        out[dtype] = {kind: _errors(peer_steps, kind, shape) for kind in peer_steps.CONNECTIONS}
+        out[dtype] = {_name(kind): _errors(peer_steps, kind, shape) for kind in peer_steps.CONNECTIONS}
     return out
 
 
@@ -55,6 +59,10 @@ def equal(errors: dict[str, dict[str, list[float]]]) -> bool:
         for pair in of_kinds.values()
         for error, bound in zip(pair, BOUNDS[dtype], strict=True)
     )
+
+
+def _name(kind: str) -> str:
+    return connections.spec(connections.default_config(kind))
 
 
 def _errors(peer_steps: Any, kind: str, shape: LayerShape) -> list[float]:

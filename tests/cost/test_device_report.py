@@ -123,9 +123,11 @@ def test_device_report_of_this_cpu(tmp_path):
         "hc xla",
     }
     assert steps["residual"]["overhead"] == 0
-    assert steps["mhc xla"]["overhead"] == pytest.approx(steps["mhc xla"]["ms"] / steps["residual"]["ms"] - 1)
-    assert steps["mhc pallas_gpu"]["status"].startswith("it needs a GPU")
-    assert report["parts"]["gradient/tiny"] == {"mhc xla": []}
+    assert steps["mhc:init=paper xla"]["overhead"] == pytest.approx(
+        steps["mhc:init=paper xla"]["ms"] / steps["residual"]["ms"] - 1
+    )
+    assert steps["mhc:init=paper pallas_gpu"]["status"].startswith("it needs a GPU")
+    assert report["parts"]["gradient/tiny"] == {"mhc:init=paper xla": []}
     assert report["parts"]["repeat/tiny/write_read"] == {"xla": []}
     headings = re.findall(r"^## ([^:\n]*)", (tmp_path / "README.md").read_text(), re.MULTILINE)
     assert set(headings) >= {"Against float64", "Operations", "Train step", "Repeated calls"}
@@ -181,10 +183,12 @@ def test_predicted_times_of_kernels():
 def test_predicted_elements_are_those_of_the_kernels():
     for n in (2, 4, 8):
         one_pass = memory_io.boundary(n, 1)["one pass"]
-        assert predictions.elements("mhc pallas_gpu", n) == one_pass + n + 5 * n + 4
+        assert predictions.elements("mhc:init=paper pallas_gpu", n) == one_pass + n + 5 * n + 4
         spec = ArgSpec("s", 10**6, n, 1000)
         apart = sum(floor_bytes(op, spec, True) for op in ("coefficients", "read", "write")) / (2 * 10**6 * 1000)
-        assert predictions.elements("mhc xla", n) == pytest.approx(apart + 6 * n, rel=0.15)  # without coefficients
+        assert predictions.elements("mhc:init=paper xla", n) == pytest.approx(
+            apart + 6 * n, rel=0.15
+        )  # without coefficients
 
 
 def test_the_committed_predictions_are_those_of_the_formulas():
@@ -239,6 +243,6 @@ def test_steps_of_pytorch_are_ours(monkeypatch):
     peer_steps = importlib.import_module("peer_steps")
     errors = torch_steps.step_errors(peer_steps)
     assert torch_steps.equal(errors), errors
-    assert not torch_steps.equal({**errors, "float32": {**errors["float32"], "mhc": [1e-7, 2e-5]}})
+    assert not torch_steps.equal({**errors, "float32": {**errors["float32"], "mhc:init=paper": [1e-7, 2e-5]}})
     rows = peer_steps.rows({"residual": [1.0, 3.0, 2.0], "mhc": [4.0, 4.0, 5.0]})
     assert [(row["ms"], row["overhead"]) for row in rows] == [(2000.0, 0.0), (4000.0, 1.0)]

@@ -42,13 +42,25 @@ def test_the_chosen_name_is_what_is_compiled(op):
 
 
 CASES = [(op, 4, C, BF16) for op in KERNELS for C in (2560, 4096) if op != "sinkhorn" or C == 2560]
-CASES += [("write_read", 2, 2560, BF16), ("write", 2, 2560, BF16), ("write_read", 4, 2560, F32)]
-SLOW = [*((op, 8, 2560) for op in KERNELS), *(("write_read", *shape) for shape in ((1, 2560), (3, 1280), (4, 7168)))]
+CASES += [
+    ("write_read", 2, 2560, BF16),
+    ("write", 2, 2560, BF16),
+    ("write_read", 4, 2560, F32),
+    ("coefficients", 4, 2560, F32),
+]
+SLOW = [
+    (*case, BF16)
+    for case in [
+        *((op, 8, 2560) for op in KERNELS),
+        *(("write_read", n, C) for n, C in ((1, 2560), (3, 1280), (4, 7168))),
+    ]
+]
+SLOW += [("write_read", 8, 2560, F32), ("coefficients", 8, 2560, F32), ("write_read", 2, 1024, F32)]
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("op", "n", "C", "dtype"), [*CASES, *(pytest.param(*case, BF16, marks=pytest.mark.slow) for case in SLOW)]
+    ("op", "n", "C", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_no_spills_and_wide_accesses(op, n, C, dtype):
     for kernel in resources(with_gradient(op, n, C, dtype)):
