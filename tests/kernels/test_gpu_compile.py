@@ -55,7 +55,7 @@ SLOW = [
         *(("write_read", n, C) for n, C in ((1, 2560), (3, 1280), (4, 7168))),
     ]
 ]
-SLOW += [("write_read", 8, 2560, F32), ("coefficients", 8, 2560, F32), ("write_read", 2, 1024, F32)]
+SLOW += [("write_read", 8, 2560, F32), ("coefficients", 8, 2560, F32)]
 
 
 @needs_triton

@@ -97,6 +97,17 @@ def test_write_read_and_its_gradients(backend, n, C, T, dtype):
 
 
 @on_gpus
+@pytest.mark.parametrize(
+    ("n", "T", "dtype"), thin([(2, 21, BF16), (2, 32, BF16), (4, 37, F32)], lambda case: case[1] == 21)
+)
+def test_the_last_block_of_the_boundary_ends_at_the_last_token(backend, n, T, dtype):
+    """Blocks of the gradient have 16 tokens; 21 and 37 tokens make two and three, of which the last two overlap."""
+    exact = FP32_RELATIVE if dtype == F32 else SPLIT_SUMS
+    bounds = dict.fromkeys(("small", "sums", "parameters"), exact) | {"streams": rounding(dtype, GPU)}
+    kernel_checks.check_write_read(n, 32, T, dtype, **bounds, cancelling=True)
+
+
+@on_gpus
 @pytest.mark.parametrize("programs", [statistics.PROGRAMS, 2])
 def test_coefficients_over_many_blocks_of_tokens_and_channels(backend, programs, monkeypatch):
     """With many programs each has one block of tokens; with few a program walks over all three."""
