@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import lzma
 import os
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PREDICTIONS = ROOT / "experiments" / "records" / "first-light-predictions"
 TRAIN_SECONDS = 120
 """Seconds after which the training of the part `train` is interrupted, its compilation included."""
-HANGS = 300
-"""Seconds after which a part counts as hanging."""
+ENDING = 45
+"""Seconds that an interrupted training has to end."""
+STARTS = 90
+"""Seconds after which a process that measures counts as hanging if it has not begun."""
 ERROR_CHARACTERS = 1500
 PREDICTED = ("27b", "3b", "27b-n2")
 """Workloads whose operations are predicted."""
@@ -48,24 +52,27 @@ class PartError(Exception):
 # -- parts, in a process of their own
 
 
-def measured(key: str, rounds: int, report: dict[str, Any]) -> Any:
-    """Measure one part in this process, and return its JSON value."""
+def measured(key: str, rounds: int, report: dict[str, Any], seconds: float) -> Any:
+    """Measure one part in this process, in about `seconds` at most, and return its JSON value."""
     task, name, *_ = key.split("/")
-    sys.path.append(str(ROOT / "kernels"))
     if task == "peer":
         return peer(name, rounds)
     if task == "train":
-        return train(name)
+        return train(name, seconds)
     from peers import PEERS, PRECISION
 
+    if task == "bench" and importlib.util.find_spec("torch"):
+        import peer_steps
+
+        peer_steps.forget()  # torch compiles a function only a few times before it gives up
     return device_report.run(key, rounds, report, list(PEERS.values()), PRECISION)
 
 
 def peer(name: str, rounds: int) -> Any:
-    """Compare PyTorch's train steps with ours at the size `tiny`, and time them at the size `name` if they are equal.
+    """Compare PyTorch's train steps with ours at the size `tiny`, and time them at the size `name`.
 
     Returns:
-      `torch` (its version), `errors` (see `torch_steps.step_errors`), `shape` and `steps`.
+      `torch` (its version), `errors` (see `torch_steps.step_errors`), `equal`, `shape` and `steps` (rows).
     """
     import peer_steps
     import torch
@@ -74,27 +81,31 @@ def peer(name: str, rounds: int) -> Any:
     from mhc_jax.timing.step_times import LAYERS
 
     errors, shape = torch_steps.step_errors(peer_steps), LAYERS[name]
-    result = {"torch": torch.__version__, "errors": errors, "shape": vars(shape), "steps": []}
-    while torch_steps.equal(errors):
+    result = {"torch": str(torch.__version__), "errors": errors, "equal": torch_steps.equal(errors)}
+    while True:
+        peer_steps.forget()
         try:
-            seconds = peer_steps.times(*torch_steps.torch_models(peer_steps, shape), rounds)
-            return result | {"shape": vars(shape), "steps": peer_steps.rows(seconds)}
-        except torch.OutOfMemoryError:
-            if shape.batch_size == 1:
-                raise
+            steps, failed = torch_steps.torch_steps(peer_steps, shape)
+            rows = peer_steps.rows(peer_steps.times(steps, rounds))
+            rows += [{"name": name, "status": why} for name, why in failed.items()]
+            return result | {"shape": vars(shape), "steps": rows}
+        except Exception as error:
+            if not peer_steps.out_of_memory(error) or shape.batch_size == 1:
+                why = f"error: {type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+                return result | {"shape": vars(shape), "steps": [{"name": "residual", "status": why}]}
         # This stands outside the handler, because the handler's traceback keeps the tensors of the failed attempt alive.
-        torch.cuda.empty_cache()
         shape = dataclasses.replace(shape, batch_size=shape.batch_size // 2)
-    return result
 
 
-def train(name: str) -> Any:
-    """Train mHC on the embedded text, byte by byte, for at most `TRAIN_SECONDS`, and return the summary of the run.
+def train(name: str, seconds: float) -> Any:
+    """Train mHC on the embedded text, byte by byte, and return the summary of the run.
+
+    The run is interrupted after `TRAIN_SECONDS`, or so early that it can end within `seconds`.
 
     Raises:
       PartError: the run failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         text, run = Path(folder) / "plays.txt", Path(folder) / "run"
         packed = ROOT / "mhc_jax" / "data" / "corpus" / "shakespeare.jsonl.xz"
         plays = [json.loads(line)["text"] for line in lzma.decompress(packed.read_bytes()).splitlines()]
@@ -105,16 +116,22 @@ def train(name: str) -> Any:
         )
         config = ROOT / "experiments" / "configs" / f"{'demo' if name == 'tiny' else name}.py:mhc"
         command = [sys.executable, ROOT / "experiments" / "train.py", f"--config={config}", f"--workdir={run}"]
-        command += [f"--config.{text}" for text in [f"data.source={text}", "train.trackers=", *settings]]
+        command += [f"--config.{text}" for text in [f"data.source={text}", "train.checkpoint_every=0", *settings]]
         environment = os.environ | {"MHC_JAX_CACHE": folder}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
-            output, _ = process.communicate(timeout=TRAIN_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=60)
+            try:
+                output, _ = process.communicate(timeout=max(10, min(TRAIN_SECONDS, seconds - ENDING)))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                output, _ = process.communicate(timeout=ENDING - 5)
+        except subprocess.TimeoutExpired as expired:
+            raise PartError(f"the run did not end: {str(expired.output or '')[-ERROR_CHARACTERS:]}") from None
+        finally:
+            process.kill()
+            process.wait()
         if not (run / "summary.json").exists():
             raise PartError(output[-ERROR_CHARACTERS:])
         return json.loads((run / "summary.json").read_text())
@@ -124,6 +141,7 @@ def serve(args: argparse.Namespace) -> int:
     """Measure the parts that standard input names, one a line, and answer each with one line of JSON on standard output."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to standard error
+    sys.path.append(str(ROOT / "kernels"))
     from mhc_jax.runs.environment import environment
 
     print(json.dumps(environment()), file=answers)
@@ -131,9 +149,10 @@ def serve(args: argparse.Namespace) -> int:
         asked = json.loads(line)
         report = {"parts": asked["parts"]} | ({"copy_bytes_per_s": asked["copy"]} if asked["copy"] else {})
         try:
-            answer = {"value": measured(asked["key"], args.rounds, report)}
+            answer = {"value": measured(asked["key"], args.rounds, report, asked["seconds"])}
         except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"[-ERROR_CHARACTERS:]}
+            trace = "".join(traceback.format_tb(error.__traceback__)[-3:])
+            answer = {"failed": f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS] + f"\n{trace}"}
         print(json.dumps(answer | {"copy": report.get("copy_bytes_per_s")}), file=answers)
     return 0
 
@@ -144,9 +163,9 @@ def serve(args: argparse.Namespace) -> int:
 class Worker:
     """A process that measures parts, one after the other."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, seconds: float = STARTS):
         """Start the process, and wait for the description of its device, `environment`."""
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by `end`
         self.fresh, self.alone = True, False
         command = [sys.executable, __file__, "--serve", f"--rounds={args.rounds}"]
         self.process = subprocess.Popen(
@@ -159,7 +178,7 @@ class Worker:
             text=True,
             start_new_session=True,
         )
-        self.environment = self._answer(HANGS)
+        self.environment = self._answer(min(STARTS, seconds))
 
     def can_measure(self, key: str) -> bool:
         """Return whether this process may measure a part: it runs, and no part that wants a process of its own is in the way."""
@@ -175,7 +194,7 @@ class Worker:
         task, name, *_ = key.split("/")
         self.fresh, self.alone = False, task in device_report.OWN_PROCESS
         known = {k: v for k, v in report["parts"].items() if task == "bench" and k.startswith(f"correct/{name}/")}
-        asked = {"key": key, "parts": known, "copy": report.get("copy_bytes_per_s")}
+        asked = {"key": key, "parts": known, "copy": report.get("copy_bytes_per_s"), "seconds": seconds}
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # of a process that has ended, which `_answer` reports
             self.process.stdin.write(json.dumps(asked) + "\n")
@@ -201,7 +220,7 @@ class Worker:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         line = self.process.stdout.readline() if ready else ""
-        if line:
+        with contextlib.suppress(json.JSONDecodeError):  # of a line that the end of the process has cut
             return json.loads(line)
         why = f"the process ended with status {self.process.wait()}" if ready else f"no answer in {seconds:.0f} s"
         self.log.seek(0)
@@ -224,12 +243,17 @@ def measure_parts(args: argparse.Namespace, folder: Path, report: dict[str, Any]
             try:
                 if not worker.can_measure(key):
                     worker.end()
-                    worker = Worker(args)
-                report["parts"][key] = worker.ask(key, report, min(HANGS, left()))
+                    worker = Worker(args, left())
+                report["parts"][key] = worker.ask(key, report, min(max(60, 3 * device_report.seconds(key)), left()))
             except PartError as error:
                 if left() <= 0:
-                    return  # the budget has cut this part short
+                    print(f"{time.monotonic() - began:5.0f} s  {key} was cut by the budget", flush=True)
+                    return
                 report["parts"][key] = {"failed": str(error)}
+            if device_report.failure(report["parts"][key]) is not None or device_report.has_errors(
+                report["parts"][key]
+            ):
+                worker.end()  # a fault of the device stays with its process
             report["left"] = device_report.left(report)
             device_report.write(folder, report, PREDICTIONS)
             print(f"{time.monotonic() - began:5.0f} s  {key} ({time.monotonic() - start:.0f} s)", flush=True)
@@ -280,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.predict:
         return predict()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the worker
     try:
         worker = Worker(args)
     except PartError as error:

@@ -14,10 +14,10 @@ python=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 if compgen -G "$root/.wheels/*.whl" > /dev/null; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$root"/.wheels/*.whl
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$root"/.wheels/*.whl ||
+        echo "The wheels could not be installed: parts that need them will be reported as failed." >&2
 else
     echo "There are no wheels in .wheels/ (make first-light-wheels): parts that need them will be reported as failed." >&2
 fi
-# What the machine has goes first, except that the packages of this project come from the checkout.
 export PYTHONPATH="$root:$root/kernels:$site${PYTHONPATH:+:$PYTHONPATH}"
 "$python" "$root/experiments/device_report.py" --workdir="$folder" --budget="$budget" "$@"

@@ -146,6 +146,8 @@ class Model:
         post = torch.zeros(N, n, device=x.device)
         res = torch.eye(n, device=x.device).expand(N, n, n).contiguous()
         state = (x[:, None].expand(N, n, C).contiguous(), torch.zeros_like(x), post, res)
+        for a in state[1:]:
+            a.requires_grad_()  # as in later blocks; otherwise the first block would be compiled on its own
         for p in self.blocks:
             state = self.block(p, state)
         x, y, post, res = state
@@ -165,32 +167,47 @@ def loss_and_gradients(model: Model, tokens: np.ndarray, targets: np.ndarray) ->
     loss.backward()
     grads = {path: a.grad for path, a in model.ends.items()}
     for path in model.blocks[0]:
-        grads[f"layers/{path}"] = torch.stack([block[path].grad for block in model.blocks])
-    return loss.item(), {path: np.zeros(0) if g is None else g.cpu().numpy() for path, g in grads.items()}
+        made = [
+            torch.zeros_like(block[path]) if block[path].grad is None else block[path].grad for block in model.blocks
+        ]
+        grads[f"layers/{path}"] = torch.stack(made)
+    return loss.item(), {path: np.zeros(()) if g is None else g.cpu().numpy() for path, g in grads.items()}
 
 
-def times(models: Mapping[str, Model], batch: Sequence[np.ndarray], rounds: int) -> dict[str, list[float]]:
-    """Time the train step of each model on a batch [tokens, targets]: seconds of a step in each round, where models alternate.
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of the GPU is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
-    A round takes two steps of each model, and the second is timed.
-    """
+
+def forget() -> None:
+    """Forget all compiled programs and free their memory; a program that is compiled too often fails instead of running slowly."""
+    torch.compiler.reset()
+    if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch.cuda.empty_cache()
+
+
+def step_of(model: Model, batch: Sequence[np.ndarray]) -> Callable[[], None]:
+    """Return the train step of a model on a batch [tokens, targets], after it has run once: backward pass, clipping, AdamW."""
     given = [torch.tensor(a, dtype=torch.long, device=device()) for a in batch]
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY, fused=device() == "cuda")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(*given).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    step()
+    return step
+
+
+def times(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Time train steps: the seconds of each in each round, where they alternate.
+
+    A round takes two steps of each, and the second is timed.
+    """
     synchronize = torch.cuda.synchronize if device() == "cuda" else lambda: None
-
-    def step_of(model: Model) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY, fused=device() == "cuda")
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            model.loss(*given).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-
-        return step
-
-    steps = {name: step_of(model) for name, model in models.items()}
-    for step in steps.values():
-        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         for name in list(steps)[:: 1 if turn % 2 else -1]:
@@ -204,11 +221,12 @@ def times(models: Mapping[str, Model], batch: Sequence[np.ndarray], rounds: int)
 
 
 def rows(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Return a row for each model: `name`, `ms` (median), `ms_rounds`, and `overhead` over the model `residual`."""
+    """Return a row for each step: `name`, `status` (ok), `ms` (median), `ms_rounds`, and `overhead` over the step `residual`."""
     base = statistics.median(seconds["residual"])
     return [
         {
             "name": name,
+            "status": "ok",
             "ms": 1e3 * (ms := statistics.median(s)),
             "ms_rounds": [1e3 * t for t in s],
             "overhead": ms / base - 1,

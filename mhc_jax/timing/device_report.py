@@ -27,9 +27,9 @@ from mhc_jax.timing import step_times
 
 REPEATS = 20
 BOUNDARY_FIRST = ("write_read", "write", "read", "coefficients", "sinkhorn")
-SECONDS = {"correct": 20, "bench": 25, "step": 100, "peer": 110, "train": 150, "repeat": 15, "gradient": 40}
+SECONDS = {"correct": 15, "bench": 30, "step": 100, "peer": 110, "train": 150, "repeat": 15, "gradient": 40}
 """Estimated seconds of a part by task, on a GPU.  A part begins only if the budget has as many seconds left."""
-OWN_PROCESS = ("peer", "train")
+OWN_PROCESS = ("step", "peer", "train")
 """Tasks whose parts have a process of their own, because each needs the whole memory of the device."""
 
 
@@ -43,14 +43,15 @@ def plan(tiny: bool) -> list[str]:
         ops = [f"{task}/tiny/{op}" for task in ("correct", "bench") for op in BOUNDARY_FIRST]
         rest = ["step/tiny", "peer/tiny", "train/tiny", "repeat/tiny/write_read", "gradient/tiny"]
         return [*ops, *rest, "correct/tiny-bf16/write_read"]
-    first = [f"{task}/27b/{op}" for op in BOUNDARY_FIRST for task in ("correct", "bench")]
+    first, *others = [[f"{task}/27b/{op}" for task in ("correct", "bench")] for op in BOUNDARY_FIRST]
     two_streams = [f"correct/27b-n2/{op}" for op in BOUNDARY_FIRST]
     repeats = [f"repeat/27b/{op}" for op in OPS]
     bench = [f"bench/{name}/{op}" for name in ("3b", "27b-n2") for op in BOUNDARY_FIRST]
     correct = [f"correct/{name}/{op}" for name in ("27b-fp32", "27b-n8") for op in BOUNDARY_FIRST]
     larger = [f"bench/{name}/{op}" for name in ("v4-flash", "v4") for op in BOUNDARY_FIRST]
-    whole = ["step/27b", "step/304m", "peer/304m", "train/one_gpu"]
-    return [*first, *whole, *two_streams, *repeats, *bench, "step/3b", "gradient/3b", *correct, *larger]
+    whole = ["step/27b", "step/304m", "peer/304m"]
+    second = [*(key for pair in others for key in pair), "repeat/27b-ragged/write_read", "train/one_gpu"]
+    return [*first, *whole, *second, *two_streams, *repeats, *bench, "step/3b", "gradient/3b", *correct, *larger]
 
 
 def seconds(key: str) -> int:
@@ -59,14 +60,21 @@ def seconds(key: str) -> int:
 
 
 def left(report: Mapping[str, Any]) -> list[str]:
-    """Return the parts of the plan that have no value yet: first those that were not tried, then those that failed."""
+    """Return the parts of the plan that are not done: first those that were not tried, then those with a failure or an error."""
     untried = [key for key in plan(report["tiny"]) if key not in report["parts"]]
-    return untried + [key for key, part in report["parts"].items() if failure(part) is not None]
+    return untried + [key for key, part in report["parts"].items() if failure(part) is not None or has_errors(part)]
 
 
 def failure(part: Any) -> str | None:
-    """Return why a part failed, or None if it has a value."""
+    """Return why a part failed as a whole, or None if it has a value."""
     return part.get("failed") if isinstance(part, dict) else None
+
+
+def has_errors(part: Any) -> bool:
+    """Return whether a contestant of a part ended in an error, after which the state of the device is not to be trusted."""
+    rows = part.get("steps", []) if isinstance(part, dict) else part
+    rows = rows if isinstance(rows, list) else []  # `steps` of a training run is a number
+    return any(row.get("status", "").startswith("error") for row in rows)
 
 
 def run(
@@ -116,9 +124,13 @@ def run(
 
 
 def wrong(report: Mapping[str, Any]) -> list[str]:
-    """Return the names of the parts in which an implementation failed its comparison."""
-    rows = {key: part for key, part in report["parts"].items() if isinstance(part, list)}
-    return [key for key, part in rows.items() if any(row["status"] == "FAILED" for row in part)]
+    """Return the names of the parts in which an implementation failed its comparison or ended in an error."""
+    parts = report["parts"].items()
+    return [
+        key
+        for key, part in parts
+        if has_errors(part) or (isinstance(part, list) and any(row["status"] == "FAILED" for row in part))
+    ]
 
 
 def write(folder: Path, report: dict[str, Any], predictions: Path) -> None:
@@ -166,13 +178,17 @@ def readme(report: Mapping[str, Any], predicted: Mapping[str, Any] = {}) -> str:
         out += _steps(part, predicted.get("steps", {}).get(part["shape"]["name"], []))
     for part in of["peer"]:
         out += _peers(part)
-    for part in of["train"]:
-        out += _trained(part)
+    for key in parts:
+        if key.startswith("train/"):
+            out += _trained(parts[key], step_times.TRAINED_TOKENS.get(key.split("/")[1]))
     if of["correct"]:
         out += _correctness([row for rows in of["correct"] for row in rows])
     repeated = {key: value for key, value in parts.items() if key.startswith(("repeat/", "gradient/"))}
     if repeated:
         out += _repeats(repeated)
+    if predicted:
+        rest = [[row[key] for key in ("part", "expected", "wrong", "why")] for row in predicted["others"]]
+        out += ["## Predicted for the other parts", measure.markdown("part | expected | wrong | why", rest)]
     if failed:
         out += ["## Parts that failed", *(f"`{key}`:\n\n```\n{why}\n```" for key, why in failed.items())]
     return "\n\n".join(out) + "\n"
@@ -208,14 +224,21 @@ def _peers(part: Mapping[str, Any]) -> list[str]:
         "Against ours at a tiny size: relative error of the loss, and of the whole gradient in the Euclidean norm.",
         measure.markdown("dtype | connection | loss | gradient", errors),
     ]
-    if not part["steps"]:
-        return [*out, "They are not equal, so nothing was timed."]
-    lines = [[row["name"], f"{row['ms']:.2f}", f"{100 * row['overhead']:+.1f} %"] for row in part["steps"]]
+    if not part["equal"]:
+        out += [
+            "They are NOT equal within the bounds of `torch_steps.BOUNDS`, so the times below are of another computation."
+        ]
+    lines = []
+    for row in part["steps"]:
+        timed = row["status"] == "ok"
+        cells = [f"{row['ms']:.2f}", f"{1 / (1 + row['overhead']):.2f}"] if timed else [row["status"], ""]
+        lines.append([row["name"], *cells])
     timed = f"{shape.batch_size} x {shape.sequence_length} tokens, {shape.dtype}; `torch.compile` compiles a block."
-    return [*out, timed, measure.markdown("connection | step (ms) | over residual", lines)]
+    return [*out, timed, measure.markdown("connection | step (ms) | throughput over residual's", lines)]
 
 
-def _trained(part: Mapping[str, Any]) -> list[str]:
+def _trained(part: Mapping[str, Any], tokens: int | None) -> list[str]:
+    """Return the table of a training run; `tokens` is the number of tokens of a step, or None if it is not known."""
     keys = (
         "status",
         "steps",
@@ -226,6 +249,8 @@ def _trained(part: Mapping[str, Any]) -> list[str]:
         "max_composite_backward",
     )
     lines = [[key, part.get(key)] for key in (*keys, "peak_memory_bytes", "compile_s", "wall_clock_s")]
+    if tokens and part.get("step_time_s"):
+        lines.append(["tokens per second", round(tokens / part["step_time_s"])])
     return ["## A short training of mHC", measure.markdown("summary | value", lines)]
 
 
@@ -251,7 +276,9 @@ def _steps(part: Mapping[str, Any], predicted: Sequence[Mapping[str, Any]]) -> l
         "| loss of step 2 (nats/token) | predicted over residual |",
         "| --- " * 7 + "|",
     ]
-    expected = {row["name"]: f"{100 * row['overhead']:+.0f} %" for row in predicted}
+    # Predictions are for the full batch and a fused attention.
+    comparable = part["attention"] == "cudnn" and part["batch_size"] == shape.batch_size
+    expected = {row["name"]: f"{100 * row['overhead']:+.0f} %" for row in predicted if comparable}
     for row in part["steps"]:
         cells = f"{row['status']} | | | | |"
         if row["status"] == "ok":

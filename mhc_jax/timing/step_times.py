@@ -83,6 +83,10 @@ LAYERS = {
 (that of github.com/wdlctc/hyper-connection-factory, configs/scaling_gpu/l.yaml), and `tiny` for a CPU."""
 
 
+TRAINED_TOKENS = {"one_gpu": 64 * 1024}
+"""Number of tokens of a step of the configurations that the report trains, by name."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Contestant:
     """A kind of connection and the implementation of its operations, where None is the default of the platform."""
