@@ -1,0 +1,99 @@
+"""`connect`: any kind of connection around a list of Flax blocks, as one Linen or NNX module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mhc_jax.errors import InputError, require
+from mhc_jax.wrappers.wiring import Wiring
+
+
+class LinenConnected(nn.Module):
+    """Blocks with a connection around each, as a Flax Linen module.
+
+    Parameters of the connection are `connection` and those of the blocks are `blocks_0`, `blocks_1`, ... .
+    """
+
+    spec: str
+    """The connection as text, such as `mhc:num_streams=4`."""
+    blocks: Sequence[Callable[..., Any]]
+    """L Linen modules or functions from [..., C] to the same shape."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape C"], *args: Any, sample: int = 0) -> Any:
+        """Return the output of the model; arguments and results are those of `Wiring.apply`."""
+        wiring = Wiring(self.spec, x.shape[-1], len(self.blocks))
+        params = self.param("connection", wiring.init)
+        return wiring.apply(params, self.blocks, x, *args, sample=sample)
+
+
+class NNXConnected(nnx.Module):
+    """Blocks with a connection around each, as an NNX module: `blocks` and `connection` hold their `nnx.Param`."""
+
+    def __init__(self, spec: str, blocks: Sequence[Callable[..., Any]], width: int, rngs: nnx.Rngs):
+        """Make the parameters of the connection from the stream `params` of `rngs`.
+
+        Args:
+          spec: the connection as text, such as `mhc:num_streams=4`.
+          blocks: L NNX modules or functions from [..., C] to the same shape.
+          width: number C of channels.
+          rngs: random numbers.
+        """
+        self.wiring = Wiring(spec, width, len(blocks))
+        self.blocks = nnx.List(blocks)
+        self.connection = nnx.data(jax.tree.map(nnx.Param, self.wiring.init(rngs.params())))
+
+    def __call__(self, x: Float[Array, "*shape C"], *args: Any, sample: int = 0) -> Any:
+        """Return the output of the model; arguments and results are those of `Wiring.apply`."""
+        params = jax.tree.map(lambda p: p[...], self.connection, is_leaf=lambda p: isinstance(p, nnx.Variable))
+        return self.wiring.apply(params, self.blocks, x, *args, sample=sample)
+
+
+def connect(
+    spec: str, blocks: Sequence[Any], *, width: int | None = None, rngs: nnx.Rngs | None = None
+) -> LinenConnected | NNXConnected:
+    """Put a connection around each of a list of blocks, in place of x + block(x).
+
+    Each block begins with its own norm and returns what a residual model would add.  The whole maps [..., C] to the same shape, so
+    that it stands between embedding and final norm.
+
+    Args:
+      spec: the connection as text: a kind of `mhc_jax.connections.KINDS`, and settings, as in `mhc:num_streams=4:init=home`.
+      blocks: Flax modules, or functions of arrays.  Attention and feed-forward are two blocks.
+      width: number C of channels; only for NNX, whose parameters are made at once.
+      rngs: random numbers; only for NNX.
+
+    Returns:
+      a Linen module, or with `rngs` an NNX module.
+
+    Raises:
+      InputError: there is no block, the connection is unknown, or `width` and `rngs` are not given for NNX blocks.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> model = connect("mhc:num_streams=4", [jnp.tanh, jnp.sin])
+      >>> x = jnp.ones((2, 5, 16))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> model.apply(params, x).shape
+      (2, 5, 16)
+    """
+    require(len(blocks) > 0, "blocks is empty; give at least one block.")
+    for block in blocks:
+        require(
+            callable(block), f"A block is an object of type {type(block).__name__}; give functions or Flax modules."
+        )
+    if rngs is None and width is None:
+        require(
+            not any(isinstance(b, nnx.Module) for b in blocks), "The blocks are NNX modules; give width and rngs too."
+        )
+        Wiring(spec, 1, len(blocks))  # refuses an unknown connection now
+        return LinenConnected(spec, blocks)
+    if rngs is None or width is None:
+        raise InputError("For NNX give both width and rngs; for Linen give neither.")
+    return NNXConnected(spec, blocks, width, rngs)

@@ -1,0 +1,195 @@
+"""Connections around other people's blocks: the page's examples with every kind, equal numbers to the decoder, refusals."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support.thinned import thin
+from support.tiny_runs import ROOT
+from support.tolerances import assert_close
+
+import mhc_jax
+from mhc_jax import Wiring, connect
+from mhc_jax import model as models
+from mhc_jax.config import ModelConfig
+from mhc_jax.connections import KINDS, parse
+from mhc_jax.diagnostics import summarize
+from mhc_jax.errors import InputError
+
+PAGE = ROOT / "docs" / "your_model.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+FRAMEWORKS = {"linen": 0, "nnx": 1, "bare": 2}
+BRANCHES = [jnp.tanh, jnp.sin, jnp.cos]
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(1), (2, 5, 16))
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    """The examples are those of users, whose arrays may be promoted in rank."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+CASES = [(framework, kind) for framework in FRAMEWORKS for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("framework", "kind"), thin(CASES, {("linen", "mhc"), ("nnx", "attnres_block"), ("bare", "hc")}.__contains__)
+)
+def test_examples_of_the_page_train_every_kind(framework, kind):
+    code = EXAMPLES[FRAMEWORKS[framework]]
+    assert len(list(filter(None, code.splitlines()))) <= 25
+    values = {}
+    exec(code.replace("mhc:num_streams=4", kind).replace("range(20)", "range(2)"), values)
+    first = float(values["loss"])
+    again = {}
+    exec(code.replace("mhc:num_streams=4", kind).replace("range(20)", "range(12)"), again)
+    assert float(again["loss"]) < first
+
+
+def test_a_scan_over_depth_is_the_list_of_branches(x):
+    values = {}
+    exec(EXAMPLES[3], values)
+    wiring, params, weights = values["wiring"], values["params"], values["weights"]
+    branches = [lambda h, W=W: jnp.tanh(h) @ W for W in weights]
+    assert_close(values["y"], wiring.apply(params, branches, values["x"]))
+    gains = {}
+    exec(EXAMPLES[4], gains)
+    assert gains["gains"].shape == (3,)
+
+
+@pytest.mark.parametrize("spec", thin(list(KINDS), ("mhc", "attnres_block", "single_pass").__contains__))
+def test_it_is_the_decoder_at_the_same_parameters(spec):
+    """Our decoder's own branches under `Wiring`, between its embedding and its logits."""
+    config = ModelConfig(
+        vocab_size=11, width=16, num_layers=3, num_heads=2, num_kv_heads=2, mlp_width=32, connection=parse(spec)
+    )
+    decoder, tokens = models.Decoder(config), jnp.arange(10).reshape(2, 5) % 11
+    params = decoder.init(jax.random.key(0), tokens)["params"]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    params = structure.unflatten([a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+    expected, _ = decoder.apply({"params": params}, tokens)
+
+    wiring, inside, own = Wiring(spec, 16, 6), params["layers"], []
+    branches = []
+    for layer in range(3):
+        of_layer = jax.tree.map(lambda a, layer=layer: a[layer], inside)
+        for name, branch in models.branches(config, dense=True).items():
+            own.append(of_layer.get(f"{name}_connection", {}))
+            unbound = branch.clone(parent=None, name=None)
+            branches.append(lambda h, b=unbound, p=of_layer[name]: b.apply({"params": p}, h)[0])
+    given = {"ends": params.get("ends", {}), "branches": own}
+    x = wiring.apply(given, branches, params["embedding"][tokens])
+    x = models.RMSNorm(models.NORM_EPS).apply({"params": params["final_norm"]}, x)
+    assert_close(x @ params["unembedding"], expected, 1e-6)
+
+
+def test_transformations(x):
+    wiring = Wiring("mhc:num_streams=2", 16, 3)
+    params = wiring.init(jax.random.key(0))
+
+    def run(x, params=params):
+        return wiring.apply(params, BRANCHES, x)
+
+    plain = run(x)
+    assert_close(jax.jit(run)(x), plain)
+    assert_close(jax.vmap(run)(x[:, None])[:, 0], plain)
+    assert_close(run(x[0]), plain[0])
+    assert_close(run(x[0, 0]), plain[0, 0])
+    image = x.reshape(2, 5, 2, 2, 4)[..., :4].reshape(2, 5, 2, 8)
+    assert Wiring("hc", 8, 3).apply(Wiring("hc", 8, 3).init(jax.random.key(0)), BRANCHES, image).shape == image.shape
+    gradient = jax.grad(lambda p: run(x, p).sum())
+    jax.tree.map(assert_close, jax.grad(jax.checkpoint(lambda p: run(x, p).sum()))(params), gradient(params))
+    mesh = jax.make_mesh((2,), ("data",))
+    shared = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert_close(jax.jit(run)(shared), plain)
+
+
+def test_one_stream_adds_no_work(x):
+    wiring = Wiring("residual", 16, 3)
+    assert jax.tree.leaves(wiring.init(jax.random.key(0))) == []
+
+    def plain(x):
+        for branch in BRANCHES:
+            x = x + branch(x)
+        return x
+
+    ours = jax.jit(lambda x: wiring.apply(wiring.init(jax.random.key(0)), BRANCHES, x)).lower(x).compile()
+    costs = [program.cost_analysis() for program in (ours, jax.jit(plain).lower(x).compile())]
+    assert [cost["flops"] for cost in costs] == [costs[1]["flops"]] * 2
+    assert costs[0]["bytes accessed"] == costs[1]["bytes accessed"]
+    assert_close(ours(x), plain(x))
+
+
+def test_diagnostics_are_those_of_the_coefficients(x):
+    model = connect("hc:num_streams=3:dynamic=False", BRANCHES)
+    params = model.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda a: a + 0.3, params)
+    out, collected = model.apply(params, x, sample=4)
+    assert_close(out, model.apply(params, x))
+    found, expected = summarize(collected), np.eye(3)
+    for own in params["params"]["connection"]["branches"]:
+        expected = np.asarray(own["A_r"], np.float64) @ expected
+    assert found["composite_forward"][-1] == pytest.approx(np.abs(expected.sum(1)).max(), rel=1e-5)
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale=1.0):
+        return scale * nn.Dense(x.shape[-1])(x)
+
+
+def test_parameters_are_where_users_of_the_framework_expect_them(x):
+    model = connect("mhc", [LinenBlock(), LinenBlock()])
+    params = model.init(jax.random.key(0), x)["params"]
+    assert set(params) == {"blocks_0", "blocks_1", "connection"}
+    assert set(params["connection"]["branches"][0]) == {"phi", "alpha", "bias"}
+    assert not jnp.allclose(model.apply({"params": params}, x, 2.0), model.apply({"params": params}, x))
+    rngs = nnx.Rngs(0)
+    module = connect("mhc", [nnx.Linear(16, 16, rngs=rngs) for _ in range(2)], width=16, rngs=rngs)
+    state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    assert set(state) == {"blocks", "connection"}
+    graph, values = nnx.split(module)
+    assert_close(nnx.merge(graph, values)(x), module(x))
+
+
+def refused(function):
+    with pytest.raises(InputError) as error:
+        function()
+    return str(error.value)
+
+
+def test_refusals(x):
+    assert "Did you mean 'mhc'?" in refused(lambda: connect("mch", BRANCHES))
+    assert "'init' has no other stream" not in refused(lambda: connect("mhc:num_streams=1:init=home", BRANCHES))
+    assert refused(lambda: connect("mhc", [])) == "blocks is empty; give at least one block."
+    assert refused(lambda: connect("mhc", [3])) == "A block is an object of type int; give functions or Flax modules."
+    linear = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    assert "NNX modules; give width and rngs" in refused(lambda: connect("mhc", [linear]))
+    assert "give both width and rngs" in refused(lambda: connect("mhc", [linear], width=16))
+    wiring = Wiring("mhc", 16, 2)
+    params = wiring.init(jax.random.key(0))
+    halves = [jnp.tanh, lambda h: h[..., :8]]
+    said = refused(lambda: wiring.apply(params, halves, x))
+    assert said.startswith(
+        "Branch 1 returns an array of shape (2, 5, 8); it must return an array of the shape of its input"
+    )
+    assert "Branch 0 returns tuple" in refused(lambda: wiring.apply(params, [lambda h: (h, h), jnp.tanh], x))
+    assert "There are 3 branches, not 2" in refused(lambda: wiring.apply(params, BRANCHES, x))
+    assert "its last axis must be 16" in refused(lambda: wiring.apply(params, halves, x[..., :4]))
+
+
+def test_the_top_level_is_light_and_has_a_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mhc_jax.__version__)
+    assert f'version = "{mhc_jax.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    with pytest.raises(AttributeError, match="no attribute 'conect'"):
+        _ = mhc_jax.conect
