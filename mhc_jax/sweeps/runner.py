@@ -250,7 +250,7 @@ def submit(workdir: Path, grid: Grid, selected: Sequence[Run], cluster: str, par
     try:
         import submitit
     except ImportError:
-        raise InputError("Slurm arrays need submitit: pip install 'mhc-jax[slurm]'.") from None
+        raise InputError("Slurm arrays need submitit: pip install submitit.") from None
     todo = prepare(workdir, grid, selected)
     try:
         executor = submitit.AutoExecutor(folder=str(workdir.resolve() / "logs" / "slurm"), cluster=cluster)

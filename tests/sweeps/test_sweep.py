@@ -258,7 +258,7 @@ def test_a_slurm_task_is_the_same_run(grid, tmp_path):
 
 def test_without_submitit_a_slurm_array_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match=r"pip install 'mhc-jax\[slurm\]'"):
+    with pytest.raises(InputError, match=r"pip install submitit"):
         runner.submit(tmp_path, Grid("title", []), [], "slurm", {})
 
 

@@ -312,7 +312,7 @@ def test_what_cannot_be_trained_is_refused_before_the_folder_is_made(text, resid
     refused(half, r"model.compute_dtype is 'float16', which does not run on a CPU")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        told = rf"train.trackers has '{name}', but {package} is missing: pip install 'mhc-jax\[{name}\]'"
+        told = rf"train.trackers has '{name}', but {package} is missing: pip install {package}"
         refused(with_train(residual, trackers=(name,)), told)
 
 

@@ -28,7 +28,7 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
         importlib.import_module("jax_triton")
         importlib.import_module("triton")
     except ImportError as error:
-        return f"it needs jax-triton and triton, pip install 'mhc-jax[gpu]' ({str(error).splitlines()[0]})"
+        return f"it needs jax-triton and triton, pip install jax-triton triton ({str(error).splitlines()[0]})"
     if backend_choice.interpret():
         return "jax-triton kernels cannot be interpreted"
     return pallas_gpu.obstacle(num_streams, width, dtypes)
