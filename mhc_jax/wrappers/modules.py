@@ -11,13 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax.errors import InputError, require
-from mhc_jax.wrappers.wiring import Wiring
+from mhc_jax.wrappers.wiring import Params, Wiring
 
 
 class LinenConnected(nn.Module):
     """Blocks with a connection around each, as a Flax Linen module.
 
-    Parameters of the connection are `connection` and those of the blocks are `blocks_0`, `blocks_1`, ... .
+    The parameters of the connection are in `connection`: `ends`, and `branches_0`, `branches_1`, ... for each block.  Those of the
+    blocks are `blocks_0`, `blocks_1`, ..., or where Flax puts blocks that a parent module made.
     """
 
     spec: str
@@ -26,11 +27,20 @@ class LinenConnected(nn.Module):
     """L Linen modules or functions from [..., C] to the same shape."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*shape C"], *args: Any, sample: int = 0) -> Any:
+    def __call__(self, x: Float[Array, "*shape C"], *args: Any, sample: int = 0, **options: Any) -> Any:
         """Return the output of the model; arguments and results are those of `Wiring.apply`."""
         wiring = Wiring(self.spec, x.shape[-1], len(self.blocks))
-        params = self.param("connection", wiring.init)
-        return wiring.apply(params, self.blocks, x, *args, sample=sample)
+
+        def named(key: Array) -> Params:
+            made = wiring.init(key)
+            return {"ends": made["ends"]} | {f"branches_{i}": own for i, own in enumerate(made["branches"])}
+
+        given: Any = (
+            self.param("connection", named) if self.is_initializing() else self.get_variable("params", "connection", {})
+        )
+        branches = [given.get(f"branches_{i}", {}) for i in range(len(self.blocks))]
+        params = {"ends": given.get("ends", {}), "branches": branches}
+        return wiring.apply(params, self.blocks, x, *args, sample=sample, **options)
 
 
 class NNXConnected(nnx.Module):
@@ -49,10 +59,10 @@ class NNXConnected(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.connection = nnx.data(jax.tree.map(nnx.Param, self.wiring.init(rngs.params())))
 
-    def __call__(self, x: Float[Array, "*shape C"], *args: Any, sample: int = 0) -> Any:
+    def __call__(self, x: Float[Array, "*shape C"], *args: Any, sample: int = 0, **options: Any) -> Any:
         """Return the output of the model; arguments and results are those of `Wiring.apply`."""
         params = jax.tree.map(lambda p: p[...], self.connection, is_leaf=lambda p: isinstance(p, nnx.Variable))
-        return self.wiring.apply(params, self.blocks, x, *args, sample=sample)
+        return self.wiring.apply(params, self.blocks, x, *args, sample=sample, **options)
 
 
 def connect(
@@ -88,12 +98,23 @@ def connect(
         require(
             callable(block), f"A block is an object of type {type(block).__name__}; give functions or Flax modules."
         )
+        cells = (cell.cell_contents for cell in getattr(block, "__closure__", None) or ())
+        around = [a for a in (getattr(block, "__self__", None), *cells) if isinstance(a, nnx.Module)]
+        require(
+            not around,
+            "A block is a method of an NNX module, or a function around one, so that its parameters would be constants; give an "
+            "nnx.Module whose __call__ does this.",
+        )
     if rngs is None and width is None:
         require(
             not any(isinstance(b, nnx.Module) for b in blocks), "The blocks are NNX modules; give width and rngs too."
         )
         Wiring(spec, 1, len(blocks))  # refuses an unknown connection now
-        return LinenConnected(spec, blocks)
+        return LinenConnected(spec, tuple(blocks))
     if rngs is None or width is None:
         raise InputError("For NNX give both width and rngs; for Linen give neither.")
+    require(
+        not any(isinstance(b, nn.Module) for b in blocks),
+        "A block is a Linen module; for Linen give no width and no rngs.",
+    )
     return NNXConnected(spec, blocks, width, rngs)

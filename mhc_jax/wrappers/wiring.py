@@ -88,7 +88,8 @@ class Wiring:
             branches: Any = jax.vmap(of_branch)(jnp.arange(self.num_branches), keys)
         else:
             branches = [of_branch(index, k) for index, k in enumerate(keys)]
-        return {"ends": self._ends(key, x), "branches": branches}
+        made = {"ends": self._ends(key, x), "branches": branches}
+        return jax.tree.map(lambda a: a.astype(jnp.float32), made)
 
     def _ends(self, key: Array, x: Array) -> Params:
         made: Any = self.module(None).init(key, x, method="start")
@@ -108,12 +109,26 @@ class Wiring:
           state: the state with the output of the last branch.
 
         Returns:
-          the state, whose `y` is to be replaced by the output of the next branch (`State._replace(y=...)`), and its input.
+          the state, to which `put` adds the output of the next branch, and the input of that branch.
         """
         link = self.module(state.branch)
         made: Any = link.apply({"params": branch_params}, *state[:3], method="write_read")
         streams, c, h = made
         return State(streams, c, state.y, state.branch + 1), h
+
+    def put(self, state: State, y: Any) -> State:
+        """Return the state with the output y of the branch whose input was just read, in the dtype of the streams' input.
+
+        Raises:
+          InputError: y is no array of the shape of that input.
+        """
+        shape = getattr(y, "shape", None)
+        require(
+            shape == state.y.shape,
+            f"A branch returns {f'an array of shape {shape}' if shape is not None else type(y).__name__}; it must return an array "
+            f"of the shape of its input, {state.y.shape}.",
+        )
+        return state._replace(y=y.astype(state.y.dtype))
 
     def finish(self, params: Params, state: State) -> Float[Array, "B T C"]:
         """Write the output of the last branch, and return the output of the model: one vector made of the streams."""
@@ -123,15 +138,21 @@ class Wiring:
         return out
 
     def apply(
-        self, params: Params, branches: Sequence[Branch], x: Float[Array, "*shape C"], *args: Any, sample: int = 0
+        self,
+        params: Params,
+        branches: Sequence[Branch],
+        x: Float[Array, "*shape C"],
+        *args: Any,
+        sample: int = 0,
+        **options: Any,
     ) -> Any:
         """Return the output of the model for the input x.
 
         Args:
           params: what `init` made.
-          branches: L functions; branch l gets an array of the shape of x, and `args`.
+          branches: L functions; branch l gets an array of the shape of x, `args` and `options`.
           x: input, channels last, of any rank: [C], [T, C], [B, T, C], [B, H, W, C].
-          args: further arguments of every branch, such as a mask.
+          args, options: further arguments of every branch, such as a mask.
           sample: number of tokens from which diagnostics are collected; 0: none.
 
         Returns:
@@ -141,17 +162,41 @@ class Wiring:
         Raises:
           InputError: the number of branches or of channels is another one, or a branch returns another shape.
         """
-        listed = params["branches"]
-        if not isinstance(listed, list):
-            listed = [jax.tree.map(lambda a, i=i: a[i], listed) for i in range(self.num_branches)]
+        listed = self.parameters_of_branches(params)
         state, collected = self.start(params, self.flat(x, len(branches))), []
         for number, (branch, own) in enumerate(zip(branches, listed, strict=True)):
             state, h = self.boundary(own, state)
-            state = state._replace(y=self.output(branch(h.reshape(x.shape), *args), x, number))
+            y = branch(h.reshape(x.shape), *args, **options)
+            shape = getattr(y, "shape", None)
+            require(
+                shape == x.shape,
+                f"Branch {number} returns {f'an array of shape {shape}' if shape is not None else type(y).__name__}; it must "
+                f"return an array of the shape of its input, {x.shape}.",
+            )
+            state = self.put(state, y.reshape(h.shape))
             if sample:
                 collected.append(self.module(number).apply({"params": own}, *state[:3], sample, method=sample_sublayer))
         out = self.finish(params, state).reshape(x.shape)
         return (out, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)) if sample else out
+
+    def parameters_of_branches(self, params: Params) -> list[Params]:
+        """Return the parameters of the connection at each branch, from a list of dicts or from one dict of stacked arrays.
+
+        Raises:
+          InputError: they are those of another number of branches.
+        """
+        given = params["branches"]
+        if isinstance(given, (list, tuple)):
+            found = len(given)
+        else:
+            sizes = {a.shape[0] for a in jax.tree.leaves(given)} or {self.num_branches}
+            found = sizes.pop() if len(sizes) == 1 else 0
+            given = [jax.tree.map(lambda a, i=i: a[i], given) for i in range(found)]
+        require(
+            found == self.num_branches,
+            f"The parameters are those of {found} branches, not of {self.num_branches}; `init` makes them.",
+        )
+        return list(given)
 
     def flat(self, x: Float[Array, "*shape C"], branches: int) -> Float[Array, "B T C"]:
         """Return the input as [B, T, C], after checks of its channels and of the number of branches."""
@@ -163,14 +208,3 @@ class Wiring:
         )
         leading = x.shape[0] if x.ndim > 2 else 1
         return x.reshape(leading, math.prod(x.shape[1 if x.ndim > 2 else 0 : -1]), self.width)
-
-    def output(self, y: Any, x: Float[Array, "*shape C"], number: int) -> Float[Array, "B T C"]:
-        """Return the output of branch `number` as [B, T, C], after a check of its shape."""
-        shape = getattr(y, "shape", None)
-        require(
-            shape == x.shape,
-            f"Branch {number} returns {f'an array of shape {shape}' if shape is not None else type(y).__name__}; it must return "
-            f"an array of the shape of its input, {x.shape}.",
-        )
-        leading = x.shape[0] if x.ndim > 2 else 1
-        return y.reshape(leading, -1, self.width)

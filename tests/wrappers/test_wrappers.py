@@ -114,6 +114,22 @@ def test_transformations(x):
     assert_close(jax.jit(run)(shared), plain)
 
 
+def test_half_precision_in_an_own_loop(x):
+    """Branches with float32 weights return float32; the state keeps the dtype of x, so that a scan has one carry type."""
+    wiring, W = Wiring("mhc:num_streams=2", 16, 3), jnp.eye(16)[None].repeat(3, 0)
+    params, half = wiring.init(jax.random.key(0), stacked=True), x.astype(jnp.bfloat16)
+
+    def layer(state, own):
+        state, h = wiring.boundary(own[1], state)
+        return wiring.put(state, h @ own[0]), None
+
+    state, _ = jax.lax.scan(layer, wiring.start(params, half), (W, params["branches"]))
+    y = wiring.finish(params, state)
+    assert y.dtype == jnp.bfloat16
+    assert_close(y, wiring.apply(params, [lambda h: h @ jnp.eye(16)] * 3, half), 2e-2)
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
 def test_one_stream_adds_no_work(x):
     wiring = Wiring("residual", 16, 3)
     assert jax.tree.leaves(wiring.init(jax.random.key(0))) == []
@@ -137,7 +153,8 @@ def test_diagnostics_are_those_of_the_coefficients(x):
     out, collected = model.apply(params, x, sample=4)
     assert_close(out, model.apply(params, x))
     found, expected = summarize(collected), np.eye(3)
-    for own in params["params"]["connection"]["branches"]:
+    for branch in range(3):
+        own = params["params"]["connection"][f"branches_{branch}"]
         expected = np.asarray(own["A_r"], np.float64) @ expected
     assert found["composite_forward"][-1] == pytest.approx(np.abs(expected.sum(1)).max(), rel=1e-5)
 
@@ -152,8 +169,12 @@ def test_parameters_are_where_users_of_the_framework_expect_them(x):
     model = connect("mhc", [LinenBlock(), LinenBlock()])
     params = model.init(jax.random.key(0), x)["params"]
     assert set(params) == {"blocks_0", "blocks_1", "connection"}
-    assert set(params["connection"]["branches"][0]) == {"phi", "alpha", "bias"}
-    assert not jnp.allclose(model.apply({"params": params}, x, 2.0), model.apply({"params": params}, x))
+    assert set(params["connection"]) == {"ends", "branches_0", "branches_1"}
+    assert set(params["connection"]["branches_0"]) == {"phi", "alpha", "bias"}
+    scaled = model.apply({"params": params}, x, 2.0)
+    assert not jnp.allclose(scaled, model.apply({"params": params}, x))
+    assert_close(model.apply({"params": params}, x, scale=2.0), scaled)
+    assert hash(model) == hash(connect("mhc", [LinenBlock(), LinenBlock()]))
     rngs = nnx.Rngs(0)
     module = connect("mhc", [nnx.Linear(16, 16, rngs=rngs) for _ in range(2)], width=16, rngs=rngs)
     state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
@@ -178,6 +199,17 @@ def test_refusals(x):
     assert "give both width and rngs" in refused(lambda: connect("mhc", [linear], width=16))
     wiring = Wiring("mhc", 16, 2)
     params = wiring.init(jax.random.key(0))
+    method, around = linear.__call__, lambda h: linear(h)
+    for block in (method, around):
+        assert "its parameters would be constants" in refused(lambda block=block: connect("mhc", [block]))
+        assert "its parameters would be constants" in refused(
+            lambda block=block: connect("mhc", [block], width=16, rngs=nnx.Rngs(0))
+        )
+    assert "A block is a Linen module" in refused(lambda: connect("mhc", [LinenBlock()], width=16, rngs=nnx.Rngs(0)))
+    other = Wiring("mhc", 16, 3)
+    for stacked in (False, True):
+        made = other.init(jax.random.key(0), stacked)
+        assert "are those of 3 branches, not of 2" in refused(lambda made=made: wiring.apply(made, BRANCHES[:2], x))
     halves = [jnp.tanh, lambda h: h[..., :8]]
     said = refused(lambda: wiring.apply(params, halves, x))
     assert said.startswith(
