@@ -118,8 +118,8 @@ def test_device_report_of_this_cpu(tmp_path):
     steps = {row["name"]: row for row in report["parts"]["step/tiny"]["steps"]}
     assert {name for name, row in steps.items() if row["status"] == "ok"} == {
         "residual",
-        "identity",
-        "mhc xla",
+        "identity:init=residual",
+        "mhc:init=paper xla",
         "hc xla",
     }
     assert steps["residual"]["overhead"] == 0
