@@ -322,12 +322,13 @@ def _minor_ticks(ratio: float) -> Formatter:
     """
     if ratio > 30:
         return NullFormatter()
-    labelled = range(2, 10) if ratio < 3.5 else (2, 3, 4, 6) if ratio < 8 else (2, 5)
+    if ratio < 3.5:
+        return FuncFormatter(_tick)  # such an axis has few ticks, also ones such as 2.2 and 2.4
+    labelled = (2, 3, 4, 6) if ratio < 8 else (2, 5)
 
     def text(value: float, position: int) -> str:
-        factor = value / 10.0 ** np.floor(np.log10(value) + 1e-9)
-        whole = abs(factor - round(factor)) < 1e-6  # an axis of less than a decade also has ticks such as 2.2 and 2.4
-        return _tick(value, position) if whole and round(factor) in labelled else ""
+        digit = round(value / 10.0 ** np.floor(np.log10(value) + 1e-9))
+        return _tick(value, position) if digit in labelled else ""
 
     return FuncFormatter(text)
 

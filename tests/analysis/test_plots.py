@@ -365,4 +365,6 @@ def test_gaps_of_seeds_and_their_mean(rates):
 def test_ticks_of_a_short_logarithmic_axis_are_labelled_as_they_stand():
     assert [style._tick(value, 0) for value in (2.2e-7, 1e-7, 0.02)] == [r"$2.2\cdot 10^{-7}$", "$10^{-7}$", "0.02"]
     label = style._minor_ticks(2.0)
-    assert [label(value, 0) for value in (2e-7, 2.2e-7)] == [r"$2\cdot 10^{-7}$", ""]
+    assert [label(value, 0) for value in (2e-7, 2.2e-7, 1.4)] == [r"$2\cdot 10^{-7}$", r"$2.2\cdot 10^{-7}$", "1.4"]
+    label = style._minor_ticks(10.0)
+    assert [label(value, 0) for value in (2e-7, 3e-7)] == [r"$2\cdot 10^{-7}$", ""]

@@ -214,6 +214,7 @@ def test_the_committed_predictions_are_those_of_the_formulas():
             "overhead": 0.0,
             "wrong_overhead": None,
         }
+    assert PREDICTED["others"] == predictions.others()
     text = (ROOT / "experiments" / "records" / "first-light-predictions" / "README.md").read_text()
     assert text == predictions.readme(PREDICTED)
     assert "not measured" in text.splitlines()[0]
