@@ -74,7 +74,7 @@ def has_errors(part: Any) -> bool:
     """Return whether a contestant of a part ended in an error, after which the state of the device is not to be trusted."""
     rows = part.get("steps", []) if isinstance(part, dict) else part
     rows = rows if isinstance(rows, list) else []  # `steps` of a training run is a number
-    return any(row.get("status", "").startswith("error") for row in rows)
+    return any(isinstance(row, dict) and str(row.get("status", "")).startswith("error") for row in rows)
 
 
 def run(

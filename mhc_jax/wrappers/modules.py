@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,10 +37,13 @@ class LinenConnected(nn.Module):
             made = wiring.init(key)
             return {"ends": made["ends"]} | {f"branches_{i}": own for i, own in enumerate(made["branches"])}
 
-        given: Any = (
-            self.param("connection", named) if self.is_initializing() else self.get_variable("params", "connection", {})
-        )
-        branches = [given.get(f"branches_{i}", {}) for i in range(len(self.blocks))]
+        if self.is_initializing():
+            given: Any = self.param("connection", named)
+        else:
+            given = self.get_variable("params", "connection", {})
+        # All branches that the parameters have, so that `Wiring` can tell if they are too many or too few.
+        made = sum(name.startswith("branches_") for name in given) if given else len(self.blocks)
+        branches = [given.get(f"branches_{i}", {}) for i in range(made)]
         params = {"ends": given.get("ends", {}), "branches": branches}
         return wiring.apply(params, self.blocks, x, *args, sample=sample, **options)
 
@@ -63,6 +68,18 @@ class NNXConnected(nnx.Module):
         """Return the output of the model; arguments and results are those of `Wiring.apply`."""
         params = jax.tree.map(lambda p: p[...], self.connection, is_leaf=lambda p: isinstance(p, nnx.Variable))
         return self.wiring.apply(params, self.blocks, x, *args, sample=sample, **options)
+
+
+def _around(block: Any) -> list[Any]:
+    """Return the objects that a function uses: the owner of a method, closure cells, globals, and defaults."""
+    if isinstance(block, functools.partial):
+        return [block.func, *block.args, *block.keywords.values(), *_around(block.func)]
+    used = [getattr(block, "__self__", None), *(getattr(block, "__defaults__", None) or ())]
+    for cell in getattr(block, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # of a name that is assigned later
+            used.append(cell.cell_contents)
+    names, known = getattr(getattr(block, "__code__", None), "co_names", ()), getattr(block, "__globals__", {})
+    return used + [known[name] for name in names if name in known]
 
 
 def connect(
@@ -98,11 +115,9 @@ def connect(
         require(
             callable(block), f"A block is an object of type {type(block).__name__}; give functions or Flax modules."
         )
-        cells = (cell.cell_contents for cell in getattr(block, "__closure__", None) or ())
-        around = [a for a in (getattr(block, "__self__", None), *cells) if isinstance(a, nnx.Module)]
         require(
-            not around,
-            "A block is a method of an NNX module, or a function around one, so that its parameters would be constants; give an "
+            isinstance(block, nnx.Module) or not any(isinstance(a, nnx.Module) for a in _around(block)),
+            "A block is a method of an NNX module, or a function around one, whose parameters may then be constants; give an "
             "nnx.Module whose __call__ does this.",
         )
     if rngs is None and width is None:

@@ -142,6 +142,7 @@ class Wiring:
         params: Params,
         branches: Sequence[Branch],
         x: Float[Array, "*shape C"],
+        /,
         *args: Any,
         sample: int = 0,
         **options: Any,

@@ -1,5 +1,6 @@
 """Connections around other people's blocks: the page's examples with every kind, equal numbers to the decoder, refusals."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -183,6 +184,15 @@ def test_parameters_are_where_users_of_the_framework_expect_them(x):
     assert_close(nnx.merge(graph, values)(x), module(x))
 
 
+def test_a_block_may_use_a_name_that_is_assigned_later(x):
+    def block(h):
+        return later(h)
+
+    model = connect("residual", [block])
+    later = jnp.tanh
+    assert_close(model.apply({}, x), x + jnp.tanh(x))
+
+
 def refused(function):
     with pytest.raises(InputError) as error:
         function()
@@ -200,12 +210,14 @@ def test_refusals(x):
     wiring = Wiring("mhc", 16, 2)
     params = wiring.init(jax.random.key(0))
     method, around = linear.__call__, lambda h: linear(h)
-    for block in (method, around):
-        assert "its parameters would be constants" in refused(lambda block=block: connect("mhc", [block]))
-        assert "its parameters would be constants" in refused(
+    for block in (method, around, functools.partial(lambda m, h: m(h), linear), lambda h, m=linear: m(h)):
+        assert "may then be constants" in refused(lambda block=block: connect("mhc", [block]))
+        assert "may then be constants" in refused(
             lambda block=block: connect("mhc", [block], width=16, rngs=nnx.Rngs(0))
         )
     assert "A block is a Linen module" in refused(lambda: connect("mhc", [LinenBlock()], width=16, rngs=nnx.Rngs(0)))
+    three = connect("mhc", BRANCHES).init(jax.random.key(0), x)
+    assert "are those of 3 branches, not of 2" in refused(lambda: connect("mhc", BRANCHES[:2]).apply(three, x))
     other = Wiring("mhc", 16, 3)
     for stacked in (False, True):
         made = other.init(jax.random.key(0), stacked)
