@@ -1,4 +1,4 @@
-"""Generate text with the newest checkpoint of a run.
+"""Generate text with the newest checkpoint of a run, or with a converted model.
 
     python experiments/generate.py --checkpoint=runs/demo/mhc-init-home --prompt='KING HENRY:' --max_new=200 --top_p=0.95
 
@@ -15,7 +15,9 @@ from mhc_jax.errors import require
 from mhc_jax.generation import Generator, Sampling
 from mhc_jax.runs.trained import beyond_training, load_trained
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the run.", required=True)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of the run or of the converted model (convert.py).", required=True
+)
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 MAX_NEW = flags.DEFINE_integer("max_new", 200, "Most tokens to generate.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Temperature of the sampling; 0: always the most likely token.")
@@ -45,21 +47,22 @@ def main() -> int:
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 
     for prompt in prompts:
-        shown = ""
+        ids = [*tokenizer.start, *tokenizer.encode(prompt.rstrip("\n")).tolist()]
+        shown = before = tokenizer.decode(ids)
 
-        def show(_row: int, made: list[int]) -> bool:
+        def show(_row: int, made: list[int], prompt_ids: list[int] = ids) -> bool:
             nonlocal shown
             kept, over = answer(made)
-            text = tokenizer.decode(kept)
+            # The answer is decoded behind its prompt, because some tokenizers drop a space at the start of a text.
+            text = tokenizer.decode([*prompt_ids, *kept])
             # If the last character still lacks bytes, it decodes to replacement characters, which are not shown yet.
             whole = text if over else text.rstrip("\N{REPLACEMENT CHARACTER}")
             print(whole[len(shown) :], end="", flush=True)
             shown = whole
             return over
 
-        ids = tokenizer.encode(prompt.rstrip("\n"))
         began = time.perf_counter()
-        print(prompt.rstrip("\n"), end="", flush=True)
+        print(before, end="", flush=True)
         [made] = generator.generate([ids], MAX_NEW.value, sampling, show)
         seconds = time.perf_counter() - began
         print(f"\n[{len(answer(made)[0])} tokens in {seconds:.1f} s, compilation included]", file=sys.stderr)

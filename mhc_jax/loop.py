@@ -31,7 +31,7 @@ from mhc_jax.optim import describe
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh, using
 from mhc_jax.remat_plan import resolve
-from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer
+from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer, saved_steps
 from mhc_jax.runs.environment import devices_of, environment
 from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
 from mhc_jax.runs.history import History, summary_of
@@ -48,6 +48,7 @@ from mhc_jax.runs.programs import (
 )
 from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.stop import StopRequest
+from mhc_jax.runs.warm_start import WarmStart, warm_start
 from mhc_jax.train_step import TrainState
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}
@@ -105,6 +106,10 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     planned, plan = resolve(config)
     if plan:
         distributed.print_once(f"{label}: {plan}")
+    warm = None
+    if config.train.init_from and not saved_steps(folder / "checkpoints"):
+        with using(mesh):
+            warm = warm_start(config, mesh, data)
     create_run_folder(folder, mapping)
     cfg, history = config.train, History()
     peak_before = counts.device_peak()
@@ -121,6 +126,10 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             check_text(saved["text"], data.identity, folder)
             feed.train.set_state(saved["data"])
             history.restore(saved["history"])
+        elif warm is not None:
+            state, remarks, history.step = warm.state, [], warm.step
+            if warm.data_state is not None:
+                feed.train.set_state(warm.data_state)
         else:
             state, remarks = first_state(config, mesh, abstract), []
         anew = restored is None
@@ -133,7 +142,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             Progress(label, "step", cfg.steps, history.step, shown=distributed.is_first_process()) as progress,
             StopRequest() as stop,
         ):
-            record_start(folder, config, data, writer, progress, history, remarks, anew)
+            record_start(folder, config, data, writer, progress, history, remarks, anew, warm)
             # A run that has ended trains no further.  It only lacks its summary.json, which is written below.
             if history.ended(cfg.steps) is None:
                 programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.say)
@@ -184,15 +193,17 @@ def record_start(
     history: History,
     remarks: list[str],
     anew: bool,
+    warm: WarmStart | None,
 ) -> None:
-    """Write env.json for a new run, and print and log what the run starts from: text, skipped checkpoints, step.
+    """Write env.json for a new run, and print and log what the run starts from: text, other model, skipped checkpoints, step.
 
-    `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run starts at step 0.
+    `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run has no checkpoint of its own.
     """
     env = environment() | devices_of(config)
     if distributed.is_first_process():
         if anew or not (folder / "env.json").exists():
-            write_json(folder / "env.json", env | {"data": data.summary()})
+            source = {"init_from": warm.source} if warm else {}
+            write_json(folder / "env.json", env | {"data": data.summary()} | source)
         # The summary that an interrupted run has left must not remain while the run goes on.
         (folder / "summary.json").unlink(missing_ok=True)
     for line in data.describe(config.train.validation_batches):
@@ -200,6 +211,8 @@ def record_start(
     for remark in remarks:
         progress.say(f"{remark}.")
         writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})
+    if warm:
+        progress.say(warm.remark)
     if not anew:
         progress.say(f"going on from the checkpoint of step {history.step}")
         resumed = {"event": "resumed", "commit": env["commit"], "device": env["device"], **devices_of(config)}
@@ -219,7 +232,7 @@ def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, 
       state: train state after history.step updates.  Its arrays are donated, so they cannot be used afterwards.
       history: measurements of the run so far, which this function updates.
       stop: once its `signal` is not None, the run saves its state and ends.
-      anew: whether the run starts at step 0 instead of at a checkpoint.
+      anew: whether the run has no checkpoint of its own yet.
 
     Returns:
       The train state after the last step, which is saved as a checkpoint, too.

@@ -25,8 +25,7 @@ from mhc_jax.layers.attention import Attention, Past
 from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
 from mhc_jax.layers.moe import ROUTED_SCALE, MoE
-from mhc_jax.layers.norm import NORM_EPS, RMSNorm
-from mhc_jax.layers.rope import ROPE_THETA
+from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.parallel.sharding import constrain, token_axes
 
 Carry = tuple[Any, Any, Array]
@@ -79,7 +78,7 @@ class Decoder(nn.Module):
                     kept[name] = {key: extra.pop(key) for key in cache.kept[name]}
                 aux |= extra
 
-            x = leave(cfg, ends, RMSNorm(NORM_EPS, name="final_norm"), carry, at)
+            x = leave(cfg, ends, RMSNorm(cfg.norm_eps, name="final_norm"), carry, at)
             if cfg.tied_embeddings:
                 unembedding = embedding.T
             else:
@@ -203,21 +202,23 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
     Each branch is a function F(h) -> (y, auxiliary values) that begins with its own pre-norm.
     """
     shared: dict[str, Any] = {
-        "norm_eps": NORM_EPS,
+        "norm_eps": config.norm_eps,
         "output_scale": 1 / math.sqrt(config.num_sublayers) if config.depth_scaled_init else 1.0,
         "dtype": jnp.dtype(config.compute_dtype),
     }
     heads: dict[str, Any] = {
         "num_heads": config.num_heads,
         "head_dim": config.head_dim,
-        "rope_theta": ROPE_THETA,
+        "rope_theta": config.rope_theta,
         "implementation": config.attention,
     }
     if config.uses_mla:
         widths = {"rope_width": config.rope_width, "kv_rank": config.kv_rank}
         attention = LatentAttention(**heads, **widths, **shared, name="attention")
     else:
-        attention = Attention(**heads, num_kv_heads=config.num_kv_heads, **shared, name="attention")
+        attention = Attention(
+            **heads, num_kv_heads=config.num_kv_heads, qk_norm=config.qk_norm, **shared, name="attention"
+        )
     if dense:
         return {"attention": attention, "mlp": SwiGLU(hidden=config.mlp_width, **shared, name="mlp")}
     experts = MoE(

@@ -45,6 +45,15 @@ class ModelConfig:
     """Number of channels of one attention head; 0: width / num_heads.
 
     With `mla` this is the width of values, and of queries and keys without their RoPE columns."""
+    qk_norm: bool = False
+    """Whether queries and keys of each head go through RMSNorm before RoPE (Qwen3, arXiv 2505.09388).  `mla` does not have it."""
+    rope_theta: float = 1e4
+    """Base of the frequencies of RoPE (arXiv 2104.09864, section 3.2.2), above 0."""
+    norm_eps: float = 1e-20
+    """Epsilon of all RMSNorms of the decoder, not negative.  The default is that of mHC Table 5.
+
+    Under many connections the decoder equals Pre-Norm, the decoder with x + F(x), at step 0, because norms remove constant factors
+    of their inputs.  With small embeddings a norm with a larger epsilon keeps such a factor, and the decoders differ."""
     attention_kind: str = "gqa"
     """Kind of attention: `gqa` (grouped key/value heads) or `mla` (multi-head latent attention).
 
@@ -90,7 +99,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")
-        at_least(0, self, "model.", "vocab_size", "head_width")
+        at_least(0, self, "model.", "vocab_size", "head_width", "norm_eps")
+        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be above 0.")
         require(
             self.head_width > 0 or self.width % self.num_heads == 0,
             f"model.num_heads is {self.num_heads}, which does not divide model.width {self.width}; "
@@ -130,6 +140,10 @@ class ModelConfig:
             self.attention != "cudnn" or not self.uses_mla,
             "model.attention is 'cudnn', which needs values as wide as keys; model.attention_kind 'mla' runs with 'xla' or "
             "'splash'.",
+        )
+        require(
+            not (self.qk_norm and self.uses_mla),
+            "model.qk_norm is True, and model.attention_kind is 'mla', which has no norm of queries and keys; change one of them.",
         )
         require(
             self.num_experts == 0 or self.num_dense_layers < self.num_layers,

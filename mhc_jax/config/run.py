@@ -12,6 +12,7 @@ from mhc_jax.errors import at_least, one_of, require
 from mhc_jax.pipeline_schedules.tables import make, stage_count
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
+INIT_STATES = ("parameters", "all")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -35,7 +36,9 @@ class DataConfig:
 
     It has no effect if `validation_source` is given or `source` has a validation split."""
     tokenizer: str = "byte"
-    """Tokenizer: `byte`, `gpt2`, `gpt2:<folder of encoder.json and vocab.bpe>` or `bpe:<tokenizer.json>`."""
+    """Tokenizer: `byte`, `gpt2`, `gpt2:<folder of encoder.json and vocab.bpe>`, `bpe:<tokenizer.json>` or `hf:<folder>`.
+
+    The folder of `hf` is that of a Hugging Face model, with tokenizer.json and tokenizer_config.json."""
     sequence_length: int = 256
     """T, the number of tokens of a sequence; at least 2."""
     batch_size: int = 8
@@ -53,8 +56,8 @@ class DataConfig:
         )
         require(bool(self.source), "data.source is empty; use 'shakespeare', 'tfds:<name>' or a path.")
         require(
-            self.tokenizer in ("byte", "gpt2") or self.tokenizer.startswith(("bpe:", "gpt2:")),
-            f"data.tokenizer is {self.tokenizer!r}; it must be 'byte', 'gpt2' or 'bpe:<tokenizer.json>'.",
+            self.tokenizer in ("byte", "gpt2") or self.tokenizer.startswith(("bpe:", "gpt2:", "hf:")),
+            f"data.tokenizer is {self.tokenizer!r}; it must be 'byte', 'gpt2', 'bpe:<tokenizer.json>' or 'hf:<folder>'.",
         )
 
 
@@ -128,12 +131,25 @@ class TrainConfig:
     """Number of steps between two checkpoints; 0: only at the end."""
     diagnostics_every: int = 50
     """Number of steps between two diagnostics of gains and streams; 0: none.  They run in a program apart from the train step."""
+    init_from: str = ""
+    """Folder of a run or of a converted model from which the run starts (`runs.warm_start`); empty: random parameters."""
+    init_state: str = "parameters"
+    """What the run takes from `init_from`, one of `INIT_STATES`.
+
+    - `parameters`: the parameters.  The run begins at step 0 with a new state of the optimizer.
+    - `all`: also the state of the optimizer, the number of steps and the position in the text.  The run goes on at that step with
+      settings of its own, as for more steps or for the decay of a `wsd` schedule."""
     trackers: tuple[str, ...] = ()
     """Services that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "train.", "steps", "log_every", "validation_batches")
         at_least(0, self, "train.", "seed", "validate_every", "checkpoint_every", "diagnostics_every")
+        one_of("train.init_state", self.init_state, INIT_STATES)
+        require(
+            bool(self.init_from) or self.init_state == "parameters",
+            "train.init_state is 'all', and train.init_from names no folder to take the state from; set it.",
+        )
         for tracker in self.trackers:
             one_of("An entry of train.trackers", tracker, TRACKERS)
         require(

@@ -1,4 +1,4 @@
-"""Three tokenizers, which turn text into token ids and back: raw bytes, byte-level BPE from a JSON file, and GPT-2's.
+"""Tokenizers, which turn text into token ids and back: raw bytes, BPE from a JSON file, GPT-2's, and those of Hugging Face folders.
 
 All are lossless on every string that UTF-8 can encode.  Each token stands for a fixed number of bytes, so that bits per byte are
 exact and comparable between tokenizers.  A checkpoint holds its tokenizer (`Tokenizer.saved`, `from_saved`), so that text can be
@@ -11,10 +11,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, SupportsInt, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 
@@ -41,6 +42,11 @@ class Tokenizer(Protocol):
     @property
     def end_of_document(self) -> int:
         """Id of the token that follows every document."""
+        ...
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Ids with which a prompt begins: the beginning-of-sequence token, or nothing.  Training text has no such tokens."""
         ...
 
     @property
@@ -88,6 +94,7 @@ class ByteTokenizer:
 
     vocab_size = 264
     end_of_document = 256
+    start = ()
     token_bytes = (np.arange(264) < 256).astype(np.int32)
     fingerprint = hashlib.sha256(b"mhc_jax byte tokenizer: 256 bytes, end 256, size 264").hexdigest()
 
@@ -110,20 +117,23 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """A tokenizer with byte-level byte-pair encoding (BPE), defined by a JSON file of the `tokenizers` library.
+    """A tokenizer with byte-pair encoding (BPE), defined by a JSON file of the `tokenizers` library.
+
+    The encoding is byte-level, as GPT-2's, or that of SentencePiece with single bytes for other characters, as Llama 2's.
+    SentencePiece puts a space before every text, which counts as one byte of it.
 
     Args:
       content: content of the JSON file.
       name: name of the tokenizer in error messages.
       fingerprint: SHA-256, in hex, of the files that the content was made from; empty: SHA-256 of the content.
+      end: the token that follows every document.
 
     Raises:
-      InputError: the content is no tokenizer, or the tokenizer has no `<|endoftext|>`, is not byte-level, or is not lossless.
+      InputError: the content is no tokenizer, or the tokenizer has no token `end`, or is not lossless.
     """
 
-    def __init__(self, content: bytes, name: str, fingerprint: str = "") -> None:
+    def __init__(self, content: bytes, name: str, fingerprint: str = "", end: str = END) -> None:
         from tokenizers import Tokenizer as Backend  # the import takes 0.1 s
-        from tokenizers import decoders
 
         try:
             backend = Backend.from_buffer(content)
@@ -132,20 +142,21 @@ class BPETokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is encoded as text
-        end = backend.token_to_id(END)
-        if end is None:
-            raise InputError(f"The tokenizer {name!r} has no token {END!r}; add it.")
+        end_id = backend.token_to_id(end)
+        if end_id is None:
+            raise InputError(f"The tokenizer {name!r} has no token {end!r}; add it.")
         require(
-            isinstance(backend.decoder, decoders.ByteLevel) and self._lossless(backend),
-            f"The tokenizer {name!r} is not lossless byte-level BPE (text must survive "
-            f"encoding unchanged); train one with experiments/tokenizer.py.",
+            self._lossless(backend),
+            f"The tokenizer {name!r} is not lossless (text must survive encoding unchanged); train one with "
+            "experiments/tokenizer.py.",
         )
         self._backend = backend
-        self.end_of_document = end
+        self.end_of_document = end_id
+        self.start = tuple(backend.encode("").ids)  # what the tokenizer's post-processor adds to an empty text
         self.token_bytes = self._token_bytes(backend)
         self.vocab_size = len(self.token_bytes)
         self.fingerprint = fingerprint or hashlib.sha256(content).hexdigest()
-        self.saved = {"kind": "bpe", "fingerprint": self.fingerprint, "content": content.decode()}
+        self.saved = {"kind": "bpe", "fingerprint": self.fingerprint, "end": end, "content": content.decode()}
 
     @staticmethod
     def _lossless(backend: Backend) -> bool:
@@ -155,13 +166,22 @@ class BPETokenizer:
     def _token_bytes(backend: Backend) -> np.ndarray:
         """Return the number of bytes of each token [V], 0 for special tokens.
 
-        It is the length of the token in the vocabulary, where byte-level BPE writes each byte as one character.
+        Byte-level BPE writes each byte of a token as one character.  SentencePiece writes a space as U+2581 and a single byte as
+        `<0xFF>`.  Added tokens are plain text in both.
         """
-        vocabulary = backend.get_vocab(with_added_tokens=True)
+        from tokenizers import decoders
+
+        byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
         lengths = np.zeros(max(vocabulary.values()) + 1, np.int32)
         for token, index in vocabulary.items():
-            lengths[index] = len(token)
-        lengths[list(backend.get_added_tokens_decoder())] = 0
+            if index in added:
+                lengths[index] = 0 if added[index].special else len(token.encode())
+            elif byte_level:
+                lengths[index] = len(token)
+            else:
+                single = re.fullmatch("<0x[0-9A-F]{2}>", token)
+                lengths[index] = 1 if single else len(token.replace("\u2581", " ").encode())
         return lengths
 
     def encode(self, text: str) -> np.ndarray:
@@ -229,11 +249,53 @@ def _of_package(name: str) -> Path | None:
     return next((Path(str(file.locate())) for file in files if file.name == name), None)
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer named by `spec`: `byte`, `bpe:<tokenizer.json>`, `gpt2` or `gpt2:<folder>`.
+def hugging_face_tokenizer(folder: str | Path) -> BPETokenizer:
+    """Return the tokenizer in the folder of a Hugging Face model: tokenizer.json, with the end token of tokenizer_config.json.
 
     Raises:
-      InputError: `spec` is none of these, or its file cannot be read or is refused by `BPETokenizer` or `gpt2_tokenizer`.
+      InputError: a file is missing or cannot be read, or names no end token.
+    """
+    folder = Path(folder).expanduser()
+    contents = {}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{folder / name} cannot be read ({error.strerror}); give the folder of a Hugging Face model with a fast tokenizer."
+            ) from error
+    try:
+        end = json.loads(contents["tokenizer_config.json"]).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'tokenizer_config.json'} holds no JSON object; restore it.") from error
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str):
+        raise InputError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it.")
+    fingerprint = hashlib.sha256(contents["tokenizer.json"] + f"\nend {end}".encode()).hexdigest()
+    return BPETokenizer(contents["tokenizer.json"], str(folder), fingerprint, end)
+
+
+def hugging_face_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the files from which `hugging_face_tokenizer` and Hugging Face's library make this tokenizer, content by name.
+
+    The result is empty for the byte tokenizer, which has no file of the `tokenizers` library.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    saved = tokenizer.saved
+    if "content" not in saved:
+        return {}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": saved["end"]}
+    if tokenizer.start:
+        config["bos_token"] = Backend.from_str(saved["content"]).id_to_token(tokenizer.start[0])
+    return {"tokenizer.json": saved["content"], "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Return the tokenizer named by `spec`: `byte`, `bpe:<tokenizer.json>`, `gpt2`, `gpt2:<folder>` or `hf:<folder>`.
+
+    Raises:
+      InputError: `spec` is none of these, or a file of the tokenizer cannot be read or is refused.
     """
     kind, _, path = spec.partition(":")
     if spec == "byte":
@@ -241,9 +303,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if kind == "gpt2":
         return gpt2_tokenizer(path)
     require(
-        kind == "bpe" and bool(path),
-        f"data.tokenizer is {spec!r}; it must be 'byte', 'gpt2', 'gpt2:<folder>' or 'bpe:<tokenizer.json>'.",
+        kind in ("bpe", "hf") and bool(path),
+        f"data.tokenizer is {spec!r}; it must be 'byte', 'gpt2', 'gpt2:<folder>', 'hf:<folder>' or 'bpe:<tokenizer.json>'.",
     )
+    if kind == "hf":
+        return hugging_face_tokenizer(path)
     try:
         content = Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -258,7 +322,7 @@ def from_saved(saved: Mapping[str, str]) -> Tokenizer:
     """Return the tokenizer of a checkpoint, made from the entries of `Tokenizer.saved`, which the checkpoint holds."""
     if saved["kind"] == "byte":
         return ByteTokenizer()
-    return BPETokenizer(saved["content"].encode(), "tokenizer of the checkpoint", saved["fingerprint"])
+    return BPETokenizer(saved["content"].encode(), "tokenizer of the checkpoint", saved["fingerprint"], saved["end"])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:

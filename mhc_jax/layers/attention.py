@@ -183,17 +183,23 @@ class AttentionBranch(nn.Module):
 
 
 class Attention(AttentionBranch):
-    """Attention with grouped key/value heads (GQA): projections to queries, keys and values, then RoPE, then causal attention."""
+    """Attention with grouped key/value heads (GQA): projections to queries, keys and values, then RoPE and causal attention."""
 
     num_kv_heads: int
     """Number K of key/value heads, which divides the number H of query heads."""
+    qk_norm: bool = False
+    """Whether queries and keys of each head go through RMSNorm, with weights [D] that all heads share, before RoPE."""
 
     def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
         """Return the outputs of all heads, and two arrays for the key-value cache: the keys k (after RoPE) and the values v."""
         (B, T, _), H, K, D = x.shape, self.num_heads, self.num_kv_heads, self.head_dim
         first = None if past is None else past.position
-        q = rope(project(self, "W_q", x, H * D).reshape(B, T, H, D), self.rope_theta, first)
-        k = rope(project(self, "W_k", x, K * D).reshape(B, T, K, D), self.rope_theta, first)
+        q = project(self, "W_q", x, H * D).reshape(B, T, H, D)
+        k = project(self, "W_k", x, K * D).reshape(B, T, K, D)
+        if self.qk_norm:
+            q = RMSNorm(self.norm_eps, name="q_norm")(q).astype(self.dtype)
+            k = RMSNorm(self.norm_eps, name="k_norm")(k).astype(self.dtype)
+        q, k = rope(q, self.rope_theta, first), rope(k, self.rope_theta, first)
         v = project(self, "W_v", x, K * D).reshape(B, T, K, D)
         q, k, v = split_heads(q, k, v)
         if past is None or past.empty:

@@ -24,13 +24,6 @@ def rms_norm(x: Float[Array, "*tokens C"], weight: Float[Array, " C"], eps: floa
     return normalized(x.astype(jnp.float32), eps) * weight[(None,) * (x.ndim - 1)]
 
 
-NORM_EPS = 1e-20
-"""Epsilon of all RMSNorms of the decoder (mHC Table 5).
-
-Under many connections the decoder equals Pre-Norm, the decoder with x + F(x), at step 0, because norms remove constant factors of
-their inputs.  With small embeddings a norm with a larger epsilon keeps such a factor, and the decoders differ."""
-
-
 class RMSNorm(nn.Module):
     """The layer that applies `rms_norm` with a learned weight [C], which starts at 1."""
 

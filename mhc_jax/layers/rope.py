@@ -5,9 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-ROPE_THETA = 1e4
-"""Base theta of the frequencies of RoPE (Su et al., section 3.2.2)."""
-
 
 def rope(x: Float[Array, "B T H D"], theta: float, first: Int[Array, " B"] | None = None) -> Float[Array, "B T H D"]:
     r"""Rotate pairs of channels of each head by angles that grow with the position (arXiv 2104.09864, Eq. 34).

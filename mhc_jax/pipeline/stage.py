@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.layers.norm import NORM_EPS, RMSNorm
+from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.packing import CarryPacker
@@ -153,7 +153,7 @@ class Stage:
     def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
         """Return the loss of one microbatch in nats per token, float32 [], from the `carry` after the last block."""
         ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
-        norm = RMSNorm(NORM_EPS).bind({"params": params["final_norm"]})
+        norm = RMSNorm(self.model.norm_eps).bind({"params": params["final_norm"]})
         x = leave(self.model, ends, norm, carry)
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)

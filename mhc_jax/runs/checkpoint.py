@@ -275,26 +275,51 @@ def load_params(folder: Path, shardings: Callable[[Any], Any] | None = None) -> 
     Raises:
       InputError: the folder holds no checkpoint, or the newest checkpoint cannot be read.
     """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(saved: Any) -> Any:
+        # The checkpoint names the devices on which the run saved it.  The arrays are restored to devices of this process.
+        places = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, places)
+
+    out = _restored(folder, target)
+    return out["config"], out["state"]["params"]
+
+
+def load_state(folder: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Return (train state, other state of the training loop) of the newest checkpoint of a run folder.
+
+    Args:
+      folder: the run folder.
+      abstract: shapes, dtypes and shardings of the train state.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or the newest one cannot be read or has a train state of another form.
+    """
+    out = _restored(folder, lambda _: abstract)
+    return out["state"], out["loop"]
+
+
+def _restored(folder: Path, target: Callable[[Any], Any]) -> Any:
+    """Return the items of the newest checkpoint of a run folder by name.
+
+    `target` makes the shapes, dtypes and shardings of the train state to restore from the shapes and dtypes of the saved one.
+    """
     step = newest_step(folder)
     root = (folder / "checkpoints").resolve()
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
     # Every item gets a handler, because Orbax warns of an item without one, even if the item is not read.
     handlers = {"state": ocp.StandardCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[1:]}
     try:
         with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-            # The checkpoint names the devices on which the run saved it.  The arrays are restored to devices of this process.
-            saved = manager.item_metadata(step)["state"]
-            places = jax.tree.map(lambda _: device, saved) if shardings is None else shardings(saved)
-            target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, places)
-            wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target), config=ocp.args.JsonRestore())
-            out = manager.restore(step, args=wanted)
+            state = ocp.args.StandardRestore(target(manager.item_metadata(step)["state"]))
+            wanted = ocp.args.Composite(state=state, config=ocp.args.JsonRestore(), loop=ocp.args.JsonRestore())
+            return manager.restore(step, args=wanted)
     except Exception as error:
         raise InputError(
             f"The checkpoint {root / str(step)} cannot be read ({_reason(error)}); remove it to use an earlier one."
         ) from error
-    return out["config"], out["state"]["params"]
 
 
 def saved_tokenizer(folder: Path) -> dict[str, str]:
@@ -303,4 +328,17 @@ def saved_tokenizer(folder: Path) -> dict[str, str]:
     Raises:
       InputError: the folder holds no checkpoint, or its tokenizer cannot be read.
     """
-    return read_json(folder / "checkpoints" / str(newest_step(folder)) / "tokenizer" / "metadata")
+    return _saved_json(folder, "tokenizer")
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration in the newest checkpoint of a run folder, in which model.vocab_size is never 0.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or its configuration cannot be read.
+    """
+    return _saved_json(folder, "config")
+
+
+def _saved_json(folder: Path, item: str) -> dict[str, Any]:
+    return read_json(folder / "checkpoints" / str(newest_step(folder)) / item / "metadata")

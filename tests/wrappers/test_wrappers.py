@@ -90,7 +90,7 @@ def test_it_is_the_decoder_at_the_same_parameters(spec):
             branches.append(lambda h, b=unbound, p=of_layer[name]: b.apply({"params": p}, h)[0])
     given = {"ends": params.get("ends", {}), "branches": own}
     x = wiring.apply(given, branches, params["embedding"][tokens])
-    x = models.RMSNorm(models.NORM_EPS).apply({"params": params["final_norm"]}, x)
+    x = models.RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
     assert_close(x @ params["unembedding"], expected, 1e-6)
 
 

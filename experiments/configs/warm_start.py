@@ -1,0 +1,30 @@
+"""Configure a run that starts from another run, or from a converted model, with the settings of that folder.
+
+    python experiments/train.py --config=experiments/configs/warm_start.py:runs/demo/residual --workdir=runs/more
+    python experiments/train.py --config=experiments/configs/warm_start.py:runs/demo/residual,mhc --workdir=runs/with-streams
+
+The argument after the colon is the folder, and a connection behind a comma if it is another one.  Every setting can be changed by a
+flag, such as --config.train.steps=400, --config.data.source=TEXT or --config.train.init_state=all (docs/weights.md).
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mhc_jax.config.mapping import to_mapping
+from mhc_jax.connections import parse
+from mhc_jax.errors import require
+from mhc_jax.runs.warm_start import settings_of
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Return the configuration.  `arg` is the folder, or the folder and a connection with a comma between."""
+    folder, _, connection = arg.partition(",")
+    require(
+        bool(folder),
+        "The config file warm_start.py needs a folder; give --config=experiments/configs/warm_start.py:FOLDER.",
+    )
+    config = ConfigDict(to_mapping(settings_of(Path(folder))))
+    if connection:
+        config.model.connection = to_mapping(parse(connection))
+    return config
