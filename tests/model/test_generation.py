@@ -38,6 +38,7 @@ each_attention = pytest.mark.parametrize("attention", ATTENTION.values(), ids=AT
     [
         ("mhc:t_max=2", {}, (40, 64)),
         ("single_pass:t_max=2", ATTENTION["mla"], (40, 64)),
+        ("residual", {"attention_scope": "document:11"}, (40, 64)),  # the second prompt and its answer hold token 11
         pytest.param("mhc", ATTENTION["mla"] | EXPERTS, (200, 256), marks=pytest.mark.full, id="mhc with experts"),
         *(
             pytest.param(
