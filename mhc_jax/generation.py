@@ -8,6 +8,7 @@ attention does not read tokens after the prompt, and new tokens overwrite the sl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.errors import require
-from mhc_jax.kv_cache import Cache, empty_cache, grown
+from mhc_jax.kv_cache import empty_cache, grown
 from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import using
 
@@ -135,7 +136,7 @@ class Generator:
         def prefill(params, tokens, lengths, rows, settings, *, slots, greedy):
             cache = empty_cache(config, len(tokens))
             logits, aux = run(params, tokens, cache=cache, at=lengths - 1)
-            cache = Cache(grown(aux["cache"], slots).kept, lengths)
+            cache = dataclasses.replace(grown(aux["cache"], slots), position=lengths)
             return choose(logits[:, 0], lengths, rows, settings, greedy), cache
 
         @functools.partial(jax.jit, static_argnames=("greedy",), donate_argnums=1)

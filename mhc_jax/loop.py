@@ -24,7 +24,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import connection_module
 from mhc_jax.cost import counts
-from mhc_jax.data import Data, load_data, resolve_vocabulary
+from mhc_jax.data import Data, load_data, resolve_tokenizer
 from mhc_jax.diagnostics import all_finite, summarize
 from mhc_jax.errors import InputError
 from mhc_jax.optim import describe
@@ -156,7 +156,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
 
 
 def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConfig, Mesh | None, Data]:
-    """Return (configuration with its model.vocab_size set, mesh, data).  The text is read if `data` is None.
+    """Return (configuration with the settings of its tokenizer, mesh, data).  The text is read if `data` is None.
 
     Raises:
       InputError: a tracker is not installed, the devices cannot run the dtype or form the mesh, or the text cannot be used.
@@ -169,7 +169,7 @@ def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConf
     data = distributed.on_every_process(lambda: load_data(config.data)) if data is None else data
     different = f"The processes read different texts from {config.data.source!r}; give all the same files."
     distributed.require_same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
-    return resolve_vocabulary(config, data), mesh, data
+    return resolve_tokenizer(config, data), mesh, data
 
 
 @contextlib.contextmanager

@@ -64,6 +64,9 @@ class Decoder(nn.Module):
         """
         cfg = self.config
         with settings(token_axes=token_axes(tokens.shape)):
+            documents = documents_of(cfg, tokens)
+            if documents is not None and cache is not None:
+                documents = cache.numbered_on(documents)
             embedding = self.param(
                 "embedding", nn.initializers.normal(cfg.embedding_init_std), (cfg.vocab_size, cfg.width)
             )
@@ -72,7 +75,7 @@ class Decoder(nn.Module):
 
             collected, aux, kept = [], {}, {}
             for name, blocks in stacks(cfg).items():
-                carry, (diagnostics, extra) = self._run(name, blocks, carry, sample, cache)
+                carry, (diagnostics, extra) = self._run(name, blocks, carry, sample, cache, documents)
                 collected.append(diagnostics)
                 if cache is not None:
                     kept[name] = {key: extra.pop(key) for key in cache.kept[name]}
@@ -90,10 +93,12 @@ class Decoder(nn.Module):
             # The axes [blocks, sub-layers of a block] become one axis of L sub-layers.
             aux |= jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), all_blocks)
         if cache is not None:
-            aux["cache"] = written(cache, kept, tokens.shape[1])
+            aux["cache"] = written(cache, kept, tokens.shape[1], documents)
         return logits, aux
 
-    def _run(self, name: str, blocks: range, carry: Carry, sample: int, cache: Cache | None) -> tuple[Carry, Any]:
+    def _run(
+        self, name: str, blocks: range, carry: Carry, sample: int, cache: Cache | None, documents: Array | None
+    ) -> tuple[Carry, Any]:
         """Run the blocks of one scan, and return (the carry after them, (diagnostics, auxiliary values)).
 
         `name` is the name of the scan's parameters.  The arrays in the result, but for the carry, have an axis of blocks in front.
@@ -109,18 +114,16 @@ class Decoder(nn.Module):
         if policy in ("connection", "auto"):
 
             def sublayer(k, params, carry, layer):
-                out: Any = Block(cfg, 0, dense, only=k, parent=None).apply({"params": params}, carry, layer)
+                block = Block(cfg, 0, dense, only=k, parent=None)
+                out: Any = block.apply({"params": params}, carry, layer, documents=documents)
                 return out[0], out[1][1]
 
             L_r, params = remat.block_length(cfg, carry[0]), self.variables["params"][name]
             carry, aux = remat.recomputed(sublayer, params, carry, indices, 2, L_r, cfg.unroll)
             return carry, ({}, aux)
 
-        inputs: tuple[Any, ...] = (indices,)
-        axes: Any = (0,)
-        if cache is not None:
-            inputs += (Past(cache.kept[name], cache.position),)
-            axes += (Past._make((0, nn.broadcast)),)
+        past = None if cache is None else Past(cache.kept[name], cache.position, cache.documents)
+        axes: Any = (0, None if past is None else Past._make((0, nn.broadcast, nn.broadcast)), nn.broadcast)
         scanned = nn.scan(
             nn.remat(Block, prevent_cse=False) if policy == "full" else Block,
             in_axes=axes,
@@ -132,7 +135,7 @@ class Decoder(nn.Module):
             # numbers would change.
             check_constancy_invariants=self.is_initializing(),
         )
-        return scanned(cfg, sample, dense, name=name)(carry, *inputs)
+        return scanned(cfg, sample, dense, name=name)(carry, indices, past, documents)
 
 
 class Block(nn.Module):
@@ -148,7 +151,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, layer: Int[Array, ""], past: Past | None = None
+        self,
+        carry: Carry,
+        layer: Int[Array, ""],
+        past: Past | None = None,
+        documents: Int[Array, "B T"] | None = None,
     ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
         """Write the pending branch output, and run the block.  The output of its last branch is then pending.
 
@@ -156,6 +163,7 @@ class Block(nn.Module):
           carry: streams, and the branch output and coefficients of the pending write.
           layer: index of the block in the decoder.
           past: arrays of earlier tokens that attention keeps in the key-value cache.
+          documents: number of each token's document, to which attention is limited.  None: it is not limited.
 
         Returns:
           the carry after the block, and (diagnostics [2, ...], auxiliary values of the branches).  With `past` the auxiliary
@@ -169,10 +177,11 @@ class Block(nn.Module):
             link = connection(self.config, 2 * layer + k, f"{name}_connection")
             streams, c, h = link.write_read(streams, c, y)
             h = constrain(h, "batch", "sequence", None)
+            given = (past, documents) if name == "attention" else ()
             if self.only is not None:
-                y, extra = remat.keep_branch(*_function_of(branch), h)
+                y, extra = remat.keep_branch(*_function_of(branch), h, *given)
             else:
-                y, extra = branch(h, past) if name == "attention" else branch(h)
+                y, extra = branch(h, *given)
             y = constrain(y, "batch", "sequence", None)
             aux |= extra
             if self.sample:
@@ -235,9 +244,20 @@ def branches(config: ModelConfig, dense: bool) -> dict[str, nn.Module]:
 
 
 def _function_of(branch: nn.Module) -> tuple[remat.Branch, Any]:
-    """Return a branch as a pure function (params, h) -> (y, auxiliary values), and the branch's parameters."""
+    """Return a branch as a pure function (params, h, *given) -> (y, auxiliary values), and the branch's parameters."""
     unbound = branch.clone(parent=None, name=None)
-    return lambda params, h: unbound.apply({"params": params}, h), branch.variables["params"]
+    return lambda params, h, *given: unbound.apply({"params": params}, h, *given), branch.variables["params"]
+
+
+def documents_of(config: ModelConfig, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
+    """Return the number of each token's document, counted from 0 in each sequence.  None: attention is not limited to documents.
+
+    The end-of-document token belongs to the document that follows it.  It is the first token of that document.
+    """
+    if (first := config.document_token) is None:
+        return None
+    # Every device gets whole sequences, because a query is compared with the keys of all tokens.
+    return jnp.cumsum(constrain(tokens, "batch", None) == first, axis=1, dtype=jnp.int32)
 
 
 def enter(config: ModelConfig, embedding: Float[Array, "V C"], ends: Connection, tokens: Int[Array, "B T"]) -> Carry:

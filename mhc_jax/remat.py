@@ -24,7 +24,7 @@ from mhc_jax.jaxprs import computed_from
 KEPT = "branch"
 """Name (`checkpoint_name`) that marks the values which the remat policy `connection` keeps for the backward pass."""
 
-Branch = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+Branch = Callable[..., tuple[jax.Array, Any]]
 Sublayer = Callable[[int, Any, Any, jax.Array], tuple[Any, dict[str, Any]]]
 
 
@@ -69,32 +69,35 @@ def block_length(config: ModelConfig, streams: Any, sublayers: int = 0) -> int:
     return config.remat_block or best_block_length(sublayers or config.num_sublayers, n)
 
 
-def keep_branch(function: Branch, params: Any, h: jax.Array) -> tuple[jax.Array, Any]:
-    """Run a branch, (y, aux) = function(params, h), so that under `recomputed` the backward pass does not run it again.
+def keep_branch(function: Branch, params: Any, h: jax.Array, *given: Any) -> tuple[jax.Array, Any]:
+    """Run a branch, (y, aux) = function(params, h, *given), so that under `recomputed` the backward pass does not run it again.
 
     The forward pass keeps y and the values that the gradient of the branch needs, with two exceptions.  Values that do not depend
     on h (casts of parameters, masks, angles of RoPE) are computed again, because they cost nothing per token.  The input h is
     computed again by the boundary before the branch.
 
-    No gradient flows through the auxiliary values aux.
+    No gradient flows through the auxiliary values aux, and none to the further arguments `given`.
     """
 
     @jax.custom_vjp
-    def branch(params, h):
-        return function(params, h)
+    def branch(params, h, *given):
+        return function(params, h, *given)
 
-    def forward(params, h):
-        y, pull, aux = jax.vjp(function, params, h, has_aux=True)
+    def forward(params, h, *given):
+        def with_given(params, h):
+            return function(params, h, *given)
+
+        y, pull, aux = jax.vjp(with_given, params, h, has_aux=True)
         leaves, tree = jax.tree.flatten(pull)
-        keep = _made_from(h, lambda h: jax.tree.leaves(jax.vjp(function, params, h, has_aux=True)[1]))
+        keep = _made_from(h, lambda h: jax.tree.leaves(jax.vjp(with_given, params, h, has_aux=True)[1]))
         named: dict[int, jax.Array] = {}
         for leaf, of_h in zip(leaves, keep, strict=True):
             if id(leaf) not in named:
                 named[id(leaf)] = checkpoint_name(leaf, KEPT) if of_h else leaf
         return (checkpoint_name(y, KEPT), aux), tree.unflatten([named[id(leaf)] for leaf in leaves])
 
-    branch.defvjp(forward, lambda pull, g: pull(g[0]))
-    return branch(params, h)
+    branch.defvjp(forward, lambda pull, g: (*pull(g[0]), *(None for _ in given)))
+    return branch(params, h, *given)
 
 
 def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -> list[bool]:

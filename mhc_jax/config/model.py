@@ -18,9 +18,14 @@ from mhc_jax.config.compound import (
 )
 from mhc_jax.connections.base import ConnectionConfig
 from mhc_jax.errors import at_least, one_of, require
+from mhc_jax.settings_text import read_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cudnn", "splash")
+UNRESOLVED = (
+    "model.attention_scope is 'document', and the id of the end-of-document token is the tokenizer's; set "
+    "--config.model.attention_scope=document:ID."
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ class ModelConfig:
     - `cudnn`: flash attention for NVIDIA GPUs.  compute_dtype must be a 16-bit dtype.
     - `splash`: JAX's flash attention for TPUs.  T and the head width must be multiples of 128.  With `mla`,
       rope_width must be a multiple of 64."""
+    attention_scope: str = "window"
+    """The earlier tokens to which a token attends.
+
+    - `window`: all of its window, also those of other documents.
+    - `document`: those of its own document.  The end-of-document token is the first token of the document that follows it.
+      `document:256` gives the id of this token, which a run otherwise takes from its tokenizer."""
     mlp_width: int = 384
     """Hidden width of the SwiGLU branch of dense blocks, at least 1.  With experts only the leading blocks are dense."""
     experts: str = ""
@@ -116,6 +127,12 @@ class ModelConfig:
         one_of("model.compute_dtype", self.compute_dtype, DTYPES)
         one_of("model.stream_dtype", self.stream_dtype, DTYPES)
         one_of("model.attention", self.attention, ATTENTION)
+        _, token = self._scope
+        require(
+            token is None or 0 <= token < (self.vocab_size or token + 1),
+            f"model.attention_scope is {self.attention_scope!r}; the id of the end-of-document token must lie between 0 and "
+            f"model.vocab_size - 1.",
+        )
         require(
             self.attention != "cudnn" or self.compute_dtype != "float32",
             "model.attention is 'cudnn', which computes in bfloat16 or float16, and model.compute_dtype is 'float32'; "
@@ -155,9 +172,21 @@ class ModelConfig:
             f"model.remat is {self.remat!r}; the number of sub-layers must lie between 1 and {self.num_sublayers}.",
         )
 
-    def require_vocabulary(self) -> None:
-        """Raise `InputError` if vocab_size is 0.  Estimates (`mhc_jax/planning`) load no tokenizer that tells the number."""
+    def require_resolved(self) -> None:
+        """Raise `InputError` if a setting is left to the tokenizer, because estimates (`mhc_jax/planning`) load none."""
         require(self.vocab_size > 0, "model.vocab_size is 0, the tokenizer's; set --config.model.vocab_size=...")
+        require(self._scope != ("document", None), UNRESOLVED)
+
+    @property
+    def document_token(self) -> int | None:
+        """Id of the end-of-document token if attention is limited to documents, else None.
+
+        Raises:
+          InputError: attention_scope is `document`, without the id that the tokenizer has (`mhc_jax.data.resolve_tokenizer`).
+        """
+        scope, token = self._scope
+        require(scope == "window" or token is not None, UNRESOLVED)
+        return token
 
     @property
     def num_leading(self) -> int:
@@ -250,6 +279,10 @@ class ModelConfig:
     @property
     def _experts(self) -> Experts:
         return read_experts(self.experts)
+
+    @property
+    def _scope(self) -> tuple[str, int | None]:
+        return read_number("model.attention_scope", self.attention_scope, ("window", "document"), {"document": int})
 
     @property
     def _remat(self) -> Remat:

@@ -24,9 +24,11 @@ class DataConfig:
     """
 
     source: str = "shakespeare"
-    """Training text: `shakespeare`, `tfds:<name>[/<config>]`, or a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files.
+    """Training text: a file, folder or glob of .txt / .jsonl[.gz|.zst] / .parquet files, or one of the following.
 
-    `shakespeare` is a text that comes with this package."""
+    - `shakespeare`: a text that comes with this package.
+    - `tfds:<name>[/<config>]`: a prepared set of TensorFlow Datasets.
+    - `<file>.py:<function>`: a function of your own (`docs/your_data.md`)."""
     validation_source: str = ""
     """Held-out text, in the notation of `source`.
 
@@ -221,6 +223,11 @@ def check_dimensions(config: ExperimentConfig) -> None:
     require(
         mesh.sequence == 1 or model.attention == "xla",
         f"mesh.sequence is {mesh.sequence} and model.attention {model.attention!r}, which needs whole sequences; use 'xla'.",
+    )
+    require(
+        model.attention != "cudnn" or model.attention_scope == "window" or data.sequence_length % 2 == 0,
+        f"data.sequence_length is {data.sequence_length}; model.attention 'cudnn' with model.attention_scope "
+        f"{model.attention_scope!r} needs an even one, or use 'xla'.",
     )
     require(
         model.attention != "splash" or fits_splash(config),

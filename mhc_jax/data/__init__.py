@@ -1,6 +1,6 @@
 """Text, tokenizers and batches.  Only this package imports tensorflow_datasets and grain."""
 
-from mhc_jax.data.batches import Batch, Data, load_data, resolve_vocabulary
+from mhc_jax.data.batches import Batch, Data, load_data, resolve_tokenizer
 from mhc_jax.data.cache import cache_folder
 from mhc_jax.data.files import Document
 from mhc_jax.data.sources import documents
@@ -17,6 +17,6 @@ __all__ = [
     "from_saved",
     "load_data",
     "load_tokenizer",
-    "resolve_vocabulary",
+    "resolve_tokenizer",
     "train_bpe",
 ]

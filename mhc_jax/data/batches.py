@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhc_jax.data import arrays, sources
+from mhc_jax.data import arrays, files, sources
 from mhc_jax.data.cache import cache_folder
 from mhc_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_jax.errors import InputError, require
@@ -74,7 +74,7 @@ class Data:
         }
 
     def describe(self, count: int) -> list[str]:
-        """Return lines to print at the start of a run: the sizes of both splits, then warnings about unusual splits.
+        """Return lines to print at the start of a run: sizes of both splits, skipped files of folders, and warnings about splits.
 
         Args:
           count: number of validation batches that the run asks for (train.validation_batches).
@@ -85,6 +85,9 @@ class Data:
         train, validation = (size.format(**vars(counts)) for counts in (self.train.counts, held_out))
         read = f"{min(count, max(fills, 1))} x {config.batch_size} x {config.sequence_length}"
         out = [f"training text: {train}; validation text: {validation}, of which {read} tokens are read"]
+        for source in filter(None, dict.fromkeys((config.source, config.validation_source))):
+            if sources.local(source) and (others := files.skipped(source)):
+                out.append(f"{source}: {others}")
         share = held_out.tokens / (held_out.tokens + self.train.counts.tokens)
         by_hash = not config.validation_source and sources.local(config.source)
         if share > (max(ODD_SHARE, 2 * config.validation_fraction) if by_hash else 0.5):
@@ -195,18 +198,26 @@ def load_data(config: DataConfig) -> Data:
     return data
 
 
-def resolve_vocabulary(config: ExperimentConfig, data: Data) -> ExperimentConfig:
-    """Return `config`, but with the vocabulary size of the tokenizer in place of a model.vocab_size of 0.
+def resolve_tokenizer(config: ExperimentConfig, data: Data) -> ExperimentConfig:
+    """Return `config` with the settings that it leaves to the tokenizer.
+
+    They are a model.vocab_size of 0, and the id of the end-of-document token in a model.attention_scope of `document`.
 
     Raises:
-      InputError: model.vocab_size is set and is smaller than the vocabulary of the tokenizer.
+      InputError: model.vocab_size is smaller than the vocabulary of the tokenizer, or model.attention_scope names another token.
     """
-    size = data.tokenizer.vocab_size
+    size, end = data.tokenizer.vocab_size, data.tokenizer.end_of_document
     if config.model.vocab_size and config.model.vocab_size < size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {size} tokens; use 0 or more."
         )
-    return config.with_settings(model={"vocab_size": config.model.vocab_size or size})
+    scope = config.model.attention_scope
+    require(
+        scope in ("window", "document", f"document:{end}"),
+        f"model.attention_scope is {scope!r}, but the end-of-document token of the tokenizer is {end}; use 'document'.",
+    )
+    scope = scope if scope == "window" else f"document:{end}"
+    return config.with_settings(model={"vocab_size": config.model.vocab_size or size, "attention_scope": scope})
 
 
 def _windows(tokens: int, length: int) -> int:

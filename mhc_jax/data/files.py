@@ -10,7 +10,7 @@ import glob
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from mhc_jax.errors import InputError, require
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-ALLOWED = "a path or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
+ALLOWED = "a file, folder or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
 BLOCK = 8192
 """Smallest number of characters of a block of text (`text_blocks`), except the last block of a file."""
 
@@ -37,12 +37,20 @@ class Document:
 def expand(source: str) -> list[Path]:
     """Return the files that a path or glob names, sorted.  `**` stands for folders at any depth, `~` for the home folder.
 
+    A folder names all text files below it, at any depth, except hidden files and the files of hidden folders.
+
     Raises:
-      InputError: the path does not exist or is a folder, the glob matches nothing, or a suffix is not in `SUFFIXES`.
+      InputError: the path does not exist, the folder holds no text file, the glob matches nothing, or a suffix is not in
+        `SUFFIXES`.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        raise InputError(f"{source!r} is a folder; give a glob such as '{path}/*.jsonl'.")
+        files = [file for file in _below(path) if file.name.endswith(SUFFIXES)]
+        require(
+            bool(files),
+            f"The folder {source!r} holds no text file ({skipped(source) or 'it is empty'}); give {ALLOWED}.",
+        )
+        return files
     if path.exists():
         files = [path]
     elif glob.has_magic(source):
@@ -50,13 +58,37 @@ def expand(source: str) -> list[Path]:
         files = [file for file in files if file.is_file()]
         require(bool(files), f"The glob {source!r} matches no file; give {ALLOWED}.")
     else:
-        raise InputError(f"There is no file {source!r}; give 'shakespeare', 'tfds:<name>', or {ALLOWED}.")
+        raise InputError(
+            f"There is no file {source!r}; give 'shakespeare', 'tfds:<name>', 'FILE.py:FUNCTION', or {ALLOWED}."
+        )
     for file in files:
+        own = f", or name a function of it, as in '{file}:documents'" if file.suffix == ".py" else ""
         require(
             file.name.endswith(SUFFIXES),
-            f"{file} is not a kind of text file that is read here; give {ALLOWED}.",
+            f"{file} is not a kind of text file that is read here; give {ALLOWED}{own}.",
         )
     return files
+
+
+def skipped(source: str) -> str:
+    """Return how many files of a folder are not read because of their kind, and their suffixes; empty if there are none.
+
+    >>> skipped("a file or a glob")
+    ''
+    """
+    path = Path(source).expanduser()
+    others = [file for file in _below(path) if not file.name.endswith(SUFFIXES)] if path.is_dir() else []
+    if not others:
+        return ""
+    suffixes = sorted({file.suffix or "no suffix" for file in others})
+    count = "1 file of another kind is" if len(others) == 1 else f"{len(others)} files of other kinds are"
+    return f"{count} skipped: {', '.join(suffixes)}"
+
+
+def _below(folder: Path) -> list[Path]:
+    """Return the files at any depth below a folder, sorted by path, without hidden files and those of hidden folders."""
+    everything = sorted(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
+    return [Path(file) for file in everything if Path(file).is_file()]
 
 
 def read_files(files: Sequence[Path]) -> Iterator[Document]:
@@ -152,23 +184,33 @@ def _parse(file: Path, number: int, offset: int, line: bytes) -> Document | None
             f"{file}, line {number}: a JSON {type(record).__name__}; "
             f'each line must be an object such as {{"text": "..."}}.'
         )
-    return _document(file, f"line {number}", record, number)
+    return document_of(str(file), f"line {number}", record, number)
 
 
-def _document(file: Path, place: str, record: dict[str, Any], number: int) -> Document:
+def document_of(source: str, place: str, record: Mapping[str, Any], number: object) -> Document:
+    """Return the document of a record, which holds its text under `text` and may hold its name under `id`.
+
+    Args:
+      source, place: the file and the place in it, for error messages.
+      record: the record.  Other entries are not read.
+      number: the document is called `source:number` if the record holds no name.
+
+    Raises:
+      InputError: there is no string under `text`, or it is not valid Unicode.
+    """
     text = record.get("text")
     if not isinstance(text, str):
         held = f"'text' is a {type(text).__name__}" if "text" in record else "there is no 'text'"
-        raise InputError(f"{file}, {place}: {held}; every record needs a string under 'text'.")
+        raise InputError(f"{source}, {place}: {held}; every record needs a string under 'text'.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{file}, {place}: character {error.start} of 'text' is half of a surrogate pair, "
+            f"{source}, {place}: character {error.start} of 'text' is half of a surrogate pair, "
             f"which is not valid Unicode; repair or remove it."
         ) from error
     name = record.get("id")
-    return Document(name if isinstance(name, str) else f"{file.as_posix()}:{number}", text)
+    return Document(name if isinstance(name, str) else f"{source}:{number}", text)
 
 
 def _read_parquet(file: Path) -> Iterator[Document]:
@@ -188,7 +230,7 @@ def _read_parquet(file: Path) -> Iterator[Document]:
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield _document(file, f"row {number}", record, number)
+                    yield document_of(str(file), f"row {number}", record, number)
     except pa.ArrowException as error:
         raise InputError(f"{file} is not a readable parquet file: {error}") from error
 

@@ -2,7 +2,8 @@
 
     shakespeare              the plays of Shakespeare that come with this package
     tfds:<name>[/<config>]   a data set of TensorFlow Datasets that is already prepared on this machine
-    <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files
+    <file>.py:<function>     a function of your own (`mhc_jax.data.functions`)
+    <path or glob>           local .txt / .jsonl[.gz|.zst] / .parquet files, or a folder of them
 
 tensorflow_datasets is imported only if a source needs it.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mhc_jax.data import files
+from mhc_jax.data import files, functions
 from mhc_jax.data.files import Document
 from mhc_jax.errors import InputError, require
 
@@ -33,11 +34,12 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
     """Yield the documents of one split of `source`, always in the same order.
 
     `shakespeare` has splits of its own.  The validation split of a TensorFlow Datasets set is its `validation` split or, if it has
-    none, its `test` split.  From a set with neither, and from local files, about `fraction` of the documents are held out for
-    validation (`set_apart`).  With `fraction=0` both splits of such a source are all its documents.
+    none, its `test` split.  The splits of a function are what it returns.  From a set with neither, from a function that returns
+    None for `validation`, and from local files, about `fraction` of the documents are held out for validation (`set_apart`).  With
+    `fraction=0` both splits of such a source are all its documents.
 
     Args:
-      source: name of the source: `shakespeare`, `tfds:<name>[/<config>]`, or a path or glob.
+      source: name of the source: `shakespeare`, `tfds:<name>[/<config>]`, `<file>.py:<function>`, or a path or glob.
       split: `train` or `validation`.
       cache: folder for prepared data, as from `cache.cache_folder`.
       fraction: share of documents in the validation split, in [0, 1).
@@ -51,6 +53,13 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
         return shakespeare.read(split, cache)
     if source.startswith(TFDS):
         return _named_documents(source, split, fraction)
+    if functions.is_function(source):
+        read = functions.load(source)
+        held_out = read("validation") if fraction or split == "validation" else None
+        if held_out is not None and split == "validation":
+            return held_out
+        records = read("train") or iter(())
+        return set_apart(records, split, fraction) if held_out is None and fraction else records
     everything = files.read_files(files.expand(source))
     return set_apart(everything, split, fraction) if fraction else everything
 
@@ -58,8 +67,8 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
 def identity(source: str) -> list[Any]:
     """Return JSON values that differ if the documents of `source` may have changed.  Keys of the cache contain them.
 
-    They are path, size and modification time of each local file, the hash of the file of `shakespeare`, or the folder of a
-    TensorFlow Datasets set and a hash of its dataset_info.json.
+    They are path, size and modification time of each local file, path and hash of the file of a function and its name, the hash of
+    the file of `shakespeare`, or the folder of a TensorFlow Datasets set and a hash of its dataset_info.json.
     """
     if source == SHAKESPEARE:
         from mhc_jax.data import shakespeare
@@ -69,13 +78,15 @@ def identity(source: str) -> list[Any]:
         folder = Path(_named_builder(source).data_path)
         info = (folder / "dataset_info.json").read_bytes()
         return [str(folder), hashlib.sha256(info).hexdigest()]
+    if functions.is_function(source):
+        return functions.identity(source)
     stats = [(str(file.resolve()), file.stat()) for file in files.expand(source)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def local(source: str) -> bool:
     """Return whether a source consists of local files."""
-    return source != SHAKESPEARE and not source.startswith(TFDS)
+    return source != SHAKESPEARE and not source.startswith(TFDS) and not functions.is_function(source)
 
 
 def named_like_splits(source: str) -> list[str]:

@@ -4,17 +4,22 @@ r"""Causal self-attention, and the branch with grouped key/value heads (GQA, Ain
 
 Letters: H query heads, K key/value heads, D channels of a query or key head, E channels of a value head.  S is the number of slots
 of a key-value cache, which keeps one earlier token in each slot.
+
+Attention may be limited to documents (model.attention_scope): a token then attends only to tokens whose document has the same
+number.  Positions go on from one document to the next.  RoPE makes scores that depend on differences of positions alone, so that
+each document gets the outputs that it has by itself.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from mhc_kernels import backend_choice
 
 from mhc_jax.errors import require
@@ -25,7 +30,11 @@ from mhc_jax.parallel.sharding import constrain, on_each_shard
 
 
 def attend(
-    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K E"], implementation: str
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    implementation: str,
+    documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Return the result of causal attention among T tokens.  Query head h uses key/value head h K // H.
 
@@ -34,6 +43,8 @@ def attend(
         as in MLA).  `xla` then pads values with zeros, because JAX's attention needs keys and values of equal width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
         `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
+      documents: number of each token's document.  None: attention is not limited to documents.  `cudnn` gets T x T numbers for each
+        sequence from it, which take memory that it needs for nothing else.
 
     Raises:
       InputError: E > D; E < D with `cudnn`; `splash` on a device that is no TPU, or with a T or E that is no multiple of 128,
@@ -47,10 +58,12 @@ def attend(
             f"attention {implementation!r} needs values as wide as keys, not {E} and {D}; use 'xla'.",
         )
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, D - E)))
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")[..., :E]
+        return _masked(q, k, v, documents, "xla")[..., :E]
     if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
-    return on_each_shard(_splash if implementation == "splash" else _cudnn, ("batch", None, "heads", None), q, k, v)
+        return _masked(q, k, v, documents, "xla")
+    kernel = _splash if implementation == "splash" else functools.partial(_masked, implementation="cudnn")
+    given = () if documents is None else (documents,)
+    return on_each_shard(kernel, ("batch", None, "heads", None), q, k, v, *given)
 
 
 def split_heads(
@@ -61,11 +74,17 @@ def split_heads(
     return q, constrain(k, "batch", None, "heads", None), constrain(v, "batch", None, "heads", None)
 
 
-def _cudnn(q, k, v):
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def same_document(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Return whether a query and a key belong to one document, from the numbers of their documents."""
+    return queries[:, :, None] == keys[:, None, :]
 
 
-def _splash(q, k, v):
+def _masked(q, k, v, documents=None, implementation: Any = "xla"):
+    mask = None if documents is None else same_document(documents, documents)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+
+
+def _splash(q, k, v, documents=None):
     B, T, H, D = q.shape
     K, E = v.shape[2:]
     where = "attention 'splash' runs on TPUs only and this program is traced for a " + backend_choice.platform().upper()
@@ -87,7 +106,9 @@ def _splash(q, k, v):
         mask, block_sizes=sizes, interpret=backend_choice.interpret()
     )
     grouped = (q * D**-0.5).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-    out = jax.vmap(jax.vmap(kernel))(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    given = () if documents is None else (splash_kernels.SegmentIds(documents, documents),)
+    heads = jax.vmap(kernel, in_axes=(0, 0, 0, *(None for _ in given)))
+    out = jax.vmap(heads)(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), *given)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
@@ -98,6 +119,8 @@ class Past(NamedTuple):
     """Arrays [B, S, ...] by name, with S slots for tokens: k and v for GQA, or the latent c and the rotary key k_R for MLA."""
     position: Int[Array, " B"]
     """Number of tokens of each sequence that are in the cache.  Slots from this number on are empty or outdated, and never read."""
+    documents: Int[Array, "B S"] | None = None
+    """Number of the document of the token in each slot.  None: attention is not limited to documents."""
 
     @property
     def empty(self) -> bool:
@@ -107,10 +130,11 @@ class Past(NamedTuple):
 
 def attend_past(
     q: Float[Array, "B T H D"],
-    past: tuple[Float[Array, "B S K D"], Float[Array, "B S K E"]],
+    earlier: tuple[Float[Array, "B S K D"], Float[Array, "B S K E"]],
     new: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
-    position: Int[Array, " B"],
+    past: Past,
     scale: float,
+    documents: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H E"]:
     """Return the result of attention for T new tokens, which attend to all earlier tokens and, causally, to each other.
 
@@ -119,24 +143,28 @@ def attend_past(
 
     Args:
       q: queries of the new tokens.
-      past: keys and values in the S slots of the cache.
+      earlier: keys and values in the S slots of the cache.
       new: keys and values of the new tokens.
-      position: number of slots of each sequence that hold a token.
+      past: the cache, which has the number of slots that hold a token, and the documents of these tokens.
       scale: factor by which q k^T is multiplied.
+      documents: number of each new token's document, to which attention is limited.  None: it is not limited.
     """
     B, T, H, D = q.shape
-    S, K = past[0].shape[1:3]
+    S, K = earlier[0].shape[1:3]
     q = q.reshape(B, T, K, H // K, D)
-    seen = jnp.broadcast_to(jnp.arange(S)[None, None, :] < position[:, None, None], (B, T, S))
+    seen = jnp.broadcast_to(jnp.arange(S)[None, None, :] < past.position[:, None, None], (B, T, S))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool))[None], (B, T, T))
+    if documents is not None and past.documents is not None:
+        seen &= same_document(documents, past.documents)
+        causal &= same_document(documents, documents)
 
     def scores(k: Array, mask: Array) -> Array:
         s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
         return jnp.where(mask[:, None, None], s, -jnp.inf)
 
-    joined = jnp.concatenate([scores(past[0], seen), scores(new[0], causal)], -1)
+    joined = jnp.concatenate([scores(earlier[0], seen), scores(new[0], causal)], -1)
     weights = jax.nn.softmax(joined, axis=-1).astype(q.dtype)
-    parts = [(weights[..., :S], past[1]), (weights[..., S:], new[1])]
+    parts = [(weights[..., :S], earlier[1]), (weights[..., S:], new[1])]
     out = [jnp.einsum("bkgts,bske->btkge", w, v, preferred_element_type=jnp.float32) for w, v in parts]
     return (out[0] + out[1]).reshape(B, T, H, -1).astype(q.dtype)
 
@@ -162,24 +190,32 @@ class AttentionBranch(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "B T C"], past: Past | None = None
+        self, h: Float[Array, "B T C"], past: Past | None = None, documents: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
-        """Return the output of the branch in `dtype`, and the new tokens' arrays for the key-value cache ({} if `past` is None)."""
+        """Return the output of the branch in `dtype`, and the new tokens' arrays for the key-value cache ({} if `past` is None).
+
+        Args:
+          h: input of the branch.
+          past: arrays of earlier tokens.  None: there are no earlier tokens.
+          documents: number of each token's document, to which attention is limited.  None: it is not limited.
+        """
         x = RMSNorm(self.norm_eps, name="norm")(h).astype(self.dtype)
-        mixed, kept = self.heads(x, past)
+        mixed, kept = self.heads(x, past, documents)
         y = project(self, "W_o", mixed.reshape(*h.shape[:2], -1), h.shape[-1], self.output_scale)
         return y, {} if past is None else kept
 
-    def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
+    def heads(
+        self, x: Float[Array, "B T C"], past: Past | None, documents: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
         """Return the outputs of all heads, and the arrays of these tokens that the key-value cache keeps."""
         raise NotImplementedError
 
-    def attend(self, q: Array, k: Array, v: Array) -> Array:
+    def attend(self, q: Array, k: Array, v: Array, documents: Array | None) -> Array:
         """Return the result of the function `attend` with the implementation `self.implementation`.
 
         Initialisation always uses `xla`, because it must run with few tokens and on any device.
         """
-        return attend(q, k, v, "xla" if self.is_initializing() else self.implementation)
+        return attend(q, k, v, "xla" if self.is_initializing() else self.implementation, documents)
 
 
 class Attention(AttentionBranch):
@@ -190,7 +226,9 @@ class Attention(AttentionBranch):
     qk_norm: bool = False
     """Whether queries and keys of each head go through RMSNorm, with weights [D] that all heads share, before RoPE."""
 
-    def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
+    def heads(
+        self, x: Float[Array, "B T C"], past: Past | None, documents: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
         """Return the outputs of all heads, and two arrays for the key-value cache: the keys k (after RoPE) and the values v."""
         (B, T, _), H, K, D = x.shape, self.num_heads, self.num_kv_heads, self.head_dim
         first = None if past is None else past.position
@@ -203,7 +241,7 @@ class Attention(AttentionBranch):
         v = project(self, "W_v", x, K * D).reshape(B, T, K, D)
         q, k, v = split_heads(q, k, v)
         if past is None or past.empty:
-            mixed = self.attend(q, k, v)
+            mixed = self.attend(q, k, v, documents)
         else:
-            mixed = attend_past(q, (past.kept["k"], past.kept["v"]), (k, v), past.position, D**-0.5)
+            mixed = attend_past(q, (past.kept["k"], past.kept["v"]), (k, v), past, D**-0.5, documents)
         return mixed, {"k": k, "v": v}

@@ -19,7 +19,7 @@ For each head, with $W_{kv,up} = [W_k \mid W_v]$ and attention weights $p_s$ of 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mhc_jax.layers.attention import AttentionBranch, Past, attend_past, split_heads
 from mhc_jax.layers.mlp import project
@@ -35,7 +35,9 @@ class LatentAttention(AttentionBranch):
     kv_rank: int
     """Number of channels of the latent c, from which keys and values are made."""
 
-    def heads(self, x: Float[Array, "B T C"], past: Past | None) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
+    def heads(
+        self, x: Float[Array, "B T C"], past: Past | None, documents: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T H D"], dict[str, Array]]:
         """Return the outputs of all heads, and two arrays for the key-value cache: the normed latents c and the rotary keys k_R."""
         (B, T, _), H, D, R, rank = x.shape, self.num_heads, self.head_dim, self.rope_width, self.kv_rank
         q_C, q_R = jnp.split(project(self, "W_q", x, H * (D + R)).reshape(B, T, H, D + R), [D], axis=-1)
@@ -47,9 +49,9 @@ class LatentAttention(AttentionBranch):
             k_C, v = jnp.split(project(self, "W_kv_up", c, H * 2 * D).reshape(B, T, H, 2 * D), [D], axis=-1)
             q = jnp.concatenate([q_C, q_R], -1)
             k = jnp.concatenate([k_C, jnp.broadcast_to(k_R, (B, T, H, R))], -1)
-            mixed = self.attend(*split_heads(q, k, v))
+            mixed = self.attend(*split_heads(q, k, v), documents)
         else:
-            mixed = self.absorbed(q_C, q_R, c, k_R, past)
+            mixed = self.absorbed(q_C, q_R, c, k_R, past, documents)
         return mixed, {"c": c, "k_R": k_R[:, :, 0]}
 
     def absorbed(
@@ -59,6 +61,7 @@ class LatentAttention(AttentionBranch):
         c: Float[Array, "B T rank"],
         k_R: Float[Array, "B T 1 R"],
         past: Past,
+        documents: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T H D"]:
         """Return the outputs of all heads for new tokens that attend to earlier and new tokens by their latents.
 
@@ -70,6 +73,7 @@ class LatentAttention(AttentionBranch):
           c: latents of the new tokens, after their norm.
           k_R: rotary keys of the new tokens, after RoPE.
           past: latents and rotary keys of earlier tokens.
+          documents: number of each new token's document, to which attention is limited.  None: it is not limited.
         """
         D = self.head_dim
         W = self.variables["params"]["W_kv_up"].astype(self.dtype).reshape(self.kv_rank, self.num_heads, 2 * D)
@@ -79,5 +83,5 @@ class LatentAttention(AttentionBranch):
         new = c[:, :, None], k_R
         keys = [jnp.concatenate(pair, -1) for pair in (earlier, new)]
         scale = (D + self.rope_width) ** -0.5
-        latents = attend_past(q, (keys[0], earlier[0]), (keys[1], new[0]), past.position, scale)
+        latents = attend_past(q, (keys[0], earlier[0]), (keys[1], new[0]), past, scale, documents)
         return jnp.einsum("bthr,rhd->bthd", latents, W_v)

@@ -195,15 +195,16 @@ def on_each_shard(function: Callable[..., Array], logical: tuple[str | None, ...
 
     Args:
       function: a function whose computation is independent along the sharded axes.
-      logical: the logical axes of every array and of the result.
-      *arrays: the arguments, all with the same number of axes.  The shape of the first decides which axes can be sharded (`fit`).
+      logical: the logical axes of every array and of the result.  An array with fewer axes has the first ones.
+      *arrays: the arguments.  The shape of the first decides which axes can be sharded (`fit`).
     """
     mesh = current()
     if mesh is None:
         return function(*arrays)
     spec = fit(mesh, RULES.spec(*logical), arrays[0].shape)
     # check_vma is off, because JAX's flash attention kernels do not declare which of their values vary between devices.
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+    specs = tuple(PartitionSpec(*spec[: a.ndim]) for a in arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
 def token_axes(shape: Sequence[int]) -> PartitionSpec:

@@ -40,6 +40,7 @@ from mhc_kernels import settings
 
 from mhc_jax.config import ExperimentConfig, ModelConfig
 from mhc_jax.errors import require
+from mhc_jax.model import documents_of
 from mhc_jax.parallel.sharding import constrain, current, token_axes
 from mhc_jax.pipeline.program import Operation, Program, compile_table
 from mhc_jax.pipeline.stage import Stage, Work
@@ -77,6 +78,8 @@ def pipelined(config: ExperimentConfig, schedule: Schedule) -> Callable[[Tree, T
             f"The schedule {schedule.name!r} has {P} devices along the axis {AXIS!r}; the mesh has "
             f"{'no such axis' if mesh is None else dict(mesh.shape).get(AXIS, 'no such axis')}. Set mesh.{AXIS} to {P}.",
         )
+        if (documents := documents_of(config.model, batch["inputs"])) is not None:
+            batch = {**batch, "documents": documents}
         slices = jax.tree.map(lambda a: a.reshape(M, a.shape[0] // M, *a.shape[1:]), batch)
         slices = jax.tree.map(lambda a: constrain(a, None, "batch", "sequence"), slices)
         outer = {name: part for name, part in params.items() if name != "layers"}

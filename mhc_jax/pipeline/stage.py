@@ -20,13 +20,16 @@ from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.model import Block, connection, cross_entropy, enter, leave, logits_of
+from mhc_jax.model import Block, connection, cross_entropy, documents_of, enter, leave, logits_of
 from mhc_jax.pipeline.casts import cast, computed_in
 from mhc_jax.pipeline.packing import CarryPacker
 from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import block_length, recomputed
 
 Tree = Any
+Free = tuple[Tree, Array, Array | None]
+"""What an operation of a stage needs besides the values that travel: parameters of the blocks, number of the stage, and the numbers
+of the tokens' documents, to which attention is limited (or None)."""
 
 FIRST, LAST = "first_stage", "last_stage"
 """Names of the `jax.named_scope` around operations that only the first stage runs, or only the last stage."""
@@ -75,7 +78,7 @@ class Work(NamedTuple):
     layers: Tree
     """Parameters of the blocks of the stage, [blocks of a stage, ...]."""
     batch: Tree
-    """`inputs` and `targets` [B, T] of the microbatch."""
+    """`inputs` and `targets` [B, T] of the microbatch, and `documents` [B, T] if attention is limited to documents."""
     stage: Array
     """Number of the stage, int32 []."""
 
@@ -96,22 +99,23 @@ class Stage:
         """
         self.model, self.stages = model, stages
         self.per = model.num_layers // stages
-        at = jnp.zeros((), jnp.int32)
+        at, documents = jnp.zeros((), jnp.int32), documents_of(model, tokens)
         self.packer = CarryPacker(lambda tokens: self.enter(self.head(outer), tokens), tokens)
         first = jax.tree.map(lambda a: a[0], layers)
-        self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at)[1])
+        self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at, documents)[1])
         """Shapes of the auxiliary values (aux) that the blocks of a stage report, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
 
         def all_uses(params: tuple[Tree, Tree]) -> Any:
             outer, layers = params
             carry = self.packer.zeros()
-            results = [self.blocks(leads, layers, self.dense(outer, leads), carry, at) for leads in variants]
+            dense = {leads: self.dense(outer, leads) for leads in variants}
+            results = [self.blocks(leads, layers, dense[leads], carry, at, documents) for leads in variants]
             return results, self.enter(self.head(outer), tokens), self.loss(self.tail(outer), carry, tokens)
 
         dtypes = computed_in(all_uses, (outer, first))
         self.outer, self.layers = cast(outer, dtypes[0]), cast(layers, dtypes[1])
-        free = jax.tree.map(lambda a: a[0], self.layers), at
+        free = jax.tree.map(lambda a: a[0], self.layers), at, documents
         # In float32 a pipeline should round as the decoder without it does, so values that XLA may round differently are kept.
         recompute = EXACT if model.compute_dtype == "float32" else CHEAP
         self.passes = {
@@ -158,24 +162,32 @@ class Stage:
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)
 
-    def blocks(self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array) -> tuple[Tree, Tree]:
-        """Run the blocks of a stage.  Return (carry after the last one, auxiliary values [blocks, ...], 0 for dense blocks)."""
+    def blocks(
+        self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array, documents: Array | None = None
+    ) -> tuple[Tree, Tree]:
+        """Run the blocks of a stage.  Return (carry after the last one, auxiliary values [blocks, ...], 0 for dense blocks).
+
+        `documents` are the numbers of the tokens' documents, to which attention is limited, or None.
+        """
         lead = self.model.num_leading if leads else 0
         if lead:
-            carry, _ = self._run(True, dense, carry, jnp.arange(lead))
+            carry, _ = self._run(True, dense, carry, jnp.arange(lead), documents)
             layers = jax.tree.map(lambda a: a[lead:], layers)
         indices = stage * self.per + jnp.arange(lead, self.per)
         if lead == self.per:
             return carry, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux)
-        carry, aux = self._run(not self.model.num_experts, layers, carry, indices)
+        carry, aux = self._run(not self.model.num_experts, layers, carry, indices, documents)
         return carry, jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
 
-    def _run(self, dense: bool, layers: Tree, carry: Tree, indices: Array) -> tuple[Tree, Tree]:
+    def _run(
+        self, dense: bool, layers: Tree, carry: Tree, indices: Array, documents: Array | None
+    ) -> tuple[Tree, Tree]:
         """Run blocks in order, and return (carry, auxiliary values).  The backward recomputes values as model.remat says."""
         model, count = self.model, len(indices)
 
         def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
-            out: Any = Block(model, 0, dense, only=only, parent=None).apply({"params": params}, carry, layer)
+            one = Block(model, 0, dense, only=only, parent=None)
+            out: Any = one.apply({"params": params}, carry, layer, documents=documents)
             return out[0], out[1][1]
 
         if model.remat_policy == "connection":
@@ -191,31 +203,33 @@ class Stage:
 
     # -- its gradient in parts
 
-    def vjp(self, leads: bool, layers: Tree, carry: Tree, stage: Array) -> tuple[Tree, Any, Tree]:
+    def vjp(
+        self, leads: bool, layers: Tree, carry: Tree, stage: Array, documents: Array | None
+    ) -> tuple[Tree, Any, Tree]:
         """Run the blocks of a stage, and return (carry that leaves the stage, pull-back, auxiliary values).
 
         The pull-back takes the gradient of this carry, and returns the gradients of (`layers`, leading dense blocks, `carry`).
         """
         dense = self.dense(self.outer, leads)
-        return jax.vjp(lambda l, d, c: self.blocks(leads, l, d, c, stage), layers, dense, carry, has_aux=True)
+        return jax.vjp(
+            lambda l, d, c: self.blocks(leads, l, d, c, stage, documents), layers, dense, carry, has_aux=True
+        )
 
-    def _pushed(self, leads: bool, free: tuple[Tree, Array], carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
-        """Run `vjp`, with `free` = (layers, stage).  Return ((carry, auxiliary values), arrays that the pull-back holds)."""
-        carry, pull, aux = self.vjp(leads, free[0], carry, free[1])
+    def _pushed(self, leads: bool, free: Free, carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
+        """Run `vjp`.  Return ((carry, auxiliary values), arrays that the pull-back holds)."""
+        layers, stage, documents = free
+        carry, pull, aux = self.vjp(leads, layers, carry, stage, documents)
         return (carry, aux), jax.tree.leaves(pull)
 
-    def pulled(self, leads: bool, free: tuple[Tree, Array], given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
-        """Run the backward of a stage.
-
-        `free` is (parameters of the blocks, number of the stage).  `given` is (values that F kept, gradient of the carry that
-        leaves the stage).
+    def pulled(self, leads: bool, free: Free, given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
+        """Run the backward of a stage.  `given` is (values that F kept, gradient of the carry that leaves the stage).
 
         Returns:
           (gradient of the carry that entered the stage, (gradients of its blocks, gradients of the dense blocks)).
         """
-        (layers, stage), (kept, g) = free, given
+        (layers, stage, documents), (kept, g) = free, given
         # Of this pull-back only the tree structure is used.  Its arrays come from the values that F kept.
-        _, pull, _ = self.vjp(leads, layers, self.packer.zeros(), stage)
+        _, pull, _ = self.vjp(leads, layers, self.packer.zeros(), stage, documents)
         leaves = self.passes[leads].later(free, None, kept)
         g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
         return g_x, (g_layers, g_dense)
@@ -236,7 +250,7 @@ class Stage:
         head = self.head(self.outer)
         with jax.named_scope(FIRST):
             x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.packer.unpack(x))
-        (x, aux), kept = self.passes[work.leads].now((layers, stage), x)
+        (x, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), x)
         activations = self.activations.put(work.leads, kept)
 
         def end() -> tuple[Array, Tree, Tree]:
@@ -274,7 +288,8 @@ class Stage:
           After I it also has `deferrals`.
         """
         leads, layers, batch, stage = work
-        free, given = (layers, stage), (self.activations.take(leads, activations), self.packer.unpack(g))
+        free = layers, stage, batch.get("documents")
+        given = self.activations.take(leads, activations), self.packer.unpack(g)
         outer, inner = sums
         made: dict[str, Tree] = {}
         if kind == "B":

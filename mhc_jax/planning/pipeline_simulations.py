@@ -73,7 +73,7 @@ def of_model(
     A connection with more than one stream is simulated a second time, with streams that the backward recomputes.  A
     microbatch is one sequence.
     """
-    config.model.require_vocabulary()
+    config.model.require_resolved()
     T = config.data.sequence_length
     costs: dict[str, CostsOfStages] = {}
     for kind in kinds:

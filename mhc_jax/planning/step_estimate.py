@@ -50,7 +50,7 @@ def estimate(config: ExperimentConfig, where: Slice, implementation: str | None)
     Raises:
       InputError: the mesh does not fit the slice, or the vocabulary is not known.
     """
-    config.model.require_vocabulary()
+    config.model.require_resolved()
     began = time.monotonic()
     config, _ = resolve(config)
     step = lower(config, where, implementation)

@@ -189,7 +189,7 @@ def test_missing_file_glob_folder_and_suffix(tmp_path, cache):
     for name, sentence in {
         "none.txt": "There is no file '{}/none.txt'; give 'shakespeare', 'tfds:<name>'",
         "*.txt": "matches no file",
-        "": "is a folder; give a glob such as '{}/*.jsonl'",
+        "": "The folder '{}' holds no text file (1 file of another kind is skipped: .csv)",
         "a.csv": "a.csv is not a kind of text file",
     }.items():
         assert sentence.format(tmp_path) in said(tmp_path / name, cache)

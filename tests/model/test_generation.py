@@ -38,6 +38,7 @@ each_attention = pytest.mark.parametrize("attention", ATTENTION.values(), ids=AT
     [
         ("mhc:t_max=2", {}, (40, 64)),
         ("single_pass:t_max=2", ATTENTION["mla"], (40, 64)),
+        ("residual", {"attention_scope": "document:11"}, (40, 64)),  # the second prompt and its answer hold token 11
         pytest.param("mhc", ATTENTION["mla"] | EXPERTS, (200, 256), marks=pytest.mark.full, id="mhc with experts"),
         *(
             pytest.param(
@@ -66,12 +67,18 @@ def test_decoding_with_cache_equals_decoding_without(kind, settings, length):
         assert len(set(made[row])) > 5, "a sequence of several tokens shows more"
 
 
+@pytest.mark.parametrize("scope", ["window", "document:0"])
 @each_attention
-def test_logits_over_a_cache_are_those_of_the_whole_sequence(attention):
-    """Several tokens a call, rows of different lengths and stale slots behind them: each logit within 1e-5 of the largest."""
-    config = decoder_of("hc:num_streams=2", MODEL, **attention)
+def test_logits_over_a_cache_are_those_of_the_whole_sequence(attention, scope):
+    """Several tokens a call, rows of different lengths and stale slots behind them: each logit within 1e-5 of the largest.
+
+    Within documents, one begins among the first tokens of the first row, one among its stale tokens, and two among its new ones.
+    """
+    config = decoder_of("hc:num_streams=2", MODEL, **attention, attention_scope=scope)
     params, model = parameters(config), Decoder(config)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 67, (2, 24)), jnp.int32)
+    if scope != "window":
+        tokens = tokens.at[0, jnp.asarray([5, 11, 15])].set(0)
     lengths = jnp.asarray([9, 14])
 
     @jax.jit

@@ -49,6 +49,23 @@ def test_a_pipeline_changes_nothing(schedule):
     assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 
 
+WITHIN = {"attention_scope": "document:5", "vocab_size": 8}
+PACKED = [
+    ("zb1p", {}),
+    ("1f1b", {"mesh": {"sequence": 2}, "remat": "connection"}),
+    ("dualpipe", {"attention_kind": "mla:kv_rank=8:rope_width=4", "remat": "full"}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "others"), thin(PACKED, lambda case: case[0] == "zb1p"), ids=str)
+def test_every_stage_knows_the_documents_of_its_microbatch(schedule, others):
+    config = tiny("residual", schedule, 2, 4, **others, **WITHIN)
+    starts = batch(config)["inputs"][:, 1:] == 5
+    assert starts.any()
+    assert len({tuple(row) for row in starts.tolist()}) > 2, "microbatches differ in their documents"
+    assert_same_step(config)
+
+
 @pytest.mark.full
 def test_stages_copies_and_owners_of_experts():
     """The first stage begins with a dense block, and has fewer blocks with experts than the second."""

@@ -48,11 +48,11 @@ def leaves_of(*trees):
 
 
 def stage_of(model):
-    """(a `Stage` of a model of two stages, (parameters of its blocks, its number))."""
+    """(a `Stage` of a model of two stages, (parameters of its blocks, its number, no documents))."""
     params, layers = params_of(model)
     layers = jax.tree.map(lambda a: jnp.asarray(a.reshape(2, 2, *a.shape[1:])), layers)
     stage = Stage(model, 2, jax.tree.map(jnp.asarray, params), TOKENS, layers, halves=True)
-    return stage, (jax.tree.map(lambda a: a[0], layers), jnp.int32(1))
+    return stage, (jax.tree.map(lambda a: a[0], layers), jnp.int32(1), None)
 
 
 def multiplied(function, *arguments):

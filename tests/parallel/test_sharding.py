@@ -59,6 +59,13 @@ def test_other_models_are_those_of_one_device(kind, mesh, settings):
     assert_same_step(tiny(kind, mesh, **settings))
 
 
+@pytest.mark.parametrize("settings", thin([{}, LATENT | {"remat": "connection"}], {}.__eq__), ids=["gqa", "mla"])
+def test_attention_inside_documents_is_that_of_one_device(settings):
+    config = tiny("residual", MIXED, attention_scope="document:3", **settings)
+    assert (meshes.batch(config)["inputs"] == 3).any(1).sum() >= 2
+    assert_same_step(config)
+
+
 def collectives(config):
     """How often each (kind, shape) of a collective occurs in the compiled gradient."""
     found = collections.Counter()
@@ -143,12 +150,16 @@ def test_operations_run_on_own_tokens(implementation):
     assert primitives.count("shard_map") >= 12, "six operations and their gradients"
 
 
-def test_flash_attention_runs_on_own_sequences_and_heads():
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attention_runs_on_own_sequences_and_heads(packed):
     r = np.random.default_rng(0)
     *given, weights = (np.float32(r.normal(size=(2, 128, heads, 128))) for heads in (4, 2, 2, 4))
+    documents = jnp.asarray(np.cumsum(r.integers(0, 30, (2, 128)) == 0, 1), jnp.int32) if packed else None
 
     def run(implementation):
-        return jax.jit(jax.value_and_grad(lambda *a: (attend(*a, implementation) * weights).sum(), (0, 1, 2)))
+        return jax.jit(
+            jax.value_and_grad(lambda *a: (attend(*a, implementation, documents) * weights).sum(), (0, 1, 2))
+        )
 
     with using(make_mesh(MeshConfig(data=2, tensor=2))), mhc_kernels.settings(platform="tpu", interpret=True):
         compiled = run("splash").lower(*given).compile()
@@ -178,7 +189,7 @@ def test_a_run_names_its_mesh(run):
 @pytest.mark.parametrize("mesh", [{"data": 8}, {}], ids=["data8", "one device"])
 def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
     config, folder = run
-    config = loop.resolve_vocabulary(config, data_of(config))
+    config = loop.resolve_tokenizer(config, data_of(config))
     state, here = jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mesh = make_mesh(MeshConfig(**mesh))
     shardings = state_shardings(mesh, state) if mesh else jax.tree.map(lambda _: here, state)

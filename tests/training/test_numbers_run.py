@@ -22,7 +22,7 @@ from mhc_jax.config import MeshConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.cost import counts
 from mhc_jax.cost.counts import model_cost
-from mhc_jax.data import load_data, resolve_vocabulary, train_bpe
+from mhc_jax.data import load_data, resolve_tokenizer, train_bpe
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.runs.checkpoint import load_params
@@ -77,7 +77,7 @@ def test_every_key_is_on_the_page_of_numbers(run):
 
 def test_flops_of_a_token(config, run):
     """All that is counted beside products, forward and backward, is elementwise."""
-    products = model_cost(resolve_vocabulary(config, load_data(config.data)).model, 16).training_flops
+    products = model_cost(resolve_tokenizer(config, load_data(config.data)).model, 16).training_flops
     assert products < run.summary["flops_per_token"] < 2 * products
     elementwise = run.summary["flops_per_token"] - products
     # AdamW and the norm of the gradient take about 20 operations a parameter and step.
@@ -100,7 +100,7 @@ def test_loss_is_the_negative_log_likelihood():
 
 def test_gradient_norms_are_those_of_the_gradient(config, monkeypatch):
     """Norms are those before clipping, of all parameters and of each block, here summed in float64."""
-    whole = resolve_vocabulary(config, load_data(config.data))
+    whole = resolve_tokenizer(config, load_data(config.data))
     draw = np.random.default_rng(0)
     state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(lambda: init_state(whole)))
     grads = jax.tree.map(lambda a: draw.normal(0, 1, a.shape).astype(np.float32), state.params)

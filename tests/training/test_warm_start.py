@@ -82,9 +82,9 @@ def test_another_text_begins_at_its_start(source, text, tmp_path):
     other.write_text(text.read_text().replace("stream", "river"))
     config = from_source(source, data={"source": str(other)}, steps=5, init_state="all")
     data = loop.load_data(config.data)
-    config = loop.resolve_vocabulary(config, data)
+    config = loop.resolve_tokenizer(config, data)
     assert warm_start.warm_start(config, None, data).data_state is None
-    same = loop.resolve_vocabulary(
+    same = loop.resolve_tokenizer(
         from_source(source, steps=5, init_state="all"), data := loop.load_data(source[0].data)
     )
     assert warm_start.warm_start(same, None, data).data_state == {"next_index": 4}
