@@ -35,7 +35,7 @@ from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, c
 from mhc_jax.runs.environment import devices_of, environment
 from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
 from mhc_jax.runs.history import History, summary_of
-from mhc_jax.runs.metrics import MetricsWriter, check_trackers, plain
+from mhc_jax.runs.metrics import MetricsWriter, plain
 from mhc_jax.runs.programs import (
     Feed,
     Programs,
@@ -48,6 +48,7 @@ from mhc_jax.runs.programs import (
 )
 from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.stop import StopRequest
+from mhc_jax.runs.trackers import check_trackers
 from mhc_jax.train_step import TrainState
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 130}

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mhc_jax.config.compound import read_tracker
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
 from mhc_jax.errors import at_least, one_of, require
 from mhc_jax.pipeline_schedules.tables import make, stage_count
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
-TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,17 @@ class TrainConfig:
     diagnostics_every: int = 50
     """Number of steps between two diagnostics of gains and streams; 0: none.  They run in a program apart from the train step."""
     trackers: tuple[str, ...] = ()
-    """Services that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty."""
+    """Services that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty.
+
+    Settings of wandb follow its name, as in `wandb:project=demo:group=a:tags=b+c:name=d:mode=offline` (`compound.Wandb`)."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "train.", "steps", "log_every", "validation_batches")
         at_least(0, self, "train.", "seed", "validate_every", "checkpoint_every", "diagnostics_every")
         for tracker in self.trackers:
-            one_of("An entry of train.trackers", tracker, TRACKERS)
-        require(
-            len({*self.trackers}) == len(self.trackers), f"train.trackers is {self.trackers}; name each tracker once."
-        )
+            read_tracker(tracker)
+        names = {tracker.partition(":")[0] for tracker in self.trackers}
+        require(len(names) == len(self.trackers), f"train.trackers is {self.trackers}; name each tracker once.")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import types
 
 import jax.numpy as jnp
@@ -91,21 +90,6 @@ def test_a_line_can_be_read_as_soon_as_it_is_written_and_a_full_disk_is_a_senten
         with pytest.raises(InputError, match=r"Cannot write .*metrics.jsonl: No space left on device.*make room"):
             writer.write("train", 1, {"loss": 1.0})
         writer.close()
-
-
-def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
-    """A stand-in for wandb notes the ids of runs, and what is logged."""
-    begun, logged = [], []
-    run = types.SimpleNamespace(log=lambda scalars, step: logged.append((scalars, step)), finish=lambda: None)
-    stand_in = types.SimpleNamespace(init=lambda **given: begun.append(given["id"]) or run)
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    for folder in ("a/mhc", "a/mhc", "b/mhc"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        writer = MetricsWriter(tmp_path / folder, -1, ["wandb"])
-        writer.write("train", 1, {"loss": 2.0, "list": [1.0]})
-        writer.close()
-    assert begun[0] == begun[1] != begun[2]
-    assert logged[0] == ({"train/loss": 2.0}, 1)
 
 
 @pytest.fixture
