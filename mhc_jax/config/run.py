@@ -161,7 +161,8 @@ class ExperimentConfig:
         )
         require(
             self.optimizer.warmup_steps <= self.train.steps,
-            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
+            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}; "
+            f"lower the first or raise the second.",
         )
         check_dimensions(self)
 

@@ -98,9 +98,11 @@ def test_stop_before_the_first_step(residual, alone, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_acts_as_usual(usual_sigint):
-    with loop.StopRequest() as stop:
+    told = []
+    with loop.StopRequest(told.append) as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
+        assert told == ["stopping as soon as all is saved; a second Ctrl-C ends at once, without saving"]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
