@@ -6,8 +6,8 @@
 Runs with equal seeds are paired.  They share the order of the data, the tokenizer, the initial parameters of branches and the
 schedule, and only the connection differs.  Runs that are done are not repeated, so the same command goes on with an interrupted
 comparison.  Exit status: 0 done, 1 a run failed, 2 a mistake in the settings, 130 stopped by Ctrl-C or SIGTERM.  A terminal shows
-the progress of the run; elsewhere each run prints one line at its start and one at its end.  `logs/` in the workdir has the whole
-output of each run.
+the state of each run; elsewhere a run prints a line at its start, a line about its step every 30 s, and a line at its end.  `logs/`
+in the workdir has the whole output of each run.
 """
 
 from pathlib import Path

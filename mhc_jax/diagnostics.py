@@ -22,6 +22,10 @@ A stream of zeros has no direction, so the cosines leave it out.  If fewer than 
 A value of 1 does not mean that streams are equal in size; `stream_rms` has their sizes.  The largest eigenvalue's share of tr G
 lies between 1 / stream_rank and 1 / sqrt(stream_rank) for every token, so that stream_rank alone tells whether it is near 1.
 
+**Saturation** means that H_res hardly changes with its logits any more.  `saturation` is the share of the entries of H_res that
+exceed 0.99.  It is 1/n for the identity and for every other permutation, which are the extremes of a doubly stochastic H_res.
+`res_logit_min` and `res_logit_max` are the smallest and the largest logit of H_res, before Sinkhorn or what stands in its place.
+
 `sample_sublayer`, with the JAX functions it calls, is part of the compiled model.  Gains and all functions after them are NumPy in
 float64, which takes milliseconds for the few sampled values and needs no compilation.
 """
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 
 DIAGNOSTICS_TOKENS = 64
 """Number of tokens at which diagnostics are taken, evenly spaced in one held-out sequence."""
+SATURATED = 0.99
+"""An entry of H_res above this value counts as saturated."""
 STREAM_MEASURES = ("stream_cosine", "stream_cosine_abs", "stream_rank")
 """Names of the numbers that show whether the streams have become alike.  summary.json has, as `final_*`, their means over
 sub-layers at the last diagnostics step."""
@@ -58,7 +64,8 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
 
     Returns:
       float32 arrays: pre [S, n], post [S, n] and res [S, n, n], the `stream_measures` [] and stream_rms [n] of the S tokens'
-      streams, and branch_rms [] of y at all tokens.
+      streams, and branch_rms [] of y at all tokens.  Kinds that make H_res from logits add res_logit_min [] and res_logit_max [],
+      the smallest and the largest of these logits at the S tokens.
     """
     pre, post, res = link.dense(c, y)
     tokens = y.shape[0] * y.shape[1]
@@ -68,6 +75,8 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
         return jnp.moveaxis(a.reshape(*a.shape[:-2], tokens)[..., picked], -1, 0)
 
     sampled = jnp.stack([s.reshape(tokens, -1)[picked] for s in split(link.flat(streams), pre.shape[0])], 1)
+    logits = link.mixing_logits(streams)
+    of_logits = {} if logits is None else {"res_logit_min": pick(logits).min(), "res_logit_max": pick(logits).max()}
     return {
         "pre": pick(pre),
         "post": pick(post),
@@ -75,6 +84,7 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
         **stream_measures(sampled),
         "stream_rms": root_mean_square(sampled, (0, 2)),
         "branch_rms": root_mean_square(y, (0, 1, 2)),
+        **of_logits,
     }
 
 
@@ -235,7 +245,9 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
       - uniform_distance: Frobenius distance of the composite of sub-layers 1 to l from the matrix with all entries 1/n, mean over
         tokens.
       - h_res [L, n, n], h_pre [L, n], h_post [L, n]: coefficients, means over tokens.
-      - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms: as `sample_sublayer` returns them.
+      - saturation: share of the entries of H_res above `SATURATED`, over all tokens.
+      - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms and, of kinds that make H_res from logits,
+        res_logit_min and res_logit_max: as `sample_sublayer` returns them.
     """
     values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
     H = values["res"]
@@ -262,5 +274,7 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
             "h_res": mean,
             "h_pre": values["pre"].mean(1),
             "h_post": values["post"].mean(1),
+            "saturation": (H > SATURATED).mean((1, 2, 3)),
             **{key: values[key] for key in (*STREAM_MEASURES, "stream_rms", "branch_rms")},
+            **{key: values[key] for key in ("res_logit_min", "res_logit_max") if key in values},
         }

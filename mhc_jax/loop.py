@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
-from mhc_jax.connections import connection_module
+from mhc_jax.connections import connection_module, spec
 from mhc_jax.cost import counts
 from mhc_jax.data import Data, load_data, resolve_tokenizer
 from mhc_jax.diagnostics import all_finite, summarize
@@ -32,10 +32,10 @@ from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh, using
 from mhc_jax.remat_plan import resolve
 from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer, saved_steps
-from mhc_jax.runs.environment import devices_of, environment
+from mhc_jax.runs.environment import devices_of, environment, used_devices
 from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
 from mhc_jax.runs.history import History, summary_of
-from mhc_jax.runs.metrics import MetricsWriter, check_trackers, plain
+from mhc_jax.runs.metrics import MetricsWriter, plain
 from mhc_jax.runs.programs import (
     Feed,
     Programs,
@@ -48,6 +48,7 @@ from mhc_jax.runs.programs import (
 )
 from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.stop import StopRequest
+from mhc_jax.runs.trackers import check_trackers
 from mhc_jax.runs.warm_start import WarmStart, warm_start
 from mhc_jax.train_step import TrainState
 
@@ -102,13 +103,20 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
         )
         return ended
-    config, mesh, data = prepare(config, data)
+    with Progress(label, "step", config.train.steps, None, shown=distributed.is_first_process()) as progress:
+        return _train(config, folder, data, progress)
+
+
+def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: Progress) -> dict[str, Any]:
+    """Train as `train` says, and show what is being done."""
+    mapping = to_mapping(config)
+    config, mesh, data = prepare(config, data, progress)
     planned, plan = resolve(config)
     if plan:
-        distributed.print_once(f"{label}: {plan}")
+        progress.say(plan)
     warm = None
     if config.train.init_from and not saved_steps(folder / "checkpoints"):
-        with using(mesh):
+        with using(mesh), progress.during(f"loading {config.train.init_from}"):
             warm = warm_start(config, mesh, data)
     create_run_folder(folder, mapping)
     cfg, history = config.train, History()
@@ -120,6 +128,8 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     ):
         feed = Feed(data, config, mesh)
         abstract = abstract_state(config, mesh)
+        for line in sizes(config, abstract):
+            progress.say(line)
         if restored := checkpoints.restore_newest(abstract, to_mapping(config)):
             state, saved, remarks = restored
             check_tokenizer(saved["tokenizer"], data.tokenizer.fingerprint, folder)
@@ -131,21 +141,21 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             if warm.data_state is not None:
                 feed.train.set_state(warm.data_state)
         else:
-            state, remarks = first_state(config, mesh, abstract), []
+            with progress.during("making the first state"):
+                state, remarks = first_state(config, mesh, abstract), []
         anew = restored is None
-        with history.clock.timed("compile_s"):
+        with progress.during("tracing the train step"), history.clock.timed("compile_s"):
             traced = trace_train_step(planned, mesh, abstract)
         flops = flops_per_token(planned, mesh, abstract, traced)
         with (
             contextlib.closing(feed.train),
             MetricsWriter(folder, -1 if anew else history.step, cfg.trackers, mapping) as writer,
-            Progress(label, "step", cfg.steps, history.step, shown=distributed.is_first_process()) as progress,
-            StopRequest() as stop,
+            StopRequest(progress.say) as stop,
         ):
             record_start(folder, config, data, writer, progress, history, remarks, anew, warm)
             # A run that has ended trains no further.  It only lacks its summary.json, which is written below.
             if history.ended(cfg.steps) is None:
-                programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.say)
+                programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.during)
                 history.compiled_bytes = counts.compiled_memory(programs.train)
                 run = Run(config, data, feed, mesh, programs, checkpoints, writer, progress)
                 state = run_steps(run, state, history, stop, anew)
@@ -155,8 +165,12 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
     return plain(summary)
 
 
-def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConfig, Mesh | None, Data]:
+def prepare(
+    config: ExperimentConfig, data: Data | None, progress: Progress
+) -> tuple[ExperimentConfig, Mesh | None, Data]:
     """Return (configuration with the settings of its tokenizer, mesh, data).  The text is read if `data` is None.
+
+    The devices and the sizes of the text are printed.
 
     Raises:
       InputError: a tracker is not installed, the devices cannot run the dtype or form the mesh, or the text cannot be used.
@@ -166,10 +180,27 @@ def prepare(config: ExperimentConfig, data: Data | None) -> tuple[ExperimentConf
     if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
     mesh = make_mesh(config.mesh)
-    data = distributed.on_every_process(lambda: load_data(config.data)) if data is None else data
+    if data is None:
+        data = distributed.on_every_process(lambda: load_data(config.data, progress.during))
     different = f"The processes read different texts from {config.data.source!r}; give all the same files."
     distributed.require_same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
+    for line in (f"devices: {used_devices(config)}", *data.describe(config.train.validation_batches)):
+        progress.say(line)
     return resolve_tokenizer(config, data), mesh, data
+
+
+def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:
+    """Return lines about the sizes of the model and of the training.
+
+    `abstract` has the shapes of the train state, and model.vocab_size of `config` is set.
+    """
+    parameters, of_connections = counts.parameter_counts(abstract.params)
+    step = config.data.batch_size * config.data.sequence_length
+    tokens = config.train.steps * step
+    return [
+        f"model: {parameters:,} parameters, {of_connections:,} of them in connections ({spec(config.model.connection)})",
+        f"training: {config.train.steps:,} steps x {step:,} tokens = {tokens:,} tokens, {tokens / parameters:.3g} a parameter",
+    ]
 
 
 @contextlib.contextmanager
@@ -195,7 +226,7 @@ def record_start(
     anew: bool,
     warm: WarmStart | None,
 ) -> None:
-    """Write env.json for a new run, and print and log what the run starts from: text, other model, skipped checkpoints, step.
+    """Write env.json for a new run, and print and log what the run starts from: other model, skipped checkpoints, step.
 
     `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run has no checkpoint of its own.
     """
@@ -206,8 +237,6 @@ def record_start(
             write_json(folder / "env.json", env | {"data": data.summary()} | source)
         # The summary that an interrupted run has left must not remain while the run goes on.
         (folder / "summary.json").unlink(missing_ok=True)
-    for line in data.describe(config.train.validation_batches):
-        progress.say(line)
     for remark in remarks:
         progress.say(f"{remark}.")
         writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})
@@ -251,6 +280,7 @@ def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, 
             run.progress.say(describe(state.params, run.config.optimizer, connection))
             diagnose(run, state, history, None)
             stop_if_not_finite(history)
+        run.progress.begin(history.step)
         history.clock.restart_step()
         while history.step < cfg.steps and not (signal := agreement.ask(int(stop.signal or 0))):
             state, metrics = run.programs.train(state, run.feed.placed(next(run.feed.train)))

@@ -1,6 +1,7 @@
 """Read and write settings that are one line of text: `head:key=value:key=value`, or `head:number`.
 
-Connections, model.attention_kind and model.experts have the first form.  model.remat and pipeline.schedule have the second.
+Connections, model.attention_kind, model.experts and entries of train.trackers have the first form.  model.remat and
+pipeline.schedule have the second.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Read and write the settings `attention_kind`, `experts` and `remat` of the decoder, each of which is one text of several parts.
+"""Read and write settings that are one text of several parts: attention_kind, experts and remat of the decoder, and trackers.
 
-`ModelConfig` stores the texts, and its properties return their parts.
+The configuration stores the texts.  Properties of `ModelConfig` return their parts.
 """
 
 from __future__ import annotations
@@ -130,3 +130,35 @@ def write_remat(remat: Remat) -> str:
     """Return the shortest text from which `read_remat` makes `remat`."""
     number = remat.block or remat.budget_gb
     return f"{remat.policy}:{str(number).removesuffix('.0')}" if number else remat.policy
+
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Settings of the tracker wandb (Weights & Biases).  An empty one is left to wandb and its environment variables."""
+
+    project: str = ""
+    """Name of the project that the run belongs to."""
+    group: str = ""
+    """Name of the group of runs; empty: the name of the sweep's folder if the run belongs to a sweep."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run, none of them empty."""
+    name: str = ""
+    """Name of the run; empty: the name of the run folder."""
+    mode: str = ""
+    """`online`, or `offline`: the run is kept in the run folder until `wandb sync` sends it."""
+
+    def __post_init__(self) -> None:
+        require(all(self.tags), f"train.trackers: wandb has the tags {'+'.join(self.tags)!r}, one of them empty.")
+        if self.mode:
+            one_of("train.trackers: mode of wandb", self.mode, ("online", "offline"))
+
+
+def read_tracker(text: str) -> Wandb | None:
+    """Return the settings in a text such as `wandb` or `wandb:project=demo:tags=a+b`, or None for the text `tensorboard`."""
+    kind = text.partition(":")[0]
+    one_of("An entry of train.trackers", kind, TRACKERS)
+    settings = read_settings("train.trackers", text, vars(Wandb()) if kind == "wandb" else {})
+    return Wandb(**settings) if kind == "wandb" else None

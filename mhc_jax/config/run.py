@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mhc_jax.config.compound import read_tracker
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
 from mhc_jax.errors import at_least, one_of, require
@@ -13,7 +14,6 @@ from mhc_jax.pipeline_schedules.tables import make, stage_count
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
 INIT_STATES = ("parameters", "all")
-TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ class TrainConfig:
     - `all`: also the state of the optimizer, the number of steps and the position in the text.  The run goes on at that step with
       settings of its own, as for more steps or for the decay of a `wsd` schedule."""
     trackers: tuple[str, ...] = ()
-    """Services that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty."""
+    """Services that get the metrics besides metrics.jsonl: `tensorboard`, `wandb`, both, or none if empty.
+
+    Settings of wandb follow its name, as in `wandb:project=demo:group=a:tags=b+c:name=d:mode=offline` (`compound.Wandb`)."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "train.", "steps", "log_every", "validation_batches")
@@ -153,10 +155,9 @@ class TrainConfig:
             "train.init_state is 'all', and train.init_from names no folder to take the state from; set it.",
         )
         for tracker in self.trackers:
-            one_of("An entry of train.trackers", tracker, TRACKERS)
-        require(
-            len({*self.trackers}) == len(self.trackers), f"train.trackers is {self.trackers}; name each tracker once."
-        )
+            read_tracker(tracker)
+        names = {tracker.partition(":")[0] for tracker in self.trackers}
+        require(len(names) == len(self.trackers), f"train.trackers is {self.trackers}; name each tracker once.")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class ExperimentConfig:
         )
         require(
             self.optimizer.warmup_steps <= self.train.steps,
-            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}.",
+            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than train.steps {self.train.steps}; "
+            f"lower the first or raise the second.",
         )
         check_dimensions(self)
 

@@ -21,7 +21,7 @@ branch l.  `write_read` does these three operations, so that one kernel can do t
 output that is not yet written is called a pending write.  `start` gives the state before the first boundary, whose pending write
 changes nothing.
 
-Diagnostics use `flat(streams)` and the three arrays of `dense(c, y)`.
+Diagnostics use `flat(streams)`, the three arrays of `dense(c, y)`, and `mixing_logits(streams)` of kinds that have them.
 """
 
 from __future__ import annotations
@@ -183,6 +183,13 @@ class Connection(nn.Module):
     def coefficients(self, streams: Any) -> Any:
         """Make the coefficients of this sub-layer, float32, from the streams that enter it."""
         raise NotImplementedError
+
+    def mixing_logits(self, streams: Any) -> Float[Array, "k B T"] | None:
+        """Return the k logits from which this sub-layer makes H_res, float32, for diagnostics.
+
+        None means that H_res is fixed, or that this kind of connection does not make it from logits.
+        """
+        return None
 
     def read(self, streams: Any, c: Any) -> Float[Array, "B T C"]:
         """Return the input of the branch, read from the streams x: $h = H^{pre} x$, in the dtype of the streams."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -215,3 +215,15 @@ class DynamicConnection(Connection):
             eps_post=epsilons["eps"] if cfg.eps_convention == "hy_v4" else 0.0,
             **epsilons,
         )
+
+    def mixing_logits(self, streams: Any) -> Float[Array, "k_res B T"] | None:
+        r"""Return the logits of H_res, $\alpha^{res} z^{res} + b^{res}$, float32, as `dynamic_coefficients` makes them.
+
+        None means that H_res is not learned.
+        """
+        cfg = self.config
+        if "res" not in cfg.parts:
+            return None
+        first = cfg.num_streams * (len(cfg.parts) - 1)
+        z = projection(self.flat(streams), self.phi[:, first:], self.epsilons()["eps_norm"])
+        return self.alpha[-1] * z + self.bias[first:, None, None]

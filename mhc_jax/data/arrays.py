@@ -11,13 +11,13 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from absl import logging
 
 from mhc_jax.data import sources
 from mhc_jax.data.files import Document
@@ -30,6 +30,14 @@ FORMAT = 1
 It must be raised if a change of the code gives the same text other ids or another layout."""
 CHUNK = 1 << 22
 """Number of characters that the tokenizer gets at once, and number of bytes of a file that are read at once for its CRC-32."""
+
+Show = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+"""A function that shows that some work goes on.  The context manager yields a function that gets a text about what is done."""
+
+
+def show_nothing(work: str) -> AbstractContextManager[Callable[[str], None]]:
+    """Show nothing of `work`."""
+    return nullcontext(lambda text: None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,13 @@ class TokenArray:
 
 
 def token_array(
-    source: str, split: sources.Split, tokenizer: Tokenizer, *, cache: Path, fraction: float = 0.05
+    source: str,
+    split: sources.Split,
+    tokenizer: Tokenizer,
+    *,
+    cache: Path,
+    fraction: float = 0.05,
+    show: Show = show_nothing,
 ) -> TokenArray:
     """Return the token ids of one split.  If the cache does not hold them undamaged, the text is tokenized.
 
@@ -66,6 +80,7 @@ def token_array(
       source, split, fraction: as in `sources.documents`.
       tokenizer: tokenizer from `tokenizers.load_tokenizer`.
       cache: cache folder from `cache.cache_folder`.
+      show: shows that the text is tokenized, if it is, and how much of it.
 
     Raises:
       InputError: the source cannot be read or the cache cannot be written.
@@ -75,11 +90,11 @@ def token_array(
     folder = cache / "tokens"
     if (ready := _load(folder / key)) is not None:
         return ready
-    logging.info("Tokenizing %s (%s) into %s", source, split, folder / key)
     documents = sources.documents(source, split, cache=cache, fraction=fraction)
     try:
         folder.mkdir(exist_ok=True)
-        _store(folder / key, documents, tokenizer)
+        with show(f"tokenizing the {'training' if split == 'train' else split} text of {source!r}") as update:
+            _store(folder / key, documents, tokenizer, update)
     except OSError as error:
         raise InputError(f"Tokenized text cannot be written to {folder}: {error.strerror or error}.") from error
     if (written := _load(folder / key)) is None:
@@ -100,20 +115,22 @@ def _load(stem: Path) -> TokenArray | None:
         return None
 
 
-def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer, update: Callable[[str], None]) -> None:
     """Write `stem`.npy with the ids of the documents and `stem`.json with the counts, each under another name, and rename them."""
     with tempfile.TemporaryDirectory(dir=stem.parent, prefix=f".{stem.name}.") as folder:
         array, meta = Path(folder) / "array", Path(folder) / "meta"
         with array.open("wb") as file:
-            counts = _write(file, documents, tokenizer)
+            counts = _write(file, documents, tokenizer, update)
         record = {**asdict(counts), "crc32": _crc32(array)}
         meta.write_text(json.dumps(record) + "\n", encoding="utf-8")
         os.replace(array, stem.with_suffix(".npy"))
         os.replace(meta, stem.with_suffix(".json"))
 
 
-def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) -> Counts:
-    """Write the ids of all documents as a .npy file, and return the counts."""
+def _write(
+    file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer, update: Callable[[str], None]
+) -> Counts:
+    """Write the ids of all documents as a .npy file, and return the counts.  `update` gets the counts so far as text."""
     dtype = id_dtype(tokenizer)
     end = np.array([tokenizer.end_of_document], dtype)
     number, tokens, size, digest = 0, 0, 0, hashlib.sha256()
@@ -124,6 +141,7 @@ def _write(file: BinaryIO, documents: Iterable[Document], tokenizer: Tokenizer) 
             digest.update(stored)
             file.write(stored)
             number, tokens, size = number + 1, tokens + len(ids) + 1, size + len(text.encode())
+        update(f"{number:,} documents, {size / 1e6:,.0f} MB")
     file.seek(0)
     _write_header(file, dtype, tokens)
     return Counts(number, tokens, size, digest.hexdigest())

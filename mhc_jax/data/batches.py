@@ -159,8 +159,12 @@ class Data:
         return [cut(np.arange(i * size, (i + 1) * size)) for i in range(min(count, windows // size))]
 
 
-def load_data(config: DataConfig) -> Data:
+def load_data(config: DataConfig, show: arrays.Show = arrays.show_nothing) -> Data:
     """Read, split and tokenize the text of `config`, or take the result from the cache.
+
+    Args:
+      config: settings of the text and the tokenizer.
+      show: shows that text is tokenized, as `Display.during` of `mhc_jax.runs.progress` does.
 
     Raises:
       InputError: a source, the tokenizer or the cache folder cannot be used, a split is shorter than one sequence, or both splits
@@ -176,8 +180,8 @@ def load_data(config: DataConfig) -> Data:
     data = Data(
         config,
         tokenizer,
-        arrays.token_array(config.source, "train", tokenizer, cache=cache, fraction=fraction),
-        arrays.token_array(held_out, "validation", tokenizer, cache=cache, fraction=fraction),
+        arrays.token_array(config.source, "train", tokenizer, cache=cache, fraction=fraction, show=show),
+        arrays.token_array(held_out, "validation", tokenizer, cache=cache, fraction=fraction, show=show),
     )
     for split, source, array in (
         ("training", config.source, data.train),

@@ -51,7 +51,6 @@ def environment() -> dict[str, Any]:
     `dirty` says whether files differ from the commit in git.  `commit` and `dirty` are None outside a git checkout.
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
-    devices = jax.devices()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command(),
@@ -59,10 +58,16 @@ def environment() -> dict[str, Any]:
         "dirty": bool(status) if status is not None else None,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "platform": devices[0].platform,
-        "device": devices[0].device_kind if devices[0].platform != "cpu" else f"cpu ({platform.machine()})",
-        "device_count": len(devices),
+        "platform": jax.devices()[0].platform,
+        "device": device_name(),
+        "device_count": jax.device_count(),
     }
+
+
+def device_name() -> str:
+    """Return the kind of the first device, such as `NVIDIA H100 80GB HBM3` or `cpu (x86_64)`."""
+    device = jax.devices()[0]
+    return device.device_kind if device.platform != "cpu" else f"cpu ({platform.machine()})"
 
 
 def devices_of(config: ExperimentConfig) -> dict[str, Any]:
@@ -72,3 +77,10 @@ def devices_of(config: ExperimentConfig) -> dict[str, Any]:
     """
     mesh = {"mesh": str(config.mesh)} if config.mesh.size > 1 else {}
     return mesh | ({"processes": jax.process_count()} if distributed.is_multiprocess() else {})
+
+
+def used_devices(config: ExperimentConfig) -> str:
+    """Return how many devices of which kind a run uses, as text: `1 x cpu (x86_64)` or `4 x TPU v5 of 8, mesh fsdp 4`."""
+    used, there = config.mesh.size, jax.device_count()
+    of_all = f" of {there}" if there > used else ""
+    return f"{used} x {device_name()}{of_all}" + (f", mesh {config.mesh}" if used > 1 else "")

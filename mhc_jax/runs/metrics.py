@@ -1,4 +1,4 @@
-"""The writer of the metrics of a run (metrics.jsonl, TensorBoard and wandb), and the detector of loss spikes.
+"""The writer of metrics.jsonl, which also feeds the trackers of a run, and the detector of loss spikes.
 
 Each line of metrics.jsonl is a JSON object with a `kind`, a `step` (the number of updates done) and the values of its kind:
 
@@ -18,20 +18,19 @@ A train line is written every train.log_every steps, and at the last step.  NaN 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import statistics
-import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError
 from mhc_jax.parallel import distributed
+from mhc_jax.runs.trackers import Tracker, make_trackers, one_line, warn
 
 
 def plain(value: Any) -> Any:
@@ -89,18 +88,8 @@ class SpikeDetector:
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Raise `InputError` if the package of a tracker (`tensorboard` or `wandb`) is not installed."""
-    for name in trackers:
-        package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
-        require(
-            importlib.util.find_spec(package) is not None,
-            f"train.trackers has {name!r}, but {package} is missing: pip install {package}, or leave it out.",
-        )
-
-
 class MetricsWriter:
-    """A context manager that appends lines to metrics.jsonl and sends their numbers to TensorBoard and wandb.
+    """A context manager that appends lines to metrics.jsonl and hands them to the trackers of the run.
 
     A line that is written stays in the file if the process is killed.  In a run of several processes only the first one writes.
     """
@@ -112,30 +101,19 @@ class MetricsWriter:
           folder: folder of the run.
           keep_until: the last step whose lines in metrics.jsonl are kept.  Lines of later steps and half-written lines are
             dropped.  -1 drops all lines, for a run that starts anew.
-          trackers: names of the trackers that get the metrics too, as in train.trackers.
+          trackers: the trackers that get the metrics too, as in train.trackers.
           config: configuration of the run, which wandb shows.
+
+        Raises:
+          InputError: the folder cannot be written, or wandb refuses its settings.
         """
         self.path = folder / "metrics.jsonl"
-        self._sinks: list[Callable[[str, int, dict[str, Any]], Any]] = []
-        self._open = contextlib.ExitStack()
-        if not distributed.is_first_process():
-            return
-        self._keep(keep_until)
-        self._file = self.path.open("a")
-        self._open.callback(self._close_file)
-        self._sinks.append(self._write_line)
-        if "tensorboard" in trackers:
-            from tensorboardX import SummaryWriter
-
-            board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
-            self._open.callback(board.close)
-            self._sinks.append(
-                lambda kind, step, record: [board.add_scalar(*item, step) for item in _scalars(kind, record)]
-            )
-        if "wandb" in trackers:
-            run = self._wandb_run(folder, config)
-            self._open.callback(run.finish)
-            self._sinks.append(lambda kind, step, record: run.log(dict(_scalars(kind, record)), step=step))
+        self._file: IO[str] | None = None
+        self._trackers: dict[str, Tracker] = {}
+        if distributed.is_first_process():
+            self._keep(keep_until)
+            self._trackers = make_trackers(trackers, folder, keep_until, config)
+            self._file = self.path.open("a")
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -149,13 +127,28 @@ class MetricsWriter:
         Raises:
           InputError: the disk is full, or the file is gone.
         """
+        if self._file is None:
+            return
         record = plain(values)
-        for sink in self._sinks:
-            sink(kind, step, record)
+        self._write_line(self._file, json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        for name in [*self._trackers]:
+            self._to_tracker(name, lambda tracker: tracker.write(kind, step, record))
 
     def close(self) -> None:
         """Flush and close metrics.jsonl and the trackers."""
-        self._open.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a failed `write` has already raised this error
+                self._file.close()
+        for name in [*self._trackers]:
+            self._to_tracker(name, lambda tracker: tracker.close())
+
+    def _to_tracker(self, name: str, action: Callable[[Tracker], None]) -> None:
+        """Do something with a tracker.  A tracker that fails is left out from then on, so that the run goes on without it."""
+        try:
+            action(self._trackers[name])
+        except Exception as error:  # whatever a library raises that has lost its server or its files
+            del self._trackers[name]
+            warn(f"{name} has failed ({one_line(error)}); the run goes on without it, and metrics.jsonl has all lines.")
 
     def _keep(self, until: int) -> None:
         """Rewrite metrics.jsonl so that it holds the complete lines up to the step `until` alone."""
@@ -168,22 +161,8 @@ class MetricsWriter:
         self._guard(lambda: replacement.write_text("".join(kept)))
         replacement.replace(self.path)
 
-    def _write_line(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        line = json.dumps({"kind": kind, "step": step, **record}) + "\n"
-        self._guard(lambda: (self._file.write(line), self._file.flush()))
-
-    def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # a failed `write` has already raised this error
-            self._file.close()
-
-    def _wandb_run(self, folder: Path, config: Any) -> Any:
-        import wandb
-
-        # Folders of two comparisons may have the same name.  So the wandb run has a random id, which a file in the folder keeps.
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            self._guard(lambda: id_file.write_text(uuid.uuid4().hex))
-        return wandb.init(dir=str(folder), name=folder.name, config=config, resume="allow", id=id_file.read_text())
+    def _write_line(self, file: IO[str], line: str) -> None:
+        self._guard(lambda: (file.write(line), file.flush()))
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
@@ -193,7 +172,3 @@ class MetricsWriter:
                 f"Cannot write {self.path}: {error.strerror}. What is on disk stays; make room and run the same "
                 f"command again."
             ) from error
-
-
-def _scalars(kind: str, record: dict[str, Any]) -> list[tuple[str, float | int]]:
-    return [(f"{kind}/{key}", value) for key, value in record.items() if isinstance(value, float | int)]

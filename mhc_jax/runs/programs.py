@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.cost import counts
 from mhc_jax.data import Batch, Data
+from mhc_jax.data.arrays import Show
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import batch_sharding, global_batch, local_rows, replicate, state_shardings
 from mhc_jax.runs.history import Clock
@@ -108,7 +109,7 @@ class Programs:
 
 
 def compile_programs(
-    config: ExperimentConfig, mesh: Mesh | None, traced: Any, params: Any, feed: Feed, clock: Clock, say: Callable
+    config: ExperimentConfig, mesh: Mesh | None, traced: Any, params: Any, feed: Feed, clock: Clock, during: Show
 ) -> Programs:
     """Compile the steps of a run.
 
@@ -119,12 +120,12 @@ def compile_programs(
       params: parameters on the devices of the run.
       feed: batches of the run.
       clock: counts the seconds of each compilation.  The diagnostics step counts as `diagnostics_s`, the others as `compile_s`.
-      say: function that gets a text such as `compiling the train step` before each compilation.
+      during: shows that a program is being compiled, as `Display.during` does.
     """
 
     def compiled(name: str, trace: Callable[[], Any], options: dict[str, Any] | None = None) -> Any:
-        say(f"compiling the {name} step")
-        with clock.timed("diagnostics_s" if name == "diagnostics" else "compile_s"):
+        part = "diagnostics_s" if name == "diagnostics" else "compile_s"
+        with during(f"compiling the {name} step"), clock.timed(part):
             program = trace().lower().compile(options)
             distributed.barrier()
         return program

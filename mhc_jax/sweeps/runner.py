@@ -22,7 +22,7 @@ from mhc_jax.runs.checkpoint import check_text
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
 from mhc_jax.runs.folder import check_run_folder, recorded_data, write_json
-from mhc_jax.runs.progress import SweepProgress
+from mhc_jax.runs.progress import Display, SweepProgress
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.sweeps.grid import Busy, Grid, Run, run_lock, write_plan
 from mhc_jax.sweeps.results import failure_file, run_status, write_results
@@ -64,10 +64,12 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
         return data.source, data.validation_source, data.validation_fraction, data.tokenizer
 
     identities = {}
-    for text, run in {text_of(run): run for run in todo}.items():
-        data = load_data(run.config.data)
-        identities[text] = data.identity
-        print("\n".join(data.describe(run.config.train.validation_batches)), file=sys.stderr)
+    with Display(workdir.name) as display:
+        for text, run in {text_of(run): run for run in todo}.items():
+            data = load_data(run.config.data, display.during)
+            identities[text] = data.identity
+            for line in data.describe(run.config.train.validation_batches):
+                display.say(line)
     # Runs that are not selected are checked too, because another machine may have begun them.
     for run in grid.runs:
         if read := identities.get(text_of(run)):
@@ -95,7 +97,7 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
     todo = prepare(workdir, grid, selected)
     pool = _Pool(workdir, todo, workers, len(selected) - len(todo))
     try:
-        with pool.progress, StopRequest() as stop:
+        with pool.progress, StopRequest(pool.progress.say) as stop:
             pool.work(stop)
     finally:
         pool.kill()
@@ -119,7 +121,7 @@ class _Pool:
         self.active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
         self.failed: dict[str, str] = {}
         self.waiting: dict[str, str] = {}
-        self.progress = SweepProgress(workdir, len(todo) + done, done)
+        self.progress = SweepProgress(workdir, {run.name: run.config.train.steps for run in todo}, done)
 
     def work(self, stop: StopRequest) -> None:
         """Start workers and wait for them, until no run is left to train or a signal asks to stop; then stop all workers."""
@@ -132,7 +134,7 @@ class _Pool:
                 return
             time.sleep(POLL_S)
             self._reap(stopping=False)
-            self.progress.update({name: run.config.train.steps for name, (run, _) in self.active.items()})
+            self.progress.update()
         if stop.signal is not None:
             for _, process in self.active.values():
                 process.terminate()
@@ -191,6 +193,7 @@ class _Pool:
             del self.active[name]
             if code == BUSY:
                 self.queue.append(run)
+                self.progress.waits(name)
                 continue
             if code not in (EXIT_CODES["finished"], EXIT_CODES["diverged"]) and not stopping:
                 self.failed[name] = record_failure(self.workdir, name, code)

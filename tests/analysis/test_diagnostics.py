@@ -123,13 +123,17 @@ def collected():
         "res": np.eye(N)[:, :, None, None] + 0.3 * random.normal(size=(L, N, N, B, T)),
         "streams": random.normal(size=(L, B, T, N * C)) * np.repeat([1.0, 2.0, 5.0], C),
         "y": random.normal(size=(L, B, T, C)),
+        "logits": random.normal(size=(L, 7, B, T)),
     }
+    raw["res"][:, 0, 0] = 0.99 + random.choice([-0.001, 0.001], (L, B, T))
     raw = {key: np.float32(value) for key, value in raw.items()}
 
     @jax.jit
     def sampled(given):
         dense = given["pre"], given["post"], given["res"]
-        link = types.SimpleNamespace(dense=lambda c, y: dense, flat=lambda streams: streams)
+        link = types.SimpleNamespace(
+            dense=lambda c, y: dense, flat=lambda streams: streams, mixing_logits=lambda streams: given["logits"]
+        )
         return sample_sublayer(link, given["streams"], None, given["y"], len(SHOWN))
 
     rows = [sampled({key: value[l] for key, value in raw.items()}) for l in range(L)]
@@ -184,6 +188,9 @@ def test_gains_marginals_and_entropy(collected):
             "row_error": max(abs(sum(row) - 1) for P in single for row in P),
             "column_error": max(abs(sum(column) - 1) for P in single for column in P.T),
             "entropy": np.mean([entropy(P) for P in single]),
+            "saturation": sum(entry > 0.99 for P in single for entry in P.flat) / (len(SHOWN) * N * N),
+            "res_logit_min": min(raw["logits"][l].reshape(7, -1)[:, SHOWN].flat),
+            "res_logit_max": max(raw["logits"][l].reshape(7, -1)[:, SHOWN].flat),
             "uniform_distance": np.mean([math.sqrt(sum((x - 1 / N) ** 2 for x in P.flat)) for P in up]),
         }
         for key, value in expected.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ def evaluated(spec):
         after = link.apply(params, written, method="coefficients")
         out["in parts"] = written, after, link.apply(params, written, after, method="read")
         out["dense"] = link.dense(c, y)
+        out["logits"] = link.apply(params, streams, method="mixing_logits")
         return (h * weights).sum() + (collapsed**2).sum() + (link.flat(written) ** 3).sum(), out
 
     grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, ends_params)
@@ -126,6 +128,33 @@ def test_dense_fills_in_disabled_components(spec):
         assert_close(out["h"].reshape(B * T, C), expected, what="read")
     expected = [oracles.write(x[t], outputs[t], post[:, t], res[..., t]) for t in range(B * T)]
     assert_close(link.flat(out["written"]).reshape(B * T, n, C), expected, what="write")
+
+
+FROM_LOGITS = ("mhc", "mhc_lite", "kromhc", "circulant", "single_pass")
+"""Kinds that make H_res from logits."""
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_logits_of_h_res_are_the_last_columns_of_the_projection(spec):
+    """In float64: alpha times the RMS-normed streams times phi, plus the static logits.  Other kinds report none."""
+    link, streams, _, out = evaluated(spec)
+    config, params = (
+        link.config,
+        {name: np.asarray(a, np.float64) for name, a in out["params"].get("params", {}).items()},
+    )
+    if config.kind not in FROM_LOGITS or "res" in config.disable:
+        assert out["logits"] is None
+        return
+    k = {"mhc_lite": math.factorial(config.num_streams), "kromhc": 2 * int(math.log2(config.num_streams))}
+    k = k.get(config.kind, config.num_streams if config.kind == "circulant" else config.num_streams**2)
+    x = np.asarray(link.flat(streams), np.float64)
+    eps = 1e-6 if "v4" in spec else 0
+    z = x @ params["phi"][:, -k:] / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    assert_close(out["logits"], np.moveaxis(params["alpha"][-1] * z + params["bias"][-k:], -1, 0))
+    if config.kind in ("mhc", "single_pass") and not eps:
+        tokens = np.moveaxis(out["logits"], 0, -1).reshape(-1, config.num_streams, config.num_streams)
+        H_res = np.moveaxis(out["dense"][2], (0, 1), (-2, -1)).reshape(tokens.shape)
+        assert_close(H_res, [oracles.sinkhorn(token, config.t_max) for token in tokens], what="H_res of these logits")
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -1,5 +1,6 @@
 """Token arrays hold every document even where the cache is damaged, and the order of batches depends on the settings alone."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -37,6 +38,27 @@ def test_array_holds_every_document_and_its_end(spec, bpe, corpus, cache):
         assert array.counts == arrays.Counts(len(texts), len(array.tokens), size, digest)
         assert array.tokens.dtype == np.uint16
         assert not array.tokens.flags.writeable
+
+
+def test_tokenizing_tells_what_is_done(tmp_path):
+    """Four documents of 3 MB, in chunks of two; a second call has nothing to tokenize."""
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{letter * 3_000_000}"}}\n' for letter in "abcd"))
+    told = []
+
+    @contextlib.contextmanager
+    def show(work):
+        told.append(work)
+        yield told.append
+
+    for _ in range(2):
+        arrays.token_array(
+            str(tmp_path / "text.jsonl"), "train", data.ByteTokenizer(), cache=tmp_path, fraction=0.0, show=show
+        )
+    assert told == [
+        f"tokenizing the training text of '{tmp_path}/text.jsonl'",
+        "2 documents, 6 MB",
+        "4 documents, 12 MB",
+    ]
 
 
 def test_cache_is_reused_and_keyed_by_content(tmp_path, corpus, bpe, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from support import stress_kill
 from support.ends import Poisoned, at_read_of, kill_at, poisoned, stop_at, train_until_killed
 from support.tiny_runs import assert_same_run, at_step, final_state, flags_of, lines, run_script, tiny, with_train
+from support.tracker_files import tensorboard
 
 from mhc_jax import loop
 from mhc_jax.config.mapping import to_mapping
@@ -97,9 +98,11 @@ def test_stop_before_the_first_step(residual, alone, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_acts_as_usual(usual_sigint):
-    with loop.StopRequest() as stop:
+    told = []
+    with loop.StopRequest(told.append) as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
+        assert told == ["stopping as soon as all is saved; a second Ctrl-C ends at once, without saving"]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -217,25 +220,17 @@ def test_pauses_are_no_part_of_a_step_and_counted_once(residual, tmp_path, monke
 def test_the_last_step_is_validated_diagnosed_and_saved_whatever_the_intervals(text, tmp_path):
     never = {"steps": 3, "validate_every": 0, "checkpoint_every": 0, "diagnostics_every": 100, "log_every": 100}
     folder = tmp_path / "run"
-    summary = train(tiny(text, "residual", train={**never, "trackers": ("tensorboard",)}), folder)
+    config = tiny(text, "mhc:num_streams=2:t_max=1", train={**never, "trackers": ("tensorboard",)})
+    summary = train(config, folder)
     steps = {kind: [line["step"] for line in lines(folder, kind)] for kind in ("train", "validation", "diagnostics")}
     assert steps == {"train": [3], "validation": [3], "diagnostics": [0, 3]}
     assert [p.name for p in (folder / "checkpoints").glob("[0-9]*")] == ["3"]
-    assert tensorboard_scalars(folder)["validation/loss", 3] == pytest.approx(summary["validation_loss"], rel=1e-6)
-
-
-def tensorboard_scalars(folder):
-    """(tag, step) -> value of the only event file."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    (file,) = (folder / "tensorboard").glob("events.*")
-    data, out = file.read_bytes(), {}
-    while data:  # a record: length (8 bytes), checksum (4), event, checksum (4)
-        size = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + size])
-        out |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        data = data[16 + size :]
-    return out
+    shown = tensorboard(folder)
+    assert shown.scalars["validation/loss"] == {3: np.float32(summary["validation_loss"])}
+    for side in ("forward", "backward"):
+        gains = {line["step"]: line[f"composite_{side}"] for line in lines(folder, "diagnostics")}
+        assert shown.scalars[f"diagnostics/max_composite_{side}"] == {s: np.float32(max(g)) for s, g in gains.items()}
+        assert shown.histograms[f"diagnostics/composite_{side}"][3].num == 2
 
 
 def interrupted_script(config, folder, number):

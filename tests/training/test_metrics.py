@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import types
 
 import jax.numpy as jnp
@@ -93,21 +92,6 @@ def test_a_line_can_be_read_as_soon_as_it_is_written_and_a_full_disk_is_a_senten
         writer.close()
 
 
-def test_wandb_goes_on_with_the_run_of_this_folder_alone(tmp_path, monkeypatch):
-    """A stand-in for wandb notes the ids of runs, and what is logged."""
-    begun, logged = [], []
-    run = types.SimpleNamespace(log=lambda scalars, step: logged.append((scalars, step)), finish=lambda: None)
-    stand_in = types.SimpleNamespace(init=lambda **given: begun.append(given["id"]) or run)
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    for folder in ("a/mhc", "a/mhc", "b/mhc"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        writer = MetricsWriter(tmp_path / folder, -1, ["wandb"])
-        writer.write("train", 1, {"loss": 2.0, "list": [1.0]})
-        writer.close()
-    assert begun[0] == begun[1] != begun[2]
-    assert logged[0] == ({"train/loss": 2.0}, 1)
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test sets."""
@@ -140,7 +124,7 @@ def test_a_process_that_is_not_the_first_shows_nothing(capsys):
 
 def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path, capsys):
     """Two of four runs took 60 s side by side, which is 30 s a run, so that the other two take 60 s."""
-    shown = progress.SweepProgress(tmp_path, 5, 1)
+    shown = progress.SweepProgress(tmp_path, dict.fromkeys("abcd", 8), 1)
     shown.started("a")
     shown.started("b")
     clock.now = 150.0
@@ -149,13 +133,49 @@ def test_a_line_of_a_sweep_says_what_is_left_at_the_pace_so_far(clock, tmp_path,
     shown.ended("b", "failed")
     assert capsys.readouterr().err.splitlines()[2:] == [
         "a: finished after 50 s (2 of 5 runs done, about 0:02:30 left)",
-        "b: failed after 60 s (2 of 5 runs done, about 0:01:00 left)",
+        "b: failed after 60 s (2 of 5 runs done, about 60 s left)",
     ]
 
 
-def test_the_bar_of_a_running_run_shows_the_newest_whole_line(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    assert progress.last_train_line(metrics) is None
-    line = '{{"kind": "train", "step": {}, "loss": 1.0}}\n'.format
-    metrics.write_text("".join(map(line, range(3000))) + '{"kind": "event", "step": 2999}\n' + line(3000)[:30])
-    assert progress.last_train_line(metrics)["step"] == 2999
+def test_work_of_unknown_length_tells_what_is_done_and_its_time(clock, capsys):
+    with progress.Display("run", every_s=5.0) as shown:
+        with shown.during("tokenizing") as update:
+            for now, text in ((104.0, "1 MB"), (105.0, "2 MB"), (109.0, "3 MB")):
+                clock.now = now
+                update(text)
+        with shown.during("compiling"):
+            pass
+    assert capsys.readouterr().err.splitlines() == [
+        "run: tokenizing ...",
+        "run: tokenizing: 2 MB, 5 s",
+        "run: tokenizing took 9 s",
+        "run: compiling ...",
+    ]
+
+
+def test_a_sweep_tells_what_each_run_does_from_its_log(clock, tmp_path, capsys):
+    """Lines of an earlier process of the run, half-written ones and those of other programs do not count."""
+    log = tmp_path / "logs" / "a.log"
+    log.parent.mkdir()
+    log.write_text("a: step 7/8  loss 1.0\n")
+    shown = progress.SweepProgress(tmp_path, {"a": 8, "b": 8}, 0)
+    shown.started("a")
+    for more in (
+        "Warning: slow ...\n",
+        "a: compiling the train step ...\na: warning: odd text\n",
+        "a: step 1/8  loss 5.25\n",
+        "a: step 2/8  lo",
+        "ss 4.5  3 s left\na: stopped\n",
+    ):
+        with log.open("a") as file:
+            file.write(more)
+        for _ in range(2):
+            shown.update()
+            clock.now += 29
+    assert progress.state_of(log, 0, "a") == ("step 2/8  loss 4.5  3 s left", 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "a: started (1 waiting)",
+        "a: compiling the train step",
+        "a: step 1/8  loss 5.25",
+        "a: step 2/8  loss 4.5  3 s left",
+    ]

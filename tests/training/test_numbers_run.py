@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import platform
 import random
 import types
 
@@ -26,6 +27,7 @@ from mhc_jax.data import load_data, resolve_tokenizer, train_bpe
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.runs.checkpoint import load_params
+from mhc_jax.runs.environment import used_devices
 from mhc_jax.runs.history import History
 from mhc_jax.sweeps.results import measurements
 from mhc_jax.train_step import init_state
@@ -73,6 +75,17 @@ def test_every_key_is_on_the_page_of_numbers(run):
     assert {key for line in run.diagnostics for key in line} > {"router_load_cv", "h_res"}
     assert keys > {"router_dropped", "mesh"}
     assert keys - numbers_page.names() - {"kind"} == set()
+
+
+def test_the_first_lines_of_a_run(config, run):
+    """12 steps of 4 x 16 tokens; what is counted here are the arrays of the checkpoint."""
+    whole = resolve_vocabulary(config, load_data(config.data))
+    parameters = sum(map(np.size, jax.tree.leaves(final_state(run.folder)["params"])))
+    assert loop.sizes(whole, loop.abstract_state(whole, None)) == [
+        f"model: {parameters:,} parameters, {4 * (64 * 24 + 3 + 24):,} of them in connections (mhc:init=home:t_max=2)",
+        f"training: 12 steps x 64 tokens = 768 tokens, {768 / parameters:.3g} a parameter",
+    ]
+    assert used_devices(config) == f"2 x cpu ({platform.machine()}) of 8, mesh data 2"
 
 
 def test_flops_of_a_token(config, run):
