@@ -9,7 +9,7 @@ from support.in_process import run_here
 from support.tiny_runs import final_state, lines, tiny, with_train
 
 from mhc_jax import connections, loop
-from mhc_jax.data import ByteTokenizer
+from mhc_jax.data import ByteTokenizer, load_data, resolve_tokenizer
 from mhc_jax.errors import InputError
 from mhc_jax.runs import warm_start
 from mhc_jax.runs.folder import read_json
@@ -81,12 +81,10 @@ def test_another_text_begins_at_its_start(source, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("stream", "river"))
     config = from_source(source, data={"source": str(other)}, steps=5, init_state="all")
-    data = loop.load_data(config.data)
-    config = loop.resolve_tokenizer(config, data)
+    data = load_data(config.data)
+    config = resolve_tokenizer(config, data)
     assert warm_start.warm_start(config, None, data).data_state is None
-    same = loop.resolve_tokenizer(
-        from_source(source, steps=5, init_state="all"), data := loop.load_data(source[0].data)
-    )
+    same = resolve_tokenizer(from_source(source, steps=5, init_state="all"), data := load_data(source[0].data))
     assert warm_start.warm_start(same, None, data).data_state == {"next_index": 4}
 
 

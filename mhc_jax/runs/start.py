@@ -1,0 +1,111 @@
+"""The start of a run: what it needs before it compiles, and what it prints and records first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.connections import spec
+from mhc_jax.cost import counts
+from mhc_jax.data import Data, load_data, resolve_tokenizer
+from mhc_jax.errors import InputError
+from mhc_jax.parallel import distributed
+from mhc_jax.parallel.sharding import make_mesh
+from mhc_jax.runs.checkpoint import Checkpoints
+from mhc_jax.runs.environment import devices_of, environment, used_devices
+from mhc_jax.runs.folder import write_json
+from mhc_jax.runs.history import History
+from mhc_jax.runs.metrics import MetricsWriter
+from mhc_jax.runs.progress import Progress
+from mhc_jax.runs.trackers import check_trackers
+from mhc_jax.runs.warm_start import WarmStart
+from mhc_jax.train_step import TrainState
+
+
+def prepare(
+    config: ExperimentConfig, data: Data | None, progress: Progress
+) -> tuple[ExperimentConfig, Mesh | None, Data]:
+    """Return (configuration with the settings of its tokenizer, mesh, data).  The text is read if `data` is None.
+
+    The devices and the sizes of the text are printed.
+
+    Raises:
+      InputError: a tracker is not installed, the devices cannot run the dtype or form the mesh, or the text cannot be used.
+    """
+    distributed.on_every_process(lambda: check_trackers(config.train.trackers))
+    # dot_product_attention asks for float16 products that accumulate in float32, which XLA's CPU backend does not have.
+    if config.model.compute_dtype == "float16" and jax.default_backend() == "cpu":
+        raise InputError("model.compute_dtype is 'float16', which does not run on a CPU; use 'float32' or 'bfloat16'.")
+    mesh = make_mesh(config.mesh)
+    if data is None:
+        data = distributed.on_every_process(lambda: load_data(config.data, progress.during))
+    different = f"The processes read different texts from {config.data.source!r}; give all the same files."
+    distributed.require_same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
+    for line in (f"devices: {used_devices(config)}", *data.describe(config.train.validation_batches)):
+        progress.say(line)
+    return resolve_tokenizer(config, data), mesh, data
+
+
+def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:
+    """Return lines about the sizes of the model and of the training.
+
+    `abstract` has the shapes of the train state, and model.vocab_size of `config` is set.
+    """
+    parameters, of_connections = counts.parameter_counts(abstract.params)
+    step = config.data.batch_size * config.data.sequence_length
+    tokens = config.train.steps * step
+    return [
+        f"model: {parameters:,} parameters, {of_connections:,} of them in connections ({spec(config.model.connection)})",
+        f"training: {config.train.steps:,} steps x {step:,} tokens = {tokens:,} tokens, {tokens / parameters:.3g} a parameter",
+    ]
+
+
+@contextlib.contextmanager
+def lost_process(checkpoints: Checkpoints, history: History, folder: Path) -> Iterator[None]:
+    """Replace an error that a lost process caused by `ProcessLostError`, which says from which checkpoint the run can go on."""
+    try:
+        yield
+    except Exception as error:
+        if not distributed.is_lost_process(error):
+            raise
+        go_on = f" to go on from {checkpoints.newest() or 'the start'} in {folder}"
+        raise distributed.process_lost_error(error, f", noticed at step {history.step}", go_on) from error
+
+
+def record_start(
+    folder: Path,
+    config: ExperimentConfig,
+    data: Data,
+    writer: MetricsWriter,
+    progress: Progress,
+    history: History,
+    remarks: list[str],
+    anew: bool,
+    warm: WarmStart | None,
+) -> None:
+    """Write env.json for a new run, and print and log what the run starts from: other model, skipped checkpoints, step.
+
+    `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run has no checkpoint of its own.
+    """
+    env = environment() | devices_of(config)
+    if distributed.is_first_process():
+        if anew or not (folder / "env.json").exists():
+            source = {"init_from": warm.source} if warm else {}
+            write_json(folder / "env.json", env | {"data": data.summary()} | source)
+        # The summary that an interrupted run has left must not remain while the run goes on.
+        (folder / "summary.json").unlink(missing_ok=True)
+    for remark in remarks:
+        progress.say(f"{remark}.")
+        writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})
+    if warm:
+        progress.say(warm.remark)
+    if not anew:
+        progress.say(f"going on from the checkpoint of step {history.step}")
+        resumed = {"event": "resumed", "commit": env["commit"], "device": env["device"], **devices_of(config)}
+        writer.write("event", history.step, resumed)
