@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         If a stream of a token is NaN, so are the logits of the token, because no operation replaces values that are not finite.
 
         Args:
-          tokens: ids in [0, vocab_size).
+          tokens: ids in [0, vocab_size).  If model.attention_scope is `document`, they also say where documents begin.
           sample: number of tokens to collect diagnostics from.  0: the compiled program contains no diagnostics.
           cache: keys and values of the tokens before `tokens`.  None: there are no earlier tokens.
           at: for each sequence the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.

@@ -43,8 +43,8 @@ def attend(
         as in MLA).  `xla` then pads values with zeros, because JAX's attention needs keys and values of equal width.
       implementation: `xla` (any device and dtype; writes T x T scores), `cudnn` (flash attention of NVIDIA GPUs, 16-bit) or
         `splash` (JAX's flash attention for TPUs).  Under a mesh the two kernels run on each device's own sequences and heads.
-      documents: number of each token's document.  None: attention is not limited to documents.  `cudnn` gets T x T numbers for each
-        sequence from it, which take memory that it needs for nothing else.
+      documents: number of each token's document.  None: attention is not limited to documents.  `cudnn` needs an array [B, 1, T, T]
+        for it, which flash attention otherwise avoids.
 
     Raises:
       InputError: E > D; E < D with `cudnn`; `splash` on a device that is no TPU, or with a T or E that is no multiple of 128,
