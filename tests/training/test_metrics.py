@@ -171,11 +171,17 @@ def test_a_sweep_tells_what_each_run_does_from_its_log(clock, tmp_path, capsys):
             file.write(more)
         for _ in range(2):
             shown.update()
-            clock.now += 29
-    assert progress.state_of(log, 0, "a") == ("step 2/8  loss 4.5  3 s left", 2)
+            clock.now += 31
+    for more in ("a: step 3/8\n", "a: step 4/8\n"):
+        with log.open("a") as file:
+            file.write(more)
+        shown.update()
+        clock.now += 29
+    assert progress.state_of(log, 0, "a") == ("step 4/8", 4)
     assert capsys.readouterr().err.splitlines() == [
         "a: started (1 waiting)",
         "a: compiling the train step",
         "a: step 1/8  loss 5.25",
         "a: step 2/8  loss 4.5  3 s left",
-    ]
+        "a: step 3/8",
+    ], "a line every 30 s at most"
