@@ -226,7 +226,7 @@ display(Markdown("\n".join(lines)))
 # it reads. Then one stream gets its values from the unchanged run, at one sub-layer alone. Colours show the share of the
 # loss difference (the table, in nats per token) that comes back. Shares of a column need not sum to 1. With `init=home`
 # stream 2 brings back the most at every sub-layer. In the other two models stream 1, which sub-layer 1 reads, does so at
-# sub-layer 1, and from sub-layer 3 on the streams differ little.*
+# sub-layer 1, and from sub-layer 3 on no stream brings back half of it.*
 #
 # ### Logit lens: what a stream predicts by itself
 
@@ -237,7 +237,7 @@ display(plots.stream_lens(lenses))
 # %% [markdown]
 # *Mean loss if the final norm and the unembedding are applied to one stream, or to all streams as the exit collapses
 # them (grey), before each sub-layer and at the exit. The last grey value is the loss of the model. The curves of the
-# streams lie on each other for HC and for mHC with `init=paper`. With `init=home` they differ, and from sub-layer 4 on the
+# streams nearly coincide for HC and for mHC with `init=paper`. With `init=home` they differ, and from sub-layer 4 on the
 # collapsed streams predict better than any one stream.*
 #
 # ### Dominant stream: which one is the largest

@@ -153,20 +153,28 @@ def opened(model: Model, tokens: Tokens, least: int = 2) -> Iterator[tuple[Insid
       InputError: tokens are not ids [B, T] of the vocabulary, with T of at least `least`.
     """
     config, params, mesh = _parts(model)
-    shape, V = np.shape(tokens), config.vocab_size
+    ids, V = np.asarray(tokens), config.vocab_size
     require(
-        len(shape) == 2 and shape[0] > 0 and shape[1] >= least and np.issubdtype(tokens.dtype, np.integer),
-        f"tokens is an array {shape} of {tokens.dtype}; give integers [B, T] with T of at least {least}.",
+        ids.ndim == 2 and len(ids) > 0 and ids.shape[1] >= least and np.issubdtype(ids.dtype, np.integer),
+        f"tokens is an array {ids.shape} of {ids.dtype}; give integers [B, T] with T of at least {least}.",
     )
-    low, high = int(np.min(tokens)), int(np.max(tokens))
+    low, high = int(ids.min()), int(ids.max())
     require(low >= 0 and high < V, f"tokens has ids from {low} to {high}; the model's vocabulary has 0 to {V - 1}.")
-    with using(mesh), settings(token_axes=token_axes(shape)):
-        yield Inside(config, params), jnp.asarray(tokens, jnp.int32)
+    with using(mesh), settings(token_axes=token_axes(ids.shape)):
+        yield Inside(config, params), jnp.asarray(ids, jnp.int32)
 
 
 def _parts(model: Model) -> tuple[ModelConfig, Any, Any]:
     """Return the configuration, the parameters, and the mesh or None."""
-    return (model.config.model, model.params, model.mesh) if isinstance(model, Trained) else (*model, None)
+    if isinstance(model, Trained):
+        return model.config.model, model.params, model.mesh
+    config, params = model
+    require(
+        isinstance(config, ModelConfig) and "embedding" in params,
+        f"model is a pair of {type(config).__name__} and {type(params).__name__}; give a `Trained`, or (ModelConfig, the `params` "
+        "collection of `Decoder`).",
+    )
+    return config, params, None
 
 
 def _ends(config: ModelConfig, params: Any) -> Any:

@@ -270,6 +270,10 @@ def test_a_trained_model_on_a_mesh(tmp_path):
 
 REFUSED = [
     (
+        lambda m: streams.run((m[0], {"params": m[1]}), TOKENS),
+        "model is a pair of ModelConfig and dict; give a `Trained`, or",
+    ),
+    (
         lambda m: streams.run(m, TOKENS[0]),
         r"tokens is an array \(12,\) of int32; give integers \[B, T\] with T of at least 1",
     ),
