@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from mhc_kernels import Coefficients, projection, read, split, write
 
 from mhc_jax.connections.base import Connection, ConnectionConfig
-from mhc_jax.errors import require
+from mhc_jax.errors import InputError, require
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,13 @@ class AttnResBlock(Connection):
     def flat(self, streams: Float[Array, "B T SC"]) -> Float[Array, "B T C"]:
         """Return the residual stream, which is the sum of all sources."""
         return sum(split(streams, self.slots)[1:], streams[..., : self.width])
+
+    def with_flat(self, streams: Float[Array, "B T SC"], x: Float[Array, "B T C"]) -> Float[Array, "B T SC"]:
+        """Raise `InputError`, because many different sources have the sum x."""
+        raise InputError(
+            "`attnres_block` reads sums of branch outputs, and no stream that could be replaced; look at it without an "
+            "edit, or give a model with another kind of connection."
+        )
 
     def coefficients(self, streams: Float[Array, "B T SC"]) -> Coefficients:
         """Make the coefficients: pre has the attention weights of the S slots, and post is one-hot on the slot to write to."""

@@ -180,6 +180,10 @@ class Connection(nn.Module):
         """Return the n streams as one flat array, for diagnostics."""
         return streams
 
+    def with_flat(self, streams: Any, x: Float[Array, "B T nC"]) -> Any:
+        """Return `streams` with x in place of the array that `flat` returns, for analysis.  All else that they carry stays."""
+        return x
+
     def coefficients(self, streams: Any) -> Any:
         """Make the coefficients of this sub-layer, float32, from the streams that enter it."""
         raise NotImplementedError

@@ -99,6 +99,10 @@ class SinglePass(ManifoldHyperConnection):
         """Return the flat streams x_l, without the coefficients A_{l-1} that come with them."""
         return streams.x
 
+    def with_flat(self, streams: Ahead, x: Float[Array, "B T nC"]) -> Ahead:
+        """Return the flat streams x with the coefficients A_{l-1} of `streams`."""
+        return streams._replace(x=x)
+
     def coefficients(self, streams: Ahead) -> SinglePassCoefficients:
         """Make A_l, B_l and C_l from the streams x_l (`mhc_kernels.coefficients`).  A_{l-1} comes with the streams."""
         c = coefficients(streams.x, self.phi, self.alpha, self.bias, **self.options())

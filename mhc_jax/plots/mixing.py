@@ -38,7 +38,7 @@ CELL_TEXT_STREAMS = 4
 """Largest number n of streams for which the cells of a heat map of a matrix show their numbers."""
 MARGIN_STREAMS = 8
 """Largest number n of streams for which a heat map of a matrix shows the sums of rows and columns in its margins."""
-_SEAMLESS: dict[str, Any] = {"edgecolors": "face", "linewidth": 0.4}
+SEAMLESS: dict[str, Any] = {"edgecolors": "face", "linewidth": 0.4}
 """Options of `pcolormesh` that draw the edges of cells.  Without them, viewers of vector figures show hairlines between cells."""
 
 
@@ -218,13 +218,13 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
         depths = sorted({round(share * (L - 1)) for share in (0, 0.25, 0.5, 0.75, 1)})
         composite = reduce(lambda product, matrix: matrix @ product, matrices)
         chosen = matrices[depths]
-        scale = _scale(np.append(chosen, composite) if np.abs(composite).max() < 2 else chosen)
+        scale = heat_scale(np.append(chosen, composite) if np.abs(composite).max() < 2 else chosen)
         for axis, sublayer in zip(axes, depths, strict=False):
             mesh = _matrix(axis, matrices[sublayer], scale)
             axis.set_title(f"l = {sublayer + 1}", loc="center")
         for axis in axes[len(depths) : 5]:
             axis.set_axis_off()
-        composite_mesh = _matrix(axes[5], composite, _scale(np.append(chosen, composite)))
+        composite_mesh = _matrix(axes[5], composite, heat_scale(np.append(chosen, composite)))
         if len(composite) > CELL_TEXT_STREAMS:
             figure.colorbar(mesh, ax=list(axes[:5]), shrink=0.7, pad=0.01)
             figure.colorbar(composite_mesh, ax=axes[5], shrink=0.7, pad=0.03)
@@ -256,9 +256,9 @@ def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
                 axis.set_axis_off()
                 continue
             L, n = last[1].shape
-            cmap, norm = _scale(last[1])
+            cmap, norm = heat_scale(last[1])
             edges = np.arange(L + 1) + 0.5, np.arange(n + 1) + 0.5
-            mesh = axis.pcolormesh(*edges, last[1].T, cmap=cmap, norm=norm, **_SEAMLESS)
+            mesh = axis.pcolormesh(*edges, last[1].T, cmap=cmap, norm=norm, **SEAMLESS)
             figure.colorbar(mesh, ax=axis, pad=0.01)
             axis.set_title(f"{style['label']}: {name} (step {last[0]})", color=style["color"])
             axis.set_yticks(range(1, n + 1) if n <= MARGIN_STREAMS else (1, n))
@@ -282,7 +282,7 @@ def _multi_stream(
             yield record, style, last
 
 
-def _scale(values: Float[np.ndarray, "*shape"]) -> tuple[str, Normalize]:
+def heat_scale(values: Float[np.ndarray, "*shape"]) -> tuple[str, Normalize]:
     """Return the name of the colour map and the scale of a heat map.
 
     If any value is negative, colours diverge from 0.  Otherwise they begin at 0.  The scale reaches at least to 1.
@@ -305,7 +305,7 @@ def _matrix(axis: Axes, matrix: Float[np.ndarray, "n n"], scale: tuple[str, Norm
     """Draw the heat map of one matrix, with numbers in cells and margins as `CELL_TEXT_STREAMS` and `MARGIN_STREAMS` allow."""
     n = len(matrix)
     cmap, norm = scale
-    mesh = axis.pcolormesh(matrix, cmap=cmap, norm=norm, **_SEAMLESS)
+    mesh = axis.pcolormesh(matrix, cmap=cmap, norm=norm, **SEAMLESS)
     if n <= CELL_TEXT_STREAMS:
         for (i, j), value in np.ndenumerate(matrix):
             dark = np.mean(mesh.to_rgba(value)[:3]) < 0.5

@@ -79,7 +79,7 @@ def test_every_key_is_on_the_page_of_numbers(run):
 
 def test_the_first_lines_of_a_run(config, run):
     """12 steps of 4 x 16 tokens; what is counted here are the arrays of the checkpoint."""
-    whole = resolve_vocabulary(config, load_data(config.data))
+    whole = resolve_tokenizer(config, load_data(config.data))
     parameters = sum(map(np.size, jax.tree.leaves(final_state(run.folder)["params"])))
     assert loop.sizes(whole, loop.abstract_state(whole, None)) == [
         f"model: {parameters:,} parameters, {4 * (64 * 24 + 3 + 24):,} of them in connections (mhc:init=home:t_max=2)",
