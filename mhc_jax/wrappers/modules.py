@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -122,7 +123,7 @@ def _check_block(name: str, block: Any) -> None:
     require(callable(block), f"{name} is of type {kind}; give functions or Flax modules.")
     if not isinstance(block, nnx.Module):
         require(
-            not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(block)),
+            not any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(block)),
             f"{name} is of type {kind} and holds arrays, which would not be trained; use `Wiring`, whose branches are functions of "
             "your own parameters.",
         )

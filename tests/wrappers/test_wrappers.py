@@ -301,7 +301,7 @@ def test_refused_blocks(x):
     assert "rngs is of type int; give nnx.Rngs(0)" in refused(lambda: connect("mhc", [linear], width=16, rngs=0))
     assert "width is '16'; it must be" in refused(lambda: connect("mhc", [linear], width="16", rngs=rngs))
     assert "A block is a Linen module" in refused(lambda: connect("mhc", [LinenBlock()], width=16, rngs=rngs))
-    model = connect("mhc", [nn.Sequential([LinenBlock(), nn.gelu])])  # a block that is a sequence
+    model = connect("mhc", [nn.Sequential([LinenBlock(), nn.gelu]), nn.Dense(16)])  # a sequence is one block
     assert model.apply(model.init(jax.random.key(0), x), x).shape == x.shape
 
 
