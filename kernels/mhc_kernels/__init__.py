@@ -2,7 +2,9 @@
 
 The n streams of C channels are one array `[*tokens, n*C]`, in which stream i is columns i C to (i + 1) C.  Coefficients are
 float32 arrays `[n, *tokens]` or `[n, n, *tokens]`.  `*tokens` stands for any number of token axes, such as batch and time.
-The only dependencies of the package are jax and, for annotations, jaxtyping.
+
+The only dependencies of the package are jax and, for annotations, jaxtyping (NumPy comes with jax).  Modules of Pallas kernels are
+imported when a GPU or TPU first runs them; `triton_sinkhorn` alone needs jax-triton, and is used only where that is installed.
 
 Where each formula is explained:
 

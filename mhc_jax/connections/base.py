@@ -222,7 +222,7 @@ class Connection(nn.Module):
         """
         n, tokens = self.config.num_streams, like.shape[:-1]
         ones = jnp.ones((n, *tokens), jnp.float32)
-        identity = jnp.broadcast_to(jnp.eye(n)[(..., *(None,) * len(tokens))], (n, n, *tokens))
+        identity = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32)[(..., *(None,) * len(tokens))], (n, n, *tokens))
         return (
             ones / n if c.pre is None else c.pre,
             ones if c.post is None else c.post,

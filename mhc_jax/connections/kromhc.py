@@ -26,10 +26,11 @@ class KromHCConfig(DynamicConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         n = self.num_streams
+        near = sorted({max(2, 1 << bits) for bits in (n.bit_length() - 1, n.bit_length())})
         require(
             n >= 2 and n & (n - 1) == 0,
             f"connection.num_streams is {n}; `kromhc` multiplies 2x2 factors and needs a power of two from 2 on: use "
-            f"{max(2, 1 << (n.bit_length() - 1))} or {1 << n.bit_length()}, or `mhc` or `circulant` for any number.",
+            f"{' or '.join(map(str, near))}, or `mhc` or `circulant` for any number.",
         )
 
 

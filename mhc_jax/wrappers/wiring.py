@@ -6,10 +6,12 @@ feed-forward.  Where a model adds the output of branch l to its input, x + F_l(x
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax.connections import Connection, connection_module, parse
 from mhc_jax.diagnostics import sample_sublayer
-from mhc_jax.errors import require
+from mhc_jax.errors import InputError, require
 
 Branch = Callable[..., Any]
 Params = dict[str, Any]
@@ -48,6 +50,9 @@ class Wiring:
       (3, 5, 16)
     """
 
+    names: ClassVar[tuple[str, str]] = ("branch", "branches")
+    """How error messages name one branch, and several."""
+
     spec: str
     """The connection as text, `kind` or `kind:setting=value:...`, such as `mhc:num_streams=4`."""
     width: int
@@ -56,9 +61,17 @@ class Wiring:
     """Number L of branches.  Attention and feed-forward count as two."""
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.spec, str),
+            f"The connection is of type {type(self.spec).__name__}; give a text such as 'mhc:num_streams=4'.",
+        )
         parse(self.spec)
-        require(self.width >= 1, f"width is {self.width}; it must be at least 1.")
-        require(self.num_branches >= 1, f"num_branches is {self.num_branches}; give at least one branch.")
+        for name in ("width", "num_branches"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, Integral) and int(value) >= 1,
+                f"{name} is {value!r}; it must be a whole number of at least 1.",
+            )
 
     def module(self, branch: int | Array | None, **options: Any) -> Connection:
         """Make the Flax Linen module of a branch, counted from 0, or that of entry and exit (`None`)."""
@@ -75,29 +88,32 @@ class Wiring:
         Returns:
           `ends` (entry and exit) and `branches`, a list with one dict for each branch, or one dict of stacked arrays.
         """
-        x = jnp.zeros((1, 1, self.width))
-        state = jax.eval_shape(lambda: self.start({"ends": self._ends(key, x)}, x))
+        x, ends = jnp.zeros((1, 1, self.width)), self.module(None)
+        state: Any = jax.eval_shape(lambda: ends.init_with_output(key, x, method="start")[0])
         keys = jax.random.split(key, self.num_branches)
 
         def of_branch(index: Any, key: Array) -> Params:
-            streams, c, y = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state[:3])
-            made: Any = self.module(index).init(key, streams, c, y, method="write_read")
+            streams, c = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)
+            made: Any = self.module(index).init(key, streams, c, x, method="write_read")
             return made.get("params", {})
 
         if stacked:
             branches: Any = jax.vmap(of_branch)(jnp.arange(self.num_branches), keys)
         else:
             branches = [of_branch(index, k) for index, k in enumerate(keys)]
-        made = {"ends": self._ends(key, x), "branches": branches}
+        of_ends: Any = ends.init(key, x, method="start")
+        made = {"ends": of_ends.get("params", {}), "branches": branches}
         return jax.tree.map(lambda a: a.astype(jnp.float32), made)
 
-    def _ends(self, key: Array, x: Array) -> Params:
-        made: Any = self.module(None).init(key, x, method="start")
-        return made.get("params", {})
-
     def start(self, params: Params, x: Float[Array, "B T C"]) -> State:
-        """Make the state before the first branch from the input of the model."""
-        made: Any = self.module(None).apply({"params": params["ends"]}, x, method="start")
+        """Make the state before the first branch from the input of the model.
+
+        Raises:
+          InputError: the parameters of entry and exit are those of another connection.
+        """
+        ends = _part(params, "ends")
+        self._check(ends, _shapes(self)[0], "entry and exit")
+        made: Any = self.module(None).apply({"params": ends}, x, method="start")
         streams, c = made
         return State(streams, c, jnp.zeros_like(x))
 
@@ -110,7 +126,12 @@ class Wiring:
 
         Returns:
           the state, to which `put` adds the output of the next branch, and the input of that branch.
+
+        Raises:
+          InputError: the parameters are those of another connection.  Kinds whose parameters have the same names and shapes, such
+            as `mhc` and `single_pass`, cannot be told apart.
         """
+        self._check(branch_params, _shapes(self)[1], f"a {self.names[0]}")
         link = self.module(state.branch)
         made: Any = link.apply({"params": branch_params}, *state[:3], method="write_read")
         streams, c, h = made
@@ -120,14 +141,9 @@ class Wiring:
         """Return the state with the output y of the branch whose input was just read, in the dtype of the streams' input.
 
         Raises:
-          InputError: y is no array of the shape of that input.
+          InputError: y is no floating-point array of the shape of that input.
         """
-        shape = getattr(y, "shape", None)
-        require(
-            shape == state.y.shape,
-            f"A branch returns {f'an array of shape {shape}' if shape is not None else type(y).__name__}; it must return an array "
-            f"of the shape of its input, {state.y.shape}.",
-        )
+        _check_output(f"A {self.names[0]}", y, state.y.shape)
         return state._replace(y=y.astype(state.y.dtype))
 
     def finish(self, params: Params, state: State) -> Float[Array, "B T C"]:
@@ -161,19 +177,20 @@ class Wiring:
           turns into gains and measures of streams.
 
         Raises:
-          InputError: the number of branches or of channels is another one, or a branch returns another shape.
+          InputError: the input is no floating-point array [..., C] or is empty, the number of branches is another one, the
+            parameters are those of another connection, a branch returns something else, or `sample` is no number of tokens.
         """
-        listed = self.parameters_of_branches(params)
-        state, collected = self.start(params, self.flat(x, len(branches))), []
+        require(
+            isinstance(sample, Integral) and not isinstance(sample, bool) and sample >= 0,
+            f"sample is {sample!r}; it is the number of tokens for diagnostics, a whole number of at least 0. An argument of a "
+            f"{self.names[0]} needs another name.",
+        )
+        tokens, listed = self.flat(x, len(branches)), self.parameters_of_branches(params)
+        state, collected = self.start(params, tokens), []
         for number, (branch, own) in enumerate(zip(branches, listed, strict=True)):
             state, h = self.boundary(own, state)
             y = branch(h.reshape(x.shape), *args, **options)
-            shape = getattr(y, "shape", None)
-            require(
-                shape == x.shape,
-                f"Branch {number} returns {f'an array of shape {shape}' if shape is not None else type(y).__name__}; it must "
-                f"return an array of the shape of its input, {x.shape}.",
-            )
+            _check_output(f"{self.names[1]}[{number}]", y, x.shape)
             state = self.put(state, y.reshape(h.shape))
             if sample:
                 collected.append(self.module(number).apply({"params": own}, *state[:3], sample, method=sample_sublayer))
@@ -186,7 +203,7 @@ class Wiring:
         Raises:
           InputError: they are those of another number of branches.
         """
-        given = params["branches"]
+        given = _part(params, "branches")
         if isinstance(given, (list, tuple)):
             found = len(given)
         else:
@@ -195,17 +212,65 @@ class Wiring:
             given = [jax.tree.map(lambda a, i=i: a[i], given) for i in range(found)]
         require(
             found == self.num_branches,
-            f"The parameters are those of {found} branches, not of {self.num_branches}; `init` makes them.",
+            f"The parameters are those of {found} {self.names[1]}, not of {self.num_branches}; `init` makes them.",
         )
         return list(given)
 
     def flat(self, x: Float[Array, "*shape C"], branches: int) -> Float[Array, "B T C"]:
-        """Return the input as [B, T, C], after checks of its channels and of the number of branches."""
+        """Return the input as [B, T, C], after checks of its dtype and shape and of the number of branches."""
+        many = self.names[1]
         require(
-            branches == self.num_branches, f"There are {branches} branches, not {self.num_branches} as in the wiring."
+            branches == self.num_branches, f"There are {branches} {many}, not {self.num_branches} as in the wiring."
         )
+        shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+        if shape is None or dtype is None:
+            raise InputError(f"The input is of type {type(x).__name__}; give an array of shape [..., {self.width}].")
         require(
-            x.shape[-1:] == (self.width,), f"The input has the shape {x.shape}; its last axis must be {self.width}."
+            jnp.issubdtype(dtype, jnp.floating),
+            f"The input has the dtype {dtype}; give floating-point channels, such as an embedding of tokens.",
         )
-        leading = x.shape[0] if x.ndim > 2 else 1
-        return x.reshape(leading, math.prod(x.shape[1 if x.ndim > 2 else 0 : -1]), self.width)
+        require(shape[-1:] == (self.width,), f"The input has the shape {shape}; its last axis must be {self.width}.")
+        require(0 not in shape, f"The input has the shape {shape}; every axis must be at least 1.")
+        leading = shape[0] if len(shape) > 2 else 1
+        return x.reshape(leading, math.prod(shape[1 if len(shape) > 2 else 0 : -1]), self.width)
+
+    def _check(self, params: Any, expected: list[str], place: str) -> None:
+        """Raise `InputError` unless parameters have the names and shapes that `expected` lists; `place` says whose they are."""
+        given = _named_shapes(params)
+        require(
+            given == expected,
+            f"The parameters of the connection at {place} are {', '.join(given) or 'none'}; `{self.spec}` of width {self.width} "
+            f"has {', '.join(expected) or 'none'}, and `init` makes them.",
+        )
+
+
+@functools.cache
+def _shapes(wiring: Wiring) -> tuple[list[str], list[str]]:
+    """Return the names and shapes of the parameters of entry and exit, and those of one branch."""
+    made = jax.eval_shape(lambda: wiring.init(jax.random.key(0), stacked=True))
+    branch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), made["branches"])
+    return _named_shapes(made["ends"]), _named_shapes(branch)
+
+
+def _named_shapes(params: Any) -> list[str]:
+    """Return a text such as `phi (64, 24)` for each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return sorted(f"{name(path)} {getattr(leaf, 'shape', type(leaf).__name__)}" for path, leaf in leaves)
+
+
+def _part(params: Any, name: str) -> Any:
+    """Return `ends` or `branches` of the parameters of a connection."""
+    if not isinstance(params, Mapping) or name not in params:
+        raise InputError(f"The parameters of the connection have no {name!r}; give the dict that `init` made.")
+    return params[name]
+
+
+def _check_output(who: str, y: Any, shape: tuple[int, ...]) -> None:
+    """Raise `InputError` unless y is a floating-point array of the given shape."""
+    given, dtype = getattr(y, "shape", None), getattr(y, "dtype", bool)
+    what = type(y).__name__ if given is None else f"an array of dtype {dtype} and shape {given}"
+    require(
+        given == shape and jnp.issubdtype(dtype, jnp.floating),
+        f"{who} returns {what}; it must return one floating-point array of the shape of its input, {shape}.",
+    )
