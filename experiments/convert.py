@@ -37,6 +37,7 @@ def main(source: str, destination: str) -> int:
     given, out = Path(source).expanduser(), Path(destination).expanduser()
     require(given.is_dir(), f"There is no folder {source!r}; give a run, a converted model or a Hugging Face model.")
     require_free(out)
+    require(DTYPE.value == "float32" or TO.value == "hf", "--dtype is for --to=hf; the other forms are float32.")
     foreign = folders.is_hugging_face_folder(given) or not (given / "config.json").exists()
     if TO.value == "connection":
         wiring, params = _foreign_connection(given) if foreign else _own_connection(load_trained(given))

@@ -19,7 +19,9 @@ from mhc_jax.runs.warm_start import settings_of
 
 def get_config(arg: str = "") -> ConfigDict:
     """Return the configuration.  `arg` is the folder, or the folder and a connection with a comma between."""
-    folder, _, connection = arg.partition(",")
+    folder, connection = arg, ""
+    if not Path(arg).expanduser().is_dir():
+        folder, _, connection = arg.rpartition(",") if "," in arg else (arg, "", "")
     require(
         bool(folder),
         "The config file warm_start.py needs a folder; give --config=experiments/configs/warm_start.py:FOLDER.",

@@ -152,7 +152,9 @@ class BPETokenizer:
         )
         self._backend = backend
         self.end_of_document = end_id
-        self.start = tuple(backend.encode("").ids)  # what the tokenizer's post-processor adds to an empty text
+        # The post-processor of a tokenizer may put tokens before a text, and others behind it, which no prompt needs.
+        whole, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+        self.start = tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)])
         self.token_bytes = self._token_bytes(backend)
         self.vocab_size = len(self.token_bytes)
         self.fingerprint = fingerprint or hashlib.sha256(content).hexdigest()

@@ -31,6 +31,7 @@ from mhc_jax.connections import spec
 from mhc_jax.connections.convert import from_deepseek_v4
 from mhc_jax.data.tokenizers import Tokenizer, hugging_face_files
 from mhc_jax.errors import InputError, require
+from mhc_jax.model import Decoder
 from mhc_jax.weights.tensor_files import FILE, TensorFiles, flattened, nested, read_json, write_folder
 from mhc_jax.wrappers.wiring import Params, Wiring
 
@@ -87,7 +88,11 @@ def read_model(folder: str | Path) -> tuple[ExperimentConfig, dict[str, Any], di
     require("kind" in saved and header.get("step", "").isdecimal(), f"{folder / FILE} was not written by mhc_jax.")
     if saved["kind"] == "bpe":
         saved["content"] = read_text(folder / "tokenizer.json")
-    arrays = {path: tensors.take(path, shape) for path, shape in tensors.shapes.items()}
+    made = jax.eval_shape(lambda: Decoder(config.model).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+    wanted = flattened(made["params"])
+    more = sorted({*tensors.shapes} - {*wanted})
+    require(not more, f"{folder / FILE} has arrays that the model in config.json has not, such as {(more or [''])[0]}.")
+    arrays = {path: tensors.take(path, a.shape).astype(np.float32) for path, a in wanted.items()}
     return config, nested(arrays), saved, int(header["step"])
 
 
@@ -128,6 +133,11 @@ def write_connection(folder: str | Path, wiring: Wiring, params: Params) -> None
     """
     arrays = {path: np.asarray(a) for path, a in flattened(params).items()}
     require(bool(arrays), f"The connection {wiring.spec!r} has no parameters; there is nothing to write.")
+    wanted = flattened(jax.eval_shape(lambda: wiring.init(jax.random.key(0), stacked=True)))
+    require(
+        {path: a.shape for path, a in arrays.items()} == {path: a.shape for path, a in wanted.items()},
+        f"The parameters are not the stacked ones of {wiring.spec!r}; give those of `Wiring.init` with stacked=True.",
+    )
     description = {"spec": wiring.spec, "width": wiring.width, "num_branches": wiring.num_branches}
     write_folder(folder, arrays, {CONNECTION_FILE: description}, {"format": "mhc_jax connection"})
 
@@ -142,7 +152,7 @@ def read_connection(folder: str | Path) -> tuple[Wiring, Params]:
     described = read_json(folder / CONNECTION_FILE)
     require(
         {*described} == {"spec", "width", "num_branches"},
-        f"{folder / CONNECTION_FILE} lacks spec, width or num_branches.",
+        f"{folder / CONNECTION_FILE} must hold spec, width and num_branches alone.",
     )
     wiring, tensors = Wiring(**described), TensorFiles(folder)
     wanted = jax.eval_shape(lambda: wiring.init(jax.random.key(0), stacked=True))
@@ -166,6 +176,7 @@ def deepseek_v4_connection(folder: str | Path) -> tuple[Wiring, Params, list[str
     if prefix is None or len(shapes[f"{prefix}hc_head_fn"]) != 2:
         raise InputError(f"{folder} has no array hc_head_fn [n, nC]; it holds no connections of DeepSeek-V4.")
     n, nC = shapes[f"{prefix}hc_head_fn"]
+    require(n > 0 and nC % n == 0, f"hc_head_fn in {folder} has the shape [{n}, {nC}], and [n, nC] was expected.")
     C, inside = nC // n, re.compile(re.escape(prefix) + r"(layers\.(\d+)\.hc_(attn|ffn)|hc_head)_(fn|base|scale)")
     found = {name: inside.fullmatch(name) for name in shapes}
     layers = 1 + max((int(match[2]) for match in found.values() if match and match[2]), default=-1)

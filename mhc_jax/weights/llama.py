@@ -48,14 +48,20 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     """
     kind = settings.get("model_type")
     require(
-        kind in ARCHITECTURES,
+        isinstance(kind, str) and kind in ARCHITECTURES,
         f"config.json is that of the architecture {kind!r}; those that are converted are {', '.join(ARCHITECTURES)}.",
     )
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    ropes = [settings.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    require(
+        all(isinstance(rope, Mapping) for rope in ropes),
+        "config.json has rope_parameters or rope_scaling that are no objects.",
+    )
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
+    scaling = next((found for found in kinds if found != "default"), "default")
     heads, width = _number(settings, "num_attention_heads"), _number(settings, "hidden_size")
     unsupported = {
-        "rope_scaling": scaling not in (None, "default"),
+        "rope_scaling": scaling != "default",
+        "partial_rotary_factor": ropes[0].get("partial_rotary_factor", settings.get("partial_rotary_factor", 1)) != 1,
         "attention_bias": settings.get("attention_bias"),
         "mlp_bias": settings.get("mlp_bias"),
         "hidden_act": settings.get("hidden_act", "silu") != "silu",
@@ -72,8 +78,8 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         head_width=_number(settings, "head_dim", None if kind == "qwen3" else width // heads),
         mlp_width=_number(settings, "intermediate_size"),
         qk_norm=kind == "qwen3",
-        rope_theta=float(rope.get("rope_theta") or settings.get("rope_theta") or 1e4),
-        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+        rope_theta=_real("rope_theta", ropes[0].get("rope_theta") or settings.get("rope_theta") or 1e4),
+        norm_eps=_real("rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(settings.get("tie_word_embeddings", False)),
         connection=parse("residual"),
     )
@@ -242,6 +248,12 @@ def _table(config: ModelConfig) -> tuple[Table, Table]:
 def _number(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = settings.get(name)
     value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"config.json has {name} = {value!r}; it must be a positive integer.")
     return value
+
+
+def _real(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"config.json has {name} = {value!r}; it must be a number.")
+    return float(value)

@@ -31,7 +31,12 @@ class TensorFiles:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = self.folder / INDEX
-        names = sorted({*read_json(index).get("weight_map", {}).values()}) if index.is_file() else [FILE]
+        names = [FILE]
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            files = list(listed.values()) if isinstance(listed, dict) else []
+            require(bool(files) and all(isinstance(f, str) for f in files), f"{index} lists no files under weight_map.")
+            names = sorted({*files})
         self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
         self.metadata: dict[str, str] = {}
         for name in names:
@@ -60,8 +65,8 @@ class TensorFiles:
         )
         require(
             dtype in READABLE,
-            f"{name} in {self.folder / file_name} is of the dtype {dtype}, which needs scales beside it; convert it to BF16 or F32 "
-            "first.",
+            f"{name} in {self.folder / file_name} is of the dtype {dtype}, and not of {', '.join(READABLE)}; convert it first (fp8 "
+            "needs its scales for that).",
         )
         with self._opened(file_name) as file:
             return file.get_tensor(name)
@@ -128,6 +133,7 @@ def write_folder(
     Raises:
       InputError: the folder holds something, or cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     folder = Path(folder)
@@ -144,8 +150,8 @@ def write_folder(
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
         os.replace(temporary, folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -148,7 +148,7 @@ class Wiring:
 
     def finish(self, params: Params, state: State) -> Float[Array, "B T C"]:
         """Write the output of the last branch, and return the output of the model: one vector made of the streams."""
-        ends, given = self.module(None), {"params": params["ends"]}
+        ends, given = self.module(None), {"params": _part(params, "ends")}
         streams = ends.apply(given, *state[:3], method="write")
         out: Any = ends.apply(given, streams, state.coefficients, method="collapse")
         return out

@@ -97,7 +97,7 @@ REFUSED = [
     ("identity:disable=res", "'res'; it must be one of 'pre', 'post'"),
     ("mhc_lite:num_streams=6", "6! = 720 permutations.*use `kromhc`"),
     ("kromhc:num_streams=6", "a power of two from 2 on: use 4 or 8"),
-    ("kromhc:num_streams=1", "a power of two from 2 on: use 2 or 2"),
+    ("kromhc:num_streams=1", "a power of two from 2 on: use 2, or `mhc`"),
     ("circulant:beta=0", "kind 'identity' has no mixing"),
     ("single_pass:disable=pre", "use `mhc:disable=pre`"),
     ("gated:init_std=0", "no gradient"),

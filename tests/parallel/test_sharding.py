@@ -23,6 +23,7 @@ from mhc_jax.config import MeshConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.cost import counts
+from mhc_jax.data import resolve_tokenizer
 from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import attend
 from mhc_jax.parallel.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
@@ -189,7 +190,7 @@ def test_a_run_names_its_mesh(run):
 @pytest.mark.parametrize("mesh", [{"data": 8}, {}], ids=["data8", "one device"])
 def test_a_checkpoint_is_restored_onto_another_mesh(run, mesh):
     config, folder = run
-    config = loop.resolve_tokenizer(config, data_of(config))
+    config = resolve_tokenizer(config, data_of(config))
     state, here = jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mesh = make_mesh(MeshConfig(**mesh))
     shardings = state_shardings(mesh, state) if mesh else jax.tree.map(lambda _: here, state)

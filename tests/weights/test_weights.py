@@ -112,7 +112,7 @@ REFUSED = [
     (lambda s, a: a.pop("model.layers.1.mlp.up_proj.weight"), r"layers.1.mlp.up_proj.weight is missing .* \[40, 24\]"),
     (lambda s, a: a.update({"model.norm.weight": np.ones(3, np.float32)}), r"shape \[3\], and \[24\] was expected"),
     (lambda s, a: a.update(more=np.ones(3, np.float32)), "1 arrays that have no place in the decoder, such as more"),
-    (_fp8, "model.norm.weight .* F8_E4M3, which needs scales"),
+    (_fp8, "model.norm.weight .* F8_E4M3, and not of"),
     (lambda s, a: s.update(model_type="gpt2"), "the architecture 'gpt2'; .* llama, mistral, qwen3"),
     (lambda s, a: s.update(attention_bias=True), "attention_bias to True"),
     (lambda s, a: s.update(rope_parameters={"rope_type": "llama3"}), "rope_scaling to 'llama3'"),
@@ -214,7 +214,7 @@ def test_deepseek_v4s_connections_are_read_from_shards(tmp_path):
 def test_connections_that_cannot_be_read_are_told(tmp_path):
     v4_folder(tmp_path / "fp8", ml_dtypes.float8_e4m3fn)
     for folder, sentence in (
-        (tmp_path / "fp8", "F8_E4M3, which needs scales"),
+        (tmp_path / "fp8", "F8_E4M3, and not of"),
         (THEIRS / "qwen3", "no array hc_head_fn"),
     ):
         status, _, error = run_here("convert", folder, tmp_path / "c", "--to=connection")
