@@ -20,11 +20,9 @@ from jax.sharding import Mesh
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
-from mhc_jax.connections import connection_module
 from mhc_jax.cost import counts
 from mhc_jax.data import Data
 from mhc_jax.diagnostics import all_finite, summarize
-from mhc_jax.optim import describe
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import using
 from mhc_jax.remat_plan import resolve
@@ -114,6 +112,9 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
     if config.train.init_from and not saved_steps(folder / "checkpoints"):
         with using(mesh), progress.during(f"loading {config.train.init_from}"):
             warm = warm_start(config, mesh, data)
+    # Shapes come before the folder, because a function that optimizer.name names may fail.
+    with using(mesh):
+        abstract = abstract_state(config, mesh)
     create_run_folder(folder, mapping)
     cfg, history = config.train, History()
     peak_before = counts.device_peak()
@@ -123,7 +124,6 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
         lost_process(checkpoints, history, folder),
     ):
         feed = Feed(data, config, mesh)
-        abstract = abstract_state(config, mesh)
         for line in sizes(config, abstract):
             progress.say(line)
         if restored := checkpoints.restore_newest(abstract, to_mapping(config)):
@@ -148,7 +148,7 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
             MetricsWriter(folder, -1 if anew else history.step, cfg.trackers, mapping) as writer,
             StopRequest(progress.say) as stop,
         ):
-            record_start(folder, config, data, writer, progress, history, remarks, anew, warm)
+            record_start(folder, config, abstract, data, writer, progress, history, remarks, anew, warm)
             # A run that has ended trains no further.  It only lacks its summary.json, which is written below.
             if history.ended(cfg.steps) is None:
                 programs = compile_programs(planned, mesh, traced, state.params, feed, history.clock, progress.during)
@@ -189,8 +189,6 @@ def run_steps(run: Run, state: TrainState, history: History, stop: StopRequest, 
     unread = deque()  # (step, metrics) of dispatched steps whose metrics are not yet read
     try:
         if anew:
-            connection = connection_module(run.config.model.connection)
-            run.progress.say(describe(state.params, run.config.optimizer, connection))
             diagnose(run, state, history, None)
             stop_if_not_finite(history)
         run.progress.begin(history.step)

@@ -1,6 +1,6 @@
-"""Read and write settings that are one text of several parts: attention_kind, experts and remat of the decoder, and trackers.
+"""Read and write settings that are one text of several parts: attention_kind, experts and remat, the optimizer, and trackers.
 
-The configuration stores the texts.  Properties of `ModelConfig` return their parts.
+The configuration stores the texts.  Properties of `ModelConfig` and `OptimizerConfig` return their parts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mhc_jax.errors import at_least, one_of, require
 from mhc_jax.settings_text import read_number, read_settings, write_settings
+from mhc_jax.user_functions import is_function
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,36 @@ def write_remat(remat: Remat) -> str:
     """Return the shortest text from which `read_remat` makes `remat`."""
     number = remat.block or remat.budget_gb
     return f"{remat.policy}:{str(number).removesuffix('.0')}" if number else remat.policy
+
+
+OPTIMIZERS = ("adamw", "muon", "lion", "sgd")
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Settings of Muon (https://kellerjordan.github.io/posts/muon), with the values of DeepSeek-V4 as defaults."""
+
+    momentum: float = 0.95
+    """Decay of the running mean of gradients, in [0, 1)."""
+    rms: float = 0.18
+    """Root mean square of the entries of a direction, above 0.  AdamW's directions have about this one, so that one learning rate
+    serves both.  A matrix updated by Muon has in effect the learning rate `learning_rate` x rms / 0.18."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.momentum < 1, f"optimizer.name: momentum of muon is {self.momentum}; it must lie in [0, 1).")
+        require(0 < self.rms < float("inf"), f"optimizer.name: rms of muon is {self.rms}; it must be above 0.")
+
+
+def read_optimizer(text: str) -> tuple[str, Muon]:
+    """Return the rule and the settings of Muon in a text such as `adamw`, `muon:rms=0.2` or `my_optimizers.py:adan`.
+
+    The rule is one of `OPTIMIZERS`, or the whole text if it names a function.
+    """
+    if is_function(text):
+        return text, Muon()
+    rule = text.partition(":")[0]
+    one_of("optimizer.name", rule, OPTIMIZERS)
+    return rule, Muon(**read_settings("optimizer.name", text, vars(Muon()) if rule == "muon" else {}))
 
 
 TRACKERS = ("tensorboard", "wandb")

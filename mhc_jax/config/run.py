@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mhc_jax.config.compound import read_tracker
+from mhc_jax.config.compound import Muon, read_optimizer, read_tracker
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
 from mhc_jax.errors import at_least, one_of, require
@@ -65,12 +65,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW (arXiv 1711.05101) and of its learning rate.  Defaults that do not depend on the model's size are from mHC
-    Table 5.
+    """Settings of the optimizer and of its learning rate.  Defaults that do not depend on the model's size are from mHC Table 5.
 
-    Norms, biases of routers and the static parameters of connections take no weight decay (`optim.no_decay_pattern`).
+    Norms, biases of routers and the static parameters of connections take no weight decay (`optim.groups`).
     """
 
+    name: str = "adamw"
+    """Rule that makes a direction of the gradient.
+
+    - `adamw`: AdamW (arXiv 1711.05101).
+    - `muon`, or with settings `muon:rms=0.2` (`compound.Muon`): Muon for matrices, AdamW for everything else (`optim.groups`).
+    - `lion`: Lion (arXiv 2302.06675).
+    - `sgd`: the gradient with momentum b1.
+    - `<file>.py:<function>`: a function of your own, from these settings to a transformation of optax."""
+    connections: str = "same"
+    """Rule for the parameters of connections: `same` as for other parameters, or `adamw`."""
     learning_rate: float = 3e-3
     """Largest learning rate, which is reached at the end of the warm-up; above 0."""
     schedule: str = "cosine"
@@ -82,13 +91,13 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     """Learning rate at the end of the schedules `cosine` and `wsd`, as a share of the peak; between 0 and 1."""
     b1: float = 0.9
-    """Decay of AdamW's running mean of gradients, in [0, 1)."""
+    """Decay of the running mean of gradients of AdamW, Lion and sgd, in [0, 1)."""
     b2: float = 0.95
-    """Decay of AdamW's running mean of squared gradients, in [0, 1)."""
+    """Decay of AdamW's running mean of squared gradients, and of Lion's second mean, in [0, 1)."""
     eps: float = 1e-20
     """Number that AdamW adds to the root of the running mean of squared gradients; not negative."""
     weight_decay: float = 0.1
-    """Weight decay of AdamW: an update subtracts weight_decay x learning rate x parameter; not negative."""
+    """Weight decay: an update subtracts weight_decay x learning rate x parameter; not negative."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient: a larger gradient is scaled down to it; 0: no clipping."""
     accumulation_steps: int = 1
@@ -99,7 +108,19 @@ class OptimizerConfig:
     connection_lr_multiplier: float = 1.0
     """Learning rate of the connections' parameters, as a multiple of `learning_rate`; not negative."""
 
+    @property
+    def rule(self) -> str:
+        """The part of `name` before its settings: `adamw`, `muon`, `lion`, `sgd`, or the whole name of a function."""
+        return read_optimizer(self.name)[0]
+
+    @property
+    def muon(self) -> Muon:
+        """Settings of Muon in `name`."""
+        return read_optimizer(self.name)[1]
+
     def __post_init__(self) -> None:
+        read_optimizer(self.name)
+        one_of("optimizer.connections", self.connections, ("same", "adamw"))
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
         require(
             0 < self.learning_rate < float("inf"),

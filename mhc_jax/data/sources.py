@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mhc_jax import user_functions
 from mhc_jax.data import files, functions
 from mhc_jax.data.files import Document
 from mhc_jax.errors import InputError, require
@@ -53,7 +54,7 @@ def documents(source: str, split: Split, *, cache: Path, fraction: float = 0.05)
         return shakespeare.read(split, cache)
     if source.startswith(TFDS):
         return _named_documents(source, split, fraction)
-    if functions.is_function(source):
+    if user_functions.is_function(source):
         read = functions.load(source)
         held_out = read("validation") if fraction or split == "validation" else None
         if held_out is not None and split == "validation":
@@ -78,7 +79,7 @@ def identity(source: str) -> list[Any]:
         folder = Path(_named_builder(source).data_path)
         info = (folder / "dataset_info.json").read_bytes()
         return [str(folder), hashlib.sha256(info).hexdigest()]
-    if functions.is_function(source):
+    if user_functions.is_function(source):
         return functions.identity(source)
     stats = [(str(file.resolve()), file.stat()) for file in files.expand(source)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
@@ -86,7 +87,7 @@ def identity(source: str) -> list[Any]:
 
 def local(source: str) -> bool:
     """Return whether a source consists of local files."""
-    return source != SHAKESPEARE and not source.startswith(TFDS) and not functions.is_function(source)
+    return source != SHAKESPEARE and not source.startswith(TFDS) and not user_functions.is_function(source)
 
 
 def named_like_splits(source: str) -> list[str]:

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mhc_jax.config import AXES, MeshConfig
 from mhc_jax.connections.parameter_paths import CONNECTION, STACKED, path_of
@@ -207,6 +208,43 @@ def on_each_shard(function: Callable[..., Array], logical: tuple[str | None, ...
     return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
+def on_whole_matrices(
+    function: Callable[[Float[Array, "k a b"]], Float[Array, "k a b"]], path: str, x: Float[Array, "*many a b"]
+) -> Float[Array, "*many a b"]:
+    """Return the result of calling `function` on the matrices of a parameter, or of its gradient, each whole on one device.
+
+    The matrices [a, b] are spread over all devices of the mesh, and come back sharded like the parameter.  They move by all-to-all,
+    so that a device sends and receives as much as it holds, instead of gathering every matrix.  Parameters of connections are
+    replicated, thin and cheap: every device computes all of theirs.
+
+    Args:
+      function: a function of k matrices that treats each by itself and maps zeros to zeros.
+      path: path of the parameter.
+      x: the parameter's value or gradient.
+    """
+    flat = x.reshape(-1, *x.shape[-2:])
+    mesh = current()
+    if mesh is None or re.search(CONNECTION, path):
+        return function(flat).reshape(x.shape)
+    axes = [entry or () for entry in fit(mesh, RULES.spec(*logical_axes(path, x.ndim)), x.shape)]
+    *many, rows, columns = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in axes]
+    first = tuple(name for entry in many for name in entry)
+    rest = tuple(n for n, size in mesh.shape.items() if size > 1 and n not in (*first, *rows, *columns))
+    # One mesh axis moves at a time, from rows or columns to the axis of matrices, because XLA makes an all-to-all of such a move.
+    stages = [(first, rows, columns), (first + rows, (), columns), (first + rows + columns, (), ())]
+    stages.append((first + rows + columns + rest, (), ()))
+
+    def move(x: Array, stages: Sequence[tuple[tuple[str, ...], ...]]) -> Array:
+        for stage in stages:
+            spec = PartitionSpec(*(entry or None for entry in stage))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return x
+
+    missing = -len(flat) % mesh.size
+    out = function(move(jnp.pad(flat, ((0, missing), (0, 0), (0, 0))), stages))
+    return move(out, stages[::-1])[: len(flat)].reshape(x.shape)
+
+
 def token_axes(shape: Sequence[int]) -> PartitionSpec:
     """Return the mesh axes over which tokens [B, T] are sharded, for `mhc_kernels.settings`.  Without a mesh it is empty."""
     mesh = current()
@@ -248,7 +286,7 @@ def replicate(mesh: Mesh, a: np.ndarray) -> Array:
 def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """Return the sharding of each array of a train state, or of a tree of parameters.
 
-    Moments of the optimizer are sharded like their parameters, and scalars are replicated.
+    Moments of the optimizer are sharded like their parameters.  Scalars, and other arrays of the optimizer, are replicated.
 
     Args:
       mesh: a mesh of `make_mesh` or `abstract_mesh`.
@@ -258,8 +296,13 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
       ValueError: no row of `PARAMETERS` matches a parameter.
     """
 
+    parameters = getattr(state, "params", state)
+    shapes = [(path_of(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)]
+
     def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        axes = logical_axes(path_of(key_path), len(leaf.shape))
+        path = path_of(key_path)
+        moment = any(path.endswith(name) and leaf.shape == shape for name, shape in shapes)
+        axes = logical_axes(path, len(leaf.shape)) if moment else (None,) * len(leaf.shape)
         return NamedSharding(mesh, fit(mesh, RULES.spec(*axes), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, state)

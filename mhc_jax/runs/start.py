@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from mhc_jax import optim
 from mhc_jax.config import ExperimentConfig
-from mhc_jax.connections import spec
+from mhc_jax.connections import connection_module, spec
 from mhc_jax.cost import counts
 from mhc_jax.data import Data, load_data, resolve_tokenizer
 from mhc_jax.errors import InputError
@@ -53,7 +54,7 @@ def prepare(
 
 
 def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:
-    """Return lines about the sizes of the model and of the training.
+    """Return lines about the sizes of the model and of the training, and about the groups of parameters in the optimizer.
 
     `abstract` has the shapes of the train state, and model.vocab_size of `config` is set.
     """
@@ -63,7 +64,12 @@ def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:
     return [
         f"model: {parameters:,} parameters, {of_connections:,} of them in connections ({spec(config.model.connection)})",
         f"training: {config.train.steps:,} steps x {step:,} tokens = {tokens:,} tokens, {tokens / parameters:.3g} a parameter",
+        *optim.table(_groups(config, abstract)),
     ]
+
+
+def _groups(config: ExperimentConfig, abstract: TrainState) -> list[optim.Group]:
+    return optim.groups(abstract.params, config.optimizer, connection_module(config.model.connection))
 
 
 @contextlib.contextmanager
@@ -81,6 +87,7 @@ def lost_process(checkpoints: Checkpoints, history: History, folder: Path) -> It
 def record_start(
     folder: Path,
     config: ExperimentConfig,
+    abstract: TrainState,
     data: Data,
     writer: MetricsWriter,
     progress: Progress,
@@ -91,13 +98,16 @@ def record_start(
 ) -> None:
     """Write env.json for a new run, and print and log what the run starts from: other model, skipped checkpoints, step.
 
+    env.json has the groups of parameters in the optimizer under `optimizer`.
+
     `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run has no checkpoint of its own.
     """
     env = environment() | devices_of(config)
     if distributed.is_first_process():
         if anew or not (folder / "env.json").exists():
             source = {"init_from": warm.source} if warm else {}
-            write_json(folder / "env.json", env | {"data": data.summary()} | source)
+            groups = [group._asdict() for group in _groups(config, abstract)]
+            write_json(folder / "env.json", env | {"data": data.summary(), "optimizer": groups} | source)
         # The summary that an interrupted run has left must not remain while the run goes on.
         (folder / "summary.json").unlink(missing_ok=True)
     for remark in remarks:

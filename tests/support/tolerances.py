@@ -16,6 +16,8 @@ ANOTHER_PROGRAM = 1e-5
 """float32, two programs of one function, which XLA fuses, and so rounds, differently; 6.4e-6 was seen."""
 ROUTED_STEPS = 1e-3
 """The same after ten optimizer steps with experts, whose routers turn a rounding into another choice; 2e-4 was seen."""
+SHARDED_UPDATE = 2e-5
+"""float32 parameters after two steps of Muon on a mesh; ten Newton-Schulz iterations enlarge a rounding."""
 SLOPES = 2e-5
 """float32 gradients along a random direction, which are sums of up to 100 terms, against central differences in float64."""
 AMPLIFIED = 2e-3
