@@ -29,6 +29,7 @@ All settings of the sections `mesh` and `pipeline` are neutral, too, because the
 """
 SHORT = {
     "optimizer.learning_rate": "lr",
+    "optimizer.name": "optimizer",
     "model.num_layers": "layers",
     "train.seed": "trainseed",
     "data.seed": "dataseed",
