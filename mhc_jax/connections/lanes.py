@@ -62,6 +62,11 @@ class Lanes(Connection):
         """Declare the learned numbers w as post [2]."""
         self.post = self.param("post", nn.initializers.ones, (2,))
 
+    def start(self, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T nC"], Coefficients]:
+        """Make the state (streams, c) before the first boundary.  Nothing reads with the pre of this c, which is 0."""
+        streams, c = super().start(x)
+        return streams, c._replace(pre=jnp.zeros_like(c.post))
+
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
         """Make the coefficients, equal for every token, float32: pre, one-hot on the lane to read, and post, the numbers w."""
         tokens = streams.shape[:-1]

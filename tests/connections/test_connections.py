@@ -214,8 +214,12 @@ def test_a_decoder_under_unroll_remat_and_bfloat16_is_the_same(kind, change):
         return
     value, grads = with_grad(params, config)
     assert_close(value2, value, ANOTHER_PROGRAM)
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(grads2), strict=True):
-        assert_close(b, a, WHOLE_GRADIENT, jax.tree_util.keystr(path))
+        name = jax.tree_util.keystr(path)
+        # The share of identity_mix moves mass between nearly equal streams: 1e-5 is left of terms of 1e-2.
+        terms = 1e-4 * largest if "share_logit" in name else 0.0
+        assert_close(b, a, WHOLE_GRADIENT, name, terms=terms)
 
 
 PRE_NORM = [
@@ -271,10 +275,10 @@ def test_step_zero_with_broken_symmetry_is_not_pre_norm(spec, least):
 
 @pytest.mark.full
 def test_step_zero_of_diagonal_is_near_pre_norm():
-    """Six sub-layers keep 0.998 of the embedding; the largest logit is %s, and no logit moves by more than %s."""
+    """Each of six sub-layers keeps 0.99966 of the streams, and the logits move by 1e-3 of the largest, which is 4.6."""
     pre_norm = logits_of("residual")[0]
-    moved = float(np.abs(logits_of("diagonal")[0] - pre_norm).max() / np.abs(pre_norm).max())
-    assert 1e-4 < moved < 1e-3
+    moved = np.abs(logits_of("diagonal")[0] - pre_norm).max()
+    np.testing.assert_allclose(moved, 4.38e-3, rtol=0.01)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -320,7 +324,7 @@ def test_scaled_entry_tells_streams_apart_in_their_dtype():
 SENTENCE = jnp.arange(12)[None]
 """A sequence without repetitions, so that each position has another embedding row."""
 EVERY = [f"{kind}:t_max=2" if kind in ("mhc", "single_pass", "identity_mix") else kind for kind in connections.KINDS]
-ALIKE = ("identity", "mhc_lite", "kromhc", "circulant", "diagonal", "identity_mix", "go_mhc")
+ALIKE = ("identity", "mhc_lite", "kromhc", "circulant", "go_mhc", "diagonal", "identity_mix")
 """Kinds with much code in common: in the fast suite `identity` stands for the others."""
 DECODERS = thin(EVERY, lambda spec: spec.split(":")[0] not in (*ALIKE[1:], "residual", "scalar_gated", "lanes"))
 
@@ -361,7 +365,7 @@ def test_every_kind_gives_the_diagnostics(spec):
     record = summarize(collected)
     assert record["stream_rms"].shape == (6, n)
     assert all(np.isfinite(v).all() for v in record.values())
-    if config.kind in (*ALIKE, "gated", "attnres_block"):
+    if config.kind in (*ALIKE[:-2], "lanes", "gated", "attnres_block"):
         np.testing.assert_allclose(record["composite_forward"], 1, atol=1e-5)
         np.testing.assert_allclose(record["composite_backward"], 1, atol=1e-5)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from support import oracles, oracles_family
 from support.decoders import drawn, logits_of
+from support.golden_values import load
 from support.thinned import thin
-from support.tolerances import ORACLE_GRADIENT, SLOPES, assert_close
+from support.tolerances import GOLDEN, ORACLE_GRADIENT, SLOPES, assert_close
 
 from mhc_jax import connections
 from mhc_jax.connections.cayley import cayley
@@ -339,3 +340,30 @@ def test_sixteen_streams(spec, settings):
     terms = np.concatenate([np.ravel(np.asarray(gradient[name]) * direction[name]) for name in given])
     slope = ((oracle(1e-6) - oracle(-1e-6)) * weights).sum() / 2e-6
     assert_close(terms.sum(dtype=np.float64), slope, SLOPES, terms=terms)
+
+
+@pytest.mark.parametrize(("n", "s"), [(2, 1), (4, 2), (8, 2)])
+def test_go_mhc_is_that_of_its_authors(n, s):
+    """Golden values of their notebook, which solves for the transpose of the paper's Q: our H_res of -A."""
+    g = load(f"go_mhc_n{n}_s{s}")
+    A = g["theta"] - g["theta"].swapaxes(1, 2)
+    i, j = np.triu_indices(n * s, 1)
+    H = orthostochastic_mixing(-A[:, i, j].T, n)
+    np.testing.assert_allclose(np.moveaxis(H, -1, 0), g["H"], atol=1e-5)
+
+
+def test_identity_mix_is_that_of_its_authors():
+    """Golden values of their module.  Their H_res is applied transposed, and their gates are softmaxes of static logits."""
+    g = {name: np.asarray(a) for name, a in load("identity_mix").items()}
+    n, C = g["x"].shape[-2:]
+    config = connections.parse(f"identity_mix:num_streams={n}:t_max={g['num_iters']}")
+    link = connections.connection_module(config)(config, C, 2, 0)
+    pre, post = (np.array(oracles_family.softmax(g[f"H_{part}_logits"][0])) for part in ("pre", "post"))
+    logits = [np.log(pre / (1 - pre)), np.log(post / (2 - post)), (g["H_res_logits"].T / g["tau"]).ravel()]
+    params = {"phi": np.zeros((n * C, n * n + 2 * n)), "alpha": np.ones(3), "bias": np.concatenate(logits)}
+    params = {"params": jax.tree.map(jnp.float32, params | {"share_logit": g["H_res_alpha_logit"]})}
+    x = jnp.asarray(g["x"].reshape(2, 5, -1))
+    c = link.apply(params, x, method="coefficients")
+    assert_close(link.apply(params, x, c, method="read"), g["h"], GOLDEN)
+    x_out = link.apply(params, x, c, jnp.asarray(g["y"]), method="write")
+    assert_close(x_out.reshape(g["x_out"].shape), g["x_out"], GOLDEN)
