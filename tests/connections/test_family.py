@@ -27,6 +27,7 @@ CASES = [
     *((f"hc:num_streams={n}:tanh={tanh}", {"tanh": tanh}) for n in (1, 2, 3, 4, 5, 8) for tanh in (True, False)),
     ("mhc:num_streams=3:t_max=1", {"t_max": 1}),
     ("mhc:num_streams=4:t_max=3", {"t_max": 3}),
+    ("mhc:num_streams=3:t_max=2:write_rank=3", {"t_max": 2, "rank": 3}),
     ("scalar_gated", {}),
     ("identity:num_streams=2", {}),
     ("identity:eps_convention=v4", {"eps": (1e-6, 1e-6, 0.0)}),
@@ -308,6 +309,7 @@ def test_lanes_are_a_model_written_by_hand():
 
 
 SIXTEEN = [("diagonal", {}), ("identity_mix:t_max=3", {"t_max": 3}), ("go_mhc", {"s": 2})]
+SIXTEEN += [("mhc:t_max=3:write_rank=4", {"t_max": 3, "rank": 4})]
 
 
 @pytest.mark.full

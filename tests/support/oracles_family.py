@@ -94,6 +94,19 @@ def identity_mix_step(x, y, p, t_max):
     return read(x, pre), write(x, y, post, np.array(res))
 
 
+def mhc_step(x, y, p, t_max, rank=1):
+    pre, post, logits = gates(x, p)
+    n, v = len(x), x.reshape(-1)
+    out = write(x, y, post, sinkhorn_log(np.reshape(logits, (n, n)), t_max))
+    if rank > 1:
+        z = (v @ p["write_phi"]) / rms(v, 1e-20)
+        for k in range(rank - 1):
+            for i in range(n):
+                more = 2 * sigmoid(p["write_alpha"][0] * z[k * n + i] + p["write_bias"][k * n + i]) - 1
+                out[i] = out[i] + more * p["write_scale"][k] * y
+    return read(x, pre), out
+
+
 def lanes_step(x, y, p, sublayer):
     """`sublayer` is l - 1: attention has 0, 2, ... and reads lane 0."""
     return x[sublayer % 2], np.array([x[i] + p["post"][i] * y for i in (0, 1)])
@@ -131,7 +144,7 @@ def attnres_block_step(V, y, p, sublayer, block_size, eps_norm=1e-20):
 
 STEP = {
     "hc": hc_step,
-    "mhc": step_with(lambda logits, n, t_max: sinkhorn_log(np.reshape(logits, (n, n)), t_max)),
+    "mhc": mhc_step,
     "scalar_gated": scalar_gated_step,
     "identity": step_with(lambda logits, n: np.eye(n)),
     "mhc_lite": step_with(permutation_mixing),
