@@ -268,7 +268,9 @@ def test_branches_start_with_the_same_values_whatever_the_connection(kind):
 
 
 BROKEN = {"mhc:t_max=2:init=home": 1e-2, "gated": 1e-4, "identity:init=home": 1e-4}
-LIKE_IDENTITY = {f"{kind}:init=home": 1e-4 for kind in ("mhc_lite", "kromhc", "circulant", "single_pass", "go_mhc")}
+LIKE_IDENTITY = {
+    f"{kind}:init=home": 1e-4 for kind in ("mhc_lite", "kromhc", "circulant", "single_pass", "identity_mix", "go_mhc")
+}
 
 
 @pytest.mark.parametrize(("spec", "least"), thin([*(BROKEN | LIKE_IDENTITY).items()], lambda case: case[0] in BROKEN))
