@@ -11,10 +11,14 @@ from typing import Any
 from mhc_jax.connections.attnres_block import AttnResBlock
 from mhc_jax.connections.base import Connection, ConnectionConfig
 from mhc_jax.connections.circulant import Circulant
+from mhc_jax.connections.diagonal import Diagonal
 from mhc_jax.connections.gated import Gated
+from mhc_jax.connections.go_mhc import GoMHC
 from mhc_jax.connections.hc import HyperConnection
 from mhc_jax.connections.identity import Identity
+from mhc_jax.connections.identity_mix import IdentityMix
 from mhc_jax.connections.kromhc import KromHC
+from mhc_jax.connections.lanes import Lanes
 from mhc_jax.connections.mhc import ManifoldHyperConnection
 from mhc_jax.connections.mhc_lite import MHCLite
 from mhc_jax.connections.residual import Residual
@@ -28,10 +32,14 @@ KINDS: dict[str, type[Connection]] = {
     "hc": HyperConnection,
     "mhc": ManifoldHyperConnection,
     "scalar_gated": ScalarGated,
+    "lanes": Lanes,
     "identity": Identity,
+    "diagonal": Diagonal,
+    "identity_mix": IdentityMix,
     "mhc_lite": MHCLite,
     "kromhc": KromHC,
     "circulant": Circulant,
+    "go_mhc": GoMHC,
     "single_pass": SinglePass,
     "gated": Gated,
     "attnres_block": AttnResBlock,

@@ -101,6 +101,11 @@ def to_deepseek_v4(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for blocks in ("dense_layers", "layers") if "dense_layers" in params else ("layers",):
         for theirs, ours in SUBLAYERS.items():
             arrays, where = params.get(blocks, {}).get(ours, {}), f"{blocks}/{ours}/"
+            extra = sorted({*arrays} - {"phi", "bias", "alpha"})
+            require(
+                not extra,
+                f"{where} has {', '.join(extra)}, which DeepSeek-V4 has not: train with `mhc:eps_convention=v4:exit=head`.",
+            )
             N = len(arrays.get("phi", ()))
             phi = _take(arrays, "phi", (N, nC, k), where)[:, :, order].swapaxes(1, 2)
             bias = _take(arrays, "bias", (N, k), where)[:, order]

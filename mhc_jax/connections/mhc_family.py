@@ -1,7 +1,7 @@
 r"""How mHC makes H_pre and H_post: presets of the initial static logits, conventions of epsilons, and a base class of connections.
 
-The kinds `mhc`, `identity`, `mhc_lite`, `kromhc` and `circulant` use this file and differ in H_res.  `single_pass` uses it too, and
-differs from `mhc` in the read.
+The kinds `mhc`, `identity`, `diagonal`, `identity_mix`, `mhc_lite`, `kromhc`, `circulant` and `go_mhc` use this file and differ in
+H_res.  `single_pass` uses it too, and differs from `mhc` in the read.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def bias_init(preset: str, sublayer: int | Array | None, num_streams: int) -> di
     (entry `copy`) stay nearly equal under equal writes, so that an H_res with row sums of 1 changes nothing.  Under `home` the
     streams differ, so that H_res has an effect.
 
-    `paper` is the default of mHC.  `home` is a preset of this project, and no paper has it.  `mhc_lite`, `kromhc` and `circulant`
-    use $b^{pre}$ and $b^{post}$ of this function, and make other logits of H_res (`res_logits`).
+    `paper` is the default of mHC.  `home` is a preset of this project, and no paper has it.  Kinds that make H_res in
+    another way use $b^{pre}$ and $b^{post}$ of this function, and other logits of H_res (`res_logits`).
 
     Args:
       preset: one of `PRESETS`.

@@ -40,6 +40,11 @@ class SinglePassConfig(ManifoldHyperConnectionConfig):
             "pre" not in self.disable,
             "connection.disable has 'pre', and `single_pass` is mHC but for its read: use `mhc:disable=pre`.",
         )
+        require(
+            self.write_rank == 1,
+            f"connection.write_rank is {self.write_rank}; `single_pass` writes in one pass over the streams, with rank 1: use "
+            "`mhc` for more.",
+        )
 
 
 class Ahead(NamedTuple):

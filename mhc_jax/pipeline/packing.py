@@ -19,7 +19,8 @@ Tree = Any
 class CarryPacker:
     """Packs a tree of arrays into one array [B, T, width] for each dtype.
 
-    The token axes B and T may stand anywhere among the axes of an array.
+    The token axes B and T may stand anywhere among the axes of an array.  An array without them, such as a parameter that travels
+    with the coefficients, is packed once for each token.
     """
 
     def __init__(self, enter: Callable[[Int[Array, "B T"]], Tree], tokens: Int[Array, "B T"]):
@@ -39,8 +40,12 @@ class CarryPacker:
             tuple(k for k, size in enumerate(a.shape) if size != b.shape[k])
             for a, b in zip(self.leaves, grown, strict=True)
         ]
-        """The positions of the axes B and T in every leaf of the tree."""
-        self.widths = [leaf.size // tokens.size for leaf in self.leaves]
+        """The positions of the axes B and T in every leaf of the tree, or none."""
+        self.tokens = tokens.shape
+        """The sizes of the axes B and T."""
+        self.widths = [
+            leaf.size // tokens.size if axes else leaf.size for leaf, axes in zip(self.leaves, self.axes, strict=True)
+        ]
         self.like = jax.eval_shape(lambda: self.pack(self.zeros()))
         """Shapes and dtypes of the packed arrays, as `pack` returns them."""
 
@@ -48,7 +53,7 @@ class CarryPacker:
         """Return a dict from the name of each dtype to one array that has all leaves of this dtype side by side."""
         parts: dict[str, list[Array]] = {}
         for a, axes in zip(jax.tree.leaves(tree), self.axes, strict=True):
-            a = jnp.moveaxis(a, axes, (0, 1))
+            a = jnp.moveaxis(a, axes, (0, 1)) if axes else jnp.broadcast_to(a[None, None], (*self.tokens, *a.shape))
             parts.setdefault(a.dtype.name, []).append(a.reshape(*a.shape[:2], -1))
         return {name: jnp.concatenate(each, axis=2) for name, each in parts.items()}
 
@@ -60,6 +65,9 @@ class CarryPacker:
             name = like.dtype.name
             a = jax.lax.slice_in_dim(packed[name], start[name], start[name] + width, axis=2)
             start[name] += width
+            if not axes:
+                out.append(a[0, 0].reshape(like.shape))
+                continue
             rest = tuple(size for k, size in enumerate(like.shape) if k not in axes)
             out.append(jnp.moveaxis(a.reshape(*a.shape[:2], *rest), (0, 1), axes))
         return jax.tree.unflatten(self.structure, out)

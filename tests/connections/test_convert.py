@@ -89,6 +89,10 @@ def test_weights_that_do_not_fit_are_told(change, sentence):
         (lambda p: p.pop("ends"), "no ends/head_phi"),
         (lambda p: p["layers"].pop("mlp_connection"), "layers/mlp_connection/phi is missing"),
         (lambda p: p["layers"]["mlp_connection"].update(alpha=jnp.ones((N, 2))), r"alpha has the shape \[3, 2\]"),
+        (
+            lambda p: p["layers"]["mlp_connection"].update(write_phi=1),
+            "mlp_connection/ has write_phi, which DeepSeek-V4 has not",
+        ),
     ],
 )
 def test_parameters_of_another_connection_are_told(change, sentence):

@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 from support import oracles, oracles_family
 from support.decoders import drawn, logits_of
-from support.tolerances import ORACLE_GRADIENT, assert_close
+from support.golden_values import load
+from support.thinned import thin
+from support.tolerances import GOLDEN, ORACLE_GRADIENT, SLOPES, assert_close
 
 from mhc_jax import connections
+from mhc_jax.connections.cayley import cayley
 from mhc_jax.connections.circulant import circulant_mixing
+from mhc_jax.connections.go_mhc import orthostochastic_mixing
 from mhc_jax.connections.kromhc import kronecker_mixing
 from mhc_jax.connections.mhc_lite import permutation_mixing
 from mhc_jax.errors import InputError
+from mhc_jax.wrappers.wiring import Wiring
 
 C, L, SUBLAYER = 3, 6, 3
 CASES = [
     *((f"hc:num_streams={n}:tanh={tanh}", {"tanh": tanh}) for n in (1, 2, 3, 4, 5, 8) for tanh in (True, False)),
     ("mhc:num_streams=3:t_max=1", {"t_max": 1}),
     ("mhc:num_streams=4:t_max=3", {"t_max": 3}),
+    ("mhc:num_streams=3:t_max=2:write_rank=3", {"t_max": 2, "rank": 3}),
     ("scalar_gated", {}),
     ("identity:num_streams=2", {}),
     ("identity:eps_convention=v4", {"eps": (1e-6, 1e-6, 0.0)}),
@@ -33,6 +39,12 @@ CASES = [
     ("kromhc:num_streams=8", {}),
     ("circulant:num_streams=2", {"g": 4.0 / (2 * L)}),
     ("circulant:num_streams=5:beta=2.5", {"g": 2.5 / (2 * L)}),
+    ("diagonal:num_streams=3", {}),
+    ("identity_mix:num_streams=3:t_max=3", {"t_max": 3}),
+    ("go_mhc:num_streams=2", {"s": 2}),
+    ("go_mhc:num_streams=4", {"s": 2}),
+    ("go_mhc:num_streams=3:s=1", {"s": 1}),
+    ("lanes", {"sublayer": SUBLAYER}),
     ("single_pass:num_streams=2", {}),
     ("single_pass:num_streams=4", {}),
     ("gated:rank=2:num_streams=3", {}),
@@ -47,7 +59,12 @@ def sublayer_of(spec, sublayer=SUBLAYER):
     return connections.connection_module(config)(config, C, L, sublayer)
 
 
-LONG = ("mhc_lite:num_streams=5", "kromhc:num_streams=8", *(f"hc:num_streams={n}:tanh=False" for n in (1, 3, 5)))
+LONG = (
+    "mhc_lite:num_streams=5",
+    "kromhc:num_streams=8",
+    "go_mhc:num_streams=4",
+    *(f"hc:num_streams={n}:tanh=False" for n in (1, 3, 5)),
+)
 """Cases left out of the fast suite, because the oracle differentiates many parameters and shorter cases cover the same code."""
 
 
@@ -114,6 +131,9 @@ STARTS = [
     ("kromhc", lambda: oracles_family.kronecker_mixing([0.0, -8.0] * 2, 4)),
     ("kromhc:init=zeros", lambda: np.full((4, 4), 1 / 4)),
     ("circulant:num_streams=3", lambda: oracles_family.circulant_mixing([0.0] * 3, 3, 4.0 / (2 * L))),
+    ("diagonal:num_streams=2", lambda: np.eye(2) / (1 + np.exp(-8.0))),
+    ("diagonal:init=zeros", lambda: np.eye(4) / 2),
+    ("identity_mix:num_streams=2:init=zeros", lambda: 0.99 * np.eye(2) + 0.005),
     ("circulant:num_streams=2:beta=0.6", lambda: [[0.975, 0.025], [0.025, 0.975]]),  # g = 0.05
 ]
 
@@ -142,6 +162,7 @@ MIXINGS = [
     *((f"mhc_lite {n}", lambda z, n=n: permutation_mixing(z, n), int(np.prod(range(1, n + 1)))) for n in (2, 3, 4, 5)),
     *((f"kromhc {n}", kronecker_mixing, 2 * (n.bit_length() - 1)) for n in (2, 4, 8, 16)),
     *((f"circulant {n}", lambda z: circulant_mixing(z, 0.7), n) for n in (2, 3, 4, 8)),
+    *((f"go_mhc {n}", lambda z, n=n: orthostochastic_mixing(z, n), n * (2 * n - 1)) for n in (2, 3)),
 ]
 
 
@@ -217,3 +238,134 @@ def test_identity_is_mhc_without_mixing():
     for name in ("attention_connection", "mlp_connection"):
         np.testing.assert_array_equal(identity["layers"][name]["bias"], mhc["layers"][name]["bias"][:, :8])
     np.testing.assert_array_equal(logits, logits_of("mhc:init=home:disable=res")[0])
+
+
+def extreme_logits(m, seed=0):
+    """Logits [m (m - 1) / 2, tokens] of go_mhc in [-80, 80]: random ones, few that are not 0, of many sizes, all alike."""
+    random, (i, j) = np.random.default_rng(seed), np.triu_indices(m, 1)
+    k = len(i)
+    columns = [
+        random.uniform(-80, 80, (k, 20)),
+        *(random.choice([-80, *[0] * zeros, 80], (k, 20)) for zeros in (0, 1, 8)),
+    ]
+    columns += [80 * 10.0 ** random.uniform(-6, 0, (k, 20)) * random.choice([-1, 1], (k, 20))]
+    columns += [z[:, None] for z in (80 + 0 * i, (i + j) % 2 * 80, (i == 0) * 80, (j == m - 1) * 80, (j > i + 1) * -80)]
+    return np.concatenate(columns, 1).astype(np.float32)
+
+
+EXACT = [*((n, 2) for n in range(2, 17)), (4, 1), (4, 3)]
+
+
+@pytest.mark.parametrize(("n", "s"), thin(EXACT, [(4, 2), (16, 2)].__contains__))
+def test_go_mhc_is_exact_at_large_logits(n, s):
+    """Sums of rows and columns within 1e-6, H_res of the float64 oracle within 1e-5, and finite gradients."""
+    z = extreme_logits(n * s)
+    weights = np.random.default_rng(1).normal(size=(n, n, 1)).astype(np.float32)
+
+    def loss(z):
+        H = orthostochastic_mixing(z, n)
+        return (H * weights).sum(), H
+
+    gradient, H = jax.jit(jax.grad(loss, has_aux=True))(z)
+    assert np.isfinite(gradient).all()
+    H = np.asarray(H, np.float64)
+    assert (H >= 0).all()
+    np.testing.assert_allclose(H.sum(0), 1, atol=1e-6)
+    np.testing.assert_allclose(H.sum(1), 1, atol=1e-6)
+    expected = [oracles_family.orthostochastic_mixing(column, n, s) for column in z.T.astype(np.float64)]
+    np.testing.assert_allclose(np.moveaxis(H, -1, 0), expected, atol=1e-5)
+
+
+def test_gradient_of_cayley_at_large_entries():
+    """Along a random direction, against central differences in float64, at entries up to 80."""
+    random, m = np.random.default_rng(0), 5
+    upper = np.triu(random.uniform(-80, 80, (m, m)), 1)
+    A, direction, weights = upper - upper.T, np.triu(random.normal(size=(m, m)), 1), random.normal(size=(m, m))
+    direction = direction - direction.T
+
+    def value(t):
+        B = A + t * direction
+        return (weights * ((np.eye(m) - B) @ np.linalg.inv(np.eye(m) + B))).sum()
+
+    gradient = jax.grad(lambda A: (cayley(A) * weights.astype(np.float32)).sum())(jnp.asarray(A, jnp.float32))
+    slope = (np.asarray(gradient, np.float64) * direction).sum()
+    assert_close(slope, (value(1e-4) - value(-1e-4)) / 2e-4, SLOPES, terms=np.asarray(gradient) * direction)
+
+
+def test_lanes_are_a_model_written_by_hand():
+    """Four branches between an entry and an exit, in NumPy: two lanes, attention on the first, feed-forward on the second."""
+    wiring = Wiring("lanes", C, 4)
+    random = np.random.default_rng(0)
+    x, w = random.normal(size=(2, 5, C)), 1 + 0.3 * random.normal(size=(4, 2))
+    params = {"ends": {}, "branches": {"post": jnp.asarray(w, jnp.float32)}}
+    found = wiring.apply(params, [jnp.tanh, jnp.sin, jnp.cos, jnp.tanh], jnp.asarray(x, jnp.float32))
+    attention, feed_forward = np.array(x), np.array(x)
+    for layer, (attend, feed) in enumerate([(np.tanh, np.sin), (np.cos, np.tanh)]):
+        y = attend(attention)
+        attention, feed_forward = attention + w[2 * layer, 0] * y, feed_forward + w[2 * layer, 1] * y
+        y = feed(feed_forward)
+        attention, feed_forward = attention + w[2 * layer + 1, 0] * y, feed_forward + w[2 * layer + 1, 1] * y
+    assert_close(found, (attention + feed_forward) / 2)
+
+
+SIXTEEN = [("diagonal", {}), ("identity_mix:t_max=3", {"t_max": 3}), ("go_mhc", {"s": 2})]
+SIXTEEN += [("mhc:t_max=3:write_rank=4", {"t_max": 3, "rank": 4})]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("spec", "settings"), SIXTEEN, ids=[spec for spec, _ in SIXTEEN])
+def test_sixteen_streams(spec, settings):
+    """A step of one token, and the slope of a random sum of it along a random direction of streams, output and parameters."""
+    link, n = sublayer_of(f"{spec}:num_streams=16"), 16
+    random = np.random.default_rng(5)
+    x, y = random.normal(size=(1, 1, n * C)).astype(np.float32), random.normal(size=(1, 1, C)).astype(np.float32)
+    params = drawn(functools.partial(link.init, method="coefficients"), x, seed=5)["params"]
+    given = {**params, "x": x, "y": y}
+    direction = {name: random.normal(size=a.shape).astype(np.float32) for name, a in given.items()}
+    weights = random.normal(size=(n + 1, C)).astype(np.float32)
+
+    def ours(given):
+        p = {"params": {name: given[name] for name in params}}
+        c = link.apply(p, given["x"], method="coefficients")
+        h = link.apply(p, given["x"], c, method="read")[0]
+        out = link.apply(p, given["x"], c, given["y"], method="write").reshape(n, C)
+        out = jnp.concatenate([h, out])
+        return (out * weights).sum(), out
+
+    def oracle(t):
+        moved = {name: np.asarray(a, np.float64) + t * direction[name] for name, a in given.items()}
+        h, out = oracles_family.STEP[link.config.kind](moved["x"].reshape(n, C), moved["y"][0, 0], moved, **settings)
+        return np.concatenate([h[None], out])
+
+    gradient, out = jax.jit(jax.grad(ours, has_aux=True))(given)
+    assert_close(out, oracle(0.0))
+    terms = np.concatenate([np.ravel(np.asarray(gradient[name]) * direction[name]) for name in given])
+    slope = ((oracle(1e-6) - oracle(-1e-6)) * weights).sum() / 2e-6
+    assert_close(terms.sum(dtype=np.float64), slope, SLOPES, terms=terms)
+
+
+@pytest.mark.parametrize(("n", "s"), [(2, 1), (4, 2), (8, 2)])
+def test_go_mhc_is_that_of_its_authors(n, s):
+    """Golden values of their notebook, which solves for the transpose of the paper's Q: our H_res of -A."""
+    g = load(f"go_mhc_n{n}_s{s}")
+    A = g["theta"] - g["theta"].swapaxes(1, 2)
+    i, j = np.triu_indices(n * s, 1)
+    H = orthostochastic_mixing(-A[:, i, j].T, n)
+    np.testing.assert_allclose(np.moveaxis(H, -1, 0), g["H"], atol=1e-5)
+
+
+def test_identity_mix_is_that_of_its_authors():
+    """Golden values of their module.  Their H_res is applied transposed, and their gates are softmaxes of static logits."""
+    g = {name: np.asarray(a) for name, a in load("identity_mix").items()}
+    n, C = g["x"].shape[-2:]
+    config = connections.parse(f"identity_mix:num_streams={n}:t_max={g['num_iters']}")
+    link = connections.connection_module(config)(config, C, 2, 0)
+    pre, post = (np.array(oracles_family.softmax(g[f"H_{part}_logits"][0])) for part in ("pre", "post"))
+    logits = [np.log(pre / (1 - pre)), np.log(post / (2 - post)), (g["H_res_logits"].T / g["tau"]).ravel()]
+    params = {"phi": np.zeros((n * C, n * n + 2 * n)), "alpha": np.ones(3), "bias": np.concatenate(logits)}
+    params = {"params": jax.tree.map(jnp.float32, params | {"share_logit": g["H_res_alpha_logit"]})}
+    x = jnp.asarray(g["x"].reshape(2, 5, -1))
+    c = link.apply(params, x, method="coefficients")
+    assert_close(link.apply(params, x, c, method="read"), g["h"], GOLDEN)
+    x_out = link.apply(params, x, c, jnp.asarray(g["y"]), method="write")
+    assert_close(x_out.reshape(g["x_out"].shape), g["x_out"], GOLDEN)

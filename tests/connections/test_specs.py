@@ -71,7 +71,10 @@ def test_a_connection_is_read_as_it_is_spelled_or_refused_in_a_sentence(case):
 NOTHING_LEFT = (("hc", "pre+post+res"), ("scalar_gated", "post+res"), ("identity", "pre+post"))
 REFUSED = [
     *((f"{kind}:disable={parts}", f"nothing of `{kind}` is left") for kind, parts in NOTHING_LEFT),
-    *((f"{kind}:num_streams=1", "needs 2 (or more|to 5)") for kind in ("circulant", "gated", "mhc_lite")),
+    *(
+        (f"{kind}:num_streams=1", "needs 2 (or more|to 5)")
+        for kind in ("circulant", "gated", "go_mhc", "identity_mix", "mhc_lite")
+    ),
     *((f"{kind}=0", "at least 1") for kind in ("gated:rank", "attnres_block:block_size")),
     *((f"{kind}:num_streams=1:init=home", f"`{kind}` is a gated residual") for kind in ("mhc", "identity")),
     ("scalar_gated:exit=head", "connection.exit is 'head'"),
@@ -99,6 +102,15 @@ REFUSED = [
     ("kromhc:num_streams=6", "a power of two from 2 on: use 4 or 8"),
     ("kromhc:num_streams=1", "a power of two from 2 on: use 2, or `mhc`"),
     ("circulant:beta=0", "kind 'identity' has no mixing"),
+    ("mhc:write_rank=5", "connection.write_rank is 5; what 4 streams are given has rank 1 to 4"),
+    ("mhc:write_rank=0", "use such a rank"),
+    ("mhc:write_rank=2:disable=post", "connection.write_rank is 2 with post disabled.*use 1"),
+    ("single_pass:write_rank=2", "with rank 1: use `mhc` for more"),
+    ("identity_mix:t_max=0", "connection.t_max is 0; Sinkhorn needs at least 1 iteration"),
+    ("go_mhc:s=0", "connection.s is 0; a block has at least 1 row"),
+    ("lanes:num_streams=4", "use 2, or `hc` or `mhc` for any number"),
+    ("lanes:disable=post", "use kind 'residual'"),
+    ("diagonal:disable=pre+post+res", "nothing of `diagonal` is left: use kind 'residual'"),
     ("single_pass:disable=pre", "use `mhc:disable=pre`"),
     ("gated:init_std=0", "no gradient"),
     ("gated:disable=pre", "share their norm"),
@@ -116,7 +128,10 @@ def test_a_connection_that_cannot_be_is_told(spec, sentence):
     ("text", "canonical"),
     [
         *((kind, kind) for kind in ("residual", "hc")),
-        *((kind, f"{kind}:init=paper") for kind in ("mhc", "mhc_lite", "kromhc", "single_pass")),
+        *(
+            (kind, f"{kind}:init=paper")
+            for kind in ("mhc", "mhc_lite", "kromhc", "diagonal", "identity_mix", "go_mhc", "single_pass")
+        ),
         *((kind, f"{kind}:init=residual") for kind in ("circulant", "identity")),
         ("hc:tanh=true:num_streams=4", "hc"),
         ("hc:tanh=False", "hc:tanh=False"),

@@ -49,6 +49,14 @@ def test_a_pipeline_changes_nothing(schedule):
     assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kind", ["diagonal", "identity_mix:t_max=2", "go_mhc:num_streams=3", "lanes", "mhc:t_max=2:write_rank=2"]
+)
+def test_a_pipeline_of_the_kind_changes_nothing(kind):
+    assert_same_step(tiny(kind, "zb1p", 2, 3))
+
+
 WITHIN = {"attention_scope": "document:5", "vocab_size": 8}
 PACKED = [
     ("zb1p", {}),

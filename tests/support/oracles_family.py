@@ -54,6 +54,22 @@ def circulant_mixing(logits, n, g):
     return H
 
 
+def orthostochastic_mixing(logits, n, s):
+    m = n * s
+    A, k = np.zeros((m, m)), 0
+    for i in range(m):
+        for j in range(i + 1, m):
+            A[i, j], A[j, i] = logits[k], -logits[k]
+            k += 1
+    assert k == len(logits)
+    Q = (np.eye(m) - A) @ np.linalg.inv(np.eye(m) + A)
+    H = np.zeros((n, n))
+    for i in range(m):
+        for j in range(m):
+            H[i // s, j // s] += Q[i, j] ** 2 / s
+    return H
+
+
 def hc_step(x, y, p, tanh):
     W = p["W"]
     columns = W[:, 0], W[:, 1], W[:, 2:]
@@ -68,6 +84,32 @@ def step_with(mixing):
         return read(x, pre), write(x, y, post, res)
 
     return step
+
+
+def identity_mix_step(x, y, p, t_max):
+    pre, post, logits = gates(x, p)
+    n, a = len(x), sigmoid(p["share_logit"])
+    S = sinkhorn_log(np.reshape(logits, (n, n)), t_max)
+    res = [[(1 - a) * (i == j) + a * S[i, j] for j in range(n)] for i in range(n)]
+    return read(x, pre), write(x, y, post, np.array(res))
+
+
+def mhc_step(x, y, p, t_max, rank=1):
+    pre, post, logits = gates(x, p)
+    n, v = len(x), x.reshape(-1)
+    out = write(x, y, post, sinkhorn_log(np.reshape(logits, (n, n)), t_max))
+    if rank > 1:
+        z = (v @ p["write_phi"]) / rms(v, 1e-20)
+        for k in range(rank - 1):
+            for i in range(n):
+                more = 2 * sigmoid(p["write_alpha"][0] * z[k * n + i] + p["write_bias"][k * n + i]) - 1
+                out[i] = out[i] + more * p["write_scale"][k] * y
+    return read(x, pre), out
+
+
+def lanes_step(x, y, p, sublayer):
+    """`sublayer` is l - 1: attention has 0, 2, ... and reads lane 0."""
+    return x[sublayer % 2], np.array([x[i] + p["post"][i] * y for i in (0, 1)])
 
 
 def scalar_gated_step(x, y, p):
@@ -102,12 +144,16 @@ def attnres_block_step(V, y, p, sublayer, block_size, eps_norm=1e-20):
 
 STEP = {
     "hc": hc_step,
-    "mhc": step_with(lambda logits, n, t_max: sinkhorn_log(np.reshape(logits, (n, n)), t_max)),
+    "mhc": mhc_step,
     "scalar_gated": scalar_gated_step,
     "identity": step_with(lambda logits, n: np.eye(n)),
     "mhc_lite": step_with(permutation_mixing),
     "kromhc": step_with(kronecker_mixing),
     "circulant": step_with(circulant_mixing),
+    "diagonal": step_with(lambda logits, n: np.diag([sigmoid(z) for z in logits])),
+    "identity_mix": identity_mix_step,
+    "go_mhc": step_with(orthostochastic_mixing),
+    "lanes": lanes_step,
     "single_pass": single_pass_step,
     "gated": gated_step,
     "attnres_block": attnres_block_step,

@@ -56,6 +56,18 @@ def assert_close(actual, expected, relative=FP32_RELATIVE, what="", terms=0.0):
     assert error <= relative, f"{what}: relative error {error:.2e} > {relative:.0e}"
 
 
+def cancelling(gradients):
+    """Path -> size of the terms that cancel in that gradient (`assert_close`), 0 for nearly all.
+
+    The gradient of the share of `identity_mix` sums what nearly equal streams would exchange: of terms as large as those of its
+    alpha 1e-3 was left.
+    """
+    shares = {path: path.replace("share_logit", "alpha") for path in gradients if path.endswith("share_logit")}
+    return dict.fromkeys(gradients, 0.0) | {
+        path: 0.1 * np.abs(gradients[alpha]).max() for path, alpha in shares.items()
+    }
+
+
 def assert_rounded(actual, expected, what=""):
     """bfloat16 numbers which were float32 until their one rounding: each is within half a unit of its own exact value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)

@@ -114,6 +114,7 @@ def test_functions_around_nnx_modules_are_refused():
 
 
 ONE_STREAM = {"mhc_lite": "2 to 5", "kromhc": "use 2, or", "circulant": "2 or more", "gated": "2 or more"}
+ONE_STREAM |= {"go_mhc": "2 or more", "identity_mix": "2 or more", "lanes": "use 2, or"}
 
 
 def test_one_stream_is_refused_in_a_sentence_or_works(x):
