@@ -11,12 +11,14 @@ from typing import Any
 from mhc_jax.connections.attnres_block import AttnResBlock
 from mhc_jax.connections.base import Connection, ConnectionConfig
 from mhc_jax.connections.circulant import Circulant
+from mhc_jax.connections.delta_attnres import DeltaAttnRes
 from mhc_jax.connections.gated import Gated
 from mhc_jax.connections.hc import HyperConnection
 from mhc_jax.connections.identity import Identity
 from mhc_jax.connections.kromhc import KromHC
 from mhc_jax.connections.mhc import ManifoldHyperConnection
 from mhc_jax.connections.mhc_lite import MHCLite
+from mhc_jax.connections.mudd import Mudd
 from mhc_jax.connections.residual import Residual
 from mhc_jax.connections.scalar_gated import ScalarGated
 from mhc_jax.connections.single_pass import SinglePass
@@ -35,6 +37,8 @@ KINDS: dict[str, type[Connection]] = {
     "single_pass": SinglePass,
     "gated": Gated,
     "attnres_block": AttnResBlock,
+    "delta_attnres": DeltaAttnRes,
+    "mudd": Mudd,
 }
 
 

@@ -67,6 +67,8 @@ LOOKS = {
     "kromhc": ("#CC79A7", "-", "<"),
     "circulant": ("#E69F00", "--", ">"),
     "attnres_block": ("#56B4E9", ":", "h"),
+    "delta_attnres": ("#56B4E9", "--", "d"),
+    "mudd": ("#D55E00", "-.", "H"),
 }
 OTHER_LOOK = ("#7f7f7f", "-.", "p")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
