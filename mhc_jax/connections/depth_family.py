@@ -94,7 +94,7 @@ class DepthConnection(Connection):
 
     def source_weights(self, c: Any) -> Float[Array, "N B T"]:
         """Return the weights with which this sub-layer reads its sources, float32, as means over heads."""
-        return c.pre.reshape(-1, *c.pre.shape[-3:]).mean(0)
+        return c.pre.mean(0)
 
     def dense(self, c: Any, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
         """Return 1 for each of pre, post and res, because a write adds y to the residual stream that `flat` returns."""

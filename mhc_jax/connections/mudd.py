@@ -56,7 +56,7 @@ class MuddConfig(DepthConfig):
 class Mudd(DepthConnection):
     """The connection MUDD.  Diagnostics see the residual stream, before the mix if the sub-layer begins a block.
 
-    pre and res are the weight of this stream in its own mix, and `source_weights` has those of the earlier streams too.
+    pre and res are the weight of this stream in its own mix, and `source_weights` has those of the earlier streams.
     """
 
     config_class = MuddConfig
@@ -99,6 +99,10 @@ class Mudd(DepthConnection):
         """Add the branch output y to the stream that entered the branch, and keep the stream that entered the block."""
         kept = write(streams.sources, streams.x, c.post, None, self.slots)
         return StreamAndSources(write(self.read(streams, c), y, None, None, 1), kept)
+
+    def source_weights(self, c: Coefficients) -> Float[Array, "N B T"]:
+        """Return the weights of the N earlier streams in the mix, float32.  A sub-layer that begins no group has none."""
+        return c.pre[:-1]
 
     def dense(self, c: Coefficients, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
         """Return pre and res, the weight of the stream in its own mix, and post = 1."""

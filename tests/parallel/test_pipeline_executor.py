@@ -49,6 +49,12 @@ def test_a_pipeline_changes_nothing(schedule):
     assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["attnres_block:block_size=1:heads=2", "delta_attnres:block_size=1", "mudd"])
+def test_sources_of_earlier_depth_travel_between_stages(kind):
+    assert_same_step(tiny(kind, "zb1p", 2, 3))
+
+
 WITHIN = {"attention_scope": "document:5", "vocab_size": 8}
 PACKED = [
     ("zb1p", {}),
