@@ -203,7 +203,7 @@ def test_gains_marginals_and_entropy(collected):
 
 
 def test_reads_writes_and_streams(collected):
-    """Means over sampled tokens of reads, writes and weights of sources, root mean squares of streams, signed cosines of pairs; branch outputs at every token."""
+    """Means over sampled tokens, root mean squares of streams, signed cosines of pairs; branch outputs at every token."""
     raw, stacked = collected
     out = summarize(stacked)
     for l in range(L):

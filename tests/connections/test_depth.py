@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import oracles_family
 from support.decoders import OPTIMIZED, TOKENS, decoder_of, logits_of
 from support.tolerances import GOLDEN, assert_close
 
 from mhc_jax import connections
+from mhc_jax.connections.depth_family import attention_weights, read_heads
 from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
@@ -124,6 +126,16 @@ def test_a_sublayer_sees_the_sources_that_are_there(spec, seen, slots):
         assert found.shape == (slots, 1, 2)
         np.testing.assert_array_equal((found != 0).all((1, 2)), np.arange(slots) < count)
         np.testing.assert_array_equal((found != 0).any((1, 2)), np.arange(slots) < count)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_heads_read_groups_of_neighbouring_channels(heads):
+    random = np.random.default_rng(0)
+    V, w = (np.float32(random.normal(size=shape)) for shape in ((5, 6), 6))
+    weights = attention_weights(jnp.asarray(V.reshape(1, -1)), jnp.asarray(w), 4, 1e-20, heads)
+    assert weights.shape == (heads, 5, 1)
+    found = read_heads(jnp.asarray(V.reshape(1, -1)), weights)[0]
+    assert_close(found, oracles_family.attention_over_depth(np.float64(V), np.float64(w), 4, heads))
 
 
 def test_heads_must_divide_the_width():
