@@ -23,9 +23,16 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import Coefficients, split, write
+from mhc_kernels import split, write
 
-from mhc_jax.connections.depth_family import DepthAttention, DepthAttentionConfig, buffer, one_slot, read_heads
+from mhc_jax.connections.depth_family import (
+    DepthAttention,
+    DepthAttentionConfig,
+    SourceCoefficients,
+    buffer,
+    one_slot,
+    read_heads,
+)
 from mhc_jax.errors import InputError
 
 
@@ -59,10 +66,10 @@ class AttnResBlock(DepthAttention):
         """Make the buffer of sources, with the embedding in its first slot and zeros in all other slots."""
         return buffer(x, self.slots)
 
-    def start(self, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T SC"], Coefficients]:
+    def start(self, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T SC"], SourceCoefficients]:
         """Make the state (sources, c) before the first boundary.  A write with these coefficients c adds to no slot."""
         none = jnp.zeros((self.config.heads, self.slots, *x.shape[:-1]), jnp.float32)
-        return self.expand(x), Coefficients(none, none[0], None)
+        return self.expand(x), SourceCoefficients(none, none[0])
 
     def flat(self, streams: Float[Array, "B T SC"]) -> Float[Array, "B T C"]:
         """Return the residual stream, which is the sum of all sources."""
@@ -75,22 +82,22 @@ class AttnResBlock(DepthAttention):
             "edit, or give a model with another kind of connection."
         )
 
-    def coefficients(self, streams: Float[Array, "B T SC"]) -> Coefficients:
+    def coefficients(self, streams: Float[Array, "B T SC"]) -> SourceCoefficients:
         """Make the coefficients: pre [H, S, B, T] has the attention weights, and post is one-hot on the slot to write to."""
         sublayer, size = self.sublayer, self.config.block_size
         pre = self.attend(streams, 1 + (sublayer + size - 1) // size)
-        return Coefficients(pre, one_slot(1 + sublayer // size, pre), None)
+        return SourceCoefficients(pre, one_slot(1 + sublayer // size, pre))
 
-    def read(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
+    def read(self, streams: Float[Array, "B T SC"], c: SourceCoefficients) -> Float[Array, "B T C"]:
         r"""Read the sources V with the weights H_pre: $h = \sum_i H^{pre}_i V_i$ in the channels of each head."""
         return read_heads(streams, c.pre)
 
     def write(
-        self, streams: Float[Array, "B T SC"], c: Coefficients, y: Float[Array, "B T C"]
+        self, streams: Float[Array, "B T SC"], c: SourceCoefficients, y: Float[Array, "B T C"]
     ) -> Float[Array, "B T SC"]:
         """Add the branch output y to the slot of the group that the sub-layer belongs to."""
         return write(streams, y, c.post, None, self.slots)
 
-    def collapse(self, streams: Float[Array, "B T SC"], c: Coefficients) -> Float[Array, "B T C"]:
+    def collapse(self, streams: Float[Array, "B T SC"], c: SourceCoefficients) -> Float[Array, "B T C"]:
         """Make one vector of all sources, by attention with the query of the exit."""
         return read_heads(streams, self.attend(streams, self.slots))

@@ -27,11 +27,12 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import Coefficients, write
+from mhc_kernels import write
 
 from mhc_jax.connections.depth_family import (
     DepthAttention,
     DepthAttentionConfig,
+    SourceCoefficients,
     StreamAndSources,
     buffer,
     one_slot,
@@ -62,28 +63,28 @@ class DeltaAttnRes(DepthAttention):
         """Make the stream of the embedding x, and the buffer of sources with x in its first slot."""
         return StreamAndSources(x, buffer(x, self.slots))
 
-    def start(self, x: Float[Array, "B T C"]) -> tuple[StreamAndSources, Coefficients]:
+    def start(self, x: Float[Array, "B T C"]) -> tuple[StreamAndSources, SourceCoefficients]:
         """Make the state (streams, c) before the first boundary.  A write of y = 0 with this c changes nothing."""
         none = jnp.zeros((self.config.heads, self.slots, *x.shape[:-1]), jnp.float32)
-        return self.expand(x), Coefficients(none, none[0], None)
+        return self.expand(x), SourceCoefficients(none, none[0])
 
-    def coefficients(self, streams: StreamAndSources) -> Coefficients:
+    def coefficients(self, streams: StreamAndSources) -> SourceCoefficients:
         """Make the coefficients: pre [H, N, B, T] is g times the attention weights, and post is one-hot on a slot.
 
         The outputs of the last group have no slot, because no sub-layer would read it.
         """
         begun = self.sublayer // self.config.block_size
         pre = self.g * self.attend(streams.sources, jnp.where(self.sublayer == 0, 0, 1 + begun))
-        return Coefficients(pre, one_slot(1 + begun, pre), None)
+        return SourceCoefficients(pre, one_slot(1 + begun, pre))
 
-    def read(self, streams: StreamAndSources, c: Coefficients) -> Float[Array, "B T C"]:
+    def read(self, streams: StreamAndSources, c: SourceCoefficients) -> Float[Array, "B T C"]:
         r"""Return the branch input $h = x + \sum_j H^{pre}_j d_j$, in the dtype of the streams."""
         return streams.x + read_heads(streams.sources, c.pre)
 
-    def write(self, streams: StreamAndSources, c: Coefficients, y: Float[Array, "B T C"]) -> StreamAndSources:
+    def write(self, streams: StreamAndSources, c: SourceCoefficients, y: Float[Array, "B T C"]) -> StreamAndSources:
         """Add the branch output y to the stream, and to the slot of the group that the sub-layer belongs to."""
         return StreamAndSources(write(streams.x, y, None, None, 1), write(streams.sources, y, c.post, None, self.slots))
 
-    def collapse(self, streams: StreamAndSources, c: Coefficients) -> Float[Array, "B T C"]:
+    def collapse(self, streams: StreamAndSources, c: SourceCoefficients) -> Float[Array, "B T C"]:
         """Return the residual stream x."""
         return streams.x

@@ -76,6 +76,15 @@ class StreamAndSources(NamedTuple):
     """The buffer of sources.  Slots that are not filled yet are zero."""
 
 
+class SourceCoefficients(NamedTuple):
+    """Coefficients of one sub-layer, float32, with the axes of tokens last."""
+
+    pre: Float[Array, "*H N B T"]
+    """Weights with which the sub-layer reads the slots, for each head if the kind has heads."""
+    post: Float[Array, "N B T"]
+    """Weights of a write to the slots: 1 for the slot that the sub-layer writes to, 0 for all others."""
+
+
 class DepthConnection(Connection):
     """The base class of connections that read sources.  Diagnostics see one stream, which `flat` returns."""
 
@@ -92,7 +101,7 @@ class DepthConnection(Connection):
         """Return the residual stream x with the sources of `streams`."""
         return streams._replace(x=x)
 
-    def source_weights(self, c: Any) -> Float[Array, "N B T"]:
+    def source_weights(self, c: SourceCoefficients) -> Float[Array, "N B T"]:
         """Return the weights with which this sub-layer reads its sources, float32, as means over heads."""
         return c.pre.mean(0)
 

@@ -32,7 +32,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from mhc_kernels import Coefficients, read, write
 
-from mhc_jax.connections.depth_family import DepthConfig, DepthConnection, StreamAndSources, mix_weights, one_slot
+from mhc_jax.connections.depth_family import (
+    DepthConfig,
+    DepthConnection,
+    SourceCoefficients,
+    StreamAndSources,
+    mix_weights,
+    one_slot,
+)
 
 GAMMA = 0.001
 """Initial value of gamma, the public code's initial weight of the norm after the mix."""
@@ -74,40 +81,40 @@ class Mudd(DepthConnection):
         """Make the stream of the embedding x, and an empty buffer of N slots."""
         return StreamAndSources(x, jnp.zeros((*x.shape[:-1], self.slots * self.width), x.dtype))
 
-    def start(self, x: Float[Array, "B T C"]) -> tuple[StreamAndSources, Coefficients]:
+    def start(self, x: Float[Array, "B T C"]) -> tuple[StreamAndSources, SourceCoefficients]:
         """Make the state (streams, c) before the first boundary.  A write of y = 0 with this c changes nothing."""
         pre = one_slot(self.slots, jnp.zeros((1, self.slots + 1, *x.shape[:-1])))
-        return self.expand(x), Coefficients(pre, jnp.zeros_like(pre[1:]), None)
+        return self.expand(x), SourceCoefficients(pre, jnp.zeros_like(pre[1:]))
 
     def mix(self, streams: StreamAndSources, filled: int | Int[Array, ""]) -> Float[Array, "S B T"]:
         """Return the `mix_weights` of this sub-layer or of the exit."""
         V = jnp.concatenate(streams[::-1], -1)
         return mix_weights(V, filled, self.W1, self.W2, self.bias, self.gamma, self.config.eps_norm)
 
-    def coefficients(self, streams: StreamAndSources) -> Coefficients:
+    def coefficients(self, streams: StreamAndSources) -> SourceCoefficients:
         """Make the coefficients: pre [N + 1, B, T] weighs the slots and x, and post is one-hot on the slot that will keep x."""
-        block, within = jnp.divmod(self.sublayer, self.config.block_size)
+        block, within = self.sublayer // self.config.block_size, self.sublayer % self.config.block_size
         pre = self.mix(streams, block)
         pre = jnp.where((within == 0) & (block > 0), pre, one_slot(self.slots, pre[None]))
-        return Coefficients(pre, one_slot(jnp.where(within == 0, block, self.slots), pre[None, 1:]), None)
+        return SourceCoefficients(pre, one_slot(jnp.where(within == 0, block, self.slots), pre[None, 1:]))
 
-    def read(self, streams: StreamAndSources, c: Coefficients) -> Float[Array, "B T C"]:
+    def read(self, streams: StreamAndSources, c: SourceCoefficients) -> Float[Array, "B T C"]:
         r"""Return the stream that enters the branch, $h = \sum_j H^{pre}_j X_j$, in the dtype of the streams."""
         return read(jnp.concatenate(streams[::-1], -1), c.pre, self.slots + 1)
 
-    def write(self, streams: StreamAndSources, c: Coefficients, y: Float[Array, "B T C"]) -> StreamAndSources:
+    def write(self, streams: StreamAndSources, c: SourceCoefficients, y: Float[Array, "B T C"]) -> StreamAndSources:
         """Add the branch output y to the stream that entered the branch, and keep the stream that entered the block."""
         kept = write(streams.sources, streams.x, c.post, None, self.slots)
         return StreamAndSources(write(self.read(streams, c), y, None, None, 1), kept)
 
-    def source_weights(self, c: Coefficients) -> Float[Array, "N B T"]:
+    def source_weights(self, c: SourceCoefficients) -> Float[Array, "N B T"]:
         """Return the weights of the N earlier streams in the mix, float32.  A sub-layer that begins no group has none."""
         return c.pre[:-1]
 
-    def dense(self, c: Coefficients, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
+    def dense(self, c: SourceCoefficients, like: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
         """Return pre and res, the weight of the stream in its own mix, and post = 1."""
         return super(DepthConnection, self).dense(Coefficients(c.pre[-1:], None, c.pre[None, -1:]), like)
 
-    def collapse(self, streams: StreamAndSources, c: Coefficients) -> Float[Array, "B T C"]:
+    def collapse(self, streams: StreamAndSources, c: SourceCoefficients) -> Float[Array, "B T C"]:
         """Make one vector by the mix of the exit."""
-        return self.read(streams, Coefficients(self.mix(streams, self.slots), None, None))
+        return self.read(streams, c._replace(pre=self.mix(streams, self.slots)))
