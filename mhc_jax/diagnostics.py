@@ -65,7 +65,8 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
     Returns:
       float32 arrays: pre [S, n], post [S, n] and res [S, n, n], the `stream_measures` [] and stream_rms [n] of the S tokens'
       streams, and branch_rms [] of y at all tokens.  Kinds that make H_res from logits add res_logit_min [] and res_logit_max [],
-      the smallest and the largest of these logits at the S tokens.
+      the smallest and the largest of these logits at the S tokens.  Kinds that read sources of earlier depth add source_weights
+      [S, slots].
     """
     pre, post, res = link.dense(c, y)
     tokens = y.shape[0] * y.shape[1]
@@ -77,6 +78,8 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
     sampled = jnp.stack([s.reshape(tokens, -1)[picked] for s in split(link.flat(streams), pre.shape[0])], 1)
     logits = link.mixing_logits(streams)
     of_logits = {} if logits is None else {"res_logit_min": pick(logits).min(), "res_logit_max": pick(logits).max()}
+    weights = link.source_weights(c)
+    of_sources = {} if weights is None else {"source_weights": pick(weights)}
     return {
         "pre": pick(pre),
         "post": pick(post),
@@ -85,6 +88,7 @@ def sample_sublayer(link: Connection, streams: Any, c: Any, y: Float[Array, "B T
         "stream_rms": root_mean_square(sampled, (0, 2)),
         "branch_rms": root_mean_square(y, (0, 1, 2)),
         **of_logits,
+        **of_sources,
     }
 
 
@@ -248,6 +252,8 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
       - saturation: share of the entries of H_res above `SATURATED`, over all tokens.
       - stream_cosine, stream_cosine_abs, stream_rank, stream_rms [L, n], branch_rms and, of kinds that make H_res from logits,
         res_logit_min and res_logit_max: as `sample_sublayer` returns them.
+      - depth_mixing [L, slots], of kinds that read sources of earlier depth: the weights with which sub-layers read the slots,
+        means over tokens (and heads).  A slot that a sub-layer does not see has the weight 0.
     """
     values = {key: np.asarray(value, np.float64) for key, value in jax.device_get(collected).items()}
     H = values["res"]
@@ -277,4 +283,5 @@ def summarize(collected: dict[str, Any]) -> dict[str, np.ndarray]:
             "saturation": (H > SATURATED).mean((1, 2, 3)),
             **{key: values[key] for key in (*STREAM_MEASURES, "stream_rms", "branch_rms")},
             **{key: values[key] for key in ("res_logit_min", "res_logit_max") if key in values},
+            **({"depth_mixing": values["source_weights"].mean(1)} if "source_weights" in values else {}),
         }

@@ -2,9 +2,9 @@
 
     python experiments/sweep.py experiments/sweeps/muon.py --workdir=runs/muon
 
-Each optimizer runs at three learning rates, because a rate that suits one need not suit another.  Expect: whether a connection gains
-over residual can be read at each optimizer's best rate.  At this size the sweep tells large effects only; the largest stable rate
-needs a search over rates with more seeds.  Cost: 72 runs of 10 to 60 s on 2 CPU cores, about twenty minutes in all.
+Each optimizer runs at three learning rates, because a rate that suits one need not suit another.  Expect: Muon's losses are lower
+than AdamW's by a few hundredths of a nat per token.  At this size differences between connections are not resolved, and the
+largest stable rate needs a search over more rates and seeds.  Cost: 72 runs of 10 to 60 s on 2 CPU cores, twenty minutes in all.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds

@@ -11,6 +11,7 @@ from typing import Any
 from mhc_jax.connections.attnres_block import AttnResBlock
 from mhc_jax.connections.base import Connection, ConnectionConfig
 from mhc_jax.connections.circulant import Circulant
+from mhc_jax.connections.delta_attnres import DeltaAttnRes
 from mhc_jax.connections.diagonal import Diagonal
 from mhc_jax.connections.gated import Gated
 from mhc_jax.connections.go_mhc import GoMHC
@@ -21,6 +22,7 @@ from mhc_jax.connections.kromhc import KromHC
 from mhc_jax.connections.lanes import Lanes
 from mhc_jax.connections.mhc import ManifoldHyperConnection
 from mhc_jax.connections.mhc_lite import MHCLite
+from mhc_jax.connections.mudd import Mudd
 from mhc_jax.connections.residual import Residual
 from mhc_jax.connections.scalar_gated import ScalarGated
 from mhc_jax.connections.single_pass import SinglePass
@@ -43,6 +45,8 @@ KINDS: dict[str, type[Connection]] = {
     "single_pass": SinglePass,
     "gated": Gated,
     "attnres_block": AttnResBlock,
+    "delta_attnres": DeltaAttnRes,
+    "mudd": Mudd,
 }
 
 

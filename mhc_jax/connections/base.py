@@ -21,7 +21,8 @@ branch l.  `write_read` does these three operations, so that one kernel can do t
 output that is not yet written is called a pending write.  `start` gives the state before the first boundary, whose pending write
 changes nothing.
 
-Diagnostics use `flat(streams)`, the three arrays of `dense(c, y)`, and `mixing_logits(streams)` of kinds that have them.
+Diagnostics use `flat(streams)`, the three arrays of `dense(c, y)`, and of kinds that have them `mixing_logits(streams)` and
+`source_weights(c)`.
 """
 
 from __future__ import annotations
@@ -192,6 +193,13 @@ class Connection(nn.Module):
         """Return the k logits from which this sub-layer makes H_res, float32, for diagnostics.
 
         None means that H_res is fixed, or that this kind of connection does not make it from logits.
+        """
+        return None
+
+    def source_weights(self, c: Any) -> Float[Array, "S B T"] | None:
+        """Return the weights with which this sub-layer reads the S slots of its sources of earlier depth, float32, for diagnostics.
+
+        Slots that the sub-layer does not see have the weight 0.  None means that this kind of connection keeps no sources.
         """
         return None
 

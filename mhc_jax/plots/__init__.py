@@ -7,6 +7,7 @@ made without pyplot, so that they need no display and do not depend on each othe
 
 from mhc_jax.plots.curves import block_grad_norm, grad_norm, loss, loss_cost, loss_gap
 from mhc_jax.plots.mixing import (
+    depth_mixing,
     eigenvalues,
     gain_depth,
     gain_step,
@@ -24,6 +25,7 @@ __all__ = [
     "NothingToDraw",
     "Plot",
     "block_grad_norm",
+    "depth_mixing",
     "eigenvalues",
     "gain_depth",
     "gain_step",

@@ -269,6 +269,43 @@ def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
     return figure
 
 
+@register(FIGURES, "Reads of earlier depth")
+def depth_mixing(records: Sequence[RunRecord]) -> Figure:
+    """Draw heat maps of the weights with which sub-layers read sources of earlier depth.
+
+    Each panel shows one run at its last diagnostics step. The x axis is the sub-layer l, and the y axis is the source j: 0 is the
+    embedding, and the others are what the kind of connection keeps: outputs of earlier sub-layers, their sums, or earlier streams.
+    Colours show the weights (no unit), means over the sampled tokens and over heads. Weights on top of the residual stream, which
+    is read with weight 1, may have either sign. A cell is blank if its weight is exactly 0, such as that of a source which the
+    sub-layer cannot see.
+    """
+    found = [(style, last_diagnostics(record, "depth_mixing")) for record, style in styled(records)]
+    runs = [(style, last) for style, last in found if last is not None]
+    if not runs:
+        raise NothingToDraw(
+            "no diagnostics with depth_mixing, which connections that read sources of earlier depth have"
+        )
+    columns = min(len(runs), 2)
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(5.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (style, (step, weights)) in zip(axes, runs, strict=False):
+        L, slots = weights.shape
+        cmap, norm = heat_scale(weights, least=1e-6)
+        edges = np.arange(L + 1) + 0.5, np.arange(slots + 1) - 0.5
+        mesh = axis.pcolormesh(*edges, np.ma.masked_equal(weights.T, 0), cmap=cmap, norm=norm, **SEAMLESS)
+        figure.colorbar(mesh, ax=axis, pad=0.01)
+        axis.set_title(f"{style['label']} (step {step})", color=style["color"])
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.invert_yaxis()
+        axis.grid(False)
+        axis.set(xlabel="sub-layer l", ylabel="source j")
+    for axis in axes[len(runs) :]:
+        axis.set_axis_off()
+    return figure
+
+
 def _multi_stream(
     records: Sequence[RunRecord], key: str
 ) -> Iterator[tuple[RunRecord, dict[str, Any], tuple[int, np.ndarray]]]:
@@ -282,12 +319,12 @@ def _multi_stream(
             yield record, style, last
 
 
-def heat_scale(values: Float[np.ndarray, "*shape"]) -> tuple[str, Normalize]:
+def heat_scale(values: Float[np.ndarray, "*shape"], least: float = 1.0) -> tuple[str, Normalize]:
     """Return the name of the colour map and the scale of a heat map.
 
-    If any value is negative, colours diverge from 0.  Otherwise they begin at 0.  The scale reaches at least to 1.
+    If any value is negative, colours diverge from 0.  Otherwise they begin at 0.  The scale reaches at least to `least`.
     """
-    top = max(1.0, float(np.nanmax(np.abs(values))))
+    top = max(least, float(np.nanmax(np.abs(values))))
     if np.nanmin(values) < -1e-6:
         return "RdBu_r", Normalize(-top, top)
     return "Blues", Normalize(0, top)

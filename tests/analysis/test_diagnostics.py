@@ -124,6 +124,7 @@ def collected():
         "streams": random.normal(size=(L, B, T, N * C)) * np.repeat([1.0, 2.0, 5.0], C),
         "y": random.normal(size=(L, B, T, C)),
         "logits": random.normal(size=(L, 7, B, T)),
+        "weights": random.normal(size=(L, 4, B, T)),
     }
     raw["res"][:, 0, 0] = 0.99 + random.choice([-0.001, 0.001], (L, B, T))
     raw = {key: np.float32(value) for key, value in raw.items()}
@@ -132,7 +133,10 @@ def collected():
     def sampled(given):
         dense = given["pre"], given["post"], given["res"]
         link = types.SimpleNamespace(
-            dense=lambda c, y: dense, flat=lambda streams: streams, mixing_logits=lambda streams: given["logits"]
+            dense=lambda c, y: dense,
+            flat=lambda streams: streams,
+            mixing_logits=lambda streams: given["logits"],
+            source_weights=lambda c: given["weights"],
         )
         return sample_sublayer(link, given["streams"], None, given["y"], len(SHOWN))
 
@@ -206,6 +210,8 @@ def test_reads_writes_and_streams(collected):
         for key in ("pre", "post"):
             shown = raw[key][l].reshape(N, -1)[:, SHOWN]
             np.testing.assert_allclose(out[f"h_{key}"][l], shown.mean(1), rtol=1e-6)
+        shown = raw["weights"][l].reshape(4, -1)[:, SHOWN]
+        np.testing.assert_allclose(out["depth_mixing"][l], shown.mean(1), rtol=1e-6)
         streams = raw["streams"][l].reshape(-1, N, C)[SHOWN]
         np.testing.assert_allclose(out["stream_rms"][l], np.sqrt((streams**2).mean((0, 2))), rtol=1e-6)
         assert out["branch_rms"][l] == pytest.approx(np.sqrt((raw["y"][l] ** 2).mean()), rel=1e-6)

@@ -327,7 +327,7 @@ def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
     assert "mhc:init=paper" in page
     assert "mhc:init=home:t_max=5" in page
     drawn = [name for name, _ in figures]
-    assert set(drawn) == {*plots.FIGURES, "gap_curves", "seed_bands", "seed_strip"} - {"loss_gap"}
+    assert set(drawn) == {*plots.FIGURES, "gap_curves", "seed_bands", "seed_strip"} - {"loss_gap", "depth_mixing"}
     means = [mean_record(variant) for variant in group(seeds)]
     for name, figure in [*figures, ("loss_gap", plots.FIGURES["loss_gap"].draw(means))]:
         for text in figure.findobj(lambda artist: hasattr(artist, "get_text")):

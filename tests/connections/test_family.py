@@ -51,6 +51,12 @@ CASES = [
     ("attnres_block:block_size=2", {"sublayer": SUBLAYER, "block_size": 2}),
     ("attnres_block:block_size=1", {"sublayer": SUBLAYER, "block_size": 1}),
     ("attnres_block:block_size=3", {"sublayer": SUBLAYER, "block_size": 3}),
+    ("attnres_block:block_size=2:heads=3", {"sublayer": SUBLAYER, "block_size": 2, "heads": 3}),
+    ("delta_attnres:block_size=1:heads=3", {"sublayer": SUBLAYER, "block_size": 1, "heads": 3}),
+    ("delta_attnres:block_size=2", {"sublayer": SUBLAYER, "block_size": 2}),
+    ("mudd:block_size=1", {"sublayer": SUBLAYER, "block_size": 1}),
+    ("mudd:block_size=3:norms=False", {"sublayer": SUBLAYER, "block_size": 3}),
+    ("mudd:block_size=2", {"sublayer": SUBLAYER, "block_size": 2}),
 ]
 
 
@@ -84,8 +90,9 @@ def test_step_and_gradients_against_the_oracle(spec, settings):
 
     if kind == "single_pass":
         settings = {"pre": np.asarray(leaves[1][:, 0, 0], np.float64)}
-    names = sorted(params)
-    given = [np.asarray(a, np.float64) for a in (leaves[0].reshape(-1, C), y[0, 0], *(params[name] for name in names))]
+    names, widths = sorted(params), [leaf.size for leaf in (leaves[:1] if kind == "single_pass" else leaves)]
+    joined = jnp.concatenate([leaf.ravel() for leaf in leaves[: len(widths)]])
+    given = [np.asarray(a, np.float64) for a in (joined.reshape(-1, C), y[0, 0], *(params[name] for name in names))]
 
     def oracle(x, y, *values):
         h, out = oracles_family.STEP[kind](x, y, dict(zip(names, values, strict=True)), **settings)
@@ -95,13 +102,16 @@ def test_step_and_gradients_against_the_oracle(spec, settings):
     weights = [normal(e.shape) for e in expected]
 
     def ours(x, y, params):
-        streams = tree.unflatten([x, *leaves[1:]])
+        parts = jnp.split(x, np.cumsum(widths)[:-1])
+        parts = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=False)]
+        streams = tree.unflatten([*parts, *leaves[len(widths) :]])
         c = link.apply({"params": params}, streams, method="coefficients")
         h = link.apply({"params": params}, streams, c, method="read")[0, 0]
-        out = jax.tree.leaves(link.apply({"params": params}, streams, c, y, method="write"))[0][0, 0]
+        written = jax.tree.leaves(link.apply({"params": params}, streams, c, y, method="write"))
+        out = jnp.concatenate([leaf.ravel() for leaf in written[: len(widths)]])
         return (h * weights[0]).sum() + (out * weights[1]).sum(), (h, out)
 
-    grads, actual = jax.jit(jax.grad(ours, (0, 1, 2), has_aux=True))(leaves[0], y, params)
+    grads, actual = jax.jit(jax.grad(ours, (0, 1, 2), has_aux=True))(joined, y, params)
     for name, a, e in zip(("h", "x'"), actual, expected, strict=True):
         assert_close(a, e, what=name)
     numeric = oracles.numerical_gradient(

@@ -14,7 +14,7 @@ from mhc_jax.plots.style import LOOKS
 
 FIELDS = {kind: dataclasses.fields(connections.config_class(kind)) for kind in connections.KINDS}
 NAMES = (*connections.mhc_family.PRESETS, *connections.mhc_family.EPS_CONVENTIONS)
-EXITS = ("sum", "mean", "head", "gate", "last_read", "attention", "copy", "scaled")
+EXITS = ("sum", "mean", "head", "gate", "last_read", "attention", "mix", "copy", "scaled")
 VALUES = {
     "int": st.integers(-1, 9),
     "float": st.sampled_from([0.0, 0.01, 1 / 3, 1e-30, -2.5, 4.0, 100.0]) | st.floats(allow_nan=False),
@@ -75,7 +75,10 @@ REFUSED = [
         (f"{kind}:num_streams=1", "needs 2 (or more|to 5)")
         for kind in ("circulant", "gated", "go_mhc", "identity_mix", "mhc_lite")
     ),
-    *((f"{kind}=0", "at least 1") for kind in ("gated:rank", "attnres_block:block_size")),
+    *(
+        (f"{kind}=0", "at least 1")
+        for kind in ("gated:rank", "attnres_block:block_size", "delta_attnres:heads", "mudd:block_size")
+    ),
     *((f"{kind}:num_streams=1:init=home", f"`{kind}` is a gated residual") for kind in ("mhc", "identity")),
     ("scalar_gated:exit=head", "connection.exit is 'head'"),
     ("attnres_block:exit=sum", "connection.exit is 'sum'"),
@@ -115,6 +118,11 @@ REFUSED = [
     ("gated:init_std=0", "no gradient"),
     ("gated:disable=pre", "share their norm"),
     ("attnres_block:num_streams=4", "set block_size"),
+    ("attnres_block:heads=0", "connection.heads is 0; it must be at least 1"),
+    ("delta_attnres:exit=attention", "connection.exit is 'attention'; it must be one of 'sum'"),
+    ("delta_attnres:disable=pre", "`delta_attnres` has only its read: use kind 'residual'"),
+    ("mudd:num_streams=2", "`mudd` keeps sources, not streams: set block_size"),
+    ("mudd:exit=sum", "connection.exit is 'sum'; it must be one of 'mix'"),
 ]
 
 

@@ -49,10 +49,12 @@ def test_a_pipeline_changes_nothing(schedule):
     assert_same_step(tiny(kind, schedule, stages, microbatches, **others))
 
 
+PIPELINED = ["diagonal", "identity_mix:t_max=2", "go_mhc:num_streams=3", "lanes", "mhc:t_max=2:write_rank=2"]
+PIPELINED += ["attnres_block:block_size=1:heads=2", "delta_attnres:block_size=1", "mudd"]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "kind", ["diagonal", "identity_mix:t_max=2", "go_mhc:num_streams=3", "lanes", "mhc:t_max=2:write_rank=2"]
-)
+@pytest.mark.parametrize("kind", PIPELINED)
 def test_a_pipeline_of_the_kind_changes_nothing(kind):
     assert_same_step(tiny(kind, "zb1p", 2, 3))
 

@@ -133,13 +133,61 @@ def gated_step(x, y, p, eps_norm=1e-6):
     return h, np.array([x[i] + post[i] * y for i in range(n)])
 
 
-def attnres_block_step(V, y, p, sublayer, block_size, eps_norm=1e-20):
+def attention_over_depth(V, w, seen, heads, eps_norm=1e-20):
+    """Sum of the first `seen` rows of V [S, C], with a softmax for each group of C / heads channels."""
+    group = len(w) // heads
+    out = np.zeros(len(w))
+    for h in range(heads):
+        own = range(h * group, (h + 1) * group)
+        logits = [sum(w[c] * V[i, c] for c in own) / rms(V[i], eps_norm) for i in range(seen)]
+        for i, a in enumerate(softmax(logits)):
+            for c in own:
+                out[c] += a * V[i, c]
+    return out
+
+
+def attnres_block_step(V, y, p, sublayer, block_size, heads=1):
     """V [S, C] is the embedding, then one sum for each group; groups that have not begun are not read.  `sublayer` is l - 1."""
     begun = 1 + len({j // block_size for j in range(sublayer)})
-    weights = softmax([float(p["w"] @ V[i]) / rms(V[i], eps_norm) for i in range(begun)])
     out = np.array(V)
     out[1 + sublayer // block_size] += y
-    return sum(weights[i] * V[i] for i in range(begun)), out
+    return attention_over_depth(V, p["w"], begun, heads), out
+
+
+def delta_attnres_step(state, y, p, sublayer, block_size, heads=1):
+    """The state is the stream, the embedding, then one sum for each group but the last; unfinished groups are not read."""
+    finished = [b for b in range(sublayer) if (b + 1) * block_size <= sublayer]
+    out = np.array(state)
+    out[0] += y
+    slot = 2 + sublayer // block_size
+    if slot < len(out):
+        out[slot] += y
+    if sublayer == 0:
+        return state[0], out
+    return state[0] + p["g"] * attention_over_depth(state[1:], p["w"], 1 + len(finished), heads), out
+
+
+def mudd_mix(state, blocks, p, eps_norm=1e-6):
+    """The mix of x = state[0] and of the first `blocks` streams after it.  Without p["gamma"] there are no norms."""
+    seen = [*(state[1 + j] for j in range(blocks)), state[0]]
+    hidden = [z / 2 * (1 + math.erf(z / math.sqrt(2))) for z in (state[0] / rms(state[0], eps_norm)) @ p["W1"]]
+    columns = [*range(blocks), len(p["bias"]) - 1]
+    a = [sum(h * p["W2"][k, s] for k, h in enumerate(hidden)) + p["bias"][s] for s in columns]
+    if "gamma" not in p:
+        return sum(w * v for w, v in zip(a, seen, strict=True))
+    inner = sum(w * v / rms(v, eps_norm) for w, v in zip(a, seen, strict=True))
+    return state[0] + p["gamma"] * inner / rms(inner, eps_norm)
+
+
+def mudd_step(state, y, p, sublayer, block_size):
+    """The state is the stream x, then X_0, X_1, ... of the blocks that have begun."""
+    block, within = divmod(sublayer, block_size)
+    h = state[0] if within or not block else mudd_mix(state, block, p)
+    out = np.array(state)
+    if not within:
+        out[1 + block] += state[0]
+    out[0] = h + y
+    return h, out
 
 
 STEP = {
@@ -157,4 +205,6 @@ STEP = {
     "single_pass": single_pass_step,
     "gated": gated_step,
     "attnres_block": attnres_block_step,
+    "delta_attnres": delta_attnres_step,
+    "mudd": mudd_step,
 }

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from support.in_process import run_here
+from support.thinned import thin
 from support.tiny_runs import final_state, lines, tiny, with_train
 
 from mhc_jax import connections, loop
@@ -32,7 +33,10 @@ def from_source(source, spec="residual", model=None, data=None, **train):
     return with_train(changed, init_from=str(folder), **train)
 
 
-@pytest.mark.parametrize("spec", ["identity", "mhc:init=paper", "hc"])
+STARTS = ["identity", "mhc:init=paper", "hc", "delta_attnres", "mudd"]
+
+
+@pytest.mark.parametrize("spec", thin(STARTS, lambda spec: spec != "mudd"))
 def test_a_residual_model_is_given_streams_without_a_jump(source, tmp_path, spec):
     """The loss of the first step is that of the residual model on the same batch."""
     losses = []
