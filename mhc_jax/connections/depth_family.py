@@ -11,6 +11,9 @@ With H heads (arXiv 2607.27230, Eq. 3) head h has a softmax of its own and reads
 
 The RMS is that of all C channels, also with several heads, as in that paper.  It takes no weight, which the public code has: the
 query would absorb it.  Logits are not divided by $\sqrt{C}$, neither in the papers nor here.
+
+The scores of all heads are one product with a matrix [C, H] that is 0 outside each head's channels.  These are H times the FLOPs
+of one head, in an operation whose time goes into reading V.
 """
 
 from __future__ import annotations
