@@ -7,9 +7,14 @@ Every parameter takes weight decay, the embedding too, except three groups: the 
 | --- | --- | --- |
 | HC | A_m, B, A_r, s_a, s_b | W |
 | mHC and its family | alpha, bias | phi |
+| `identity_mix` | alpha, bias, share_logit | phi |
+| `mhc:write_rank=2` and above | also write_alpha, write_bias, write_scale | also write_phi |
+| `lanes` | post | |
 | `gated` | norm | down, up, inject |
 | `scalar_gated` | lam, mu | |
 | `attnres_block` | | w |
+| `delta_attnres` | g | w |
+| `mudd` | bias, gamma | W1, W2 |
 | entry `scaled`, exit `head` | entry_scale, head_alpha, head_bias | head_phi |
 
 Under `optimizer.name=muon` Muon updates the matrices that take weight decay, except the embedding and the unembedding, and AdamW
