@@ -26,7 +26,6 @@ from mhc_jax.train_step import init_state, make_diagnostics_step, make_train_ste
 
 GOLDEN = Path(__file__).parents[1] / "support" / "golden" / "steps.json"
 MODELS = {kind: (kind, {}) for kind in connections.KINDS}
-MODELS["mhc:write_rank=2"] = ("mhc:write_rank=2", {})
 MODELS |= {"mhc:init=home": ("mhc:init=home", {}), "mhc with experts and latent attention": ("mhc", MLA | EXPERTS)}
 GAINS = ("composite_forward", "composite_backward", "composite_forward_norm")
 
