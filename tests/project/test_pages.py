@@ -36,21 +36,21 @@ CONTRACT += ["every_parameter_has_a_gradient", "dense_fills_in_disabled_componen
 
 
 def test_the_example_connection_works_as_printed(monkeypatch):
-    (code,) = re.findall(r"```python\n(# mhc_jax/connections/diagonal.py\n.*?)```", README, re.DOTALL)
-    module = types.ModuleType("diagonal")
+    (code,) = re.findall(r"```python\n(# mhc_jax/connections/forget.py\n.*?)```", README, re.DOTALL)
+    module = types.ModuleType("forget")
     exec(compile(code, "README.md", "exec"), module.__dict__)
-    (line,) = re.findall(r'`("diagonal": Diagonal)` in `KINDS`', README)
+    (line,) = re.findall(r'`("forget": Forget)` in `KINDS`', README)
     monkeypatch.setitem(connections.KINDS, *eval("{" + line + "}", module.__dict__).popitem())
 
     monkeypatch.syspath_prepend(ROOT / "tests/connections")
     tests = importlib.import_module("test_connections")
     for contract in CONTRACT:
-        getattr(tests, f"test_{contract}")("diagonal")
+        getattr(tests, f"test_{contract}")("forget")
     model = ModelConfig(vocab_size=31, width=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_width=24)
-    decoder = Decoder(dataclasses.replace(model, connection=connections.parse("diagonal:init=paper")))
+    decoder = Decoder(dataclasses.replace(model, connection=connections.parse("forget:init=paper")))
     tokens = jnp.arange(12)[None]
     params = jax.jit(decoder.init)(jax.random.key(0), tokens)
-    assert params["params"]["layers"]["mlp_connection"]["bias"].shape == (2, 4 + 4 + 4)
+    assert params["params"]["layers"]["mlp_connection"]["bias"].shape == (2, 4 + 4 + 1)
     _, diagnostics = jax.jit(lambda p: decoder.apply(p, tokens, 4))(params)
     kept = 1 / (1 + math.exp(-4))
     for H in diagnostics["res"].reshape(-1, 4, 4):
@@ -65,7 +65,7 @@ def test_the_table_has_every_kind():
 
 def test_every_file_it_names_exists():
     named = set(re.findall(r"\b((?:mhc_jax|kernels|experiments|tests|docs)/[\w/.-]+\.\w+)", README))
-    named -= {"mhc_jax/connections/diagonal.py", "experiments/sweeps/mine.py"}  # the examples
+    named -= {"mhc_jax/connections/forget.py", "experiments/sweeps/mine.py"}  # the examples
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
