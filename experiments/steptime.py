@@ -1,6 +1,7 @@
 """Time the train step with several connections that take turns in one process, and count its FLOPs, fusions and memory.
 
 python experiments/steptime.py --config=experiments/configs/demo.py [--connections=residual,hc,mhc] [--rounds=20]
+python experiments/steptime.py --config=experiments/configs/demo.py --connections=mhc --optimizers=adamw,muon
 """
 
 import statistics
@@ -19,6 +20,7 @@ from mhc_jax.train_step import make_train_step
 
 CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
+OPTIMIZERS = flags.DEFINE_list("optimizers", [], "Names of optimizers; none: the configuration's.")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each; the order turns every round.", lower_bound=1)
 VOCABULARY = 264
 """Vocabulary size of the byte tokenizer.  Token ids are random, so that no text is read."""
@@ -46,10 +48,16 @@ def main() -> None:
     shape = (base.data.batch_size, base.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape, np.int32)
     batch = {"inputs": tokens, "targets": np.roll(tokens, -1, 1)}
-    configs = [resolve(base.with_settings(model={"connection": parse(kind)}))[0] for kind in CONNECTIONS.value]
+    optimizers = OPTIMIZERS.value or [base.optimizer.name]
+    settings = [
+        {"model": {"connection": parse(kind)}, "optimizer": {"name": optimizer}}
+        for optimizer in optimizers
+        for kind in CONNECTIONS.value
+    ]
+    configs = [resolve(base.with_settings(**sections))[0] for sections in settings]
     steps, flops = {}, {}
     for config in configs:
-        name = spec(config.model.connection)
+        name = spec(config.model.connection) + (f" {config.optimizer.name}" if len(optimizers) > 1 else "")
         steps[name] = compile_step(config, batch)
         flops[name] = counts.flops(make_train_step(config), steps[name].state, batch) / tokens.size
     medians = median_times(steps, ROUNDS.value)

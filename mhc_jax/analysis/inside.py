@@ -6,7 +6,7 @@ that the exit collapses.  Streams count from 0, as i = 0 ... n - 1, and $x_{b,i,
 
 What counts as streams is what diagnostics see, `Connection.flat`.  Every kind of connection can be looked at.  `attnres_block`
 shows the sum of its sources as one stream and refuses edits (`Connection.with_flat`).  `single_pass` carries coefficients beside
-its streams, `delta_attnres` and `mudd` carry sources, and an edit changes the streams alone.
+its streams, and kinds that read earlier depth carry sources; an edit changes the streams alone.
 """
 
 from __future__ import annotations

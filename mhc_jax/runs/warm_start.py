@@ -2,7 +2,7 @@
 
 The model of the other folder must have the same branches.  Its connection may be another one if the run then begins as the same
 function.  Logits at step 0 are compared, and the run is refused if they differ.  So a residual model can be given streams of every
-kind that starts as Pre-Norm, such as `identity`, `mhc:init=paper` and `hc`, or sources of earlier depth: `delta_attnres`, `mudd`.
+kind that starts as Pre-Norm, such as `identity`, `mhc:init=paper` and `hc`.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def _check_logits(
         raise InputError(
             f"The run would not begin as the model in {source.folder}: with {spec(after)} instead of {spec(before)}, logits "
             f"differ by up to {difference:.3g}, and the largest is {largest:.3g}; use the same connection, or go from residual to "
-            "a kind that starts as Pre-Norm: identity, hc, mhc:init=paper, delta_attnres or mudd, and hc:exit=mean or "
-            "mhc:init=residual if model.norm_eps is not far below the mean square of the embeddings."
+            "a kind that starts as Pre-Norm: identity, hc or mhc:init=paper, and hc:exit=mean or mhc:init=residual if "
+            "model.norm_eps is not far below the mean square of the embeddings."
         )
 
 
