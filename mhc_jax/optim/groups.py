@@ -115,7 +115,11 @@ def table(groups: list[Group]) -> list[str]:
     rows = [("updated by", "learning rate", "weight decay", "parameters", "arrays")]
     for group in groups:
         numbers = (f"{group.learning_rate:g}", f"{group.weight_decay:g}", f"{group.parameters:,}")
-        rows.append((group.rule, *numbers, ", ".join(group.arrays)))
+        folders: dict[str, list[str]] = {}
+        for path in group.arrays:
+            folder, _, name = path.rpartition("/")
+            folders.setdefault(f"{folder}/" if folder else "", []).append(name)
+        rows.append((group.rule, *numbers, ", ".join(folder + " ".join(names) for folder, names in folders.items())))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -195,7 +195,9 @@ def test_an_optimizer_of_the_user_trains_and_its_groups_are_recorded(text, tmp_p
     assert read_json(tmp_path / "run" / "config.json")["optimizer"]["name"] == "my_optimizer.py:ademamix"
     shown = capsys.readouterr().err
     assert re.search(r"updated by +learning rate +weight decay +parameters +arrays\n", shown)
-    assert re.search(r"my_optimizer.py:ademamix +0.003 +0.1 +[\d,]+ +embedding, ", shown)
+    assert re.search(
+        r"my_optimizer.py:ademamix +0.003 +0.1 +[\d,]+ +embedding unembedding, layers/attention/W_k ", shown
+    )
 
 
 def test_the_table_of_groups_tells_every_rate_and_decay():
@@ -203,7 +205,7 @@ def test_the_table_of_groups_tells_every_rate_and_decay():
     shapes = {
         "embedding": jnp.zeros((4, 2)),
         "layers": {
-            "mlp": {"W_up": jnp.zeros((2, 2, 3))},
+            "mlp": {"W_down": jnp.zeros((2, 3, 2)), "W_up": jnp.zeros((2, 2, 3))},
             "mlp_connection": {"phi": jnp.zeros((2, 8, 24)), "bias": jnp.zeros((2, 24))},
         },
     }
@@ -211,7 +213,7 @@ def test_the_table_of_groups_tells_every_rate_and_decay():
         "updated by  learning rate  weight decay  parameters  arrays",
         "muon        0.005          0.1           384         layers/mlp_connection/phi",
         "adamw       0.005          0             48          layers/mlp_connection/bias",
-        "muon        0.01           0.1           12          layers/mlp/W_up",
+        "muon        0.01           0.1           24          layers/mlp/W_down W_up",
         "adamw       0.01           0.1           8           embedding",
     ]
 
