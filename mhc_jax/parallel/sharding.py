@@ -213,8 +213,9 @@ def on_whole_matrices(
 ) -> Float[Array, "*many a b"]:
     """Return the result of calling `function` on the matrices of a parameter, or of its gradient, each whole on one device.
 
-    The matrices [a, b] are spread over all devices of the mesh, and come back sharded like the parameter.  They move by all-to-all,
-    so that a device sends and receives as much as it holds, instead of gathering every matrix.  Parameters of connections are
+    The matrices [a, b] are spread over the devices of the mesh, and come back sharded like the parameter.  They move by all-to-all,
+    so that a device sends and receives as much as it holds, instead of gathering every matrix.  A mesh axis that would take more
+    zeros than matrices as padding is left out, and its devices compute the same matrices.  Parameters of connections are
     replicated, thin and cheap: every device computes all of theirs.
 
     Args:
@@ -229,10 +230,15 @@ def on_whole_matrices(
     axes = [entry or () for entry in fit(mesh, RULES.spec(*logical_axes(path, x.ndim)), x.shape)]
     *many, rows, columns = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in axes]
     first = tuple(name for entry in many for name in entry)
-    rest = tuple(n for n, size in mesh.shape.items() if size > 1 and n not in (*first, *rows, *columns))
+    ways, spread = math.prod(mesh.shape[name] for name in first), set()
+    for name in (*rows, *columns, *(n for n in mesh.shape if n not in (*first, *rows, *columns))):
+        if ways * mesh.shape[name] < 2 * len(flat):
+            ways, spread = ways * mesh.shape[name], spread | {name}
     # One mesh axis moves at a time, from rows or columns to the axis of matrices, because XLA makes an all-to-all of such a move.
-    stages = [(first, rows, columns), (first + rows, (), columns), (first + rows + columns, (), ())]
-    stages.append((first + rows + columns + rest, (), ()))
+    stages, matrices = [(first, rows, columns)], first
+    for names, left in ((rows, columns), (columns, ()), (mesh.shape, ())):
+        matrices += tuple(n for n in names if n in spread and n not in matrices)
+        stages.append((matrices, (), left))
 
     def move(x: Array, stages: Sequence[tuple[tuple[str, ...], ...]]) -> Array:
         for stage in stages:
@@ -240,7 +246,7 @@ def on_whole_matrices(
             x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
         return x
 
-    missing = -len(flat) % mesh.size
+    missing = -len(flat) % ways
     out = function(move(jnp.pad(flat, ((0, missing), (0, 0), (0, 0))), stages))
     return move(out, stages[::-1])[: len(flat)].reshape(x.shape)
 

@@ -138,7 +138,7 @@ def test_matrices_travel_whole_and_are_gathered_by_no_device():
     """Over fsdp and tensor Muon adds all-to-alls alone: one there and one back for each mesh axis and matrix of a block."""
     kinds = {}
     for name in ("adamw", "muon"):
-        config = of({"fsdp": 2, "tensor": 2})
+        config = of({"fsdp": 2, "tensor": 2}, 4)
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
         mesh = make_mesh(config.mesh)
         state = jax.eval_shape(lambda config=config: init_state(config))
