@@ -114,7 +114,7 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
             warm = warm_start(config, mesh, data)
     # Shapes come before the folder, because a function that optimizer.name names may fail.
     with using(mesh):
-        abstract = abstract_state(config, mesh)
+        abstract = distributed.on_every_process(lambda: abstract_state(config, mesh))
     create_run_folder(folder, mapping)
     cfg, history = config.train, History()
     peak_before = counts.device_peak()

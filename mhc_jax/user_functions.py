@@ -6,6 +6,7 @@ beside it are not found.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 import runpy
@@ -69,7 +70,7 @@ def load(setting: str, text: str, argument: str, called: str) -> Callable[[Any],
         raise failure(text, file, error) from error
     function: Any = names.get(name)
     if not callable(function):
-        one_of(f"The function in {text!r}", name, [key for key, value in names.items() if inspect.isfunction(value)])
+        one_of(f"The function in {text!r}", name, [key for key, value in names.items() if _is_of(file, value)])
     try:
         inspect.signature(function).bind(argument)
     except TypeError:
@@ -78,15 +79,28 @@ def load(setting: str, text: str, argument: str, called: str) -> Callable[[Any],
         )
         raise InputError(message) from None
 
-    def guarded(value: Any) -> Any:
+    return guarded(setting, text, function)
+
+
+def guarded(setting: str, text: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose exceptions are `InputError`s that name the line in the file that `text` names."""
+    file, _ = parts(setting, text)
+
+    def call(*arguments: Any) -> Any:
         try:
-            return function(value)
+            return function(*arguments)
         except InputError:
             raise
         except (Exception, SystemExit) as error:
             raise failure(text, file, error) from error
 
-    return guarded
+    return call
+
+
+def identity(setting: str, text: str) -> list[str]:
+    """Return the path of the file that a text names, the name of the function, and the SHA-256 of the file in hex."""
+    file, name = parts(setting, text)
+    return [str(file.resolve()), name, hashlib.sha256(file.read_bytes()).hexdigest()]
 
 
 def failure(text: str, file: Path, error: BaseException) -> InputError:
@@ -94,3 +108,8 @@ def failure(text: str, file: Path, error: BaseException) -> InputError:
     within = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     place = f" at line {within[-1]}" if within else ""
     return InputError(f"{text!r} fails{place}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _is_of(file: Path, value: Any) -> bool:
+    """Return whether a value is a function that the file defines, and not one that it imports."""
+    return inspect.isfunction(value) and value.__code__.co_filename == str(file)

@@ -4,7 +4,7 @@
 
 Kinds that have presets begin with `init=home`, so that their streams differ and H_res can matter; mHC is there with its own
 `init=paper` too.  Expect: with five seeds only differences of about 0.03 nats per token or more are resolved, and kinds that differ
-in H_res alone are not told apart.  Cost: 110 runs of 10 to 60 s on 2 CPU cores, about half an hour in all.
+in H_res alone are not told apart.  Cost: 105 runs of 10 to 60 s on 2 CPU cores, about half an hour in all.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds

@@ -144,7 +144,7 @@ class Muon:
     """Decay of the running mean of gradients, in [0, 1)."""
     rms: float = 0.18
     """Root mean square of the entries of a direction, above 0.  AdamW's directions have about this one, so that one learning rate
-    serves both.  A matrix updated by Muon has in effect the learning rate `learning_rate` x rms / 0.18."""
+    serves both.  Another one scales the steps of Muon's matrices, but not their weight decay."""
 
     def __post_init__(self) -> None:
         require(0 <= self.momentum < 1, f"optimizer.name: momentum of muon is {self.momentum}; it must lie in [0, 1).")
@@ -159,6 +159,7 @@ def read_optimizer(text: str) -> tuple[str, Muon]:
     if is_function(text):
         return text, Muon()
     rule = text.partition(":")[0]
+    require(not rule.endswith(".py"), f"optimizer.name is {text!r}; name its function too: 'FILE.py:FUNCTION'.")
     one_of("optimizer.name", rule, OPTIMIZERS)
     return rule, Muon(**read_settings("optimizer.name", text, vars(Muon()) if rule == "muon" else {}))
 

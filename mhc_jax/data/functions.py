@@ -7,7 +7,6 @@ The function gets a split, `train` or `validation`, and returns an iterable.  An
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,6 @@ from typing import Any
 from mhc_jax import user_functions
 from mhc_jax.data.files import Document, document_of
 from mhc_jax.errors import InputError, require
-
-
-def identity(source: str) -> list[str]:
-    """Return the path of the file, the name of the function, and the SHA-256 of the file in hex."""
-    file, name = user_functions.parts("the source", source)
-    return [str(file.resolve()), name, hashlib.sha256(file.read_bytes()).hexdigest()]
 
 
 def load(source: str) -> Callable[[str], Iterator[Document] | None]:

@@ -80,7 +80,7 @@ def identity(source: str) -> list[Any]:
         info = (folder / "dataset_info.json").read_bytes()
         return [str(folder), hashlib.sha256(info).hexdigest()]
     if user_functions.is_function(source):
-        return functions.identity(source)
+        return user_functions.identity("the source", source)
     stats = [(str(file.resolve()), file.stat()) for file in files.expand(source)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

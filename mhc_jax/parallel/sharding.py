@@ -223,14 +223,20 @@ def on_whole_matrices(
       path: path of the parameter.
       x: the parameter's value or gradient.
     """
-    flat = x.reshape(-1, *x.shape[-2:])
     mesh = current()
     if mesh is None or re.search(CONNECTION, path):
-        return function(flat).reshape(x.shape)
+        return function(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
     axes = [entry or () for entry in fit(mesh, RULES.spec(*logical_axes(path, x.ndim)), x.shape)]
     *many, rows, columns = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in axes]
+    # The sharded part of each leading axis comes first, so that the axis of matrices is sharded over all of them as it is.
+    parts = [math.prod(mesh.shape[name] for name in entry) for entry in many]
+    split = [size for part, whole in zip(parts, x.shape, strict=False) for size in (part, whole // part)]
+    order = [*range(0, len(split), 2), *range(1, len(split), 2), len(split), len(split) + 1]
+    grouped = x.reshape(*split, *x.shape[-2:]).transpose(order)
+    flat = grouped.reshape(-1, *x.shape[-2:])
+
     first = tuple(name for entry in many for name in entry)
-    ways, spread = math.prod(mesh.shape[name] for name in first), set()
+    ways, spread = math.prod(parts), set()
     for name in (*rows, *columns, *(n for n in mesh.shape if n not in (*first, *rows, *columns))):
         if ways * mesh.shape[name] < 2 * len(flat):
             ways, spread = ways * mesh.shape[name], spread | {name}
@@ -248,7 +254,8 @@ def on_whole_matrices(
 
     missing = -len(flat) % ways
     out = function(move(jnp.pad(flat, ((0, missing), (0, 0), (0, 0))), stages))
-    return move(out, stages[::-1])[: len(flat)].reshape(x.shape)
+    out = move(out, stages[::-1])[: len(flat)].reshape(grouped.shape)
+    return out.transpose(np.argsort(order)).reshape(x.shape)
 
 
 def token_axes(shape: Sequence[int]) -> PartitionSpec:

@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mhc_jax.config import ExperimentConfig
+from mhc_jax.connections import connection_module
 from mhc_jax.cost import counts
 from mhc_jax.data import Batch, Data
 from mhc_jax.data.arrays import Show
+from mhc_jax.optim import optimizer
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import batch_sharding, global_batch, local_rows, replicate, state_shardings
 from mhc_jax.runs.history import Clock
@@ -25,6 +27,7 @@ from mhc_jax.train_step import (
     make_train_step,
     make_unstaged_step,
 )
+from mhc_jax.user_functions import is_function
 
 
 class Feed:
@@ -53,8 +56,17 @@ class Feed:
 
 
 def abstract_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
-    """Return the shapes, dtypes and shardings of the train state on the devices of this run."""
+    """Return the shapes, dtypes and shardings of the train state on the devices of this run.
+
+    If a function of the user's makes the optimizer, one update is traced too.
+
+    Raises:
+      InputError: the function of the user's fails.
+    """
     shapes = jax.eval_shape(lambda: init_state(config))
+    if is_function(config.optimizer.name):
+        tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
+        jax.eval_shape(tx.update, shapes.params, shapes.opt_state, shapes.params)
     # Shardings must name devices of this machine, because a checkpoint names those of the machine that wrote it.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = state_shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: here, shapes)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from mhc_jax import optim
+from mhc_jax import optim, user_functions
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module, spec
 from mhc_jax.cost import counts
@@ -48,6 +48,10 @@ def prepare(
         data = distributed.on_every_process(lambda: load_data(config.data, progress.during))
     different = f"The processes read different texts from {config.data.source!r}; give all the same files."
     distributed.require_same(json.dumps([data.identity, data.tokenizer.fingerprint]), different)
+    if user_functions.is_function(name := config.optimizer.name):
+        rule = distributed.on_every_process(lambda: user_functions.identity("optimizer.name", name))
+        different = f"The processes read different files for optimizer.name {name!r}; give all the same file."
+        distributed.require_same(json.dumps(rule[1:]), different)
     for line in (f"devices: {used_devices(config)}", *data.describe(config.train.validation_batches)):
         progress.say(line)
     return resolve_tokenizer(config, data), mesh, data

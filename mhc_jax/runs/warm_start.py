@@ -200,6 +200,16 @@ def _whole_state(
             old == new,
             f"train.init_state is 'all', and data.{name} is {new} instead of the {old} of {folder}; use {old}, or 'parameters'.",
         )
+    old, new = (
+        (o.name, o.connections, o.grad_clip > 0, o.connection_lr_multiplier != 1)
+        for o in (theirs.optimizer, config.optimizer)
+    )
+    require(
+        old == new,
+        f"train.init_state is 'all', and the state of the optimizer in {folder} has other parts: it has optimizer.name {old[0]!r}, "
+        f"optimizer.connections {old[1]!r}, {'' if old[2] else 'no '}clipping and {'a' if old[3] else 'no'} multiplier for "
+        "connections; use these, or 'parameters'.",
+    )
     require(
         source.step < config.train.steps,
         f"train.steps is {config.train.steps}, and {folder} has done {source.step} steps already; give more.",

@@ -14,9 +14,9 @@ from support.shared_programs import shared_programs  # noqa: F401
 from support.tiny_runs import ROOT, tiny
 from support.workers_here import workers_here
 
-from mhc_jax import data
+from mhc_jax import data, user_functions
 from mhc_jax.config.mapping import to_mapping
-from mhc_jax.data import files, functions, sources
+from mhc_jax.data import files, sources
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.runs.folder import read_json
@@ -144,15 +144,15 @@ def test_a_file_that_is_missing_or_names_no_function(tmp_path):
 
 def test_the_key_of_the_cache_has_the_content_of_the_file(here, config, monkeypatch):
     settings = config(source="my_data.py:documents")
-    before = functions.identity(settings.source)
+    before = user_functions.identity("the source", settings.source)
     first = data.load_data(settings).identity
     with monkeypatch.context() as patch:
-        patch.setattr(functions, "load", lambda source: pytest.fail("read again"))
+        patch.setattr(sources.functions, "load", lambda source: pytest.fail("read again"))
         assert data.load_data(settings).identity == first
     (here / "my_data.py").write_text(
         EXAMPLES["my_data.py"].replace("VERSION = 1", "VERSION = 2").replace("Row", "Line")
     )
-    after = functions.identity(settings.source)
+    after = user_functions.identity("the source", settings.source)
     assert (after[:2], after[2] == before[2]) == (before[:2], False)
     assert data.load_data(settings).identity != first
 

@@ -81,10 +81,13 @@ def test_the_first_lines_of_a_run(config, run):
     """12 steps of 4 x 16 tokens; what is counted here are the arrays of the checkpoint."""
     whole = resolve_tokenizer(config, load_data(config.data))
     parameters = sum(map(np.size, jax.tree.leaves(final_state(run.folder)["params"])))
-    assert loop.sizes(whole, loop.abstract_state(whole, None)) == [
+    model, training, *groups = loop.sizes(whole, loop.abstract_state(whole, None))
+    assert [model, training] == [
         f"model: {parameters:,} parameters, {4 * (64 * 24 + 3 + 24):,} of them in connections (mhc:init=home:t_max=2)",
         f"training: 12 steps x 64 tokens = 768 tokens, {768 / parameters:.3g} a parameter",
     ]
+    assert groups[0].split("  ")[0] == "updated by"
+    assert sum(int(line.split()[3].replace(",", "")) for line in groups[1:]) == parameters
     assert used_devices(config) == f"2 x cpu ({platform.machine()}) of 8, mesh data 2"
 
 

@@ -25,11 +25,11 @@ def source(text, tmp_path_factory):
     return config, folder
 
 
-def from_source(source, spec="residual", model=None, data=None, **train):
+def from_source(source, spec="residual", model=None, data=None, optimizer=None, **train):
     """The configuration of a run that starts from `source` with another connection or other settings."""
     config, folder = source
     given = {"connection": connections.parse(spec)} | (model or {})
-    changed = config.with_settings(model=given, data=data or {})
+    changed = config.with_settings(model=given, data=data or {}, optimizer=optimizer or {})
     return with_train(changed, init_from=str(folder), **train)
 
 
@@ -99,6 +99,7 @@ REFUSED = [
     ({"model": {"norm_eps": 1e-5}}, "model.norm_eps: 1e-20 -> 1e-05"),
     ({"spec": "identity", "init_state": "all"}, "'all', and .* the connection residual instead of identity"),
     ({"data": {"batch_size": 8}, "init_state": "all"}, "data.batch_size is 8 instead of the 4"),
+    ({"optimizer": {"name": "muon"}, "init_state": "all"}, "has other parts: it has optimizer.name 'adamw'.*use these"),
     ({"init_state": "all", "steps": 4}, "train.steps is 4, and .* has done 4 steps already"),
 ]
 
