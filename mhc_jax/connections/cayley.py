@@ -19,7 +19,8 @@ def cayley(A: Float[Array, "m m *tokens"]) -> Float[Array, "m m *tokens"]:
     M comes from Gauss-Jordan elimination without pivoting, whose pivots are at least 1, because the symmetric part of I + A is I.
     Large A cost it digits (1e-4 of Q for logits of 80), which one Newton step $M + M (I - (I + A) M)$ restores.  One Newton-Schulz
     step $Q + \frac{1}{2} Q (I - Q^\top Q)$ makes Q orthogonal to rounding.  The gradient is that of the formula and not of these
-    steps: $\bar A = -\frac{1}{2} (I + Q)^\top \bar Q (I + Q)^\top$.  It is finite for all finite A.
+    steps: $\bar A = -\frac{1}{2} (I + Q)^\top \bar Q (I + Q)^\top$.  The tests hold for entries of A up to 80.
+    Far larger entries, from about 1e4 on, cost Q digits, and near 1e20 they overflow.
 
     Examples:
       For m = 2 it is a rotation, here by a right angle.

@@ -56,6 +56,10 @@ class DepthConfig(ConnectionConfig):
             not self.disable,
             f"connection.disable is not empty; `{self.kind}` has only its read: use kind 'residual'.",
         )
+        require(
+            self.eps_norm > 0,
+            f"connection.eps_norm is {self.eps_norm}; it must be above 0, because slots without a source are zeros.",
+        )
 
 
 @dataclass(frozen=True)

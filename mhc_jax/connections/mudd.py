@@ -19,7 +19,7 @@ Deviations.  The public norms have a weight for each channel, 1 and 0.001 at the
 and the first has none, so that x_b is a sum of the X_j with one number each.  Such numbers are what coefficients carry from a
 read to the write after it.  The hidden layer has N + 1 units, the length of the longest mix, because all sub-layers have
 parameters of one shape.  In the paper it grows with b, and the code rounds it up to 64.  For the same reason sub-layers that
-begin no group have parameters.  These are not used and get no gradient.
+begin no group have parameters too.  These are not used and get no gradient, and weight decay shrinks them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ from mhc_jax.connections.depth_family import (
     one_slot,
 )
 
-GAMMA = 0.001
-"""Initial value of gamma, the public code's initial weight of the norm after the mix."""
-
 
 @dataclass(frozen=True)
 class MuddConfig(DepthConfig):
@@ -61,7 +58,7 @@ class MuddConfig(DepthConfig):
 
 
 class Mudd(DepthConnection):
-    """The connection MUDD.  Diagnostics see the residual stream, before the mix if the sub-layer begins a block.
+    """The connection MUDD.  Diagnostics see the residual stream, before the mix if the sub-layer begins a group.
 
     pre and res are the weight of this stream in its own mix, and `source_weights` has those of the earlier streams.
     """
@@ -75,7 +72,7 @@ class Mudd(DepthConnection):
         self.W1 = self.param("W1", nn.initializers.variance_scaling(1.0, "fan_in", "normal"), (self.width, S))
         self.W2 = self.param("W2", nn.initializers.zeros, (S, S))
         self.bias = self.param("bias", lambda _: jnp.zeros(S).at[-1].set(0.0 if norms else 1.0))
-        self.gamma = self.param("gamma", nn.initializers.constant(GAMMA), ()) if norms else None
+        self.gamma = self.param("gamma", nn.initializers.constant(self.config.eps_norm**0.5), ()) if norms else None
 
     def expand(self, x: Float[Array, "B T C"]) -> StreamAndSources:
         """Make the stream of the embedding x, and an empty buffer of N slots."""
@@ -93,17 +90,17 @@ class Mudd(DepthConnection):
 
     def coefficients(self, streams: StreamAndSources) -> SourceCoefficients:
         """Make the coefficients: pre [N + 1, B, T] weighs the slots and x, and post is one-hot on the slot that will keep x."""
-        block, within = self.sublayer // self.config.block_size, self.sublayer % self.config.block_size
-        pre = self.mix(streams, block)
-        pre = jnp.where((within == 0) & (block > 0), pre, one_slot(self.slots, pre[None]))
-        return SourceCoefficients(pre, one_slot(jnp.where(within == 0, block, self.slots), pre[None, 1:]))
+        group, within = self.sublayer // self.config.block_size, self.sublayer % self.config.block_size
+        pre = self.mix(streams, group)
+        pre = jnp.where((within == 0) & (group > 0), pre, one_slot(self.slots, pre[None]))
+        return SourceCoefficients(pre, one_slot(jnp.where(within == 0, group, self.slots), pre[None, 1:]))
 
     def read(self, streams: StreamAndSources, c: SourceCoefficients) -> Float[Array, "B T C"]:
         r"""Return the stream that enters the branch, $h = \sum_j H^{pre}_j X_j$, in the dtype of the streams."""
         return read(jnp.concatenate(streams[::-1], -1), c.pre, self.slots + 1)
 
     def write(self, streams: StreamAndSources, c: SourceCoefficients, y: Float[Array, "B T C"]) -> StreamAndSources:
-        """Add the branch output y to the stream that entered the branch, and keep the stream that entered the block."""
+        """Add the branch output y to the stream that entered the branch, and keep the stream that entered the group."""
         kept = write(streams.sources, streams.x, c.post, None, self.slots)
         return StreamAndSources(write(self.read(streams, c), y, None, None, 1), kept)
 

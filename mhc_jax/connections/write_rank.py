@@ -4,7 +4,8 @@ r"""Writes of rank r, the setting `write_rank` of mHC: the increments of the n s
 
 mHC adds multiples of one vector, the branch output y, to all its streams.  xHC (arXiv 2607.14530) holds that this write is what
 limits more than 4 streams.  This file is our reduction of its idea, and no published method: each further direction is y times a
-learned vector w_k [C], with coefficients p_k of its own, so that it costs r C parameters and no matrix product.
+learned vector w_k [C], with coefficients p_k of its own, so that it costs r C parameters and no matrix product.  In a pipeline a
+message carries w once for each token, (r - 1) C float32 numbers more, which the planned costs of pipelines do not count.
 
 $p_k = 2 \sigma(\alpha z_k + b_k) - 1$ is in (-1, 1), where z is the projection of the streams that also makes H_post.  It starts at
 exactly 0, so that mHC starts as it does with `write_rank=1`.  w starts with random normal numbers, because with equal numbers the

@@ -144,7 +144,7 @@ def write_folder(
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         temporary.chmod(0o755)
         # safetensors stores the memory of an array as it lies there, so that a transposed array is copied first.
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, temporary / FILE, dict(metadata))
+        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary / FILE, dict(metadata))
         (temporary / FILE).chmod(0o644)  # safetensors gives rights to the owner alone
         for name, content in texts.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
