@@ -57,8 +57,8 @@ class DepthConfig(ConnectionConfig):
             f"connection.disable is not empty; `{self.kind}` has only its read: use kind 'residual'.",
         )
         require(
-            self.eps_norm > 0,
-            f"connection.eps_norm is {self.eps_norm}; it must be above 0, because slots without a source are zeros.",
+            1e-20 <= self.eps_norm < float("inf"),
+            f"connection.eps_norm is {self.eps_norm}; it must be at least 1e-20, because slots without a source are zeros.",
         )
 
 

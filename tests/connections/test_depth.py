@@ -97,6 +97,21 @@ def test_mixes_of_mudd_learn_from_the_first_step(spec):
         assert not np.any(gradients[f"layers/mlp_connection/{name}"])
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-20])
+def test_the_outer_norm_of_mudd_starts_with_the_derivative_1(eps):
+    """The gradient of a bias is then that of the normed stream, whatever epsilon is."""
+    random, ends = np.random.default_rng(0), sublayer_of(f"mudd:eps_norm={eps}", 4, 4)
+    x, sources, weights = (jnp.asarray(random.normal(size=(1, 2, size)), jnp.float32) for size in (4, 8, 4))
+    streams, c = ends.start(x)
+    streams = streams._replace(sources=sources)
+    params = ends.init(jax.random.key(0), streams, c, method="collapse")
+    loss = lambda params: (ends.apply(params, streams, c, method="collapse") * weights).sum()  # noqa: E731
+    found = jax.jit(jax.grad(loss))(params)["params"]["bias"]
+    X = np.concatenate([sources, x], -1).astype(np.float64).reshape(2, 3, 4)
+    terms = X / np.sqrt((X**2).mean(-1, keepdims=True) + eps) * np.asarray(weights).reshape(2, 1, 4)
+    assert_close(found, terms.sum((0, 2)))
+
+
 SEEN = [
     ("attnres_block:block_size=1", [1, 2, 3, 4, 5, 6], 7),
     ("attnres_block:block_size=4", [1, 2, 2, 2, 2, 3], 3),
