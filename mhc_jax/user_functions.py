@@ -70,7 +70,9 @@ def load(setting: str, text: str, argument: str, called: str) -> Callable[[Any],
         raise failure(text, file, error) from error
     function: Any = names.get(name)
     if not callable(function):
-        one_of(f"The function in {text!r}", name, [key for key, value in names.items() if _is_of(file, value)])
+        one_of(
+            f"The function in {setting} {text!r}", name, [key for key, value in names.items() if _is_of(file, value)]
+        )
     try:
         inspect.signature(function).bind(argument)
     except TypeError:

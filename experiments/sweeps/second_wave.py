@@ -3,8 +3,8 @@
     python experiments/sweep.py experiments/sweeps/second_wave.py --workdir=runs/second_wave
 
 Kinds that have presets begin with `init=home`, so that their streams differ and H_res can matter; mHC is there with its own
-`init=paper` too.  Expect: with five seeds only differences of about 0.03 nats per token or more are resolved, and kinds that differ
-in H_res alone are not told apart.  Cost: 105 runs of 10 to 60 s on 2 CPU cores, about half an hour in all.
+`init=paper` too.  Expect: with five seeds few kinds are told from residual, and kinds that differ in H_res alone
+are not told apart.  Cost: 105 runs of 10 to 60 s on 2 CPU cores, about half an hour in all.
 """
 
 from mhc_jax.sweeps.grid import Sweep, over, product, seeds

@@ -43,15 +43,21 @@ class DepthConfig(ConnectionConfig):
     block_size: int = 4
     """Number of sub-layers that make one source."""
     eps_norm: float = 1e-20
-    """Epsilon of the RMSNorm of the sources."""
+    """Epsilon of the RMSNorm of the sources.  It is at least 1e-20: below that, gradients of empty slots leave float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             self.num_streams == 1,
-            f"connection.num_streams is {self.num_streams}; `{self.kind}` keeps sources, not streams: set block_size.",
+            f"connection.num_streams is {self.num_streams}; `{self.kind}` keeps sources, not streams: set block_size, "
+            f"the number of sub-layers that make one source ({type(self).block_size} by default).",
         )
         require(self.block_size >= 1, f"connection.block_size is {self.block_size}; it must be at least 1.")
+        require(
+            1e-20 <= self.eps_norm < float("inf"),
+            f"connection.eps_norm is {self.eps_norm}; it must be a number of at least 1e-20, because slots are zero until they "
+            f"are filled: leave it at the default of `{self.kind}`.",
+        )
         require(
             not self.disable,
             f"connection.disable is not empty; `{self.kind}` has only its read: use kind 'residual'.",

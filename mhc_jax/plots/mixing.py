@@ -278,6 +278,8 @@ def depth_mixing(records: Sequence[RunRecord]) -> Figure:
     Colours show the weights (no unit), means over the sampled tokens and over heads. Weights on top of the residual stream, which
     is read with weight 1, may have either sign. A cell is blank if its weight is exactly 0, such as that of a source which the
     sub-layer cannot see.
+    Each panel has a scale of its own. A weight multiplies the source itself, so that a small source can have a large weight. What
+    the exit reads is not shown.
     """
     found = [(style, last_diagnostics(record, "depth_mixing")) for record, style in styled(records)]
     runs = [(style, last) for style, last in found if last is not None]
@@ -294,10 +296,10 @@ def depth_mixing(records: Sequence[RunRecord]) -> Figure:
         cmap, norm = heat_scale(weights, least=1e-6)
         edges = np.arange(L + 1) + 0.5, np.arange(slots + 1) - 0.5
         mesh = axis.pcolormesh(*edges, np.ma.masked_equal(weights.T, 0), cmap=cmap, norm=norm, **SEAMLESS)
-        figure.colorbar(mesh, ax=axis, pad=0.01)
+        figure.colorbar(mesh, ax=axis, pad=0.01, label="weight")
         axis.set_title(f"{style['label']} (step {step})", color=style["color"])
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_yticks(range(0, slots, -(-slots // 12)))
         axis.invert_yaxis()
         axis.grid(False)
         axis.set(xlabel="sub-layer l", ylabel="source j")

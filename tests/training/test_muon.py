@@ -248,7 +248,7 @@ def test_a_bad_optimizer_is_refused(settings, sentence):
         ("def rule(config): return 3", "returns a int; it must return a transformation of optax"),
         ("def rule(config):\n    return config.nothing", "fails at line 2: AttributeError"),
         ("import sys; sys.exit(3)", "fails at line 1: SystemExit: 3"),
-        ("def role(config): pass", "The function in 'mine.py:rule' is 'rule'.*role"),
+        ("def role(config): pass", "The function in optimizer.name 'mine.py:rule' is 'rule'.*role"),
         ("import optax\ndef rule(config): return optax.adam(1e-2)", "points against the gradient"),
         (
             "import optax\ndef rule(config):\n    return optax.stateless(lambda u, p: {k: v / 0 for k, v in p['no'].items()})",
