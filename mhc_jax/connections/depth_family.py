@@ -43,7 +43,7 @@ class DepthConfig(ConnectionConfig):
     block_size: int = 4
     """Number of sub-layers that make one source."""
     eps_norm: float = 1e-20
-    """Epsilon of the RMSNorm of the sources.  It is at least 1e-20: below that, gradients of empty slots leave float32."""
+    """Epsilon of the RMSNorm of the sources."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,11 +53,6 @@ class DepthConfig(ConnectionConfig):
             f"the number of sub-layers that make one source ({type(self).block_size} by default).",
         )
         require(self.block_size >= 1, f"connection.block_size is {self.block_size}; it must be at least 1.")
-        require(
-            1e-20 <= self.eps_norm < float("inf"),
-            f"connection.eps_norm is {self.eps_norm}; it must be a number of at least 1e-20, because slots are zero until they "
-            f"are filled: leave it at the default of `{self.kind}`.",
-        )
         require(
             not self.disable,
             f"connection.disable is not empty; `{self.kind}` has only its read: use kind 'residual'.",
