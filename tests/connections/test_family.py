@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracles, oracles_family
-from support.decoders import drawn, logits_of
+from support.decoders import OPTIMIZED, drawn, logits_of
 from support.golden_values import load
 from support.thinned import thin
 from support.tolerances import GOLDEN, ORACLE_GRADIENT, SLOPES, assert_close
@@ -284,6 +284,15 @@ def test_go_mhc_is_exact_at_large_logits(n, s):
     np.testing.assert_allclose(H.sum(1), 1, atol=1e-6)
     expected = [oracles_family.orthostochastic_mixing(column, n, s) for column in z.T.astype(np.float64)]
     np.testing.assert_allclose(np.moveaxis(H, -1, 0), expected, atol=1e-5)
+
+
+def test_go_mhc_is_exact_for_many_tokens():
+    """In an optimized program: XLA's CPU backend lost digits of a sum over an axis from some 20,000 tokens on."""
+    z = np.random.default_rng(0).uniform(-80, 80, (28, 20_000)).astype(np.float32)
+    program = jax.jit(lambda z: orthostochastic_mixing(z, 4)).lower(z).compile(compiler_options=OPTIMIZED)
+    H = np.asarray(program(z))
+    np.testing.assert_allclose(H.sum(0), 1, atol=1e-6)
+    np.testing.assert_allclose(H.sum(1), 1, atol=1e-6)
 
 
 def test_gradient_of_cayley_at_large_entries():
