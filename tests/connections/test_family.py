@@ -286,9 +286,14 @@ def test_go_mhc_is_exact_at_large_logits(n, s):
     np.testing.assert_allclose(np.moveaxis(H, -1, 0), expected, atol=1e-5)
 
 
-def test_go_mhc_is_exact_for_many_tokens():
-    """In an optimized program: XLA's CPU backend lost digits of a sum over an axis from some 20,000 tokens on."""
-    z = np.random.default_rng(0).uniform(-80, 80, (28, 20_000)).astype(np.float32)
+def test_go_mhc_is_exact_for_many_tokens_and_any_logits():
+    """In an optimized program: XLA's CPU backend lost digits of a sum over an axis from some 20,000 tokens on.
+
+    The last 1,000 tokens have logits up to 1e30.
+    """
+    random = np.random.default_rng(0)
+    z = (10 ** random.uniform(0, 30, 20_000)[None] * random.uniform(-1, 1, (28, 20_000))).astype(np.float32)
+    z[:, :19_000] = random.uniform(-80, 80, (28, 19_000))
     program = jax.jit(lambda z: orthostochastic_mixing(z, 4)).lower(z).compile(compiler_options=OPTIMIZED)
     H = np.asarray(program(z))
     np.testing.assert_allclose(H.sum(0), 1, atol=1e-6)
