@@ -101,8 +101,8 @@ def test_splits_of_a_function(tmp_path, cache, function, by_hash):
 
 
 REFUSED = {
-    "def other(split): ...": "The function in '{}' is 'documents'; it must be one of 'other'",
-    "documents = 3": "The function in '{}' is 'documents'",
+    "def other(split): ...": "The function in the source '{}' is 'documents'; it must be one of 'other'",
+    "documents = 3": "The function in the source '{}' is 'documents'",
     "def documents(": "'{}' fails: SyntaxError: ",
     "x = 1\n1 / 0": "'{}' fails at line 2: ZeroDivisionError: division by zero",
     "def documents(): return []": "'{}' does not take one argument; write `def documents(split):`",
