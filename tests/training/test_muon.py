@@ -12,7 +12,7 @@ import optax
 import pytest
 from support import meshes
 from support.thinned import thin
-from support.tiny_runs import ROOT, tiny
+from support.tiny_runs import ROOT, final_state, tiny, with_train
 from support.tolerances import REORDERED, SHARDED_UPDATE, assert_close
 
 from mhc_jax import optim
@@ -204,6 +204,16 @@ def test_an_optimizer_of_the_user_trains_and_its_groups_are_recorded(text, tmp_p
     assert re.search(
         r"my_optimizer.py:ademamix +0.003 +0.1 +[\d,]+ +embedding unembedding, layers/attention/W_k ", shown
     )
+
+
+def test_four_steps_of_muon_and_four_more_are_eight(text, tmp_path):
+    """Parameters and the state of the optimizer are bitwise those of one run, for a schedule that does not look ahead."""
+    optimizer = {"name": "muon", "schedule": "constant", "warmup_steps": 0}
+    eight = tiny(text, "mhc:t_max=2", optimizer=optimizer)
+    train(eight, tmp_path / "eight")
+    train(with_train(eight, steps=4), tmp_path / "four")
+    train(with_train(eight, init_from=str(tmp_path / "four"), init_state="all"), tmp_path / "more")
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "more"), final_state(tmp_path / "eight"))
 
 
 def test_the_table_of_groups_tells_every_rate_and_decay():
