@@ -172,3 +172,8 @@ def _diagnostics(kind: str, step: int, n: int, streams: str, rng: np.random.Gene
         "branch_rms": (0.5 + depth).tolist(),
         "grad_norm_per_layer": (0.1 * np.exp(rng.normal(0, 0.2, S // 2))).tolist(),
     }
+
+
+def legend_texts(figure):
+    """Names in the first legend of a figure."""
+    return [text.get_text() for text in figure.legends[0].get_texts()]
