@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.parallel.sharding import constrain
+from mhc_jax.parallel.sharding import constrain, current
 
 
 def project(
@@ -19,7 +20,25 @@ def project(
     The initial entries of W are random numbers N(0, scale^2 / in).
     """
     init = nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
-    return x @ module.param(name, init, (x.shape[-1], outputs)).astype(x.dtype)
+    W = module.param(name, init, (x.shape[-1], outputs)).astype(x.dtype)
+    # If the token axes are not merged, XLA:CPU transposes a copy for the gradient of W.  On a mesh both axes may be sharded.
+    return x @ W if current() is not None else (x.reshape(-1, x.shape[-1]) @ W).reshape(*x.shape[:-1], outputs)
+
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "*tokens F"], up: Float[Array, "*tokens F"]) -> Float[Array, "*tokens F"]:
+    r"""Return $\mathrm{silu}(\mathit{gate}) \odot \mathit{up}$.  The backward pass keeps the two arguments alone."""
+    return nn.silu(gate) * up
+
+
+def _gated_bwd(saved, g):
+    r"""Return the gradients $g\, u\, s\, (1 + a\, (1 - s))$ of the gate a and $g\, a\, s$ of u, with $s = \sigma(a)$."""
+    gate, up = saved
+    s = jax.nn.sigmoid(gate)
+    return g * up * (s * (1 + gate * (1 - s))), g * (gate * s)
+
+
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_bwd)
 
 
 def swiglu(
@@ -38,8 +57,8 @@ def swiglu(
     """
     gate = project(module, f"{prefix}_gate", x, hidden)
     up = project(module, f"{prefix}_up", x, hidden)
-    gated = constrain(nn.silu(gate) * up, "batch", "sequence", "hidden")
-    return project(module, f"{prefix}_down", gated, x.shape[-1], output_scale)
+    hidden_channels = constrain(gated(gate, up), "batch", "sequence", "hidden")
+    return project(module, f"{prefix}_down", hidden_channels, x.shape[-1], output_scale)
 
 
 class SwiGLU(nn.Module):

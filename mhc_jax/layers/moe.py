@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.layers.expert_exchange import exchange, plan, worst_case
 from mhc_jax.layers.grouped_matmul import grouped_matmul
-from mhc_jax.layers.mlp import swiglu
+from mhc_jax.layers.mlp import gated, swiglu
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.parallel.sharding import RULES, current, token_axes
 
@@ -125,7 +125,7 @@ def sorted_copies(
 
 def grouped_swiglu(rows: Float[Array, "M C"], weights: Experts, groups: Int[Array, " E"]) -> Float[Array, "M C"]:
     """Apply SwiGLU to consecutive groups of rows, with the weights of one expert for each group."""
-    hidden = nn.silu(grouped_matmul(rows, weights.W_gate, groups)) * grouped_matmul(rows, weights.W_up, groups)
+    hidden = gated(grouped_matmul(rows, weights.W_gate, groups), grouped_matmul(rows, weights.W_up, groups))
     return grouped_matmul(hidden, weights.W_down, groups)
 
 

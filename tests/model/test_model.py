@@ -22,7 +22,7 @@ from mhc_jax.diagnostics import STREAM_MEASURES, summarize
 from mhc_jax.errors import InputError
 from mhc_jax.layers.attention import Attention, attend
 from mhc_jax.layers.mla import LatentAttention
-from mhc_jax.layers.mlp import SwiGLU
+from mhc_jax.layers.mlp import SwiGLU, gated
 from mhc_jax.layers.norm import rms_norm
 from mhc_jax.layers.rope import rope
 from mhc_jax.model import Decoder, branches
@@ -83,6 +83,15 @@ def test_attention_against_numpy():
 def test_swiglu_against_numpy():
     y, x, p = applied(SwiGLU(hidden=7, **BRANCH), (1, 3, 5))
     assert_close(y, swiglu(x, p["W_gate"], p["W_up"], p["W_down"]))
+
+
+def test_gradient_of_gated_keeps_its_two_arguments_alone():
+    gate, up, g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 7)) * 3, jnp.float32)
+    _, pull = jax.vjp(gated, gate, up)
+    _, expected = jax.vjp(lambda a, b: jax.nn.silu(a) * b, gate, up)
+    for mine, autodiff in zip(pull(g), expected(g), strict=True):
+        assert_close(mine, autodiff, ANOTHER_PROGRAM)
+    assert [a.shape for a in jax.tree.leaves(pull)] == [(5, 7), (5, 7)]
 
 
 @pytest.mark.parametrize(
