@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, computes=True)

@@ -18,7 +18,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.host_memory import cpu_alone, keep_pages
+from mhc_jax.runs.cpu_variables import cpu_alone, set_cpu_variables
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
 # A flag of a setting that is a list, such as train.trackers, takes entries separated by commas.
@@ -64,6 +64,7 @@ def main(
     function: Callable[..., int | None],
     positional: Sequence[str] = (),
     configuration: Callable[[str], Mapping[str, Any]] | None = None,
+    computes: bool = False,
 ) -> None:
     """Parse flags with absl and run a script.  An `InputError` is printed without a traceback, and the exit status is then 2.
 
@@ -73,6 +74,8 @@ def main(
       configuration: function that returns the nested configuration for the first positional argument.  Flags such as
         `--config.model.width=128` edit the configuration, and the script gets it as its last argument.  None: the script gets no
         configuration.
+      computes: whether JAX compiles large programs in this process.  If it does so for the CPU, the script is started again at
+        once if `set_cpu_variables` needs it.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -107,8 +110,8 @@ def main(
         return status
 
     sys.unraisablehook = _report_unraisable
-    if cpu_alone():
-        keep_pages()
+    if computes and cpu_alone():
+        set_cpu_variables()
     app.run(guarded, flags_parser=functools.partial(_parse, configuration=configuration))
 
 

@@ -19,6 +19,7 @@ from mhc_jax.data import load_data
 from mhc_jax.errors import InputError, require
 from mhc_jax.loop import EXIT_CODES
 from mhc_jax.runs.checkpoint import check_text
+from mhc_jax.runs.cpu_variables import cpu_alone, cpu_variables
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
 from mhc_jax.runs.folder import check_run_folder, recorded_data, write_json
@@ -168,6 +169,7 @@ class _Pool:
         share = str(max(1, cores() // self.workers))
         env = {
             **os.environ,
+            **(cpu_variables() if cpu_alone() else {}),
             # XLA's CPU client reads the size of its thread pool from NPROC.
             "NPROC": share,
             "OMP_NUM_THREADS": share,

@@ -13,7 +13,6 @@ from absl import logging
 
 from mhc_jax.errors import InputError
 from mhc_jax.loop import EXIT_CODES, train
-from mhc_jax.runs.host_memory import cpu_alone, keep_pages
 from mhc_jax.sweeps.grid import Busy, read_planned, run_lock
 from mhc_jax.sweeps.results import failure_file, write_results
 
@@ -52,8 +51,6 @@ def watch(parent: int) -> None:
 def main() -> int:
     """Train the run that the command line names, and return the exit status."""
     workdir, name, parent = sys.argv[1:]
-    if cpu_alone():
-        keep_pages()
     threading.Thread(target=watch, args=(int(parent),), daemon=True).start()
     logging.set_verbosity(logging.FATAL)  # as in cli.main, because Orbax logs many lines for each checkpoint
     try:

@@ -88,6 +88,5 @@ def workers_here(at=None):
         patch.setattr(runner, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
         patch.setattr(runner, "time", Clock())
         patch.setattr(worker, "threading", mock.MagicMock())  # no thread watches for the end of this process
-        patch.setattr(worker, "cpu_alone", lambda: False)
         patch.setattr(worker.logging, "set_verbosity", lambda level: None)
         yield
