@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def abstract_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
     Raises:
       InputError: the function of the user's fails.
     """
-    shapes = jax.eval_shape(lambda: init_state(config))
+    shapes = jax.eval_shape(_initializer(config, mesh))
     if is_function(config.optimizer.name):
         tx = optimizer(config.optimizer, config.train.steps, connection_module(config.model.connection))
         jax.eval_shape(tx.update, shapes.params, shapes.opt_state, shapes.params)
@@ -76,9 +77,15 @@ def abstract_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
 def first_state(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> TrainState:
     """Return the train state before the first step, with the shardings of `abstract` if there is a mesh."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract) if mesh else None
-    program = jax.jit(lambda: init_state(config), out_shardings=shardings).lower().compile()
+    program = jax.jit(_initializer(config, mesh), out_shardings=shardings).lower().compile()
     distributed.barrier()
     return program()
+
+
+@functools.lru_cache(maxsize=1)
+def _initializer(config: ExperimentConfig, mesh: Mesh | None) -> Callable[[], TrainState]:
+    """Return `init_state` of a configuration on a mesh, as the same function at every call, so that JAX traces it once."""
+    return lambda: init_state(config)
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:

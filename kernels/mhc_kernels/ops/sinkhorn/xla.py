@@ -25,6 +25,11 @@ def _steps(eps: float) -> Steps:
     return Steps(eps, summed=backend_choice.platform() == "tpu", keep=once)
 
 
+# JAX traces a pair of steps once for all pairs of a program, in place of once for each.  XLA inlines both functions.
+_pair = jax.jit(Steps.pair, static_argnums=0)
+_undo_pair = jax.jit(Steps.undo_pair, static_argnums=0)
+
+
 def _tiled(a: Array) -> Array:
     """Convert `a` [n, n, *tokens] to float32, and on a TPU reshape it to [n, n, N / 128, 128] if 128 divides N.
 
@@ -58,7 +63,7 @@ def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]
     if backend_choice.platform() == "tpu":
 
         def step(scalings: Any, _: None) -> tuple[Any, Any]:
-            scalings = steps.pair(K, scalings)
+            scalings = _pair(steps, K, scalings)
             return scalings, scalings
 
         _, after = lax.scan(step, start, length=pairs)
@@ -66,7 +71,7 @@ def _scalings(steps: Steps, logits: Array, pairs: int) -> tuple[Array, Any, Any]
         return K, R, C
     scalings = [start]
     for _ in range(pairs):
-        scalings.append(steps.pair(K, scalings[-1]))
+        scalings.append(_pair(steps, K, scalings[-1]))
     return K, *map(list, zip(*scalings, strict=True))
 
 
@@ -85,7 +90,7 @@ def _sinkhorn_bwd(num_iters, eps, logits, G):
 
     def undo(state, pair):
         (bars, K_bar), (r, c, r_before, c_before) = state, pair
-        bars, more = steps.undo_pair(K, bars, (r, c), (r_before, c_before))
+        bars, more = _undo_pair(steps, K, bars, (r, c), (r_before, c_before))
         return (bars, K_bar + more), None
 
     state, pairs = (bars, K_bar), (R[1:], C[1:], R[:-1], C[:-1])
