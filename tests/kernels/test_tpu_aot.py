@@ -96,6 +96,24 @@ def test_write_read_moves_the_streams_once(mesh):
     assert program.cost_analysis()["bytes accessed"] < 1.05 * floor
 
 
+def test_the_gradient_of_write_read_moves_the_streams_once(mesh):
+    """Beside the streams it moves the parameters, and 4 (n^2 + 2 n) bytes a token a few times."""
+    n, C = 4, 2560
+
+    def f(x, y, post, res, *parameters):
+        def cross(*args):
+            new, c, h = write_read(args[0], Coefficients(None, *args[2:4]), *args[1:2], *args[4:], num_streams=n)
+            return new, c.post, h
+
+        out, pull = jax.vjp(cross, x, y, post, res, *parameters)
+        return pull(out)[:2]
+
+    program = compiled(f, mesh, boundary(n, C), (P("data"), P("data")))
+    assert sorted(kernels(program)) == ["sinkhorn", "sinkhorn_backward", "write_read", "write_read_backward"]
+    floor = (5 * n + 5) * C * TOKENS * 2
+    assert program.cost_analysis()["bytes accessed"] < 1.08 * floor
+
+
 def test_vmap_compiles(mesh):
     """The batch is one more dimension of the grid."""
     f = jax.vmap(lambda x, pre: read(x, pre, 4), in_axes=(0, 1))
