@@ -59,8 +59,8 @@ class Saved(NamedTuple):
     post: Array
     res: Array
     phi: Array
-    new: Array | None
-    """The new streams x', rounded to the dtype of x.  None: the backend makes them again."""
+    new: Any
+    """The new streams x' as an array, rounded to the dtype of x, or None if the backend makes them again."""
     z: Array
     inverse: Array
 
