@@ -97,7 +97,7 @@ def test_write_read_moves_the_streams_once(mesh):
 
 
 def test_the_gradient_of_write_read_moves_the_streams_once(mesh):
-    """Beside the streams it moves the parameters, and 4 (n^2 + 2 n) bytes a token a few times."""
+    """XLA's work around the two kernels adds less than 20 %.  Reading x' twice more would add (2 n + 1) / (5 n + 5), 36 %."""
     n, C = 4, 2560
 
     def f(x, y, post, res, *parameters):
@@ -111,7 +111,7 @@ def test_the_gradient_of_write_read_moves_the_streams_once(mesh):
     program = compiled(f, mesh, boundary(n, C), (P("data"), P("data")))
     assert sorted(kernels(program)) == ["write_read", "write_read_backward"]
     floor = (5 * n + 5) * C * TOKENS * 2
-    assert program.cost_analysis()["bytes accessed"] < 1.08 * floor
+    assert program.cost_analysis()["bytes accessed"] < 1.2 * floor
 
 
 def test_vmap_compiles(mesh):
