@@ -12,14 +12,16 @@ backend has its own `backward`, in which g is the gradient of the result and dx 
     write         forward(x[N, nC], y[N, C], post[n, N], res[n, n, N]) -> x'[N, nC]
                   backward(x, y, post, res, g[N, nC]) -> dx, dy, dpost, dres
     write_read    forward(x, y, post, res, phi, alpha_pre[], bias_pre[n], eps_norm, eps) -> x', z, inverse, h
-                  read_products(x'[N, nC], g_h[N, C]) -> dpre[n, N] = <x'_i, g_h>
-                  backward(saved, pre, g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi
+                  KEEPS_NEW: whether `backward` reads x'; otherwise it makes x' again from x and y
+                  backward(saved, pre, slope[n, N], g_x', g_h, g_z[k, N]) -> dx, dy, dpost, dres, dphi, dpre
 
 A backend also has `obstacle(num_streams, width, dtypes) -> str | None`, which returns why it cannot run such a call.  Coefficients
 are float32; x, y, h and their gradients share one dtype.  XLA turns z into coefficients, outside the kernels.
 
-The backward pass of `write_read` makes the gradient G_i of each new stream x'_i once, as a sum over all uses of x'.  With the
-gradients g_x', g_h and g_z of the three results, it is
+The backward pass of `write_read` first makes the gradient of H_pre, $dH^{pre}_i = \langle x'_i, g_h \rangle$.  The first n rows
+of g_z then grow by `slope` times dpre, where `slope` is the derivative of H_pre by z (`through_pre`).  After that it makes the
+gradient G_i of each new stream x'_i once, as a sum over all uses of x'.  With the gradients g_x', g_h and g_z of the three results,
+it is
 
     $G_i = g_{x'_i} + H^{pre}_i g_h + s\, (g_z \phi^\top)_i - \frac{s^2}{nC} \langle g_z, z \rangle x'_i$,  with s = `inverse`
 
@@ -34,6 +36,7 @@ import importlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from mhc_kernels.backend_choice import choose
@@ -56,8 +59,8 @@ class Saved(NamedTuple):
     post: Array
     res: Array
     phi: Array
-    new: Array
-    """The new streams x', rounded to the dtype of x."""
+    new: Any
+    """The new streams x' as an array, rounded to the dtype of x, or None if the backend makes them again."""
     z: Array
     inverse: Array
 
@@ -124,20 +127,24 @@ def _pre(z, alpha, bias, n, eps):
 def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
     n = post.shape[0]
     new, z, inverse, h = _module("write_read", backend).forward(x, y, post, res, phi, alpha[0], bias[:n], eps_norm, eps)
-    return (new, z, h), (Saved(x, y, post, res, phi, new, z, inverse), alpha, bias)
+    kept = new if _module("write_read", backend).KEEPS_NEW else None
+    return (new, z, h), (Saved(x, y, post, res, phi, kept, z, inverse), alpha, bias)
+
+
+def through_pre(g_z: Array, slope: Array, dpre: Array) -> Array:
+    """Return the gradient of z [k, N] with the part that reaches z through H_pre, for g_z without it, slope and dpre [n, N]."""
+    n = len(dpre)
+    return jnp.concatenate([g_z[:n] + slope * dpre, g_z[n:]])
 
 
 def _write_read_bwd(eps_norm, eps, backend, kept, g):
-    """Return the gradients of the arguments of `write_read`, in two passes over the streams.
-
-    The first pass makes the products <x'_i, g_h>, which are the gradient of H_pre.  The gradients of alpha and bias follow from it.
-    The second pass makes all other gradients.
-    """
+    """Return the gradients of the arguments of `write_read`; those of alpha and bias follow from that of H_pre."""
     (saved, alpha, bias), (g_new, g_z, g_h) = kept, g
     kernel, n = _module("write_read", backend), len(saved.post)
     pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), saved.z, alpha, bias)
-    dz, dalpha, dbias = pull(kernel.read_products(saved.new, g_h))
-    return *kernel.backward(saved, pre, g_new, g_h, g_z + dz), dalpha, dbias
+    slope = pull(jnp.ones_like(pre))[0][:n]
+    *gradients, dpre = kernel.backward(saved, pre, slope, g_new, g_h, g_z)
+    return *gradients, *pull(dpre)[1:]
 
 
 write_read: Any = jax.custom_vjp(lambda *args: _write_read_fwd(*args)[0], nondiff_argnums=(7, 8, 9))

@@ -93,6 +93,13 @@ def pieces(a: Array, which: Sequence[int], axis: int) -> Array:
     return jnp.concatenate([parts[k] for k in which], axis)
 
 
+def rounded(a: Array) -> Array:
+    """Round float32 `a` to the precision of bfloat16 inside a kernel.  Mosaic keeps both casts, and has no `reduce_precision`."""
+    if backend_choice.interpret():
+        return lax.reduce_precision(a, 8, 7)
+    return a.astype(jnp.bfloat16).astype(jnp.float32)
+
+
 def pad(a: Array, size: int, axis: int) -> Array:
     """Append zeros along `axis` until it has `size` entries."""
     widths = [(0, size - s if k == axis else 0) for k, s in enumerate(a.shape)]
@@ -118,7 +125,7 @@ def call(
     out_streams: Sequence[int] = (),
     out_numbers: int = 0,
     out_sum: tuple[int, int] | None = None,
-    scratch: int = 0,
+    scratch: Sequence[tuple[int, Any]] = (),
     flops: int,
     transcendentals: int = 0,
 ) -> list[Array]:
@@ -126,7 +133,7 @@ def call(
 
     Args:
       kernel: function that processes one block.  It is called as kernel(numbers, *streams, *whole, *out_streams, out_numbers,
-        out_sum, scratch) with references; a reference that the other arguments do not ask for is left out.  `numbers` [block, k]
+        out_sum, *scratch) with references; a reference that the other arguments do not ask for is left out.  `numbers` [block, k]
         and `out_numbers` [block, out_numbers] have the tokens first.  `out_sum` starts at zero, and the kernel adds to it.
       name: name of the kernel in the compiled program.
       numbers: float32 arrays [k, N], such as coefficients; the kernel gets all their rows as the columns of one array.
@@ -135,7 +142,7 @@ def call(
       out_streams: widths of outputs [N, width] in the dtype of the streams.
       out_numbers: number of rows of a float32 output [out_numbers, N]; 0 means no such output.
       out_sum: shape of a float32 output that is a sum over tokens, added up in a fixed order; None means no such output.
-      scratch: width of a float32 scratch array [block, scratch] in VMEM; 0 means no scratch.
+      scratch: width and dtype of each scratch array [block, width] in VMEM.
       flops: number of floating-point operations for each token.
       transcendentals: number of exponentials and roots for each token.
 
@@ -148,7 +155,8 @@ def call(
     k_out = up(out_numbers, 8)
     width = sum(a.shape[1] for a in streams) + sum(out_streams)
     traffic = width * dtype.itemsize + 4 * (k + k_out)
-    per_token = 2 * traffic + 4 * (up(k, LANES) + up(k_out, LANES) + scratch)
+    per_token = 2 * traffic + 4 * (up(k, LANES) + up(k_out, LANES))
+    per_token += sum(up(w, LANES) * jnp.dtype(d).itemsize for w, d in scratch)
     resident = sum(up(a.shape[0], 16) * a.shape[1] * a.dtype.itemsize for a in whole)
     resident += 4 * math.prod(out_sum) if out_sum else 0
     padded = up(N, LANES)
@@ -181,8 +189,7 @@ def call(
     if out_sum:
         out_specs.append(pl.BlockSpec((1, *out_sum), lambda p, t, s: (p, 0, 0), pipeline_mode=pl.Buffered(1)))
         out_shape.append(struct((cores, *out_sum), jnp.float32))
-    if scratch:
-        scratch_shapes.append(pltpu.VMEM((block, scratch), jnp.float32))
+    scratch_shapes += [pltpu.VMEM((block, w), d) for w, d in scratch]
 
     def body(*refs):
         t, s = pl.program_id(1), pl.program_id(2)
@@ -322,7 +329,7 @@ def column(numbers: Array, k: int) -> Array:
     return jnp.broadcast_to(numbers[:, k : k + 1], (numbers.shape[0], LANES))
 
 
-def put_sums(out: Any, rows: Any, sums: Sequence[Array]) -> None:
-    """Sum each array k of `sums` [tokens, 128] over its lanes, and store the sums in column k of `out` at the tokens `rows`."""
-    for k, a in enumerate(sums):
+def put_sums(out: Any, rows: Any, sums: Sequence[Array], first: int = 0) -> None:
+    """Sum each array of `sums` [tokens, 128] over its lanes, and store the sums in the columns of `out` from `first` on."""
+    for k, a in enumerate(sums, first):
         out[rows, k : k + 1] = jnp.sum(a, axis=1, keepdims=True)

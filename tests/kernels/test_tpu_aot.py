@@ -21,7 +21,7 @@ pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed
 P = PartitionSpec
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TOKENS = 8192
-KERNELS = {"write_read", "write_read_products", "coefficients", "write", "read", "sinkhorn"}
+KERNELS = {"write_read", "coefficients", "write", "read", "sinkhorn"}
 KERNELS |= {f"{op}_backward" for op in ("write_read", "coefficients", "write", "read", "sinkhorn")}
 
 
@@ -94,6 +94,24 @@ def test_write_read_moves_the_streams_once(mesh):
     assert sorted(kernels(program)) == ["sinkhorn", "write_read"]
     floor = (2 * n + 2) * C * TOKENS * 2
     assert program.cost_analysis()["bytes accessed"] < 1.05 * floor
+
+
+def test_the_gradient_of_write_read_moves_the_streams_once(mesh):
+    """XLA's work around the two kernels adds less than 20 %.  Reading x' twice more would add (2 n + 1) / (5 n + 5), 36 %."""
+    n, C = 4, 2560
+
+    def f(x, y, post, res, *parameters):
+        def cross(*args):
+            new, c, h = write_read(args[0], Coefficients(None, *args[2:4]), *args[1:2], *args[4:], num_streams=n)
+            return new, c.post, h
+
+        out, pull = jax.vjp(cross, x, y, post, res, *parameters)
+        return pull(out)[:2]
+
+    program = compiled(f, mesh, boundary(n, C), (P("data"), P("data")))
+    assert sorted(kernels(program)) == ["write_read", "write_read_backward"]
+    floor = (5 * n + 5) * C * TOKENS * 2
+    assert program.cost_analysis()["bytes accessed"] < 1.2 * floor
 
 
 def test_vmap_compiles(mesh):

@@ -40,6 +40,17 @@ def test_rms_norm_against_numpy():
     assert_close(rms_norm(jnp.asarray(x), jnp.asarray(w), 1e-20), expected)
 
 
+def test_gradient_of_rms_norm_keeps_its_arguments_and_a_number_a_token():
+    draw = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(draw.normal(size=size), jnp.float32) for size in ((3, 5, 8), (8,), (3, 5, 8)))
+    _, expected = jax.vjp(lambda x, w: x / jnp.sqrt((x**2).mean(-1, keepdims=True)) * w[None, None], x, w)
+    for mine, autodiff in zip(jax.vjp(lambda *a: rms_norm(*a, 1e-20), x, w)[1](g), expected(g), strict=True):
+        assert_close(mine, autodiff, ANOTHER_PROGRAM)
+    _, pull = jax.vjp(lambda *a: rms_norm(*a, 1e-20), x.astype(jnp.bfloat16), w)
+    kept = sorted((a.shape, str(a.dtype)) for a in jax.tree.leaves(pull))
+    assert kept == [((3, 5, 1), "float32"), ((3, 5, 8), "bfloat16"), ((8,), "float32")]
+
+
 def test_rope_keeps_norms_and_depends_on_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
     both = jnp.broadcast_to(jnp.stack([q, k])[:, None, None], (2, 16, 1, 8))

@@ -147,11 +147,29 @@ def gradient_operands(x, phi, z, inverse, g) -> tuple[Array, Array, Array]:
     They are pieces of g / RMS below each other [rows, N], the factor (g . z) / (RMS^2 nC) of x in dx [1, N], and pieces of phi^T
     [rows, nC].  `_PIECES` explains the pieces.
     """
-    of_g, of_phi = _PIECES[x.dtype.itemsize]
-    k = tpu.up(g.shape[0], 8)
-    scaled = tpu.pad(g * inverse[None], k, 0)
-    shrink = (jnp.sum(scaled[: g.shape[0]] * z, 0) * inverse / x.shape[1])[None]
-    return tpu.pieces(scaled, of_g, 0), shrink, tpu.pieces(tpu.pad(phi.T, k, 0), of_phi, 0).astype(jnp.bfloat16)
+    scaled = g * inverse[None]
+    shrink = (jnp.sum(scaled * z, 0) * inverse / x.shape[1])[None]
+    padded = tpu.pad(scaled, tpu.up(g.shape[0], 8), 0)
+    return tpu.pieces(padded, _PIECES[x.dtype.itemsize][0], 0), shrink, rows_of_phi(phi, x.dtype)
+
+
+def rows_of_phi(phi: Array, dtype: Any) -> Array:
+    """Return the pieces of phi^T [rows, nC] that `gradients` needs, in bfloat16, where `dtype` is that of the streams."""
+    turned = tpu.pad(phi.T, tpu.up(phi.shape[1], 8), 0)
+    return tpu.pieces(turned, _PIECES[jnp.dtype(dtype).itemsize][1], 0).astype(jnp.bfloat16)
+
+
+def put_pieces(out: Any, scaled: Array, dtype: Any) -> None:
+    """Store the pieces of g / RMS, for `scaled` = g / RMS [tokens, k], in the columns of `out` where `gradients` reads them.
+
+    k is a multiple of 8, and `dtype` is that of the streams.
+    """
+    k, parts, rest = scaled.shape[1], [], scaled
+    for _ in range(3):
+        parts.append(tpu.rounded(rest))
+        rest = rest - parts[-1]
+    for column, piece in enumerate(_PIECES[jnp.dtype(dtype).itemsize][0]):
+        out[:, column * k : (column + 1) * k] = parts[piece]
 
 
 def gradients(numbers, x, phi, dphi, finish):

@@ -39,17 +39,6 @@ def _forward(n, C, pre, x, h):
     tpu.for_rows(x, rows_of)
 
 
-def products(x: Array, g: Array, name: str = "mhc_read_products") -> Array:
-    """Map x [N, nC], g [N, C] -> inner products <x_i, g> [n, N], float32.  Memory traffic per token: (n + 1) C numbers."""
-    C = g.shape[1]
-    n = x.shape[1] // C
-
-    def kernel(x, g, dpre):
-        _backward(n, C, None, x, g, None, dpre)
-
-    return tpu.call(kernel, name, numbers=[], streams=[x, g], out_numbers=n, flops=2 * n * C)[0]
-
-
 def backward(x: Array, pre: Array, g: Array) -> tuple[Array, Array]:
     """Map x [N, nC], pre [n, N] and the gradient g [N, C] of h -> dx, dpre.  Memory traffic per token: (2n + 1) C numbers."""
     n, C = pre.shape[0], g.shape[1]
@@ -66,10 +55,10 @@ def backward(x: Array, pre: Array, g: Array) -> tuple[Array, Array]:
 
 
 def _backward(n, C, pre, x, g, dx, dpre):
-    """Store dx and dpre of a block of tokens, or dpre alone if `pre` is None; g is the gradient of h."""
+    """Store dx and dpre of a block of tokens; g is the gradient of h."""
 
     def rows_of(rows, R):
-        weights = [] if pre is None else [tpu.column(pre[rows, :], i) for i in range(n)]
+        weights = [tpu.column(pre[rows, :], i) for i in range(n)]
 
         def channels(c, sums):
             gc = tpu.piece(g, rows, 0, c)

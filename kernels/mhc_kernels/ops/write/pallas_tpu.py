@@ -45,16 +45,16 @@ def _forward(n, C, numbers, x, y, new):
     tpu.for_rows(x, rows_of)
 
 
-def coefficient_columns(n, numbers, first=0):
-    """Load post and res from `numbers` [tokens, columns], which has n columns of post from column `first` on, then n * n of res."""
-    post = [tpu.column(numbers, first + i) for i in range(n)]
-    return post, [[tpu.column(numbers, first + n + n * i + j) for j in range(n)] for i in range(n)]
+def coefficient_columns(n, numbers):
+    """Load post and res from `numbers` [tokens, columns], which begins with n columns of post and n * n of res."""
+    post = [tpu.column(numbers, i) for i in range(n)]
+    return post, [[tpu.column(numbers, n + n * i + j) for j in range(n)] for i in range(n)]
 
 
 def mixer(n, C, numbers, x, y, rows):
     """Return a function mix(c) that returns the n new streams at the 128 channels c and the tokens `rows`.
 
-    `numbers` [tokens, n + n * n] holds post and res.
+    `numbers` begins with columns of post and res, see `coefficient_columns`.
     """
     post, res = coefficient_columns(n, numbers)
 

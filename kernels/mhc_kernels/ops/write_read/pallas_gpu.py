@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from mhc_kernels import backend_choice, gpu
-from mhc_kernels.backends import Saved
+from mhc_kernels.backends import Saved, through_pre
 from mhc_kernels.gpu import Tile
 from mhc_kernels.ops.coefficients import pallas_gpu as statistics
 from mhc_kernels.ops.read import pallas_gpu as read
@@ -21,7 +21,7 @@ from mhc_kernels.ops.rms_norm import inverse_rms
 from mhc_kernels.ops.write.pallas_gpu import load_row, mix
 
 obstacle = gpu.obstacle
-read_products = read.products
+KEEPS_NEW = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,22 +139,25 @@ def forward(
 def backward(
     saved: Saved,
     pre: Float[Array, "n N"],
+    slope: Float[Array, "n N"],
     g_new: Float[Array, "N nC"],
     g_h: Float[Array, "N C"],
     g_z: Float[Array, "k N"],
-) -> tuple[Float[Array, "N nC"], Float[Array, "N C"], Float[Array, "n N"], Float[Array, "n n N"], Float[Array, "nC k"]]:
-    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`, in which G is the whole gradient of x'.
+) -> tuple[Array, ...]:
+    """Return dx, dy, dpost, dres, dphi and dpre by the formulas in `backends.py`, in which G is the whole gradient of x'.
 
     Each program of the kernel handles a block of channels of all streams for a share of the tokens, so that phi comes from the L1
     cache.  The program makes x' again from x and y instead of reading x'.  Each block of channels has its own sums for dpost and
     dres, which are added in a fixed order.  A kernel of `coefficients` makes dphi, whose sums would spill in this kernel.
 
     Memory traffic per token: reads (2 n + 2) C numbers, writes (n + 1) C.  The sums for dpost and dres add 4 (n^2 + n) / 64 bytes
-    for each channel, written and read.  dphi reads n C.  With `read_products`, the whole gradient moves (5 n + 4) C.
+    for each channel, written and read.  dphi reads n C, and dpre (n + 1) C.  The whole gradient moves (5 n + 4) C.
     """
     x, y, post, res, phi, new, z, inverse = saved
     N, C = y.shape
     n = post.shape[0]
+    dpre = read.products(new, g_h)
+    g_z = through_pre(g_z, slope, dpre)
     size = _backward_block(n, x.dtype)
     tokens, wide = size.tokens, gpu.channels(C, size.channels)
     scaled = g_z * inverse[None]
@@ -206,4 +209,4 @@ def backward(
     grid = chunks, shares
     dx, dy, sums = gpu.call(kernel, "mhc_write_read_backward", grid, out, *args, num_warps=size.warps, num_stages=2)
     sums = sums.sum(0)
-    return dx, dy, sums[:n], sums[n:].reshape(n, n, N), statistics.dphi(new, scaled)
+    return dx, dy, sums[:n], sums[n:].reshape(n, n, N), statistics.dphi(new, scaled), dpre

@@ -1,6 +1,6 @@
 """The boundary between two sub-layers as Pallas kernels for TPUs (Mosaic), in one pass over the streams.
 
-The forward kernel has the least memory traffic that is possible: (2n + 2) C numbers for each token.
+The kernels have the least memory traffic that is possible: (2n + 2) C numbers for each token forward, and (3n + 3) C backward.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from mhc_kernels.backends import Saved
 from mhc_kernels.ops.coefficients.pallas_tpu import (
     folded,
     gradient_columns,
-    gradient_operands,
     gradients,
     normalise,
     project,
+    put_pieces,
     resident,
+    rows_of_phi,
 )
-from mhc_kernels.ops.read.pallas_tpu import products
-from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, pull
+from mhc_kernels.ops.write.pallas_tpu import coefficient_columns, mixer, pull
+
+KEEPS_NEW = False
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
@@ -35,7 +37,7 @@ def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
     n must be at most 8, C a multiple of 128, and streams bfloat16 or float32.  VMEM must hold 16 tokens of the backward pass.
     """
     n, itemsize = num_streams, max(jnp.dtype(d).itemsize for d in dtypes)
-    per_token = 2 * (4 * n + 3) * width * itemsize + 4 * n * width
+    per_token = (2 * (3 * n + 3) + n) * width * itemsize + 4 * n * width
     return tpu.obstacle(n, width, dtypes, per_token, resident(n * n + 2 * n, n * width, itemsize))
 
 
@@ -60,7 +62,7 @@ def forward(
         whole=[folded(phi, x.dtype), tpu.pad(gate, tpu.LANES, 1)],
         out_streams=[n * C, C],
         out_numbers=rows + 1,
-        scratch=(n + n * n) * tpu.LANES,
+        scratch=[((n + n * n) * tpu.LANES, jnp.float32)],
         flops=2 * n * C * (n + k + 3),
         transcendentals=n + 1,
     )
@@ -120,46 +122,74 @@ def _forward(n, C, k, eps_norm, eps, numbers, x, y, phi, gate, new, h, out, wide
     tpu.for_rows(x, read)
 
 
-def read_products(new: Array, g_h: Array) -> Array:
-    """Map x' [N, nC] and the gradient g_h [N, C] of h -> products <x'_i, g_h> [n, N].  Traffic per token: (n + 1) C numbers."""
-    return products(new, g_h, "mhc_write_read_products")
+def backward(saved: Saved, pre: Array, slope: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
+    """Return dx, dy, dpost, dres, dphi and dpre by the formulas in `backends.py`, in one pass over the streams.
 
+    The kernel makes x' again from x and y.  Neither x' nor its gradient reaches HBM.
 
-def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
-    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`; the gradient of x' is made in VMEM and stays there.
-
-    Memory traffic per token: reads (3n + 2) C numbers, writes (n + 1) C.  Together with `read_products`, that is (5n + 4) C.
+    Memory traffic per token: reads (2n + 2) C numbers, writes (n + 1) C.
     """
-    x, y, post, res, phi, new, z, inverse = saved
+    x, y, post, res, phi, _, z, inverse = saved
     n, C = post.shape[0], y.shape[1]
     channels, k = phi.shape
-    parts, shrink, rows_of_phi = gradient_operands(new, phi, z, inverse, g_z)
+    rows = tpu.up(k, 8)
+    small = [post, res.reshape(n * n, -1), pre, slope, inverse[None], tpu.pad(z, rows, 0), tpu.pad(g_z, rows, 0)]
     dx, dy, sums, dphi = tpu.call(
         functools.partial(_backward, n, C),
         "mhc_write_read_backward",
-        numbers=[parts, shrink, pre, post, res.reshape(n * n, -1)],
-        streams=[x, y, new, g_new, g_h],
-        whole=[rows_of_phi],
+        numbers=small,
+        streams=[x, y, g_new, g_h],
+        whole=[rows_of_phi(phi, x.dtype)],
         out_streams=[channels, C],
-        out_numbers=n + n * n,
-        out_sum=(tpu.up(k, 8), channels),
-        scratch=channels,
-        flops=4 * channels * (n + k + 3),
+        out_numbers=n + n * n + n,
+        out_sum=(rows, channels),
+        scratch=[
+            (gradient_columns(rows, x.dtype) + 1, jnp.float32),
+            (channels, jnp.float32),
+            (channels, x.dtype),
+        ],
+        flops=4 * channels * (n + k + 3) + 2 * channels * (n + 2),
     )
-    return dx, dy, sums[:n], sums[n:].reshape(n, n, -1), dphi[:k].T
+    dpost, dres, dpre = jnp.split(sums, [n, n + n * n])
+    return dx, dy, dpost, dres.reshape(n, n, -1), dphi[:k].T, dpre
 
 
-def _backward(n, C, numbers, x, y, new, g_new, g_h, phi, dx, dy, out, dphi, dv):
+def _backward(n, C, numbers, x, y, g_new, g_h, phi, dx, dy, out, dphi, parts, dv, new):
+    k, first_pre = dphi.shape[0], n + n * n
+    first_z = first_pre + 2 * n + 1
+
+    def write_again(rows, R):
+        mix = mixer(n, C, numbers[rows, :], x, y, rows)
+
+        def channels(c, sums):
+            g, values = tpu.piece(g_h, rows, 0, c), mix(c)
+            for i, value in enumerate(values):
+                tpu.put(new, rows, i * C, c, value)
+            return [s + g * v.astype(new.dtype).astype(jnp.float32) for s, v in zip(sums, values, strict=True)]
+
+        zeros = [jnp.zeros((R, tpu.LANES), jnp.float32)] * n
+        tpu.put_sums(out, rows, tpu.for_channels(C, channels, zeros), first_pre)
+
+    tpu.for_rows(x, write_again)
+
+    # The first n columns of the gradient of z grow by what reaches z through H_pre (`backends.through_pre`).
+    small, inverse = numbers[...], numbers[:, first_z - 1 : first_z]
+    scaled = small[:, first_z + k : first_z + 2 * k] * inverse
+    through = small[:, first_pre + n : first_pre + 2 * n] * out[:, first_pre : first_pre + n] * inverse
+    scaled += jnp.concatenate([through, jnp.zeros((x.shape[0], k - n), jnp.float32)], axis=1)
+    put_pieces(parts, scaled, x.dtype)
+    at = gradient_columns(k, x.dtype)
+    dot = jnp.sum(scaled * small[:, first_z : first_z + k], axis=1, keepdims=True)
+    parts[:, at : at + 1] = dot * inverse / (n * C)
+
     def keep(where, value):
         dv[:, where] = value
 
-    gradients(numbers, new, phi, dphi, keep)
-    at = gradient_columns(dphi.shape[0], new.dtype)
+    gradients(parts, new, phi, dphi, keep)
 
     def rows_of(rows, R):
-        small = numbers[rows, :]
-        shrink = tpu.column(small, at)
-        pre = [tpu.column(small, at + 1 + i) for i in range(n)]
+        small, shrink = numbers[rows, :], tpu.column(parts[rows, :], at)
+        pre = [tpu.column(small, first_pre + i) for i in range(n)]
 
         def gradient(c):
             g = tpu.piece(g_h, rows, 0, c)
@@ -169,6 +199,6 @@ def _backward(n, C, numbers, x, y, new, g_new, g_h, phi, dx, dy, out, dphi, dv):
                 total.append(tpu.piece(g_new, rows, i * C, c) + pre[i] * g + through_z)
             return total
 
-        pull(n, C, coefficient_columns(n, small, at + 1 + n), x, y, dx, dy, out, rows, R, gradient)
+        pull(n, C, coefficient_columns(n, small), x, y, dx, dy, out, rows, R, gradient)
 
     tpu.for_rows(x, rows_of)

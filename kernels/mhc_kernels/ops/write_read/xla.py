@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mhc_kernels.backends import Saved
+from mhc_kernels.backends import Saved, through_pre
 from mhc_kernels.ops.rms_norm import inverse_rms
 from mhc_kernels.ops.write.xla import mixed, pull
 from mhc_kernels.xla import add, dots, join, streams, weighted
+
+KEEPS_NEW = True
 
 
 def forward(
@@ -34,15 +36,12 @@ def forward(
     return new, z, inverse, weighted(pre, values).astype(x.dtype)
 
 
-def read_products(new: Array, g_h: Array) -> Array:
-    """Map x' [*tokens, nC] and the gradient g_h [*tokens, C] of h -> <x'_i, g_h> [n, *tokens]."""
-    return dots(streams(new, new.shape[-1] // g_h.shape[-1]), g_h.astype(jnp.float32))
-
-
-def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
-    """Return dx, dy, dpost, dres and dphi by the formulas in `backends.py`; the sum G is rounded to the dtype of x."""
+def backward(saved: Saved, pre: Array, slope: Array, g_new: Array, g_h: Array, g_z: Array) -> tuple[Array, ...]:
+    """Return dx, dy, dpost, dres, dphi and dpre by the formulas in `backends.py`; the sum G is rounded to the dtype of x."""
     x, y, post, res, phi, new, z, inverse = saved
     n, C = post.shape[0], y.shape[-1]
+    dpre = dots(streams(new, n), g_h.astype(jnp.float32))
+    g_z = through_pre(g_z, slope, dpre)
     scaled = g_z * inverse[None]
     shrink = (jnp.sum(scaled * z, axis=0) * inverse / x.shape[-1])[..., None]
     h32, gs = g_h.astype(jnp.float32), []
@@ -50,4 +49,4 @@ def backward(saved: Saved, pre: Array, g_new: Array, g_h: Array, g_z: Array) -> 
         through_z = jnp.einsum("k...,ck->...c", scaled, phi[i * C : (i + 1) * C], precision="highest")
         gs.append((through_z + g + pre[i][..., None] * h32 - shrink * v).astype(x.dtype).astype(jnp.float32))
     dphi = jnp.einsum("...c,k...->ck", new.astype(jnp.float32), scaled, precision="highest")
-    return *pull(gs, x, y, post, res), dphi
+    return *pull(gs, x, y, post, res), dphi, dpre
