@@ -108,12 +108,19 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
 
 
 def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
-    """Return the bytes that parameters, gradients and AdamW's moments take on one device of the mesh."""
+    """Return the bytes that parameters, gradients and AdamW's moments take on one device of the mesh.
+
+    If the mesh stores them over `data` too, the parameters that a step gathers over `data` and the gradients of one slice of
+    accumulation count as well, in the compute dtype.
+    """
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
-    parts = jax.tree.map(
-        lambda a, place: math.prod(place.shard_shape(a.shape)), shapes, state_shardings(abstract_mesh(mesh), shapes)
-    )
-    return STATE_BYTES * sum(jax.tree.leaves(parts))
+
+    def entries(spread: bool) -> int:
+        places = state_shardings(abstract_mesh(mesh), shapes, spread)
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)), shapes, places)))
+
+    gathered = 2 * jnp.dtype(config.compute_dtype).itemsize * entries(False) if mesh.data > 1 else 0
+    return STATE_BYTES * entries(True) + gathered
 
 
 def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:

@@ -112,7 +112,9 @@ def row():
 def test_estimate_holds_what_shapes_and_shardings_say(row):
     shapes, total = row["by_shape"], counts.model_cost(MODEL, 16).total * 4
     norms = 7 * 32 * 4
-    assert shapes["gradients"] == shapes["parameters"] == (total - norms) / 4 + norms, "fsdp splits all but the norms"
+    assert shapes["gradients"] == shapes["parameters"] == (total - norms) / 8 + norms, (
+        "all devices split all but the norms"
+    )
     assert shapes["optimizer state"] == pytest.approx(2 * shapes["parameters"], abs=100)
     # 2 of 16 sequences on a device; 6 sub-layers of one stream of 32, float32.
     assert (shapes["streams"], shapes["logits"]) == (2 * 16 * 6 * 32 * 4, 2 * 16 * 64 * 4)
