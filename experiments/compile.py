@@ -5,9 +5,9 @@
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:3b:mhc --topology=v6e:8x8 \\
         --config.mesh.fsdp=8 --config.mesh.expert=8 --connections=residual,mhc --config.data.batch_size=64 --json=3b.json
 
-With `--mesh=best` the sizes of mesh.data, mesh.fsdp and mesh.expert are chosen: the whole step with the first connection is compiled
-on every mesh of the slice that may hold it, and the fastest mesh on which all connections fit is taken.  Collectives are proportional
-to optimizer.accumulation_steps, so that the fewest steps that fit into memory are the fastest.
+With `--mesh=best` the sizes of mesh.data, mesh.fsdp and mesh.expert are chosen.  The whole step with the first connection is
+compiled on every mesh of the slice that may hold it, and the fastest mesh on which all connections fit is taken.  The time of
+collectives grows with optimizer.accumulation_steps, so the fewest accumulation steps that fit into memory are the fastest.
 
 The next command estimates two dense blocks of width 2560 on one chip, with connections that XLA compiles without Pallas kernels:
 

@@ -60,9 +60,9 @@ class Decoder(nn.Module):
 
         Returns:
           logits or loss, and a dict of arrays.  With `sample` the dict has the diagnostics of `diagnostics.sample_sublayer`, with
-          an axis of sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped [M] and
-          router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache that
-          includes `tokens`.
+          an axis of sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped
+          [M] and router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache
+          that includes `tokens`.
         """
         cfg = self.config
         with settings(token_axes=token_axes(tokens.shape)):
@@ -300,6 +300,19 @@ LOGITS_BYTES = 2**32
 """Largest size in bytes of the float32 logits that a device makes at once for the loss."""
 
 
+def loss_parts(tokens: int, vocabulary: int) -> int:
+    """Return the number of equal parts of a device's tokens, for one of which at a time `mean_loss` makes logits.
+
+    It is the smallest number whose parts have at most `LOGITS_BYTES` of float32 logits, or one token each.
+
+    Examples:
+      >>> loss_parts(tokens=4 * 4096, vocabulary=129280), loss_parts(tokens=4096, vocabulary=50304)
+      (2, 1)
+    """
+    most = max(1, LOGITS_BYTES // (4 * vocabulary))
+    return next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
+
+
 def mean_loss(
     x: Float[Array, "B T C"], unembedding: Float[Array, "C V"], targets: Int[Array, "B T"]
 ) -> Float[Array, ""]:
@@ -310,9 +323,7 @@ def mean_loss(
     """
     B, T = targets.shape
     shards = token_shards((B, T))
-    tokens = B * T // math.prod(shards)
-    size = 4 * tokens * unembedding.shape[1]
-    parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and (size <= n * LOGITS_BYTES or n == tokens))
+    parts = loss_parts(B * T // math.prod(shards), unembedding.shape[1])
     if parts == 1:
         return cross_entropy(logits_of(x, unembedding), targets)
     # Each device has a copy of the unembedding as long as the loss takes, and adds up its gradient by itself.

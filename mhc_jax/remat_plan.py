@@ -18,7 +18,7 @@ from jax.extend import core
 from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.cost.counts import carry_shapes
 from mhc_jax.jaxprs import computed_from
-from mhc_jax.model import Block, Decoder, branches
+from mhc_jax.model import Block, Decoder, branches, loss_parts
 from mhc_jax.parallel.sharding import abstract_mesh, state_shardings
 from mhc_jax.remat import block_length
 
@@ -91,7 +91,8 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
     }
     # A logit takes 8 bytes: 4 for the logit and 4 for its gradient.
     columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
-    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens)
+    parts = loss_parts(tokens, config.vocab_size) if mesh.stage == 1 else 1
+    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens // parts)
     estimates = {policy: fixed + size * tokens for policy, size in kept.items()}
     limit = config.remat_budget_gb * 1e9
     fitting = [policy for policy, size in estimates.items() if size <= limit]
