@@ -5,6 +5,10 @@
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:3b:mhc --topology=v6e:8x8 \\
         --config.mesh.fsdp=8 --config.mesh.expert=8 --connections=residual,mhc --config.data.batch_size=64 --json=3b.json
 
+With `--mesh=best` the sizes of mesh.data, mesh.fsdp and mesh.expert are chosen.  The whole step with the first connection is
+compiled on every mesh of the slice that may hold it, and the fastest mesh on which all connections fit is taken.  The time of
+collectives grows with optimizer.accumulation_steps, so the fewest accumulation steps that fit into memory are the fastest.
+
 The next command estimates two dense blocks of width 2560 on one chip, with connections that XLA compiles without Pallas kernels:
 
     PYTHONPATH=.venv/aot python experiments/compile.py --config=experiments/configs/paper.py:27b:mhc --topology=v5p:1x1x1 \\
@@ -23,9 +27,11 @@ A result is kept in the cache folder ($MHC_JAX_CACHE) until configuration, versi
 fits into memory, 1 one does not, 2 a mistake in the settings, 130 stopped by Ctrl-C (results so far are kept).
 """
 
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # This variable must be set before jax is imported.
@@ -34,10 +40,12 @@ from absl import flags
 from mhc_kernels.backend_choice import IMPLEMENTATIONS
 
 from mhc_jax import cli
+from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data.cache import cache_folder
+from mhc_jax.planning import mesh_choice
 from mhc_jax.planning.compile_ahead import best_attention
-from mhc_jax.planning.compile_table import estimates, markdown
+from mhc_jax.planning.compile_table import Row, estimates, markdown
 from mhc_jax.planning.slices import get_slice
 from mhc_jax.runs.environment import environment
 
@@ -49,6 +57,7 @@ CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "Kinds
 IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, IMPLEMENTATIONS, "Of the connections' operations; pallas_tpu if not given, xla on a CPU."
 )
+MESH = flags.DEFINE_enum("mesh", None, ["best"], "best: choose mesh.data, mesh.fsdp and mesh.expert by compiling.")
 LARGEST = flags.DEFINE_bool(
     "largest_batch", False, "Search the largest batch that fits: three compiles more, at least."
 )
@@ -60,7 +69,16 @@ def main() -> int:
     where = get_slice(TOPOLOGY.value)
     config = best_attention(CONFIG(), where.platform)
     folder = cache_folder() / "compiled"
-    rows = estimates(config, CONNECTIONS.value, where, IMPLEMENTATION.value, folder, LARGEST.value)
+
+    def compiled(config: ExperimentConfig, kinds: Sequence[str], largest: bool = False) -> list[Row]:
+        return estimates(config, kinds, where, IMPLEMENTATION.value, folder, largest)
+
+    meshes: list[Row] = []
+    if MESH.value == "best":
+        mesh, meshes = mesh_choice.best_mesh(config, CONNECTIONS.value, where, compiled)
+        config = dataclasses.replace(config, mesh=mesh)
+        print(mesh_choice.markdown(meshes, where), end="\n\n")
+    rows = compiled(config, CONNECTIONS.value, LARGEST.value)
     data, policies = config.data, dict.fromkeys(row["remat"] for row in rows)
     print(
         f"{where.name}, {len(where.devices)} devices, mesh {config.mesh}; {data.batch_size} x {data.sequence_length} tokens in "
@@ -70,6 +88,7 @@ def main() -> int:
     )
     if JSON.value:
         whole = {"env": environment(), "topology": where.name, "config": to_mapping(config), "rows": rows}
+        whole |= {"meshes": meshes} if meshes else {}
         Path(JSON.value).write_text(json.dumps(whole, indent=1) + "\n")
     return 0 if all(row["fits"] for row in rows) else 1
 

@@ -26,7 +26,7 @@ from mhc_jax.layers.mla import LatentAttention
 from mhc_jax.layers.mlp import SwiGLU
 from mhc_jax.layers.moe import ROUTED_SCALE, MoE
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.parallel.sharding import constrain, token_axes
+from mhc_jax.parallel.sharding import constrain, token_axes, token_shards
 
 Carry = tuple[Any, Any, Array]
 """The state (streams, c, y) between two sub-layers.  y is the last branch output.  The next boundary will write it to the streams
@@ -45,8 +45,9 @@ class Decoder(nn.Module):
         sample: int = 0,
         cache: Cache | None = None,
         at: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B _ V"], dict[str, Any]]:
-        """Return the float32 logits of the next token at every token, and a dict of auxiliary arrays.
+        targets: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B _ V"] | Float[Array, ""], dict[str, Any]]:
+        """Return the float32 logits of the next token at every token, or the loss, and a dict of auxiliary arrays.
 
         If a stream of a token is NaN, so are the logits of the token, because no operation replaces values that are not finite.
 
@@ -55,12 +56,13 @@ class Decoder(nn.Module):
           sample: number of tokens to collect diagnostics from.  0: the compiled program contains no diagnostics.
           cache: keys and values of the tokens before `tokens`.  None: there are no earlier tokens.
           at: for each sequence the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.
+          targets: the token that follows each token.  If they are given, the loss (`mean_loss`) is returned in place of logits.
 
         Returns:
-          logits, and a dict of arrays.  With `sample` the dict has the diagnostics of `diagnostics.sample_sublayer`, with an axis
-          of sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped [M] and
-          router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache that
-          includes `tokens`.
+          logits or loss, and a dict of arrays.  With `sample` the dict has the diagnostics of `diagnostics.sample_sublayer`, with
+          an axis of sub-layers in front ([L, ...]).  With experts it has expert_load [M, E], router_entropy [M], router_dropped
+          [M] and router_bias [M, E] of the M blocks with experts (see `layers.moe.MoE`).  With a cache it has `cache`, the cache
+          that includes `tokens`.
         """
         cfg = self.config
         with settings(token_axes=token_axes(tokens.shape)):
@@ -86,7 +88,7 @@ class Decoder(nn.Module):
                 unembedding = embedding.T
             else:
                 unembedding = self.param("unembedding", nn.initializers.normal(0.02), (cfg.width, cfg.vocab_size))
-            logits = logits_of(x, unembedding)
+            out = logits_of(x, unembedding) if targets is None else mean_loss(x, unembedding, targets)
 
         if sample:
             all_blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected)
@@ -94,7 +96,7 @@ class Decoder(nn.Module):
             aux |= jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), all_blocks)
         if cache is not None:
             aux["cache"] = written(cache, kept, tokens.shape[1], documents)
-        return logits, aux
+        return out, aux
 
     def _run(
         self, name: str, blocks: range, carry: Carry, sample: int, cache: Cache | None, documents: Array | None
@@ -289,6 +291,82 @@ def logits_of(x: Float[Array, "B T C"], unembedding: Float[Array, "C V"]) -> Flo
     return constrain(logits, "batch", "sequence", "vocabulary")
 
 
-def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "*tokens V"], targets: Int[Array, "*tokens"]) -> Float[Array, ""]:
     """Return the mean negative log likelihood of the targets in nats per token, float32."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+LOGITS_BYTES = 2**32
+"""Largest size in bytes of the float32 logits that a device makes at once for the loss."""
+
+
+def loss_parts(tokens: int, vocabulary: int) -> int:
+    """Return the number of equal parts of a device's tokens, for one of which at a time `mean_loss` makes logits.
+
+    It is the smallest number whose parts have at most `LOGITS_BYTES` of float32 logits, or one token each.
+
+    Examples:
+      >>> loss_parts(tokens=4 * 4096, vocabulary=129280), loss_parts(tokens=4096, vocabulary=50304)
+      (2, 1)
+    """
+    most = max(1, LOGITS_BYTES // (4 * vocabulary))
+    return next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
+
+
+def mean_loss(
+    x: Float[Array, "B T C"], unembedding: Float[Array, "C V"], targets: Int[Array, "B T"]
+) -> Float[Array, ""]:
+    """Return `cross_entropy` of the logits of x, of which a device never holds more than `LOGITS_BYTES`.
+
+    If all logits are larger, a device makes them for a part of its tokens at a time.  Under `jax.grad` it makes the gradients of a
+    part at once, so that no logits are kept and none are made twice.  The gradients are then sums in another order.
+    """
+    B, T = targets.shape
+    shards = token_shards((B, T))
+    parts = loss_parts(B * T // math.prod(shards), unembedding.shape[1])
+    if parts == 1:
+        return cross_entropy(logits_of(x, unembedding), targets)
+    # Each device has a copy of the unembedding as long as the loss takes, and adds up its gradient by itself.
+    W = jnp.broadcast_to(unembedding.astype(x.dtype), (*shards, *unembedding.shape))
+    return _loss_in_parts(_parts(x, shards, parts), _on_shards(W, "vocabulary"), _parts(targets, shards, parts))
+
+
+def _parts(a: Array, shards: tuple[int, int], parts: int) -> Array:
+    """Return an array [B, T, ...] as [parts, b, t, tokens, ...], where b x t are the shards of the tokens on the mesh."""
+    b, t, rest = *shards, a.shape[2:]
+    a = a.reshape(b, a.shape[0] // b, t, a.shape[1] // t, *rest)
+    a = jnp.moveaxis(a, 2, 1).reshape(b, t, parts, -1, *rest)
+    return jnp.moveaxis(a, 2, 0)
+
+
+def _on_shards(a: Array, last: str | None) -> Array:
+    return constrain(a, "batch", "sequence", *(None,) * (a.ndim - 3), last)
+
+
+@jax.custom_vjp
+def _loss_in_parts(x: Array, W: Array, targets: Array) -> Array:
+    def add(total, part):
+        return total + _summed(W, *part), None
+
+    return jax.lax.scan(add, jnp.zeros(()), (x, targets))[0] / targets.size
+
+
+def _summed(W: Float[Array, "b t C V"], x: Float[Array, "b t tokens C"], targets: Int[Array, "b t tokens"]) -> Array:
+    """Return the sum of the losses of one part of all tokens."""
+    logits = jnp.einsum("btnc,btcv->btnv", _on_shards(x, None), W, preferred_element_type=jnp.float32)
+    return cross_entropy(_on_shards(logits, "vocabulary"), targets) * targets.size
+
+
+def _with_gradients(x: Array, W: Array, targets: Array) -> tuple[Array, tuple[Array, Array]]:
+    def add(carry, part):
+        # The factor is inside, so that gradients are as small as those of `cross_entropy` before they are rounded.
+        of_part = jax.value_and_grad(lambda W, x: _summed(W, x, part[1]) / targets.size, (0, 1))
+        loss, (dW, dx) = of_part(W, part[0])
+        return (carry[0] + loss, _on_shards(carry[1] + dW, "vocabulary")), dx
+
+    zero = jnp.zeros(()), _on_shards(jnp.zeros(W.shape, jnp.float32), "vocabulary")
+    (loss, dW), dx = jax.lax.scan(add, zero, (x, targets))
+    return loss, (dx, dW.astype(W.dtype))
+
+
+_loss_in_parts.defvjp(_with_gradients, lambda found, g: (*((g * a).astype(a.dtype) for a in found), None))

@@ -18,7 +18,7 @@ from jax.extend import core
 from mhc_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.cost.counts import carry_shapes
 from mhc_jax.jaxprs import computed_from
-from mhc_jax.model import Block, Decoder, branches
+from mhc_jax.model import Block, Decoder, branches, loss_parts
 from mhc_jax.parallel.sharding import abstract_mesh, state_shardings
 from mhc_jax.remat import block_length
 
@@ -91,7 +91,8 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
     }
     # A logit takes 8 bytes: 4 for the logit and 4 for its gradient.
     columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
-    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens)
+    parts = loss_parts(tokens, config.vocab_size) if mesh.stage == 1 else 1
+    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens // parts)
     estimates = {policy: fixed + size * tokens for policy, size in kept.items()}
     limit = config.remat_budget_gb * 1e9
     fitting = [policy for policy, size in estimates.items() if size <= limit]
@@ -108,12 +109,19 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
 
 
 def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
-    """Return the bytes that parameters, gradients and AdamW's moments take on one device of the mesh."""
+    """Return the bytes that parameters, gradients and AdamW's moments take on one device of the mesh.
+
+    If the mesh stores them over `data` too, the parameters that a step gathers over `data` and the gradients of one slice of
+    accumulation count as well, in the compute dtype.
+    """
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
-    parts = jax.tree.map(
-        lambda a, place: math.prod(place.shard_shape(a.shape)), shapes, state_shardings(abstract_mesh(mesh), shapes)
-    )
-    return STATE_BYTES * sum(jax.tree.leaves(parts))
+
+    def entries(spread: bool) -> int:
+        places = state_shardings(abstract_mesh(mesh), shapes, spread)
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)), shapes, places)))
+
+    gathered = 2 * jnp.dtype(config.compute_dtype).itemsize * entries(False) if mesh.data > 1 else 0
+    return STATE_BYTES * entries(True) + gathered
 
 
 def resolve(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:

@@ -18,9 +18,9 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module
 from mhc_jax.diagnostics import DIAGNOSTICS_TOKENS
 from mhc_jax.layers.moe import BALANCING_RATE, balanced_bias, router_health
-from mhc_jax.model import Decoder, cross_entropy
+from mhc_jax.model import Decoder
 from mhc_jax.optim import optimizer, schedule
-from mhc_jax.parallel.sharding import constrain
+from mhc_jax.parallel.sharding import constrain, gathered, stored
 from mhc_jax.pipeline.executor import pipelined, schedule_of
 
 Batch = dict[str, Int[Array, "B T"]]
@@ -65,30 +65,41 @@ def gradients(config: ExperimentConfig) -> Callable[[Any, Batch], tuple[tuple[Ar
         raise ValueError("model.remat is 'auto'; give the configuration that `remat_plan.resolve` returns.")
     A = config.optimizer.accumulation_steps
     if (table := schedule_of(config)) is not None:
-        return pipelined(config, table)
+        run = pipelined(config, table)
+        return lambda params, batch: _stored_gradient(*run(gathered(params, None), batch))
     model = Decoder(config.model)
 
     def loss_of(params, batch):
-        logits, router = model.apply({"params": params}, batch["inputs"])
-        return cross_entropy(logits, batch["targets"]), router
+        return model.apply({"params": params}, batch["inputs"], targets=batch["targets"])
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    if A == 1:
-        return value_and_grad
+
+    def one_slice(params, piece):
+        """Return the value and the gradient, float32 and sharded as it is stored, for parameters that are `gathered`."""
+        return _stored_gradient(*value_and_grad(params, piece))
 
     def accumulated(params, batch):
+        params = gathered(params, config.model.compute_dtype)
+        if A == 1:
+            return one_slice(params, batch)
         slices = jax.tree.map(lambda a: a.reshape(A, a.shape[0] // A, *a.shape[1:]), batch)
         slices = jax.tree.map(lambda a: constrain(a, None, "batch", "sequence"), slices)
 
         def add(total, piece):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, piece)), None
+            return jax.tree.map(jnp.add, total, one_slice(params, piece)), None
 
-        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], slices))
+        shapes = jax.eval_shape(one_slice, params, jax.tree.map(lambda a: a[0], slices))
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        zero = _stored_gradient(*zero)
         total, _ = jax.lax.scan(add, zero, slices)
         return jax.tree.map(lambda a: a / A, total)
 
     return accumulated
+
+
+def _stored_gradient(value: Any, gradient: Any) -> tuple[Any, Any]:
+    """Return the pair (value, gradient) with the gradient in float32 and sharded as parameters are stored (`sharding.stored`)."""
+    return value, jax.tree.map(lambda g: g.astype(jnp.float32), stored(gradient))
 
 
 def move_router_bias(params: Any, before: Any, load: Float[Array, "M E"], rate: float) -> Any:
@@ -170,8 +181,9 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], Array]:
     model = Decoder(config.model)
 
     def step(params, batch):
-        logits, _ = model.apply({"params": params}, batch["inputs"])
-        return cross_entropy(logits, batch["targets"])
+        params = gathered(params, config.model.compute_dtype)
+        loss, _ = model.apply({"params": params}, batch["inputs"], targets=batch["targets"])
+        return loss
 
     return step
 
@@ -186,7 +198,7 @@ def make_diagnostics_step(
     model = Decoder(config.model)
 
     def step(params, tokens):
-        _, collected = model.apply({"params": params}, tokens, sample)
+        _, collected = model.apply({"params": gathered(params, config.model.compute_dtype)}, tokens, sample)
         return dict(collected)
 
     return step

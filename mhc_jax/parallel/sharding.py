@@ -7,7 +7,7 @@ which mesh axes each logical axis is sharded, and XLA's partitioner (GSPMD) deri
 | mesh axis | what is sharded over it |
 | --- | --- |
 | `stage` | blocks: a device computes the blocks of its stages (`mhc_jax/pipeline`) |
-| `data` | the batch; every device has a copy of the parameters |
+| `data` | the batch, and between uses the parameters and the optimizer's state (`gathered`) |
 | `fsdp` | the batch and the parameters, which are gathered layer by layer where they are used |
 | `tensor` | heads, hidden channels of the feed-forward, and the vocabulary (Megatron, arXiv 1909.08053) |
 | `expert` | the batch and the experts of DeepSeekMoE |
@@ -97,6 +97,10 @@ parameter is taken.
 """
 
 
+CAST = r"(^|/)(W_(?!router)\w+|unembedding)$"
+"""Regular expression of the paths of parameters outside connections that the model casts to the compute dtype before every use."""
+
+
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Return the logical axes of a parameter, or of one of its optimizer moments, from its path and number of axes.
 
@@ -112,6 +116,28 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
         if re.search(pattern, path) and len(layer + axes) == ndim:
             return layer + axes
     raise ValueError(f"The parameter {path} with {ndim} axes has no logical axes; add a line to sharding.PARAMETERS.")
+
+
+def parameter_spec(mesh: Mesh | AbstractMesh, path: str, shape: Sequence[int], spread: bool = True) -> PartitionSpec:
+    """Return the mesh axes over which each axis of a parameter is sharded, or of its gradient or one of its moments.
+
+    With `spread` every matrix of a branch is also sharded over `data`, along an axis that `data` divides, as it is stored between
+    uses (ZeRO, arXiv 1910.02054).  Without, it is sharded as the model computes with it.
+    """
+    axes = logical_axes(path, len(shape))
+    spec, first = fit(mesh, RULES.spec(*axes), shape), int(axes[:1] == ("layer",))
+    copies = dict(mesh.shape).get("data", 1)
+    # Parameters of connections and vectors are small, so that each device keeps all of them.
+    if not spread or copies == 1 or len(shape) - first < 2 or re.search(CONNECTION, path):
+        return spec
+    entries = list(spec)
+    # An axis that is not sharded yet comes first, so that one mesh axis at a time can move (`on_whole_matrices`).
+    for k in sorted(range(first, len(shape)), key=lambda k: entries[k] is not None):
+        names = (entries[k],) if isinstance(entries[k], str) else entries[k] or ()
+        if shape[k] % (copies * math.prod(mesh.shape[name] for name in names)) == 0:
+            entries[k] = (*names, "data")
+            break
+    return PartitionSpec(*entries)
 
 
 # ---------------------------------------------------------------------------------------------------------------- mesh
@@ -226,7 +252,7 @@ def on_whole_matrices(
     mesh = current()
     if mesh is None or re.search(CONNECTION, path):
         return function(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
-    axes = [entry or () for entry in fit(mesh, RULES.spec(*logical_axes(path, x.ndim)), x.shape)]
+    axes = [entry or () for entry in parameter_spec(mesh, path, x.shape)]
     *many, rows, columns = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in axes]
     # The sharded part of each leading axis comes first, so that the axis of matrices is sharded over all of them as it is.
     parts = [math.prod(mesh.shape[name] for name in entry) for entry in many]
@@ -264,6 +290,15 @@ def token_axes(shape: Sequence[int]) -> PartitionSpec:
     return PartitionSpec() if mesh is None else fit(mesh, RULES.spec("batch", "sequence"), shape)
 
 
+def token_shards(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return into how many shards the mesh splits tokens [B, T] along each axis.  Without a mesh they are (1, 1)."""
+    mesh = current()
+    if mesh is None:
+        return 1, 1
+    rows, columns = NamedSharding(mesh, token_axes(shape)).shard_shape(shape)
+    return shape[0] // rows, shape[1] // columns
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of the inputs and targets of a batch, [B, T]."""
     return NamedSharding(mesh, RULES.spec("batch", "sequence"))
@@ -296,7 +331,42 @@ def replicate(mesh: Mesh, a: np.ndarray) -> Array:
     return jax.make_array_from_callback(a.shape, NamedSharding(mesh, PartitionSpec()), lambda _: a)
 
 
-def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
+def gathered(params: Any, dtype: Any) -> Any:
+    """Return parameters as the model computes with them: whole along the mesh axis `data`, over which they are stored.
+
+    A matrix that the model would cast to `dtype`, the compute dtype, is cast before it is gathered, which changes no number.  The
+    gather then moves half of the bytes of float32.  The dtype None casts nothing.  Without a mesh axis `data`, `params` is returned
+    as it is.
+    """
+    mesh = current()
+    if mesh is None or mesh.shape["data"] == 1:
+        return params
+
+    def whole(key_path: tuple[Any, ...], a: Array) -> Array:
+        path = path_of(key_path)
+        if dtype is not None and re.search(CAST, path) and not re.search(CONNECTION, path):
+            a = a.astype(dtype)
+        return jax.lax.with_sharding_constraint(
+            a, NamedSharding(mesh, parameter_spec(mesh, path, a.shape, spread=False))
+        )
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def stored(tree: Any) -> Any:
+    """Shard parameters or their gradients as they are stored (`parameter_spec`).  Without a mesh axis `data` return `tree`."""
+    mesh = current()
+    if mesh is None or mesh.shape["data"] == 1:
+        return tree
+
+    def place(key_path: tuple[Any, ...], a: Array) -> Array:
+        spec = parameter_spec(mesh, path_of(key_path), a.shape)
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def state_shardings(mesh: Mesh | AbstractMesh, state: Any, spread: bool = True) -> Any:
     """Return the sharding of each array of a train state, or of a tree of parameters.
 
     Moments of the optimizer are sharded like their parameters.  Scalars, and other arrays of the optimizer, are replicated.
@@ -304,6 +374,7 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     Args:
       mesh: a mesh of `make_mesh` or `abstract_mesh`.
       state: a tree of arrays, or of their shapes and dtypes (`jax.eval_shape`).
+      spread: whether matrices are sharded over `data` too, as a run stores them (`parameter_spec`).
 
     Raises:
       ValueError: no row of `PARAMETERS` matches a parameter.
@@ -315,7 +386,7 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         path = path_of(key_path)
         moment = any(path.endswith(name) and leaf.shape == shape for name, shape in shapes)
-        axes = logical_axes(path, len(leaf.shape)) if moment else (None,) * len(leaf.shape)
-        return NamedSharding(mesh, fit(mesh, RULES.spec(*axes), leaf.shape))
+        spec = parameter_spec(mesh, path, leaf.shape, spread) if moment else PartitionSpec(*(None,) * len(leaf.shape))
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)

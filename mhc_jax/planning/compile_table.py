@@ -106,6 +106,9 @@ def markdown(rows: Sequence[Row], where: Slice) -> str:
             sizes = f"{largest['sequences']} sequences a step ({largest['per_device']} a device and accumulation step)"
             out += ["", f"{row['connection']}: at most {sizes}, {_gib(largest['needs'])} GiB."]
     out += pipelines(rows)
+    for row in rows:
+        if sentence := gathers_by_sums(row):
+            out += ["", sentence]
     without = sorted({name for row in rows for name in row.get("kernels", {}) if name.endswith("(no estimate)")})
     if without:
         out += ["", f"Kernels that count as no time: {', '.join(without)}."]
@@ -137,7 +140,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
             cells += [f"{100 * row['mfu']:.1f} to {100 * row['mfu, collectives hidden']:.1f} %"]
         else:
             cells += [""] * 8
-        out.append(_line(cells))
+        out.append(line(cells))
     return out
 
 
@@ -154,9 +157,29 @@ def _collectives(rows: Sequence[Row]) -> list[str]:
             sums[2] += collective["seconds"]
         for key, (count, size, seconds) in merged.items():
             out.append(
-                _line([row["connection"], *map(str, key), str(count), f"{size / 1e9:.2f}", f"{1e3 * seconds:.1f}"])
+                line([row["connection"], *map(str, key), str(count), f"{size / 1e9:.2f}", f"{1e3 * seconds:.1f}"])
             )
     return out
+
+
+def gathers_by_sums(row: Row) -> str:
+    """Return a sentence that warns of a mesh on which libtpu gathers parameters by all-reduces, or an empty text.
+
+    Over `fsdp` a step gathers every parameter at least twice, and sums every gradient once.  More bytes in all-reduces than in
+    all-gathers are therefore gathers of which the compiler has made all-reduces.
+    """
+    over_fsdp = [one for one in row.get("collectives", []) if "fsdp" in one["axes"].split("+")]
+    sums, gathers = (
+        [one for one in over_fsdp if one["kind"] == kind and one["group"] > 1] for kind in ("all-reduce", "all-gather")
+    )
+    size, gathered = (sum(one["count"] * one["bytes"] for one in group) for group in (sums, gathers))
+    if size <= gathered:
+        return ""
+    return (
+        f"{row['connection']}: parameters are gathered over fsdp by all-reduces, which send about twice as much as all-gathers "
+        f"({size / 1e9:.0f} GB, {1e3 * sum(one['seconds'] for one in sums):.0f} ms a step); on another mesh, as --mesh=best "
+        "finds it, the step is likely faster."
+    )
 
 
 def pipelines(rows: Sequence[Row]) -> list[str]:
@@ -174,11 +197,12 @@ def pipelines(rows: Sequence[Row]) -> list[str]:
             cells += [f"{pipeline['pair']:.2f}", f"{1e3 * seconds['message']:.2f}"]
             cells += [f"{100 * pipeline['bubble_fraction']:.1f}"]
             cells += [str(pipeline["messages"][name]) for name in ("a tick", "asynchronous", "hidden")]
-            out.append(_line(cells))
+            out.append(line(cells))
     return out
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """Return one line of a Markdown table."""
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 

@@ -27,6 +27,7 @@ from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.cost import counts, hlo
 from mhc_jax.cost.hlo import Collective, Instruction, Program
+from mhc_jax.model import loss_parts
 from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.planning.compile_ahead import DoesNotFitError, compile_lowered, lower
 from mhc_jax.planning.compiled_pipeline import CompiledPipeline
@@ -106,7 +107,8 @@ def by_shape(config: ExperimentConfig, state: Any) -> dict[str, int]:
 
     `streams` are the streams that are kept for the backward pass.  With model.remat `none` they are those of every sub-layer, with
     `full` those of every block, and with `connection` those of every L_r-th sub-layer (`remat.block_length`).  In a pipeline they
-    are those of the largest number of activations that a device may hold (`Schedule.bound`).
+    are those of the largest number of activations that a device may hold (`Schedule.bound`).  `logits` are those that the loss
+    makes at once (`model.mean_loss`).
 
     Args:
       config: the configuration of the run.
@@ -126,7 +128,7 @@ def by_shape(config: ExperimentConfig, state: Any) -> dict[str, int]:
         "optimizer state": _shard_bytes(state.opt_state),
         "gradients": _shard_bytes(state.params),
         "streams": int(tokens * carried * kept * share),
-        "logits": tokens * vocabulary * 4,
+        "logits": tokens * vocabulary * 4 // (loss_parts(tokens, model.vocab_size) if schedule is None else 1),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,13 @@ def load_trained(folder: str | Path, tokenizer: str = "") -> Trained:
     if is_model_folder(folder):
         config, arrays, saved, step = read_model(folder)
         mesh = _mesh(config)
-        params = jax.device_put(arrays, None if mesh is None else state_shardings(mesh, arrays))
+        params = jax.device_put(arrays, None if mesh is None else state_shardings(mesh, arrays, spread=False))
     else:
         saved, step = saved_tokenizer(folder), newest_step(folder)
         # The mesh comes from config.json.  All other settings come from the checkpoint, where model.vocab_size is never 0.
         mesh = _mesh(from_mapping(read_json(folder / "config.json")))
-        mapping, params = load_params(folder, None if mesh is None else lambda shapes: state_shardings(mesh, shapes))
+        places = None if mesh is None else functools.partial(state_shardings, mesh, spread=False)
+        mapping, params = load_params(folder, places)
         config = from_mapping(mapping)
     chosen = load_tokenizer(tokenizer) if tokenizer else from_saved(saved)
     check_tokenizer(saved["fingerprint"], chosen.fingerprint, folder)

@@ -16,6 +16,7 @@ from support.oracles import as_float64, assert_slopes
 from support.oracles_moe import swiglu
 from support.tolerances import ANOTHER_PROGRAM, BF16_CHAIN, FORMS_FP32, REORDERED, assert_close
 
+from mhc_jax import model
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.cost.counts import model_cost
 from mhc_jax.diagnostics import STREAM_MEASURES, summarize
@@ -49,6 +50,29 @@ def test_gradient_of_rms_norm_keeps_its_arguments_and_a_number_a_token():
     _, pull = jax.vjp(lambda *a: rms_norm(*a, 1e-20), x.astype(jnp.bfloat16), w)
     kept = sorted((a.shape, str(a.dtype)) for a in jax.tree.leaves(pull))
     assert kept == [((3, 5, 1), "float32"), ((3, 5, 8), "bfloat16"), ((8,), "float32")]
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(100, 1), (8, 3), (5, 6), (1, 24), (0, 24)])
+def test_the_loss_in_parts_against_numpy(tokens, parts, monkeypatch):
+    """Of 24 tokens as many parts are made as keep the logits of at most `tokens` of them, or of one, in memory."""
+    r, V = np.random.default_rng(0), 11
+    x, W, targets = r.normal(size=(4, 6, 8)), r.normal(size=(8, V)), r.integers(0, V, (4, 6))
+    logits = x @ W
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.eye(V)[targets]
+    of_logits = 3 * (p - chosen) / targets.size
+    expected = -3 * np.log((p * chosen).sum(-1)).mean()
+    gradients = of_logits @ W.T, np.einsum("btc,btv->cv", x, of_logits)
+
+    monkeypatch.setattr(model, "LOGITS_BYTES", 4 * V * tokens)
+    given = jnp.asarray(x, jnp.float32), jnp.asarray(W, jnp.float32), jnp.asarray(targets)
+    jaxpr = jax.make_jaxpr(lambda *a: model.mean_loss(*a, given[2]))(*given[:2])
+    assert (f"f32[{parts},1,1,{24 // parts},8]" in str(jaxpr)) == (parts > 1)
+    assert_close(3 * model.mean_loss(*given), expected)
+    loss, found = jax.value_and_grad(lambda x, W: 3 * model.mean_loss(x, W, given[2]), (0, 1))(*given[:2])
+    assert_close(loss, expected)
+    for a, b in zip(found, gradients, strict=True):
+        assert_close(a, b, REORDERED)
 
 
 def test_rope_keeps_norms_and_depends_on_distance_only():

@@ -252,10 +252,10 @@ def test_auto_plans_for_one_device_of_the_mesh(mesh):
     own = remat_plan.state_bytes(config.model, config.mesh)
     whole = remat_plan.state_bytes(config.model, MeshConfig())
     assert whole == 16 * counts.model_cost(config.model, 64).total
-    if "data" in mesh:
-        assert own == whole
-    else:  # norms and connections are whole, and over tensor this vocabulary
-        assert whole / 4 < own < 0.7 * whole
+    # Over data a step gathers all parameters, and has their gradients for a slice: 8 of 16 bytes in float32.
+    gathered = whole / 2 if "data" in mesh else 0
+    # Norms and connections are whole, and over tensor this vocabulary.
+    assert whole / 4 < own - gathered < 0.7 * whole
     tokens = 64 * 16 // config.mesh.batch
     estimates = remat_plan.plan(config.model, tokens, 64, config.mesh).estimates
     logits = 8 * 31 * tokens  # which tensor does not divide

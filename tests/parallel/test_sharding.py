@@ -18,7 +18,7 @@ from support.thinned import thin
 from support.tiny_runs import data_of, final_state, lines, write_text
 from support.tolerances import ANOTHER_PROGRAM, assert_close
 
-from mhc_jax import connections, loop
+from mhc_jax import connections, loop, model
 from mhc_jax.config import MeshConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections.parameter_paths import path_of
@@ -44,6 +44,19 @@ CASES += [pytest.param(kind, MIXED, marks=SLOW) for kind in sorted({*connections
 @pytest.mark.parametrize(("kind", "mesh"), CASES, ids=name_of)
 def test_a_step_is_that_of_one_device(kind, mesh):
     assert_same_step(tiny(kind, mesh))
+
+
+@pytest.mark.parametrize("mesh", [MIXED, pytest.param(FSDP, marks=FULL)], ids=name_of)
+def test_a_loss_in_parts_is_that_of_one_device(mesh, monkeypatch):
+    """Each of eight devices makes the logits of a few tokens at a time, and sums the gradient of the unembedding once."""
+    config = tiny("residual", mesh, size=(16, 24))
+    meshes.on_one_device(config)
+    monkeypatch.setattr(model, "LOGITS_BYTES", 4 * 56 * 12)
+    assert_same_step(config)
+    text = lowered_gradients(config)[1].as_text()
+    b, t = (2, 2) if mesh is MIXED else (8, 1)
+    assert f"tensor<{b}x{t}x12x56xf32>" in text
+    assert "tensor<16x24x56xf32>" not in text
 
 
 LATENT = {"attention_kind": "mla:kv_rank=8:rope_width=4"}
@@ -90,11 +103,45 @@ def test_mhc_communicates_the_gradients_of_its_parameters_and_nothing_else(mesh)
 
 @pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])
 def test_weights_are_gathered_layer_by_layer_and_activations_never(kind):
+    """Over `data` each device's part of all blocks is gathered once, before, and over `fsdp` the weights of one block."""
     config = tiny(kind, FSDP)
-    weights = {a.shape[-2:] for a in jax.tree.leaves(meshes.shapes(config)) if len(a.shape) > 1}
+    parameters = meshes.shapes(config)
+    placed = state_shardings(make_mesh(config.mesh), parameters, spread=False)
+    parts = jax.tree.map(lambda a, s: s.shard_shape(a.shape), parameters, placed)
+    over_data = {tuple(shape) for shape in jax.tree.leaves(parts, is_leaf=lambda a: isinstance(a, tuple))}
+    over_fsdp = {a.shape[-2:] for a in jax.tree.leaves(parameters) if len(a.shape) > 1}
     gathered = {shape for kind, shape in collectives(config) if kind == "all-gather"}
-    assert gathered
-    assert gathered <= weights
+    assert gathered & over_data
+    assert gathered & over_fsdp
+    assert gathered <= over_data | over_fsdp
+
+
+def test_a_device_stores_a_part_of_each_matrix_over_data_too():
+    config = tiny(MHC, {"data": 2, "fsdp": 2, "expert": 2}, **meshes.EXPERTS, **LATENT)
+    state, mesh = jax.eval_shape(lambda: init_state(config)), make_mesh(config.mesh)
+    stored, computed = (
+        {path_of(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(state_shardings(mesh, state, spread))}
+        for spread in (True, False)
+    )
+    for name, expected in {
+        "/embedding": (("data",), ("fsdp",)),
+        "layers/attention/W_q": (None, ("fsdp",), ("data",)),
+        "layers/attention/W_kv_up": (None, ("data",), None),
+        "layers/mlp/W_down": (None, ("expert",), ("data",), ("fsdp",)),
+    }.items():
+        assert {stored[path] for path in stored if path.endswith(name)} == {PartitionSpec(*expected)}, name
+    assert not any("data" in str(spec) for spec in computed.values())
+    small = [path for path, spec in stored.items() if "data" not in str(spec)]
+    assert all("_connection/" in p or "ends/" in p or re.search(r"norm/|bias$|step$|count$", p) for p in small), small
+
+
+def test_matrices_are_cast_before_they_are_gathered_over_data():
+    """The step gathers over `data` in the compute dtype what the model casts, and in float32 what it does not."""
+    config = tiny("residual", {"data": 2}, compute_dtype="bfloat16", **meshes.EXPERTS)
+    text = lowered_gradients(config)[1].as_text()
+    whole = set(re.findall(r"sharding_constraint %\S+ <@mesh, \[[{}, ]*\]> : tensor<(\S+)>", text))
+    assert {"2x4x32x12xbf16", "2x4x12x32xbf16", "2x32x32xbf16", "32x56xbf16", "2x32x4xf32", "56x32xf32"} <= whole
+    assert not {"2x4x32x12xf32", "2x32x32xf32", "32x56xf32", "2x32x4xbf16"} & whole
 
 
 @pytest.mark.parametrize("kind", ["residual", pytest.param(MHC, marks=FULL)])

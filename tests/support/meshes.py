@@ -7,7 +7,15 @@ import re
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from support.tolerances import AMPLIFIED, ANOTHER_PROGRAM, FP32_RELATIVE, REORDERED, assert_close, cancelling
+from support.tolerances import (
+    AMPLIFIED,
+    ANOTHER_PROGRAM,
+    FP32_RELATIVE,
+    REORDERED,
+    WHOLE_GRADIENT,
+    assert_close,
+    cancelling,
+)
 
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig
@@ -114,7 +122,9 @@ def assert_same_step(config):
     (loss, router, grads), (expected_loss, expected_router, expected) = run_gradients(config), on_one_device(config)
     assert_close(loss, expected_loss, FP32_RELATIVE, "loss")
     assert grads.keys() == expected.keys()
-    relative = AMPLIFIED if config.model.connection.kind == "hc" else ANOTHER_PROGRAM
+    # identity_mix has logits whose gradient is one sum over all tokens and channels; 1.06e-5 was seen.
+    kinds = {"hc": AMPLIFIED, "identity_mix": WHOLE_GRADIENT}
+    relative = kinds.get(config.model.connection.kind, ANOTHER_PROGRAM)
     terms = cancelling(expected)
     for path, g in expected.items():
         assert_close(grads[path], g, relative, f"gradient of {path}", terms[path])
