@@ -146,10 +146,12 @@ def recomputed(
         # `prevent_cse` keeps XLA from replacing recomputed values by those of the forward pass.  A loop needs no such care, because
         # its backward pass is a loop of its own.  A scan with one iteration, or unrolled to the end, compiles to no loop.
         is_loop = steps < turns
-        carry, aux = jax.lax.scan(
-            lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
-        )
-        pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
+        if is_loop:
+            carry, aux = jax.lax.scan(functools.partial(run, prevent_cse=False), carry, whole, unroll=steps)
+            pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
+        for turn in range(0 if is_loop else turns):
+            carry, aux = run(carry, part(turn * period, (turn + 1) * period), prevent_cse=True)
+            pieces.append(aux)
     if turns * period < blocks:
         carry, aux = run(carry, part(turns * period, blocks), prevent_cse=True)
         pieces.append(aux)

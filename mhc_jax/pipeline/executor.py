@@ -240,27 +240,26 @@ class _Device:
             arrivals = self.exchanged(outbox)
         new = {name: made[name] for name in ("inputs", "gradients", *IN_PLACE)}
 
-        def deliver(name: str, column: str, value: Tree, k: int | None = None) -> None:
+        def deliver(name: str, column: str, value: Tree) -> None:
             if (self.program.columns[column] >= 0).any():
-                new[name] = _deliver(new[name], now[column], value, k)
+                new[name] = _deliver(new[name], now[column], value)
 
         deliver("inputs", "to_self", made["F"])
         deliver("gradients", "from_loss", made["F"])
         deliver("gradients", "to_own_gradients", made["B"])
-        for channel, value in enumerate(arrivals):
-            for k, kind in enumerate(self.program.channels[channel].kinds):
-                deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", value, k)
+        for channel, values in enumerate(arrivals):
+            for kind, value in values.items():
+                deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", value)
         new["aux"] = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
         new["loss"] = state["loss"] + made["loss"]
         return new | ({"outbox": outbox} if self.overlap else {}), None
 
-    def exchanged(self, outbox: Tree) -> list[Tree]:
-        """Exchange messages with other devices.  Return for each channel what arrives, stacked over its kinds of messages."""
-        arrivals = []
-        for channel in self.program.channels:
-            message = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
-            arrivals.append(jax.lax.ppermute(message, AXIS, channel.pairs))
-        return arrivals
+    def exchanged(self, outbox: Tree) -> list[dict[str, Tree]]:
+        """Exchange messages with other devices.  Return for each channel what arrives, by its kind of message."""
+        return [
+            {kind: jax.lax.ppermute(outbox[kind], AXIS, channel.pairs) for kind in channel.kinds}
+            for channel in self.program.channels
+        ]
 
     def phase(self, k: int, state: Tree, now: Tree) -> Tree:
         """Run phase k of a tick.  Return `state` after it, together with the results of its operation."""
@@ -318,11 +317,7 @@ def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
     return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
-def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """Return the buffer after `value`, or `value[k]` if k is given, is written into `slot`.  Slot -1 means the last slot."""
-
-    def put(a: Array, new: Array) -> Array:
-        new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)
-        return jax.lax.dynamic_update_slice_in_dim(a, new, jnp.where(slot >= 0, slot, a.shape[0] - 1), 0)
-
-    return jax.tree.map(put, buffer, value)
+def _deliver(buffer: Tree, slot: Array, value: Tree) -> Tree:
+    """Return the buffer after `value` is written into `slot`.  Slot -1 means the last slot."""
+    last = jax.tree.leaves(buffer)[0].shape[0] - 1
+    return _put(buffer, jnp.where(slot >= 0, slot, last), value)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from mhc_jax.parallel.sharding import constrain
+
 Tree = Any
 
 
@@ -55,7 +57,7 @@ class CarryPacker:
         for a, axes in zip(jax.tree.leaves(tree), self.axes, strict=True):
             a = jnp.moveaxis(a, axes, (0, 1)) if axes else jnp.broadcast_to(a[None, None], (*self.tokens, *a.shape))
             parts.setdefault(a.dtype.name, []).append(a.reshape(*a.shape[:2], -1))
-        return {name: jnp.concatenate(each, axis=2) for name, each in parts.items()}
+        return placed({name: jnp.concatenate(each, axis=2) for name, each in parts.items()})
 
     def unpack(self, packed: Mapping[str, Shaped[Array, "B T width"]]) -> Tree:
         """Return the tree that `pack` packed."""
@@ -75,3 +77,8 @@ class CarryPacker:
     def zeros(self) -> Tree:
         """Return a tree of the form that is packed, filled with zeros."""
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.tree)
+
+
+def placed(packed: Mapping[str, Shaped[Array, "B T width"]]) -> dict[str, Shaped[Array, "B T width"]]:
+    """Return packed arrays, sharded over the mesh like all tokens.  All branches of a conditional need the same sharding."""
+    return {name: constrain(a, "batch", "sequence", None) for name, a in packed.items()}

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Connection
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.model import Block, connection, cross_entropy, documents_of, enter, leave, logits_of
+from mhc_jax.model import Block, Carry, connection, cross_entropy, documents_of, enter, leave, logits_of
 from mhc_jax.pipeline.casts import cast, computed_in
-from mhc_jax.pipeline.packing import CarryPacker
+from mhc_jax.pipeline.packing import CarryPacker, placed
 from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import block_length, recomputed
 
@@ -97,10 +98,11 @@ class Stage:
           layers: parameters of this device's blocks, [chunks, blocks of a stage, ...].
           halves: whether the schedule divides B into I and W.
         """
-        self.model, self.stages = model, stages
+        self.model, self.stages, self.outer = model, stages, outer
         self.per = model.num_layers // stages
         at, documents = jnp.zeros((), jnp.int32), documents_of(model, tokens)
         self.packer = CarryPacker(lambda tokens: self.enter(self.head(outer), tokens), tokens)
+        self.coefficients = jax.eval_shape(lambda: self._enter(self.head(outer), tokens)[1])
         first = jax.tree.map(lambda a: a[0], layers)
         self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at, documents)[1])
         """Shapes of the auxiliary values (aux) that the blocks of a stage report, [blocks of a stage, ...]."""
@@ -149,35 +151,47 @@ class Stage:
         """Return the parameters of the leading dense blocks, or an empty dict for a stage without such blocks."""
         return outer["dense_layers"] if leads and self.model.num_leading else {}
 
-    def enter(self, params: Tree, tokens: Array) -> Tree:
-        """Embed the tokens [B, T] of a microbatch, and return the carry that enters the first block."""
-        ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
-        return enter(self.model, params["embedding"], ends, tokens)
+    def ends(self, params: Tree) -> Connection:
+        """Return the connection's module of the entry and the exit, with those of its parameters that `params` has."""
+        return connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
 
-    def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
-        """Return the loss of one microbatch in nats per token, float32 [], from the `carry` after the last block."""
-        ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
+    def enter(self, params: Tree, tokens: Array) -> Tree:
+        """Embed the tokens [B, T] of a microbatch, and return the streams that enter the first block."""
+        return self._enter(params, tokens)[0]
+
+    def _enter(self, params: Tree, tokens: Array) -> Carry:
+        return enter(self.model, params["embedding"], self.ends(params), tokens)
+
+    def loss(self, params: Tree, streams: Tree, targets: Array) -> Array:
+        """Return the loss of one microbatch in nats per token, float32 [], from the streams that leave the last block."""
         norm = RMSNorm(self.model.norm_eps).bind({"params": params["final_norm"]})
-        x = leave(self.model, ends, norm, carry)
+        # The exit takes coefficients for their form alone (`Connection.collapse`).
+        c = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.coefficients)
+        x = leave(self.model, self.ends(params), norm, (streams, c, None))
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)
 
     def blocks(
-        self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array, documents: Array | None = None
+        self, leads: bool, layers: Tree, dense: Tree, streams: Tree, stage: Array, documents: Array | None = None
     ) -> tuple[Tree, Tree]:
-        """Run the blocks of a stage.  Return (carry after the last one, auxiliary values [blocks, ...], 0 for dense blocks).
+        """Run the blocks of a stage on the streams that enter it.  The output of the last branch is written at the end.
+
+        Returns:
+          (streams that leave the stage, auxiliary values [blocks, ...], 0 for dense blocks).
 
         `documents` are the numbers of the tokens' documents, to which attention is limited, or None.
         """
         lead = self.model.num_leading if leads else 0
+        carry: Carry = streams, None, None
+        aux = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux) if lead == self.per else None
         if lead:
             carry, _ = self._run(True, dense, carry, jnp.arange(lead), documents)
             layers = jax.tree.map(lambda a: a[lead:], layers)
-        indices = stage * self.per + jnp.arange(lead, self.per)
-        if lead == self.per:
-            return carry, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux)
-        carry, aux = self._run(not self.model.num_experts, layers, carry, indices, documents)
-        return carry, jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
+        if aux is None:
+            indices = stage * self.per + jnp.arange(lead, self.per)
+            carry, aux = self._run(not self.model.num_experts, layers, carry, indices, documents)
+            aux = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
+        return self.ends(self.outer).write(*carry), aux
 
     def _run(
         self, dense: bool, layers: Tree, carry: Tree, indices: Array, documents: Array | None
@@ -249,18 +263,19 @@ class Stage:
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
         with jax.named_scope(FIRST):
-            x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.packer.unpack(x))
-        (x, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), x)
+            x = jax.lax.cond(stage == 0, lambda: self.packer.pack(self.enter(head, batch["inputs"])), lambda: placed(x))
+        (x, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), self.packer.unpack(x))
         activations = self.activations.put(work.leads, kept)
 
         def end() -> tuple[Array, Tree, Tree]:
             loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(self.outer), x)
             g, g_x = back(jnp.ones(()))
-            return loss, g_x, _added(sums, g)
+            return loss, self.packer.pack(g_x), _added(sums, g)
 
         with jax.named_scope(LAST):
-            loss, x, sums = jax.lax.cond(stage == self.stages - 1, end, lambda: (jnp.zeros(()), x, sums))
-        return {"F": self.packer.pack(x), "activations": activations, "loss": loss, "aux": aux}, sums
+            last, packed = stage == self.stages - 1, self.packer.pack(x)
+            loss, out, sums = jax.lax.cond(last, end, lambda: (jnp.zeros(()), packed, sums))
+        return {"F": out, "activations": activations, "loss": loss, "aux": aux}, sums
 
     def backward(
         self,
