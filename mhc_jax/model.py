@@ -279,7 +279,8 @@ def leave(
 ) -> Float[Array, "B t C"]:
     """Return the output of the final norm, from which logits are made, for the carry after the last block.
 
-    The last branch output is written first, unless it is None.  With `at`, only the token with the index at[b] of each sequence b is returned.
+    The last branch output is written first, unless it is None.  With `at`, only the token with the index at[b] of each sequence b
+    is returned.
     """
     streams, c, y = carry
     x = ends.collapse(streams if y is None else ends.write(streams, c, y), c)

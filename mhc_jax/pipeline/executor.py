@@ -167,15 +167,20 @@ def _run_ticks(
     return loss, aux, outer_grads, grads
 
 
-IN_PLACE = ("activations", "deferrals", "outer", "layers")
+IN_PLACE = ("gradients", "activations", "deferrals", "outer", "layers")
 """Names of the parts of the scan's state that operations change in place.  Other results of operations live for one tick."""
 
 
 def writes(op: Operation) -> list[str]:
     """Return the names of the results of an operation, and of the parts of the scan's state that it changes."""
-    forward = ["F", "aux", "loss", "activations", "outer"] if op.forward else []
+    forward = ["F", "aux", "loss", "gradients", "activations", "outer"] if op.forward else []
     backward = {"": [], "I": ["B", "outer", "deferrals"], "W": ["outer", "layers"], "B": ["B", "outer", "layers"]}
     return forward + backward[op.backward]
+
+
+def delivery_scope(column: str) -> str:
+    """Return the name of the `jax.named_scope` around the conditional that puts a message into the slot that a column names."""
+    return f"delivery_{column}"
 
 
 def phase_scope(k: int) -> str:
@@ -211,9 +216,8 @@ class _Device:
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
         state = {
-            # The buffers have one slot more than the program needs.  It takes messages that no stage of this device uses.
-            "inputs": buffer(program.inputs + 1, stage.packer.like),
-            "gradients": buffer(program.gradients + 1, stage.packer.like),
+            "inputs": buffer(program.inputs, stage.packer.like),
+            "gradients": buffer(program.gradients, stage.packer.like),
             "activations": buffer(program.activations, stage.activations.shapes),
             "deferrals": buffer(program.deferrals, stage.deferrals.shapes),
             "outer": _zeros(self.outer),
@@ -228,7 +232,7 @@ class _Device:
     def tick(self, state: Tree, now: Tree) -> tuple[Tree, None]:
         """Return (state after a tick, None), as `jax.lax.scan` wants.  `now` has the columns' numbers for this tick and device."""
         arrivals = self.exchanged(state["outbox"]) if self.overlap else []
-        made = {name: state[name] for name in ("inputs", "gradients", *IN_PLACE)}
+        made = {name: state[name] for name in ("inputs", *IN_PLACE)}
         for k in range(len(self.program.phases)):
             made = self.phase(k, made, now)
         made = {name: _zeros(like) for name, like in self.of_a_tick.items()} | made
@@ -238,14 +242,14 @@ class _Device:
         outbox = {kind: made[kind] for kind in "FB"}
         if not self.overlap:
             arrivals = self.exchanged(outbox)
-        new = {name: made[name] for name in ("inputs", "gradients", *IN_PLACE)}
+        new = {name: made[name] for name in ("inputs", *IN_PLACE)}
 
         def deliver(name: str, column: str, value: Tree) -> None:
             if (self.program.columns[column] >= 0).any():
-                new[name] = _deliver(new[name], now[column], value)
+                with jax.named_scope(delivery_scope(column)):
+                    new[name] = _deliver(new[name], now[column], value)
 
         deliver("inputs", "to_self", made["F"])
-        deliver("gradients", "from_loss", made["F"])
         deliver("gradients", "to_own_gradients", made["B"])
         for channel, values in enumerate(arrivals):
             for kind, value in values.items():
@@ -281,17 +285,27 @@ class _Device:
             layers, batch = _read(stage.layers, now[f"{half}_chunk"]), _read(self.slices, now[f"{half}_microbatch"])
             return Work(leads, layers, batch, now[f"{half}_stage"])
 
-        activations = _read(state["activations"], now["kept"]) if op.backward else []
+        activations, g = (
+            (_read(state["activations"], now["kept"]), _read(state["gradients"], now["backward_read"]))
+            if op.backward
+            else ([], {})
+        )
         deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
         if op.forward and op.backward:
-            # The barrier makes XLA read the backward's slot before it writes the forward's slot.  Otherwise XLA copies the buffer.
-            activations, made["activations"] = jax.lax.optimization_barrier((activations, made["activations"]))
+            # The barrier makes XLA read the backward's slots before it writes the forward's slots.  Otherwise XLA copies buffers.
+            both = {name: made[name] for name in ("activations", "gradients")}
+            activations, g, both = jax.lax.optimization_barrier((activations, g, both))
+            made |= both
         if op.forward:
-            x = _read(state["inputs"], now["forward_read"])
-            results, made["outer"] = stage.forward(work("forward", op.forward_leads), x, made["outer"])
+            results, made["outer"], made["gradients"] = stage.forward(
+                work("forward", op.forward_leads),
+                lambda: _read(state["inputs"], now["forward_read"]),
+                made["outer"],
+                made["gradients"],
+                lambda gradients, g: _put(gradients, now["from_loss"], g),
+            )
             made |= results | {"activations": _put(made["activations"], now["keep"], results["activations"])}
         if op.backward:
-            g = _read(state["gradients"], now["backward_read"])
             half, sums = work("backward", op.backward_leads), (made["outer"], made.get("layers"))
             results, (made["outer"], layers) = stage.backward(
                 op.backward, half, now["backward_chunk"], activations, g, deferrals, sums
@@ -318,6 +332,5 @@ def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree) -> Tree:
-    """Return the buffer after `value` is written into `slot`.  Slot -1 means the last slot."""
-    last = jax.tree.leaves(buffer)[0].shape[0] - 1
-    return _put(buffer, jnp.where(slot >= 0, slot, last), value)
+    """Return the buffer after `value` is written into `slot`, or the buffer as it was if the slot is -1."""
+    return jax.lax.cond(slot >= 0, lambda: _put(buffer, slot, value), lambda: buffer)

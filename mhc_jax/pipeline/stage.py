@@ -11,7 +11,7 @@ dense blocks (`leads` is true), and any other stage.  Every function of a stage 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -248,34 +248,44 @@ class Stage:
         g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
         return g_x, (g_layers, g_dense)
 
-    def forward(self, work: Work, x: Tree, sums: Tree) -> tuple[dict[str, Tree], Tree]:
+    def forward(
+        self, work: Work, x: Callable[[], Tree], sums: Tree, gradients: Tree, put: Callable[[Tree, Tree], Tree]
+    ) -> tuple[dict[str, Tree], Tree, Tree]:
         """Run F of one stage and microbatch.  The last stage also computes the loss and its gradient.
 
         Args:
           work: the stage and the microbatch.
-          x: packed boundary tensor that enters the stage.  The first stage does not use it, and embeds the tokens.
+          x: makes the packed boundary tensor that enters the stage.  The first stage embeds the tokens instead.
           sums: gradients of the parameters outside the blocks, added up so far.
+          gradients: buffer of gradients of boundary tensors.
+          put: function (buffer, g) -> buffer that writes g, the packed gradient of the loss with respect to the boundary tensor that
+            leaves the last stage.
 
         Returns:
-          (dict of `F`, `activations`, `loss` and auxiliary values `aux`, new `sums`).  `F` is the packed boundary tensor that
-          leaves the stage.  On the last stage it is the gradient of the loss with respect to this tensor.
+          (dict of `F`, `activations`, `loss` and auxiliary values `aux`, new `sums`, new `gradients`).  `F` is the packed boundary
+          tensor that leaves the stage.  Only the last stage changes `gradients`.
         """
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
         with jax.named_scope(FIRST):
-            x = jax.lax.cond(stage == 0, lambda: self.packer.pack(self.enter(head, batch["inputs"])), lambda: placed(x))
-        (x, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), self.packer.unpack(x))
+            # The buffer is read inside of the conditional, because XLA copies a result that a branch only passes on.
+            packed = jax.lax.cond(
+                stage == 0, lambda: self.packer.pack(self.enter(head, batch["inputs"])), lambda: placed(x())
+            )
+        entered = self.packer.unpack(packed)
+        (left, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), entered)
         activations = self.activations.put(work.leads, kept)
 
         def end() -> tuple[Array, Tree, Tree]:
-            loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(self.outer), x)
+            loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(self.outer), left)
             g, g_x = back(jnp.ones(()))
-            return loss, self.packer.pack(g_x), _added(sums, g)
+            return loss, put(gradients, self.packer.pack(g_x)), _added(sums, g)
 
         with jax.named_scope(LAST):
-            last, packed = stage == self.stages - 1, self.packer.pack(x)
-            loss, out, sums = jax.lax.cond(last, end, lambda: (jnp.zeros(()), packed, sums))
-        return {"F": out, "activations": activations, "loss": loss, "aux": aux}, sums
+            last = stage == self.stages - 1
+            loss, gradients, sums = jax.lax.cond(last, end, lambda: (jnp.zeros(()), gradients, sums))
+        made = {"F": self.packer.pack(left), "activations": activations, "loss": loss, "aux": aux}
+        return made, sums, gradients
 
     def backward(
         self,
