@@ -108,15 +108,23 @@ def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -
 
 
 def recomputed(
-    sublayer: Sublayer, params: Any, carry: Any, indices: jax.Array, kinds: int, L_r: int, unroll: int = 1
+    sublayer: Sublayer,
+    params: Any,
+    carry: Any,
+    indices: jax.Array,
+    kinds: int,
+    L_r: int,
+    unroll: int = 1,
+    end: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Run the sub-layers of N blocks in order, so that the backward pass recomputes L_r sub-layers at a time.
 
     The forward pass keeps the carry (state between sub-layers) that enters every L_r-th sub-layer, and the values that
     `keep_branch` marks.  The backward pass computes all other values again.
 
-    The blocks run in a scan.  One iteration runs the smallest number of blocks that have a multiple of L_r sub-layers.  Blocks that
-    are too few for one more iteration run after the scan.
+    The blocks run in a scan, or one after another if `unroll` covers all of them; the carry may then change its form on the way.
+    One iteration runs the smallest number of blocks that have a multiple of L_r sub-layers.  Blocks that are too few for one more
+    iteration run after the scan.
 
     Args:
       sublayer: function that runs one sub-layer: (position in its block, parameters of the block, carry, index of the block)
@@ -127,6 +135,8 @@ def recomputed(
       kinds: number of sub-layers in a block, which is 2 in the decoder (attention and feed-forward).
       L_r: number of sub-layers between two kept carries, at least 1.  It need not divide the number of sub-layers.
       unroll: number of blocks in one step of the compiled loop, rounded down to a whole number of iterations (at least one).
+      end: function of the carry after the last sub-layer.  The backward pass recomputes it with the last L_r sub-layers, unless
+        these run in a compiled loop.
 
     Returns:
       (carry after the last block, aux).  The aux dicts of the sub-layers of one block are merged, and then stacked over blocks.
@@ -134,40 +144,45 @@ def recomputed(
     blocks = len(indices)
     period = math.lcm(kinds, min(L_r, kinds * blocks)) // kinds
     turns = blocks // period
-    run = functools.partial(_run_blocks, sublayer, kinds, L_r)
-
-    def part(first, last):
-        return jax.tree.map(lambda a: a[first:last], (params, indices))
-
-    pieces = []
-    if turns:
-        whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
-        steps = min(max(1, unroll // period), turns)
+    run = functools.partial(_run_blocks, sublayer, kinds, L_r, prevent_cse=True)
+    steps = min(max(1, unroll // period), turns)
+    pieces, rest = [], (params, indices)
+    if steps < turns:
+        whole = jax.tree.map(lambda a: a[: turns * period].reshape(turns, period, *a.shape[1:]), rest)
+        rest = jax.tree.map(lambda a: a[turns * period :], rest)
         # `prevent_cse` keeps XLA from replacing recomputed values by those of the forward pass.  A loop needs no such care, because
-        # its backward pass is a loop of its own.  A scan with one iteration, or unrolled to the end, compiles to no loop.
-        is_loop = steps < turns
-        if is_loop:
-            carry, aux = jax.lax.scan(functools.partial(run, prevent_cse=False), carry, whole, unroll=steps)
-            pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
-        for turn in range(0 if is_loop else turns):
-            carry, aux = run(carry, part(turn * period, (turn + 1) * period), prevent_cse=True)
-            pieces.append(aux)
-    if turns * period < blocks:
-        carry, aux = run(carry, part(turns * period, blocks), prevent_cse=True)
+        # its backward pass is a loop of its own.
+        carry, aux = jax.lax.scan(functools.partial(run, prevent_cse=False), carry, whole, unroll=steps)
+        pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
+    left = len(rest[1])
+    sizes = [min(period, left - first) for first in range(0, left, period)]
+    parts = jax.tree.map(lambda a: jax.lax.split(a, sizes), rest) if sizes else rest
+    for k in range(len(sizes)):
+        part = jax.tree.map(lambda each, k=k: each[k], parts, is_leaf=lambda node: isinstance(node, list))
+        carry, aux = run(carry, part, end=end if k == len(sizes) - 1 else None)
         pieces.append(aux)
+    if end is not None and not sizes:
+        carry = end(carry)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
 def _run_blocks(
-    sublayer: Sublayer, kinds: int, L_r: int, carry: Any, blocks: Any, prevent_cse: bool
+    sublayer: Sublayer,
+    kinds: int,
+    L_r: int,
+    carry: Any,
+    blocks: Any,
+    prevent_cse: bool,
+    end: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Run `blocks`, given as (params, indices), so that the backward pass recomputes L_r sub-layers at a time."""
+    """Run `blocks`, given as (params, indices), and then `end`.  The backward pass recomputes L_r sub-layers at a time."""
     count = len(blocks[1])
     collected: list[dict[str, Any]] = []
     for start in range(0, kinds * count, L_r):
         segment = range(start, min(start + L_r, kinds * count))
+        last = end if segment.stop == kinds * count else None
         keep = jax.checkpoint(
-            functools.partial(_run_segment, sublayer, kinds, segment),
+            functools.partial(_run_segment, sublayer, kinds, segment, last),
             prevent_cse=prevent_cse,
             policy=jax.checkpoint_policies.save_only_these_names(KEPT),
         )
@@ -180,8 +195,13 @@ def _run_blocks(
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
 
 
-def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
-    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`.  Return (carry, list of their aux dicts)."""
+def _run_segment(
+    sublayer: Sublayer, kinds: int, segment: range, end: Callable[[Any], Any] | None, carry: Any, blocks: Any
+) -> tuple[Any, list[Any]]:
+    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`, and then `end`, if it is given.
+
+    Return (carry, list of their aux dicts).
+    """
     # Arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded arrays.
     each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []
@@ -191,4 +211,4 @@ def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blo
         )
         carry, aux = sublayer(l % kinds, params, carry, index)
         collected.append(aux)
-    return carry, collected
+    return carry if end is None else end(carry), collected

@@ -17,8 +17,9 @@ The state of the scan has four buffers.  The columns name the slots of these buf
                  depend on weights alone, or that cheap primitives make (`split.CHEAP`; in float32 `split.EXACT`).
     deferrals    values that I keeps for W
 
-A boundary tensor is the packed carry between two stages: streams, coefficients and the pending output y of the last branch.
-Streams and y have (n + 1)C elements per token, and the coefficients have n^2 + 2n.
+A boundary tensor holds the streams between two stages, nC elements per token.  A stage writes the output of its last branch before
+it sends them, so that neither this output nor coefficients travel, and the next stage begins with coefficients and a read.  Streams
+that are one array are sent as they are, and others are packed (`packing`).
 
 Parameters outside the stacked blocks are replicated over `stage` during a step.  Between steps the embeddings are sharded over
 `stage`, along the vocabulary (`parallel.sharding.Rules.rows`).  Blocks are moved to the devices of their stages when a step begins.

@@ -1,7 +1,8 @@
-"""Packing of the carry between two stages into one array for each dtype, so that it travels in few messages.
+"""Packing of the streams between two stages into one array for each dtype, so that they travel in few messages.
 
-The carry has the streams, the pending output y of the last branch, and the coefficients that will write y.  Few messages are better
-than many, because a TPU keeps few messages in flight at once, and because every message costs the latency of the link.
+Streams of most connections are one array [B, T, nC], which packing leaves as it is.  Some kinds have more: single-pass mHC sends
+coefficients along, and others send outputs of earlier branches.  Few messages are better than many, because a TPU keeps few messages
+in flight at once, and because every message costs the latency of the link.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ Tree = Any
 class CarryPacker:
     """Packs a tree of arrays into one array [B, T, width] for each dtype.
 
-    The token axes B and T may stand anywhere among the axes of an array.  An array without them, such as a parameter that travels
-    with the coefficients, is packed once for each token.
+    The token axes B and T may stand anywhere among the axes of an array.  An array without them is packed once for each token.
     """
 
     def __init__(self, enter: Callable[[Int[Array, "B T"]], Tree], tokens: Int[Array, "B T"]):

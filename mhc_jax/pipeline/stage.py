@@ -28,8 +28,8 @@ from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import block_length, recomputed
 
 Tree = Any
-Free = tuple[Tree, Array, Array | None]
-"""What an operation of a stage needs besides the values that travel: parameters of the blocks, number of the stage, and the numbers
+Free = tuple[list[Tree], Array, Array | None]
+"""What an operation of a stage needs besides the values that travel: parameters of each block, number of the stage, and the numbers
 of the tokens' documents, to which attention is limited (or None)."""
 
 FIRST, LAST = "first_stage", "last_stage"
@@ -76,8 +76,8 @@ class Work(NamedTuple):
 
     leads: bool
     """Whether the stage begins with the dense blocks that precede blocks with experts."""
-    layers: Tree
-    """Parameters of the blocks of the stage, [blocks of a stage, ...]."""
+    layers: list[Tree]
+    """Parameters of each block of the stage."""
     batch: Tree
     """`inputs` and `targets` [B, T] of the microbatch, and `documents` [B, T] if attention is limited to documents."""
     stage: Array
@@ -103,7 +103,8 @@ class Stage:
         at, documents = jnp.zeros((), jnp.int32), documents_of(model, tokens)
         self.packer = CarryPacker(lambda tokens: self.enter(self.head(outer), tokens), tokens)
         self.coefficients = jax.eval_shape(lambda: self._enter(self.head(outer), tokens)[1])
-        first = jax.tree.map(lambda a: a[0], layers)
+        each = [jax.tree.map(lambda a, k=k: a[:, k], layers) for k in range(self.per)]
+        first = jax.tree.map(lambda a: a[0], each)
         self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at, documents)[1])
         """Shapes of the auxiliary values (aux) that the blocks of a stage report, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
@@ -116,7 +117,10 @@ class Stage:
             return results, self.enter(self.head(outer), tokens), self.loss(self.tail(outer), carry, tokens)
 
         dtypes = computed_in(all_uses, (outer, first))
-        self.outer, self.layers = cast(outer, dtypes[0]), cast(layers, dtypes[1])
+        self.outer, self.layers = cast(outer, dtypes[0]), cast(each, dtypes[1])
+        """Parameters, cast once a step: those outside the blocks, and for each block of a stage those of all chunks [chunks, ...].
+
+        Blocks are arrays of their own, because a kernel that takes a slice of an array makes XLA copy the slice in every tick."""
         free = jax.tree.map(lambda a: a[0], self.layers), at, documents
         # In float32 a pipeline should round as the decoder without it does, so values that XLA may round differently are kept.
         recompute = EXACT if model.compute_dtype == "float32" else CHEAP
@@ -172,7 +176,13 @@ class Stage:
         return cross_entropy(logits_of(x, W), targets)
 
     def blocks(
-        self, leads: bool, layers: Tree, dense: Tree, streams: Tree, stage: Array, documents: Array | None = None
+        self,
+        leads: bool,
+        layers: Sequence[Tree],
+        dense: Tree,
+        streams: Tree,
+        stage: Array,
+        documents: Array | None = None,
     ) -> tuple[Tree, Tree]:
         """Run the blocks of a stage on the streams that enter it.  The output of the last branch is written at the end.
 
@@ -183,42 +193,52 @@ class Stage:
         """
         lead = self.model.num_leading if leads else 0
         carry: Carry = streams, None, None
-        aux = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux) if lead == self.per else None
-        if lead:
-            carry, _ = self._run(True, dense, carry, jnp.arange(lead), documents)
-            layers = jax.tree.map(lambda a: a[lead:], layers)
-        if aux is None:
-            indices = stage * self.per + jnp.arange(lead, self.per)
-            carry, aux = self._run(not self.model.num_experts, layers, carry, indices, documents)
-            aux = jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
-        return self.ends(self.outer).write(*carry), aux
+        pieces = [(True, _each(dense, lead), jnp.arange(lead))] if lead else []
+        if lead < self.per:
+            pieces.append((not self.model.num_experts, layers[lead:], stage * self.per + jnp.arange(lead, self.per)))
+        aux: Any = None
+        for piece in pieces:
+            carry, aux = self._run(*piece, carry, documents, end=piece is pieces[-1])
+        if lead == self.per:
+            return carry[0], jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux)
+        return carry[0], jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
 
     def _run(
-        self, dense: bool, layers: Tree, carry: Tree, indices: Array, documents: Array | None
-    ) -> tuple[Tree, Tree]:
-        """Run blocks in order, and return (carry, auxiliary values).  The backward recomputes values as model.remat says."""
-        model, count = self.model, len(indices)
+        self, dense: bool, layers: Sequence[Tree], indices: Array, carry: Carry, documents: Array | None, end: bool
+    ) -> tuple[Carry, Tree]:
+        """Run blocks in order, and return (carry, auxiliary values).  The backward recomputes values as model.remat says.
+
+        If these are the last blocks of the stage (`end`), the pending write follows.
+        """
+        model, count = self.model, len(layers)
 
         def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
             one = Block(model, 0, dense, only=only, parent=None)
             out: Any = one.apply({"params": params}, carry, layer, documents=documents)
             return out[0], out[1][1]
 
+        def written(carry: Carry) -> Carry:
+            return self.ends(self.outer).write(*carry), None, None
+
+        def last(params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
+            carry, aux = block(None, params, carry, layer)
+            return written(carry), aux
+
         if model.remat_policy == "connection":
             L_r = block_length(model, carry[0], sublayers=2 * count)
-            return recomputed(block, layers, carry, indices, 2, L_r, count)
-        whole = functools.partial(block, None)
-        keep = jax.checkpoint(whole) if model.remat_policy == "full" else whole
+            stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+            return recomputed(block, stacked, carry, indices, 2, L_r, count, written if end else None)
         collected = []
-        for k in range(count):
-            carry, aux = keep(jax.tree.map(lambda a, k=k: a[k], layers), carry, indices[k])
+        for k, params in enumerate(layers):
+            whole = last if end and k == count - 1 else functools.partial(block, None)
+            carry, aux = (jax.checkpoint(whole) if model.remat_policy == "full" else whole)(params, carry, indices[k])
             collected.append(aux)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *collected)
 
     # -- its gradient in parts
 
     def vjp(
-        self, leads: bool, layers: Tree, carry: Tree, stage: Array, documents: Array | None
+        self, leads: bool, layers: Sequence[Tree], carry: Tree, stage: Array, documents: Array | None
     ) -> tuple[Tree, Any, Tree]:
         """Run the blocks of a stage, and return (carry that leaves the stage, pull-back, auxiliary values).
 
@@ -258,8 +278,8 @@ class Stage:
           x: makes the packed boundary tensor that enters the stage.  The first stage embeds the tokens instead.
           sums: gradients of the parameters outside the blocks, added up so far.
           gradients: buffer of gradients of boundary tensors.
-          put: function (buffer, g) -> buffer that writes g, the packed gradient of the loss with respect to the boundary tensor that
-            leaves the last stage.
+          put: function (buffer, g) -> buffer that writes g, the packed gradient of the loss with respect to the boundary tensor
+            that leaves the last stage.
 
         Returns:
           (dict of `F`, `activations`, `loss` and auxiliary values `aux`, new `sums`, new `gradients`).  `F` is the packed boundary
@@ -335,9 +355,19 @@ class Stage:
             with jax.named_scope(FIRST):
                 outer = jax.lax.cond(stage == 0, begin, lambda: outer)
         if kind != "I":
-            inner = jax.tree.map(lambda a, b: a.at[chunk].add(b), inner, g_layers)
+            for k, g_block in enumerate(g_layers):
+                inner = jax.tree.map(lambda a, b, k=k: a.at[chunk, k].add(b), inner, g_block)
             outer = _added(outer, {"dense_layers": g_dense} if g_dense else {})
         return made, (outer, inner)
+
+
+def _each(stacked: Tree, count: int) -> list[Tree]:
+    """Return the trees that `stacked` has along its first axis."""
+    parts = jax.tree.map(lambda a: jax.lax.split(a, (1,) * count), stacked)
+    return [
+        jax.tree.map(lambda part, k=k: part[k][0], parts, is_leaf=lambda node: isinstance(node, list))
+        for k in range(count)
+    ]
 
 
 def _added(sums: Tree, part: Tree) -> Tree:

@@ -52,7 +52,7 @@ def stage_of(model):
     params, layers = params_of(model)
     layers = jax.tree.map(lambda a: jnp.asarray(a.reshape(2, 2, *a.shape[1:])), layers)
     stage = Stage(model, 2, jax.tree.map(jnp.asarray, params), TOKENS, layers, halves=True)
-    return stage, (jax.tree.map(lambda a: a[0], layers), jnp.int32(1), None)
+    return stage, (jax.tree.map(lambda a: a[0], stage.layers), jnp.int32(1), None)
 
 
 def multiplied(function, *arguments):
@@ -288,7 +288,10 @@ def test_costs_of_a_compiled_step(row):
     run, other = pipeline_simulations.of_compiled([zb1p], files, 4)
     assert (run.label, other.label, other.over) == ("residual", "residual, remat connection", 0.0)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
-    for wrong, sentence in (([{"env": {}}], r"not of experiments/compile\.py"), (files[:1] * 2, "have 1, 1 blocks a stage")):
+    for wrong, sentence in (
+        ([{"env": {}}], r"not of experiments/compile\.py"),
+        (files[:1] * 2, "have 1, 1 blocks a stage"),
+    ):
         with pytest.raises(InputError, match=sentence):
             pipeline_simulations.of_compiled([zb1p], wrong, 4)
     whole = {"schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}
