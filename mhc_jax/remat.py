@@ -122,21 +122,21 @@ def recomputed(
     The forward pass keeps the carry (state between sub-layers) that enters every L_r-th sub-layer, and the values that
     `keep_branch` marks.  The backward pass computes all other values again.
 
-    The blocks run in a scan, or one after another if `unroll` covers all of them; the carry may then change its form on the way.
-    One iteration runs the smallest number of blocks that have a multiple of L_r sub-layers.  Blocks that are too few for one more
-    iteration run after the scan.
+    The blocks run in a scan.  One iteration runs the smallest number of blocks that have a multiple of L_r sub-layers.  Blocks that
+    are too few for one more iteration run after the scan.  Blocks whose parameters are a list run one after another, and the carry
+    may then change its form on the way.
 
     Args:
       sublayer: function that runs one sub-layer: (position in its block, parameters of the block, carry, index of the block)
         -> (carry, aux), where aux is a dict of arrays.
-      params: stacked parameters of all blocks, [N, ...].
+      params: stacked parameters of all blocks, [N, ...], or a list of those of each block.
       carry: the carry that enters the first sub-layer.
       indices: indices of the blocks in the decoder, [N].
       kinds: number of sub-layers in a block, which is 2 in the decoder (attention and feed-forward).
       L_r: number of sub-layers between two kept carries, at least 1.  It need not divide the number of sub-layers.
       unroll: number of blocks in one step of the compiled loop, rounded down to a whole number of iterations (at least one).
-      end: function of the carry after the last sub-layer.  The backward pass recomputes it with the last L_r sub-layers, unless
-        these run in a compiled loop.
+      end: with a list of parameters, a function of the carry after the last sub-layer, which the backward pass computes again
+        together with the last L_r sub-layers.
 
     Returns:
       (carry after the last block, aux).  The aux dicts of the sub-layers of one block are merged, and then stacked over blocks.
@@ -144,25 +144,31 @@ def recomputed(
     blocks = len(indices)
     period = math.lcm(kinds, min(L_r, kinds * blocks)) // kinds
     turns = blocks // period
-    run = functools.partial(_run_blocks, sublayer, kinds, L_r, prevent_cse=True)
-    steps = min(max(1, unroll // period), turns)
-    pieces, rest = [], (params, indices)
-    if steps < turns:
-        whole = jax.tree.map(lambda a: a[: turns * period].reshape(turns, period, *a.shape[1:]), rest)
-        rest = jax.tree.map(lambda a: a[turns * period :], rest)
+    run = functools.partial(_run_blocks, sublayer, kinds, L_r)
+
+    def part(first, last):
+        return jax.tree.map(lambda a: a[first:last], (params, indices))
+
+    pieces = []
+    if isinstance(params, list):
+        for first in range(0, blocks, period):
+            part_of_all = params[first : first + period], indices[first : first + period]
+            finish = end if first + period >= blocks else None
+            carry, aux = run(carry, part_of_all, prevent_cse=True, end=finish)
+            pieces.append(aux)
+    elif turns:
+        whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
+        steps = min(max(1, unroll // period), turns)
         # `prevent_cse` keeps XLA from replacing recomputed values by those of the forward pass.  A loop needs no such care, because
-        # its backward pass is a loop of its own.
-        carry, aux = jax.lax.scan(functools.partial(run, prevent_cse=False), carry, whole, unroll=steps)
+        # its backward pass is a loop of its own.  A scan with one iteration, or unrolled to the end, compiles to no loop.
+        is_loop = steps < turns
+        carry, aux = jax.lax.scan(
+            lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
+        )
         pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
-    left = len(rest[1])
-    sizes = [min(period, left - first) for first in range(0, left, period)]
-    parts = jax.tree.map(lambda a: jax.lax.split(a, sizes), rest) if sizes else rest
-    for k in range(len(sizes)):
-        part = jax.tree.map(lambda each, k=k: each[k], parts, is_leaf=lambda node: isinstance(node, list))
-        carry, aux = run(carry, part, end=end if k == len(sizes) - 1 else None)
+    if turns * period < blocks and not isinstance(params, list):
+        carry, aux = run(carry, part(turns * period, blocks), prevent_cse=True)
         pieces.append(aux)
-    if end is not None and not sizes:
-        carry = end(carry)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
@@ -202,12 +208,17 @@ def _run_segment(
 
     Return (carry, list of their aux dicts).
     """
-    # Arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded arrays.
-    each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
+    # Stacked arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded
+    # arrays.
+    listed = isinstance(blocks[0], list)
+    each = blocks if listed else jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []
     for l in segment:
-        params, index = jax.tree.map(
-            lambda parts, b=l // kinds: parts[b][0], each, is_leaf=lambda node: isinstance(node, list)
+        b = l // kinds
+        params, index = (
+            (each[0][b], each[1][b])
+            if listed
+            else jax.tree.map(lambda parts, b=b: parts[b][0], each, is_leaf=lambda node: isinstance(node, list))
         )
         carry, aux = sublayer(l % kinds, params, carry, index)
         collected.append(aux)

@@ -1,8 +1,8 @@
 """Packing of the streams between two stages into one array for each dtype, so that they travel in few messages.
 
 Streams of most connections are one array [B, T, nC], which packing leaves as it is.  Some kinds have more: single-pass mHC sends
-coefficients along, and others send outputs of earlier branches.  Few messages are better than many, because a TPU keeps few messages
-in flight at once, and because every message costs the latency of the link.
+coefficients along, and others send outputs of earlier branches.  Few messages are better than many, because a TPU keeps few
+messages in flight at once, and because every message costs the latency of the link.
 """
 
 from __future__ import annotations

@@ -226,8 +226,7 @@ class Stage:
 
         if model.remat_policy == "connection":
             L_r = block_length(model, carry[0], sublayers=2 * count)
-            stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
-            return recomputed(block, stacked, carry, indices, 2, L_r, count, written if end else None)
+            return recomputed(block, list(layers), carry, indices, 2, L_r, end=written if end else None)
         collected = []
         for k, params in enumerate(layers):
             whole = last if end and k == count - 1 else functools.partial(block, None)

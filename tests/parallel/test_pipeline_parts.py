@@ -279,9 +279,9 @@ def test_costs_of_a_compiled_step(row):
     loss = 3 * (found["F"][1] + found["B"][1] - 2 * found["tick"])  # as dear as 3 blocks
     leveled = from_compiled([with_times(F=[*found["F"][:3], found["F"][1] + loss])], zb1p, blocks=41)
     assert leveled.W[-1] == pytest.approx(8 * (found["W"][1] - found["tick"]) + found["tick"])
-    twice = with_times(**{kind: [1.75 * t for t in found[kind]] for kind in "FBW"})
+    once, twice = (with_times(**{kind: [times * found[kind][1]] * 4 for kind in "FBW"}) for times in (1, 1.75))
     twice["pipeline"]["blocks"] = 2
-    line = from_compiled([row, twice], short, blocks=6)
+    line = from_compiled([once, twice], short, blocks=6)
     for kind in "FBW":  # a quarter of the time of one block is that of the stage
         assert getattr(line, kind)[1] == pytest.approx((0.25 + 3 * 0.75) * found[kind][1])
     files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]
