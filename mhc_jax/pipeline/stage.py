@@ -193,7 +193,9 @@ class Stage:
         """
         lead = self.model.num_leading if leads else 0
         carry: Carry = streams, None, None
-        pieces = [(True, _each(dense, lead), jnp.arange(lead))] if lead else []
+        pieces: list[tuple[bool, Sequence[Tree], Array]] = (
+            [(True, _each(dense, lead), jnp.arange(lead))] if lead else []
+        )
         if lead < self.per:
             pieces.append((not self.model.num_experts, layers[lead:], stage * self.per + jnp.arange(lead, self.per)))
         aux: Any = None
@@ -218,7 +220,9 @@ class Stage:
             return out[0], out[1][1]
 
         def written(carry: Carry) -> Carry:
-            return self.ends(self.outer).write(*carry), None, None
+            streams, c, y = carry
+            assert y is not None
+            return self.ends(self.outer).write(streams, c, y), None, None
 
         def last(params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
             carry, aux = block(None, params, carry, layer)
