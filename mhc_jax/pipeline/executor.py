@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 from mhc_kernels import settings
@@ -287,11 +288,11 @@ class _Device:
             return Work(leads, layers, batch, now[f"{half}_stage"])
 
         activations, g = (
-            (_read(state["activations"], now["kept"]), _read(state["gradients"], now["backward_read"]))
+            (_take(state["activations"], now["kept"]), _take(state["gradients"], now["backward_read"]))
             if op.backward
             else ([], {})
         )
-        deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
+        deferrals = _take(state["deferrals"], now["deferred"]) if op.backward == "W" else []
         if op.forward and op.backward:
             # The barrier makes XLA read the backward's slots before it writes the forward's slots.  Otherwise XLA copies buffers.
             both = {name: made[name] for name in ("activations", "gradients")}
@@ -300,7 +301,7 @@ class _Device:
         if op.forward:
             results, made["outer"], made["gradients"] = stage.forward(
                 work("forward", op.forward_leads),
-                lambda: _read(state["inputs"], now["forward_read"]),
+                lambda: _take(state["inputs"], now["forward_read"]),
                 made["outer"],
                 made["gradients"],
                 lambda gradients, g: _put(gradients, now["from_loss"], g),
@@ -329,7 +330,21 @@ def _read(buffer: Tree, slot: Array) -> Tree:
 
 def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
     """Return the buffer after `value` is written into `slot`."""
-    return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
+    return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, _in_rows(new), slot, 0), buffer, value)
+
+
+def _take(buffer: Tree, slot: Array) -> Tree:
+    """Return the value in a slot of a buffer that `_put` writes."""
+    return jax.tree.map(_in_rows, _read(buffer, slot))
+
+
+def _in_rows(a: Array) -> Array:
+    """Return the array with its last axis contiguous in memory.
+
+    Without this constraint XLA gives a whole buffer the layout in which one operation writes a slot, and copies the whole buffer
+    into another layout for the operation that reads the slot.
+    """
+    return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
 
 def _deliver(buffer: Tree, slot: Array, value: Tree) -> Tree:
