@@ -261,7 +261,7 @@ def test_operations_count_as_often_as_a_device_does_them(row):
 
 def test_costs_of_a_compiled_step(row):
     found = row["pipeline"]["seconds"]
-    assert found["F"][1] == found["F"][2] != found["F"][0] == pytest.approx(found["F"][1], rel=0.05), "looks tokens up"
+    assert found["F"][1] == found["F"][2] != found["F"][0] == pytest.approx(found["F"][1], rel=0.1), "looks tokens up"
     assert found["F"][3] > 1.05 * found["F"][1], "the loss"
     assert found["B"][1] == found["B"][2] > found["W"][1] > found["tick"] > 0
     (zb1p,), (dualpipe,) = (pipeline_simulations.schedules([name], 4, 8) for name in ("zb1p", "dualpipe"))
