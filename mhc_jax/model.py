@@ -28,9 +28,9 @@ from mhc_jax.layers.moe import ROUTED_SCALE, MoE
 from mhc_jax.layers.norm import RMSNorm
 from mhc_jax.parallel.sharding import constrain, token_axes, token_shards
 
-Carry = tuple[Any, Any, Array]
+Carry = tuple[Any, Any, Array | None]
 """The state (streams, c, y) between two sub-layers.  y is the last branch output.  The next boundary will write it to the streams
-with the coefficients c (pending write)."""
+with the coefficients c (pending write).  If c and y are None, no write is pending, as at the start of a stage of a pipeline."""
 
 
 class Decoder(nn.Module):
@@ -159,7 +159,7 @@ class Block(nn.Module):
         past: Past | None = None,
         documents: Int[Array, "B T"] | None = None,
     ) -> tuple[Carry, tuple[dict[str, Any], dict[str, Any]]]:
-        """Write the pending branch output, and run the block.  The output of its last branch is then pending.
+        """Write the pending branch output, if there is one, and run the block.  The output of its last branch is then pending.
 
         Args:
           carry: streams, and the branch output and coefficients of the pending write.
@@ -177,7 +177,11 @@ class Block(nn.Module):
             if self.only not in (None, k):
                 continue
             link = connection(self.config, 2 * layer + k, f"{name}_connection")
-            streams, c, h = link.write_read(streams, c, y)
+            if y is None:
+                c = link.coefficients(streams)
+                h = link.read(streams, c)
+            else:
+                streams, c, h = link.write_read(streams, c, y)
             h = constrain(h, "batch", "sequence", None)
             given = (past, documents) if name == "attention" else ()
             if self.only is not None:
@@ -277,10 +281,11 @@ def leave(
 ) -> Float[Array, "B t C"]:
     """Return the output of the final norm, from which logits are made, for the carry after the last block.
 
-    The last branch output is written first.  With `at`, only the token with the index at[b] of each sequence b is returned.
+    The last branch output is written first, unless it is None.  With `at`, only the token with the index at[b] of each sequence b
+    is returned.
     """
     streams, c, y = carry
-    x = ends.collapse(ends.write(streams, c, y), c)
+    x = ends.collapse(streams if y is None else ends.write(streams, c, y), c)
     x = x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1)
     return final_norm(x).astype(config.compute_dtype)
 

@@ -108,7 +108,14 @@ def _made_from(h: jax.Array, function: Callable[[jax.Array], list[jax.Array]]) -
 
 
 def recomputed(
-    sublayer: Sublayer, params: Any, carry: Any, indices: jax.Array, kinds: int, L_r: int, unroll: int = 1
+    sublayer: Sublayer,
+    params: Any,
+    carry: Any,
+    indices: jax.Array,
+    kinds: int,
+    L_r: int,
+    unroll: int = 1,
+    end: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Run the sub-layers of N blocks in order, so that the backward pass recomputes L_r sub-layers at a time.
 
@@ -116,17 +123,20 @@ def recomputed(
     `keep_branch` marks.  The backward pass computes all other values again.
 
     The blocks run in a scan.  One iteration runs the smallest number of blocks that have a multiple of L_r sub-layers.  Blocks that
-    are too few for one more iteration run after the scan.
+    are too few for one more iteration run after the scan.  Blocks whose parameters are a list run one after another, and the carry
+    may then change its form on the way.
 
     Args:
       sublayer: function that runs one sub-layer: (position in its block, parameters of the block, carry, index of the block)
         -> (carry, aux), where aux is a dict of arrays.
-      params: stacked parameters of all blocks, [N, ...].
+      params: stacked parameters of all blocks, [N, ...], or a list of those of each block.
       carry: the carry that enters the first sub-layer.
       indices: indices of the blocks in the decoder, [N].
       kinds: number of sub-layers in a block, which is 2 in the decoder (attention and feed-forward).
       L_r: number of sub-layers between two kept carries, at least 1.  It need not divide the number of sub-layers.
       unroll: number of blocks in one step of the compiled loop, rounded down to a whole number of iterations (at least one).
+      end: with a list of parameters, a function of the carry after the last sub-layer, which the backward pass computes again
+        together with the last L_r sub-layers.
 
     Returns:
       (carry after the last block, aux).  The aux dicts of the sub-layers of one block are merged, and then stacked over blocks.
@@ -140,7 +150,13 @@ def recomputed(
         return jax.tree.map(lambda a: a[first:last], (params, indices))
 
     pieces = []
-    if turns:
+    if isinstance(params, list):
+        for first in range(0, blocks, period):
+            part_of_all = params[first : first + period], indices[first : first + period]
+            finish = end if first + period >= blocks else None
+            carry, aux = run(carry, part_of_all, prevent_cse=True, end=finish)
+            pieces.append(aux)
+    elif turns:
         whole = jax.tree.map(lambda a: a.reshape(turns, period, *a.shape[1:]), part(0, turns * period))
         steps = min(max(1, unroll // period), turns)
         # `prevent_cse` keeps XLA from replacing recomputed values by those of the forward pass.  A loop needs no such care, because
@@ -150,22 +166,29 @@ def recomputed(
             lambda carry, blocks: run(carry, blocks, prevent_cse=not is_loop), carry, whole, length=turns, unroll=steps
         )
         pieces.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
-    if turns * period < blocks:
+    if turns * period < blocks and not isinstance(params, list):
         carry, aux = run(carry, part(turns * period, blocks), prevent_cse=True)
         pieces.append(aux)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
 def _run_blocks(
-    sublayer: Sublayer, kinds: int, L_r: int, carry: Any, blocks: Any, prevent_cse: bool
+    sublayer: Sublayer,
+    kinds: int,
+    L_r: int,
+    carry: Any,
+    blocks: Any,
+    prevent_cse: bool,
+    end: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Run `blocks`, given as (params, indices), so that the backward pass recomputes L_r sub-layers at a time."""
+    """Run `blocks`, given as (params, indices), and then `end`.  The backward pass recomputes L_r sub-layers at a time."""
     count = len(blocks[1])
     collected: list[dict[str, Any]] = []
     for start in range(0, kinds * count, L_r):
         segment = range(start, min(start + L_r, kinds * count))
+        last = end if segment.stop == kinds * count else None
         keep = jax.checkpoint(
-            functools.partial(_run_segment, sublayer, kinds, segment),
+            functools.partial(_run_segment, sublayer, kinds, segment, last),
             prevent_cse=prevent_cse,
             policy=jax.checkpoint_policies.save_only_these_names(KEPT),
         )
@@ -178,15 +201,25 @@ def _run_blocks(
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
 
 
-def _run_segment(sublayer: Sublayer, kinds: int, segment: range, carry: Any, blocks: Any) -> tuple[Any, list[Any]]:
-    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`.  Return (carry, list of their aux dicts)."""
-    # Arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded arrays.
-    each = jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
+def _run_segment(
+    sublayer: Sublayer, kinds: int, segment: range, end: Callable[[Any], Any] | None, carry: Any, blocks: Any
+) -> tuple[Any, list[Any]]:
+    """Run the sub-layers of `blocks` whose numbers, from 0 on, are in `segment`, and then `end`, if it is given.
+
+    Return (carry, list of their aux dicts).
+    """
+    # Stacked arrays are split and not indexed: the gradient of a split is a concatenation, that of indexing is a sum of padded
+    # arrays.
+    listed = isinstance(blocks[0], list)
+    each = blocks if listed else jax.tree.map(lambda a: jax.lax.split(a, (1,) * len(a)), blocks)
     collected = []
     for l in segment:
-        params, index = jax.tree.map(
-            lambda parts, b=l // kinds: parts[b][0], each, is_leaf=lambda node: isinstance(node, list)
+        b = l // kinds
+        params, index = (
+            (each[0][b], each[1][b])
+            if listed
+            else jax.tree.map(lambda parts, b=b: parts[b][0], each, is_leaf=lambda node: isinstance(node, list))
         )
         carry, aux = sublayer(l % kinds, params, carry, index)
         collected.append(aux)
-    return carry, collected
+    return carry if end is None else end(carry), collected

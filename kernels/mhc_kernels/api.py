@@ -16,8 +16,6 @@ from mhc_kernels.arguments import (
     check_parameters,
     check_streams,
     check_write,
-    flatten,
-    flatten_streams,
     require,
 )
 from mhc_kernels.backend_choice import platform
@@ -87,8 +85,7 @@ def sinkhorn(
     chosen = backends.pick("sinkhorn", implementation, logits.shape[0], 1, (logits.dtype,), None)
     if chosen == "xla":
         return sinkhorn_xla.sinkhorn(logits, num_iters, eps)
-    flat = flatten(logits, 2).astype(jnp.float32)
-    return backends.sinkhorn(flat, num_iters, eps, chosen).reshape(logits.shape)
+    return backends.sinkhorn(logits.astype(jnp.float32), num_iters, eps, chosen)
 
 
 @over_tokens(1, x=0)
@@ -126,7 +123,7 @@ def projection(
     chosen = backends.pick("coefficients", implementation, 1, x.shape[-1], (x.dtype,), None)
     if chosen == "xla":
         return coefficients_xla.projection(*alike(x, phi), eps_norm)
-    z = backends.projection(*alike(flatten_streams(x), phi.astype(jnp.float32)), eps_norm, chosen)
+    z = backends.projection(*alike(x, phi.astype(jnp.float32)), eps_norm, chosen)
     return z.reshape(-1, *x.shape[:-1])
 
 
@@ -271,8 +268,7 @@ def read(
         return read_xla.read(x, pre, num_streams)
     if pre is None:
         pre = jnp.full((num_streams, *x.shape[:-1]), 1 / num_streams, jnp.float32)
-    h = backends.read(*alike(flatten_streams(x), flatten(pre, 1)), chosen)
-    return h.reshape(*x.shape[:-1], -1)
+    return backends.read(*alike(x, pre), chosen)
 
 
 @over_tokens(0, x=0, y=0, post=1, res=2)
@@ -321,8 +317,7 @@ def write(
     chosen = backends.pick("write", implementation, num_streams, y.shape[-1], (x.dtype,), refuse)
     if chosen == "xla" or post is None or res is None:
         return write_xla.write(x, y, post, res, num_streams)
-    flat = flatten_streams(x), flatten_streams(y).astype(x.dtype), flatten(post, 1), flatten(res, 2)
-    return backends.write(*alike(*flat), chosen).reshape(x.shape)
+    return backends.write(*alike(x, y.astype(x.dtype), post, res), chosen)
 
 
 @over_tokens((0, _COEFFICIENTS, 0), x=0, c=_COEFFICIENTS, y=0)
@@ -388,8 +383,6 @@ def write_read(
         new = write_xla.write(x, y, c.post, c.res, num_streams)
         c = finish(coefficients_xla.projection(*alike(new, phi), eps_norm))
         return new, c, read_xla.read(new, c.pre, num_streams)
-    arrays = x, y.astype(x.dtype), c.post, c.res
-    if chosen != "xla":
-        arrays = *map(flatten_streams, arrays[:2]), flatten(c.post, 1), flatten(c.res, 2)
-    new, z, h = backends.write_read(*alike(*arrays, phi.astype(jnp.float32), alpha, bias), eps_norm, eps, chosen)
-    return new.reshape(x.shape), finish(z.reshape(-1, *x.shape[:-1])), h.reshape(*x.shape[:-1], -1)
+    arrays = x, y.astype(x.dtype), c.post, c.res, phi.astype(jnp.float32), alpha, bias
+    new, z, h = backends.write_read(*alike(*arrays), eps_norm, eps, chosen)
+    return new, finish(z.reshape(-1, *x.shape[:-1])), h

@@ -39,16 +39,6 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True))
 
 
-def flatten(a: Array, small: int) -> Array:
-    """Merge the token axes of coefficients into one last axis; `small` is the number of axes in front of the token axes."""
-    return a.reshape(*a.shape[:small], -1)
-
-
-def flatten_streams(a: Array) -> Array:
-    """Merge the token axes of streams into one: [*tokens, nC] -> [N, nC]."""
-    return a.reshape(-1, a.shape[-1])
-
-
 def check_parameters(
     op: str, x: Array, phi: Array, alpha: Array, bias: Array, num_streams: int, parts: tuple[str, ...]
 ) -> None:

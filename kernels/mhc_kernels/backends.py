@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,42 +82,65 @@ def pick(op: str, implementation: str | None, num_streams: int, width: int, dtyp
     return choose(op, implementation, {b: functools.partial(obstacle, b) for b in BACKENDS[op]})
 
 
-def _keeping_arguments(op: str, arrays: int, static: int = 0) -> Any:
+STREAMS = -1
+"""Stands for an array [*tokens, channels] where other arrays have the number of their axes in front of the token axes."""
+
+
+def flat(a: Array, leading: int) -> Array:
+    """Merge the token axes of an array: [*tokens, C] -> [N, C] if `leading` is `STREAMS`, else [k, ..., *tokens] -> [k, ..., N]."""
+    return a.reshape(-1, a.shape[-1]) if leading == STREAMS else a.reshape(*a.shape[:leading], -1)
+
+
+def _keeping_arguments(op: str, leading: tuple[int, ...], result: int, static: int = 0) -> Any:
     """Make an operation f(*arrays, *static, backend) whose custom gradient keeps nothing but the arguments *arrays.
 
-    `arrays` and `static` are the numbers of arguments of the two kinds.
+    The arrays have token axes, which are merged for the backend.  The gradient keeps them as they came: an array that another
+    operation made or keeps as well is then kept once, also where `jax.shard_map` hides that a merged copy is the same array.
+
+    Args:
+      op: name of the operation.
+      leading: for each array `STREAMS`, or its number of axes in front of the token axes.
+      result: the same for the result.
+      static: number of further arguments, which are no arrays.
     """
+    count = len(leading)
 
     def forward(*args):
         *rest, backend = args
-        return _module(op, backend).forward(*rest)
+        out = _module(op, backend).forward(*map(flat, rest[:count], leading), *rest[count:])
+        first = rest[0].shape
+        tokens = first[:-1] if leading[0] == STREAMS else first[leading[0] :]
+        return out.reshape(*tokens, -1) if result == STREAMS else out.reshape(*out.shape[:result], *tokens)
 
     def backward(*args):
         *static, backend, saved, g = args
-        gradients = _module(op, backend).backward(*saved, g, *static)
-        return gradients if isinstance(gradients, tuple) else (gradients,)
+        gradients = _module(op, backend).backward(*map(flat, saved, leading), flat(g, result), *static)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        return tuple(d.reshape(a.shape) for d, a in zip(gradients, saved, strict=True))
 
-    run = jax.custom_vjp(forward, nondiff_argnums=tuple(range(arrays, arrays + static + 1)))
-    run.defvjp(lambda *args: (forward(*args), args[:arrays]), backward)
+    run = jax.custom_vjp(forward, nondiff_argnums=tuple(range(count, count + static + 1)))
+    run.defvjp(lambda *args: (forward(*args), args[:count]), backward)
     return run
 
 
-sinkhorn = _keeping_arguments("sinkhorn", arrays=1, static=2)
-read = _keeping_arguments("read", arrays=2)
-write = _keeping_arguments("write", arrays=4)
+sinkhorn = _keeping_arguments("sinkhorn", (2,), 2, static=2)
+read = _keeping_arguments("read", (STREAMS, 1), STREAMS)
+write = _keeping_arguments("write", (STREAMS, STREAMS, 1, 2), STREAMS)
 
 
 def _projection_fwd(x, phi, eps_norm, backend):
-    z, inverse = _module("coefficients", backend).forward(x, phi, eps_norm)
+    z, inverse = _module("coefficients", backend).forward(flat(x, STREAMS), phi, eps_norm)
     return z, (x, phi, z, inverse)
 
 
 def _projection_bwd(eps_norm, backend, saved, g):
-    return _module("coefficients", backend).backward(*saved, g)
+    x, *others = saved
+    dx, dphi = _module("coefficients", backend).backward(flat(x, STREAMS), *others, g)
+    return dx.reshape(x.shape), dphi
 
 
 projection: Any = jax.custom_vjp(lambda *args: _projection_fwd(*args)[0], nondiff_argnums=(2, 3))
-"""The function f(x, phi, eps_norm, backend) that projects x[N, nC] to z[k, N], with a custom gradient."""
+"""The function f(x, phi, eps_norm, backend) that projects x[*tokens, nC] to z[k, N], with a custom gradient."""
 projection.defvjp(_projection_fwd, _projection_bwd)
 
 
@@ -124,11 +148,24 @@ def _pre(z, alpha, bias, n, eps):
     return jax.nn.sigmoid(alpha[0] * z[:n] + bias[:n].reshape(n, *(1,) * (z.ndim - 1))) + eps
 
 
+_BOUNDARY = (STREAMS, STREAMS, 1, 2)
+"""How the token axes lie in x, y, post and res, the first arguments of `write_read`."""
+
+
+def _merged(backend: str, arrays: Sequence[Array], leading: Sequence[int]) -> list[Array]:
+    """Merge the token axes of arrays for a backend with kernels.  `xla` takes any token axes."""
+    return list(arrays) if backend == "xla" else [flat(a, k) for a, k in zip(arrays, leading, strict=True)]
+
+
 def _write_read_fwd(x, y, post, res, phi, alpha, bias, eps_norm, eps, backend):
     n = post.shape[0]
-    new, z, inverse, h = _module("write_read", backend).forward(x, y, post, res, phi, alpha[0], bias[:n], eps_norm, eps)
-    kept = new if _module("write_read", backend).KEEPS_NEW else None
-    return (new, z, h), (Saved(x, y, post, res, phi, kept, z, inverse), alpha, bias)
+    kernel = _module("write_read", backend)
+    merged = _merged(backend, (x, y, post, res), _BOUNDARY)
+    new, z, inverse, h = kernel.forward(*merged, phi, alpha[0], bias[:n], eps_norm, eps)
+    # The gradient keeps x and x' with all their token axes, as `_keeping_arguments` does.
+    new = new.reshape(x.shape)
+    kept = new if kernel.KEEPS_NEW else None
+    return (new, z, h.reshape(y.shape)), (Saved(x, y, post, res, phi, kept, z, inverse), alpha, bias)
 
 
 def through_pre(g_z: Array, slope: Array, dpre: Array) -> Array:
@@ -140,11 +177,16 @@ def through_pre(g_z: Array, slope: Array, dpre: Array) -> Array:
 def _write_read_bwd(eps_norm, eps, backend, kept, g):
     """Return the gradients of the arguments of `write_read`; those of alpha and bias follow from that of H_pre."""
     (saved, alpha, bias), (g_new, g_z, g_h) = kept, g
+    arguments = saved[:4]
     kernel, n = _module("write_read", backend), len(saved.post)
+    x, y, post, res = _merged(backend, arguments, _BOUNDARY)
+    g_new, g_h = _merged(backend, (g_new, g_h), (STREAMS,) * 2)
+    new = None if saved.new is None else _merged(backend, (saved.new,), (STREAMS,))[0]
+    saved = Saved(x, y, post, res, saved.phi, new, saved.z, saved.inverse)
     pre, pull = jax.vjp(lambda z, alpha, bias: _pre(z, alpha, bias, n, eps), saved.z, alpha, bias)
     slope = pull(jnp.ones_like(pre))[0][:n]
-    *gradients, dpre = kernel.backward(saved, pre, slope, g_new, g_h, g_z)
-    return *gradients, *pull(dpre)[1:]
+    *each, dphi, dpre = kernel.backward(saved, pre, slope, g_new, g_h, g_z)
+    return *(d.reshape(a.shape) for d, a in zip(each, arguments, strict=True)), dphi, *pull(dpre)[1:]
 
 
 write_read: Any = jax.custom_vjp(lambda *args: _write_read_fwd(*args)[0], nondiff_argnums=(7, 8, 9))

@@ -152,7 +152,8 @@ class Connection(nn.Module):
 
         Args:
           streams: the streams after the write of the last branch output.
-          c: coefficients of the last sub-layer.
+          c: coefficients of the last sub-layer, for their form.  The result must not depend on their values, because stages of a
+            pipeline send streams alone.
         """
         n = self.config.num_streams
         if self.config.exit == "head":

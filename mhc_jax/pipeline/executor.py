@@ -17,8 +17,9 @@ The state of the scan has four buffers.  The columns name the slots of these buf
                  depend on weights alone, or that cheap primitives make (`split.CHEAP`; in float32 `split.EXACT`).
     deferrals    values that I keeps for W
 
-A boundary tensor is the packed carry between two stages: streams, coefficients and the pending output y of the last branch.
-Streams and y have (n + 1)C elements per token, and the coefficients have n^2 + 2n.
+A boundary tensor holds the streams between two stages, nC elements per token.  A stage writes the output of its last branch before
+it sends them, so that neither this output nor coefficients travel, and the next stage begins with coefficients and a read.  Streams
+that are one array are sent as they are, and others are packed (`packing`).
 
 Parameters outside the stacked blocks are replicated over `stage` during a step.  Between steps the embeddings are sharded over
 `stage`, along the vocabulary (`parallel.sharding.Rules.rows`).  Blocks are moved to the devices of their stages when a step begins.
@@ -34,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 from mhc_kernels import settings
@@ -167,15 +169,20 @@ def _run_ticks(
     return loss, aux, outer_grads, grads
 
 
-IN_PLACE = ("activations", "deferrals", "outer", "layers")
+IN_PLACE = ("gradients", "activations", "deferrals", "outer", "layers")
 """Names of the parts of the scan's state that operations change in place.  Other results of operations live for one tick."""
 
 
 def writes(op: Operation) -> list[str]:
     """Return the names of the results of an operation, and of the parts of the scan's state that it changes."""
-    forward = ["F", "aux", "loss", "activations", "outer"] if op.forward else []
+    forward = ["F", "aux", "loss", "gradients", "activations", "outer"] if op.forward else []
     backward = {"": [], "I": ["B", "outer", "deferrals"], "W": ["outer", "layers"], "B": ["B", "outer", "layers"]}
     return forward + backward[op.backward]
+
+
+def delivery_scope(column: str) -> str:
+    """Return the name of the `jax.named_scope` around the conditional that puts a message into the slot that a column names."""
+    return f"delivery_{column}"
 
 
 def phase_scope(k: int) -> str:
@@ -211,9 +218,8 @@ class _Device:
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), like)
 
         state = {
-            # The buffers have one slot more than the program needs.  It takes messages that no stage of this device uses.
-            "inputs": buffer(program.inputs + 1, stage.packer.like),
-            "gradients": buffer(program.gradients + 1, stage.packer.like),
+            "inputs": buffer(program.inputs, stage.packer.like),
+            "gradients": buffer(program.gradients, stage.packer.like),
             "activations": buffer(program.activations, stage.activations.shapes),
             "deferrals": buffer(program.deferrals, stage.deferrals.shapes),
             "outer": _zeros(self.outer),
@@ -228,7 +234,7 @@ class _Device:
     def tick(self, state: Tree, now: Tree) -> tuple[Tree, None]:
         """Return (state after a tick, None), as `jax.lax.scan` wants.  `now` has the columns' numbers for this tick and device."""
         arrivals = self.exchanged(state["outbox"]) if self.overlap else []
-        made = {name: state[name] for name in ("inputs", "gradients", *IN_PLACE)}
+        made = {name: state[name] for name in ("inputs", *IN_PLACE)}
         for k in range(len(self.program.phases)):
             made = self.phase(k, made, now)
         made = {name: _zeros(like) for name, like in self.of_a_tick.items()} | made
@@ -238,29 +244,28 @@ class _Device:
         outbox = {kind: made[kind] for kind in "FB"}
         if not self.overlap:
             arrivals = self.exchanged(outbox)
-        new = {name: made[name] for name in ("inputs", "gradients", *IN_PLACE)}
+        new = {name: made[name] for name in ("inputs", *IN_PLACE)}
 
-        def deliver(name: str, column: str, value: Tree, k: int | None = None) -> None:
+        def deliver(name: str, column: str, value: Tree) -> None:
             if (self.program.columns[column] >= 0).any():
-                new[name] = _deliver(new[name], now[column], value, k)
+                with jax.named_scope(delivery_scope(column)):
+                    new[name] = _deliver(new[name], now[column], value)
 
         deliver("inputs", "to_self", made["F"])
-        deliver("gradients", "from_loss", made["F"])
         deliver("gradients", "to_own_gradients", made["B"])
-        for channel, value in enumerate(arrivals):
-            for k, kind in enumerate(self.program.channels[channel].kinds):
-                deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", value, k)
+        for channel, values in enumerate(arrivals):
+            for kind, value in values.items():
+                deliver("inputs" if kind == "F" else "gradients", f"arrives_{channel}_{kind}", value)
         new["aux"] = jax.tree.map(lambda a, b: a.at[now["forward_chunk"]].add(b), state["aux"], made["aux"])
         new["loss"] = state["loss"] + made["loss"]
         return new | ({"outbox": outbox} if self.overlap else {}), None
 
-    def exchanged(self, outbox: Tree) -> list[Tree]:
-        """Exchange messages with other devices.  Return for each channel what arrives, stacked over its kinds of messages."""
-        arrivals = []
-        for channel in self.program.channels:
-            message = jax.tree.map(lambda *each: jnp.stack(each), *(outbox[kind] for kind in channel.kinds))
-            arrivals.append(jax.lax.ppermute(message, AXIS, channel.pairs))
-        return arrivals
+    def exchanged(self, outbox: Tree) -> list[dict[str, Tree]]:
+        """Exchange messages with other devices.  Return for each channel what arrives, by its kind of message."""
+        return [
+            {kind: jax.lax.ppermute(outbox[kind], AXIS, channel.pairs) for kind in channel.kinds}
+            for channel in self.program.channels
+        ]
 
     def phase(self, k: int, state: Tree, now: Tree) -> Tree:
         """Run phase k of a tick.  Return `state` after it, together with the results of its operation."""
@@ -282,17 +287,27 @@ class _Device:
             layers, batch = _read(stage.layers, now[f"{half}_chunk"]), _read(self.slices, now[f"{half}_microbatch"])
             return Work(leads, layers, batch, now[f"{half}_stage"])
 
-        activations = _read(state["activations"], now["kept"]) if op.backward else []
-        deferrals = _read(state["deferrals"], now["deferred"]) if op.backward == "W" else []
+        activations, g = (
+            (_take(state["activations"], now["kept"]), _take(state["gradients"], now["backward_read"]))
+            if op.backward
+            else ([], {})
+        )
+        deferrals = _take(state["deferrals"], now["deferred"]) if op.backward == "W" else []
         if op.forward and op.backward:
-            # The barrier makes XLA read the backward's slot before it writes the forward's slot.  Otherwise XLA copies the buffer.
-            activations, made["activations"] = jax.lax.optimization_barrier((activations, made["activations"]))
+            # The barrier makes XLA read the backward's slots before it writes the forward's slots.  Otherwise XLA copies buffers.
+            both = {name: made[name] for name in ("activations", "gradients")}
+            activations, g, both = jax.lax.optimization_barrier((activations, g, both))
+            made |= both
         if op.forward:
-            x = _read(state["inputs"], now["forward_read"])
-            results, made["outer"] = stage.forward(work("forward", op.forward_leads), x, made["outer"])
+            results, made["outer"], made["gradients"] = stage.forward(
+                work("forward", op.forward_leads),
+                lambda: _take(state["inputs"], now["forward_read"]),
+                made["outer"],
+                made["gradients"],
+                lambda gradients, g: _put(gradients, now["from_loss"], g),
+            )
             made |= results | {"activations": _put(made["activations"], now["keep"], results["activations"])}
         if op.backward:
-            g = _read(state["gradients"], now["backward_read"])
             half, sums = work("backward", op.backward_leads), (made["outer"], made.get("layers"))
             results, (made["outer"], layers) = stage.backward(
                 op.backward, half, now["backward_chunk"], activations, g, deferrals, sums
@@ -315,14 +330,23 @@ def _read(buffer: Tree, slot: Array) -> Tree:
 
 def _put(buffer: Tree, slot: Array, value: Tree) -> Tree:
     """Return the buffer after `value` is written into `slot`."""
-    return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
+    return jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, _in_rows(new), slot, 0), buffer, value)
 
 
-def _deliver(buffer: Tree, slot: Array, value: Tree, k: int | None) -> Tree:
-    """Return the buffer after `value`, or `value[k]` if k is given, is written into `slot`.  Slot -1 means the last slot."""
+def _take(buffer: Tree, slot: Array) -> Tree:
+    """Return the value in a slot of a buffer that `_put` writes."""
+    return jax.tree.map(_in_rows, _read(buffer, slot))
 
-    def put(a: Array, new: Array) -> Array:
-        new = new[None] if k is None else jax.lax.slice_in_dim(new, k, k + 1)
-        return jax.lax.dynamic_update_slice_in_dim(a, new, jnp.where(slot >= 0, slot, a.shape[0] - 1), 0)
 
-    return jax.tree.map(put, buffer, value)
+def _in_rows(a: Array) -> Array:
+    """Return the array with its last axis contiguous in memory.
+
+    Without this constraint XLA gives a whole buffer the layout in which one operation writes a slot, and copies the whole buffer
+    into another layout for the operation that reads the slot.
+    """
+    return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
+
+
+def _deliver(buffer: Tree, slot: Array, value: Tree) -> Tree:
+    """Return the buffer after `value` is written into `slot`, or the buffer as it was if the slot is -1."""
+    return jax.lax.cond(slot >= 0, lambda: _put(buffer, slot, value), lambda: buffer)

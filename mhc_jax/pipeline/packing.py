@@ -1,7 +1,8 @@
-"""Packing of the carry between two stages into one array for each dtype, so that it travels in few messages.
+"""Packing of the streams between two stages into one array for each dtype, so that they travel in few messages.
 
-The carry has the streams, the pending output y of the last branch, and the coefficients that will write y.  Few messages are better
-than many, because a TPU keeps few messages in flight at once, and because every message costs the latency of the link.
+Streams of most connections are one array [B, T, nC], which packing leaves as it is.  Some kinds have more: single-pass mHC sends
+coefficients along, and others send outputs of earlier branches.  Few messages are better than many, because a TPU keeps few
+messages in flight at once, and because every message costs the latency of the link.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from mhc_jax.parallel.sharding import constrain
+
 Tree = Any
 
 
 class CarryPacker:
     """Packs a tree of arrays into one array [B, T, width] for each dtype.
 
-    The token axes B and T may stand anywhere among the axes of an array.  An array without them, such as a parameter that travels
-    with the coefficients, is packed once for each token.
+    The token axes B and T may stand anywhere among the axes of an array.  An array without them is packed once for each token.
     """
 
     def __init__(self, enter: Callable[[Int[Array, "B T"]], Tree], tokens: Int[Array, "B T"]):
@@ -55,7 +57,7 @@ class CarryPacker:
         for a, axes in zip(jax.tree.leaves(tree), self.axes, strict=True):
             a = jnp.moveaxis(a, axes, (0, 1)) if axes else jnp.broadcast_to(a[None, None], (*self.tokens, *a.shape))
             parts.setdefault(a.dtype.name, []).append(a.reshape(*a.shape[:2], -1))
-        return {name: jnp.concatenate(each, axis=2) for name, each in parts.items()}
+        return placed({name: jnp.concatenate(each, axis=2) for name, each in parts.items()})
 
     def unpack(self, packed: Mapping[str, Shaped[Array, "B T width"]]) -> Tree:
         """Return the tree that `pack` packed."""
@@ -75,3 +77,8 @@ class CarryPacker:
     def zeros(self) -> Tree:
         """Return a tree of the form that is packed, filled with zeros."""
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.tree)
+
+
+def placed(packed: Mapping[str, Shaped[Array, "B T width"]]) -> dict[str, Shaped[Array, "B T width"]]:
+    """Return packed arrays, sharded over the mesh like all tokens.  All branches of a conditional need the same sharding."""
+    return {name: constrain(a, "batch", "sequence", None) for name, a in packed.items()}

@@ -42,7 +42,7 @@ class Operation(NamedTuple):
 class Channel:
     """Messages that devices send at the same time in one direction, such as to the next device.
 
-    What a device sends on a channel travels as one array for each dtype, because a TPU keeps few messages in flight.
+    Each kind of message travels by itself, as one array for each dtype.
     """
 
     kinds: tuple[str, ...]

@@ -11,7 +11,7 @@ dense blocks (`leads` is true), and any other stage.  Every function of a stage 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +19,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.connections import Connection
 from mhc_jax.layers.norm import RMSNorm
-from mhc_jax.model import Block, connection, cross_entropy, documents_of, enter, leave, logits_of
+from mhc_jax.model import Block, Carry, connection, cross_entropy, documents_of, enter, leave, logits_of
 from mhc_jax.pipeline.casts import cast, computed_in
-from mhc_jax.pipeline.packing import CarryPacker
+from mhc_jax.pipeline.packing import CarryPacker, placed
 from mhc_jax.pipeline.split import CHEAP, EXACT, split
 from mhc_jax.remat import block_length, recomputed
 
 Tree = Any
-Free = tuple[Tree, Array, Array | None]
-"""What an operation of a stage needs besides the values that travel: parameters of the blocks, number of the stage, and the numbers
+Free = tuple[list[Tree], Array, Array | None]
+"""What an operation of a stage needs besides the values that travel: parameters of each block, number of the stage, and the numbers
 of the tokens' documents, to which attention is limited (or None)."""
 
 FIRST, LAST = "first_stage", "last_stage"
@@ -75,8 +76,8 @@ class Work(NamedTuple):
 
     leads: bool
     """Whether the stage begins with the dense blocks that precede blocks with experts."""
-    layers: Tree
-    """Parameters of the blocks of the stage, [blocks of a stage, ...]."""
+    layers: list[Tree]
+    """Parameters of each block of the stage."""
     batch: Tree
     """`inputs` and `targets` [B, T] of the microbatch, and `documents` [B, T] if attention is limited to documents."""
     stage: Array
@@ -97,11 +98,13 @@ class Stage:
           layers: parameters of this device's blocks, [chunks, blocks of a stage, ...].
           halves: whether the schedule divides B into I and W.
         """
-        self.model, self.stages = model, stages
+        self.model, self.stages, self.outer = model, stages, outer
         self.per = model.num_layers // stages
         at, documents = jnp.zeros((), jnp.int32), documents_of(model, tokens)
         self.packer = CarryPacker(lambda tokens: self.enter(self.head(outer), tokens), tokens)
-        first = jax.tree.map(lambda a: a[0], layers)
+        self.coefficients = jax.eval_shape(lambda: self._enter(self.head(outer), tokens)[1])
+        each = [jax.tree.map(lambda a, k=k: a[:, k], layers) for k in range(self.per)]
+        first = jax.tree.map(lambda a: a[0], each)
         self.aux = jax.eval_shape(lambda: self.blocks(False, first, {}, self.packer.zeros(), at, documents)[1])
         """Shapes of the auxiliary values (aux) that the blocks of a stage report, [blocks of a stage, ...]."""
         variants = (False, True) if model.num_leading else (False,)
@@ -114,7 +117,10 @@ class Stage:
             return results, self.enter(self.head(outer), tokens), self.loss(self.tail(outer), carry, tokens)
 
         dtypes = computed_in(all_uses, (outer, first))
-        self.outer, self.layers = cast(outer, dtypes[0]), cast(layers, dtypes[1])
+        self.outer, self.layers = cast(outer, dtypes[0]), cast(each, dtypes[1])
+        """Parameters, cast once a step: those outside the blocks, and for each block of a stage those of all chunks [chunks, ...].
+
+        Blocks are arrays of their own, because a kernel that takes a slice of an array makes XLA copy the slice in every tick."""
         free = jax.tree.map(lambda a: a[0], self.layers), at, documents
         # In float32 a pipeline should round as the decoder without it does, so values that XLA may round differently are kept.
         recompute = EXACT if model.compute_dtype == "float32" else CHEAP
@@ -149,62 +155,93 @@ class Stage:
         """Return the parameters of the leading dense blocks, or an empty dict for a stage without such blocks."""
         return outer["dense_layers"] if leads and self.model.num_leading else {}
 
-    def enter(self, params: Tree, tokens: Array) -> Tree:
-        """Embed the tokens [B, T] of a microbatch, and return the carry that enters the first block."""
-        ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
-        return enter(self.model, params["embedding"], ends, tokens)
+    def ends(self, params: Tree) -> Connection:
+        """Return the connection's module of the entry and the exit, with those of its parameters that `params` has."""
+        return connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
 
-    def loss(self, params: Tree, carry: Tree, targets: Array) -> Array:
-        """Return the loss of one microbatch in nats per token, float32 [], from the `carry` after the last block."""
-        ends = connection(self.model, None, "ends").bind({"params": params.get("ends", {})})
+    def enter(self, params: Tree, tokens: Array) -> Tree:
+        """Embed the tokens [B, T] of a microbatch, and return the streams that enter the first block."""
+        return self._enter(params, tokens)[0]
+
+    def _enter(self, params: Tree, tokens: Array) -> Carry:
+        return enter(self.model, params["embedding"], self.ends(params), tokens)
+
+    def loss(self, params: Tree, streams: Tree, targets: Array) -> Array:
+        """Return the loss of one microbatch in nats per token, float32 [], from the streams that leave the last block."""
         norm = RMSNorm(self.model.norm_eps).bind({"params": params["final_norm"]})
-        x = leave(self.model, ends, norm, carry)
+        # The exit takes coefficients for their form alone (`Connection.collapse`).
+        c = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.coefficients)
+        x = leave(self.model, self.ends(params), norm, (streams, c, None))
         W = params["embedding"].T if self.model.tied_embeddings else params["unembedding"]
         return cross_entropy(logits_of(x, W), targets)
 
     def blocks(
-        self, leads: bool, layers: Tree, dense: Tree, carry: Tree, stage: Array, documents: Array | None = None
+        self,
+        leads: bool,
+        layers: Sequence[Tree],
+        dense: Tree,
+        streams: Tree,
+        stage: Array,
+        documents: Array | None = None,
     ) -> tuple[Tree, Tree]:
-        """Run the blocks of a stage.  Return (carry after the last one, auxiliary values [blocks, ...], 0 for dense blocks).
+        """Run the blocks of a stage on the streams that enter it.  The output of the last branch is written at the end.
+
+        Returns:
+          (streams that leave the stage, auxiliary values [blocks, ...], 0 for dense blocks).
 
         `documents` are the numbers of the tokens' documents, to which attention is limited, or None.
         """
         lead = self.model.num_leading if leads else 0
-        if lead:
-            carry, _ = self._run(True, dense, carry, jnp.arange(lead), documents)
-            layers = jax.tree.map(lambda a: a[lead:], layers)
-        indices = stage * self.per + jnp.arange(lead, self.per)
+        carry: Carry = streams, None, None
+        pieces: list[tuple[bool, Sequence[Tree], Array]] = (
+            [(True, _each(dense, lead), jnp.arange(lead))] if lead else []
+        )
+        if lead < self.per:
+            pieces.append((not self.model.num_experts, layers[lead:], stage * self.per + jnp.arange(lead, self.per)))
+        aux: Any = None
+        for piece in pieces:
+            carry, aux = self._run(*piece, carry, documents, end=piece is pieces[-1])
         if lead == self.per:
-            return carry, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux)
-        carry, aux = self._run(not self.model.num_experts, layers, carry, indices, documents)
-        return carry, jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
+            return carry[0], jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.aux)
+        return carry[0], jax.tree.map(lambda a: jnp.concatenate([jnp.zeros((lead, *a.shape[1:]), a.dtype), a]), aux)
 
     def _run(
-        self, dense: bool, layers: Tree, carry: Tree, indices: Array, documents: Array | None
-    ) -> tuple[Tree, Tree]:
-        """Run blocks in order, and return (carry, auxiliary values).  The backward recomputes values as model.remat says."""
-        model, count = self.model, len(indices)
+        self, dense: bool, layers: Sequence[Tree], indices: Array, carry: Carry, documents: Array | None, end: bool
+    ) -> tuple[Carry, Tree]:
+        """Run blocks in order, and return (carry, auxiliary values).  The backward recomputes values as model.remat says.
+
+        If these are the last blocks of the stage (`end`), the pending write follows.
+        """
+        model, count = self.model, len(layers)
 
         def block(only: int | None, params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
             one = Block(model, 0, dense, only=only, parent=None)
             out: Any = one.apply({"params": params}, carry, layer, documents=documents)
             return out[0], out[1][1]
 
+        def written(carry: Carry) -> Carry:
+            streams, c, y = carry
+            assert y is not None
+            return self.ends(self.outer).write(streams, c, y), None, None
+
+        def last(params: Tree, carry: Tree, layer: Array) -> tuple[Tree, Tree]:
+            carry, aux = block(None, params, carry, layer)
+            return written(carry), aux
+
         if model.remat_policy == "connection":
             L_r = block_length(model, carry[0], sublayers=2 * count)
-            return recomputed(block, layers, carry, indices, 2, L_r, count)
-        whole = functools.partial(block, None)
-        keep = jax.checkpoint(whole) if model.remat_policy == "full" else whole
+            return recomputed(block, list(layers), carry, indices, 2, L_r, end=written if end else None)
         collected = []
-        for k in range(count):
-            carry, aux = keep(jax.tree.map(lambda a, k=k: a[k], layers), carry, indices[k])
+        for k, params in enumerate(layers):
+            whole = last if end and k == count - 1 else functools.partial(block, None)
+            carry, aux = (jax.checkpoint(whole) if model.remat_policy == "full" else whole)(params, carry, indices[k])
             collected.append(aux)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *collected)
 
     # -- its gradient in parts
 
     def vjp(
-        self, leads: bool, layers: Tree, carry: Tree, stage: Array, documents: Array | None
+        self, leads: bool, layers: Sequence[Tree], carry: Tree, stage: Array, documents: Array | None
     ) -> tuple[Tree, Any, Tree]:
         """Run the blocks of a stage, and return (carry that leaves the stage, pull-back, auxiliary values).
 
@@ -234,33 +271,44 @@ class Stage:
         g_layers, g_dense, g_x = jax.tree.unflatten(jax.tree.structure(pull), leaves)(g)
         return g_x, (g_layers, g_dense)
 
-    def forward(self, work: Work, x: Tree, sums: Tree) -> tuple[dict[str, Tree], Tree]:
+    def forward(
+        self, work: Work, x: Callable[[], Tree], sums: Tree, gradients: Tree, put: Callable[[Tree, Tree], Tree]
+    ) -> tuple[dict[str, Tree], Tree, Tree]:
         """Run F of one stage and microbatch.  The last stage also computes the loss and its gradient.
 
         Args:
           work: the stage and the microbatch.
-          x: packed boundary tensor that enters the stage.  The first stage does not use it, and embeds the tokens.
+          x: makes the packed boundary tensor that enters the stage.  The first stage embeds the tokens instead.
           sums: gradients of the parameters outside the blocks, added up so far.
+          gradients: buffer of gradients of boundary tensors.
+          put: function (buffer, g) -> buffer that writes g, the packed gradient of the loss with respect to the boundary tensor
+            that leaves the last stage.
 
         Returns:
-          (dict of `F`, `activations`, `loss` and auxiliary values `aux`, new `sums`).  `F` is the packed boundary tensor that
-          leaves the stage.  On the last stage it is the gradient of the loss with respect to this tensor.
+          (dict of `F`, `activations`, `loss` and auxiliary values `aux`, new `sums`, new `gradients`).  `F` is the packed boundary
+          tensor that leaves the stage.  Only the last stage changes `gradients`.
         """
         layers, batch, stage = work.layers, work.batch, work.stage
         head = self.head(self.outer)
         with jax.named_scope(FIRST):
-            x = jax.lax.cond(stage == 0, lambda: self.enter(head, batch["inputs"]), lambda: self.packer.unpack(x))
-        (x, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), x)
+            # The buffer is read inside of the conditional, because XLA copies a result that a branch only passes on.
+            packed = jax.lax.cond(
+                stage == 0, lambda: self.packer.pack(self.enter(head, batch["inputs"])), lambda: placed(x())
+            )
+        entered = self.packer.unpack(packed)
+        (left, aux), kept = self.passes[work.leads].now((layers, stage, batch.get("documents")), entered)
         activations = self.activations.put(work.leads, kept)
 
         def end() -> tuple[Array, Tree, Tree]:
-            loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(self.outer), x)
+            loss, back = jax.vjp(lambda p, c: self.loss(p, c, batch["targets"]), self.tail(self.outer), left)
             g, g_x = back(jnp.ones(()))
-            return loss, g_x, _added(sums, g)
+            return loss, put(gradients, self.packer.pack(g_x)), _added(sums, g)
 
         with jax.named_scope(LAST):
-            loss, x, sums = jax.lax.cond(stage == self.stages - 1, end, lambda: (jnp.zeros(()), x, sums))
-        return {"F": self.packer.pack(x), "activations": activations, "loss": loss, "aux": aux}, sums
+            last = stage == self.stages - 1
+            loss, gradients, sums = jax.lax.cond(last, end, lambda: (jnp.zeros(()), gradients, sums))
+        made = {"F": self.packer.pack(left), "activations": activations, "loss": loss, "aux": aux}
+        return made, sums, gradients
 
     def backward(
         self,
@@ -310,9 +358,19 @@ class Stage:
             with jax.named_scope(FIRST):
                 outer = jax.lax.cond(stage == 0, begin, lambda: outer)
         if kind != "I":
-            inner = jax.tree.map(lambda a, b: a.at[chunk].add(b), inner, g_layers)
+            for k, g_block in enumerate(g_layers):
+                inner = jax.tree.map(lambda a, b, k=k: a.at[chunk, k].add(b), inner, g_block)
             outer = _added(outer, {"dense_layers": g_dense} if g_dense else {})
         return made, (outer, inner)
+
+
+def _each(stacked: Tree, count: int) -> list[Tree]:
+    """Return the trees that `stacked` has along its first axis."""
+    parts = jax.tree.map(lambda a: jax.lax.split(a, (1,) * count), stacked)
+    return [
+        jax.tree.map(lambda part, k=k: part[k][0], parts, is_leaf=lambda node: isinstance(node, list))
+        for k in range(count)
+    ]
 
 
 def _added(sums: Tree, part: Tree) -> Tree:

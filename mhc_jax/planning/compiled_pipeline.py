@@ -9,12 +9,12 @@ that devices wait for each other is simulated from the costs of the branches.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mhc_jax.cost.hlo import Instruction, Program, arrays
-from mhc_jax.pipeline.executor import phase_scope
+from mhc_jax.pipeline.executor import delivery_scope, phase_scope
 from mhc_jax.pipeline.program import Operation, compile_table
 from mhc_jax.pipeline.stage import FIRST, LAST
 from mhc_jax.pipeline_schedules.simulate import Costs, simulate
@@ -88,10 +88,11 @@ class CompiledPipeline:
             column = self.table.columns[f"operation_{k}"]
             taken[conditional.name] = [float((column == position).mean()) for position in range(len(phase))]
         S = self.schedule.stages
-        return self.program.part(shares={**taken, **self._end_shares(1 / S, 1 / S)})
+        delivered = self._delivery_shares({name: float((c >= 0).mean()) for name, c in self.table.columns.items()})
+        return self.program.part(shares={**taken, **delivered, **self._end_shares(1 / S, 1 / S)})
 
     def costs(self, cost: Cost, send: float) -> Costs:
-        """Return the cost of every operation on every stage.  Each cost includes `tick_cost`.
+        """Return the cost of every operation on every stage.  Each cost includes `tick_cost`, and that of delivering its operand.
 
         Args:
           cost: a function that returns the cost of one run of a program.
@@ -112,7 +113,9 @@ class CompiledPipeline:
                 leads = has_leading and stage == 0
                 branch = branch_of.get(Operation(forward, backward, leads and bool(forward), leads and bool(backward)))
                 ends = self._end_shares(float(stage == 0), float(stage == S - 1))
-                out.append(tick + cost(self.program.part(branch, ends)) if branch else 0.0)
+                far = self._delivery_cost(cost, "F") if forward and stage > 0 else 0.0
+                far += self._delivery_cost(cost, "B") if backward in ("B", "I") and stage < S - 1 else 0.0
+                out.append(tick + far + cost(self.program.part(branch, ends)) if branch else 0.0)
             return out
 
         F, pairs = on_all_stages("F", ""), on_all_stages("F", "B")
@@ -123,9 +126,30 @@ class CompiledPipeline:
         return Costs(tuple(F), tuple(B), tuple(W), sum(ratios) / len(ratios) if ratios else 1.0, send)
 
     def tick_cost(self, cost: Cost) -> float:
-        """Return the cost of a tick in which a device does no operation.  Such a tick still puts messages into buffers."""
+        """Return the cost of a tick in which a device does no operation and gets no message.  Such a tick still sends messages."""
         nothing = {conditional.name: [0.0] * len(conditional.branches()) for conditional in self.phases}
-        return cost(self.program.part(self.body, nothing))
+        return cost(self.program.part(self.body, nothing | self._delivery_shares({})))
+
+    def _deliveries(self) -> dict[str, Instruction]:
+        """Return the conditionals that put a message into a buffer, by the column that names the slot."""
+        return {
+            column: instruction
+            for instruction in self.program.bodies[self.body].values()
+            if instruction.opcode == "conditional"
+            for column in self.table.columns
+            if delivery_scope(column) in _scopes(instruction)
+        }
+
+    def _delivery_shares(self, delivered: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """Return how often the conditionals of deliveries take each branch, if they deliver as often as `delivered` says (or 0)."""
+        shares = {column: delivered.get(column, 0.0) for column in self._deliveries()}
+        return {one.name: (1.0 - shares[column], shares[column]) for column, one in self._deliveries().items()}
+
+    def _delivery_cost(self, cost: Cost, kind: str) -> float:
+        """Return the mean cost of putting a message of a kind, `F` or `B`, into its buffer."""
+        own = {"F": "to_self", "B": "to_own_gradients"}[kind]
+        puts = [c.branches()[1] for name, c in self._deliveries().items() if name == own or name.endswith(f"_{kind}")]
+        return sum(cost(self.program.part(branch)) for branch in puts) / max(1, len(puts))
 
     def messages(self, seconds: Cost, link: float) -> list[Message]:
         """List the messages that devices exchange in one tick.
@@ -181,15 +205,15 @@ class CompiledPipeline:
           link: bytes per second from one stage to the next.
           blocks: number of blocks of one stage, which is only written into the result.
         """
-        messages = self.messages(seconds, link)
-        send = max((message.bytes for message in messages), default=0) / link
-        costs = self.costs(seconds, send)
+        messages, kinds = self.messages(seconds, link), [len(channel.kinds) for channel in self.table.channels]
+        message = sum(message.bytes for message in messages) / sum(kinds) / link
+        costs = self.costs(seconds, message * max(kinds))
         run = simulate(self.schedule, costs)
         return {
             "schedule": self.schedule.name,
             "stages": self.schedule.stages,
             "blocks": blocks,
-            "seconds": {"F": costs.F, "B": costs.B, "W": costs.W, "message": send, "tick": self.tick_cost(seconds)},
+            "seconds": {"F": costs.F, "B": costs.B, "W": costs.W, "message": message, "tick": self.tick_cost(seconds)},
             "pair": costs.pair,
             "bubble": max(run.bubble),
             "bubble_fraction": run.bubble_fraction,

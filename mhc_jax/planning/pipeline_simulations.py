@@ -15,8 +15,8 @@ from mhc_jax.pipeline_schedules.tables import Schedule, make
 from mhc_jax.pipeline_schedules.validate import peak_activations, validate
 from mhc_jax.planning import stage_costs
 
-CostsOfStages = Callable[[int], Costs]
-"""A function that takes a number of stages and returns the costs of a model cut into so many stages."""
+CostsOfStages = Callable[[Schedule], Costs]
+"""A function that takes a schedule and returns the costs of a model cut into the schedule's stages."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def of_hand(schedules: Sequence[Schedule], F: float, B: float, W: float, pair: f
 
     F, B and W are the times of every stage, whatever the number of stages into which a schedule cuts the model.
     """
-    return _rows(schedules, {"": lambda stages: by_hand(stages, F, B, W, pair, send)})
+    return _rows(schedules, {"": lambda schedule: by_hand(schedule.stages, F, B, W, pair, send)})
 
 
 def of_model(
@@ -80,9 +80,9 @@ def of_model(
         model = config.with_settings(model={"connection": connections.parse(kind)}).model
         label = connections.spec(model.connection)
         of_stages = functools.partial(stage_costs.from_model, model, T, rates=rates, pair=pair)
-        costs[label] = of_stages
+        costs[label] = lambda schedule, of=of_stages: of(schedule.stages)
         if model.connection.num_streams > 1:
-            costs[f"{label}, recompute"] = functools.partial(of_stages, recompute=True)
+            costs[f"{label}, recompute"] = lambda schedule, of=of_stages: of(schedule.stages, recompute=True)
     return _rows(schedules, costs)
 
 
@@ -91,20 +91,22 @@ def of_compiled(schedules: Sequence[Schedule], files: Sequence[Mapping[str, Any]
 
     Args:
       schedules: the schedules to simulate.
-      files: contents of files that `experiments/compile.py --json` wrote.  The first row of the first file is the baseline.
+      files: contents of files that `experiments/compile.py --json` wrote.  The first row of the first file is the baseline.  Two
+        rows with the same connection and model.remat are one line of the table (`stage_costs.from_compiled`).
       blocks: number of blocks of the whole model.
 
     Raises:
-      InputError: a file is not from `experiments/compile.py --json`, or two rows have the same connection and model.remat.
+      InputError: a file is not from `experiments/compile.py --json`, or rows of one line of the table do not go together.
     """
-    costs: dict[str, CostsOfStages] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for file in files:
         require("rows" in file and "config" in file, "A file is not of experiments/compile.py --json=FILE.")
         remat = file["config"]["model"]["remat"]
         for row in file["rows"]:
-            label = row["connection"] + (f", remat {remat}" if remat != "none" else "")
-            require(label not in costs, f"The files have two rows {label!r}; leave one out.")
-            costs[label] = functools.partial(stage_costs.from_compiled, row, blocks=blocks)
+            found.setdefault(row["connection"] + (f", remat {remat}" if remat != "none" else ""), []).append(row)
+    costs: dict[str, CostsOfStages] = {
+        label: functools.partial(stage_costs.from_compiled, rows, blocks=blocks) for label, rows in found.items()
+    }
     return _rows(schedules, costs)
 
 
@@ -113,7 +115,8 @@ def of_report(
 ) -> list[Row]:
     """Simulate the schedules with times from a device report, which `stage_costs.from_report` divides among stages."""
     costs: dict[str, CostsOfStages] = {
-        name: functools.partial(stage_costs.from_report, report, workload, name, blocks=blocks) for name in names
+        name: lambda schedule, name=name: stage_costs.from_report(report, workload, name, schedule.stages, blocks)
+        for name in names
     }
     return _rows(schedules, costs)
 
@@ -123,7 +126,7 @@ def _rows(schedules: Sequence[Schedule], costs: Mapping[str, CostsOfStages]) -> 
     for schedule in schedules:
         base = None
         for label, of_stages in costs.items():
-            stages = of_stages(schedule.stages)
+            stages = of_stages(schedule)
             run = simulate(schedule, stages)
             over = None if base is None else run.makespan / base - 1
             rows.append(Row(label, run, bool(stages.activations), over))

@@ -15,7 +15,7 @@ stage computes the output embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from mhc_jax.config import ModelConfig
 from mhc_jax.cost.counts import model_cost, stream_elements
 from mhc_jax.errors import one_of, require
+from mhc_jax.pipeline.program import compile_table
 from mhc_jax.pipeline_schedules.simulate import Costs
+from mhc_jax.pipeline_schedules.tables import Schedule
 from mhc_jax.planning.slices import CHIPS
 
 
@@ -116,37 +118,68 @@ def from_model(
     return Costs(tuple(F), tuple(B), tuple(W), pair, n * C * width * T / rates.link, kept)
 
 
-def from_compiled(row: Mapping[str, Any], stages: int, blocks: int) -> Costs:
-    """Return the seconds of each stage, from the compiler's estimates for a pipelined train step of a model with the same blocks.
+def from_compiled(rows: Sequence[Mapping[str, Any]], schedule: Schedule, blocks: int) -> Costs:
+    """Return the seconds of each stage, from the compiler's estimates for pipelined train steps of models with the same blocks.
 
-    The second stage of the compiled step gives the time of a block.  The time by which F of the last stage exceeds F of the second
-    stage is the time of the loss and its gradient.  This time counts in F alone, and the last stage gets fewer blocks to make up
-    for it, as in `from_model`.
+    An operation of a stage of b blocks takes a + b c.  Two steps with different numbers of blocks a stage give a and c: the work
+    of every stage, such as messages and their buffers, and that of every block.  From one step alone, a is the work of a tick
+    without an operation (`CompiledPipeline.tick_cost`), and all else counts for every block.  An overlapped F&B saves as many
+    seconds of F + B as in the first step, which is none if its schedule has no F&B.
+
+    The second stage of a compiled step gives these times.  The time by which F of the last stage exceeds F of the second stage is
+    the time of the loss and its gradient.  This time counts in F alone, and the last stage gets fewer blocks to make up for it, as
+    in `from_model`.
 
     Args:
-      row: a row of a file that `experiments/compile.py --json` wrote, for one connection.
-      stages: number of stages of the model.
+      rows: rows of files that `experiments/compile.py --json` wrote, for one connection.  The first gives the times of messages,
+        of the loss and of the first stage's own work.
+      schedule: the schedule, whose stages the model is cut into.  The messages that it sends in one direction in a tick share one
+        link.
       blocks: number of blocks of the whole model.
 
     Raises:
-      InputError: the compiled step has no pipeline, fewer than 3 stages, or no W.
+      InputError: a compiled step has no pipeline, fewer than 3 stages, or no W, or two steps have equally many blocks a stage.
     """
+    pipelines = [_checked(row) for row in rows]
+    first = pipelines[0]
+    counts = [pipeline["blocks"] for pipeline in pipelines]
+    require(
+        len(set(counts)) == len(counts) <= 2,
+        f"The compiled steps have {', '.join(map(str, counts))} blocks a stage; give one step, or two that differ in it.",
+    )
+    times, tick, S = first["seconds"], first["seconds"]["tick"], schedule.stages
+
+    def line(kind: str) -> tuple[float, float]:
+        """Return (seconds of a stage, seconds of each of its blocks) of an operation."""
+        points = [(pipeline["blocks"], pipeline["seconds"][kind][1]) for pipeline in pipelines]
+        (b, t), (d, u) = points if len(points) == 2 else ((0, tick), points[0])
+        each = (u - t) / (d - b)
+        return t - b * each, each
+
+    (F_stage, F), (B_stage, B), (W_stage, W) = map(line, "FBW")
+    enter, loss = (times["F"][k] - times["F"][1] for k in (0, -1))
+    given = blocks_of_stages(blocks, S, loss / (F + B))
+    all_F, all_B, all_W = ([a + b * c for b in given] for a, c in ((F_stage, F), (B_stage, B), (W_stage, W)))
+    all_F[0], all_F[-1] = all_F[0] + enter, all_F[-1] + loss
+    saved = (1 - first["pair"]) * (times["F"][1] + times["B"][1])
+    pair = 1 - saved / (F_stage + B_stage + (F + B) * blocks / S)
+    sends = max(len(channel.kinds) for channel in compile_table(schedule).channels)
+    return Costs(tuple(all_F), tuple(all_B), tuple(all_W), pair, times["message"] * sends)
+
+
+def _checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a row that describes its pipeline, after checking that `from_compiled` can use it."""
     require("pipeline" in row, "The row is of no pipeline; compile it with --config.mesh.stage=4.")
     pipeline = row["pipeline"]
     require(
         pipeline["stages"] >= 3,
         f"The compiled step has {pipeline['stages']} stages, so none in the middle; compile 3 or more.",
     )
-    times, tick = pipeline["seconds"], pipeline["seconds"]["tick"]
     require(
-        times["W"][1] > 0, f"The schedule {pipeline['schedule']!r} has no W of its own; compile 'zb1p' or 'dualpipe'."
+        pipeline["seconds"]["W"][1] > 0,
+        f"The schedule {pipeline['schedule']!r} has no W of its own; compile 'zb1p' or 'dualpipe'.",
     )
-    F, B, W = ((times[kind][1] - tick) / pipeline["blocks"] for kind in "FBW")
-    first, last = (times["F"][k] - times["F"][1] for k in (0, -1))
-    given = blocks_of_stages(blocks, stages, last / (F + B))
-    all_F, all_B, all_W = ([b * each + tick for b in given] for each in (F, B, W))
-    all_F[0], all_F[-1] = all_F[0] + first, all_F[-1] + last
-    return Costs(tuple(all_F), tuple(all_B), tuple(all_W), pipeline["pair"], times["message"])
+    return pipeline
 
 
 def from_report(report: Mapping[str, Any], workload: str, connection: str, stages: int, blocks: int) -> Costs:

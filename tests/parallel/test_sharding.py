@@ -198,6 +198,27 @@ def test_operations_run_on_own_tokens(implementation):
     assert primitives.count("shard_map") >= 12, "six operations and their gradients"
 
 
+def test_the_backward_pass_keeps_all_streams_once():
+    """Those that one operation makes and those that the next one keeps are one array, although each operation merges its tokens."""
+    n, C, B, T = 2, 128, 2, 16
+    sizes = [(B, T, n * C), (B, T, C), (n, B, T), (n, n, B, T), (n * C, n * n + 2 * n), (3,), (n * n + 2 * n,)]
+
+    def several(x, y, post, res, phi, alpha, bias):
+        given, how = mhc_kernels.Coefficients(None, post, res), {"num_streams": n, "num_iters": 3}
+        new, _, h = mhc_kernels.write_read(x, given, y, phi, alpha, bias, **how)
+        c = mhc_kernels.coefficients(new, phi, alpha, bias, **how)
+        last = mhc_kernels.write(new, h, c.post, c.res, n)
+        return last, mhc_kernels.read(last, c.pre, n)
+
+    how = {"implementation": "pallas_tpu", "interpret": True, "token_axes": PartitionSpec("data", "sequence")}
+    with using(make_mesh(MeshConfig(data=2, sequence=2))), mhc_kernels.settings(**how):
+        arguments = [jnp.zeros(size) for size in sizes]
+        jaxpr = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(several, *a)[1]))(*arguments).jaxpr
+    kept = {v for v in jaxpr.outvars if v.aval.size == B * T * n * C}
+    assert len(kept) == 3, "x, the streams after the boundary, and those after the write"
+    assert jaxpr.invars[0] in kept
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_attention_runs_on_own_sequences_and_heads(packed):
     r = np.random.default_rng(0)
