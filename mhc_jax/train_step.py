@@ -152,15 +152,12 @@ def make_train_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], t
     return step
 
 
-def jitted_train_step(config: ExperimentConfig, out_shardings: Any = None) -> Any:
-    """Return `make_train_step(config)` under `jax.jit`.  It donates the arrays of its input state.
+def compiler_options() -> dict[str, str] | None:
+    """Return the options with which `jax.jit` compiles a train step: `TPU_OPTIONS`, or None if the platform is no TPU.
 
-    `out_shardings` is that of `jax.jit`.  The step is compiled for the platform of `mhc_kernels.settings`, with `TPU_OPTIONS` if
-    that is a TPU.
+    The platform is that of `mhc_kernels.settings`.
     """
-    options = TPU_OPTIONS if backend_choice.platform() == "tpu" else None
-    step = make_train_step(config)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
+    return TPU_OPTIONS if backend_choice.platform() == "tpu" else None
 
 
 def make_unstaged_step(config: ExperimentConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:

@@ -16,7 +16,7 @@ from mhc_jax.config.run import fits_splash
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import sharding
 from mhc_jax.planning.slices import Slice
-from mhc_jax.train_step import init_state, jitted_train_step
+from mhc_jax.train_step import compiler_options, init_state, make_train_step
 
 
 def best_attention(config: ExperimentConfig, platform: str) -> ExperimentConfig:
@@ -71,10 +71,12 @@ def lower(config: ExperimentConfig, where: Slice, implementation: str | None) ->
         if mesh is None:
             of_batch: Any = jax.sharding.SingleDeviceSharding(where.devices[0])
             of_state = jax.tree.map(lambda _: of_batch, state)
-            step = jitted_train_step(config)
+            shardings: Any = None
         else:
             of_batch, of_state = sharding.batch_sharding(mesh), sharding.state_shardings(mesh, state)
-            step = jitted_train_step(config, (of_state, None))
+            shardings = of_state, None
+        options = compiler_options()
+        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings, compiler_options=options)
         state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, of_state)
         shape = (config.data.batch_size, config.data.sequence_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=of_batch)

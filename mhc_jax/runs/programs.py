@@ -22,10 +22,11 @@ from mhc_jax.parallel.sharding import batch_sharding, global_batch, local_rows, 
 from mhc_jax.runs.history import Clock
 from mhc_jax.train_step import (
     TrainState,
+    compiler_options,
     init_state,
-    jitted_train_step,
     make_diagnostics_step,
     make_eval_step,
+    make_train_step,
     make_unstaged_step,
 )
 from mhc_jax.user_functions import is_function
@@ -96,7 +97,9 @@ def replicated(mesh: Mesh | None) -> NamedSharding | None:
 def trace_train_step(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState) -> Any:
     """Return the train step as a traced program (`jax.stages.Traced`).  It donates the arrays of its input state."""
     shardings = (jax.tree.map(lambda a: a.sharding, abstract), replicated(mesh)) if mesh else None
-    return jitted_train_step(config, shardings).trace(abstract, _example(config, mesh))
+    options = compiler_options()
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings, compiler_options=options)
+    return step.trace(abstract, _example(config, mesh))
 
 
 def flops_per_token(config: ExperimentConfig, mesh: Mesh | None, abstract: TrainState, traced: Any) -> float:

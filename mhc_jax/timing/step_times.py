@@ -23,7 +23,7 @@ from mhc_kernels.ops.arg_specs import ARGUMENTS, OUTPUTS, ArgSpec, function, pro
 from mhc_jax import connections
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from mhc_jax.cost import counts
-from mhc_jax.train_step import Batch, gradients, init_state, jitted_train_step
+from mhc_jax.train_step import Batch, compiler_options, gradients, init_state, make_train_step
 
 VOCABULARY = 1024
 """Number of vocabulary entries.  It is small, so that the layers take nearly all of the time of a train step."""
@@ -190,7 +190,8 @@ def compile_step(config: ExperimentConfig, batch: Any, implementation: str | Non
     """
     with mhc_kernels.settings(implementation=implementation):
         began = time.perf_counter()
-        compiled = jitted_train_step(config).lower(jax.eval_shape(lambda: init_state(config)), batch).compile()
+        step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=compiler_options())
+        compiled = step.lower(jax.eval_shape(lambda: init_state(config)), batch).compile()
         compile_s = time.perf_counter() - began
         return CompiledStep(compiled, jax.jit(lambda: init_state(config))(), batch, compile_s)
 

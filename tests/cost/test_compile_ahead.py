@@ -13,7 +13,6 @@ import types
 from typing import Any
 
 import jax
-import mhc_kernels
 import pytest
 from support.in_process import run_here
 from support.tiny_runs import PATIENCE_S, ROOT
@@ -26,7 +25,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.pipeline.executor import schedule_of
 from mhc_jax.planning import compile_ahead, compile_table, estimate_cache, slices, step_estimate
 from mhc_jax.planning.compiled_pipeline import CompiledPipeline
-from mhc_jax.train_step import TPU_OPTIONS, jitted_train_step
+from mhc_jax.train_step import TPU_OPTIONS
 
 MODEL = ModelConfig(64, 32, 3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual"))
 DATA = DataConfig(sequence_length=16, batch_size=16)
@@ -45,11 +44,12 @@ WRONG = {
 
 @pytest.mark.parametrize(("platform", "options"), [("cpu", None), ("gpu", None), ("tpu", TPU_OPTIONS)])
 def test_a_train_step_is_compiled_with_the_options_of_its_platform(platform, options, monkeypatch):
-    given = []
-    monkeypatch.setattr(jax, "jit", lambda _, **settings: given.append(settings["compiler_options"]))
-    with mhc_kernels.settings(platform=platform):
-        jitted_train_step(CONFIG)
-    assert given == [options]
+    given, jit = [], jax.jit
+    monkeypatch.setattr(jax, "jit", lambda *args, **named: given.append(named.get("compiler_options", 0)) or jit(*args))
+    where = slices.get_slice("cpu:8")
+    monkeypatch.setattr(slices.Slice, "platform", platform)
+    compile_ahead.lower(CONFIG, where, "xla")
+    assert [one for one in given if one != 0] == [options]
 
 
 @pytest.mark.parametrize("name", WRONG)
