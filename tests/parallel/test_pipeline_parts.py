@@ -241,6 +241,19 @@ def test_a_boundary_is_packed_bit_by_bit(kind, dtype):
         assert {tuple(row[list(axes)]) for row in changed} == ({(1, 2)} if axes else set()), "one token is one row"
 
 
+@pytest.mark.parametrize("kind", [*connections.KINDS, "mhc:exit=head"])
+def test_the_exit_needs_streams_alone(kind):
+    """Stages send no coefficients, so the loss takes zeros for them."""
+    stage = object.__new__(Stage)
+    stage.model = model_of(kind)
+    params = jax.tree.map(jnp.asarray, params_of(stage.model)[0])
+    carry = jax.eval_shape(lambda: stage._enter(params, TOKENS))
+    r = np.random.default_rng(0)
+    streams, c, _ = jax.tree.map(lambda a: jnp.asarray(r.normal(size=a.shape), a.dtype), carry)
+    ends, zeros = stage.ends(params), jax.tree.map(jnp.zeros_like, c)
+    np.testing.assert_array_equal(ends.collapse(streams, zeros), ends.collapse(streams, c))
+
+
 @pytest.fixture(scope="module")
 def row():
     """A step of four stages, ZB1P, eight microbatches, two copies."""
