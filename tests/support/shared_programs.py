@@ -9,7 +9,6 @@ import functools
 import jax
 import pytest
 
-from mhc_jax import train_step
 from mhc_jax.runs import programs
 
 
@@ -23,16 +22,15 @@ def _of_the_settings(make):
     return shared
 
 
-_MAKERS = {"make_train_step": train_step, "make_eval_step": programs, "make_diagnostics_step": programs}
-_SHARED = {name: _of_the_settings(functools.cache(getattr(module, name))) for name, module in _MAKERS.items()}
-_INIT = _of_the_settings(jax.jit(programs.init_state, static_argnums=0))
+_MAKERS = ("make_train_step", "make_eval_step", "make_diagnostics_step")
+_SHARED = {name: _of_the_settings(functools.cache(getattr(programs, name))) for name in _MAKERS}
+_SHARED["init_state"] = _of_the_settings(jax.jit(programs.init_state, static_argnums=0))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():
     """Let the runs of a module that imports this fixture make each of their programs once."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in _MAKERS.items():
-            patch.setattr(module, name, _SHARED[name])
-        patch.setattr(programs, "init_state", _INIT)
+        for name, make in _SHARED.items():
+            patch.setattr(programs, name, make)
         yield
