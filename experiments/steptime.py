@@ -34,7 +34,7 @@ from mhc_jax.train_step import make_train_step
 CONFIG = cli.define_config()
 CONNECTIONS = flags.DEFINE_list("connections", ["residual", "hc", "mhc"], "The first is the baseline.")
 OPTIMIZERS = flags.DEFINE_list("optimizers", [], "Names of optimizers; none: the configuration's.")
-ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each; the order turns every round.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each; the order turns every round.", lower_bound=1)
 AGAINST = flags.DEFINE_string(
     "against", "", "A commit whose steps take turns with these.  --config must take a connection as its only argument."
 )
@@ -71,16 +71,17 @@ def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitSta
 def median_times(steps: dict[str, CompiledStep | WorkerStep], rounds: int) -> dict[str, float]:
     """Time compiled train steps, one for each connection, and return the median seconds of each over all rounds, by name.
 
-    In a round each of them runs once.  One more round, the first, warms up and is not timed.
+    In a round each of them runs twice, and the second time counts, so that a step follows itself as it does in training.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds + 1):
+    for k in range(rounds):
         for name in list(steps) if k % 2 else list(steps)[::-1]:
-            began = time.perf_counter()
-            steps[name].launch(k)
-            jax.block_until_ready(steps[name].state)
-            if k:
-                times[name].append(time.perf_counter() - began)
+            for _ in range(2):
+                began = time.perf_counter()
+                steps[name].launch(k)
+                jax.block_until_ready(steps[name].state)
+                seconds = time.perf_counter() - began
+            times[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
