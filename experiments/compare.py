@@ -15,12 +15,8 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.analysis.comparison import rows
-from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import require
-from mhc_jax.reports.markup import markdown_table
-from mhc_jax.reports.page import write_report
 from mhc_jax.sweeps.grid import Grid, over, plan, product
 from mhc_jax.sweeps.runner import run_local
 
@@ -49,6 +45,12 @@ def main() -> int:
     grid = Grid(title, plan(to_mapping(config), points))
     status = run_local(workdir, grid, grid.runs, workers=1)
     if status == 0:
+        # SciPy and Matplotlib take a second to import, for which the first train step need not wait.
+        from mhc_jax.analysis.comparison import rows
+        from mhc_jax.analysis.run_reader import read_run
+        from mhc_jax.reports.markup import markdown_table
+        from mhc_jax.reports.page import write_report
+
         records = [read_run(workdir / run.name) for run in grid.runs]
         report = write_report(records, workdir, title)
         print(f"\n{markdown_table(rows(records))}\n\nReport: {report}")

@@ -17,7 +17,6 @@ from typing import Any
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.reports.page import write_folder_report
 from mhc_jax.sweeps.grid import base_configuration, load_sweep, select
 from mhc_jax.sweeps.results import run_status
 from mhc_jax.sweeps.runner import default_workers, run_local, submit
@@ -63,6 +62,9 @@ def main(file: str, base: dict[str, Any]) -> int:
     status = run_local(workdir, grid, selected, WORKERS.value or default_workers())
     print(f"Results: {workdir / 'results.csv'}")
     if status == 0:
+        # SciPy and Matplotlib take a second to import, for which runs need not wait.
+        from mhc_jax.reports.page import write_folder_report
+
         print(f"Report: {write_folder_report(workdir)}")
     else:
         print(f"`python experiments/report.py {workdir}` writes a page of the runs that have begun.")

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
 from jaxtyping import Array, Bool, Float, Int
 from mhc_kernels import backend_choice
 
@@ -85,6 +84,9 @@ def _masked(q, k, v, documents=None, implementation: Any = "xla"):
 
 
 def _splash(q, k, v, documents=None):
+    # Kernels for TPUs take time to import, which other devices need not spend.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
+
     B, T, H, D = q.shape
     K, E = v.shape[2:]
     where = "attention 'splash' runs on TPUs only and this program is traced for a " + backend_choice.platform().upper()

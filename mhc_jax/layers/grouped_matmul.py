@@ -7,12 +7,12 @@ respect to the matrices instead uses every row in the products of all E groups, 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from mhc_kernels import backend_choice
@@ -67,6 +67,11 @@ def _spread(a: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(a, missing, to="varying") if missing else a
 
 
+def _megablox() -> Any:
+    # Kernels for TPUs take time to import, which other devices need not spend.
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+
 @jax.custom_vjp
 def _kernels(x: Array, weights: Array, group_sizes: Array) -> Array:
     return _forward(x, weights, group_sizes)[0]
@@ -74,7 +79,7 @@ def _kernels(x: Array, weights: Array, group_sizes: Array) -> Array:
 
 def _forward(x: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
     def product(x, weights, sizes):
-        return gmm(x, weights, sizes, x.dtype, tiling, interpret=backend_choice.interpret())
+        return _megablox().gmm(x, weights, sizes, x.dtype, tiling, interpret=backend_choice.interpret())
 
     return _on_each_device(product, x, weights, group_sizes), (x, weights, group_sizes)
 
@@ -83,10 +88,12 @@ def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
     r"""Return the gradients $dx_e = g_e W_e^\top$ and $dW_e = x_e^\top g_e$ for each group e, from the gradient g of the result."""
 
     def of_x(g, weights, sizes):
-        return gmm(g, weights, sizes, g.dtype, tiling, transpose_rhs=True, interpret=backend_choice.interpret())
+        return _megablox().gmm(
+            g, weights, sizes, g.dtype, tiling, transpose_rhs=True, interpret=backend_choice.interpret()
+        )
 
     def of_weights(x, g, sizes):
-        return tgmm(x.T, g, sizes, x.dtype, tiling_of_gradient, interpret=backend_choice.interpret())
+        return _megablox().tgmm(x.T, g, sizes, x.dtype, tiling_of_gradient, interpret=backend_choice.interpret())
 
     x, weights, sizes = saved
     return _on_each_device(of_x, g, weights, sizes), _on_each_device(of_weights, x, g, sizes), None
