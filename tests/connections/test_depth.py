@@ -80,7 +80,7 @@ def test_delta_attnres_starts_as_the_residual_decoder_bit_for_bit():
         np.testing.assert_array_equal(gradients[path], a, err_msg=path)
     gates = {path.split("/")[1]: np.asarray(a) for path, a in own.items() if path.endswith("/g")}
     assert gates["attention_connection"][0] == 0, "the first sub-layer has no source"
-    # Where the sources add up to the stream, as in the third block, their mean is a multiple of it, which the branch's norm removes.
+    # In the third block the sources add up to the stream, and the norm of the branch removes a multiple of it.
     assert abs(gates["attention_connection"][1]) > 1
     assert abs(gates["attention_connection"][2]) < 1e-4
     assert (np.abs(gates["mlp_connection"]) > 1e-6).all()
