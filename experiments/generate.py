@@ -70,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, computes=True)

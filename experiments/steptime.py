@@ -4,7 +4,8 @@ python experiments/steptime.py --config=experiments/configs/demo.py [--connectio
 python experiments/steptime.py --config=experiments/configs/demo.py --connections=mhc --optimizers=adamw,muon
 
 The next command compares with the steps of another commit, and with those of the package `hyper-connections` in PyTorch.  Each of
-these steps runs in a process of its own, and waits while another one is timed.
+these steps runs in a process of its own, and waits while another one is timed.  A step of another commit reads the config file of
+that commit, and settings that are written as `--config.a.b=value`.  It runs with the variables of `mhc_jax/runs/cpu_variables.py`.
 
 python experiments/steptime.py --against=HEAD~10 --torch=/path/to/python-with-torch
 """
@@ -25,6 +26,7 @@ from mhc_jax import cli
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import parse, spec
 from mhc_jax.cost import counts, hlo
+from mhc_jax.errors import require
 from mhc_jax.remat_plan import resolve
 from mhc_jax.sweeps.runner import cores
 from mhc_jax.timing.step_times import CompiledStep, compile_step
@@ -49,6 +51,10 @@ VOCABULARY = 264
 def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitStack) -> dict[str, WorkerStep]:
     """Start the steps of --against and --torch, by name.  `stack` ends their processes."""
     steps = {}
+    require(
+        len(OPTIMIZERS.value) < 2 or not (AGAINST.value or TORCH.value),
+        "--against and --torch compare steps with one optimizer; give one name to --optimizers, or none.",
+    )
     if AGAINST.value:
         checkout = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         check_out(AGAINST.value, checkout)
@@ -63,7 +69,7 @@ def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitSta
             name = kind.split(":")[0]
             model = config.with_settings(model={"connection": parse(kind)})
             step = torch_step(TORCH.value, model, name, cores(), TORCH_COMPILE.value)
-            steps[f"{name} in torch"] = step
+            steps[f"{kind} in torch"] = step
             stack.callback(step.close)
     return steps
 

@@ -57,6 +57,7 @@ class Decoder(nn.Module):
           cache: keys and values of the tokens before `tokens`.  None: there are no earlier tokens.
           at: for each sequence the index of the token whose logits are returned, as [B, 1, V].  None: logits of all tokens.
           targets: the token that follows each token.  If they are given, the loss (`mean_loss`) is returned in place of logits.
+            `at` must then be None.
 
         Returns:
           logits or loss, and a dict of arrays.  With `sample` the dict has the diagnostics of `diagnostics.sample_sublayer`, with

@@ -92,7 +92,9 @@ def plan(config: ModelConfig, tokens: int, sequence_length: int, mesh: MeshConfi
     # A logit takes 8 bytes: 4 for the logit and 4 for its gradient.
     columns = config.vocab_size // (mesh.tensor if config.vocab_size % mesh.tensor == 0 else 1)
     parts = loss_parts(tokens, config.vocab_size) if mesh.stage == 1 else 1
-    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens // parts)
+    # A loss in parts keeps the unembedding and its gradient whole on each device, and the gradient in float32 too.
+    whole = (4 + 2 * jnp.dtype(config.compute_dtype).itemsize) * config.width * columns if parts > 1 else 0
+    fixed = float(state_bytes(config, mesh) + 8 * columns * tokens // parts + whole)
     estimates = {policy: fixed + size * tokens for policy, size in kept.items()}
     limit = config.remat_budget_gb * 1e9
     fitting = [policy for policy, size in estimates.items() if size <= limit]
@@ -112,7 +114,7 @@ def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
     """Return the bytes that parameters, gradients and AdamW's moments take on one device of the mesh.
 
     If the mesh stores them over `data` too, the parameters that a step gathers over `data` and the gradients of one slice of
-    accumulation count as well, in the compute dtype.
+    accumulation count as well, in the compute dtype.  A pipeline gathers parameters in float32.
     """
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
 
@@ -120,7 +122,8 @@ def state_bytes(config: ModelConfig, mesh: MeshConfig) -> int:
         places = state_shardings(abstract_mesh(mesh), shapes, spread)
         return sum(jax.tree.leaves(jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)), shapes, places)))
 
-    gathered = 2 * jnp.dtype(config.compute_dtype).itemsize * entries(False) if mesh.data > 1 else 0
+    itemsize = jnp.dtype(config.compute_dtype).itemsize if mesh.stage == 1 else 4
+    gathered = 2 * itemsize * entries(False) if mesh.data > 1 else 0
     return STATE_BYTES * entries(True) + gathered
 
 

@@ -18,9 +18,9 @@ class MeshConfig:
     stage: int = 1
     """Number of devices of the pipeline, which share the blocks.  A training step has optimizer.accumulation_steps microbatches."""
     data: int = 1
-    """Number of devices that split the batch, and between uses the parameters and the optimizer's state (data parallelism).
+    """Number of devices that split the batch, and between uses the matrices and their optimizer state (data parallelism).
 
-    A step gathers each parameter over them once.  Over `fsdp` it gathers a parameter whenever a block needs it."""
+    A step gathers each matrix over them once.  Over `fsdp` it gathers a parameter whenever a block needs it."""
     fsdp: int = 1
     """Number of devices that split the batch, the parameters and the optimizer's state (fully sharded data parallelism)."""
     tensor: int = 1

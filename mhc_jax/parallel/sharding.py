@@ -121,8 +121,8 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 def parameter_spec(mesh: Mesh | AbstractMesh, path: str, shape: Sequence[int], spread: bool = True) -> PartitionSpec:
     """Return the mesh axes over which each axis of a parameter is sharded, or of its gradient or one of its moments.
 
-    With `spread` every matrix of a branch is also sharded over `data`, along an axis that `data` divides, as it is stored between
-    uses (ZeRO, arXiv 1910.02054).  Without, it is sharded as the model computes with it.
+    With `spread` every matrix outside connections is also sharded over `data`, along an axis that `data` divides, as it is stored
+    between uses (ZeRO, arXiv 1910.02054).  Without, it is sharded as the model computes with it.
     """
     axes = logical_axes(path, len(shape))
     spec, first = fit(mesh, RULES.spec(*axes), shape), int(axes[:1] == ("layer",))

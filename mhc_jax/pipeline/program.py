@@ -2,7 +2,8 @@
 
 The columns say what each device does in each tick, and in which slots of its buffers the operands and results lie.  In a tick a
 device does a forward, a backward, or an overlapped pair F&B.  It reads buffers when the tick begins and writes them when the tick
-ends.  Values of one buffer that live at the same time have different slots.  All devices have buffers of the same length.
+ends, but for the gradient of the loss, which the last stage writes within its F.  Values of one buffer that live at the same time
+have different slots.  All devices have buffers of the same length.
 
 A tick has three phases, each with its own `jax.lax.switch`.  A single F runs in the first phase, an I in the second, and a W, a B
 or an F&B in the third.  A device has work in at most one phase of a tick.

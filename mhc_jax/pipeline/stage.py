@@ -243,9 +243,9 @@ class Stage:
     def vjp(
         self, leads: bool, layers: Sequence[Tree], carry: Tree, stage: Array, documents: Array | None
     ) -> tuple[Tree, Any, Tree]:
-        """Run the blocks of a stage, and return (carry that leaves the stage, pull-back, auxiliary values).
+        """Run the blocks of a stage, and return (streams that leave the stage, pull-back, auxiliary values).
 
-        The pull-back takes the gradient of this carry, and returns the gradients of (`layers`, leading dense blocks, `carry`).
+        The pull-back takes the gradient of these streams, and returns the gradients of (`layers`, leading dense blocks, `carry`).
         """
         dense = self.dense(self.outer, leads)
         return jax.vjp(
@@ -253,16 +253,16 @@ class Stage:
         )
 
     def _pushed(self, leads: bool, free: Free, carry: Tree) -> tuple[tuple[Tree, Tree], list[Array]]:
-        """Run `vjp`.  Return ((carry, auxiliary values), arrays that the pull-back holds)."""
+        """Run `vjp`.  Return ((streams, auxiliary values), arrays that the pull-back holds)."""
         layers, stage, documents = free
         carry, pull, aux = self.vjp(leads, layers, carry, stage, documents)
         return (carry, aux), jax.tree.leaves(pull)
 
     def pulled(self, leads: bool, free: Free, given: tuple[Sequence[Array], Tree]) -> tuple[Tree, Tree]:
-        """Run the backward of a stage.  `given` is (values that F kept, gradient of the carry that leaves the stage).
+        """Run the backward of a stage.  `given` is (values that F kept, gradient of the streams that leave the stage).
 
         Returns:
-          (gradient of the carry that entered the stage, (gradients of its blocks, gradients of the dense blocks)).
+          (gradient of the streams that entered the stage, (gradients of its blocks, gradients of the dense blocks)).
         """
         (layers, stage, documents), (kept, g) = free, given
         # Of this pull-back only the tree structure is used.  Its arrays come from the values that F kept.

@@ -46,8 +46,8 @@ def candidates(config: ExperimentConfig, where: Slice) -> list[MeshConfig]:
             found.append(mesh)
     require(
         len(found) > 0,
-        f"No mesh along data, fsdp and expert suits {where.name}: none divides data.batch_size / optimizer.accumulation_steps, "
-        f"model.width and the number of experts, and fits parameters and moments into memory; change one of them.",
+        f"No mesh along data, fsdp and expert suits {where.name}. A mesh must divide data.batch_size / "
+        "optimizer.accumulation_steps, model.width and the number of experts. Its parameters and moments must fit into memory.",
     )
     return found
 

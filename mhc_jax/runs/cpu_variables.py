@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+_AGAIN = "MHC_JAX_STARTED_AGAIN"
+"""Name of a variable that says that the program was started again, so that it never is twice."""
 _LEVEL = "xla_backend_optimization_level"
 _PAGES_OF_LINUX = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -35,7 +37,9 @@ def cpu_variables() -> dict[str, str]:
     asks = _PAGES_OF_LINUX.exists() and "[madvise]" in _PAGES_OF_LINUX.read_text()
     if asks and _HUGE_PAGES not in tunables:
         variables["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
-    if _LEVEL not in flags:
+    if _LEVEL not in flags and (
+        not flags or flags.lstrip().startswith("-")
+    ):  # else it is the name of a file with flags
         variables["XLA_FLAGS"] = f"{flags} --{_LEVEL}=1".strip()
     return variables
 
@@ -43,11 +47,12 @@ def cpu_variables() -> dict[str, str]:
 def set_cpu_variables() -> None:
     """Set `cpu_variables`, and start this program again in the same process if glibc has to read them, which it does at the start.
 
-    Call this before JAX compiles anything.
+    Call this before JAX compiles anything.  A program that was read from standard input is not started again.
     """
     variables = cpu_variables()
-    os.environ.update(variables)
-    if "GLIBC_TUNABLES" in variables:
+    from_stdin, again = sys.orig_argv[1:2] in ([], ["-"]), _AGAIN in os.environ
+    os.environ.update(variables | {_AGAIN: "1"})
+    if "GLIBC_TUNABLES" in variables and sys.executable and not from_stdin and not again:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -226,6 +226,7 @@ class SlurmTask:
         """Train a run and return its exit status, as `worker.run` does.  An error is written to `failure_file` and raised again."""
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.workdir / ".sweep" / "xla"))
         os.environ[COMMAND] = self.command
+        os.environ.update(cpu_variables() if cpu_alone() else {})
         try:
             return run_one(self.workdir, name)
         except Busy:

@@ -63,7 +63,14 @@ def start_worker(command: Sequence[str], folder: Path, environment: dict[str, st
     if not line:
         process.communicate()
     require(bool(line), f"The process of a step failed: {' '.join(command)}.")
-    return WorkerStep(process, json.loads(line)["compile_s"])
+    try:
+        return WorkerStep(process, json.loads(line)["compile_s"])
+    except ValueError as error:
+        process.kill()
+        process.communicate()
+        raise InputError(
+            f"The process of a step printed {line.strip()!r} in place of its times: {command[0]}."
+        ) from error
 
 
 def check_out(revision: str, folder: Path) -> None:
@@ -102,9 +109,17 @@ def torch_step(python: str, config: ExperimentConfig, kind: str, threads: int, c
       compiled: whether torch.compile compiles the decoder.
 
     Raises:
-      InputError: the kind is another one, or the process fails.
+      InputError: the kind is another one, the decoder is not a plain one in float32, or the process fails.
     """
     model = config.model
+    plain = model.attention_kind == "gqa" and not model.num_experts and not model.tied_embeddings
+    plain &= model.head_dim * model.num_heads == model.width and model.compute_dtype == "float32"
+    require(
+        plain and config.optimizer.accumulation_steps == 1,
+        "The decoder in PyTorch has dense blocks, heads of width / num_heads channels, an unembedding of its own, float32 and no "
+        "accumulation; set model.experts, model.attention_kind, model.head_width, model.tied_embeddings, model.compute_dtype and "
+        "optimizer.accumulation_steps accordingly.",
+    )
     require(kind in ("residual", "hc", "mhc"), f"The package in PyTorch has no {kind!r}; it has residual, hc and mhc.")
     sizes = {
         "kind": kind,

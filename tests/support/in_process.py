@@ -24,7 +24,7 @@ def run_here(name: str, *args: object) -> tuple[int, str, str]:
         contextlib.chdir(ROOT),
         mock.patch.object(sys, "argv", [script, *map(str, args)]),
         mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
-        mock.patch.object(cli, "cpu_alone", return_value=False),  # it would change malloc
+        mock.patch.object(cli, "cpu_alone", return_value=False),  # it would start pytest again
     ):
         try:
             runpy.run_path(script, run_name="__main__")
