@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.decoders import MLA, decoder_of, randomized
 from support.thinned import thin
-from support.tolerances import ANOTHER_PROGRAM, assert_close
+from support.tolerances import ANOTHER_PROGRAM, WHOLE_GRADIENT, assert_close
 
 from mhc_jax import connections, remat, remat_plan
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
@@ -72,7 +72,8 @@ RECOMPUTED = [
 )
 def test_gradients_are_those_without_recompute(spec, settings, L_r):
     for path, a, b in both_gradients(model(spec, **settings), L_r):
-        assert_close(b, a, ANOTHER_PROGRAM, path)
+        # The gradient of alpha is a sum over all tokens, in which terms cancel: 2.2e-5 was seen.
+        assert_close(b, a, WHOLE_GRADIENT if "alpha" in str(path) else ANOTHER_PROGRAM, path)
 
 
 @pytest.mark.full
