@@ -123,9 +123,7 @@ def row():
 def test_estimate_holds_what_shapes_and_shardings_say(row):
     shapes, total = row["by_shape"], counts.model_cost(MODEL, 16).total * 4
     norms = 7 * 32 * 4
-    assert shapes["gradients"] == shapes["parameters"] == (total - norms) / 8 + norms, (
-        "all devices split all but the norms"
-    )
+    assert shapes["gradients"] == shapes["parameters"] == (total - norms) / 8 + norms, "all is split but the norms"
     assert shapes["optimizer state"] == pytest.approx(2 * shapes["parameters"], abs=100)
     # 2 of 16 sequences on a device; 6 sub-layers of one stream of 32, float32.
     assert (shapes["streams"], shapes["logits"]) == (2 * 16 * 6 * 32 * 4, 2 * 16 * 64 * 4)
@@ -373,10 +371,7 @@ def test_experts_for_tpus_multiply_each_row_once():
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
 def test_a_pipeline_on_v5p(schedule, monkeypatch):
-    """The messages of a tick travel while the operation computes, and sums and buffers are changed in place.
-
-    Under DualPipe streams and gradients travel in both directions, each by themselves.
-    """
+    """The messages of a tick (DualPipe: two each way) travel while it computes; sums and buffers are changed in place."""
     programs = []
 
     class Remembered(Program):
@@ -390,7 +385,8 @@ def test_a_pipeline_on_v5p(schedule, monkeypatch):
     config, row = tpu_row("v5p:2x2x1", "xla", 128, 8, MeshConfig(stage=4), {"num_layers": 4}, **more)
     assert row["flops over model_cost"] == pytest.approx(1, rel=0.1)
     found = row["pipeline"]["messages"]
-    assert (found["a tick"], found["asynchronous"], found["hidden"]) == ((4,) if schedule == "dualpipe" else (2,)) * 3
+    count = 4 if schedule == "dualpipe" else 2
+    assert (found["a tick"], found["asynchronous"], found["hidden"]) == (count, count, count)
     for conditional in CompiledPipeline(programs[0], schedule_of(config), leading=False).phases:
         for branch in conditional.branches():
             assert passed_on_as_copies(programs[0].bodies[branch]) == [], branch
