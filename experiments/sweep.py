@@ -17,9 +17,10 @@ from typing import Any
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.errors import require
 from mhc_jax.sweeps.grid import base_configuration, load_sweep, select
 from mhc_jax.sweeps.results import run_status
-from mhc_jax.sweeps.runner import default_workers, run_local, submit
+from mhc_jax.sweeps.runner import default_workers, run_bisection, run_local, submit
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run folders and the results (default runs/<sweep file>).")
 WORKERS = flags.DEFINE_integer("workers", 0, "Runs side by side; 0: one per two cores, one alone with a GPU or TPU.")
@@ -47,6 +48,10 @@ def main(file: str, base: dict[str, Any]) -> int:
         for run in selected:
             print(f"{run.name}  {run_status(workdir, run.name)}")
         return 0
+    require(
+        not grid.bisection or not (SELECT.value or PARTITION.value),
+        f"{file} searches by bisection, which runs on one machine: leave out --select and --slurm_partition.",
+    )
     if PARTITION.value:
         parameters = {
             "slurm_partition": PARTITION.value,
@@ -59,7 +64,8 @@ def main(file: str, base: dict[str, Any]) -> int:
         jobs = submit(workdir, grid, selected, "slurm", parameters)
         print(f"Submitted {len(jobs)} tasks ({', '.join(job.job_id for job in jobs)}); results come to {workdir}.")
         return 0
-    status = run_local(workdir, grid, selected, WORKERS.value or default_workers())
+    workers = WORKERS.value or default_workers()
+    status = run_bisection(workdir, grid, workers) if grid.bisection else run_local(workdir, grid, selected, workers)
     print(f"Results: {workdir / 'results.csv'}")
     if status == 0:
         # SciPy and Matplotlib take a second to import, for which runs need not wait.

@@ -85,10 +85,14 @@ class ConnectionConfig:
         return tuple(part for part in self.learnable if part not in self.disable)
 
     def require_parts(self) -> None:
-        """Raise `InputError` if the setting `disable` names every coefficient that could be learned."""
+        """Raise `InputError` if `disable` names every coefficient.
+
+        A static connection with the entry `scaled` may disable them all.  It is a residual connection with a learned scale of the
+        embedding, the counterpart of those that learn some of them.
+        """
         *head, tail = self.learnable
         require(
-            len(self.parts) > 0,
+            len(self.parts) > 0 or (self.entry == "scaled" and not getattr(self, "dynamic", True)),
             f"connection.disable switches off {', '.join(head)} and {tail}; nothing of `{self.kind}` is left: use kind "
             "'residual'.",
         )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import Coefficients, coefficients, write_read
+from mhc_kernels import Coefficients, coefficients, sinkhorn, write_read
 
 from mhc_jax.connections.base import Connection
 from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection, bias_init
@@ -42,6 +42,10 @@ class ManifoldHyperConnectionConfig(DynamicConfig):
         require(
             r == 1 or "post" in self.parts,
             f"connection.write_rank is {r} with post disabled; the further directions are learned as post is: use 1.",
+        )
+        require(
+            r == 1 or self.dynamic,
+            f"connection.write_rank is {r} with dynamic=False; the further directions depend on the token: use 1.",
         )
 
 
@@ -81,6 +85,11 @@ class ManifoldHyperConnection(DynamicConnection):
         """Return the initial static logits [n, n] of H_res for the preset that the setting `init` names."""
         return bias_init(self.config.init, self.sublayer, self.config.num_streams)["res"]
 
+    def mixing(self, logits: Float[Array, "k *tokens"]) -> Float[Array, "n n *tokens"]:
+        """Make H_res, float32, from its logits by `mhc_kernels.sinkhorn`."""
+        n = self.config.num_streams
+        return sinkhorn(logits.reshape(n, n, *logits.shape[1:]), self.config.t_max, self.epsilons()["eps"])
+
     def options(self) -> dict[str, Any]:
         """Return the settings that `mhc_kernels.coefficients` and `write_read` take as keyword arguments."""
         cfg = self.config
@@ -96,6 +105,8 @@ class ManifoldHyperConnection(DynamicConnection):
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients | RankedCoefficients:
         """Make the coefficients of this sub-layer by `mhc_kernels.coefficients`, and by `more_posts` for r > 1."""
+        if not self.config.dynamic:
+            return super().coefficients(streams)
         c = coefficients(streams, self.phi, self.alpha, self.bias, **self.options())
         if self.config.write_rank == 1:
             return c
@@ -111,7 +122,7 @@ class ManifoldHyperConnection(DynamicConnection):
         return ranked_write(streams, c, y, self.config.num_streams)
 
     def write_read(self, streams, c, y):
-        """Run the boundary (write, coefficients, read) as one operation, `mhc_kernels.write_read`, unless r > 1."""
-        if self.config.write_rank > 1:
+        """Run the boundary (write, coefficients, read) as one operation, `mhc_kernels.write_read`, if r = 1 and H is dynamic."""
+        if self.config.write_rank > 1 or not self.config.dynamic:
             return Connection.write_read(self, streams, c, y)
         return write_read(streams, c, y, self.phi, self.alpha, self.bias, **self.options())

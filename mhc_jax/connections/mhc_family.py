@@ -43,6 +43,8 @@ class DynamicConfig(ConnectionConfig):
     """Convention of epsilons, see `EPS_CONVENTIONS`.  Only the kind `identity` takes `hy_v4`."""
     alpha_init: float = ALPHA_INIT
     """Initial value of the gates alpha, which scale the dynamic part of the logits."""
+    dynamic: bool = True
+    """Whether the logits depend on the token, as in mHC.  False: they are the static logits b alone, as in static HC."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,13 +190,17 @@ class DynamicConnection(Connection):
         """Declare the projection phi [nC, k], one gate in alpha for each learned coefficient (pre, post, res), and bias [k].
 
         The k logits are n of pre, n of post and k_res of res, in this order, without those of coefficients that are not learned.
+        Under `dynamic=False` there is bias alone, and nothing if no coefficient is learned.
         """
         cfg = self.config
+        if not cfg.parts:
+            return
         static = self.static_logits()
         k = sum(static[part].size for part in cfg.parts)
-        # phi starts at zero, as HC's W does.  The dynamic part is then zero, and the initial decoder can exactly equal Pre-Norm.
-        self.phi = self.param("phi", nn.initializers.zeros, (cfg.num_streams * self.width, k))
-        self.alpha = self.param("alpha", nn.initializers.constant(cfg.alpha_init), (len(cfg.parts),))
+        if cfg.dynamic:
+            # phi starts at zero, as HC's W does.  The dynamic part is then zero, and the first decoder can exactly equal Pre-Norm.
+            self.phi = self.param("phi", nn.initializers.zeros, (cfg.num_streams * self.width, k))
+            self.alpha = self.param("alpha", nn.initializers.constant(cfg.alpha_init), (len(cfg.parts),))
         self.bias = self.param("bias", lambda _: jnp.concatenate([static[part].ravel() for part in cfg.parts]))
 
     def epsilons(self) -> dict[str, float]:
@@ -202,12 +208,18 @@ class DynamicConnection(Connection):
         return dict(zip(("eps_norm", "eps"), EPS_CONVENTIONS[self.config.eps_convention], strict=True))
 
     def coefficients(self, streams: Float[Array, "B T nC"]) -> Coefficients:
-        """Make the coefficients of this sub-layer by `dynamic_coefficients`."""
+        """Make the coefficients of this sub-layer by `dynamic_coefficients`.
+
+        Under `dynamic=False` they are made for one token, whose streams do not count, and repeated for every token.
+        """
         cfg, epsilons = self.config, self.epsilons()
-        return dynamic_coefficients(
-            streams,
-            self.phi,
-            self.alpha,
+        if not cfg.parts:
+            return Coefficients(None, None, None)
+        x, phi, alpha = (streams, self.phi, self.alpha) if cfg.dynamic else self.without_dynamic_part()
+        c = dynamic_coefficients(
+            x,
+            phi,
+            alpha,
             self.bias,
             self.mixing,
             num_streams=cfg.num_streams,
@@ -215,6 +227,15 @@ class DynamicConnection(Connection):
             eps_post=epsilons["eps"] if cfg.eps_convention == "hy_v4" else 0.0,
             **epsilons,
         )
+        if cfg.dynamic:
+            return c
+        tokens = streams.shape[:-1]
+        return Coefficients(*(a if a is None else jnp.broadcast_to(a, (*a.shape[: -len(tokens)], *tokens)) for a in c))
+
+    def without_dynamic_part(self) -> tuple[Array, Array, Array]:
+        """Return the streams of one token, a projection phi and gates alpha with which the static logits alone count."""
+        n = self.config.num_streams
+        return jnp.ones((1, 1, n)), jnp.zeros((n, len(self.bias))), jnp.zeros(len(self.config.parts))
 
     def mixing_logits(self, streams: Any) -> Float[Array, "k_res B T"] | None:
         r"""Return the logits of H_res, $\alpha^{res} z^{res} + b^{res}$, float32, as `dynamic_coefficients` makes them.
@@ -225,5 +246,8 @@ class DynamicConnection(Connection):
         if "res" not in cfg.parts:
             return None
         first = cfg.num_streams * (len(cfg.parts) - 1)
+        if not cfg.dynamic:
+            logits = self.bias[first:, None, None]
+            return jnp.broadcast_to(logits, (len(logits), *self.flat(streams).shape[:-1]))
         z = projection(self.flat(streams), self.phi[:, first:], self.epsilons()["eps_norm"])
         return self.alpha[-1] * z + self.bias[first:, None, None]

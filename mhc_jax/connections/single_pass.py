@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mhc_kernels import coefficients, read, write
+from mhc_kernels import read, write
 
 from mhc_jax.connections.base import Connection, home_stream
 from mhc_jax.connections.mhc import ManifoldHyperConnection, ManifoldHyperConnectionConfig
@@ -109,8 +109,8 @@ class SinglePass(ManifoldHyperConnection):
         return streams._replace(x=x)
 
     def coefficients(self, streams: Ahead) -> SinglePassCoefficients:
-        """Make A_l, B_l and C_l from the streams x_l (`mhc_kernels.coefficients`).  A_{l-1} comes with the streams."""
-        c = coefficients(streams.x, self.phi, self.alpha, self.bias, **self.options())
+        """Make A_l, B_l and C_l from the streams x_l, as mHC does.  A_{l-1} comes with the streams."""
+        c = super().coefficients(streams.x)
         assert c.pre is not None
         return SinglePassCoefficients(streams.pre, c.post, c.res, c.pre)
 

@@ -35,6 +35,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError, require
 from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.sweeps.bisection import Bisection, lines
 
 Point = dict[str, Any]
 """Settings that one run of a sweep changes, by dotted key of the configuration.
@@ -58,6 +59,8 @@ class Sweep:
     In all other settings a baseline agrees with the variant that is compared with it.  An empty mapping means the residual
     connection or, if no run has it, the connection of the first point.
     """
+    bisection: Bisection | None = None
+    """The setting whose largest stable value is searched for.  None: every run of the grid is trained."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Grid:
     runs: Sequence[Run]
     baseline: Point = field(default_factory=dict)
     """Settings of the baseline, as `canonical_baseline` returns them."""
+    bisection: Bisection | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ def load_sweep(file: str | Path, base: Mapping[str, Any] | None = None) -> Grid:
       base: the configuration that the points change.  None means the `base_configuration` of the file.
 
     Raises:
-      InputError: a file cannot be used, a key is unknown, a value is invalid, two runs have the same name or configuration, or
-        no run of the grid has the settings of the baseline.
+      InputError: a file cannot be used, a key is unknown, a value is invalid, two runs have the same name or configuration, no
+        run of the grid has the settings of the baseline, or a point lacks the setting of the bisection.
     """
     title, sweep = _read_sweep(Path(file))
     runs = plan(base_configuration(file) if base is None else base, sweep.points)
-    return Grid(title, runs, canonical_baseline(sweep.baseline, runs))
+    if sweep.bisection is not None:
+        lines(runs, sweep.bisection.key)
+    return Grid(title, runs, canonical_baseline(sweep.baseline, runs), sweep.bisection)
 
 
 def base_configuration(file: str | Path) -> dict[str, Any]:
@@ -298,7 +304,9 @@ def write_plan(workdir: Path, grid: Grid) -> None:
     for run in grid.runs:
         write_json(_planned(workdir, run.name), to_mapping(run.config))
     names = [run.name for run in grid.runs]
-    write_json(workdir / "sweep.json", {"title": grid.title, "baseline": grid.baseline, "runs": names})
+    search = grid.bisection and {"key": grid.bisection.key, "loss_below": grid.bisection.loss_below}
+    plan = {"title": grid.title, "baseline": grid.baseline, "bisection": search, "runs": names}
+    write_json(workdir / "sweep.json", plan)
 
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,9 +23,10 @@ from mhc_jax.runs.checkpoint import check_text
 from mhc_jax.runs.cpu_variables import cpu_alone, cpu_variables
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
-from mhc_jax.runs.folder import check_run_folder, recorded_data, write_json
+from mhc_jax.runs.folder import check_run_folder, read_json, recorded_data, write_json
 from mhc_jax.runs.progress import Display, SweepProgress
 from mhc_jax.runs.stop import StopRequest
+from mhc_jax.sweeps.bisection import next_runs
 from mhc_jax.sweeps.grid import Busy, Grid, Run, run_lock, write_plan
 from mhc_jax.sweeps.results import failure_file, run_status, write_results
 from mhc_jax.sweeps.worker import BUSY
@@ -111,6 +113,31 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
         print("Stopped; every run is saved. Run the same command to go on.", file=sys.stderr)
         return EXIT_CODES["interrupted"]
     return 1 if pool.failed or pool.waiting else 0
+
+
+def run_bisection(workdir: Path, grid: Grid, workers: int) -> int:
+    """Train the runs of the grid that its bisection asks for, one of each line in each round, until every line is decided.
+
+    A later call with the same arguments goes on where this one was stopped.  The result is the exit status of `run_local`.
+
+    Raises:
+      InputError: `run_local` raises it.
+    """
+    assert grid.bisection is not None
+    rule = grid.bisection
+
+    def outcome(run: Run) -> bool | None:
+        status = run_status(workdir, run.name)
+        loss = read_json(workdir / run.name / "summary.json").get("validation_loss") if status == "finished" else None
+        return rule.stable(status, loss)
+
+    while True:
+        wanted = next_runs(grid.runs, rule, outcome)
+        names = {run.name for run in wanted}
+        part = [run for run in grid.runs if run.name in names or outcome(run) is not None]
+        status = run_local(workdir, dataclasses.replace(grid, runs=part), wanted, workers)
+        if status or not wanted:
+            return status
 
 
 class _Pool:

@@ -26,6 +26,7 @@ SPECS = [
     *("mhc", "mhc:num_streams=1:t_max=2", "mhc:num_streams=3:exit=head:t_max=2", "mhc:disable=pre+post:t_max=2"),
     "mhc:init=home:eps_convention=v4:exit=sum:t_max=2",
     "mhc:num_streams=3:t_max=2:write_rank=3",
+    "mhc:dynamic=False:num_streams=3:t_max=2",
     "scalar_gated",
     *("identity", "identity:eps_convention=hy_v4:exit=head"),
     *("mhc_lite", "kromhc:num_streams=8:exit=sum", "circulant:num_streams=3"),
@@ -155,8 +156,10 @@ def test_logits_of_h_res_are_the_last_columns_of_the_projection(spec):
     k = {**k, "go_mhc": n * (2 * n - 1)}.get(config.kind, n**2)
     x = np.asarray(link.flat(streams), np.float64)
     eps = 1e-6 if "v4" in spec else 0
-    z = x @ params["phi"][:, -k:] / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
-    assert_close(out["logits"], np.moveaxis(params["alpha"][-1] * z + params["bias"][-k:], -1, 0))
+    z = np.zeros((*x.shape[:-1], k))
+    if config.dynamic:
+        z = params["alpha"][-1] * (x @ params["phi"][:, -k:]) / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    assert_close(out["logits"], np.moveaxis(z + params["bias"][-k:], -1, 0))
     if config.kind in ("mhc", "single_pass") and not eps:
         tokens = np.moveaxis(out["logits"], 0, -1).reshape(-1, config.num_streams, config.num_streams)
         H_res = np.moveaxis(out["dense"][2], (0, 1), (-2, -1)).reshape(tokens.shape)
