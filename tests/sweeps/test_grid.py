@@ -189,7 +189,7 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
         "muon_margin": 4,
         "muon_rates": 4,
     }.get(path.stem, 3)
-    assert connections.spec(runs[0].config.model.connection) == sweep.baseline["connection"]
+    assert connections.spec(runs[0].config.model.connection) == sweep.baseline.get("connection", "residual")
     for run in runs:
         starts = "init" in to_mapping(run.config)["model"]["connection"]
         assert starts == ("init=" in run.point["connection"]), "a sweep says which start it means"
