@@ -18,5 +18,6 @@ from mhc_jax.sweeps.grid import Sweep, over, product, seeds
 def get_sweep() -> Sweep:
     """Return the sweep: six numbers of steps with each of ten seeds."""
     return Sweep(
-        base="../configs/board.py", points=product(seeds(10), over("train.steps", [600, 750, 900, 1200, 1500, 1800]))
+        base="../configs/board.py:residual",
+        points=product(seeds(10), over("train.steps", [600, 750, 900, 1200, 1500, 1800])),
     )
