@@ -192,7 +192,7 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
     assert connections.spec(runs[0].config.model.connection) == sweep.baseline.get("connection", "residual")
     for run in runs:
         starts = "init" in to_mapping(run.config)["model"]["connection"]
-        assert starts == ("init=" in run.point["connection"]), "a sweep says which start it means"
+        assert starts == ("init=" in run.point.get("connection", "")), "a sweep says which start it means"
     made = [to_mapping(run.config)["model"]["connection"] for run in runs]
     for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}/*/config.json"):
         recorded = read_json(record)["model"]["connection"]
