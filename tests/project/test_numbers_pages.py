@@ -145,8 +145,8 @@ def test_the_row_of_connections_is_its_record():
 QUOTED = r"""
 29.7 % more cycles than residual with plain XLA <- 2026-11-29-compile-two-blocks-v5p: \+29.7 %
 and 9.1 % with the kernels <- 2026-11-29-compile-two-blocks-v5p: \+9.1 %
-The 3B takes +8.3 % with mHC on 256 v5e <- 2026-11-22-compile-paper-3b: \+8.3 % on v5e
-and +5.2 % on 64 v6e <- 2026-11-22-compile-paper-3b: \+5.2 % on v6e
+The 3B takes +7.5 % with mHC on 256 v5e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+7.5 %
+and +3.4 % on 64 v6e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+3.4 %
 F and B of a block take 7.1 % longer with mHC <- 2026-11-29-pipeline-compiled: F and B of a block take 7.1 % longer with mHC
 changes the loss from 2.3792 to 2.3805; over the whole depth it costs 0.022 <- 2026-11-28-demo: \| hc \| 2.3792 \| 2.4010 \| 2.3805
 1.8e-6 of an array's largest gradient <- LOG: 1.8e-6 of an array's largest entry
