@@ -10,7 +10,7 @@ seed, variant minus baseline; for a loss, below 0 is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,3 +182,117 @@ def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw:
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * line.stderr)
         b_interval = float(-line.slope) - half, float(-line.slope) + half
     return PowerLaw(float(np.exp(log_loss.mean())), float(-line.slope), float(np.exp(log_x.mean())), b_interval)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Result of two one-sided t tests (TOST) on paired differences (Schuirmann 1987).
+
+    Both means beyond the margin, above and below, are rejected at 5 % if the 90 % interval of the mean lies within the margin.
+    """
+
+    margin: float
+    interval: tuple[float, float]
+    """Student's 90 % interval of the mean difference."""
+    p: float
+    """The larger of the p-values of the two one-sided tests."""
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether the 90 % interval lies within the margin on both sides of 0."""
+        return -self.margin < self.interval[0] and self.interval[1] < self.margin
+
+
+def equivalence(differences: Sequence[float], margin: float) -> Equivalence | None:
+    """Test whether the mean of paired differences lies within a margin of 0.  None below `MIN_SEEDS` differences or without spread.
+
+    Args:
+      differences: one difference for each seed.
+      margin: largest mean difference that counts as none, in the unit of the differences.
+
+    Examples:
+      >>> equivalence([0.001, -0.001, 0.002, 0.0], 0.005).equivalent
+      True
+    """
+    d = np.asarray(differences, float)
+    if len(d) < MIN_SEEDS or np.ptp(d) <= SPREAD:
+        return None
+    interval = stats.ttest_1samp(d, 0).confidence_interval(2 * CONFIDENCE - 1)
+    above = stats.ttest_1samp(d, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(d, margin, alternative="less").pvalue
+    return Equivalence(margin, (float(interval.low), float(interval.high)), float(max(above, below)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by the method of Holm (1979), in the order in which they are given.
+
+    Examples:
+      >>> holm([0.01, 0.04, 0.03])
+      [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    out, largest = [0.0] * len(order), 0.0
+    for rank, k in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[k]))
+        out[k] = largest
+    return out
+
+
+MOST_SEEDS = 10_000
+"""Largest number of seeds that the two functions below return.  Where more are needed they return this number."""
+
+
+def seeds_to_resolve(deviation: float, effect: float, power: float = 0.8) -> int:
+    """Return the number of seeds with which a paired t test at 5 % finds a mean difference of size `effect` with this power.
+
+    Args:
+      deviation: standard deviation of the differences over seeds, in the unit of `effect`.
+      effect: the mean difference.
+      power: probability that the test resolves it.
+
+    Examples:
+      >>> seeds_to_resolve(0.012, 0.01)
+      14
+    """
+
+    def resolved(seeds: int) -> float:
+        t = stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
+        shift = abs(effect) / deviation * math.sqrt(seeds)
+        return float(stats.nct.sf(t, seeds - 1, shift) + stats.nct.cdf(-t, seeds - 1, shift))
+
+    return _fewest(resolved, power)
+
+
+def seeds_for_equivalence(deviation: float, margin: float, power: float = 0.8) -> int:
+    """Return the number of seeds with which TOST at 5 % finds equivalence with this power, if the true mean difference is 0.
+
+    Args:
+      deviation: standard deviation of the differences over seeds, in the unit of `margin`.
+      margin: margin of the test.
+      power: probability that the test finds equivalence.
+
+    Examples:
+      >>> seeds_for_equivalence(0.005, 0.005)
+      11
+    """
+    # For each size s of the sample's standard deviation, the mean must lie within margin - t s / sqrt(seeds).
+    quantiles = (np.arange(2000) + 0.5) / 2000
+
+    def equivalent(seeds: int) -> float:
+        error = deviation / math.sqrt(seeds)
+        s = np.sqrt(stats.chi2.ppf(quantiles, seeds - 1) / (seeds - 1))
+        room = margin / error - stats.t.ppf(CONFIDENCE, seeds - 1) * s
+        return float(np.mean(np.where(room > 0, 2 * stats.norm.cdf(room) - 1, 0.0)))
+
+    return _fewest(equivalent, power)
+
+
+def _fewest(power_of: Callable[[int], float], power: float) -> int:
+    """Return the smallest number of seeds, from `MIN_SEEDS` to `MOST_SEEDS`, whose power reaches `power`."""
+    low, high = MIN_SEEDS - 1, MIN_SEEDS
+    while high < MOST_SEEDS and power_of(high) < power:
+        low, high = high, min(2 * high, MOST_SEEDS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power_of(middle) >= power else (middle, high)
+    return high

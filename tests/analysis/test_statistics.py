@@ -11,8 +11,13 @@ from support.thinned import thin
 
 from mhc_jax.analysis.statistics import (
     MIN_SEEDS,
+    MOST_SEEDS,
+    equivalence,
+    holm,
     paired,
     power_law,
+    seeds_for_equivalence,
+    seeds_to_resolve,
     sign_flip_p,
     stability_frontier,
     t_interval,
@@ -132,3 +137,46 @@ def test_power_law_of_two_points_has_no_interval_and_of_one_is_refused():
     assert (fit.b, fit.b_interval) == (pytest.approx(0.5), None)
     with pytest.raises(InputError, match="two different sizes"):
         power_law([1.0, 1.0], [2.0, 1.0])
+
+
+def test_equivalence_is_two_one_sided_tests_and_needs_the_interval_within_the_margin():
+    random = np.random.default_rng(1)
+    for mean in (0.0, 0.003, -0.02):
+        d = random.normal(mean, 0.004, 8)
+        result = equivalence(d.tolist(), 0.005)
+        error, t = d.std(ddof=1) / math.sqrt(8), stats.t.ppf(0.95, 7)
+        assert result.interval == pytest.approx((d.mean() - t * error, d.mean() + t * error))
+        assert result.p == pytest.approx(stats.t.sf((0.005 - abs(d.mean())) / error, 7))
+        assert result.equivalent == (result.p < 0.05)
+    assert not equivalence([0.006, 0.0061, 0.0059], 0.005).equivalent
+    assert equivalence([0.001, 0.002], 0.005) is equivalence([0.001] * 4, 0.005) is None
+
+
+def test_holm_rejects_in_steps_and_keeps_the_order():
+    p = [0.04, 0.001, 0.03, 0.02]
+    assert holm(p) == pytest.approx([0.06, 0.004, 0.06, 0.06])
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_seeds_reach_the_power_that_simulation_finds():
+    """The number returned has at least 80 % power, and one seed less has not, within the error of 40,000 draws."""
+    random, draws = np.random.default_rng(2), 40_000
+
+    def share(test, seeds, deviation, mean):
+        return np.mean(test(random.normal(mean, deviation, (draws, seeds))))
+
+    def resolved(d):
+        return stats.ttest_1samp(d, 0, axis=1).pvalue < 0.05
+
+    def equivalent(d):
+        interval = stats.ttest_1samp(d, 0, axis=1).confidence_interval(0.9)
+        return (interval.low > -0.005) & (interval.high < 0.005)
+
+    for deviation in (0.006, 0.012):
+        n = seeds_to_resolve(deviation, 0.01)
+        assert share(resolved, n, deviation, 0.01) > 0.79 > share(resolved, n - 1, deviation, 0.01) - 0.02
+        n = seeds_for_equivalence(deviation, 0.005)
+        assert share(equivalent, n, deviation, 0) > 0.79 > share(equivalent, n - 1, deviation, 0) - 0.02
+    assert seeds_to_resolve(0.03, 1e-6) == MOST_SEEDS
+    assert seeds_to_resolve(1e-9, 1.0) == MIN_SEEDS

@@ -1,0 +1,177 @@
+"""The decisions of the three questions on made-up losses whose answer is known, by the rules in the sweep files."""
+
+import copy
+import itertools
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny_runs import ROOT
+
+from mhc_jax import connections
+from mhc_jax.analysis import answers
+from mhc_jax.analysis.run_reader import RunRecord
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
+
+BASE = to_mapping(ExperimentConfig())
+SWEEPS = ROOT / "experiments" / "sweeps"
+
+
+def made(spec, seed, loss, **optimizer):
+    """A finished run with this final loss, or a diverged one if the loss is None."""
+    config = copy.deepcopy(BASE)
+    config["model"]["connection"] = to_mapping(connections.parse(spec))
+    config["train"]["seed"] = config["data"]["seed"] = seed
+    config["optimizer"] |= optimizer
+    summary = {"status": "diverged"} if loss is None else {"status": "finished", "validation_loss": loss}
+    return RunRecord("run", Path("run"), config, {}, summary, {}, {}, [], [])
+
+
+def which_map_runs(effect, deviation=0.001, seeds=8):
+    """Runs of every cell of which_map.py, whose loss is `effect` of the set of learned maps plus noise."""
+    random, sweep = np.random.default_rng(0), runpy.run_path(str(SWEEPS / "which_map.py"))["get_sweep"]()
+    runs = []
+    for point in sweep.points:
+        if point["seed"] < seeds:
+            run = made(point["connection"], point["seed"], 0.0)
+            cell = answers.cell_of(run)
+            loss = 2.2 + 0.1 * point["seed"] + random.normal(0, deviation) + (effect(cell[2]) if cell else 0.0)
+            runs.append(made(point["connection"], point["seed"], loss))
+    return runs
+
+
+def additive(pre, post, res, both=0.0):
+    return lambda m: pre * ("pre" in m) + post * ("post" in m) + res * ("res" in m) + both * ({"pre", "post"} <= m)
+
+
+def test_every_point_of_the_factorial_is_a_cell_and_every_design_is_whole():
+    runs = which_map_runs(additive(0, 0, 0), seeds=1)
+    cells = answers.cells(runs)
+    subsets = [frozenset(s) for k in range(4) for s in itertools.combinations(answers.MAPS, k)]
+    assert {*cells} == {*itertools.product(("copy", "scaled"), ("static", "dynamic"), subsets)}
+    assert sum(answers.cell_of(run) is None for run in runs) == 2, "lanes and scalar_gated"
+
+
+def test_effects_are_those_that_the_losses_were_made_of():
+    """An interaction d of pre and post adds d / 2 to both main effects and is d / 2 itself.  The odd effects sum to the total."""
+    result = answers.which_map(which_map_runs(additive(-0.01, -0.04, 0.002, both=0.02), deviation=0.0))
+    for effects in result.designs.values():
+        expected = {
+            "pre": 0.0,
+            "post": -0.03,
+            "res": 0.002,
+            "prexpost": 0.01,
+            "prexres": 0,
+            "postxres": 0,
+            "prexpostxres": 0,
+        }
+        assert {c.label: c.result.mean for c in effects} == pytest.approx(expected, abs=1e-12)
+    for design, total in result.total.items():
+        odd = [c.result.mean for c in result.designs[design] if c.label.count("x") != 1]
+        assert sum(odd) == pytest.approx(total.result.mean)
+
+
+def test_the_map_that_carries_the_gain_is_below_both_others():
+    result = answers.which_map(which_map_runs(additive(-0.01, -0.04, 0.0)))
+    assert result.winner == "post"
+    assert [c.label for c in result.primary if c.resolved] == ["pre", "post"]
+    assert result.against["post", "pre"].result.mean == pytest.approx(-0.03, abs=2e-3)
+    assert answers.which_map(which_map_runs(additive(0.02, 0.03, 0.01))).winner is None, "none is negative"
+    tie = answers.which_map(which_map_runs(additive(-0.02, -0.0201, 0.0), deviation=0.01))
+    assert tie.winner is None
+    assert tie.seeds_needed > 8
+
+
+def test_a_diverged_run_takes_its_seed_out_of_its_design():
+    runs = which_map_runs(additive(0, 0, 0))
+    k = next(k for k, run in enumerate(runs) if answers.cell_of(run) == ("copy", "static", frozenset({"post"})))
+    runs[k] = made(runs[k].connection, runs[k].seed[0], None)
+    result = answers.which_map(runs)
+    seeds = {design: {len(c.values) for c in effects} for design, effects in result.designs.items()}
+    assert seeds == {d: {7 if d == ("copy", "static") else 8} for d in seeds}
+    assert {len(c.values) for c in result.primary} == {7}
+
+
+def mixing_runs(shift, deviation):
+    random, sweep = np.random.default_rng(1), runpy.run_path(str(SWEEPS / "mixing_needed.py"))["get_sweep"]()
+    loss = lambda p: 2 + 0.1 * p["seed"] + shift.get(p["connection"].split(":")[0], 0) + random.normal(0, deviation)  # noqa: E731
+    return [made(p["connection"], p["seed"], loss(p)) for p in sweep.points]
+
+
+def test_kinds_are_equivalent_different_or_not_resolved():
+    result = answers.mixing_needed(mixing_runs({"diagonal": 0.02, "go_mhc": -0.003, "identity_mix": 0.0}, 0.002))
+    assert {kind: c.verdict for kind, c in result.primary.items()} == {
+        "identity": "equivalent",
+        "diagonal": "higher",
+        "identity_mix": "equivalent",
+        "go_mhc": "equivalent and lower",
+    }
+    assert result.decision == "not needed"
+    assert {*result.combinations} == {*itertools.product((4, 8), ("copy", "scaled"))}
+    assert answers.mixing_needed(mixing_runs({"identity": 0.02}, 0.002)).decision == "needed"
+    noisy = answers.mixing_needed(mixing_runs({}, 0.05))
+    assert noisy.decision == "not resolved"
+    assert noisy.primary["identity"].verdict.startswith("not resolved; equivalence would need about ")
+
+
+RATES = [1e-3 * 2**k for k in range(12)]
+CONNECTIONS = ("residual", "hc", "mhc:init=paper")
+
+
+def margin_runs(top):
+    """The runs that a bisection trains, if the largest stable rate is the `top`-th of (connection, name, apart, clip, seed)."""
+    runs = []
+    for connection, (name, apart), clip, seed in itertools.product(
+        CONNECTIONS, [("adamw", ""), ("muon", ""), ("muon", "adamw")], (1.0, 0.0), range(4)
+    ):
+        if connection == "residual" and apart:
+            continue
+        last = top(connection, name, apart, clip, seed)
+        for k in {last, last + 1, 0, 11} & {*range(12)}:
+            loss = 2.5 if k <= last else [None, 3.3, 4.0][k % 3]
+            settings = {"name": name, "connections": apart, "grad_clip": clip, "learning_rate": RATES[k]}
+            runs.append(made(connection, seed, loss, **settings))
+    return runs
+
+
+def decided(top):
+    return answers.muon_margin(margin_runs(top), loss_below=3.3, lowest=RATES[0])
+
+
+def test_the_margin_is_in_octaves_over_residual_of_the_same_optimizer_clipping_and_seed():
+    result = decided(
+        lambda c, name, apart, clip, seed: 3 + (c != "residual") * (2 + seed % 2) - (name == "muon") + (clip == 0)
+    )
+    for optimizer in ("adamw", "muon", "muon, connections under adamw"):
+        assert result.margins["mhc:init=paper", optimizer].values == {0: 2, 1: 3, 2: 2, 3: 3}
+    assert [result.decision(o) for o in ("muon", "muon, connections under adamw")] == ["survives"] * 2
+    assert result.censored == 0
+    line = answers.Line("residual", "adamw", 0.0, 1)
+    assert result.rates[line] == (RATES[4], RATES[5])
+
+
+def test_a_margin_that_muon_takes_away_is_lost_and_a_noisy_one_is_not_resolved():
+    same = lambda c, name, apart, clip, seed: 4 + 2 * (c != "residual" and name == "adamw")  # noqa: E731
+    assert decided(same).decision("muon") == "is lost", "without spread, equal margins count as resolved"
+    noisy = lambda c, name, apart, clip, seed: 4 + (c != "residual" and name == "adamw") * [2, -2, 1, 0][seed]  # noqa: E731
+    assert decided(noisy).decision("muon") == "not resolved"
+
+
+def test_a_line_without_an_end_is_counted():
+    result = decided(lambda c, name, apart, clip, seed: -1 if c == "hc" else 11 if c == "mhc:init=paper" else 4)
+    assert result.rates[answers.Line("hc", "adamw", 1.0, 0)] == (None, RATES[0])
+    assert result.rates[answers.Line("mhc:init=paper", "adamw", 1.0, 0)] == (RATES[11], None)
+    assert result.censored == 2 * 3 * 2 * 4
+    assert {*result.margins["hc", "adamw"].values.values()} == {-5.0}
+
+
+def test_equal_time_compares_with_residual_after_as_many_steps_as_take_as_long():
+    longer = {steps: {s: 3 - math.log(steps) + s for s in range(3)} for steps in (600, 900, 1800)}
+    assert answers.equal_time({0: -3.0, 1: -2.0, 7: 0.0}, 2.0, longer) == pytest.approx(
+        {s: -3.0 - (3 - math.log(1200)) for s in (0, 1)}
+    )
+    assert answers.equal_time({0: 1.0}, 3.1, longer) is None
+    assert answers.equal_time({0: 1.0}, 0.9, longer) is None
