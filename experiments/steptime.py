@@ -28,6 +28,8 @@ from mhc_jax.connections import parse, spec
 from mhc_jax.cost import counts, hlo
 from mhc_jax.errors import require
 from mhc_jax.remat_plan import resolve
+from mhc_jax.runs.environment import environment
+from mhc_jax.runs.folder import write_json
 from mhc_jax.sweeps.runner import cores
 from mhc_jax.timing.step_times import CompiledStep, compile_step
 from mhc_jax.timing.worker_steps import WorkerStep, check_out, jax_step, torch_step
@@ -44,6 +46,7 @@ TORCH = flags.DEFINE_string(
     "torch", "", "A Python with torch and hyper-connections, whose steps take turns with these."
 )
 TORCH_COMPILE = flags.DEFINE_bool("torch_compile", False, "Compile the steps of --torch by torch.compile.")
+JSON = flags.DEFINE_string("json", "", "File for device, commit, median seconds and ratios.")
 VOCABULARY = 264
 """Vocabulary size of the byte tokenizer.  Token ids are random, so that no text is read."""
 
@@ -125,6 +128,11 @@ def main() -> None:
         print(
             f"| {name} | {1e3 * medians[name]:.1f} | {medians[name] / baseline:.2f} | {step.compile_s:.1f} | {counted}"
         )
+    if JSON.value:
+        env = environment()
+        kept = {key: env[key] for key in ("date", "command", "commit", "dirty", "device", "packages")}
+        rows = {name: {"seconds": s, "ratio": s / baseline} for name, s in medians.items()}
+        write_json(Path(JSON.value), {"env": kept, "rounds": ROUNDS.value, "steps": rows})
     for name, other in zip(list(beside), [*steps] * 2, strict=False):
         print(f"{name}: {other} takes {medians[other] / medians[name]:.2f} of its time.")
 

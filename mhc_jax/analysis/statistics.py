@@ -217,10 +217,10 @@ def equivalence(differences: Sequence[float], margin: float) -> Equivalence | No
     d = np.asarray(differences, float)
     if len(d) < MIN_SEEDS or np.ptp(d) <= SPREAD:
         return None
+    above: Any = stats.ttest_1samp(d, -margin, alternative="greater")
+    below: Any = stats.ttest_1samp(d, margin, alternative="less")
     interval = stats.ttest_1samp(d, 0).confidence_interval(2 * CONFIDENCE - 1)
-    above = stats.ttest_1samp(d, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(d, margin, alternative="less").pvalue
-    return Equivalence(margin, (float(interval.low), float(interval.high)), float(max(above, below)))
+    return Equivalence(margin, (float(interval.low), float(interval.high)), float(max(above.pvalue, below.pvalue)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -126,13 +126,14 @@ def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Fi
 
 
 def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
-    """Write a figure to `path` as PNG at 150 dpi and, if `vector`, as SVG beside the PNG."""
+    """Write a figure to `path` as PNG at 150 dpi and, if `vector`, as SVG and PDF beside the PNG, both with text as text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
     if vector:
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "pdf.fonttype": 42}):
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
 def svg(figure: Figure) -> str:

@@ -130,13 +130,18 @@ def read_record(folder: str | Path) -> list[RunRecord]:
     return [read_run(place, metrics=(place / "metrics.jsonl").is_file()) for place in places]
 
 
+def newest_record(root: str | Path, name: str) -> Path | None:
+    """Return the folder of the latest record of the sweep `name`, `root`/<date>-sweep-<name>, or None if there is none."""
+    return max(Path(root).glob(f"????-??-??-sweep-{name}"), default=None)
+
+
 def read_newest(root: str | Path, name: str) -> list[RunRecord]:
     """Return the runs of the latest record of the sweep `name`.  Its records are the folders `root`/<date>-sweep-<name>.
 
     Raises:
       InputError: there is no record of this sweep.
     """
-    folder = max(Path(root).glob(f"????-??-??-sweep-{name}"), default=None)
+    folder = newest_record(root, name)
     if folder is None:
         raise InputError(
             f"There is no record of the sweep {name!r} yet; make it with `python experiments/sweep.py "

@@ -1,0 +1,68 @@
+"""Replace H_res of a trained mHC model by the identity, and measure how much the validation loss rises.
+
+The model is not trained on.  The rise says what the trained model uses, and not what a model without H_res would reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.data import Data, load_data
+from mhc_jax.errors import require
+from mhc_jax.runs.trained import load_trained
+from mhc_jax.train_step import make_eval_step
+
+
+def without_mixing(config: ExperimentConfig, params: Any) -> tuple[ExperimentConfig, Any]:
+    """Return the configuration and parameters of a decoder with `mhc` connections, with H_res fixed at the identity.
+
+    H_pre and H_post are those of the given decoder.  The columns of phi and the entries of alpha and bias for H_res are cut off,
+    which come last.
+
+    Raises:
+      InputError: the connection is not `mhc`, or its H_res, H_pre or H_post is not learned.
+    """
+    connection = config.model.connection
+    require(
+        connection.kind == "mhc" and connection.parts == ("pre", "post", "res"),
+        f"The connection is {connection.kind!r} with {', '.join(connection.parts) or 'nothing'} learned; H_res can be frozen in "
+        "a model of `mhc` that learns pre, post and res.",
+    )
+    n = connection.num_streams
+    kept = {"phi": (..., slice(2 * n)), "bias": (..., slice(2 * n)), "alpha": (..., slice(2))}
+
+    def cut(path: tuple[Any, ...], value: Any) -> Any:
+        *_, room, name = (entry.key for entry in path)
+        return value[kept[name]] if room.endswith("_connection") and name in kept else value
+
+    frozen = config.with_settings(model={"connection": dataclasses.replace(connection, disable=("res",))})
+    return frozen, jax.tree_util.tree_map_with_path(cut, params)
+
+
+def validation_loss(config: ExperimentConfig, params: Any, data: Data) -> float:
+    """Return the mean loss over the validation batches of a run, in nats/token, as training measures it."""
+    step = jax.jit(make_eval_step(config))
+    batches = data.validation_batches(config.train.validation_batches)
+    return float(np.mean([float(step(params, batch)) for batch in batches]))
+
+
+def rise_when_frozen(folder: str | Path, data: Data | None = None) -> tuple[float, float]:
+    """Return the validation loss of a trained run, and that with H_res fixed at the identity, both in nats/token.
+
+    Args:
+      folder: the run folder.
+      data: the text of the run.  None means that it is loaded here.
+
+    Raises:
+      InputError: the folder holds no trained model of `mhc`, or `without_mixing` raises it.
+    """
+    model = load_trained(folder)
+    frozen, params = without_mixing(model.config, model.params)
+    data = data or load_data(model.config.data)
+    return validation_loss(model.config, model.params, data), validation_loss(frozen, params, data)
