@@ -38,8 +38,9 @@ def without_mixing(config: ExperimentConfig, params: Any) -> tuple[ExperimentCon
     kept = {"phi": (..., slice(2 * n)), "bias": (..., slice(2 * n)), "alpha": (..., slice(2))}
 
     def cut(path: tuple[Any, ...], value: Any) -> Any:
-        *_, room, name = (entry.key for entry in path)
-        return value[kept[name]] if room.endswith("_connection") and name in kept else value
+        names = [entry.key for entry in path]
+        in_connection = any(name.endswith("_connection") for name in names)
+        return value[kept[names[-1]]] if in_connection and names[-1] in kept else value
 
     frozen = config.with_settings(model={"connection": dataclasses.replace(connection, disable=("res",))})
     return frozen, jax.tree_util.tree_map_with_path(cut, params)

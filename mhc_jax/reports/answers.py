@@ -112,12 +112,13 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
         return sorted(means, key=means.__getitem__)
 
     same = order({c.label: c for c in tests}) == order(small)
-    told = f"The effect of {', '.join(moved)} has moved" if moved else "No effect has moved"
+    told = "No effect is shown to have moved: the 95 % intervals hold the smaller model's means."
+    if moved:
+        told = f"Moved: {', '.join(moved)}, whose 95 % interval excludes the smaller model's mean."
     return [
         f"Larger model (`which_map_large`): {_runs(larger)} The design is scaled, dynamic.",
         "",
-        f"{told}: {'its' if len(moved) == 1 else 'their'} 95 % interval {'excludes' if moved else 'holds'} the smaller model's "
-        f"mean. The three effects have {'the same' if same else 'another'} order.",
+        f"{told} The three effects have {'the same' if same else 'another'} order.",
         "",
         markdown_table(rows),
         "",

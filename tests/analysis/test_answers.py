@@ -15,6 +15,8 @@ from mhc_jax.analysis import answers
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
+from mhc_jax.plots import answers as figures
+from mhc_jax.reports import answers as tables
 
 BASE = to_mapping(ExperimentConfig())
 SWEEPS = ROOT / "experiments" / "sweeps"
@@ -175,3 +177,64 @@ def test_equal_time_compares_with_residual_after_as_many_steps_as_take_as_long()
     )
     assert answers.equal_time({0: 1.0}, 3.1, longer) is None
     assert answers.equal_time({0: 1.0}, 0.9, longer) is None
+
+
+def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
+    runs = which_map_runs(additive(-0.01, -0.04, 0.0))
+    answer = answers.which_map(runs)
+    text = tables.which_map_part(runs, [r for r in runs if answers.cell_of(r)], [], {})
+    post = answer.primary[1].result
+    low, high = post.t_interval
+    assert "**Decision by the rule: H_post carries the gain.**" in text
+    assert f"| H_post | {post.mean:+.4f} | {low:+.4f} to {high:+.4f} |" in text
+    assert "256 runs (256 finished, 0 diverged)" in text
+    assert (
+        "No effect is shown to have moved: the 95 % intervals hold the smaller model's means. The three effects have the same order."
+        in text
+    )
+    assert text.count("| scaled, dynamic: ") == 7 + 1
+    risen = {"mhc": {0: 0.01, 1: 0.02, 2: 0.03}}
+    text = tables.mixing_needed_part(mixing_runs({}, 0.05), risen, [], {})
+    assert "**Decision by the rule: not resolved.**" in text
+    assert "| `mhc` | +0.0200 |" in text
+    text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES[0], [])
+    assert "**Decision by the rule, muon: survives.**" in text
+    assert "| mhc:init=paper, muon | 0.016 (0.016 to 0.016) | 0.016 (0.016 to 0.016) |" in text
+
+
+def test_equal_time_has_a_row_for_each_connection_whose_time_is_known():
+    runs = which_map_runs(additive(-0.01, -0.04, 0.0))
+    longer = [made("residual", seed, 2.2 - 0.01 * k) for k in range(3) for seed in range(8)]
+    for k, run in enumerate(longer):
+        run.config["train"]["steps"] = [600, 900, 1800][k // 8]
+    text = tables.which_map_part(runs, [], longer, {"lanes": 1.2, "scalar_gated": 9.0, "residual": 1.0})
+    assert text.count("| `lanes` |") == 1
+    assert "`scalar_gated`" not in text, "beyond the longest run of residual"
+
+
+def test_best_losses_are_of_the_best_rate_on_both_sides():
+    runs = []
+    for connection, loss in (("residual", 2.0), ("mhc:init=paper", 1.9)):
+        for rate, more in ((1e-3, 0.2), (4e-3, 0.0), (1.6e-2, None)):
+            for seed in range(3):
+                found = (
+                    None
+                    if more is None and seed == 2
+                    else loss + (more or 0.0) - 0.3 * (more is None) + 0.01 * seed * rate
+                )
+                runs.append(made(connection, seed, found, name="adamw", learning_rate=rate))
+    text = tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES[0], runs)
+    assert "| mhc:init=paper, adamw | 0.004 | 1.9000 | -0.1000 |" in text, (
+        "a rate at which a run diverged is not the best"
+    )
+
+
+def test_figures_draw_every_test_and_every_seed():
+    runs = which_map_runs(additive(-0.01, -0.04, 0.0))
+    (axis,) = figures.which_map_figure(answers.which_map(runs)).axes
+    assert len(axis.get_yticklabels()) == 3 + 4 * 3
+    (axis,) = figures.mixing_needed_figure(answers.mixing_needed(mixing_runs({}, 0.01))).axes
+    assert len(axis.get_yticklabels()) == 4 + 4 * 4
+    panels = figures.muon_margin_figure(decided(lambda c, *_: 3 + (c == "hc"))).axes
+    drawn = [sorted({round(float(y), 9) for line in axis.lines for y in line.get_ydata()}) for axis in panels]
+    assert drawn == [pytest.approx([RATES[3], RATES[4]])] * 3
