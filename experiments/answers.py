@@ -17,7 +17,7 @@ from absl import flags
 from mhc_jax import cli
 from mhc_jax.analysis import answers
 from mhc_jax.analysis.run_reader import RunRecord, read_run
-from mhc_jax.errors import require
+from mhc_jax.errors import InputError, require
 from mhc_jax.reports import answers as tables
 from mhc_jax.reports.record import newest_record, read_record
 from mhc_jax.runs.folder import read_json, write_json
@@ -45,7 +45,8 @@ def freeze(folder: Path) -> Path:
     from mhc_jax.analysis.freezing import rise_when_frozen
 
     record = newest_record(RECORDS, "mixing_needed")
-    require(record is not None, "There is no record of mixing_needed; make it with experiments/record.py first.")
+    if record is None:
+        raise InputError("There is no record of mixing_needed; make it with experiments/record.py first.")
     places = sorted(place.parent for place in folder.glob("mhc-*/summary.json"))
     require(bool(places), f"{str(folder)!r} holds no trained run of mHC; give the folder of the sweep mixing_needed.")
     rises: dict[str, dict[str, float]] = {}

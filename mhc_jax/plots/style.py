@@ -131,7 +131,8 @@ def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
     if vector:
-        with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "pdf.fonttype": 42}):
+        text_as_text: dict[Any, Any] = {"svg.fonttype": "none", "pdf.fonttype": 42}
+        with matplotlib.rc_context(STYLE | text_as_text):
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
             figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
