@@ -157,7 +157,7 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
                 state = run_steps(run, state, history, stop, anew)
         summary = summary_of(config, state, history, flops, feed.bits_per_nat, peak_before)
         if distributed.is_first_process():
-            write_json(folder / "summary.json", summary)
+            write_json(folder / "summary.json", plain(summary))
     return plain(summary)
 
 

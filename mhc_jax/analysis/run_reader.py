@@ -18,7 +18,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
-from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.folder import read_json, read_summary
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
@@ -139,18 +139,25 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         )
     config = read_json(folder / "config.json")
     kind = flatten(config).get("model.connection.kind")
+    sections = [config.get(name) for name in ("model", "data", "optimizer", "train")]
     require(
-        isinstance(kind, str),
-        f"{str(folder / 'config.json')!r} has no model.connection.kind; it is not the config of a run.",
+        isinstance(kind, str) and all(isinstance(section, Mapping) for section in sections),
+        f"{str(folder / 'config.json')!r} has no model.connection.kind or lacks a section; it is not the config of a run.",
     )
     lines = _read_lines(folder / "metrics.jsonl") if metrics else {kind: [] for kind in (*MEASUREMENTS, "event")}
-    env, summary = folder / "env.json", folder / "summary.json"
+    env_file, summary_file = folder / "env.json", folder / "summary.json"
+    env = read_json(env_file, "restore it, or remove it to go on without it") if env_file.is_file() else {}
+    summary = None
+    if summary_file.is_file():
+        advice = "remove it, and run the command of the run again, which writes it anew"
+        summary = read_json(summary_file, advice)
+        require(read_summary(folder) is not None, f"{summary_file} has no status and steps of a run; {advice}.")
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
         config=config,
-        env=read_json(env) if env.is_file() else {},
-        summary=read_json(summary) if summary.is_file() else None,
+        env=env,
+        summary=summary,
         train=_columns(lines["train"]),
         validation=_columns(lines["validation"]),
         diagnostics=lines["diagnostics"],
@@ -294,18 +301,25 @@ def _word(value: Any) -> str:
 def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the lines of metrics.jsonl by their kind, each a mapping.  Lists in diagnostics lines become float64 arrays."""
     lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MEASUREMENTS, "event")}
+    seen: set[tuple[str, int]] = set()
     raw = [(number, text) for number, text in enumerate(path.read_bytes().split(b"\n"), 1) if text.strip()]
     for number, text in raw:
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode())
             kind, line["step"] = line["kind"], int(line["step"])
+            if not isinstance(kind, str):
+                raise TypeError(f"its kind is {kind!r}")
             if kind == "diagnostics":
                 line |= {key: np.asarray(value, float) for key, value in line.items() if isinstance(value, list)}
-        except (ValueError, TypeError, KeyError) as error:
+            line |= {key: float(value) for key, value in line.items() if type(value) is int and abs(value) > 2**53}
+            if kind != "event" and (kind, line["step"]) in seen:
+                raise ValueError("this step came before")
+            seen.add((kind, line["step"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             if number == raw[-1][0]:
                 break
             raise InputError(
-                f"Line {number} of {str(path)!r} is not a JSON object with kind and step ({error}); remove that line."
+                f"Line {number} of {str(path)!r} is not a JSON object with a kind and a new step ({error}); remove that line."
             ) from error
         lines.setdefault(kind, []).append(line)
     return lines

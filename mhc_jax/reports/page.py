@@ -17,6 +17,7 @@ from mhc_jax.errors import require
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import bullets, escaped, fold, sortable_table, text_table
 from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.json_files import replacing
 
 HEADER_KEYS = ("date", "command", "commit", "device")
 """Keys of env.json that the top of the page shows.  The section of settings shows all keys, in a table that the reader opens."""
@@ -147,12 +148,8 @@ def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path
     template = resources.files("mhc_jax.reports").joinpath("template.html").read_text("utf-8")
     page = string.Template(template).substitute(nav=nav, **sections)
     path = folder / "report.html"
-    draft = folder / f".report.{os.getpid()}.html"
-    try:
+    with replacing(path) as draft:
         draft.write_text(page, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

@@ -1,57 +1,30 @@
-"""Check and create the folder of a run, and read and write its JSON files."""
+"""Check and create the folder of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.metrics import plain
+from mhc_jax.runs.json_files import read_json, write_json
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a JSON file.  If the process is killed, the file is either old or complete.
-
-    Raises:
-      InputError: the folder cannot be written.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"Cannot write {path}: {error.strerror}; mend that and run the same command again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      InputError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it or use another run folder.") from error
-    require(isinstance(value, dict), f"{path} holds no JSON object; restore it or use another run folder.")
-    return value
+ENDS = ("finished", "diverged", "interrupted")
+"""Values of `status` in summary.json."""
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
     """Return what env.json says of the text and the tokenizer of a run (`Data.summary`), or {} if there is no env.json yet.
 
     Raises:
-      InputError: the file is no JSON object.
+      InputError: the file is damaged.
     """
-    file = folder / "env.json"
-    return read_json(file)["data"] if file.is_file() else {}
+    file, advice = folder / "env.json", "restore it from a copy, or remove it to go on without it"
+    data = read_json(file, advice).get("data") if file.is_file() else {}
+    require(isinstance(data, dict), f"{file} does not describe the data of the run; {advice}.")
+    return data
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -82,20 +55,29 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     if saved.exists():
         # The mesh and the pipeline may differ from those in config.json, because a run may go on with other devices.
         free = {"mesh": None, "pipeline": None}
-        changed = differences({**read_json(saved), **free}, {**plain(config), **free})
+        changed = differences({**read_json(saved), **free}, {**config, **free})
         if changed:
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
                 f"choose another folder, or the same configuration to go on with it."
             )
-        summary = folder / "summary.json"
-        if summary.exists():
-            ended = read_json(summary)
-            return ended if ended["status"] != "interrupted" else None
-        return None
-    # A run that was killed while it wrote config.json leaves config.tmp as the only file.
-    if folder.exists() and (not folder.is_dir() or any(p.name != "config.tmp" for p in folder.iterdir())):
+        summary = read_summary(folder)
+        return summary if summary and summary["status"] != "interrupted" else None
+    # A run that was killed while it wrote config.json leaves a temporary file.
+    if folder.exists() and (not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir())):
         raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
+    return None
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the content of summary.json, or None if the file is missing or damaged.
+
+    A damaged file is no loss: the same command goes on from the last checkpoint and writes the file anew.
+    """
+    with contextlib.suppress(InputError):
+        summary = read_json(folder / "summary.json")
+        if summary.get("status") in ENDS and isinstance(summary.get("steps"), int):
+            return summary
     return None
 
 

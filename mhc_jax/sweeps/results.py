@@ -17,7 +17,7 @@ import pyarrow.parquet
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, series
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.folder import read_json, read_summary
 from mhc_jax.sweeps.grid import read_plan
 
 SUMMARY_KEYS = (
@@ -83,7 +83,7 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
             "data_seed": settings["data.seed"],
             **{key: settings.get(key) for key in varying},
             **measurements(_record(workdir / name)),
-            "error": read_json(file)["error"] if (file := failure_file(workdir, name)).is_file() else None,
+            "error": _error(failure_file(workdir, name)),
         }
         for name, settings in flat.items()
     ]
@@ -91,9 +91,8 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
 
 def run_status(workdir: Path, name: str) -> str:
     """Return the status of a run: `finished`, `diverged`, `interrupted`, `failed`, `begun` (running or killed) or `pending`."""
-    summary = workdir / name / "summary.json"
-    if summary.is_file():
-        return read_json(summary)["status"]
+    if summary := read_summary(workdir / name):
+        return summary["status"]
     if failure_file(workdir, name).is_file():
         return "failed"
     return "begun" if (workdir / name / "metrics.jsonl").is_file() else "pending"
@@ -105,6 +104,14 @@ def failure_file(workdir: Path, name: str) -> Path:
     The file does not exist if the run has not failed since its last start.
     """
     return workdir / ".sweep" / "failed" / f"{name}.json"
+
+
+def _error(file: Path) -> str | None:
+    """Return the error message in a `failure_file`, or None if there is no such file."""
+    try:
+        return str(read_json(file).get("error")) if file.is_file() else None
+    except InputError as damaged:
+        return str(damaged)
 
 
 def measurements(record: RunRecord | None) -> dict[str, Any]:

@@ -279,21 +279,13 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residua
         train(residual, notes / "mine.txt" / "run")
 
 
-def test_a_setting_of_many_digits_is_no_other_configuration(text, tmp_path):
-    mapping = to_mapping(tiny(text, "residual", optimizer={"learning_rate": 3e-4 * math.sqrt(2)}))
-    loop.create_run_folder(tmp_path / "run", mapping)
-    assert loop.check_run_folder(tmp_path / "run", mapping) is None
-
-
 @pytest.mark.parametrize("broken", ["{", "[]", ""])
-def test_damaged_json_is_a_sentence(broken, residual, alone, tmp_path):
-    (tmp_path / "config.tmp").write_text(broken)  # killed while config.json was written
+def test_damaged_json_is_a_sentence(broken, residual, tmp_path):
+    (tmp_path / "0123.tmp").write_text(broken)  # killed while config.json was written
     assert loop.check_run_folder(tmp_path, to_mapping(residual)) is None
-    for name in ("config.json", "summary.json"):
-        (tmp_path / name).write_text(broken)
-        with pytest.raises(InputError, match=name):
-            train(residual, tmp_path)
-        (tmp_path / name).write_text((alone / name).read_text())
+    (tmp_path / "config.json").write_text(broken)
+    with pytest.raises(InputError, match="config.json"):
+        train(residual, tmp_path)
 
 
 def test_what_cannot_be_trained_is_refused_before_the_folder_is_made(text, residual, tmp_path, monkeypatch):
