@@ -27,8 +27,9 @@ from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import using
 from mhc_jax.remat_plan import resolve
 from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer, saved_steps
-from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
+from mhc_jax.runs.folder import check_run_folder, recorded_data, run_folder, write_json
 from mhc_jax.runs.history import History, summary_of
+from mhc_jax.runs.lock import require_free
 from mhc_jax.runs.metrics import MetricsWriter, plain
 from mhc_jax.runs.programs import (
     Feed,
@@ -87,6 +88,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
       The content of summary.json.
 
     Raises:
+      Busy: another process trains this run.
       InputError: a setting, a file or a folder cannot be used.  It is raised before any compilation if possible.
     """
     mapping = to_mapping(config)
@@ -97,6 +99,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
             f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
         )
         return ended
+    distributed.on_every_process(lambda: require_free(folder) if distributed.is_first_process() else None)
     with Progress(label, "step", config.train.steps, None, shown=distributed.is_first_process()) as progress:
         return _train(config, folder, data, progress)
 
@@ -115,14 +118,16 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
     # Shapes come before the folder, because a function that optimizer.name names may fail.
     with using(mesh):
         abstract = distributed.on_every_process(lambda: abstract_state(config, mesh))
-    create_run_folder(folder, mapping)
     cfg, history = config.train, History()
     peak_before = counts.device_peak()
     with (
+        run_folder(folder, mapping) as ended,
         Checkpoints(folder, KEEP_CHECKPOINTS) as checkpoints,
         using(mesh),
         lost_process(checkpoints, history, folder),
     ):
+        if ended:
+            return ended
         feed = Feed(data, config, mesh)
         for line in sizes(config, abstract):
             progress.say(line)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.json_files import read_json, write_json
+from mhc_jax.runs.lock import LOCK, run_lock
 
 ENDS = ("finished", "diverged", "interrupted")
 """Values of `status` in summary.json."""
@@ -63,8 +64,10 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
             )
         summary = read_summary(folder)
         return summary if summary and summary["status"] != "interrupted" else None
-    # A run that was killed while it wrote config.json leaves a temporary file.
-    if folder.exists() and (not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir())):
+    # A run that was killed before it had written config.json leaves its lock and a temporary file.
+    if folder.exists() and (
+        not folder.is_dir() or any(p.name != LOCK and p.suffix != ".tmp" for p in folder.iterdir())
+    ):
         raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
     return None
 
@@ -81,6 +84,35 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+@contextlib.contextmanager
+def run_folder(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Make a run folder with config.json, and hold its lock while the body of the `with` statement runs.
+
+    In a run of several processes the first process holds the lock for all of them.  Temporary files that a killed process has
+    left are removed.
+
+    Yields:
+      What `check_run_folder` returns once the lock is held, because another command may have ended the run before.
+
+    Raises:
+      Busy: another command trains the run.
+      InputError: the folder cannot be used, or a process does not see config.json.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if distributed.is_first_process():
+                _make(folder)
+                stack.enter_context(run_lock(folder))
+                for leftover in folder.glob("*.tmp"):
+                    leftover.unlink(missing_ok=True)
+
+        distributed.on_every_process(claim)
+        ended = distributed.on_every_process(lambda: check_run_folder(folder, config))
+        create_run_folder(folder, config)
+        yield ended
+
+
 def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
     """Make the run folder and write config.json on the first process.  Then every process checks that it sees config.json.
 
@@ -93,9 +125,13 @@ def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _create(folder: Path, config: dict[str, Any]) -> None:
+    _make(folder)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", config)
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot create {folder}: {error.strerror}; choose a folder you may write to.") from error
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", config)

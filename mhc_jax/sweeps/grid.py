@@ -7,24 +7,20 @@ A sweep file is a Python file with a docstring and a function `get_sweep`:
         return Sweep(base="../configs/prototype.py", points=product(points, seeds(3)))
 
 The folder of a sweep holds the run folders, `results.csv`, `results.parquet`, `sweep.json` (the runs of the latest grid), `logs/`
-(the output of each process) and `.sweep/` (configurations, locks, failures, XLA's compile cache).
+(the output of each process) and `.sweep/` (configurations, failures, XLA's compile cache).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
-import fcntl
 import functools
 import itertools
 import json
 import operator
-import os
 import re
 import runpy
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,7 +292,7 @@ def write_plan(workdir: Path, grid: Grid) -> None:
       InputError: the folder cannot be written.
     """
     try:
-        for folder in ("runs", "locks", "failed"):
+        for folder in ("runs", "failed"):
             (workdir / ".sweep" / folder).mkdir(parents=True, exist_ok=True)
         (workdir / "logs").mkdir(exist_ok=True)
     except OSError as error:
@@ -331,30 +327,3 @@ def read_planned(workdir: Path, name: str) -> ExperimentConfig:
 
 def _planned(workdir: Path, name: str) -> Path:
     return workdir / ".sweep" / "runs" / f"{name}.json"
-
-
-class Busy(Exception):  # noqa: N818  (a state, not a mistake)
-    """Raised when another process holds the lock of a run.  The message names that process."""
-
-
-@contextlib.contextmanager
-def run_lock(workdir: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a run while the run is trained.
-
-    The lock is a file lock of the operating system (flock), which is released when the process ends, even if it is killed.  The
-    lock file names the process that held the lock last.
-
-    Raises:
-      Busy: another process holds the lock.
-    """
-    path = workdir / ".sweep" / "locks" / name
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Busy(file.read().strip() or "another process") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield

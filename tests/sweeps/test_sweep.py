@@ -28,8 +28,9 @@ from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.reports.record import read_newest, read_record, shortened, write_record
 from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.runs.lock import Busy, holder, run_lock
 from mhc_jax.sweeps import runner, worker
-from mhc_jax.sweeps.grid import Busy, Grid, applied, over, plan, product, run_lock, seeds, write_plan
+from mhc_jax.sweeps.grid import Grid, applied, over, plan, product, seeds, write_plan
 from mhc_jax.sweeps.results import result_rows
 from mhc_jax.train_step import init_state, make_eval_step, make_train_step
 
@@ -183,8 +184,7 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
         signal.signal(signal.SIGINT, before)
     assert status == 130, err
     assert "Run the same command to go on" in err
-    with run_lock(workdir, first):  # its worker has gone
-        pass
+    assert holder(workdir / first) == "", "its worker has gone"
 
     status, _, err = run_script(*command)
     assert status == 0, err
@@ -228,21 +228,15 @@ def test_a_run_that_another_process_has_is_left_alone(grid, tmp_path, monkeypatc
     write_plan(tmp_path / "w", grid)
     clock = Clock()
     monkeypatch.setattr(runner, "time", clock)
-    with run_lock(tmp_path / "w", "residual"):
-        with pytest.raises(Busy, match=f"process {os.getpid()} on "), run_lock(tmp_path / "w", "residual"):
-            pass
+    folder = tmp_path / "w" / "residual"
+    folder.mkdir()
+    with run_lock(folder):
+        with pytest.raises(Busy, match=f"process {os.getpid()} on "):
+            worker.run(tmp_path / "w", "residual")
         assert runner.run_local(tmp_path / "w", grid, grid.runs, 1) == 1
     assert clock.now > runner.PATIENCE_S
     assert f"residual was left to another sweep (process {os.getpid()} on " in capsys.readouterr().err
-    assert not (tmp_path / "w" / "residual").exists()
-
-
-def test_the_lock_of_a_dead_process_is_taken_over(grid, tmp_path):
-    write_plan(tmp_path, grid)
-    lock = tmp_path / ".sweep" / "locks" / "residual"
-    lock.write_text("process 999999999 on elsewhere\n")
-    with run_lock(tmp_path, "residual"):
-        assert lock.read_text().startswith(f"process {os.getpid()} on ")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 # Submitit's debug job leaves its logs open.

@@ -1,7 +1,6 @@
 """A run that is stopped and goes on ends bitwise like one that is not, and every end leaves a usable folder."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -284,7 +283,7 @@ def test_damaged_json_is_a_sentence(broken, residual, tmp_path):
     (tmp_path / "0123.tmp").write_text(broken)  # killed while config.json was written
     assert loop.check_run_folder(tmp_path, to_mapping(residual)) is None
     (tmp_path / "config.json").write_text(broken)
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         train(residual, tmp_path)
 
 

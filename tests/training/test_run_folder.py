@@ -1,21 +1,28 @@
 """What a run folder holds is read back as it was written, or refused in a sentence, whoever writes and whatever is damaged."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 from support.synthetic_runs import write_run
-from support.tiny_runs import assert_same_run, lines, tiny
+from support.tiny_runs import PATIENCE_S, assert_same_run, flags_of, lines, script, tiny
 
 from mhc_jax import loop
 from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
-from mhc_jax.runs.folder import check_run_folder, read_json, read_summary, recorded_data, write_json
+from mhc_jax.runs import lock
+from mhc_jax.runs.folder import check_run_folder, read_json, read_summary, recorded_data, run_folder, write_json
+from mhc_jax.runs.lock import Busy, holder, run_lock
 from mhc_jax.runs.metrics import MetricsWriter
 from mhc_jax.sweeps.grid import Grid, plan, read_planned, write_plan
 from mhc_jax.sweeps.results import result_rows, run_status
@@ -100,6 +107,77 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json(tmp_path / "folder", {"new": 1})
     assert read_json(tmp_path / "a.json") == {"old": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "folder"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the lock
+
+
+def test_a_second_command_on_a_folder_is_refused_in_a_sentence_and_writes_nothing(residual, alone, tmp_path):
+    """Both where the lock is held from the start, and where it is taken while the second command reads its text."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    sentence = rf"run is in use: process {os.getpid()} on .* trains this run; wait until"
+    with run_lock(folder):
+        with pytest.raises(Busy, match=sentence):
+            train(residual, folder)
+        with pytest.raises(Busy, match=sentence), run_folder(folder, to_mapping(residual)):
+            pass
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    train(residual, folder)
+    assert holder(folder) == ""
+    assert_same_run(alone, folder)
+
+
+def test_a_run_that_another_command_has_ended_in_the_meantime_is_not_repeated(residual, alone, tmp_path, monkeypatch):
+    prepare = loop.prepare
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        train(residual, tmp_path / "run")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(loop, "prepare", meanwhile)
+    summary = train(residual, tmp_path / "run")
+    assert summary == read_json(tmp_path / "run" / "summary.json")
+    assert_same_run(alone, tmp_path / "run")
+
+
+HOLD = "import sys, time; from pathlib import Path; from mhc_jax.runs.lock import run_lock\n"
+HOLD += "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        assert holder(tmp_path).startswith(f"process {process.pid} on ")
+        with pytest.raises(Busy, match=f"process {process.pid} on "), run_lock(tmp_path):
+            pass
+        process.kill()
+    assert holder(tmp_path) == ""
+    with run_lock(tmp_path):
+        assert holder(tmp_path).startswith(f"process {os.getpid()} on ")
+    (tmp_path / "0123.tmp").write_text("what a killed process was writing")
+    with run_folder(tmp_path, {"a": 1}) as ended:
+        assert ended is None
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "lock"]
+
+
+def test_a_file_system_without_locks_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock.fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with run_lock(tmp_path):
+        pass
+    assert "lock cannot be locked (No locks available); let no second command" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_two_commands_on_one_folder_at_the_same_moment(residual, alone, tmp_path):
+    command = ["train", *flags_of(residual), f"--workdir={tmp_path / 'run'}"]
+    both = [script(*command, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]}) for _ in range(2)]
+    ends = [(process.communicate(timeout=PATIENCE_S)[1], process.returncode) for process in both]
+    assert sorted(code for _, code in ends) in ([0, 2], [0, 0]), ends
+    for err, code in ends:
+        assert code == 0 or "run is in use: process" in err, err
+    assert_same_run(alone, tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------------- damaged files
