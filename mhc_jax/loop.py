@@ -296,8 +296,11 @@ def stop_if_not_finite(history: History) -> None:
         raise DivergedError(history.step)
 
 
-def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
-    """Start saving a checkpoint.  With `wait` return only when the checkpoint is on disk."""
+def save(run: Run, state: TrainState, history: History, wait: bool, replace: bool = False) -> None:
+    """Start saving a checkpoint.  With `wait` return only when the checkpoint is on disk.
+
+    With `replace` a checkpoint of the same step is replaced.
+    """
     with history.clock.timed("checkpoint_s"):
         loop = {
             "data": run.feed.train.get_state(),
@@ -306,7 +309,7 @@ def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
             "text": run.data.identity,
         }
         config = to_mapping(run.config)
-        run.checkpoints.save(history.step, state, loop, config, run.data.tokenizer.saved)
+        run.checkpoints.save(history.step, state, loop, config, run.data.tokenizer.saved, replace)
         if wait:
             run.checkpoints.wait()
 
@@ -315,7 +318,8 @@ def end_diverged(run: Run, state: TrainState, history: History, step: int) -> No
     """Record that the run diverged at `step`, and save the state.  A step whose loss is not finite has not changed the state."""
     history.step, history.diverged_at = int(state.step), step
     run.writer.write("event", step, {"event": "diverged", "updates_saved": history.step})
-    save(run, state, history, wait=True)
+    # A periodic checkpoint of this step does not know of the divergence.
+    save(run, state, history, wait=True, replace=True)
     share = "all" if jax.jit(all_finite, out_shardings=replicated(run.mesh))(state) else "not all"
     run.progress.say(f"diverged at step {step}; the state of step {history.step} is saved, {share} of it finite.")
 
