@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.checksums import damage, write_checksums
 from mhc_jax.runs.folder import differences, read_json
+from mhc_jax.runs.read_back import read_back, shapes
 from mhc_jax.train_step import TrainState
 
 ITEMS = ("state", "loop", "config", "tokenizer")
@@ -43,7 +43,7 @@ class Checkpoints:
     removes.
 
     The first checkpoint that an instance saves is opened again before it gets its name: its JSON parts must be what was given, and
-    its arrays must have the names, shapes and dtypes of the state.
+    its arrays must have the names and shapes of those of the state.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -57,7 +57,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
         )
         self._failed = self._opened = False
-        self._saving: tuple[int, dict[str, Any], dict[str, str]] = (0, {}, {})
+        self._saving: tuple[int, dict[str, Any], dict[str, list[int]]] = (0, {}, {})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             distributed.on_every_process(self._put_back)
@@ -118,7 +118,7 @@ class Checkpoints:
             if there:
                 distributed.on_every_process(lambda: self._rename(self.folder / str(step), self._replaced(step)))
                 self._manager.reload()
-            self._saving = step, parts, _shapes(state)
+            self._saving = step, parts, shapes(state)
             self._manager.save(step, args=items)
             if there:
                 self._manager.wait_until_finished()
@@ -139,14 +139,10 @@ class Checkpoints:
 
     def _complete(self) -> None:
         """Write the checksums of the checkpoint whose files are all written, and open the first one of this instance again."""
-        step, parts, shapes = self._saving
+        step, parts, arrays = self._saving
         [folder] = [path for path in self.folder.iterdir() if path.name.startswith(f"{step}.")]
         if not self._opened:
-            for name, part in parts.items():
-                if read_json(folder / name / "metadata") != json.loads(json.dumps(part)):
-                    raise ValueError(f"{name} reads otherwise than it was written")
-            if _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree) != shapes:
-                raise ValueError("the names, shapes or dtypes of the arrays read otherwise than they were written")
+            read_back(folder, parts, arrays)
             self._opened = True
         write_checksums(folder)
 
@@ -265,12 +261,6 @@ class Checkpoints:
         except WRITE_ERRORS as error:
             if not self._failed:
                 raise self._failure(error) from error
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    """Return shape and dtype of each array of a tree, as text, by its path, such as `params/embedding`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{a.shape} {a.dtype}" for path, a in leaves}
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,8 @@ from mhc_jax.parallel import distributed
 from mhc_jax.runs.json_files import read_json, write_json
 from mhc_jax.runs.lock import LOCK, run_lock
 
+PATTERNS = "*?[\\"
+"""Characters that Orbax takes for a pattern of file names, in the path of a checkpoint too."""
 ENDS = ("finished", "diverged", "interrupted")
 """Values of `status` in summary.json."""
 
@@ -50,8 +52,15 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
       The content of summary.json if the run has finished or diverged already, else None.
 
     Raises:
-      InputError: the folder is not a run folder and not empty, or holds a run of another configuration.
+      InputError: the folder is not a run folder and not empty, holds a run of another configuration, or has a path in which Orbax
+        cannot read checkpoints.
     """
+    where = str(folder.resolve())
+    require(
+        where.isprintable() and not set(where) & set(PATTERNS),
+        f"The run folder {where!r} has one of the characters {' '.join(PATTERNS)} or one that cannot be printed in its path, and "
+        "checkpoints there could not be read again; choose another folder.",
+    )
     saved = folder / "config.json"
     if saved.exists():
         # The mesh and the pipeline may differ from those in config.json, because a run may go on with other devices.

@@ -148,6 +148,19 @@ def test_nan_stops_the_run_and_leaves_finite_parameters(residual, tmp_path, caps
     assert [again[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", summary["steps"], 6]
 
 
+def test_a_divergence_right_behind_a_checkpoint_is_saved_with_it(residual, tmp_path, monkeypatch):
+    """The state of step 6 is saved before step 7 diverges, which changes no state."""
+    monkeypatch.setattr(Poisoned, "first", 7)
+    monkeypatch.setattr(Poisoned, "last", 99)
+    folder = tmp_path / "run"
+    summary = train(residual, folder, data=poisoned(residual))
+    assert [summary[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", 6, 7]
+    (folder / "summary.json").unlink()  # killed before it was written
+    kill_at(monkeypatch, "compile_programs")
+    again = train(residual, folder, data=poisoned(residual))
+    assert [again[k] for k in ("status", "steps", "first_nonfinite_step")] == ["diverged", 6, 7]
+
+
 def test_divergence_at_the_first_step(residual, tmp_path, monkeypatch):
     monkeypatch.setattr(Poisoned, "first", 1)
     monkeypatch.setattr(Poisoned, "last", 99)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,15 @@ from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.runs import lock
-from mhc_jax.runs.folder import check_run_folder, read_json, read_summary, recorded_data, run_folder, write_json
+from mhc_jax.runs.folder import (
+    check_run_folder,
+    create_run_folder,
+    read_json,
+    read_summary,
+    recorded_data,
+    run_folder,
+    write_json,
+)
 from mhc_jax.runs.lock import Busy, holder, run_lock
 from mhc_jax.runs.metrics import MetricsWriter
 from mhc_jax.sweeps.grid import Grid, plan, read_planned, write_plan
@@ -48,7 +57,7 @@ RATES = list(np.logspace(-4, -1, 7))
 @pytest.mark.parametrize("rate", [10**-2.5, 1 / 300, 0.1 + 0.2, 5e-324])
 def test_a_setting_read_back_is_the_setting_written_bit_for_bit(rate, text, tmp_path):
     given = to_mapping(tiny(text, "mhc", optimizer={"weight_decay": rate}))
-    loop.create_run_folder(tmp_path / "run", given)
+    create_run_folder(tmp_path / "run", given)
     read = read_json(tmp_path / "run" / "config.json")
     assert read == given
     assert read["optimizer"]["weight_decay"].hex() == rate.hex()
@@ -64,9 +73,23 @@ def test_a_log_spaced_sweep_has_its_rates_to_the_last_bit_in_plan_names_and_tabl
     write_plan(tmp_path, Grid("Rates", runs))
     for run, row in zip(runs, result_rows(tmp_path), strict=True):
         assert read_planned(tmp_path, run.name) == run.config
-        loop.create_run_folder(tmp_path / run.name, to_mapping(run.config))
+        create_run_folder(tmp_path / run.name, to_mapping(run.config))
         assert check_run_folder(tmp_path / run.name, to_mapping(read_planned(tmp_path, run.name))) is None
         assert row["optimizer.learning_rate"] == run.config.optimizer.learning_rate
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a*b", "what?", "back\\slash", "new\nline", os.fsdecode(b"bad\xff")])
+def test_a_folder_in_which_checkpoints_cannot_be_read_is_refused_before_it_is_made(
+    name, residual, tmp_path, monkeypatch
+):
+    for path in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(InputError, match=r"checkpoints there could not be read again; choose another folder"):
+            train(residual, path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(InputError, match="could not be read again"):
+        train(residual, Path("run"))
 
 
 # ------------------------------------------------------------------------------------------------------- several writers
