@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.cost import counts
-from mhc_jax.data import Data
+from mhc_jax.data import Data, load_data
 from mhc_jax.diagnostics import all_finite, summarize
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import using
 from mhc_jax.remat_plan import resolve
 from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer, saved_steps
-from mhc_jax.runs.folder import check_run_folder, recorded_data, run_folder, write_json
+from mhc_jax.runs.folder import check_run_folder, recorded_data, respelled, run_folder, write_json
 from mhc_jax.runs.history import History, summary_of
 from mhc_jax.runs.lock import require_free
 from mhc_jax.runs.metrics import MetricsWriter, plain
@@ -42,7 +42,7 @@ from mhc_jax.runs.programs import (
     trace_train_step,
 )
 from mhc_jax.runs.progress import Progress
-from mhc_jax.runs.start import lost_process, prepare, record_start, sizes
+from mhc_jax.runs.start import lost_process, prepare, record_start, require_same_settings, sizes
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.runs.warm_start import warm_start
 from mhc_jax.train_step import TrainState
@@ -92,9 +92,12 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
       InputError: a setting, a file or a folder cannot be used.  It is raised before any compilation if possible.
     """
     mapping = to_mapping(config)
+    require_same_settings(mapping)
     if ended := distributed.on_every_process(lambda: check_run_folder(folder, mapping)):
+        if data is None and respelled(folder, mapping):
+            data = distributed.on_every_process(lambda: load_data(config.data))
         if data is not None:
-            check_text(recorded_data(folder), data.identity, folder)
+            check_data(folder, data)
         distributed.print_once(
             f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
         )
@@ -108,6 +111,8 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
     """Train as `train` says, and show what is being done."""
     mapping = to_mapping(config)
     config, mesh, data = prepare(config, data, progress)
+    if respelled(folder, mapping):
+        check_data(folder, data)
     planned, plan = resolve(config)
     if plan:
         progress.say(plan)
@@ -164,6 +169,13 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
         if distributed.is_first_process():
             write_json(folder / "summary.json", plain(summary))
     return plain(summary)
+
+
+def check_data(folder: Path, data: Data) -> None:
+    """Raise `InputError` unless the text and the tokenizer are those that a run folder has recorded, if it has."""
+    recorded = recorded_data(folder)
+    check_text(recorded, data.identity, folder)
+    check_tokenizer(recorded.get("fingerprint", data.tokenizer.fingerprint), data.tokenizer.fingerprint, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop

@@ -18,15 +18,10 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
-from mhc_jax.runs.folder import read_json, read_summary
+from mhc_jax.runs.folder import NEUTRAL_KEYS, NEUTRAL_SECTIONS, TEXT_KEYS, read_json, read_summary
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
-NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
-"""Dotted keys of neutral settings, which change no number that a run measures.
-
-All settings of the sections `mesh` and `pipeline` are neutral, too, because they change numbers by rounding alone.
-"""
 SHORT = {
     "optimizer.learning_rate": "lr",
     "optimizer.name": "optimizer",
@@ -35,6 +30,8 @@ SHORT = {
     "data.seed": "dataseed",
 }
 """Short names of settings in labels and in names of run folders.  Other settings have the last part of their key as short name."""
+CONTENT_KEYS = ("train_sha256", "validation_sha256", "fingerprint")
+"""Keys of the entry `data` of env.json that tell the content of the texts and of the tokenizer."""
 ABSENT = "(absent)"
 """Text that stands for the value of a setting that a run does not have.  Kinds of connection have different settings."""
 
@@ -212,9 +209,9 @@ def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]
 
     Args:
       config: configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it.
-      neutral: whether the dict has the neutral settings, too: `NEUTRAL_KEYS` and those of the sections `mesh` and `pipeline`.
+      neutral: whether the dict has the neutral settings, too: `NEUTRAL_KEYS` and those of `NEUTRAL_SECTIONS`.
     """
-    sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
+    sections = ("model.connection.", *([] if neutral else [f"{name}." for name in NEUTRAL_SECTIONS]))
     keys = SEED_KEYS if neutral else SEED_KEYS + NEUTRAL_KEYS
     kept = {k: v for k, v in flatten(config).items() if not k.startswith(sections) and k not in keys}
     return {"connection": spec_of_mapping(config["model"]["connection"]), **kept}
@@ -225,12 +222,23 @@ def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
     If all runs recorded a hash of their training text, each dict also has the key `text`: the first eight digits of this hash.  If
     two runs differ in neutral settings alone (see `identity`), as in a sweep over meshes, the dicts include these settings.
+
+    Runs with the same texts and tokenizer have the same names of them (`TEXT_KEYS`), those of the first of these runs.
     """
     hashes = [flatten(record.env).get("data.train_sha256") for record in records]
     texts = [{} if None in hashes else {"text": str(text)[:8]} for text in hashes]
 
     def all_of(neutral: bool) -> list[dict[str, Any]]:
-        return [identity(record.config, neutral) | text for record, text in zip(records, texts, strict=True)]
+        names: dict[str, dict[str, Any]] = {}  # by the content that they name
+        out = []
+        for record, text in zip(records, texts, strict=True):
+            settings = identity(record.config, neutral) | text
+            data = flatten(record.env)
+            content = json.dumps([data.get(f"data.{key}") for key in CONTENT_KEYS])
+            if text and "null" not in content:
+                settings |= names.setdefault(content, {key: settings[key] for key in TEXT_KEYS if key in settings})
+            out.append(settings)
+        return out
 
     known = zip(all_of(neutral=False), records, strict=True)
     distinct = {(json.dumps(settings, sort_keys=True), record.seed) for settings, record in known}

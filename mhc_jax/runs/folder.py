@@ -14,6 +14,12 @@ from mhc_jax.runs.lock import LOCK, run_lock
 
 PATTERNS = "*?[\\"
 """Characters that Orbax takes for a pattern of file names, in the path of a checkpoint too."""
+NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
+"""Dotted keys of neutral settings, which change no number that a run measures.  A run may go on with other values of them."""
+NEUTRAL_SECTIONS = ("mesh", "pipeline")
+"""Sections whose settings are neutral, too, because they change numbers by rounding alone."""
+TEXT_KEYS = ("data.source", "data.validation_source", "data.tokenizer")
+"""Dotted keys of settings that name texts and a tokenizer, whose content a run records (`recorded_data`)."""
 ENDS = ("finished", "diverged", "interrupted")
 """Values of `status` in summary.json."""
 
@@ -63,10 +69,10 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     )
     saved = folder / "config.json"
     if saved.exists():
-        # The mesh and the pipeline may differ from those in config.json, because a run may go on with other devices.
-        free = {"mesh": None, "pipeline": None}
-        changed = differences({**read_json(saved), **free}, {**config, **free})
-        if changed:
+        changed = [line for line in differences(read_json(saved), config) if not _is_free(line.partition(":")[0])]
+        # The text may have another name than in config.json if its identity is recorded, with which `train` compares it.
+        if changed or (respelled(folder, config) and not recorded_data(folder)):
+            changed = changed or respelled(folder, config)
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
                 f"choose another folder, or the same configuration to go on with it."
@@ -79,6 +85,20 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
     ):
         raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
     return None
+
+
+def respelled(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Return the lines of `differences` for the names of texts and tokenizer in which `config` differs from config.json.
+
+    The text may be the same all the same: its files may have moved, or their paths may be spelled otherwise.
+    """
+    lines = differences(read_json(folder / "config.json"), config) if (folder / "config.json").exists() else []
+    return [line for line in lines if line.partition(":")[0] in TEXT_KEYS]
+
+
+def _is_free(key: str) -> bool:
+    """Return whether a setting, by dotted key, may differ from config.json when a run goes on."""
+    return key in NEUTRAL_KEYS + TEXT_KEYS or key.partition(".")[0] in NEUTRAL_SECTIONS
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,12 +16,12 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import connection_module, spec
 from mhc_jax.cost import counts
 from mhc_jax.data import Data, load_data, resolve_tokenizer
-from mhc_jax.errors import InputError
+from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh
 from mhc_jax.runs.checkpoint import Checkpoints
 from mhc_jax.runs.environment import devices_of, environment, used_devices
-from mhc_jax.runs.folder import read_json, read_summary, recorded_data, write_json
+from mhc_jax.runs.folder import differences, read_json, read_summary, recorded_data, write_json
 from mhc_jax.runs.history import History
 from mhc_jax.runs.metrics import MetricsWriter
 from mhc_jax.runs.progress import Progress
@@ -55,6 +56,22 @@ def prepare(
     for line in (f"devices: {used_devices(config)}", *data.describe(config.train.validation_batches)):
         progress.say(line)
     return resolve_tokenizer(config, data), mesh, data
+
+
+def require_same_settings(settings: dict[str, Any]) -> None:
+    """Raise `InputError` on all processes unless every process of the run was started with the same settings.
+
+    Args:
+      settings: configuration of the run on this process, as from `mapping.to_mapping`.
+    """
+    first, *others = map(json.loads, distributed.allgather_text(json.dumps(settings)))
+    for process, other in enumerate(others, 1):
+        changed = differences(first, other)
+        require(
+            not changed,
+            f"Process {process} was started with other settings than process 0 ({'; '.join(changed[:6])}); start the same command "
+            "on every process.",
+        )
 
 
 def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:

@@ -23,7 +23,7 @@ from mhc_jax.runs.checkpoint import check_text
 from mhc_jax.runs.cpu_variables import cpu_alone, cpu_variables
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
-from mhc_jax.runs.folder import check_run_folder, read_json, recorded_data, write_json
+from mhc_jax.runs.folder import check_run_folder, read_json, recorded_data, respelled, write_json
 from mhc_jax.runs.lock import Busy, holder
 from mhc_jax.runs.progress import Display, SweepProgress
 from mhc_jax.runs.stop import StopRequest
@@ -62,6 +62,8 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
       InputError: a run folder cannot be used, data cannot be read, or a run was begun with another training text.
     """
     todo = [run for run in selected if not check_run_folder(workdir / run.name, to_mapping(run.config))]
+    # The text of a run that has ended is read too if its name has changed.
+    renamed = [run for run in grid.runs if respelled(workdir / run.name, to_mapping(run.config))]
 
     def text_of(run: Run) -> tuple[Any, ...]:
         data = run.config.data
@@ -69,7 +71,7 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
 
     identities = {}
     with Display(workdir.name) as display:
-        for text, run in {text_of(run): run for run in todo}.items():
+        for text, run in {text_of(run): run for run in [*renamed, *todo]}.items():
             data = load_data(run.config.data, display.during)
             identities[text] = data.identity
             for line in data.describe(run.config.train.validation_batches):

@@ -17,7 +17,7 @@ from support.synthetic_runs import write_run
 from support.tiny_runs import PATIENCE_S, assert_same_run, flags_of, lines, script, tiny
 
 from mhc_jax import loop
-from mhc_jax.analysis.run_reader import read_run
+from mhc_jax.analysis.run_reader import identities, read_run
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
@@ -90,6 +90,52 @@ def test_a_folder_in_which_checkpoints_cannot_be_read_is_refused_before_it_is_ma
     monkeypatch.chdir(tmp_path / name)
     with pytest.raises(InputError, match="could not be read again"):
         train(residual, Path("run"))
+
+
+# ------------------------------------------------------------------------------------- what may change when a run goes on
+
+
+def test_what_changes_nothing_about_a_run_may_change_when_it_goes_on(residual, alone, text, tmp_path, monkeypatch):
+    """The text has moved, its path is spelled otherwise, and checkpoints are saved at other steps."""
+    shutil.copytree(alone, folder := tmp_path / "run")
+    for lost in (folder / "summary.json", folder / "checkpoints" / "8"):
+        shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    shutil.copy(text, tmp_path / "moved.txt")
+    monkeypatch.chdir(tmp_path)
+    other = residual.with_settings(data={"source": "./moved.txt"}, train={"checkpoint_every": 4})
+    assert train(other, folder)["status"] == "finished"
+    assert_same_run(alone, folder)
+    assert train(residual, folder) == read_json(folder / "summary.json"), "and nothing is left to do under either name"
+    assert train(other, folder) == read_json(folder / "summary.json")
+
+
+def test_another_text_under_another_name_is_refused_whether_the_run_has_ended_or_not(residual, alone, text, tmp_path):
+    shutil.copytree(alone, folder := tmp_path / "run")
+    (tmp_path / "other.txt").write_text(text.read_text().replace("stream", "DREAMS"))
+    other = residual.with_settings(data={"source": str(tmp_path / "other.txt")})
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"The training text is not the one that .*run was trained with"):
+            train(other, folder)
+        (folder / "summary.json").unlink(missing_ok=True)
+    (folder / "env.json").unlink()
+    with pytest.raises(InputError, match=r"another configuration \(data.source: "):
+        train(other, folder)
+
+
+def test_runs_with_the_same_text_are_one_variant_whatever_its_name(tmp_path):
+    data = {"train_sha256": "ab" * 32, "validation_sha256": "cd" * 32, "fingerprint": "ef" * 32}
+    records = []
+    for seed, source in enumerate(("a.txt", "./a.txt", "b.txt")):
+        folder = write_run(tmp_path, f"run{seed}", "hc", seed=seed, config={"data.source": source})
+        env = read_json(folder / "env.json") | {
+            "data": data | ({"train_sha256": "12" * 32} if source == "b.txt" else {})
+        }
+        (folder / "env.json").write_text(json.dumps(env))
+        records.append(read_run(folder))
+    first, second, third = identities(records)
+    assert first == second
+    assert first["data.source"] == "a.txt"
+    assert third["data.source"] == "b.txt"
 
 
 # ------------------------------------------------------------------------------------------------------- several writers
