@@ -7,6 +7,8 @@ wanted, metrics.jsonl.  Checkpoints, locks and logs are not copied.  In the file
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +41,8 @@ def write_record(
 ) -> Path:
     """Write the record of a sweep.  The folder of the sweep does not change.
 
+    The record gets its name when it is whole, so that a kill leaves none, and the same command writes it.
+
     Args:
       sweep_folder: the folder that `experiments/sweep.py` wrote.
       folder: folder of the record, which must not exist.
@@ -67,14 +71,28 @@ def write_record(
     sweep = read_json(sweep_folder / "sweep.json")
     records = [read_run(sweep_folder / name) for name in ended]
     text = _page(sweep["title"], records, [row["status"] for row in rows], sweep["baseline"] or None, note)
-    folder.mkdir(parents=True)
+    target, folder = folder, _aside(folder)
     for name in ended:
         (folder / name).mkdir()
         for file in ("config.json", "env.json", "summary.json", *(["metrics.jsonl"] if metrics else [])):
             (folder / name / file).write_text(shortened((sweep_folder / name / file).read_text()))
     write_table([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
     (folder / "README.md").write_text(shortened(text))
-    return folder
+    try:
+        folder.rename(target)
+    except OSError as error:
+        raise InputError(f"The record {target} cannot be written: {error.strerror}.") from error
+    return target
+
+
+def _aside(folder: Path) -> Path:
+    """Make an empty folder beside `folder`, in which a record is written until it is whole.  Remove what a kill has left there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    aside.chmod(0o755)
+    return aside
 
 
 def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], baseline: Baseline | None, note: str) -> str:
