@@ -3,6 +3,10 @@
 Every process runs the same program on its own devices, and arrays are sharded over the devices of all processes
 (`jax.distributed`).  Process 0, the first process, alone prints progress and writes files.  The arrays of a checkpoint are an
 exception: each process writes its own shards.  In a run of one process no function here waits or communicates.
+
+If a process is lost, the others end with one sentence and the status `LOST` where the loss reaches Python as an exception.  Where
+JAX's own threads notice it first, they abort the process (SIGABRT, status 134) and print what they know.  In jaxlib 0.10 Python
+cannot take part in that: the argument `missed_heartbeat_callback` of JAX's client ends in std::bad_cast.
 """
 
 from __future__ import annotations

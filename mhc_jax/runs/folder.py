@@ -32,7 +32,8 @@ def recorded_data(folder: Path) -> dict[str, Any]:
     """
     file, advice = folder / "env.json", "restore it from a copy, or remove it to go on without it"
     data = read_json(file, advice).get("data") if file.is_file() else {}
-    require(isinstance(data, dict), f"{file} does not describe the data of the run; {advice}.")
+    if not isinstance(data, dict):
+        raise InputError(f"{file} does not describe the data of the run; {advice}.")
     return data
 
 
