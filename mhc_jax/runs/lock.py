@@ -1,6 +1,8 @@
 """The lock of a run folder.  One command at a time holds it, the command that trains the run.
 
-The lock is a file lock of the operating system (flock) on the file `lock` of the run folder.  It ends with the process that holds
+An evaluation holds the lock of its own folder in the same way.
+
+The lock is a file lock of the operating system (flock) on the file `lock` of the folder.  It ends with the process that holds
 it, also if that process is killed.  The file stays, and names the process that held the lock last.  `docs/run_folders.md` says what
 holds on network file systems.
 """
@@ -19,22 +21,22 @@ from mhc_jax.errors import InputError
 from mhc_jax.runs.trackers import warn
 
 LOCK = "lock"
-"""Name of the lock's file in a run folder."""
+"""Name of the lock's file in its folder."""
 
 
 class Busy(InputError):  # noqa: N818  (a state, not a mistake)
-    """Raised when another process holds the lock of a run folder.  `holder` names that process."""
+    """Raised when another process holds the lock of a folder.  `holder` names that process."""
 
     def __init__(self, folder: Path, holder: str):
         self.holder = holder
         super().__init__(
-            f"{folder} is in use: {holder} trains this run; wait until that process has ended, or choose another run folder."
+            f"{folder} is in use: {holder} writes into it; wait until that process has ended, or choose another folder."
         )
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which exists, while the body of the `with` statement runs.
+    """Hold the lock of a folder, which exists, while the body of the `with` statement runs.
 
     If the file system has no locks, a warning says so, and the body runs without one.
 
@@ -58,7 +60,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str:
-    """Return the process that holds the lock of a run folder, such as `process 12 on host`; empty if there is none."""
+    """Return the process that holds the lock of a folder, such as `process 12 on host`; empty if there is none."""
     try:
         with (folder / LOCK).open("r") as file:
             return "" if _locked(file, fcntl.LOCK_SH) else _named(file)
@@ -67,7 +69,7 @@ def holder(folder: Path) -> str:
 
 
 def require_free(folder: Path) -> None:
-    """Raise `Busy` if another process holds the lock of a run folder."""
+    """Raise `Busy` if another process holds the lock of a folder."""
     if name := holder(folder):
         raise Busy(folder, name)
 
@@ -79,7 +81,9 @@ def _locked(file: IO[str], kind: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        warn(f"{file.name} cannot be locked ({error.strerror}); let no second command train this run at the same time.")
+        warn(
+            f"{file.name} cannot be locked ({error.strerror}); let no second command write into its folder at the same time."
+        )
     return True
 
 

@@ -185,7 +185,7 @@ def test_a_second_command_on_a_folder_is_refused_in_a_sentence_and_writes_nothin
     """Both where the lock is held from the start, and where it is taken while the second command reads its text."""
     folder = tmp_path / "run"
     folder.mkdir()
-    sentence = rf"run is in use: process {os.getpid()} on .* trains this run; wait until"
+    sentence = rf"run is in use: process {os.getpid()} on .* writes into it; wait until"
     with run_lock(folder):
         with pytest.raises(Busy, match=sentence):
             train(residual, folder)
