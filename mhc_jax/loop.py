@@ -99,7 +99,7 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
         if data is not None:
             check_data(folder, data)
         distributed.print_once(
-            f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
+            f"{label}: {folder} has {ended['status']} at step {ended.get('steps')} already; nothing to do."
         )
         return ended
     distributed.on_every_process(lambda: require_free(folder) if distributed.is_first_process() else None)

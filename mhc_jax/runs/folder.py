@@ -109,7 +109,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """
     with contextlib.suppress(InputError):
         summary = read_json(folder / "summary.json")
-        if summary.get("status") in ENDS and isinstance(summary.get("steps"), int):
+        if summary.get("status") in ENDS and isinstance(summary.get("steps", 0), int):
             return summary
     return None
 
