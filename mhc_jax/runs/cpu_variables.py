@@ -61,7 +61,7 @@ def set_cpu_variables() -> None:
 
 
 def _named_by_command_line() -> bool:
-    """Return whether this process began as `python [OPTIONS] FILE ...` or `python -m MODULE ...` with this program and no debugger."""
+    """Return whether the command line of this process names this program, as FILE or as `-m MODULE`, and no debugger traces it."""
     name, *arguments = sys.orig_argv[-len(sys.argv) :]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     as_file = name == sys.argv[0] and (Path(name).is_file() or Path(name).is_dir())
