@@ -58,21 +58,23 @@ def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitSta
         len(OPTIMIZERS.value) < 2 or not (AGAINST.value or TORCH.value),
         "--against and --torch compare steps with one optimizer; give one name to --optimizers, or none.",
     )
+    # Mistakes are found before the first long compile: a commit that git does not know, then what PyTorch lacks.
+    checkout = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if AGAINST.value:
-        checkout = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         check_out(AGAINST.value, checkout)
-        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-        settings = [a for a in sys.argv[1:] if a.startswith("--config.")]
-        for kind in kinds:
-            given = [f"--config={file}:{kind}", f"--config.model.vocab_size={VOCABULARY}", *settings]
-            step = steps[f"{kind} at {AGAINST.value}"] = jax_step(sys.executable, checkout, given)
-            stack.callback(step.close)
     if TORCH.value:
         for kind in kinds:
             name = kind.split(":")[0]
             model = config.with_settings(model={"connection": parse(kind)})
             step = torch_step(TORCH.value, model, name, cores(), TORCH_COMPILE.value)
             steps[f"{kind} in torch"] = step
+            stack.callback(step.close)
+    if AGAINST.value:
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        settings = [a for a in sys.argv[1:] if a.lstrip("-").startswith("config.")]
+        for kind in kinds:
+            given = [f"--config={file}:{kind}", *settings, f"--config.model.vocab_size={VOCABULARY}"]
+            step = steps[f"{kind} at {AGAINST.value}"] = jax_step(sys.executable, checkout, given)
             stack.callback(step.close)
     return steps
 
@@ -108,12 +110,12 @@ def main() -> None:
     ]
     configs = [resolve(base.with_settings(**sections))[0] for sections in settings]
     steps, flops = {}, {}
-    for config in configs:
-        name = spec(config.model.connection) + (f" {config.optimizer.name}" if len(optimizers) > 1 else "")
-        steps[name] = compile_step(config, batch)
-        flops[name] = counts.flops(make_train_step(config), steps[name].state, batch) / tokens.size
     with contextlib.ExitStack() as stack:
         beside = others(base, CONNECTIONS.value, stack)
+        for config in configs:
+            name = spec(config.model.connection) + (f" {config.optimizer.name}" if len(optimizers) > 1 else "")
+            steps[name] = compile_step(config, batch)
+            flops[name] = counts.flops(make_train_step(config), steps[name].state, batch) / tokens.size
         medians = median_times({**steps, **beside}, ROUNDS.value)
     baseline = next(iter(medians.values()))
     device = jax.devices()[0]

@@ -175,10 +175,10 @@ def _sentence(error: Exception, file: str) -> str:
         return "--config=FILE has no use here; --config.a.b=value changes a setting."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=... ({flags.FLAGS[missing[1]].help})"
-    if illegal := re.match(r"flag --([\w.]+)=(.*?): ", text):
+    if illegal := re.match(r"flag --([\w.]+)=(.*?): (?:\2 is not (.+))?", text):
         kind = flags.FLAGS[illegal[1]].flag_type()
         if kind in ("int", "float", "bool"):
-            return f"--{illegal[1]} is {illegal[2]!r}; it must be of type {kind}."
+            return f"--{illegal[1]} is {illegal[2]!r}; it must be {illegal[3] or f'of type {kind}'}."
     return f"{text} (see --help)"
 
 
