@@ -129,7 +129,7 @@ def write_runs(run_folders: Sequence[Path], folder: Path, metrics: bool = False)
     """
     places = sorted(run_folders, key=lambda place: place.name)
     configs, envs, summaries = (
-        [_without_paths(read_json(place / file)) for place in places]
+        [without_paths(read_json(place / file)) for place in places]
         for file in ("config.json", "env.json", "summary.json")
     )
     flat = [flatten(config) for config in configs]
@@ -156,7 +156,8 @@ def write_runs(run_folders: Sequence[Path], folder: Path, metrics: bool = False)
             (folder / "metrics" / f"{place.name}.jsonl").write_text(shortened(text))
 
 
-def _without_paths(value: dict[str, Any]) -> dict[str, Any]:
+def without_paths(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object as records keep it, with each absolute path cut to its last part."""
     return json.loads(shortened(json.dumps(value)))
 
 
