@@ -5,12 +5,16 @@
     python experiments/board.py enter my_config.py --name=my-idea --author='A. Name'
     python experiments/board.py enter residual hc mhc:init=paper mhc:init=home      # several, named after their connections
     python experiments/board.py best mhc-init-home                                  # status 1 if it became the best of no track
+    python experiments/board.py models                                              # models of runs/board as safetensors
 
 What follows `enter` is a connection for the task's model (`experiments/configs/board.py`), or a config file with `get_config`, with
 :arg if it takes an argument.  BOARD.md has the rules.  `enter` times the step beside residual's, trains all seeds of both tracks in
 WORKDIR/NAME, writes the record experiments/records/<date>-board-NAME, and writes BOARD.md.  A call that was stopped goes on
 with the same command, and entries that have a record are skipped.  Exit status of `enter`: 0 done, 1 a run failed, 2 an entry
 breaks a rule, 130 stopped.
+
+`models` writes the models of residual, hc and mhc-init-home (seed 0, equal tokens) to experiments/models/NAME, five megabytes
+together.  docs/weights.md says how notebooks and your own model load them.
 """
 
 import re
@@ -25,6 +29,7 @@ from mhc_jax.connections import parse
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports import board
 from mhc_jax.reports.board_entry import Candidate, Setup, enter
+from mhc_jax.reports.board_models import write_models
 from mhc_jax.reports.board_rules import BASELINE, LEAST_SEEDS, TRACKS
 from mhc_jax.sweeps.grid import call_in_file, run_name
 from mhc_jax.sweeps.runner import default_workers
@@ -37,6 +42,7 @@ SEEDS = flags.DEFINE_integer("seeds", LEAST_SEEDS, "Number of seeds.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/board", "Folder of the runs.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Runs side by side; 0: one per two cores.")
 ROUNDS = flags.DEFINE_integer("rounds", 40, "Timed steps of the entry and of residual.", lower_bound=1)
+MODELS = flags.DEFINE_string("models", "", "Folder of the models (default experiments/models).")
 RECORDS = flags.DEFINE_string("records", "", "Folder of the records (default experiments/records).")
 
 
@@ -68,14 +74,19 @@ def candidate_of(given: str) -> Candidate:
 
 
 def main(words: list[str]) -> int:
-    """Enter what follows `enter`, or say whether the entry after `best` became one, or write the page; return the exit status."""
+    """Enter configurations, say whether entries became the best, write models, or write the page; return the exit status."""
     command, *rest = words or ["page"]
     records, task = Path(RECORDS.value or HERE / "records"), config_of(BASELINE)
     if command == "page" and not rest:
         print(board.write_page(records, task))
         return 0
+    if command == "models" and not rest:
+        folder = Path(MODELS.value or HERE / "models")
+        print(*write_models(Path(WORKDIR.value), folder, task.train.steps), sep="\n")
+        return 0
     require(
-        command in ("enter", "best") and bool(rest), "The commands are `enter SPEC_OR_CONFIG.py ...`, `best NAME ...`."
+        command in ("enter", "best") and bool(rest),
+        "The commands are `enter SPEC_OR_CONFIG.py ...`, `best NAME ...` and `models`; without a command BOARD.md is written.",
     )
     status, names = 0, rest
     if command == "enter":

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -16,10 +17,11 @@ from support.workers_here import workers_here
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
 from mhc_jax.errors import InputError
-from mhc_jax.reports import board, board_entry, board_rules
+from mhc_jax.reports import board, board_entry, board_models, board_rules
 from mhc_jax.reports.board_entry import Candidate, Setup, enter
 from mhc_jax.reports.record import read_record
 from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.trained import load_trained
 from mhc_jax.sweeps.grid import write_plan
 from mhc_jax.timing import turns
 from mhc_jax.timing.step_times import CompiledStep
@@ -301,7 +303,7 @@ def test_a_stopped_call_goes_on_and_the_record_has_the_ratio_of_step_times(small
         enter([other], setup)
 
 
-def test_residual_has_the_ratio_1_and_one_set_of_runs(small):
+def test_residual_has_the_ratio_1_one_set_of_runs_and_a_model(small, monkeypatch):
     setup, timed = small
     with workers_here():
         assert enter([Candidate("residual", "residual", setup.task)], setup) == 0
@@ -312,6 +314,17 @@ def test_residual_has_the_ratio_1_and_one_set_of_runs(small):
     assert len(timed) == 1
     text = board.page(board.read_entries(setup.records, setup.task), setup.task)
     assert len(cells(text, "residual")) == 4
+    (model,) = board_models.write_models(setup.workdir, setup.workdir / "models", 8, ["residual"])
+    ours, theirs = load_trained(model), load_trained(setup.workdir / "residual" / "steps8-seed0")
+    assert (ours.step, ours.config) == (8, theirs.config)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match=r"hc/steps8-seed0 is no finished run; train it"):
+        board_models.write_models(setup.workdir, setup.workdir / "more", 8, ["residual", "hc"])
+    assert not (setup.workdir / "more").exists()
+    monkeypatch.setattr(board_models, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="bytes together; at most 1,000"):
+        board_models.write_models(setup.workdir, setup.workdir / "more", 8, ["residual"])
 
 
 def test_other_numbers_of_cores_are_refused(small, monkeypatch):
