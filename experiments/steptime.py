@@ -11,10 +11,8 @@ python experiments/steptime.py --against=HEAD~10 --torch=/path/to/python-with-to
 """
 
 import contextlib
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -32,6 +30,7 @@ from mhc_jax.runs.environment import environment
 from mhc_jax.runs.folder import write_json
 from mhc_jax.sweeps.runner import cores
 from mhc_jax.timing.step_times import CompiledStep, compile_step
+from mhc_jax.timing.turns import median_times
 from mhc_jax.timing.worker_steps import WorkerStep, check_out, jax_step, torch_step
 from mhc_jax.train_step import make_train_step
 
@@ -77,23 +76,6 @@ def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitSta
             step = steps[f"{kind} at {AGAINST.value}"] = jax_step(sys.executable, checkout, given)
             stack.callback(step.close)
     return steps
-
-
-def median_times(steps: dict[str, CompiledStep | WorkerStep], rounds: int) -> dict[str, float]:
-    """Time compiled train steps, one for each connection, and return the median seconds of each over all rounds, by name.
-
-    In a round each of them runs twice, and the second time counts, so that a step follows itself as it does in training.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds):
-        for name in list(steps) if k % 2 else list(steps)[::-1]:
-            for _ in range(2):
-                began = time.perf_counter()
-                steps[name].launch(k)
-                jax.block_until_ready(steps[name].state)
-                seconds = time.perf_counter() - began
-            times[name].append(seconds)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def define_processes() -> Callable[[], None]:
 
 def main(
     function: Callable[..., int | None],
-    positional: Sequence[str] = (),
+    positional: Sequence[str] | None = (),
     configuration: Callable[[str], Mapping[str, Any]] | None = None,
     computes: bool = False,
 ) -> None:
@@ -70,7 +70,8 @@ def main(
 
     Args:
       function: the script.  It gets the positional arguments and returns the exit status, where None means 0.
-      positional: names of the positional arguments, which are all required.
+      positional: names of the positional arguments, which are all required.  None: the script gets all positional arguments as one
+        list, however many there are.
       configuration: function that returns the nested configuration for the first positional argument.  Flags such as
         `--config.model.width=128` edit the configuration, and the script gets it as its last argument.  None: the script gets no
         configuration.
@@ -80,6 +81,8 @@ def main(
 
     def guarded(argv: Sequence[str]) -> int:
         try:
+            if positional is None:
+                return function(list(argv[1:])) or 0
             given = argv[1:]
             if missing := positional[len(given) :]:
                 command = f"{Path(argv[0]).name} {' '.join(positional)}"

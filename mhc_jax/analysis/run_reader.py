@@ -41,13 +41,14 @@ ABSENT = "(absent)"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder.
+    """The content of a run folder, or what a record keeps of it.
 
     JSON null, which stands for NaN and infinity in metrics.jsonl, is NaN in columns and arrays.
     """
 
     name: str
     folder: Path
+    """The run folder.  A run of a record has the path `RECORD/name`, which tells it from other runs; there is no folder."""
     config: Mapping[str, Any]
     """Configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it."""
     env: Mapping[str, Any]
@@ -143,14 +144,42 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         isinstance(kind, str),
         f"{str(folder / 'config.json')!r} has no model.connection.kind; it is not the config of a run.",
     )
-    lines = _read_lines(folder / "metrics.jsonl") if metrics else {kind: [] for kind in (*MEASUREMENTS, "event")}
-    env, summary = folder / "env.json", folder / "summary.json"
+    env, summary = (
+        read_json(file) if (file := folder / name).is_file() else None for name in ("env.json", "summary.json")
+    )
+    return run_of(
+        folder, folder.resolve().name, config, env or {}, summary, folder / "metrics.jsonl" if metrics else None
+    )
+
+
+def run_of(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    env: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
+    metrics: Path | None,
+) -> RunRecord:
+    """Make the `RunRecord` of a run from its parts.
+
+    Args:
+      folder: value of `RunRecord.folder`.
+      name: name of the run.
+      config: content of config.json.
+      env: content of env.json.
+      summary: content of summary.json, or None.
+      metrics: path of metrics.jsonl.  None means no measurements over steps and no events.
+
+    Raises:
+      InputError: `metrics` does not parse.
+    """
+    lines = {kind: [] for kind in (*MEASUREMENTS, "event")} if metrics is None else _read_lines(metrics)
     return RunRecord(
-        name=folder.resolve().name,
+        name=name,
         folder=folder,
         config=config,
-        env=read_json(env) if env.is_file() else {},
-        summary=read_json(summary) if summary.is_file() else None,
+        env=env,
+        summary=summary,
         train=_columns(lines["train"]),
         validation=_columns(lines["validation"]),
         diagnostics=lines["diagnostics"],
