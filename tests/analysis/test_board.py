@@ -152,7 +152,7 @@ def test_the_page_of_the_repository_is_that_of_its_records():
 
 
 WRONG = {
-    "has 525,144 parameters; an entry of the board has at most 500,000": {"model": {"connection": parse("go_mhc")}},
+    "has 899,400 parameters; an entry of the board has at most 600,000": {"model": {"connection": parse("go_mhc:num_streams=6")}},
     "sets data.source to 'other.txt', and the board's is 'shakespeare'": {"data": {"source": "other.txt"}},
     "sets data.batch_size to 4, and the board's is 8": {"data": {"batch_size": 4}},
     "sets train.validation_batches to 8": {"train": {"validation_batches": 8}},
@@ -183,7 +183,7 @@ BROKEN = {
     },
     "says r = 1.1, and its step times give 1.25": {"board": {"timing": {"r": 1.1}}, "step_s": 1.25},
     "were timed on 64 cores": {"board": {"timing": {"cores": 64}}},
-    "has 500,001 parameters": {"parameters": 500_001},
+    "has 600,001 parameters": {"parameters": 600_001},
     "sets data.sequence_length to 96": {"sections": {"data": {"sequence_length": 96}}},
     "reads 700 steps": {"steps": 700},
     "was trained on another text .sha256 cccccccc": {"sha256": "c" * 64},
@@ -340,7 +340,7 @@ def test_the_command_names_entries_and_refuses_mistakes(tmp_path):
     mine.write_text("def get_config(arg='hc'):\n    return {'arg': arg}\n")
     records = tmp_path / "records"
     for words, sentence in {
-        ("enter", "residual", "go_mhc:init=home"): "go_mhc-init-home has 525,144 parameters",
+        ("enter", "residual", "go_mhc:init=home:num_streams=6"): "at most 600,000",
         ("enter", "hc", "mhc", "--name=x"): "--name names one entry",
         ("enter", f"{mine}:mhc"): "it must return a ConfigDict",
         ("enter", "nonsense"): "'nonsense'",
