@@ -149,8 +149,8 @@ QUOTED = r"""
 and 9.1 % with the kernels <- 2026-11-29-compile-two-blocks-v5p: \+9.1 %
 The 3B takes +7.5 % with mHC on 256 v5e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+7.5 %
 and +3.4 % on 64 v6e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+3.4 %
-F and B of a block take 6.1 % longer with mHC <- 2026-11-29-pipeline-compiled: mHC init=paper, nothing recomputed \| 7.81 \| 18.65 \| \+6.1 %
-the table has +6.0, +8.0, +7.5 and +8.5 % at 8 stages <- 2026-11-29-pipeline-compiled: zb1p \| mhc:init=paper, remat connection \| 8 x 8 .* \+7.50 %
+F and B of a block take 6.1 % longer with mHC <- 2026-11-29-pipeline-compiled: \| 7.81 \| 18.65 \| \+6.1 %
++6.0, +8.0, +7.5 and +8.5 % at 8 stages <- 2026-11-29-pipeline-compiled: remat connection \| 8 x 8 .* \+7.50 %
 changes the loss from 2.3792 to 2.3805; over the whole depth it costs 0.022 <- 2026-11-28-demo: \| hc \| 2.3792 \| 2.4010 \| 2.3805
 1.8e-6 of an array's largest gradient <- LOG: 1.8e-6 of an array's largest entry
 """
