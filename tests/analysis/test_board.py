@@ -152,7 +152,9 @@ def test_the_page_of_the_repository_is_that_of_its_records():
 
 
 WRONG = {
-    "has 899,400 parameters; an entry of the board has at most 600,000": {"model": {"connection": parse("go_mhc:num_streams=6")}},
+    "has 899,400 parameters; an entry of the board has at most 600,000": {
+        "model": {"connection": parse("go_mhc:num_streams=6")}
+    },
     "sets data.source to 'other.txt', and the board's is 'shakespeare'": {"data": {"source": "other.txt"}},
     "sets data.batch_size to 4, and the board's is 8": {"data": {"batch_size": 4}},
     "sets train.validation_batches to 8": {"train": {"validation_batches": 8}},
