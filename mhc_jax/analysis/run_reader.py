@@ -38,13 +38,14 @@ ABSENT = "(absent)"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder.
+    """The content of a run folder, or what a record keeps of it.
 
     JSON null, which stands for NaN and infinity in metrics.jsonl, is NaN in columns and arrays.
     """
 
     name: str
     folder: Path
+    """The run folder.  A run of a record has the path `RECORD/name`, which tells it from other runs; there is no folder."""
     config: Mapping[str, Any]
     """Configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it."""
     env: Mapping[str, Any]
@@ -141,7 +142,6 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         isinstance(kind, str) and all(isinstance(section, Mapping) for section in sections),
         f"{str(folder / 'config.json')!r} has no model.connection.kind or lacks a section; it is not the config of a run.",
     )
-    lines = _read_lines(folder / "metrics.jsonl") if metrics else {kind: [] for kind in (*MEASUREMENTS, "event")}
     env_file, summary_file = folder / "env.json", folder / "summary.json"
     env = read_json(env_file, "restore it, or remove it to go on without it") if env_file.is_file() else {}
     summary = None
@@ -149,8 +149,33 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         advice = "remove it, and run the command of the run again, which writes it anew"
         summary = read_json(summary_file, advice)
         require(read_summary(folder) is not None, f"{summary_file} has no status and steps of a run; {advice}.")
+    return run_of(folder, folder.resolve().name, config, env, summary, folder / "metrics.jsonl" if metrics else None)
+
+
+def run_of(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    env: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
+    metrics: Path | None,
+) -> RunRecord:
+    """Make the `RunRecord` of a run from its parts.
+
+    Args:
+      folder: value of `RunRecord.folder`.
+      name: name of the run.
+      config: content of config.json.
+      env: content of env.json.
+      summary: content of summary.json, or None.
+      metrics: path of metrics.jsonl.  None means no measurements over steps and no events.
+
+    Raises:
+      InputError: `metrics` does not parse.
+    """
+    lines = {kind: [] for kind in (*MEASUREMENTS, "event")} if metrics is None else _read_lines(metrics)
     return RunRecord(
-        name=folder.resolve().name,
+        name=name,
         folder=folder,
         config=config,
         env=env,

@@ -143,20 +143,24 @@ def base_configuration(file: str | Path) -> dict[str, Any]:
     """
     _, sweep = _read_sweep(Path(file))
     config_file, *arg = sweep.base.split(":", 1)
-    config, _ = _call(Path(file).parent / config_file, "get_config", *arg)
+    config, _ = call_in_file(Path(file).parent / config_file, "get_config", *arg)
     return applied(config.to_dict(), sweep.settings)
 
 
 def _read_sweep(file: Path) -> tuple[str, Sweep]:
     """Return the title of a sweep file, and the sweep that its `get_sweep` returns."""
-    sweep, docstring = _call(file, "get_sweep")
+    sweep, docstring = call_in_file(file, "get_sweep")
     require(bool(docstring), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
     require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
     return docstring.strip().splitlines()[0].rstrip("."), sweep
 
 
-def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
-    """Run a Python file and call the named function of it.  Return the function's result and the file's docstring."""
+def call_in_file(file: Path, function: str, *args: str) -> tuple[Any, str]:
+    """Run a Python file and call the named function of it.  Return the function's result and the file's docstring.
+
+    Raises:
+      InputError: there is no such file, it has no such function, or either fails.
+    """
     require(file.is_file(), f"The file {str(file)!r} does not exist; give a Python file.")
     try:
         names = runpy.run_path(str(file))

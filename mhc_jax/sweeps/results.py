@@ -50,17 +50,20 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = result_rows(workdir)
-        write_table(rows, workdir / ".sweep")
+        write_csv(rows, workdir / ".sweep")
+        pyarrow.parquet.write_table(_table(rows), str(workdir / ".sweep" / "results.parquet"))
         for name in ("results.csv", "results.parquet"):
             os.replace(workdir / ".sweep" / name, workdir / name)
     return rows
 
 
-def write_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write rows of the results table, which share their keys, to `folder`/results.csv and `folder`/results.parquet."""
-    table = pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
-    pyarrow.csv.write_csv(table, str(folder / "results.csv"))
-    pyarrow.parquet.write_table(table, str(folder / "results.parquet"))
+def write_csv(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write rows of the results table, which share their keys, to `folder`/results.csv."""
+    pyarrow.csv.write_csv(_table(rows), str(folder / "results.csv"))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    return pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
 
 
 def result_rows(workdir: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def sweep(tmp_path):
     return tmp_path / "sweep"
 
 
-@pytest.mark.parametrize("where", ["write_table", "shortened", "_page"])
+@pytest.mark.parametrize("where", ["write_csv", "write_runs", "shortened", "_page"])
 def test_a_kill_in_the_middle_leaves_no_record_and_the_same_call_writes_it(where, sweep, tmp_path, monkeypatch):
     def die(*_):
         raise Killed
