@@ -116,17 +116,14 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             if there:
-                distributed.on_every_process(lambda: self._rename(self.folder / str(step), self._replaced(step)))
+                old = self.folder.parent / f"{REPLACED}{step}"
+                distributed.on_every_process(lambda: self._rename(self.folder / str(step), old))
                 self._manager.reload()
             self._saving = step, parts, shapes(state)
             self._manager.save(step, args=items)
             if there:
                 self._manager.wait_until_finished()
                 distributed.on_every_process(self._put_back)
-
-    def _replaced(self, step: int) -> Path:
-        """Return the path of an old checkpoint while a new one of the same step is saved."""
-        return self.folder.parent / f"{REPLACED}{step}"
 
     def _put_back(self) -> None:
         """Remove old checkpoints whose step is saved anew, and put back those whose new one is not whole."""
@@ -170,6 +167,8 @@ class Checkpoints:
         self._failed = True
         # After a failure Orbax never starts its other writes.  Python would warn of each of them at exit.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        with contextlib.suppress(InputError):
+            self._put_back()
         newest = self.newest()
         kept = f"{newest} is whole" if newest else "there is no earlier one"
         return InputError(
