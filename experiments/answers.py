@@ -1,4 +1,4 @@
-"""Write the tables and figures of the three questions of docs/answers.md from the records of their sweeps.
+"""Write the tables and figures of three questions from the records of their sweeps.
 
     python experiments/answers.py
     python experiments/answers.py --freeze=runs/mixing_needed

@@ -1,4 +1,4 @@
-"""Decide the three questions of docs/answers.md from the runs of their sweeps, by the rules in the docstrings of the sweep files.
+"""Decide three questions from the runs of their sweeps, by the rules in the docstrings of the sweep files.
 
 The sweep files are which_map.py, mixing_needed.py and muon_margin.py in experiments/sweeps, and their siblings which_map_large.py,
 muon_rates.py and residual_longer.py.  All losses are final validation losses in nats/token, and below 0 a difference is better.
@@ -10,26 +10,26 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mhc_jax.analysis.run_reader import RunRecord
-from mhc_jax.analysis.statistics import (
-    MIN_SEEDS,
-    Equivalence,
-    Paired,
-    equivalence,
-    holm,
-    paired,
-    seeds_for_equivalence,
-    seeds_to_resolve,
+from mhc_jax.analysis.contrasts import (
+    Contrast,
+    Seeds,
+    by_connection,
+    contrasts,
+    final_losses,
+    mean_of,
+    mean_over,
+    minus,
+    needed,
 )
+from mhc_jax.analysis.run_reader import RunRecord
+from mhc_jax.analysis.statistics import Equivalence, equivalence, seeds_for_equivalence
 from mhc_jax.errors import require
 
 MAPS = ("pre", "post", "res")
-ALPHA = 0.05
-"""Level of every test."""
 MARGIN = 0.005
 """Margin of equivalence in question 2, in nats/token."""
 MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
@@ -37,70 +37,6 @@ MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
 
 MHC = "mhc:init=paper"
 """The connection whose margin decides question 3."""
-
-Seeds = Mapping[int, float]
-"""One number for each seed."""
-
-
-class Contrast(NamedTuple):
-    """One number for each seed, such as the effect of a map, and its test against 0."""
-
-    label: str
-    values: Seeds
-    result: Paired | None
-    """The paired t test.  None if no seed has a value."""
-    p_holm: float | None
-    """p-value of the t test with Holm's correction over the family of contrasts that was tested with it."""
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the corrected p-value is below 5 %."""
-        return self.p_holm is not None and self.p_holm < ALPHA
-
-    @property
-    def same(self) -> bool:
-        """Whether three seeds or more all have the same number and it is not 0.  A t test has no spread then."""
-        numbers = [*self.values.values()]
-        return len(numbers) >= MIN_SEEDS and numbers[0] != 0 and len(set(numbers)) == 1
-
-
-def contrasts(values: Mapping[str, Seeds]) -> list[Contrast]:
-    """Test each of a family of numbers against 0, with Holm's correction over those that can be tested."""
-    results = {label: paired(seeds, dict.fromkeys(seeds, 0.0)) for label, seeds in values.items()}
-    tested = [label for label, result in results.items() if result and result.p_t is not None]
-    corrected = dict(zip(tested, holm([_p(results[label]) for label in tested]), strict=True))
-    return [Contrast(label, values[label], results[label], corrected.get(label)) for label in values]
-
-
-def _p(result: Paired | None) -> float:
-    assert result is not None
-    assert result.p_t is not None
-    return result.p_t
-
-
-def final_losses(runs: Sequence[RunRecord]) -> Seeds:
-    """Return the final validation loss of each finished run by its seed.  Runs that diverged are left out."""
-    return {run.seed[0]: float(run.result("validation_loss")) for run in runs if run.status == "finished"}
-
-
-def by_connection(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
-    """Return the final losses of runs by the text of their connection."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.connection, []).append(run)
-    return {connection: final_losses(members) for connection, members in groups.items()}
-
-
-def mean_over(parts: Sequence[Seeds]) -> dict[int, float]:
-    """Return the mean of several numbers for the seeds that have all of them."""
-    common = set.intersection(*(set(part) for part in parts)) if parts else set()
-    return {seed: float(np.mean([part[seed] for part in parts])) for seed in sorted(common)}
-
-
-def minus(a: Seeds, b: Seeds) -> dict[int, float]:
-    """Return a - b for the seeds that have both."""
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
-
 
 # -- question 1
 
@@ -170,7 +106,7 @@ class WhichMap:
     @property
     def seeds_needed(self) -> int | None:
         """Seeds with which the two most negative effects would be told apart, from their mean difference and its deviation."""
-        first, second = sorted(self.primary, key=lambda c: _mean(c))[:2]
+        first, second = sorted(self.primary, key=lambda c: mean_of(c))[:2]
         return needed(self.against[first.label, second.label].values)
 
 
@@ -210,24 +146,12 @@ def which_map(runs: Sequence[RunRecord]) -> WhichMap:
         c.label
         for c in primary
         if c.resolved
-        and _mean(c) < 0
+        and mean_of(c) < 0
         and all(
             (r := against[c.label, other].result) and r.resolved and r.mean < 0 for other in MAPS if other != c.label
         )
     ]
     return WhichMap(primary, against, designs, total, controls, below[0] if below else None)
-
-
-def needed(values: Seeds) -> int | None:
-    """Return the seeds with which a paired t test would resolve the mean of these numbers with a power of 80 %, or None."""
-    numbers = np.asarray(list(values.values()))
-    if len(numbers) < 2 or not numbers.std() or not numbers.mean():
-        return None
-    return seeds_to_resolve(float(numbers.std(ddof=1)), float(numbers.mean()))
-
-
-def _mean(contrast: Contrast) -> float:
-    return contrast.result.mean if contrast.result else math.inf
 
 
 # -- question 2
@@ -252,7 +176,7 @@ class Comparison:
         if self.equivalence and self.equivalence.equivalent:
             words.append("equivalent")
         if self.contrast.resolved:
-            words.append("lower" if _mean(self.contrast) < 0 else "higher")
+            words.append("lower" if mean_of(self.contrast) < 0 else "higher")
         return " and ".join(words) or f"not resolved; equivalence would need about {self.seeds_needed} seeds"
 
 
@@ -269,7 +193,7 @@ class MixingNeeded:
     def decision(self) -> str:
         """Whether H_res is needed, by the rule."""
         found = self.primary[MIXING_KINDS[0]]
-        if found.contrast.resolved and _mean(found.contrast) > 0:
+        if found.contrast.resolved and mean_of(found.contrast) > 0:
             return "needed"
         if found.contrast.resolved or (found.equivalence and found.equivalence.equivalent):
             return "not needed"
@@ -344,7 +268,7 @@ def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, t
 
 def found(margin: Contrast) -> float:
     """Return the mean of a margin that the rule of question 3 counts as resolved, and 0 for any other margin."""
-    return _mean(margin) if margin.resolved or margin.same else 0.0
+    return mean_of(margin) if margin.resolved or margin.same else 0.0
 
 
 @dataclass(frozen=True)
@@ -368,7 +292,7 @@ class MuonMargin:
             return "survives"
         difference = self.lost[optimizer]
         below = difference.result is not None and (difference.result.resolved or difference.same)
-        if found(adamw) > 0 and below and _mean(difference) < 0:
+        if found(adamw) > 0 and below and mean_of(difference) < 0:
             return "is lost"
         return "not resolved"
 
@@ -411,32 +335,3 @@ def muon_margin(runs: Sequence[RunRecord], loss_below: float, lowest: float) -> 
     alone = {key: contrasts({"margin": values})[0] for key, values in each.items()}
     censored = sum(stable is None or unstable is None for stable, unstable in rates.values())
     return MuonMargin(margins, alone, rates, lost, censored)
-
-
-# -- equal wall clock
-
-
-def equal_time(losses: Seeds, ratio: float, longer: Mapping[int, Seeds]) -> dict[int, float] | None:
-    """Return, for each seed, a connection's loss minus that of residual after as much time.  None outside the steps of `longer`.
-
-    Args:
-      losses: final losses of the connection, trained for the smallest number of steps in `longer`.
-      ratio: time of a step of the connection over that of residual.
-      longer: final losses of residual by the number of its steps.  Between two numbers of steps a loss is interpolated linearly in
-        the logarithm of steps.
-    """
-    steps = sorted(longer)
-    wanted = ratio * steps[0]
-    if not steps[0] <= wanted <= steps[-1]:
-        return None
-    common = sorted(set(losses).intersection(*(longer[s] for s in steps)))
-    logs = np.log(steps)
-    return {
-        seed: losses[seed] - float(np.interp(math.log(wanted), logs, [longer[s][seed] for s in steps]))
-        for seed in common
-    }
-
-
-def steps_of(run: RunRecord) -> Any:
-    """Return the number of steps that a run's configuration asks for."""
-    return run.config["train"]["steps"]

@@ -12,6 +12,7 @@ from support.tiny_runs import ROOT
 
 from mhc_jax import connections
 from mhc_jax.analysis import answers
+from mhc_jax.analysis.contrasts import equal_time
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
@@ -172,11 +173,11 @@ def test_a_line_without_an_end_is_counted():
 
 def test_equal_time_compares_with_residual_after_as_many_steps_as_take_as_long():
     longer = {steps: {s: 3 - math.log(steps) + s for s in range(3)} for steps in (600, 900, 1800)}
-    assert answers.equal_time({0: -3.0, 1: -2.0, 7: 0.0}, 2.0, longer) == pytest.approx(
+    assert equal_time({0: -3.0, 1: -2.0, 7: 0.0}, 2.0, longer) == pytest.approx(
         {s: -3.0 - (3 - math.log(1200)) for s in (0, 1)}
     )
-    assert answers.equal_time({0: 1.0}, 3.1, longer) is None
-    assert answers.equal_time({0: 1.0}, 0.9, longer) is None
+    assert equal_time({0: 1.0}, 3.1, longer) is None
+    assert equal_time({0: 1.0}, 0.9, longer) is None
 
 
 def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
