@@ -26,7 +26,7 @@ from mhc_jax.analysis.contrasts import (
     needed,
 )
 from mhc_jax.analysis.run_reader import RunRecord
-from mhc_jax.analysis.statistics import Equivalence, equivalence, seeds_for_equivalence
+from mhc_jax.analysis.statistics import MOST_SEEDS, Equivalence, equivalence, seeds_for_equivalence
 from mhc_jax.errors import require
 
 MAPS = ("pre", "post", "res")
@@ -165,9 +165,11 @@ class Comparison:
     equivalence: Equivalence | None
 
     @property
-    def seeds_needed(self) -> int:
-        """Seeds for equivalence within the margin, if the kinds do not differ, from the deviation of the differences."""
-        return seeds_for_equivalence(float(np.std(list(self.contrast.values.values()), ddof=1)), MARGIN)
+    def seeds_needed(self) -> int | None:
+        """Seeds for equivalence within the margin if the kinds do not differ at all.  None below two seeds or without spread."""
+        numbers = list(self.contrast.values.values())
+        deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
+        return seeds_for_equivalence(deviation, MARGIN) if deviation > 0 else None
 
     @property
     def verdict(self) -> str:
@@ -177,7 +179,10 @@ class Comparison:
             words.append("equivalent")
         if self.contrast.resolved:
             words.append("lower" if mean_of(self.contrast) < 0 else "higher")
-        return " and ".join(words) or f"not resolved; equivalence would need about {self.seeds_needed} seeds"
+        if words or self.seeds_needed is None:
+            return " and ".join(words) or "not resolved"
+        seeds = "more than 10,000" if self.seeds_needed >= MOST_SEEDS else f"about {self.seeds_needed}"
+        return f"not resolved; if the kinds do not differ, equivalence would need {seeds} seeds"
 
 
 @dataclass(frozen=True)
@@ -193,10 +198,10 @@ class MixingNeeded:
     def decision(self) -> str:
         """Whether H_res is needed, by the rule."""
         found = self.primary[MIXING_KINDS[0]]
-        if found.contrast.resolved and mean_of(found.contrast) > 0:
-            return "needed"
-        if found.contrast.resolved or (found.equivalence and found.equivalence.equivalent):
+        if found.equivalence and found.equivalence.equivalent:
             return "not needed"
+        if found.contrast.resolved:
+            return "needed" if mean_of(found.contrast) > 0 else "not needed"
         return "not resolved"
 
 
@@ -243,7 +248,9 @@ def line_of(run: RunRecord) -> Line:
     return Line(run.connection, name, optimizer["grad_clip"], run.seed[0])
 
 
-def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, tuple[float | None, float | None]]:
+def largest_stable(
+    runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float]
+) -> dict[Line, tuple[float | None, float | None]]:
     """Return (largest stable rate, smallest unstable rate above it) of each line, from the runs that a bisection trained.
 
     The first is None if no rate below the unstable ones was found stable, the second if none was found unstable.
@@ -251,7 +258,12 @@ def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, t
     Args:
       runs: the runs, all ended.
       loss_below: a run is stable if it finished with a validation loss below this.
+      grid: every rate that the search may try, from the lowest.
+
+    Raises:
+      InputError: the search of a line is not over.
     """
+    place = {None: -1} | {rate: k for k, rate in enumerate(grid)}
     out: dict[Line, tuple[float | None, float | None]] = {}
     members: dict[Line, dict[float, bool]] = {}
     for run in runs:
@@ -262,7 +274,12 @@ def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, t
     for line, stable in members.items():
         unstable = min((rate for rate, ok in stable.items() if not ok), default=None)
         below = [rate for rate, ok in stable.items() if ok and (unstable is None or rate < unstable)]
-        out[line] = max(below, default=None), unstable
+        out[line] = largest, unstable = max(below, default=None), unstable
+        require(
+            (len(grid) if unstable is None else place[unstable]) - place[largest] == 1,
+            f"The search of {line.connection}, {line.optimizer}, clipping {line.grad_clip:g}, seed {line.seed} is not over: rates "
+            f"between {largest} and {unstable} were not tried. Run the sweep's command again.",
+        )
     return out
 
 
@@ -286,27 +303,48 @@ class MuonMargin:
     """Number of lines without a stable or without an unstable rate.  They count with half the lowest or with the highest rate."""
 
     def decision(self, optimizer: str) -> str:
-        """Return whether mHC's margin survives under a variant of Muon: `survives`, `is lost` or `not resolved`."""
+        """Return whether mHC's margin survives under a variant of Muon: `survives`, `is lost` or `not resolved`.
+
+        A line without an unstable or without a stable rate gives a bound of its largest stable rate.  Where a margin may lie on the
+        other side of such a bound, nothing is decided.
+        """
         under, adamw = self.margins[MHC, optimizer], self.margins[MHC, "adamw"]
         if found(under) > 0:
-            return "survives"
+            return "survives" if self.at_least(optimizer) else "not resolved, because the grid of rates ends"
         difference = self.lost[optimizer]
         below = difference.result is not None and (difference.result.resolved or difference.same)
         if found(adamw) > 0 and below and mean_of(difference) < 0:
-            return "is lost"
+            ends = self.at_least("adamw") and self.at_most(optimizer)
+            return "is lost" if ends else "not resolved, because the grid of rates ends"
         return "not resolved"
 
+    def at_least(self, optimizer: str) -> bool:
+        """Return whether no margin of mHC under this optimizer may be smaller than counted."""
+        return self._ends(MHC, optimizer, 0) and self._ends("residual", optimizer.partition(",")[0], 1)
 
-def muon_margin(runs: Sequence[RunRecord], loss_below: float, lowest: float) -> MuonMargin:
+    def at_most(self, optimizer: str) -> bool:
+        """Return whether no margin of mHC under this optimizer may be larger than counted."""
+        return self._ends(MHC, optimizer, 1) and self._ends("residual", optimizer.partition(",")[0], 0)
+
+    def _ends(self, connection: str, optimizer: str, side: int) -> bool:
+        """Return whether every line of a connection and optimizer has a stable rate (side 0) or an unstable one (side 1)."""
+        lines = [line for line in self.rates if (line.connection, line.optimizer) == (connection, optimizer)]
+        return all(self.rates[line][side] is not None for line in lines)
+
+
+def muon_margin(runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float]) -> MuonMargin:
     """Decide question 3 by the rule in the docstring of experiments/sweeps/muon_margin.py.
 
     Args:
       runs: the runs that the bisection trained.
       loss_below: a run is stable if it finished with a validation loss below this.
-      lowest: the lowest rate of the grid.
+      grid: every rate that the search may try, from the lowest.
+
+    Raises:
+      InputError: the search of a line is not over, or no run is residual.
     """
-    rates = largest_stable(runs, loss_below)
-    log_rate = {line: math.log2(stable if stable else lowest / 2) for line, (stable, _) in rates.items()}
+    rates = largest_stable(runs, loss_below, grid)
+    log_rate = {line: math.log2(stable if stable else grid[0] / 2) for line, (stable, _) in rates.items()}
     lines = sorted(rates)
     optimizers = sorted({line.optimizer for line in lines})
     clips = sorted({line.grad_clip for line in lines})

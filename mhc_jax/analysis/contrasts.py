@@ -44,17 +44,15 @@ class Contrast(NamedTuple):
 
 
 def contrasts(values: Mapping[str, Seeds]) -> list[Contrast]:
-    """Test each of a family of numbers against 0, with Holm's correction over those that can be tested."""
-    results = {label: paired(seeds, dict.fromkeys(seeds, 0.0)) for label, seeds in values.items()}
-    tested = [label for label, result in results.items() if result and result.p_t is not None]
-    corrected = dict(zip(tested, holm([_p(results[label]) for label in tested]), strict=True))
-    return [Contrast(label, values[label], results[label], corrected.get(label)) for label in values]
+    """Test each of a family of numbers against 0, with Holm's correction over the whole family.
 
-
-def _p(result: Paired | None) -> float:
-    assert result is not None
-    assert result.p_t is not None
-    return result.p_t
+    A number without a t test counts in the family too: with p = 0 if `Contrast.same`, else with p = 1.
+    """
+    tested = [Contrast(k, seeds, paired(seeds, dict.fromkeys(seeds, 0.0)), None) for k, seeds in values.items()]
+    p_values = [None if c.result is None else c.result.p_t for c in tested]
+    counted = [float(not c.same) if p is None else p for c, p in zip(tested, p_values, strict=True)]
+    corrected = zip(tested, p_values, holm(counted), strict=True)
+    return [c._replace(p_holm=None if p is None else adjusted) for c, p, adjusted in corrected]
 
 
 def final_losses(runs: Sequence[RunRecord]) -> Seeds:

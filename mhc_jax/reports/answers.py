@@ -193,16 +193,18 @@ def mixing_needed_part(
     return "\n".join(out)
 
 
-def muon_margin_part(runs: Sequence[RunRecord], loss_below: float, lowest: float, rates: Sequence[RunRecord]) -> str:
+def muon_margin_part(
+    runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float], rates: Sequence[RunRecord]
+) -> str:
     """Return the section of question 3.
 
     Args:
       runs: the runs of muon_margin that the bisection trained.
       loss_below: loss below which a finished run is stable.
-      lowest: the lowest rate of the grid.
+      grid: every rate that the search may try, from the lowest.
       rates: the runs of muon_rates, or none.
     """
-    answer = answers.muon_margin(runs, loss_below, lowest)
+    answer = answers.muon_margin(runs, loss_below, grid)
     out = ["## 3. Does mHC's learning-rate margin survive Muon?", "", f"Sweep `muon_margin`: {_runs(runs)}", ""]
     for optimizer in OPTIMIZERS[1:]:
         out += [f"**Decision by the rule, {optimizer}: {answer.decision(optimizer)}.**", ""]
@@ -219,7 +221,7 @@ def muon_margin_part(runs: Sequence[RunRecord], loss_below: float, lowest: float
             cells = {"": Cell(f"{connection}, {optimizer}", None)}
             for clip, name in ((1.0, "clipped at 1"), (0.0, "not clipped")):
                 found = [
-                    rate or lowest / 2
+                    rate or grid[0] / 2
                     for line, (rate, _) in answer.rates.items()
                     if (line.connection, line.optimizer, line.grad_clip) == (connection, optimizer, clip)
                 ]
