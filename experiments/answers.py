@@ -9,14 +9,16 @@ The second one replaces H_res by I in every trained mHC model of a folder of mix
 loss to frozen.json in the newest record of this sweep.
 """
 
+import csv
+import math
 import runpy
 from pathlib import Path
 
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.analysis import answers
-from mhc_jax.analysis.run_reader import RunRecord, read_run
+from mhc_jax.analysis import answers, rate_margins
+from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports import answers as tables
 from mhc_jax.reports.record import newest_record, read_record
@@ -35,6 +37,15 @@ def runs_of(name: str) -> list[RunRecord]:
     return read_record(folder) if folder else []
 
 
+def largest_norms(name: str) -> dict[str, float]:
+    """Return the largest norm of a gradient after the warm-up of each run in the newest record of a sweep, by the run's name."""
+    folder = newest_record(RECORDS, name)
+    if folder is None:
+        return {}
+    with (folder / "results.csv").open(newline="") as file:
+        return {row["run"]: float(row["max_grad_norm"]) for row in csv.DictReader(file) if row["max_grad_norm"]}
+
+
 def beside(name: str, file: str) -> dict:
     """Return the content of a JSON file in the newest record of a sweep, or nothing."""
     folder = newest_record(RECORDS, name)
@@ -48,12 +59,19 @@ def freeze(folder: Path) -> Path:
     record = newest_record(RECORDS, "mixing_needed")
     if record is None:
         raise InputError("There is no record of mixing_needed; make it with experiments/record.py first.")
-    places = sorted(place.parent for place in folder.glob("mhc-*/summary.json"))
-    require(bool(places), f"{str(folder)!r} holds no trained run of mHC; give the folder of the sweep mixing_needed.")
+    runs = [run for run in read_record(record) if run.kind == "mhc" and run.status == "finished"]
+    places = [folder / run.name for run in runs]
+    missing = [place.name for place in places if not (place / "checkpoints").is_dir()]
+    require(
+        bool(places) and not missing,
+        f"{str(folder)!r} has no trained model of {', '.join(missing[:3]) or 'mhc'}; give the folder of mixing_needed's runs.",
+    )
     rises: dict[str, dict[str, float]] = {}
-    for place in places:
-        run = read_run(place)
+    for run, place in zip(runs, places, strict=True):
         before, after = rise_when_frozen(place)
+        if not math.isfinite(after):
+            print(f"{place.name}: the loss with H_res = I is not finite, and is left out")
+            continue
         rises.setdefault(run.connection, {})[str(run.seed[0])] = after - before
         print(f"{place.name}: {before:.4f}, with H_res = I {after:.4f}", flush=True)
     write_json(record / "frozen.json", plain(rises))
@@ -82,8 +100,8 @@ def main() -> int:
     if runs := runs_of("muon_margin"):
         sweep = runpy.run_path(str(HERE / "sweeps" / "muon_margin.py"))
         rule = sweep["LOSS_BELOW"], sweep["RATES"]
-        parts.append(tables.muon_margin_part(runs, *rule, runs_of("muon_rates")))
-        drawn["muon_margin"] = figures.muon_margin_figure(answers.muon_margin(runs, *rule))
+        parts.append(tables.muon_margin_part(runs, *rule, runs_of("muon_rates"), largest_norms("muon_rates")))
+        drawn["muon_margin"] = figures.muon_margin_figure(rate_margins.muon_margin(runs, *rule))
     require(
         bool(parts), f"{RECORDS} has no record of which_map, mixing_needed or muon_margin yet; train and record one."
     )

@@ -11,12 +11,15 @@ Checkpoints, locks and logs are not copied.  In the files, absolute paths are cu
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +39,15 @@ SEARCHED = (
     "compared here; results.csv has every run."
 )
 """Text in place of findings and table in the record of a search."""
-FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
+FOLDERS = re.compile(r"(?<![\w.*/])/(?:[^\s/'\"=,:]+/)+")
 """Pattern that matches the folders of an absolute path, but not the folders of a URL or a relative path."""
 
 
 def shortened(text: str) -> str:
     """Return `text` with each absolute path cut to its last part.
 
-    >>> shortened("train.py --data=/home/me/texts/*.txt texts/a.txt")
-    'train.py --data=*.txt texts/a.txt'
+    >>> shortened("train.py --data=/home/me/texts/*.txt texts/a.txt model.py:/home/me/b.py")
+    'train.py --data=*.txt texts/a.txt model.py:b.py'
     """
     return FOLDERS.sub("", text)
 
@@ -90,15 +93,15 @@ def write_record(
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
     text = _page(sweep, records, [row["status"] for row in rows], note)
-    target, folder = folder, _aside(folder)
-    write_runs([sweep_folder / name for name in ended], folder, metrics)
-    write_csv([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
-    (folder / "README.md").write_text(shortened(text))
-    try:
-        folder.rename(target)
-    except OSError as error:
-        raise InputError(f"The record {target} cannot be written: {error.strerror}.") from error
-    return target
+    with _aside(folder) as aside:
+        write_runs([sweep_folder / name for name in ended], aside, metrics)
+        write_csv([without_paths(row) for row in rows], aside)
+        (aside / "README.md").write_text(shortened(text))
+        try:
+            aside.rename(folder)
+        except OSError as error:
+            raise InputError(f"The record {folder} cannot be written: {error.strerror}.") from error
+    return folder
 
 
 def _compared(variants: Sequence[Variant]) -> list[str]:
@@ -107,14 +110,38 @@ def _compared(variants: Sequence[Variant]) -> list[str]:
     return [*found, "", markdown_table(statistics_rows(variants)), "", STATISTICS]
 
 
-def _aside(folder: Path) -> Path:
-    """Make an empty folder beside `folder`, in which a record is written until it is whole.  Remove what a kill has left there."""
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Make an empty folder beside `folder`, in which a record is written until it is whole, and remove it at the end.
+
+    What a kill has left there is removed first.  A writer holds a lock on its folder, so that another writer does not remove it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError), _locked(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    aside.chmod(0o755)
-    return aside
+    with _locked(aside):
+        try:
+            aside.chmod(0o755)
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder.  The system gives it up when the process ends.
+
+    Raises:
+      OSError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequence[str], note: str) -> str:
@@ -182,13 +209,29 @@ def write_runs(run_folders: Sequence[Path], folder: Path, metrics: bool = False)
     if metrics:
         (folder / "metrics").mkdir()
         for place in places:
-            text = (place / "metrics.jsonl").read_text()
-            (folder / "metrics" / f"{place.name}.jsonl").write_text(shortened(text))
+            lines = (place / "metrics.jsonl").read_text().splitlines(keepends=True)
+            kept = [json.dumps(without_paths(json.loads(line))) + "\n" if "/" in line else line for line in lines]
+            (folder / "metrics" / f"{place.name}.jsonl").write_text("".join(kept))
 
 
 def without_paths(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object as records keep it, with each absolute path cut to its last part."""
-    return json.loads(shortened(json.dumps(value)))
+    """Return a JSON object as records keep it, with each absolute path cut to its last part.
+
+    A text that begins with `/` is taken for a path or several paths between commas, which may have blanks, unless it is a command.
+    """
+    return {key: _without_paths(entry, key == "command") for key, entry in value.items()}
+
+
+def _without_paths(value: Any, command: bool = False) -> Any:
+    if isinstance(value, dict):
+        return without_paths(value)
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("/") or command:
+        return shortened(value)
+    return ",".join(part.rpartition("/")[2] if part.startswith("/") else shortened(part) for part in value.split(","))
 
 
 def _shared(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -384,6 +384,7 @@ def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp
         ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
         ("--config.data.source=/x/y.txt", "--config.data.source=y.txt"),
         ("https://host/path/file", "https://host/path/file"),
+        ("model.py:/x/y/z.py", "model.py:z.py"),
         ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
     ],
 )
