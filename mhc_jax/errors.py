@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
+
+LONGEST_NAME = 255
+"""Number of bytes that the name of a file may have in the usual file systems."""
+LONGEST_PATH = 4095
+"""Number of bytes that a path may have in Linux."""
 
 
 class InputError(ValueError):
@@ -38,3 +45,40 @@ def require(condition: bool, sentence: str) -> None:
     """Raise `InputError(sentence)` unless `condition` holds."""
     if not condition:
         raise InputError(sentence)
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """Return the path that a user has given, in which `~` and `~name` stand for home folders.  The disk is not read.
+
+    >>> user_path("texts/a.txt").name
+    'a.txt'
+
+    Raises:
+      InputError: the home folder is not known, or a file system cannot have such a path.
+    """
+    given = os.fspath(text)
+    shown = repr(given if len(given) <= 60 else f"{given[:40]}...{given[-15:]}")
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError:
+        home = given.partition("/")[0]
+        why = (
+            "$HOME is not set, and this user has no entry in the list of users"
+            if home == "~"
+            else "there is no such user"
+        )
+        raise InputError(f"The home folder {home!r} in {shown} is not known: {why}; give the whole path.") from None
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"Character {error.start} of the path {shown} cannot be in a path; give another name."
+        ) from None
+    require(b"\0" not in encoded, f"The path {shown} has a NUL character; give it without.")
+    longest = max(map(len, encoded.split(b"/")))
+    require(
+        longest <= LONGEST_NAME and len(encoded) <= LONGEST_PATH,
+        f"The path {shown} has {len(encoded)} bytes, and {longest} between two slashes; at most {LONGEST_PATH} and "
+        f"{LONGEST_NAME} are possible: give a shorter one.",
+    )
+    return path

@@ -24,7 +24,7 @@ from mhc_jax.data.files import Document
 from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored arrays, which is part of their key in the cache.
 
 It must be raised if a change of the code gives the same text other ids or another layout."""

