@@ -172,7 +172,7 @@ KINDS = {
     "spaces": {"token": {"content": "   "}},
 }
 UNCUT = {
-    "sevens": {"pre_tokenizer": split(r"(?s).{1,7}")},
+    "sevens": {"pre_tokenizer": split(r"[\s\S]{1,7}")},
     "look-behind": {"pre_tokenizer": split(r"(?<=a) b|\s+|\S+")},
     "whole": {
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
