@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import sys
@@ -109,6 +110,10 @@ def main(
         distributed.exit_if_joined(status)
         return status
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # as everywhere but in tests and notebooks
+            # Neither a strict ASCII locale nor a file name that is not UTF-8 ends a run.
+            stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _report_unraisable
     if computes and cpu_alone():
         set_cpu_variables()

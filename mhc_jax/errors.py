@@ -13,6 +13,10 @@ LONGEST_PATH = 4095
 """Number of bytes that a path may have in Linux."""
 
 
+MOST = 2**31 - 1
+"""Largest value of a setting that is an int.  JAX counts with int32."""
+
+
 class InputError(ValueError):
     """The error for a wrong setting, file or folder.  Its message says what was given, what is allowed and what to do.
 
@@ -27,18 +31,42 @@ def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{name} is {given!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
+    raise InputError(f"{name} is {shown(given)}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
 
 
 def at_least(least: int, config: object, prefix: str, *names: str) -> None:
-    """Raise `InputError` unless each setting of `config` that `names` lists is at least `least`.
+    """Raise `InputError` unless each setting of `config` that `names` lists is at least `least`, and an int at most `MOST`.
 
     The message puts `prefix` before the setting's name, as in `model.width`.
     """
     for name in names:
         value = getattr(config, name)
         bound = f"be at least {least}" if least else "not be negative"
-        require(value >= least, f"{prefix}{name} is {value}; it must {bound}.")
+        require(value >= least, f"{prefix}{name} is {shown(value)}; it must {bound}.")
+        most(config, prefix, name)
+
+
+def most(config: object, prefix: str, *names: str) -> None:
+    """Raise `InputError` unless each int setting of `config` that `names` lists is at most `MOST`."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            not isinstance(value, int) or value <= MOST, f"{prefix}{name} is {shown(value)}; it must be at most {MOST}."
+        )
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for a sentence, cut at 100 characters.
+
+    >>> shown("mhc"), shown(10**5000)
+    ("'mhc'", 'a very large int')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # Python spells no int of more than 4300 digits, and a class may have a faulty __repr__
+        return f"a very large {type(value).__name__}"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 100 else f"{text[:90]}..."
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -47,14 +75,18 @@ def require(condition: bool, sentence: str) -> None:
         raise InputError(sentence)
 
 
-def user_path(text: str | os.PathLike[str]) -> Path:
+def user_path(text: str | os.PathLike[str], utf8: bool = False) -> Path:
     """Return the path that a user has given, in which `~` and `~name` stand for home folders.  The disk is not read.
 
     >>> user_path("texts/a.txt").name
     'a.txt'
 
+    Args:
+      text: the path.
+      utf8: whether the path must be UTF-8, as that of a folder with checkpoints.
+
     Raises:
-      InputError: the home folder is not known, or a file system cannot have such a path.
+      InputError: the home folder is not known, a file system cannot have such a path, or it is not UTF-8 though it must be.
     """
     given = os.fspath(text)
     shown = repr(given if len(given) <= 60 else f"{given[:40]}...{given[-15:]}")
@@ -74,6 +106,11 @@ def user_path(text: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"Character {error.start} of the path {shown} cannot be in a path; give another name."
         ) from None
+    require(
+        not utf8 or os.fsdecode(encoded).encode(errors="replace").decode() == str(path),
+        f"The path {shown} is not UTF-8 in this locale, and checkpoints cannot be written there; give another name, or set "
+        "$LC_ALL to C.UTF-8.",
+    )
     require(b"\0" not in encoded, f"The path {shown} has a NUL character; give it without.")
     longest = max(map(len, encoded.split(b"/")))
     require(

@@ -15,7 +15,7 @@ from typing import Any
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.errors import InputError, one_of, require, shown
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -54,14 +54,18 @@ def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        require(isinstance(value, Mapping), f"{path} is {value!r}; it must be a mapping of settings.")
+        require(isinstance(value, Mapping), f"{path} is {shown(value)}; it must be a mapping of settings.")
         return _build(typing.cast(type, kind), value, path)
     if typing.get_origin(kind) is tuple:
         items = [value] if isinstance(value, str) else value
-        require(isinstance(items, (list, tuple)), f"{path} is {value!r}; it must be a list.")
+        texts = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
+        require(texts, f"{path} is {shown(value)}; it must be a list of texts.")
         return tuple(items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise InputError(f"{path} is {shown(value)}; it must be at most 1e308.") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{path} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}.")
+        raise InputError(f"{path} is {shown(value)}, a {type(value).__name__}; it must be a {kind.__name__}.")
     return value

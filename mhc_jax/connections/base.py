@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, projection, read, write
 
-from mhc_jax.errors import one_of, require
+from mhc_jax.errors import most, one_of, require
 
 ALPHA_INIT = 0.01
 """Initial value of the gates of dynamic parts, which are alpha in mHC (Table 5) and s in HC.  It is the default of the setting
@@ -70,6 +70,7 @@ class ConnectionConfig:
     Empty: all coefficients in `learnable` are learned."""
 
     def __post_init__(self) -> None:
+        most(self, "connection.", *vars(self))
         require(
             self.num_streams >= 1,
             f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream.",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import os
+import urllib.parse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mhc_jax.analysis.comparison import Cell
@@ -12,6 +15,15 @@ from mhc_jax.analysis.comparison import Cell
 def escaped(value: Any) -> str:
     """Return a value as text with the special characters of HTML escaped."""
     return html.escape(str(value))
+
+
+def relative_link(target: Path, folder: Path) -> str:
+    """Return the address of a folder or file for a link in a page of `folder`, quoted, and always that of a file.
+
+    >>> relative_link(Path("runs/javascript:alert(3)"), Path("runs"))
+    './javascript%3Aalert%283%29'
+    """
+    return "./" + urllib.parse.quote(os.fsencode(os.path.relpath(target, folder)))
 
 
 def bullets(sentences: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -55,4 +56,7 @@ def set_cpu_variables() -> None:
     if "GLIBC_TUNABLES" in variables and sys.executable and not from_stdin and not again:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(
+            OSError
+        ):  # this user may not run the interpreter by its path; programs then compile more slowly
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -33,10 +33,12 @@ from mhc_jax import connections
 from mhc_jax.analysis.run_reader import SHORT, flatten, identity
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import LONGEST_NAME, InputError, require, shown
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps.bisection import Bisection, lines
 
+ROOM = 15
+"""Number of bytes of a file name that follow the name of a run, as in `.sweep/runs/NAME.json`."""
 Point = dict[str, Any]
 """Settings that one run of a sweep changes, by dotted key of the configuration.
 
@@ -148,6 +150,10 @@ def base_configuration(file: str | Path) -> dict[str, Any]:
     _, sweep = _read_sweep(Path(file))
     config_file, *arg = sweep.base.split(":", 1)
     config, _ = _call(Path(file).parent / config_file, "get_config", *arg)
+    require(
+        hasattr(config, "to_dict"),
+        f"get_config of {config_file!r} returned a {type(config).__name__}; it must return a ConfigDict.",
+    )
     return applied(config.to_dict(), sweep.settings)
 
 
@@ -156,7 +162,39 @@ def _read_sweep(file: Path) -> tuple[str, Sweep]:
     sweep, docstring = _call(file, "get_sweep")
     require(bool(docstring), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
     require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
+    _check_types(sweep)
     return docstring.strip().splitlines()[0].rstrip("."), sweep
+
+
+def _check_types(sweep: Sweep) -> None:
+    """Raise `InputError` if a field of a sweep has another type than its annotation says."""
+    require(
+        isinstance(sweep.base, str) and bool(sweep.base),
+        f"base of the sweep is {shown(sweep.base)}; give the path of a config file, such as '../configs/prototype.py'.",
+    )
+    listed = isinstance(sweep.points, Sequence) and not isinstance(sweep.points, str)
+    require(
+        listed,
+        f"points of the sweep is {shown(sweep.points)}; give a list of points, such as over('connection', ['hc']).",
+    )
+    for name, point in (("settings", sweep.settings), *(("A point", point) for point in sweep.points)):
+        require(
+            isinstance(point, Mapping) and all(isinstance(key, str) for key in point),
+            f"{name} of the sweep is {shown(point)}; give a mapping from keys to values, such as {{'train.steps': 100}}.",
+        )
+    require(
+        sweep.bisection is None
+        or (
+            isinstance(sweep.bisection, Bisection)
+            and isinstance(sweep.bisection.key, str)
+            and _number(sweep.bisection.loss_below)
+        ),
+        f"bisection of the sweep is {shown(sweep.bisection)}; give Bisection(KEY, loss_below=NUMBER).",
+    )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
@@ -168,8 +206,10 @@ def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
         return names[function](*args), names["__doc__"] or ""
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(f"The file {str(file)!r} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"The file {str(file)!r} fails: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
@@ -216,6 +256,11 @@ def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
         except InputError as error:
             raise InputError(f"Point {_spelled(point)}: {error}") from error
         name, text = run_name(point), json.dumps(to_mapping(config), sort_keys=True)
+        require(
+            len(os.fsencode(name)) <= LONGEST_NAME - ROOM,
+            f"Point {_spelled(point)}: the run folder would be named {shown(name)}, which has {len(os.fsencode(name))} bytes; at "
+            f"most {LONGEST_NAME - ROOM} are possible: put what all points share into settings, or shorten the values.",
+        )
         if text in points_of:
             both = f"{_spelled(points_of[text])} and {_spelled(point)}"
             raise InputError(f"Points {both} are the same configuration; leave one out.")
@@ -252,6 +297,10 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
     """
     out = copy.deepcopy(dict(base))
     if "connection" in point:
+        connection = point["connection"]
+        require(
+            isinstance(connection, str), f"connection is {shown(connection)}; it must be a text such as 'mhc:t_max=5'."
+        )
         out["model"]["connection"] = to_mapping(connections.parse(point["connection"]))
     if "seed" in point:
         out["train"]["seed"] = out["data"]["seed"] = point["seed"]
@@ -265,12 +314,17 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
         *path, leaf = key.split(".")
         section = functools.reduce(operator.getitem, path, out)
         # An int for a float setting becomes a float, because the flag --config.KEY=VALUE accepts only the type of the value here.
-        section[leaf] = float(value) if isinstance(section[leaf], float) and type(value) is int else value
+        fits = isinstance(section[leaf], float) and type(value) is int and abs(value) < 1e308
+        section[leaf] = float(value) if fits else value
     return out
 
 
 def _spelled(point: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in point.items()) + "}"
+    return (
+        "{"
+        + ", ".join(f"{key}: {value if isinstance(value, str) else shown(value)}" for key, value in point.items())
+        + "}"
+    )
 
 
 def select(runs: Sequence[Run], part: str) -> list[Run]:
@@ -317,11 +371,30 @@ def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
     Raises:
       InputError: `workdir` is not the folder of a sweep.
     """
-    require((workdir / "sweep.json").is_file(), f"{str(workdir)!r} is no folder of a sweep: it has no sweep.json.")
-    names = list(read_json(workdir / "sweep.json")["runs"])
+    names = list(read_sweep_json(workdir)["runs"])
     earlier = sorted(path.stem for path in _planned(workdir, "any").parent.glob("*.json"))
     names += [name for name in earlier if name not in names and (workdir / name).is_dir()]
     return {name: read_json(_planned(workdir, name)) for name in names}
+
+
+def read_sweep_json(workdir: Path) -> dict[str, Any]:
+    """Return the content of a sweep's sweep.json: its `title`, `baseline`, `bisection`, and the names of its `runs`.
+
+    Raises:
+      InputError: there is no such file, or it lacks one of these entries.
+    """
+    file = workdir / "sweep.json"
+    require(file.is_file(), f"{str(workdir)!r} is no folder of a sweep: it has no sweep.json.")
+    found = read_json(file)
+    names = found.get("runs")
+    whole = (
+        isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(found.get("title"), str)
+    )
+    require(
+        whole and isinstance(found.get("baseline"), dict),
+        f"{file} must hold a title, a baseline and a list of runs; the command of the sweep writes it again.",
+    )
+    return found
 
 
 def read_planned(workdir: Path, name: str) -> ExperimentConfig:
