@@ -42,7 +42,9 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
 def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
     if cls is ConnectionConfig:
         mapping = dict(mapping)
-        cls = connections.config_class(mapping.pop("kind", "mhc"))
+        kind = mapping.pop("kind", "mhc")
+        require(isinstance(kind, str), f"{path}.kind is {shown(kind)}; it must be a text such as 'mhc'.")
+        cls = connections.config_class(kind)
     types = typing.get_type_hints(cls)
     fields = {f.name: types[f.name] for f in dataclasses.fields(cls)}
     values = {}

@@ -43,6 +43,10 @@ ALPHA_INIT = 0.01
 `alpha_init`."""
 
 
+MOST_STREAMS = 256
+"""Largest number of streams.  A connection with more would take minutes to trace, because it names every pair of streams."""
+
+
 @dataclass(frozen=True)
 class ConnectionConfig:
     """Settings that every kind of connection has.  Each kind adds settings of its own in a subclass."""
@@ -72,8 +76,9 @@ class ConnectionConfig:
     def __post_init__(self) -> None:
         most(self, "connection.", *vars(self))
         require(
-            self.num_streams >= 1,
-            f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream.",
+            1 <= self.num_streams <= MOST_STREAMS,
+            f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream, and at most {MOST_STREAMS} are "
+            "allowed.",
         )
         one_of("connection.exit", self.exit, self.exits)
         one_of("connection.entry", self.entry, self.entries)

@@ -116,7 +116,8 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
     )
     require(
         process < 0 or processes == 0 or process < processes,
-        f"--process_id is {process} of --num_processes {processes}; it must lie between 0 and {processes - 1}.",
+        f"--process_id is {shown(process)} of --num_processes {shown(processes)}; it must lie between 0 and "
+        f"{shown(processes - 1)}.",
     )
     _join(address, processes, process, device, launched_by, wait_s, silence_s)
     if is_multiprocess() and is_first_process():

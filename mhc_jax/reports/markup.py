@@ -72,4 +72,5 @@ def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
     """Return a Markdown table of rows that share their headings, each a mapping from heading to cell."""
     lines = [list(table[0]), ["---"] + ["---:"] * (len(table[0]) - 1)]
     lines += [[cell.text for cell in row.values()] for row in table]
-    return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
+    cells = [[" ".join(text.splitlines()).replace("|", "\\|") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -208,7 +208,7 @@ def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
         raise
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"The file {str(file)!r} fails: {type(error).__name__}: {' '.join(str(error).split())}"
+            f"The file {str(file)!r} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
@@ -320,11 +320,12 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
 
 
 def _spelled(point: Mapping[str, Any]) -> str:
-    return (
-        "{"
-        + ", ".join(f"{key}: {value if isinstance(value, str) else shown(value)}" for key, value in point.items())
-        + "}"
-    )
+    return "{" + ", ".join(f"{_plain(key)}: {_plain(value)}" for key, value in point.items()) + "}"
+
+
+def _plain(value: object) -> str:
+    """Return a short text as it is, and any other value as `shown` does."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else shown(value)
 
 
 def select(runs: Sequence[Run], part: str) -> list[Run]:
