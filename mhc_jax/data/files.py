@@ -122,7 +122,8 @@ def read_files(files: Sequence[Path]) -> Iterator[Document]:
                     empty = False
                     yield document
         except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+            reason = " ".join(str(error.strerror or error).split()).rstrip(".")
+            raise InputError(f"{file} cannot be read: {reason}.") from error
         require(not empty, f"{file} is empty: it holds no text; remove it or give another file.")
 
 
@@ -305,7 +306,7 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                     require(len(document.text) <= LARGEST_RECORD, _too_large(file, f"row {number}"))
                     yield document
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not a readable parquet file: {error}") from error
+        raise InputError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from error
 
 
 def _check_expansion(file: Path, group: Any, columns: Sequence[str]) -> None:

@@ -304,10 +304,10 @@ def hugging_face_tokenizer(folder: str | Path) -> BPETokenizer:
             ) from error
     try:
         end = json.loads(contents["tokenizer_config.json"]).get("eos_token")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise InputError(f"{folder / 'tokenizer_config.json'} holds no JSON object; restore it.") from error
     end = end.get("content") if isinstance(end, dict) else end
-    if not isinstance(end, str):
+    if not isinstance(end, str) or end.encode(errors="ignore").decode() != end:
         raise InputError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it.")
     fingerprint = hashlib.sha256(contents["tokenizer.json"] + f"\nend {end}".encode()).hexdigest()
     return BPETokenizer(contents["tokenizer.json"], str(folder), fingerprint, end)

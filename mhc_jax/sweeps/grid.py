@@ -219,8 +219,10 @@ def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
       InputError: `baseline` is not a mapping of settings, or no run of the grid has these settings.
     """
     require(
-        isinstance(baseline, Mapping) and isinstance(baseline.get("connection", ""), str),
-        f"baseline of the sweep is {baseline!r}; give a mapping such as {{'connection': 'hc'}}.",
+        isinstance(baseline, Mapping)
+        and isinstance(baseline.get("connection", ""), str)
+        and all(isinstance(key, str) for key in baseline),
+        f"baseline of the sweep is {shown(baseline)}; give a mapping such as {{'connection': 'hc'}}.",
     )
     identities = [identity(to_mapping(run.config)) for run in runs]
     wanted = dict(baseline)
