@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.in_process import run_here
 from support.tiny_runs import ROOT, data_of, tiny, write_text
 
-from mhc_jax import generation
+from mhc_jax import cli, generation
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.data import ByteTokenizer
@@ -85,6 +85,19 @@ def test_a_run_larger_than_the_memory_is_refused_before_its_folder_is_made(tmp_p
     with pytest.raises(InputError, match=sentence):
         train(config.with_settings(**settings), tmp_path / "run", data=data_of(config))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_strict_ascii_terminal_shows_any_text(monkeypatch):
+    """As with LC_ALL=C and PYTHONIOENCODING=ascii:strict."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "ascii", "strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(
+        cli.app, "run", lambda *_, **__: print("é\udcff", file=sys.stderr, flush=True) or print("🙂", flush=True)
+    )
+    cli.main(lambda: 0)
+    assert [stream.buffer.getvalue() for stream in streams] == [b"\\U0001f642\n", b"\\xe9\\udcff\n"]
 
 
 # -- prompts
