@@ -21,6 +21,7 @@ from mhc_jax.errors import InputError, require
 from mhc_jax.reports import answers as tables
 from mhc_jax.reports.record import newest_record, read_record
 from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.runs.metrics import plain
 
 FREEZE = flags.DEFINE_string("freeze", "", "Folder of the runs of mixing_needed whose mHC models are frozen.")
 HERE = Path(__file__).resolve().parent
@@ -55,7 +56,7 @@ def freeze(folder: Path) -> Path:
         before, after = rise_when_frozen(place)
         rises.setdefault(run.connection, {})[str(run.seed[0])] = after - before
         print(f"{place.name}: {before:.4f}, with H_res = I {after:.4f}", flush=True)
-    write_json(record / "frozen.json", rises)
+    write_json(record / "frozen.json", plain(rises))
     return record / "frozen.json"
 
 

@@ -43,6 +43,7 @@ from mhc_jax import cli
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data.cache import cache_folder
+from mhc_jax.errors import require
 from mhc_jax.planning import mesh_choice
 from mhc_jax.planning.compile_ahead import best_attention
 from mhc_jax.planning.compile_table import Row, estimates, markdown
@@ -66,6 +67,9 @@ JSON = flags.DEFINE_string("json", "", "File to write everything to.")
 
 def main() -> int:
     """Compile the train steps, print the tables, and write the file of --json.  Return 1 if a step does not fit, else 0."""
+    require(len(CONNECTIONS.value) > 0, "--connections is empty; name at least one, as in --connections=residual,mhc.")
+    written = Path(JSON.value).parent
+    require(written.is_dir(), f"There is no folder {str(written)!r} for the file of --json; make it first.")
     where = get_slice(TOPOLOGY.value)
     config = best_attention(CONFIG(), where.platform)
     folder = cache_folder() / "compiled"

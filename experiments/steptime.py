@@ -11,10 +11,8 @@ python experiments/steptime.py --against=HEAD~10 --torch=/path/to/python-with-to
 """
 
 import contextlib
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -32,6 +30,7 @@ from mhc_jax.runs.environment import environment
 from mhc_jax.runs.folder import write_json
 from mhc_jax.sweeps.runner import cores
 from mhc_jax.timing.step_times import CompiledStep, compile_step
+from mhc_jax.timing.turns import median_times
 from mhc_jax.timing.worker_steps import WorkerStep, check_out, jax_step, torch_step
 from mhc_jax.train_step import make_train_step
 
@@ -58,15 +57,10 @@ def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitSta
         len(OPTIMIZERS.value) < 2 or not (AGAINST.value or TORCH.value),
         "--against and --torch compare steps with one optimizer; give one name to --optimizers, or none.",
     )
+    # Mistakes are found before the first long compile: a commit that git does not know, then what PyTorch lacks.
+    checkout = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if AGAINST.value:
-        checkout = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         check_out(AGAINST.value, checkout)
-        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-        settings = [a for a in sys.argv[1:] if a.startswith("--config.")]
-        for kind in kinds:
-            given = [f"--config={file}:{kind}", f"--config.model.vocab_size={VOCABULARY}", *settings]
-            step = steps[f"{kind} at {AGAINST.value}"] = jax_step(sys.executable, checkout, given)
-            stack.callback(step.close)
     if TORCH.value:
         for kind in kinds:
             name = kind.split(":")[0]
@@ -74,24 +68,14 @@ def others(config: ExperimentConfig, kinds: list[str], stack: contextlib.ExitSta
             step = torch_step(TORCH.value, model, name, cores(), TORCH_COMPILE.value)
             steps[f"{kind} in torch"] = step
             stack.callback(step.close)
+    if AGAINST.value:
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        settings = [a for a in sys.argv[1:] if a.lstrip("-").startswith("config.")]
+        for kind in kinds:
+            given = [f"--config={file}:{kind}", *settings, f"--config.model.vocab_size={VOCABULARY}"]
+            step = steps[f"{kind} at {AGAINST.value}"] = jax_step(sys.executable, checkout, given)
+            stack.callback(step.close)
     return steps
-
-
-def median_times(steps: dict[str, CompiledStep | WorkerStep], rounds: int) -> dict[str, float]:
-    """Time compiled train steps, one for each connection, and return the median seconds of each over all rounds, by name.
-
-    In a round each of them runs twice, and the second time counts, so that a step follows itself as it does in training.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds):
-        for name in list(steps) if k % 2 else list(steps)[::-1]:
-            for _ in range(2):
-                began = time.perf_counter()
-                steps[name].launch(k)
-                jax.block_until_ready(steps[name].state)
-                seconds = time.perf_counter() - began
-            times[name].append(seconds)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def main() -> None:
@@ -108,12 +92,12 @@ def main() -> None:
     ]
     configs = [resolve(base.with_settings(**sections))[0] for sections in settings]
     steps, flops = {}, {}
-    for config in configs:
-        name = spec(config.model.connection) + (f" {config.optimizer.name}" if len(optimizers) > 1 else "")
-        steps[name] = compile_step(config, batch)
-        flops[name] = counts.flops(make_train_step(config), steps[name].state, batch) / tokens.size
     with contextlib.ExitStack() as stack:
         beside = others(base, CONNECTIONS.value, stack)
+        for config in configs:
+            name = spec(config.model.connection) + (f" {config.optimizer.name}" if len(optimizers) > 1 else "")
+            steps[name] = compile_step(config, batch)
+            flops[name] = counts.flops(make_train_step(config), steps[name].state, batch) / tokens.size
         medians = median_times({**steps, **beside}, ROUNDS.value)
     baseline = next(iter(medians.values()))
     device = jax.devices()[0]

@@ -3,7 +3,8 @@
     python experiments/train.py --config=experiments/configs/demo.py:mhc --config.train.steps=400 --workdir=runs/mhc-400
 
 The same command with the same --workdir goes on from the newest checkpoint.  Exit status: 0 finished, 2 a mistake in the
-settings, 3 diverged, 4 another process of the run is gone, 130 stopped by Ctrl-C or SIGTERM (a checkpoint is saved).
+settings or a folder in use, 3 diverged, 4 another process of the run is gone, 130 stopped by Ctrl-C or SIGTERM (a checkpoint is
+saved).  If JAX notices first that a process is gone, it aborts the others (134) before they can say so (`docs/run_folders.md`).
 
 For a run of several processes, start this command once for each process, with --coordinator_address, --num_processes and
 --process_id.  These flags are not needed under Slurm, Open MPI or Kubernetes, and on the hosts of a TPU slice (see README, On GPUs

@@ -64,7 +64,7 @@ def define_processes() -> Callable[[], None]:
 
 def main(
     function: Callable[..., int | None],
-    positional: Sequence[str] = (),
+    positional: Sequence[str] | None = (),
     configuration: Callable[[str], Mapping[str, Any]] | None = None,
     computes: bool = False,
 ) -> None:
@@ -72,7 +72,8 @@ def main(
 
     Args:
       function: the script.  It gets the positional arguments and returns the exit status, where None means 0.
-      positional: names of the positional arguments, which are all required.
+      positional: names of the positional arguments, which are all required.  None: the script gets all positional arguments as one
+        list, however many there are.
       configuration: function that returns the nested configuration for the first positional argument.  Flags such as
         `--config.model.width=128` edit the configuration, and the script gets it as its last argument.  None: the script gets no
         configuration.
@@ -82,6 +83,8 @@ def main(
 
     def guarded(argv: Sequence[str]) -> int:
         try:
+            if positional is None:
+                return function(list(argv[1:])) or 0
             given = argv[1:]
             if missing := positional[len(given) :]:
                 command = f"{Path(argv[0]).name} {' '.join(positional)}"
@@ -189,10 +192,10 @@ def _sentence(error: Exception, file: str) -> str:
         return "--config=FILE has no use here; --config.a.b=value changes a setting."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=... ({flags.FLAGS[missing[1]].help})"
-    if illegal := re.match(r"flag --([\w.]+)=(.*?): ", text):
+    if illegal := re.match(r"flag --([\w.]+)=(.*?): (?:\2 is not (.+))?", text):
         kind = flags.FLAGS[illegal[1]].flag_type()
         if kind in ("int", "float", "bool"):
-            return f"--{illegal[1]} is {illegal[2]!r}; it must be of type {kind}."
+            return f"--{illegal[1]} is {illegal[2]!r}; it must be {illegal[3] or f'of type {kind}'}."
     return f"{text} (see --help)"
 
 

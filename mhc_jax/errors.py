@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+LARGEST = 3.4028234663852886e38
+"""Largest finite number of the type float32."""
+MOST = 2**31 - 1
+"""Largest value of a setting that is an int.  JAX counts with int32."""
+SEEDS = 2**32
+"""Number of different seeds.  JAX takes a larger seed modulo this number."""
 LONGEST_NAME = 255
 """Number of bytes that the name of a file may have in the usual file systems."""
 LONGEST_PATH = 4095
 """Number of bytes that a path may have in Linux."""
-
-
-MOST = 2**31 - 1
-"""Largest value of a setting that is an int.  JAX counts with int32."""
 
 
 class InputError(ValueError):
@@ -67,6 +72,25 @@ def shown(value: object) -> str:
         return f"a very large {type(value).__name__}"
     text = " ".join(text.splitlines())
     return text if len(text) <= 100 else f"{text[:90]}..."
+
+
+def finite(config: Any, prefix: str) -> None:
+    """Raise `InputError` unless every float setting of the dataclass `config` is finite, also in float32.
+
+    The message puts `prefix` before the setting's name, as in `model.norm_eps`.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        good = not isinstance(value, float) or (math.isfinite(value) and abs(value) <= LARGEST)
+        require(
+            good,
+            f"{prefix}{field.name} is {shown(value)}; it must be a finite number, at most 3.4e38 in size (float32).",
+        )
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raise `InputError` unless the seed `value` lies between 0 and `SEEDS` - 1."""
+    require(0 <= value < SEEDS, f"{name} is {shown(value)}; a seed must lie between 0 and {SEEDS - 1}.")
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.errors import require
+from mhc_jax.errors import check_seed, require
 from mhc_jax.kv_cache import empty_cache, grown
 from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import using
@@ -42,13 +42,14 @@ class Sampling:
     top_p: float = 1.0
     """The next token is drawn from the smallest set of most likely tokens that has at least this probability.  1: all tokens."""
     seed: int = 0
-    """Seed of the random numbers with which tokens are drawn."""
+    """Seed of the random numbers with which tokens are drawn, between 0 and 2^32 - 1."""
 
     def __post_init__(self) -> None:
         require(
             0 <= self.temperature < math.inf,
             f"The temperature is {self.temperature}; it must not be negative (0: greedy).",
         )
+        check_seed("The seed of sampling", self.seed)
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie above 0 and be at most 1.")
 
 
@@ -190,7 +191,7 @@ class Generator:
         tokens = np.zeros((B, width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : lengths[row]] = prompt
-        settings = (np.int32(sampling.seed), np.float32(sampling.temperature), np.float32(sampling.top_p))
+        settings = (np.uint32(sampling.seed), np.float32(sampling.temperature), np.float32(sampling.top_p))
         numbers = np.asarray(range(B) if rows is None else rows, np.int32)
         greedy = sampling.temperature == 0
         slots = bucket(max(lengths) + CHUNK, width)

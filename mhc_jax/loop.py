@@ -21,14 +21,15 @@ from jax.sharding import Mesh
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.cost import counts
-from mhc_jax.data import Data
+from mhc_jax.data import Data, load_data
 from mhc_jax.diagnostics import all_finite, summarize
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import using
 from mhc_jax.remat_plan import resolve
 from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer, saved_steps
-from mhc_jax.runs.folder import check_run_folder, create_run_folder, recorded_data, write_json
+from mhc_jax.runs.folder import check_run_folder, recorded_data, respelled, run_folder, write_json
 from mhc_jax.runs.history import History, summary_of
+from mhc_jax.runs.lock import require_free
 from mhc_jax.runs.metrics import MetricsWriter, plain
 from mhc_jax.runs.programs import (
     Feed,
@@ -40,7 +41,7 @@ from mhc_jax.runs.programs import (
     trace_train_step,
 )
 from mhc_jax.runs.progress import Progress
-from mhc_jax.runs.start import lost_process, prepare, record_start, shapes_of_state, sizes
+from mhc_jax.runs.start import lost_process, prepare, record_start, require_same_settings, shapes_of_state, sizes
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.runs.warm_start import warm_start
 from mhc_jax.train_step import TrainState
@@ -86,16 +87,21 @@ def train(config: ExperimentConfig, folder: Path, label: str = "train", data: Da
       The content of summary.json.
 
     Raises:
+      Busy: another process trains this run.
       InputError: a setting, a file or a folder cannot be used.  It is raised before any compilation if possible.
     """
     mapping = to_mapping(config)
+    require_same_settings(mapping)
     if ended := distributed.on_every_process(lambda: check_run_folder(folder, mapping)):
+        if data is None and respelled(folder, mapping):
+            data = distributed.on_every_process(lambda: load_data(config.data))
         if data is not None:
-            check_text(recorded_data(folder), data.identity, folder)
+            check_data(folder, data)
         distributed.print_once(
-            f"{label}: {folder} has {ended['status']} at step {ended['steps']} already; nothing to do."
+            f"{label}: {folder} has {ended['status']} at step {ended.get('steps')} already; nothing to do."
         )
         return ended
+    distributed.on_every_process(lambda: require_free(folder) if distributed.is_first_process() else None)
     with Progress(label, "step", config.train.steps, None, shown=distributed.is_first_process()) as progress:
         return _train(config, folder, data, progress)
 
@@ -104,6 +110,8 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
     """Train as `train` says, and show what is being done."""
     mapping = to_mapping(config)
     config, mesh, data = prepare(config, data, progress)
+    if respelled(folder, mapping):
+        check_data(folder, data)
     planned, plan = resolve(config)
     if plan:
         progress.say(plan)
@@ -114,14 +122,16 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
     # Shapes come before the folder, because a function that optimizer.name names may fail.
     with using(mesh):
         abstract = distributed.on_every_process(lambda: shapes_of_state(config, mesh))
-    create_run_folder(folder, mapping)
     cfg, history = config.train, History()
     peak_before = counts.device_peak()
     with (
+        run_folder(folder, mapping) as ended,
         Checkpoints(folder, KEEP_CHECKPOINTS) as checkpoints,
         using(mesh),
         lost_process(checkpoints, history, folder),
     ):
+        if ended:
+            return ended
         feed = Feed(data, config, mesh)
         for line in sizes(config, abstract):
             progress.say(line)
@@ -156,8 +166,15 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
                 state = run_steps(run, state, history, stop, anew)
         summary = summary_of(config, state, history, flops, feed.bits_per_nat, peak_before)
         if distributed.is_first_process():
-            write_json(folder / "summary.json", summary)
+            write_json(folder / "summary.json", plain(summary))
     return plain(summary)
+
+
+def check_data(folder: Path, data: Data) -> None:
+    """Raise `InputError` unless the text and the tokenizer are those that a run folder has recorded, if it has."""
+    recorded = recorded_data(folder)
+    check_text(recorded, data.identity, folder)
+    check_tokenizer(recorded.get("fingerprint", data.tokenizer.fingerprint), data.tokenizer.fingerprint, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -290,8 +307,11 @@ def stop_if_not_finite(history: History) -> None:
         raise DivergedError(history.step)
 
 
-def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
-    """Start saving a checkpoint.  With `wait` return only when the checkpoint is on disk."""
+def save(run: Run, state: TrainState, history: History, wait: bool, replace: bool = False) -> None:
+    """Start saving a checkpoint.  With `wait` return only when the checkpoint is on disk.
+
+    With `replace` a checkpoint of the same step is replaced.
+    """
     with history.clock.timed("checkpoint_s"):
         loop = {
             "data": run.feed.train.get_state(),
@@ -300,7 +320,7 @@ def save(run: Run, state: TrainState, history: History, wait: bool) -> None:
             "text": run.data.identity,
         }
         config = to_mapping(run.config)
-        run.checkpoints.save(history.step, state, loop, config, run.data.tokenizer.saved)
+        run.checkpoints.save(history.step, state, loop, config, run.data.tokenizer.saved, replace)
         if wait:
             run.checkpoints.wait()
 
@@ -309,7 +329,8 @@ def end_diverged(run: Run, state: TrainState, history: History, step: int) -> No
     """Record that the run diverged at `step`, and save the state.  A step whose loss is not finite has not changed the state."""
     history.step, history.diverged_at = int(state.step), step
     run.writer.write("event", step, {"event": "diverged", "updates_saved": history.step})
-    save(run, state, history, wait=True)
+    # A periodic checkpoint of this step does not know of the divergence.
+    save(run, state, history, wait=True, replace=True)
     share = "all" if jax.jit(all_finite, out_shardings=replicated(run.mesh))(state) else "not all"
     run.progress.say(f"diverged at step {step}; the state of step {history.step} is saved, {share} of it finite.")
 

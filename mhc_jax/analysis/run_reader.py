@@ -18,15 +18,10 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
-from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.folder import NEUTRAL_KEYS, NEUTRAL_SECTIONS, TEXT_KEYS, read_json, read_summary
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")
-NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
-"""Dotted keys of neutral settings, which change no number that a run measures.
-
-All settings of the sections `mesh` and `pipeline` are neutral, too, because they change numbers by rounding alone.
-"""
 SHORT = {
     "optimizer.learning_rate": "lr",
     "optimizer.name": "optimizer",
@@ -35,19 +30,22 @@ SHORT = {
     "data.seed": "dataseed",
 }
 """Short names of settings in labels and in names of run folders.  Other settings have the last part of their key as short name."""
+CONTENT_KEYS = ("train_sha256", "validation_sha256", "fingerprint")
+"""Keys of the entry `data` of env.json that tell the content of the texts and of the tokenizer."""
 ABSENT = "(absent)"
 """Text that stands for the value of a setting that a run does not have.  Kinds of connection have different settings."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder.
+    """The content of a run folder, or what a record keeps of it.
 
     JSON null, which stands for NaN and infinity in metrics.jsonl, is NaN in columns and arrays.
     """
 
     name: str
     folder: Path
+    """The run folder.  A run of a record has the path `RECORD/name`, which tells it from other runs; there is no folder."""
     config: Mapping[str, Any]
     """Configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it."""
     env: Mapping[str, Any]
@@ -139,18 +137,49 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         )
     config = read_json(folder / "config.json")
     kind = flatten(config).get("model.connection.kind")
+    sections = [config.get(name) for name in ("model", "data", "optimizer", "train")]
     require(
-        isinstance(kind, str),
-        f"{str(folder / 'config.json')!r} has no model.connection.kind; it is not the config of a run.",
+        isinstance(kind, str) and all(isinstance(section, Mapping) for section in sections),
+        f"{str(folder / 'config.json')!r} has no model.connection.kind or lacks a section; it is not the config of a run.",
     )
-    lines = _read_lines(folder / "metrics.jsonl") if metrics else {kind: [] for kind in (*MEASUREMENTS, "event")}
-    env, summary = folder / "env.json", folder / "summary.json"
+    env_file, summary_file = folder / "env.json", folder / "summary.json"
+    env = read_json(env_file, "restore it, or remove it to go on without it") if env_file.is_file() else {}
+    summary = None
+    if summary_file.is_file():
+        advice = "remove it, and run the command of the run again, which writes it anew"
+        summary = read_json(summary_file, advice)
+        require(read_summary(folder) is not None, f"{summary_file} has no status and steps of a run; {advice}.")
+    return run_of(folder, folder.resolve().name, config, env, summary, folder / "metrics.jsonl" if metrics else None)
+
+
+def run_of(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    env: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
+    metrics: Path | None,
+) -> RunRecord:
+    """Make the `RunRecord` of a run from its parts.
+
+    Args:
+      folder: value of `RunRecord.folder`.
+      name: name of the run.
+      config: content of config.json.
+      env: content of env.json.
+      summary: content of summary.json, or None.
+      metrics: path of metrics.jsonl.  None means no measurements over steps and no events.
+
+    Raises:
+      InputError: `metrics` does not parse.
+    """
+    lines = {kind: [] for kind in (*MEASUREMENTS, "event")} if metrics is None else _read_lines(metrics)
     return RunRecord(
-        name=folder.resolve().name,
+        name=name,
         folder=folder,
         config=config,
-        env=read_json(env) if env.is_file() else {},
-        summary=read_json(summary) if summary.is_file() else None,
+        env=env,
+        summary=summary,
         train=_columns(lines["train"]),
         validation=_columns(lines["validation"]),
         diagnostics=lines["diagnostics"],
@@ -205,9 +234,9 @@ def identity(config: Mapping[str, Any], neutral: bool = False) -> dict[str, Any]
 
     Args:
       config: configuration of the run as a nested mapping, as `mapping.to_mapping` wrote it.
-      neutral: whether the dict has the neutral settings, too: `NEUTRAL_KEYS` and those of the sections `mesh` and `pipeline`.
+      neutral: whether the dict has the neutral settings, too: `NEUTRAL_KEYS` and those of `NEUTRAL_SECTIONS`.
     """
-    sections = ("model.connection.",) if neutral else ("model.connection.", "mesh.", "pipeline.")
+    sections = ("model.connection.", *([] if neutral else [f"{name}." for name in NEUTRAL_SECTIONS]))
     keys = SEED_KEYS if neutral else SEED_KEYS + NEUTRAL_KEYS
     kept = {k: v for k, v in flatten(config).items() if not k.startswith(sections) and k not in keys}
     return {"connection": spec_of_mapping(config["model"]["connection"]), **kept}
@@ -218,12 +247,23 @@ def identities(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
     If all runs recorded a hash of their training text, each dict also has the key `text`: the first eight digits of this hash.  If
     two runs differ in neutral settings alone (see `identity`), as in a sweep over meshes, the dicts include these settings.
+
+    Runs with the same texts and tokenizer have the same names of them (`TEXT_KEYS`), those of the first of these runs.
     """
     hashes = [flatten(record.env).get("data.train_sha256") for record in records]
     texts = [{} if None in hashes else {"text": str(text)[:8]} for text in hashes]
 
     def all_of(neutral: bool) -> list[dict[str, Any]]:
-        return [identity(record.config, neutral) | text for record, text in zip(records, texts, strict=True)]
+        names: dict[str, dict[str, Any]] = {}  # by the content that they name
+        out = []
+        for record, text in zip(records, texts, strict=True):
+            settings = identity(record.config, neutral) | text
+            data = flatten(record.env)
+            content = json.dumps([data.get(f"data.{key}") for key in CONTENT_KEYS])
+            if text and "null" not in content:
+                settings |= names.setdefault(content, {key: settings[key] for key in TEXT_KEYS if key in settings})
+            out.append(settings)
+        return out
 
     known = zip(all_of(neutral=False), records, strict=True)
     distinct = {(json.dumps(settings, sort_keys=True), record.seed) for settings, record in known}
@@ -294,18 +334,25 @@ def _word(value: Any) -> str:
 def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the lines of metrics.jsonl by their kind, each a mapping.  Lists in diagnostics lines become float64 arrays."""
     lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*MEASUREMENTS, "event")}
+    seen: set[tuple[str, int]] = set()
     raw = [(number, text) for number, text in enumerate(path.read_bytes().split(b"\n"), 1) if text.strip()]
     for number, text in raw:
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode())
             kind, line["step"] = line["kind"], int(line["step"])
+            if not isinstance(kind, str):
+                raise TypeError(f"its kind is {kind!r}")
             if kind == "diagnostics":
                 line |= {key: np.asarray(value, float) for key, value in line.items() if isinstance(value, list)}
-        except (ValueError, TypeError, KeyError) as error:
+            line |= {key: float(value) for key, value in line.items() if type(value) is int and abs(value) > 2**53}
+            if kind != "event" and (kind, line["step"]) in seen:
+                raise ValueError("this step came before")
+            seen.add((kind, line["step"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             if number == raw[-1][0]:
                 break
             raise InputError(
-                f"Line {number} of {str(path)!r} is not a JSON object with kind and step ({error}); remove that line."
+                f"Line {number} of {str(path)!r} is not a JSON object with a kind and a new step ({error}); remove that line."
             ) from error
         lines.setdefault(kind, []).append(line)
     return lines

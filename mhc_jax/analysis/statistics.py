@@ -57,6 +57,13 @@ class Paired:
         return len(self.differences)
 
     @property
+    def p_lower(self) -> float | None:
+        """p-value of the one-sided paired t test whose alternative is a mean difference below 0, or None where `p_t` is None."""
+        if self.p_t is None:
+            return None
+        return self.p_t / 2 if self.mean < 0 else 1 - self.p_t / 2
+
+    @property
     def resolved(self) -> bool:
         """Whether there is an interval of the mean difference and 0 lies outside it."""
         return self.t_interval is not None and (self.t_interval[0] > 0 or self.t_interval[1] < 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mhc_jax.errors import MOST, at_least, one_of, require
+from mhc_jax.errors import MOST, at_least, finite, one_of, require
 from mhc_jax.settings_text import read_number, read_settings, write_settings
 from mhc_jax.user_functions import is_function
 
@@ -66,6 +66,7 @@ class Experts:
     has an effect only if mesh.expert is above 1."""
 
     def __post_init__(self) -> None:
+        finite(self, "model.experts: ")
         at_least(1, self, "model.experts: ", "width")
         at_least(0, self, "model.experts: ", "shared", "dense_layers", "number", "active")
         require(
@@ -73,7 +74,7 @@ class Experts:
             f"model.experts: active is {self.active}; it must lie between 1 and the {self.number} experts.",
         )
         require(
-            self.buffer == 0 or 1 <= self.buffer < float("inf"),
+            self.buffer == 0 or self.buffer >= 1,
             f"model.experts: buffer is {self.buffer}; use 0 for room for all that can come, or a multiple of the even share "
             "that is at least 1.",
         )
@@ -147,8 +148,9 @@ class Muon:
     serves both.  Another one scales the steps of Muon's matrices, but not their weight decay."""
 
     def __post_init__(self) -> None:
+        finite(self, "optimizer.name: ")
         require(0 <= self.momentum < 1, f"optimizer.name: momentum of muon is {self.momentum}; it must lie in [0, 1).")
-        require(0 < self.rms < float("inf"), f"optimizer.name: rms of muon is {self.rms}; it must be above 0.")
+        require(self.rms > 0, f"optimizer.name: rms of muon is {self.rms}; it must be above 0.")
 
 
 def read_optimizer(text: str) -> tuple[str, Muon]:

@@ -15,7 +15,7 @@ from typing import Any
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import InputError, one_of, require, shown
+from mhc_jax.errors import LARGEST, InputError, one_of, require, shown
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -64,10 +64,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         require(texts, f"{path} is {shown(value)}; it must be a list of texts.")
         return tuple(items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise InputError(f"{path} is {shown(value)}; it must be at most 1e308.") from None
+        require(abs(value) <= LARGEST, f"{path} is {shown(value)}; a number must be at most 3.4e38 in size (float32).")
+        return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{path} is {shown(value)}, a {type(value).__name__}; it must be a {kind.__name__}.")
-    return value
+    return float(value) if kind is float else value  # A float64 of NumPy is a float with another spelling.

@@ -17,7 +17,7 @@ from mhc_jax.config.compound import (
     write_remat,
 )
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import at_least, one_of, require
+from mhc_jax.errors import at_least, finite, one_of, require
 from mhc_jax.settings_text import read_number
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -109,6 +109,7 @@ class ModelConfig:
     """The kind of connection that replaces x + F(x) around each branch F, with its settings (`mhc_jax/connections/`)."""
 
     def __post_init__(self) -> None:
+        finite(self, "model.")
         at_least(1, self, "model.", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", "unroll")
         at_least(0, self, "model.", "vocab_size", "head_width", "norm_eps")
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be above 0.")

@@ -9,7 +9,7 @@ from typing import Any
 from mhc_jax.config.compound import Muon, read_optimizer, read_tracker
 from mhc_jax.config.mesh import MeshConfig, PipelineConfig
 from mhc_jax.config.model import ModelConfig
-from mhc_jax.errors import at_least, one_of, require
+from mhc_jax.errors import at_least, check_seed, finite, one_of, require
 from mhc_jax.pipeline_schedules.tables import make, stage_count
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
@@ -46,12 +46,13 @@ class DataConfig:
     batch_size: int = 8
     """B, the number of sequences in one step of the optimizer, summed over its accumulation steps; at least 1."""
     seed: int = 0
-    """Seed of the order in which training sequences are read; not negative."""
+    """Seed of the order in which training sequences are read, between 0 and 2^32 - 1."""
 
     def __post_init__(self) -> None:
+        finite(self, "data.")
         at_least(2, self, "data.", "sequence_length")
         at_least(1, self, "data.", "batch_size")
-        at_least(0, self, "data.", "seed")
+        check_seed("data.seed", self.seed)
         require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
@@ -99,7 +100,9 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Weight decay: an update subtracts weight_decay x learning rate x parameter; not negative."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient: a larger gradient is scaled down to it; 0: no clipping."""
+    """Largest global norm of the gradient: a larger gradient is scaled down to it; 0: no clipping.
+
+    Infinity becomes 0, because both mean the same."""
     accumulation_steps: int = 1
     """Number of slices into which a batch is cut, a divisor of data.batch_size.
 
@@ -119,11 +122,14 @@ class OptimizerConfig:
         return read_optimizer(self.name)[1]
 
     def __post_init__(self) -> None:
+        if self.grad_clip == float("inf"):
+            object.__setattr__(self, "grad_clip", 0.0)
+        finite(self, "optimizer.")
         read_optimizer(self.name)
         one_of("optimizer.connections", self.connections, ("same", "adamw"))
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
         require(
-            0 < self.learning_rate < float("inf"),
+            self.learning_rate > 0,
             f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.",
         )
         at_least(1, self, "optimizer.", "accumulation_steps")
@@ -143,7 +149,9 @@ class TrainConfig:
     steps: int = 200
     """Number of updates of the optimizer, at least 1."""
     seed: int = 0
-    """Seed of the initial parameters, not negative.  Under one seed, branches start with the same values for every connection."""
+    """Seed of the initial parameters, between 0 and 2^32 - 1.
+
+    Under one seed, branches start with the same values for every connection."""
     log_every: int = 10
     """Number of steps between two lines of training metrics in metrics.jsonl, at least 1."""
     validate_every: int = 50
@@ -169,7 +177,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "train.", "steps", "log_every", "validation_batches")
-        at_least(0, self, "train.", "seed", "validate_every", "checkpoint_every", "diagnostics_every")
+        at_least(0, self, "train.", "validate_every", "checkpoint_every", "diagnostics_every")
+        check_seed("train.seed", self.seed)
         one_of("train.init_state", self.init_state, INIT_STATES)
         require(
             bool(self.init_from) or self.init_state == "parameters",

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, projection, read, write
 
-from mhc_jax.errors import most, one_of, require
+from mhc_jax.errors import finite, most, one_of, require
 
 ALPHA_INIT = 0.01
 """Initial value of the gates of dynamic parts, which are alpha in mHC (Table 5) and s in HC.  It is the default of the setting
@@ -74,6 +74,7 @@ class ConnectionConfig:
     Empty: all coefficients in `learnable` are learned."""
 
     def __post_init__(self) -> None:
+        finite(self, "connection.")
         most(self, "connection.", *vars(self))
         require(
             1 <= self.num_streams <= MOST_STREAMS,

@@ -58,7 +58,7 @@ class DepthConfig(ConnectionConfig):
             f"connection.disable is not empty; `{self.kind}` has only its read: use kind 'residual'.",
         )
         require(
-            1e-20 <= self.eps_norm < float("inf"),
+            self.eps_norm >= 1e-20,
             f"connection.eps_norm is {self.eps_norm}; it must be at least 1e-20, because slots without a source are zeros.",
         )
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, normalized
 
 from mhc_jax.connections.base import Connection, ConnectionConfig
-from mhc_jax.errors import require
+from mhc_jax.errors import at_least, require
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class GatedConfig(ConnectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(0, self, "connection.", "eps_norm")
         require(self.num_streams >= 2, f"connection.num_streams is {self.num_streams}; `gated` needs 2 or more.")
         require(self.rank >= 1, f"connection.rank is {self.rank}; it must be at least 1.")
         require(self.init_std > 0, f"connection.init_std is {self.init_std}; at 0 the gate would have no gradient.")

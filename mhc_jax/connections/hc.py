@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, projection
 
 from mhc_jax.connections.base import ALPHA_INIT, Connection, ConnectionConfig, home_stream
+from mhc_jax.errors import at_least
 
 GATE = {"pre": "s_a", "post": "s_b", "res": "s_a"}
 """Name of the gate parameter in the dynamic part of each coefficient.  Coefficients pre and res share a gate (HC Eq. 12, 13)."""
@@ -37,6 +38,7 @@ class HyperConnectionConfig(ConnectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(0, self, "connection.", "eps_norm")
         self.require_parts()
 
 

@@ -21,7 +21,8 @@ from mhc_jax.evaluation.scoring import LN2
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.evaluation.tasks import BENCHMARKS, choose, gold_answer, harness_tasks
 from mhc_jax.runs.environment import environment
-from mhc_jax.runs.folder import write_json
+from mhc_jax.runs.json_files import replacing, write_json
+from mhc_jax.runs.metrics import plain
 from mhc_jax.runs.trained import beyond_training, load_trained
 
 
@@ -117,9 +118,10 @@ def evaluate(
         "model": to_mapping(model.config),
     }
     stem = "-".join(tasks)[:80] + (f"-limit{limit}" if limit else "")
-    write_json(folder / f"{stem}.json", results)
+    write_json(folder / f"{stem}.json", plain(results))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    (folder / f"{stem}.samples.jsonl").write_text(lines)
+    with replacing(folder / f"{stem}.samples.jsonl") as file:
+        file.write_text(lines)
     return {**results, "samples": samples, "folder": str(folder)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import InputError
+from mhc_jax.runs.lock import run_lock
+from mhc_jax.runs.trackers import warn
 
 
 class Responses:
@@ -25,22 +28,35 @@ class Responses:
           identity: step of the checkpoint, tokenizer and context length, on which responses depend besides the request.  It is
             part of each key, so that a response under another identity is never returned.
 
+        The store holds the lock of the file's folder until it is closed.  Lines that are damaged are told and left out, so that
+        their responses are computed again.
+
         Raises:
+          Busy: another process evaluates the same checkpoint.
           InputError: the file cannot be read or written.
         """
         self.identity = json.dumps(identity, sort_keys=True)
         self.known: dict[str, dict[str, Any]] = {}
+        self._lock = contextlib.ExitStack()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(run_lock(path.parent))
             if path.exists():
                 whole, _, torn = path.read_bytes().rpartition(b"\n")
-                for line in whole.splitlines():
-                    entry = json.loads(line)
-                    self.known[entry["key"]] = entry
+                damaged = 0
+                for line in whole.split(b"\n"):
+                    try:
+                        entry = json.loads(line.decode())
+                        self.known[entry["key"]] = {key: entry[key] for key in ("key", "response", "truncated")}
+                    except (ValueError, TypeError, KeyError, RecursionError):
+                        damaged += bool(line.strip())
+                if damaged:
+                    warn(f"{damaged} lines of {path} are damaged; their responses are computed again.")
                 if torn:  # a process was killed while it wrote the last line
                     path.write_bytes(whole + b"\n" if whole else b"")
             self._file = path.open("a")
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._lock.close()
             raise InputError(f"Cannot use {path} for responses ({error}); remove it to start again.") from error
 
     def key(self, kind: str, arguments: Any) -> str:
@@ -60,3 +76,4 @@ class Responses:
     def close(self) -> None:
         """Write to the file the responses that have been added, and close it."""
         self._file.close()
+        self._lock.close()

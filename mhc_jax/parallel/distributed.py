@@ -3,6 +3,10 @@
 Every process runs the same program on its own devices, and arrays are sharded over the devices of all processes
 (`jax.distributed`).  Process 0, the first process, alone prints progress and writes files.  The arrays of a checkpoint are an
 exception: each process writes its own shards.  In a run of one process no function here waits or communicates.
+
+If a process is lost, the others end with one sentence and the status `LOST` where the loss reaches Python as an exception.  Where
+JAX's own threads notice it first, they abort the process (SIGABRT, status 134) and print what they know.  In jaxlib 0.10 Python
+cannot take part in that: the argument `missed_heartbeat_callback` of JAX's client ends in std::bad_cast.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ LINGER_S = 3.0
 """Seconds for which the first process waits before it ends after a failure.
 
 It runs JAX's coordinator.  JAX aborts the other processes as soon as the coordinator is gone."""
-TEXT_BYTES = 4096
-"""Largest number of bytes of a text that a process can send to the other processes (`allgather_text`)."""
+TEXT_BYTES = 1024
+"""Unit in bytes of the length to which `allgather_text` pads texts, so that few programs are compiled for it."""
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _UNREACHABLE = re.compile(
@@ -209,13 +213,17 @@ def barrier() -> None:
 
 
 def allgather_text(text: str) -> list[str]:
-    """Return the texts that all processes give, in the order of the processes.  Each text is cut to `TEXT_BYTES` bytes."""
+    """Return the texts that all processes give, in the order of the processes."""
     if not is_multiprocess():
         return [text]
     barrier()
-    raw = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0"), np.uint8)
-    rows = multihost_utils.process_allgather(raw)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    raw = text.encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(raw)))
+    if not sizes.any():
+        return [""] * len(sizes)
+    width = -(-int(sizes.max()) // TEXT_BYTES) * TEXT_BYTES
+    rows = multihost_utils.process_allgather(np.frombuffer(raw.ljust(width, b"\0"), np.uint8))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def on_every_process(function: Callable[[], T]) -> T:

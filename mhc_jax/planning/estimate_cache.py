@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mhc_kernels
+
+from mhc_jax.runs.json_files import replacing
 
 
 def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
@@ -31,13 +33,12 @@ def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, An
     packages["libtpu"] = importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else "none"
     whole = json.dumps({**key, "packages": packages, "sources": sources()}, sort_keys=True)
     path = folder / f"{hashlib.sha256(whole.encode()).hexdigest()[:24]}.json"
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # A damaged file is computed again.
         return json.loads(path.read_text()), True
     result = work()
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(result))
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(result))
     return result, False
 
 

@@ -124,15 +124,15 @@ def from_compiled(rows: Sequence[Mapping[str, Any]], schedule: Schedule, blocks:
     An operation of a stage of b blocks takes a + b c.  Two steps with different numbers of blocks a stage give a and c: the work
     of every stage, such as messages and their buffers, and that of every block.  From one step alone, a is the work of a tick
     without an operation (`CompiledPipeline.tick_cost`), and all else counts for every block.  An overlapped F&B saves as many
-    seconds of F + B as in the first step, which is none if its schedule has no F&B.
+    seconds of F + B as in the step with the fewest blocks a stage, which is none if its schedule has no F&B.
 
     The second stage of a compiled step gives these times.  The time by which F of the last stage exceeds F of the second stage is
     the time of the loss and its gradient.  This time counts in F alone, and the last stage gets fewer blocks to make up for it, as
     in `from_model`.
 
     Args:
-      rows: rows of files that `experiments/compile.py --json` wrote, for one connection.  The first gives the times of messages,
-        of the loss and of the first stage's own work.
+      rows: rows of files that `experiments/compile.py --json` wrote, for one connection.  The one with the fewest blocks a stage
+        gives the times of messages, of the loss and of the first stage's own work.
       schedule: the schedule, whose stages the model is cut into.  The messages that it sends in one direction in a tick share one
         link.
       blocks: number of blocks of the whole model.
@@ -140,7 +140,7 @@ def from_compiled(rows: Sequence[Mapping[str, Any]], schedule: Schedule, blocks:
     Raises:
       InputError: a compiled step has no pipeline, fewer than 3 stages, or no W, or two steps have equally many blocks a stage.
     """
-    pipelines = [_checked(row) for row in rows]
+    pipelines = sorted((_checked(row) for row in rows), key=lambda pipeline: pipeline["blocks"])
     first = pipelines[0]
     counts = [pipeline["blocks"] for pipeline in pipelines]
     require(

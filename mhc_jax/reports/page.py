@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -16,6 +15,7 @@ from mhc_jax.analysis.run_reader import RunRecord, flatten, labels, not_defaults
 from mhc_jax.errors import require
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import bullets, escaped, fold, relative_link, sortable_table, text_table
+from mhc_jax.runs.json_files import replacing
 from mhc_jax.sweeps.grid import read_sweep_json
 
 HEADER_KEYS = ("date", "command", "commit", "device")
@@ -149,13 +149,9 @@ def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path
     template = resources.files("mhc_jax.reports").joinpath("template.html").read_text("utf-8")
     page = string.Template(template).substitute(nav=nav, **sections)
     path = folder / "report.html"
-    draft = folder / f".report.{os.getpid()}.html"
-    try:
+    with replacing(path) as draft:
         # A file name that is not UTF-8 is shown with backslashes.
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

@@ -1,23 +1,33 @@
 """Write and read the record of a sweep: the small part of the sweep's folder that the repository keeps.
 
-A record holds README.md, results.csv, results.parquet and a folder for each run with config.json, env.json, summary.json and, if
-wanted, metrics.jsonl.  Checkpoints, locks and logs are not copied.  In the files, absolute paths are cut to their last part.
+A record holds README.md, results.csv, runs.json and, if wanted, metrics/NAME.jsonl: the metrics.jsonl of the run NAME.
+Checkpoints, locks and logs are not copied.  In the files, absolute paths are cut to their last part.  runs.json is one object:
+
+    config   the settings that all runs share, nested as in config.json
+    env      the entries of env.json that all runs share
+    runs     an object for each run, on a line of its own and in the order of names: its `name`, by dotted key the settings that
+             are not shared (`config`), the other entries of its env.json (`env`), and its summary.json (`summary`)
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Baseline, group
-from mhc_jax.analysis.run_reader import RunRecord, read_run
+from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, run_of
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.page import changed_settings
 from mhc_jax.runs.folder import read_json
-from mhc_jax.sweeps.results import result_rows, write_table
+from mhc_jax.sweeps.results import result_rows, write_csv
 
 MISSING = ("pending", "begun", "interrupted")
 """Values of `run_status` for runs that have not ended and may still finish."""
@@ -38,6 +48,8 @@ def write_record(
     sweep_folder: Path, folder: Path, metrics: bool = False, unfinished: bool = False, note: str = ""
 ) -> Path:
     """Write the record of a sweep.  The folder of the sweep does not change.
+
+    The record gets its name when it is whole, so that a kill leaves none, and the same command writes it.
 
     Args:
       sweep_folder: the folder that `experiments/sweep.py` wrote.
@@ -67,14 +79,25 @@ def write_record(
     sweep = read_json(sweep_folder / "sweep.json")
     records = [read_run(sweep_folder / name) for name in ended]
     text = _page(sweep["title"], records, [row["status"] for row in rows], sweep["baseline"] or None, note)
-    folder.mkdir(parents=True)
-    for name in ended:
-        (folder / name).mkdir()
-        for file in ("config.json", "env.json", "summary.json", *(["metrics.jsonl"] if metrics else [])):
-            (folder / name / file).write_text(shortened((sweep_folder / name / file).read_text()))
-    write_table([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
+    target, folder = folder, _aside(folder)
+    write_runs([sweep_folder / name for name in ended], folder, metrics)
+    write_csv([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
     (folder / "README.md").write_text(shortened(text))
-    return folder
+    try:
+        folder.rename(target)
+    except OSError as error:
+        raise InputError(f"The record {target} cannot be written: {error.strerror}.") from error
+    return target
+
+
+def _aside(folder: Path) -> Path:
+    """Make an empty folder beside `folder`, in which a record is written until it is whole.  Remove what a kill has left there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    aside.chmod(0o755)
+    return aside
 
 
 def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], baseline: Baseline | None, note: str) -> str:
@@ -116,18 +139,88 @@ def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], basel
     return "\n".join(lines)
 
 
+def write_runs(run_folders: Sequence[Path], folder: Path, metrics: bool = False) -> None:
+    """Write `folder`/runs.json and, with `metrics`, `folder`/metrics/NAME.jsonl of the runs in `run_folders`.
+
+    Raises:
+      InputError: a run folder lacks a file, or holds one that does not parse.
+    """
+    places = sorted(run_folders, key=lambda place: place.name)
+    configs, envs, summaries = (
+        [without_paths(read_json(place / file)) for place in places]
+        for file in ("config.json", "env.json", "summary.json")
+    )
+    flat = [flatten(config) for config in configs]
+    settings, env = _shared(flat), _shared(envs)
+    config: dict[str, Any] = {}
+    for key, value in settings.items():
+        _set(config, key, value)
+    lines = [
+        {
+            "name": place.name,
+            "config": {key: value for key, value in flat[k].items() if key not in settings},
+            "env": {key: value for key, value in envs[k].items() if key not in env},
+            "summary": summaries[k],
+        }
+        for k, place in enumerate(places)
+    ]
+    shared = json.dumps({"config": config, "env": env}, indent=1).removesuffix("\n}")
+    runs = ",\n".join(json.dumps(line) for line in lines)
+    (folder / "runs.json").write_text(f'{shared},\n "runs": [\n{runs}\n ]\n}}\n')
+    if metrics:
+        (folder / "metrics").mkdir()
+        for place in places:
+            text = (place / "metrics.jsonl").read_text()
+            (folder / "metrics" / f"{place.name}.jsonl").write_text(shortened(text))
+
+
+def without_paths(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object as records keep it, with each absolute path cut to its last part."""
+    return json.loads(shortened(json.dumps(value)))
+
+
+def _shared(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the entries that all mappings have in common.  Values are equal if their JSON texts are, so 1 differs from 1.0."""
+    texts = [{key: json.dumps(value) for key, value in mapping.items()} for mapping in mappings]
+    return {k: v for k, v in mappings[0].items() if all(text.get(k) == texts[0][k] for text in texts)}
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key in a nested mapping."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[leaf] = value
+
+
 def read_record(folder: str | Path) -> list[RunRecord]:
     """Read the runs of a record, in the order of their names.
 
-    If the record has no metrics.jsonl of a run, the result has its summary, but no measurements over steps and no events.
+    If the record has no metrics of a run, the result has its summary, but no measurements over steps and no events.
 
     Raises:
       InputError: `folder` is not the record of a sweep.
     """
     folder = Path(folder)
-    places = sorted(path.parent for path in folder.glob("*/summary.json"))
-    require(bool(places), f"{folder} is no record of a sweep: it holds no run with a summary.json.")
-    return [read_run(place, metrics=(place / "metrics.jsonl").is_file()) for place in places]
+    require((folder / "runs.json").is_file(), f"{folder} is no record of a sweep: it has no runs.json.")
+    shared = read_json(folder / "runs.json")
+    records = []
+    for run in shared["runs"]:
+        config = copy.deepcopy(shared["config"])
+        for key, value in run["config"].items():
+            _set(config, key, value)
+        metrics = folder / "metrics" / f"{run['name']}.jsonl"
+        records.append(
+            run_of(
+                folder / run["name"],
+                run["name"],
+                config,
+                shared["env"] | run["env"],
+                run["summary"],
+                metrics if metrics.is_file() else None,
+            )
+        )
+    return records
 
 
 def newest_record(root: str | Path, name: str) -> Path | None:

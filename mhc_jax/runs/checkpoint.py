@@ -1,4 +1,8 @@
-"""Save and read checkpoints.  A checkpoint is an Orbax folder with all that a run needs to go on, and is either whole or absent."""
+"""Save and read checkpoints.
+
+A checkpoint is an Orbax folder with all that a run needs to go on, and with a checksum of each of its files.  A kill leaves it
+whole or absent, and a damaged one is not used.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,17 @@ import orbax.checkpoint as ocp
 
 from mhc_jax.errors import InputError
 from mhc_jax.parallel import distributed
+from mhc_jax.runs.checksums import damage, write_checksums
 from mhc_jax.runs.folder import differences, read_json
+from mhc_jax.runs.read_back import read_back, shapes
 from mhc_jax.train_step import TrainState
 
 ITEMS = ("state", "loop", "config", "tokenizer")
 """Names of the parts of a checkpoint: train state, other state of the training loop, configuration and tokenizer."""
 KEEP_CHECKPOINTS = 2
 """Number of checkpoints that a run keeps: the newest, and the one before, in case the newest cannot be read."""
+REPLACED = "replaced-checkpoint-"
+"""Beginning of the name of an old checkpoint, in the run folder, while a new one of the same step is saved."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """Exceptions that Orbax raises if writing to disk fails.  Errors of TensorStore arrive as ValueError."""
 
@@ -31,17 +39,28 @@ class Checkpoints:
     """A context manager that saves and reads the checkpoints of one run, `folder/checkpoints/<step>/`.
 
     `save` returns once the arrays are copied to the host, and writing goes on in the background.  The folder of a step gets its
-    final name when it is complete.  A kill therefore leaves at most a temporary folder, which the next start removes.
+    final name when it is complete and has its checksums.  A kill therefore leaves at most a temporary folder, which the next start
+    removes.
+
+    The first checkpoint that an instance saves is opened again before it gets its name: its JSON parts must be what was given, and
+    its arrays must have the names and shapes of those of the state.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = (folder / "checkpoints").resolve()
+        # Orbax calls `_complete` on the first process, once all files are written and before the folder gets its name.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            create=False,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
         )
-        self._failed = False
+        self._failed = self._opened = False
+        self._saving: tuple[int, dict[str, Any], dict[str, list[int]]] = (0, {}, {})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            distributed.on_every_process(self._put_back)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         except OSError as error:
             raise InputError(f"Cannot use {self.folder} for checkpoints: {error.strerror or error}.") from error
@@ -64,7 +83,13 @@ class Checkpoints:
         return f"the checkpoint of step {max(steps)}" if steps else ""
 
     def save(
-        self, step: int, state: TrainState, loop: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, str]
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict[str, Any],
+        config: dict[str, Any],
+        tokenizer: dict[str, str],
+        replace: bool = False,
     ) -> None:
         """Start saving a checkpoint, unless the step is saved already.
 
@@ -74,22 +99,49 @@ class Checkpoints:
           loop: state of the training loop besides the train state, as JSON values.
           config: configuration of the run, as from `mapping.to_mapping`.
           tokenizer: tokenizer of the run, as from `Tokenizer.saved`.
+          replace: whether to save a step that is saved already once more, and to return only when it is on disk.  The old
+            checkpoint stays until then.
 
         Raises:
           InputError: this or the previous save could not be written (disk full, folder gone).
         """
-        if step in self._manager.all_steps():
+        there = step in self._manager.all_steps()
+        if there and not replace:
             return
+        # Orbax writes `loop` while the run goes on and changes its lists.  So Orbax gets a copy.
+        parts = {"loop": copy.deepcopy(loop), "config": config, "tokenizer": tokenizer}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            # Orbax writes `loop` while the run goes on and changes its lists.  So Orbax gets a copy.
-            loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-            config=ocp.args.JsonSave(config),
-            tokenizer=ocp.args.JsonSave(tokenizer),
+            state=ocp.args.StandardSave(state), **{name: ocp.args.JsonSave(part) for name, part in parts.items()}
         )
         with self._writing():
             self._manager.wait_until_finished()
+            if there:
+                old = self.folder.parent / f"{REPLACED}{step}"
+                distributed.on_every_process(lambda: self._rename(self.folder / str(step), old))
+                self._manager.reload()
+            self._saving = step, parts, shapes(state)
             self._manager.save(step, args=items)
+            if there:
+                self._manager.wait_until_finished()
+                distributed.on_every_process(self._put_back)
+
+    def _put_back(self) -> None:
+        """Remove old checkpoints whose step is saved anew, and put back those whose new one is not whole."""
+        if distributed.is_first_process():
+            for old in [path for path in self.folder.parent.iterdir() if path.name.startswith(REPLACED)]:
+                if (step := self.folder / old.name.removeprefix(REPLACED)).is_dir():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    self._rename(old, step)
+
+    def _complete(self) -> None:
+        """Write the checksums of the checkpoint whose files are all written, and open the first one of this instance again."""
+        step, parts, arrays = self._saving
+        [folder] = [path for path in self.folder.iterdir() if path.name.startswith(f"{step}.")]
+        if not self._opened:
+            read_back(folder, parts, arrays)
+            self._opened = True
+        write_checksums(folder)
 
     def wait(self) -> None:
         """Wait until every save that has started is on disk.
@@ -115,6 +167,8 @@ class Checkpoints:
         self._failed = True
         # After a failure Orbax never starts its other writes.  Python would warn of each of them at exit.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        with contextlib.suppress(InputError):
+            self._put_back()
         newest = self.newest()
         kept = f"{newest} is whole" if newest else "there is no earlier one"
         return InputError(
@@ -161,6 +215,8 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        if distributed.is_first_process() and (reason := damage(self.folder / str(step))):
+            raise ValueError(reason)
         saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         changed = differences(saved["model"], config["model"], "model.")
         if changed:
@@ -178,21 +234,20 @@ class Checkpoints:
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
-            distributed.on_every_process(
-                lambda step=step, aside=aside: self._move(step, aside) if distributed.is_first_process() else None
-            )
+            distributed.on_every_process(lambda step=step, aside=aside: self._rename(self.folder / str(step), aside))
             remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
         self._manager.reload()
         return remarks
 
-    def _move(self, step: int, aside: Path) -> None:
-        shutil.rmtree(aside, ignore_errors=True)
+    def _rename(self, old: Path, new: Path) -> None:
+        """Rename a checkpoint's folder on the first process, in place of what has the new name."""
+        if not distributed.is_first_process():
+            return
+        shutil.rmtree(new, ignore_errors=True)
         try:
-            shutil.move(self.folder / str(step), aside)
+            old.rename(new)
         except OSError as error:
-            raise InputError(
-                f"Cannot move the broken checkpoint {self.folder / str(step)}: {error.strerror}."
-            ) from error
+            raise InputError(f"Cannot move the checkpoint {old} to {new}: {error.strerror}.") from error
 
     def close(self) -> None:
         """Wait for pending saves and release threads.
@@ -307,6 +362,9 @@ def _restored(folder: Path, target: Callable[[Any], Any]) -> Any:
     """
     step = newest_step(folder)
     root = (folder / "checkpoints").resolve()
+    advice = "remove it to use an earlier one"
+    if reason := damage(root / str(step)):
+        raise InputError(f"The checkpoint {root / str(step)} cannot be read ({reason}); {advice}.")
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
     # Every item gets a handler, because Orbax warns of an item without one, even if the item is not read.
     handlers = {"state": ocp.StandardCheckpointHandler()}
@@ -317,9 +375,7 @@ def _restored(folder: Path, target: Callable[[Any], Any]) -> Any:
             wanted = ocp.args.Composite(state=state, config=ocp.args.JsonRestore(), loop=ocp.args.JsonRestore())
             return manager.restore(step, args=wanted)
     except Exception as error:
-        raise InputError(
-            f"The checkpoint {root / str(step)} cannot be read ({_reason(error)}); remove it to use an earlier one."
-        ) from error
+        raise InputError(f"The checkpoint {root / str(step)} cannot be read ({_reason(error)}); {advice}.") from error
 
 
 def saved_tokenizer(folder: Path) -> dict[str, str]:

@@ -48,15 +48,22 @@ def cpu_variables() -> dict[str, str]:
 def set_cpu_variables() -> None:
     """Set `cpu_variables`, and start this program again in the same process if glibc has to read them, which it does at the start.
 
-    Call this before JAX compiles anything.  A program that was read from standard input is not started again.
+    Call this before JAX compiles anything.  If the program cannot be started again, it goes on without huge pages: it was read from
+    standard input or from a pipe, it runs inside another program such as a notebook, or a debugger traces it.
     """
-    variables = cpu_variables()
-    from_stdin, again = sys.orig_argv[1:2] in ([], ["-"]), _AGAIN in os.environ
+    variables, again = cpu_variables(), _AGAIN in os.environ
     os.environ.update(variables | {_AGAIN: "1"})
-    if "GLIBC_TUNABLES" in variables and sys.executable and not from_stdin and not again:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with contextlib.suppress(
-            OSError
-        ):  # this user may not run the interpreter by its path; programs then compile more slowly
+    if "GLIBC_TUNABLES" in variables and sys.executable and not again and _named_by_command_line():
+        with contextlib.suppress(OSError):
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the process began with this stream closed
+                stream.flush()
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _named_by_command_line() -> bool:
+    """Return whether the command line of this process names this program, as FILE or as `-m MODULE`, and no debugger traces it."""
+    name, *arguments = sys.orig_argv[-len(sys.argv) :]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    as_file = name == sys.argv[0] and (Path(name).is_file() or Path(name).is_dir())
+    as_module = spec is not None and name in (spec.name, spec.parent)
+    return arguments == sys.argv[1:] and (as_file or as_module) and sys.gettrace() is None

@@ -1,57 +1,40 @@
-"""Check and create the folder of a run, and read and write its JSON files."""
+"""Check and create the folder of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.metrics import plain
+from mhc_jax.runs.json_files import read_json, write_json
+from mhc_jax.runs.lock import LOCK, run_lock
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a JSON file.  If the process is killed, the file is either old or complete.
-
-    Raises:
-      InputError: the folder cannot be written.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"Cannot write {path}: {error.strerror}; mend that and run the same command again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      InputError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it or use another run folder.") from error
-    require(isinstance(value, dict), f"{path} holds no JSON object; restore it or use another run folder.")
-    return value
+PATTERNS = "*?[\\"
+"""Characters that Orbax takes for a pattern of file names, in the path of a checkpoint too."""
+NEUTRAL_KEYS = ("train.checkpoint_every", "train.trackers")
+"""Dotted keys of neutral settings, which change no number that a run measures.  A run may go on with other values of them."""
+NEUTRAL_SECTIONS = ("mesh", "pipeline")
+"""Sections whose settings are neutral, too, because they change numbers by rounding alone."""
+TEXT_KEYS = ("data.source", "data.validation_source", "data.tokenizer")
+"""Dotted keys of settings that name texts and a tokenizer, whose content a run records (`recorded_data`)."""
+ENDS = ("finished", "diverged", "interrupted")
+"""Values of `status` in summary.json."""
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
     """Return what env.json says of the text and the tokenizer of a run (`Data.summary`), or {} if there is no env.json yet.
 
     Raises:
-      InputError: the file is no JSON object.
+      InputError: the file is damaged.
     """
-    file = folder / "env.json"
-    return read_json(file)["data"] if file.is_file() else {}
+    file, advice = folder / "env.json", "restore it from a copy, or remove it to go on without it"
+    data = read_json(file, advice).get("data") if file.is_file() else {}
+    if not isinstance(data, dict):
+        raise InputError(f"{file} does not describe the data of the run; {advice}.")
+    return data
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -76,27 +59,88 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
       The content of summary.json if the run has finished or diverged already, else None.
 
     Raises:
-      InputError: the folder is not a run folder and not empty, or holds a run of another configuration.
+      InputError: the folder is not a run folder and not empty, holds a run of another configuration, or has a path in which Orbax
+        cannot read checkpoints.
     """
+    where = str(folder.resolve())
+    require(
+        where.isprintable() and not set(where) & set(PATTERNS),
+        f"The run folder {where!r} has one of the characters {' '.join(PATTERNS)} or one that cannot be printed in its path, and "
+        "checkpoints there could not be read again; choose another folder.",
+    )
     saved = folder / "config.json"
     if saved.exists():
-        # The mesh and the pipeline may differ from those in config.json, because a run may go on with other devices.
-        free = {"mesh": None, "pipeline": None}
-        changed = differences({**read_json(saved), **free}, {**plain(config), **free})
-        if changed:
+        changed = [line for line in differences(read_json(saved), config) if not _is_free(line.partition(":")[0])]
+        # The text may have another name than in config.json if its identity is recorded, with which `train` compares it.
+        if changed or (respelled(folder, config) and not recorded_data(folder)):
+            changed = changed or respelled(folder, config)
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
                 f"choose another folder, or the same configuration to go on with it."
             )
-        summary = folder / "summary.json"
-        if summary.exists():
-            ended = read_json(summary)
-            return ended if ended["status"] != "interrupted" else None
-        return None
-    # A run that was killed while it wrote config.json leaves config.tmp as the only file.
-    if folder.exists() and (not folder.is_dir() or any(p.name != "config.tmp" for p in folder.iterdir())):
+        summary = read_summary(folder)
+        return summary if summary and summary["status"] != "interrupted" else None
+    # A run that was killed before it had written config.json leaves its lock and a temporary file.
+    if folder.exists() and (
+        not folder.is_dir() or any(p.name != LOCK and p.suffix != ".tmp" for p in folder.iterdir())
+    ):
         raise InputError(f"{folder} exists and is not a run folder; choose a new or empty one.")
     return None
+
+
+def respelled(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Return the lines of `differences` for the names of texts and tokenizer in which `config` differs from config.json.
+
+    The text may be the same all the same: its files may have moved, or their paths may be spelled otherwise.
+    """
+    lines = differences(read_json(folder / "config.json"), config) if (folder / "config.json").exists() else []
+    return [line for line in lines if line.partition(":")[0] in TEXT_KEYS]
+
+
+def _is_free(key: str) -> bool:
+    """Return whether a setting, by dotted key, may differ from config.json when a run goes on."""
+    return key in NEUTRAL_KEYS + TEXT_KEYS or key.partition(".")[0] in NEUTRAL_SECTIONS
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the content of summary.json, or None if the file is missing or damaged.
+
+    A damaged file is no loss: the same command goes on from the last checkpoint and writes the file anew.
+    """
+    with contextlib.suppress(InputError):
+        summary = read_json(folder / "summary.json")
+        if summary.get("status") in ENDS and isinstance(summary.get("steps", 0), int):
+            return summary
+    return None
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Make a run folder with config.json, and hold its lock while the body of the `with` statement runs.
+
+    In a run of several processes the first process holds the lock for all of them.  Temporary files that a killed process has
+    left are removed.
+
+    Yields:
+      What `check_run_folder` returns once the lock is held, because another command may have ended the run before.
+
+    Raises:
+      Busy: another command trains the run.
+      InputError: the folder cannot be used, or a process does not see config.json.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if distributed.is_first_process():
+                _make(folder)
+                stack.enter_context(run_lock(folder))
+                for leftover in folder.glob("*.tmp"):
+                    leftover.unlink(missing_ok=True)
+
+        distributed.on_every_process(claim)
+        ended = distributed.on_every_process(lambda: check_run_folder(folder, config))
+        create_run_folder(folder, config)
+        yield ended
 
 
 def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
@@ -111,9 +155,13 @@ def create_run_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _create(folder: Path, config: dict[str, Any]) -> None:
+    _make(folder)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", config)
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot create {folder}: {error.strerror}; choose a folder you may write to.") from error
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", config)

@@ -24,13 +24,16 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from mhc_jax.errors import InputError
 from mhc_jax.parallel import distributed
+from mhc_jax.runs.json_files import replacing
 from mhc_jax.runs.trackers import Tracker, make_trackers, one_line, warn
+
+T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
@@ -88,6 +91,16 @@ class SpikeDetector:
         return {"recent": list(self.recent), "steps": self.steps, "last": self.last}
 
 
+def place_of(line: bytes) -> tuple[str, int] | None:
+    """Return kind and step of a line of metrics.jsonl, or None if the line is damaged."""
+    try:
+        record = json.loads(line.decode())
+        kind, step = record["kind"], record["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return (kind, step) if isinstance(kind, str) and type(step) is int else None
+
+
 class MetricsWriter:
     """A context manager that appends lines to metrics.jsonl and hands them to the trackers of the run.
 
@@ -99,8 +112,8 @@ class MetricsWriter:
 
         Args:
           folder: folder of the run.
-          keep_until: the last step whose lines in metrics.jsonl are kept.  Lines of later steps and half-written lines are
-            dropped.  -1 drops all lines, for a run that starts anew.
+          keep_until: the last step whose lines in metrics.jsonl are kept.  Lines of later steps, half-written
+            lines and damaged lines are dropped.  -1 drops all lines, for a run that starts anew.
           trackers: the trackers that get the metrics too, as in train.trackers.
           config: configuration of the run, which wandb shows.
 
@@ -110,6 +123,8 @@ class MetricsWriter:
         self.path = folder / "metrics.jsonl"
         self._file: IO[str] | None = None
         self._trackers: dict[str, Tracker] = {}
+        self.remark = ""
+        """A sentence about lines that were damaged or doubled; empty if there were none."""
         if distributed.is_first_process():
             self._keep(keep_until)
             self._trackers = make_trackers(trackers, folder, keep_until, config)
@@ -151,22 +166,28 @@ class MetricsWriter:
             warn(f"{name} has failed ({one_line(error)}); the run goes on without it, and metrics.jsonl has all lines.")
 
     def _keep(self, until: int) -> None:
-        """Rewrite metrics.jsonl so that it holds the complete lines up to the step `until` alone."""
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= until:
-                    kept.append(line + "\n")
-        replacement = self.path.with_suffix(".tmp")
-        self._guard(lambda: replacement.write_text("".join(kept)))
-        replacement.replace(self.path)
+        """Rewrite metrics.jsonl so that it holds the complete lines up to the step `until` alone, each measurement once."""
+        kept, measured, damaged = [], set(), 0
+        *raw, last = self._guard(self.path.read_bytes).split(b"\n") if self.path.exists() else [b""]
+        # A last line without a line feed was being written when the process was killed.
+        for line in [*raw, *([last] if place_of(last) else [])]:
+            place = place_of(line)
+            if place is None or place in measured:
+                damaged += 1
+            elif place[1] <= until:
+                kept.append(line + b"\n")
+                measured |= {place} - {("event", place[1])}
+        if damaged and until >= 0:
+            self.remark = f"{damaged} lines of metrics.jsonl were damaged or doubled and are left out"
+        with replacing(self.path) as file:
+            self._guard(lambda: file.write_bytes(b"".join(kept)))
 
     def _write_line(self, file: IO[str], line: str) -> None:
         self._guard(lambda: (file.write(line), file.flush()))
 
-    def _guard(self, action: Callable[[], Any]) -> None:
+    def _guard(self, action: Callable[[], T]) -> T:
         try:
-            action()
+            return action()
         except OSError as error:
             raise InputError(
                 f"Cannot write {self.path}: {error.strerror}. What is on disk stays; make room and run the same "

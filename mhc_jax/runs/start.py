@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh
 from mhc_jax.runs.checkpoint import Checkpoints
 from mhc_jax.runs.environment import devices_of, environment, used_devices
-from mhc_jax.runs.folder import write_json
+from mhc_jax.runs.folder import differences, read_json, read_summary, recorded_data, write_json
 from mhc_jax.runs.history import History
 from mhc_jax.runs.metrics import MetricsWriter
 from mhc_jax.runs.programs import abstract_state
@@ -58,6 +59,22 @@ def prepare(
     for line in (f"devices: {used_devices(config)}", *data.describe(config.train.validation_batches)):
         progress.say(line)
     return resolve_tokenizer(config, data), mesh, data
+
+
+def require_same_settings(settings: dict[str, Any]) -> None:
+    """Raise `InputError` on all processes unless every process of the run was started with the same settings.
+
+    Args:
+      settings: configuration of the run on this process, as from `mapping.to_mapping`.
+    """
+    first, *others = map(json.loads, distributed.allgather_text(json.dumps(settings)))
+    for process, other in enumerate(others, 1):
+        changed = differences(first, other)
+        require(
+            not changed,
+            f"Process {process} was started with other settings than process 0 ({'; '.join(changed[:6])}); start the same command "
+            "on every process.",
+        )
 
 
 def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:
@@ -151,18 +168,30 @@ def record_start(
     """
     env = environment() | devices_of(config)
     if distributed.is_first_process():
-        if anew or not (folder / "env.json").exists():
+        if anew or not _has_env(folder, progress):
             source = {"init_from": warm.source} if warm else {}
             groups = [group._asdict() for group in _groups(config, abstract)]
             write_json(folder / "env.json", env | {"data": data.summary(), "optimizer": groups} | source)
+        if read_summary(folder) is None and (folder / "summary.json").exists():
+            progress.say("summary.json is damaged; it is written anew at the end")
         # The summary that an interrupted run has left must not remain while the run goes on.
         (folder / "summary.json").unlink(missing_ok=True)
     for remark in remarks:
         progress.say(f"{remark}.")
         writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})
-    if warm:
-        progress.say(warm.remark)
+    for remark in filter(None, (writer.remark, warm and warm.remark)):
+        progress.say(remark)
     if not anew:
         progress.say(f"going on from the checkpoint of step {history.step}")
         resumed = {"event": "resumed", "commit": env["commit"], "device": env["device"], **devices_of(config)}
         writer.write("event", history.step, resumed)
+
+
+def _has_env(folder: Path, progress: Progress) -> bool:
+    """Return whether env.json is there and whole.  A damaged one is told."""
+    try:
+        return "commit" in read_json(folder / "env.json") and bool(recorded_data(folder))
+    except InputError as error:
+        if (folder / "env.json").exists():
+            progress.say(f"env.json is damaged and written anew ({error})")
+        return False

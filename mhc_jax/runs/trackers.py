@@ -6,6 +6,7 @@ Everything that a tracker gets follows from the lines of metrics.jsonl.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import uuid
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from mhc_jax.config.compound import Wandb, read_tracker
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError, require
+from mhc_jax.runs.json_files import replacing
 
 REDUCED = {
     "max": (
@@ -138,12 +140,12 @@ class WandbTracker:
         # Folders of two comparisons may have the same name.  So the wandb run has a random id, which a file in the folder keeps.
         id_file = folder / "wandb_id"
         try:
-            if not id_file.exists():
-                id_file.write_text(uuid.uuid4().hex)
+            known = id_file.exists() and re.fullmatch(r"[0-9a-f]{32}", id_file.read_text(errors="replace"))
         except OSError as error:
-            raise InputError(
-                f"Cannot write {id_file}: {error.strerror}; mend that and run the same command."
-            ) from error
+            raise InputError(f"Cannot read {id_file}: {error.strerror}; mend that and run the same command.") from error
+        if not known:
+            with replacing(id_file) as file:
+                file.write_text(uuid.uuid4().hex)
         # Runs of a sweep, whose folder holds sweep.json, are one group.
         sweep = folder.resolve().parent
         given: Any = {

@@ -7,15 +7,13 @@ A sweep file is a Python file with a docstring and a function `get_sweep`:
         return Sweep(base="../configs/prototype.py", points=product(points, seeds(3)))
 
 The folder of a sweep holds the run folders, `results.csv`, `results.parquet`, `sweep.json` (the runs of the latest grid), `logs/`
-(the output of each process) and `.sweep/` (configurations, locks, failures, XLA's compile cache).
+(the output of each process) and `.sweep/` (configurations, failures, XLA's compile cache).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
-import fcntl
 import functools
 import itertools
 import json
@@ -23,8 +21,7 @@ import operator
 import os
 import re
 import runpy
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import LONGEST_NAME, InputError, require, shown
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps.bisection import Bisection, lines
+from mhc_jax.sweeps.field_types import check_types
 
 ROOM = 15
 """Number of bytes of a file name that follow the name of a run, as in `.sweep/runs/NAME.json`."""
@@ -149,7 +147,7 @@ def base_configuration(file: str | Path) -> dict[str, Any]:
     """
     _, sweep = _read_sweep(Path(file))
     config_file, *arg = sweep.base.split(":", 1)
-    config, _ = _call(Path(file).parent / config_file, "get_config", *arg)
+    config, _ = call_in_file(Path(file).parent / config_file, "get_config", *arg)
     require(
         hasattr(config, "to_dict"),
         f"get_config of {config_file!r} returned a {type(config).__name__}; it must return a ConfigDict.",
@@ -159,46 +157,19 @@ def base_configuration(file: str | Path) -> dict[str, Any]:
 
 def _read_sweep(file: Path) -> tuple[str, Sweep]:
     """Return the title of a sweep file, and the sweep that its `get_sweep` returns."""
-    sweep, docstring = _call(file, "get_sweep")
+    sweep, docstring = call_in_file(file, "get_sweep")
     require(bool(docstring), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
     require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
-    _check_types(sweep)
+    check_types(sweep)
     return docstring.strip().splitlines()[0].rstrip("."), sweep
 
 
-def _check_types(sweep: Sweep) -> None:
-    """Raise `InputError` if a field of a sweep has another type than its annotation says."""
-    require(
-        isinstance(sweep.base, str) and bool(sweep.base),
-        f"base of the sweep is {shown(sweep.base)}; give the path of a config file, such as '../configs/prototype.py'.",
-    )
-    listed = isinstance(sweep.points, Sequence) and not isinstance(sweep.points, str)
-    require(
-        listed,
-        f"points of the sweep is {shown(sweep.points)}; give a list of points, such as over('connection', ['hc']).",
-    )
-    for name, point in (("settings", sweep.settings), *(("A point", point) for point in sweep.points)):
-        require(
-            isinstance(point, Mapping) and all(isinstance(key, str) for key in point),
-            f"{name} of the sweep is {shown(point)}; give a mapping from keys to values, such as {{'train.steps': 100}}.",
-        )
-    require(
-        sweep.bisection is None
-        or (
-            isinstance(sweep.bisection, Bisection)
-            and isinstance(sweep.bisection.key, str)
-            and _number(sweep.bisection.loss_below)
-        ),
-        f"bisection of the sweep is {shown(sweep.bisection)}; give Bisection(KEY, loss_below=NUMBER).",
-    )
+def call_in_file(file: Path, function: str, *args: str) -> tuple[Any, str]:
+    """Run a Python file and call the named function of it.  Return the function's result and the file's docstring.
 
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _call(file: Path, function: str, *args: str) -> tuple[Any, str]:
-    """Run a Python file and call the named function of it.  Return the function's result and the file's docstring."""
+    Raises:
+      InputError: there is no such file, it has no such function, or either fails.
+    """
     require(file.is_file(), f"The file {str(file)!r} does not exist; give a Python file.")
     try:
         names = runpy.run_path(str(file))
@@ -353,7 +324,7 @@ def write_plan(workdir: Path, grid: Grid) -> None:
       InputError: the folder cannot be written.
     """
     try:
-        for folder in ("runs", "locks", "failed"):
+        for folder in ("runs", "failed"):
             (workdir / ".sweep" / folder).mkdir(parents=True, exist_ok=True)
         (workdir / "logs").mkdir(exist_ok=True)
     except OSError as error:
@@ -407,30 +378,3 @@ def read_planned(workdir: Path, name: str) -> ExperimentConfig:
 
 def _planned(workdir: Path, name: str) -> Path:
     return workdir / ".sweep" / "runs" / f"{name}.json"
-
-
-class Busy(Exception):  # noqa: N818  (a state, not a mistake)
-    """Raised when another process holds the lock of a run.  The message names that process."""
-
-
-@contextlib.contextmanager
-def run_lock(workdir: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a run while the run is trained.
-
-    The lock is a file lock of the operating system (flock), which is released when the process ends, even if it is killed.  The
-    lock file names the process that held the lock last.
-
-    Raises:
-      Busy: another process holds the lock.
-    """
-    path = workdir / ".sweep" / "locks" / name
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Busy(file.read().strip() or "another process") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield

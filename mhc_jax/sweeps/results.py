@@ -17,7 +17,7 @@ import pyarrow.parquet
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, series
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.folder import read_json, read_summary
 from mhc_jax.sweeps.grid import read_plan
 
 SUMMARY_KEYS = (
@@ -50,17 +50,20 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = result_rows(workdir)
-        write_table(rows, workdir / ".sweep")
+        write_csv(rows, workdir / ".sweep")
+        pyarrow.parquet.write_table(_table(rows), str(workdir / ".sweep" / "results.parquet"))
         for name in ("results.csv", "results.parquet"):
             os.replace(workdir / ".sweep" / name, workdir / name)
     return rows
 
 
-def write_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write rows of the results table, which share their keys, to `folder`/results.csv and `folder`/results.parquet."""
-    table = pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
-    pyarrow.csv.write_csv(table, str(folder / "results.csv"))
-    pyarrow.parquet.write_table(table, str(folder / "results.parquet"))
+def write_csv(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write rows of the results table, which share their keys, to `folder`/results.csv."""
+    pyarrow.csv.write_csv(_table(rows), str(folder / "results.csv"))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    return pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
 
 
 def result_rows(workdir: Path) -> list[dict[str, Any]]:
@@ -83,7 +86,7 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
             "data_seed": settings["data.seed"],
             **{key: settings.get(key) for key in varying},
             **measurements(_record(workdir / name)),
-            "error": read_json(file)["error"] if (file := failure_file(workdir, name)).is_file() else None,
+            "error": _error(failure_file(workdir, name)),
         }
         for name, settings in flat.items()
     ]
@@ -91,9 +94,8 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
 
 def run_status(workdir: Path, name: str) -> str:
     """Return the status of a run: `finished`, `diverged`, `interrupted`, `failed`, `begun` (running or killed) or `pending`."""
-    summary = workdir / name / "summary.json"
-    if summary.is_file():
-        return read_json(summary)["status"]
+    if summary := read_summary(workdir / name):
+        return summary["status"]
     if failure_file(workdir, name).is_file():
         return "failed"
     return "begun" if (workdir / name / "metrics.jsonl").is_file() else "pending"
@@ -105,6 +107,14 @@ def failure_file(workdir: Path, name: str) -> Path:
     The file does not exist if the run has not failed since its last start.
     """
     return workdir / ".sweep" / "failed" / f"{name}.json"
+
+
+def _error(file: Path) -> str | None:
+    """Return the error message in a `failure_file`, or None if there is no such file."""
+    try:
+        return str(read_json(file).get("error")) if file.is_file() else None
+    except InputError as damaged:
+        return str(damaged)
 
 
 def measurements(record: RunRecord | None) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from mhc_jax.runs.checkpoint import check_text
 from mhc_jax.runs.cpu_variables import cpu_alone, cpu_variables
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
-from mhc_jax.runs.folder import check_run_folder, read_json, recorded_data, write_json
+from mhc_jax.runs.folder import check_run_folder, read_json, recorded_data, respelled, write_json
+from mhc_jax.runs.lock import Busy, holder
 from mhc_jax.runs.progress import Display, SweepProgress
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.sweeps.bisection import next_runs
-from mhc_jax.sweeps.grid import Busy, Grid, Run, run_lock, write_plan
+from mhc_jax.sweeps.grid import Grid, Run, write_plan
 from mhc_jax.sweeps.results import failure_file, run_status, write_results
 from mhc_jax.sweeps.worker import BUSY
 from mhc_jax.sweeps.worker import run as run_one
@@ -61,6 +62,8 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
       InputError: a run folder cannot be used, data cannot be read, or a run was begun with another training text.
     """
     todo = [run for run in selected if not check_run_folder(workdir / run.name, to_mapping(run.config))]
+    # The text of a run that has ended is read too if its name has changed.
+    renamed = [run for run in grid.runs if respelled(workdir / run.name, to_mapping(run.config))]
 
     def text_of(run: Run) -> tuple[Any, ...]:
         data = run.config.data
@@ -68,7 +71,7 @@ def prepare(workdir: Path, grid: Grid, selected: Sequence[Run]) -> list[Run]:
 
     identities = {}
     with Display(workdir.name) as display:
-        for text, run in {text_of(run): run for run in todo}.items():
+        for text, run in {text_of(run): run for run in [*renamed, *todo]}.items():
             data = load_data(run.config.data, display.during)
             identities[text] = data.identity
             for line in data.describe(run.config.train.validation_batches):
@@ -107,8 +110,8 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
         write_results(workdir)
     for name, reason in pool.failed.items():
         print(f"{name} failed ({reason}); see {workdir / 'logs' / name}.log", file=sys.stderr)
-    for name, holder in pool.waiting.items():
-        print(f"{name} was left to another sweep ({holder})", file=sys.stderr)
+    for name, process in pool.waiting.items():
+        print(f"{name} was left to another sweep ({process})", file=sys.stderr)
     if stop.signal is not None:
         print("Stopped; every run is saved. Run the same command to go on.", file=sys.stderr)
         return EXIT_CODES["interrupted"]
@@ -183,13 +186,11 @@ class _Pool:
             if len(self.active) == self.workers:
                 return
             run = self.queue.popleft()
-            try:
-                with run_lock(self.workdir, run.name):
-                    self.waiting.pop(run.name, None)
-            except Busy as holder:
-                self.waiting[run.name] = str(holder)
+            if name := holder(self.workdir / run.name):
+                self.waiting[run.name] = name
                 self.queue.append(run)
             else:
+                self.waiting.pop(run.name, None)
                 self._start(run)
 
     def _start(self, run: Run) -> None:

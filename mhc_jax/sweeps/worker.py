@@ -13,7 +13,8 @@ from absl import logging
 
 from mhc_jax.errors import InputError
 from mhc_jax.loop import EXIT_CODES, train
-from mhc_jax.sweeps.grid import Busy, read_planned, run_lock
+from mhc_jax.runs.lock import Busy, require_free
+from mhc_jax.sweeps.grid import read_planned
 from mhc_jax.sweeps.results import failure_file, write_results
 
 BUSY = 75
@@ -31,9 +32,9 @@ def run(workdir: Path, name: str) -> int:
       InputError: the run folder or the data cannot be used.
     """
     config = read_planned(workdir, name)
-    with run_lock(workdir, name):
-        failure_file(workdir, name).unlink(missing_ok=True)
-        summary = train(config, workdir / name, label=name)
+    require_free(workdir / name)
+    failure_file(workdir, name).unlink(missing_ok=True)
+    summary = train(config, workdir / name, label=name)
     write_results(workdir)
     return EXIT_CODES[summary["status"]]
 
@@ -55,8 +56,8 @@ def main() -> int:
     logging.set_verbosity(logging.FATAL)  # as in cli.main, because Orbax logs many lines for each checkpoint
     try:
         return run(Path(workdir), name)
-    except Busy as holder:
-        print(f"{name}: {holder} has this run", file=sys.stderr)
+    except Busy as busy:
+        print(f"{name}: {busy.holder} has this run", file=sys.stderr)
         return BUSY
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

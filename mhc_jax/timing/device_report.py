@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from mhc_kernels import measure
 from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec
 
+from mhc_jax.runs.json_files import replacing
 from mhc_jax.timing import step_times
 
 REPEATS = 20
@@ -141,8 +141,8 @@ def write(folder: Path, report: dict[str, Any], predictions: Path) -> None:
       report: the report.
       predictions: the folder with predictions.json, which README.md sets beside the measurements of an H100.
     """
-    (folder / "report.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(folder / "report.tmp", folder / "report.json")
+    with replacing(folder / "report.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
     file = predictions / "predictions.json"
     predicted = json.loads(file.read_text()) if file.exists() and "H100" in report["env"]["device"] else {}
     (folder / "README.md").write_text(readme(report, predicted))

@@ -79,7 +79,7 @@ def check_out(revision: str, folder: Path) -> None:
     Raises:
       InputError: git knows no such commit, or this is no git repository.
     """
-    command = ["git", "-C", str(ROOT), "archive", revision]
+    command = ["git", "-C", str(ROOT), "archive", "--format=tar", "--end-of-options", revision]
     try:
         files = subprocess.run(command, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

@@ -92,8 +92,8 @@ def read_json(path: Path) -> dict[str, Any]:
       InputError: the file cannot be read, or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}).") from error
     require(isinstance(value, dict), f"{path} holds no JSON object.")
     return value

@@ -224,9 +224,9 @@ def test_a_report_that_fails_leaves_the_old_one(page, monkeypatch, runs):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("mhc_jax.reports.page.os.replace", fail)
+    monkeypatch.setattr("mhc_jax.runs.json_files.os.replace", fail)
     monkeypatch.setattr(plots, "FIGURES", {"loss": plots.FIGURES["loss"]})
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         write_report(runs[:1], page.parent, "new")
     assert page.read_bytes() == before
     assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]

@@ -42,11 +42,12 @@ def test_p_values_and_interval_are_those_of_the_paired_test(losses, shift, scale
     result, d = paired(series(*a), series(*b)), a - b
     assert result.differences == pytest.approx(d.tolist())
     if np.ptp(d) < 1e-9:
-        assert (result.t_interval, result.p_t, result.p_sign_flip, result.effect) == (None,) * 4
+        assert (result.t_interval, result.p_t, result.p_lower, result.p_sign_flip, result.effect) == (None,) * 5
         return
     expected = stats.ttest_rel(a, b)
     assert result.p_t == pytest.approx(expected.pvalue, rel=1e-9)
     assert result.t_interval == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+    assert result.p_lower == pytest.approx(stats.ttest_rel(a, b, alternative="less").pvalue, rel=1e-9)
     assert result.resolved == (expected.pvalue < 0.05)
     assert result.effect == (None if len(set(b)) == 1 else pytest.approx(d.mean() / b.std(ddof=1)))
     signs = np.stack(np.meshgrid(*[[-1, 1]] * len(d)), -1).reshape(-1, len(d))

@@ -297,6 +297,10 @@ def test_mistakes_in_the_command_are_told(tmp_path, monkeypatch):
     status, _, err = run_here("compile", *FLAGS, "--topology=cpu:2", "--connections=residual,mch")
     assert status == 2
     assert re.search("'mch'.*Did you mean 'mhc'", err)
+    status, _, err = run_here("compile", *FLAGS, "--topology=cpu:2", "--mesh=best", "--connections=")
+    assert (status, "--connections is empty; name at least one" in err) == (2, True)
+    status, _, err = run_here("compile", *FLAGS, "--topology=cpu:2", f"--json={tmp_path}/none/file.json")
+    assert (status, "none' for the file of --json; make it first" in err) == (2, True)
     assert list(tmp_path.glob("compiled/*")) == []
 
 

@@ -23,6 +23,7 @@ from mhc_jax.evaluation.store import Responses
 from mhc_jax.loop import train
 from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import make_mesh, state_shardings
+from mhc_jax.runs.lock import Busy
 from mhc_jax.runs.metrics import plain
 
 SIZES = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16}
@@ -103,12 +104,27 @@ def test_responses_survive_a_kill_and_belong_to_one_identity(tmp_path):
     assert again.known == {key: {"key": key, "response": [-1.5, True], "truncated": 4}}
     again.add(again.key("generate", ["x", {}]), "z")
     again.close()
-    last, other = Responses(path, {"step": 3}), Responses(path, {"step": 4})
+    last = Responses(path, {"step": 3})
     assert len(last.known) == 2
-    assert other.key("loglikelihood", ["a", " b"]) != key
+    with pytest.raises(Busy, match="folder is in use: process"):
+        Responses(path, {"step": 4})
     last.close()
+    other = Responses(path, {"step": 4})
+    assert other.key("loglikelihood", ["a", " b"]) != key
     other.close()
-    path.write_text("no json\n{}\n")
+
+
+def test_damaged_responses_are_told_and_computed_again(tmp_path, capsys):
+    path = tmp_path / "responses.jsonl"
+    whole = {"key": "a", "response": [-1.5, True], "truncated": 0}
+    damaged = [b"null", b"{}", b"\xff", b"[" * 200_000, b"\0" * 100]
+    path.write_bytes(b"\n".join([*damaged, json.dumps(whole).encode(), b""]))
+    store = Responses(path, {})
+    assert store.known == {"a": whole}
+    assert f"5 lines of {path} are damaged" in capsys.readouterr().err
+    store.close()
+    path.unlink()
+    path.mkdir()
     with pytest.raises(InputError, match="for responses"):
         Responses(path, {})
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mhc_jax import connections
 from mhc_jax.analysis.run_reader import flatten
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
-from mhc_jax.errors import InputError
+from mhc_jax.errors import InputError, shown
 
+INF, NAN = math.inf, math.nan
 ZERO = dict.fromkeys(("width", "num_layers", "num_kv_heads", "mlp_width", "unroll"), (0,))
 LOOP = ("steps", "log_every", "validation_batches")
 REFUSED = [
@@ -24,7 +27,21 @@ REFUSED = [
     (OptimizerConfig, {"final_fraction": (1.5,), "b1": (1.0,), "b2": (-0.1,), "grad_clip": (-1.0,)}),
     (OptimizerConfig, {"weight_decay": (-0.1,), "accumulation_steps": (0,), "connection_lr_multiplier": (-1.0,)}),
     (TrainConfig, dict.fromkeys(LOOP, (0,)) | {"seed": (-1,)}),
+    (
+        OptimizerConfig,
+        dict.fromkeys(("eps", "weight_decay", "connection_lr_multiplier", "learning_rate"), (INF, NAN, 1e39)),
+    ),
+    (OptimizerConfig, {"grad_clip": (NAN, -INF), "final_fraction": (NAN,), "b1": (NAN,), "b2": (INF,)}),
+    (ModelConfig, dict.fromkeys(("rope_theta", "norm_eps", "embedding_init_std"), (INF, NAN, 1e39))),
+    (DataConfig, {"validation_fraction": (NAN,), "seed": (-1, 2**32, 2**63, 10**400)}),
+    (TrainConfig, {"seed": (2**32, 2**63)}),
     (TrainConfig, dict.fromkeys(("validate_every", "checkpoint_every", "diagnostics_every"), (-1,))),
+]
+REFUSED += [
+    (type(connections.default_config(kind)), {name: (INF, -INF, NAN)})
+    for kind in connections.KINDS
+    for name, value in vars(connections.default_config(kind)).items()
+    if isinstance(value, float)
 ]
 CASES = [(cls, name, value) for cls, refused in REFUSED for name, values in refused.items() for value in values]
 
@@ -40,7 +57,7 @@ def test_a_refused_value_is_named(cls, name, value):
         cls(**{name: value})
     text = str(caught.value)
     assert name in text
-    assert repr(value) in text or str(value) in text
+    assert repr(value) in text or shown(value) in text
     assert_a_sentence(text)
 
 
@@ -80,6 +97,8 @@ def test_an_accepted_configuration_comes_back_exactly_and_a_refused_one_is_named
         assert_a_sentence(sentence)
         return
     whole = to_mapping(config)
+    if mapping.get("optimizer", {}).get("grad_clip") == INF:
+        mapping["optimizer"]["grad_clip"] = 0.0  # both mean no clipping
     for section, own in mapping.items():
         assert whole[section] == {**whole[section], **own}, "nothing that was set is lost"
     assert from_mapping(json.loads(json.dumps(whole))) == config
@@ -214,7 +233,7 @@ def test_a_model_that_cannot_be_is_told(settings, sentence):
 def test_a_schedule_and_a_tracker_that_cannot_be_are_told():
     with pytest.raises(InputError, match=r"pipeline.schedule is 'interleavd'.*Did you mean 'interleaved'"):
         PipelineConfig(schedule="interleavd:4")
-    with pytest.raises(InputError, match="a device holds at least 2 stages, or use '1f1b'"):
+    with pytest.raises(InputError, match="a device holds at least 2 stages and at most 1024, or use '1f1b'"):
         PipelineConfig(schedule="interleaved:1")
     with pytest.raises(InputError, match=r"train.trackers is \('wandb', 'wandb'\); name each tracker once"):
         TrainConfig(trackers=("wandb", "wandb"))

@@ -14,6 +14,7 @@ import pytest
 from support.tiny_runs import PATIENCE_S, ROOT, at_step, data_of, flags_of, lines, measured, script, tiny, write_text
 
 from mhc_jax.config import MeshConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.parallel import distributed
@@ -144,6 +145,40 @@ def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
     assert sentences(ends[1][2]) == [f"error: {told}"]
     assert sentences(ends[0][2]) == [f"error: process 1 said: {told}"]
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.full
+def test_processes_with_other_settings_are_told_before_any_step(configuration, tmp_path):
+    extra = {1: ["--config.optimizer.learning_rate=0.01", "--config.data.seed=7"]}
+    ends = processes(2, configuration("residual"), tmp_path / "run", "--config.mesh.data=2", extra=extra)
+    told = "Process 1 was started with other settings than process 0 (data.seed: 0 -> 7; optimizer.learning_rate: 0.003 -> 0.01)"
+    for status, out, err in ends:
+        assert (status, out) == (2, ""), err
+        assert sentences(err) == [f"error: {told}; start the same command on every process."]
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_all_processes_are_compared_to_the_last_leaf(configuration, monkeypatch, tmp_path):
+    """The other process is made up."""
+    config = configuration("residual")
+    other = to_mapping(config.with_settings(optimizer={"eps": 1e-19}))
+    monkeypatch.setattr(distributed, "allgather_text", lambda text: [text, json.dumps(other)])
+    with pytest.raises(
+        InputError, match=r"Process 1 was .* process 0 \(optimizer.eps: 1e-20 -> 1e-19\); start the same"
+    ):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("texts", [["", ""], ["short", ""], ["ü" * 5000, "x"]])
+def test_texts_of_any_length_reach_all_processes_whole(texts, monkeypatch):
+    """The arrays of the other process are made up."""
+    others = iter([np.int32(len(texts[1].encode())), np.frombuffer(texts[1].encode().ljust(10_240, b"\0"), np.uint8)])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    gather = lambda mine: np.stack([mine, next(others)[: len(mine)] if np.ndim(mine) else next(others)])  # noqa: E731
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    assert distributed.allgather_text(texts[0]) == texts
 
 
 def test_a_mistake_of_one_process_is_raised_by_all(monkeypatch):

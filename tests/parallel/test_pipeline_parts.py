@@ -295,6 +295,7 @@ def test_costs_of_a_compiled_step(row):
     once, twice = (with_times(**{kind: [times * found[kind][1]] * 4 for kind in "FBW"}) for times in (1, 1.75))
     twice["pipeline"]["blocks"] = 2
     line = from_compiled([once, twice], short, blocks=6)
+    assert from_compiled([twice, once], short, blocks=6) == line
     for kind in "FBW":  # a quarter of the time of one block is that of the stage
         assert getattr(line, kind)[1] == pytest.approx((0.25 + 3 * 0.75) * found[kind][1])
     files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]

@@ -23,17 +23,19 @@ def newest(name):
     return max(RECORDS.glob(f"????-??-??-sweep-{name}"))
 
 
-def connection(folder):
+def connection(record, run):
     """Kind of a run's connection, with its init where it has one."""
-    settings = read(folder / "config.json")["model"]["connection"]
-    return settings["kind"] + (f":init={settings['init']}" if "init" in settings else "")
+    settings = {f"model.connection.{key}": value for key, value in record["config"]["model"]["connection"].items()}
+    settings |= run["config"]
+    init = settings.get("model.connection.init")
+    return settings["model.connection.kind"] + (f":init={init}" if init else "")
 
 
 def summaries(name):
     """Connection to the summaries of its runs, by seed."""
-    found = {}
-    for path in sorted(newest(name).glob("*/summary.json")):
-        found.setdefault(connection(path.parent), []).append(read(path))
+    found, record = {}, read(newest(name) / "runs.json")
+    for run in record["runs"]:
+        found.setdefault(connection(record, run), []).append(run["summary"])
     return found
 
 
@@ -147,7 +149,8 @@ QUOTED = r"""
 and 9.1 % with the kernels <- 2026-11-29-compile-two-blocks-v5p: \+9.1 %
 The 3B takes +7.5 % with mHC on 256 v5e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+7.5 %
 and +3.4 % on 64 v6e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+3.4 %
-F and B of a block take 7.1 % longer with mHC <- 2026-11-29-pipeline-compiled: F and B of a block take 7.1 % longer with mHC
+F and B of a block take 6.1 % longer with mHC <- 2026-11-29-pipeline-compiled: \| 7.81 \| 18.65 \| \+6.1 %
++6.0, +8.0, +7.5 and +8.5 % at 8 stages <- 2026-11-29-pipeline-compiled: remat connection \| 8 x 8 .* \+7.50 %
 changes the loss from 2.3792 to 2.3805; over the whole depth it costs 0.022 <- 2026-11-28-demo: \| hc \| 2.3792 \| 2.4010 \| 2.3805
 1.8e-6 of an array's largest gradient <- LOG: 1.8e-6 of an array's largest entry
 """
@@ -201,8 +204,9 @@ def test_notebook_02_has_the_losses_and_spikes_of_the_record():
 def test_notebook_03_has_the_streams_and_shares_of_the_record():
     """A share is the largest |entry| of a sub-layer over the sum of its |entries|; means over the last diagnostics."""
     shown, shares = outputs("03_streams"), {}
-    for path in newest("connections").glob("*/metrics.jsonl"):
-        kind = connection(path.parent)
+    record = read(newest("connections") / "runs.json")
+    for run in record["runs"]:
+        kind, path = connection(record, run), newest("connections") / "metrics" / f"{run['name']}.jsonl"
         line = [json.loads(text) for text in path.read_text().splitlines() if '"kind": "diagnostics"' in text][-1]
         for key in ("h_pre", "h_post"):
             each = [max(map(abs, gates)) / sum(map(abs, gates)) for gates in line[key]]
@@ -233,12 +237,12 @@ def test_notebook_04_has_the_traffic_of_table_2():
 
 def test_notebook_05_has_the_fits_of_the_record():
     """Least squares on logarithms; FLOPs are those of a token times steps, sequences and their length."""
-    shown, runs = outputs("05_scaling"), {}
-    for path in newest("ladder").glob("*/summary.json"):
-        config, summary = read(path.parent / "config.json"), read(path)
-        tokens = summary["steps"] * config["data"]["batch_size"] * config["data"]["sequence_length"]
+    shown, runs, record = outputs("05_scaling"), {}, read(newest("ladder") / "runs.json")
+    for run in record["runs"]:
+        data, summary = record["config"]["data"], run["summary"]
+        tokens = summary["steps"] * data["batch_size"] * data["sequence_length"]
         point = summary["flops_per_token"] * tokens, summary["validation_loss"]
-        runs.setdefault(connection(path.parent), []).append(point)
+        runs.setdefault(connection(record, run), []).append(point)
     for kind, points in runs.items():
         x, y = np.log(np.array(points)).T
         line = stats.linregress(x - x.mean(), y)

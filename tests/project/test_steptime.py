@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from support.in_process import run_here
 from support.tiny_runs import ROOT
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
+from mhc_jax.timing import step_times, worker_steps
 from mhc_jax.timing.worker_steps import check_out, start_worker, torch_step
 
 TINY = [
@@ -25,6 +27,32 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         torch_step(sys.executable, ExperimentConfig(), "mudd", 1, False)
     with pytest.raises(InputError, match="The process of a step failed"):
         start_worker([sys.executable, "-c", "0"], tmp_path, {})
+    with pytest.raises(InputError, match="git has no commit '--help'"):
+        check_out("--help", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--against=no-such"], "git has no commit 'no-such'"),
+        (["--against=HEAD", "--torch=/no/python"], "/no/python cannot be run: No such file"),
+        (["--rounds=0"], "--rounds is '0'; it must be a positive integer."),
+        (
+            ["--against=HEAD", "--connections=hc", "--config.model.vocab_size=7", "-config.model.width=16"],
+            "demo.py:hc --config.model.vocab_size=7 -config.model.width=16 --config.model.vocab_size=264",
+        ),
+    ],
+)
+def test_steps_of_others_are_asked_for_before_the_first_compile(monkeypatch, given, told):
+    """The last case ends with the settings that the step of another commit gets.  Its vocabulary is that of our step."""
+
+    def no_step(python, checkout, settings):
+        raise InputError(" ".join(settings))
+
+    monkeypatch.setattr(worker_steps, "jax_step", no_step)
+    monkeypatch.setattr(step_times, "compile_step", lambda *_: pytest.fail("compiled first"))
+    status, _, err = run_here("steptime", *given)
+    assert (status, told in err) == (2, True), err
 
 
 @pytest.mark.full

@@ -20,7 +20,7 @@ from mhc_jax.analysis.run_reader import flatten
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.runs.folder import read_json
+from mhc_jax.reports.record import read_record
 from mhc_jax.sweeps import grid
 from mhc_jax.sweeps.grid import Grid, load_sweep, over, plan, product, read_plan, seeds, select, write_plan
 from mhc_jax.sweeps.results import write_results
@@ -194,10 +194,10 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
         starts = "init" in to_mapping(run.config)["model"]["connection"]
         assert starts == ("init=" in run.point.get("connection", "")), "a sweep says which start it means"
     made = [to_mapping(run.config)["model"]["connection"] for run in runs]
-    for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}/*/config.json"):
-        recorded = read_json(record)["model"]["connection"]
-        # A setting that came after the record has its default.
-        assert to_mapping(connections.default_config(recorded["kind"])) | recorded in made
+    for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}"):
+        for recorded in (run.config["model"]["connection"] for run in read_record(record)):
+            # A setting that came after the record has its default.
+            assert to_mapping(connections.default_config(recorded["kind"])) | recorded in made
 
 
 def test_the_sweep_in_the_readme_works_as_printed(tmp_path):

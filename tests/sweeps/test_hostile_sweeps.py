@@ -15,6 +15,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.reports.page import write_folder_report
 from mhc_jax.sweeps import grid
 from mhc_jax.sweeps.bisection import Bisection
+from mhc_jax.sweeps.field_types import check_types
 from mhc_jax.sweeps.grid import Sweep, load_sweep, plan, read_plan, run_name
 
 SWEEP = '''"""Doc."""
@@ -49,7 +50,7 @@ FILES = {
     f"{SWEEP}made(bisection='lr')": "bisection of the sweep is 'lr'; give Bisection",
     f"{SWEEP}made(bisection='rule')": "bisection of the sweep is",
     f"{SWEEP}points('connection', 5)": "connection is 5; it must be a text",
-    f"{SWEEP}points('optimizer.learning_rate', 10**400)": "learning_rate is 10+.*; it must be at most",
+    f"{SWEEP}points('optimizer.learning_rate', 10**400)": "learning_rate is 10+.*; a number must be at most",
     f"{SWEEP}points('model.width', 10**5000)": "model.width is a very large int; it must be at most",
     f"{SWEEP}points('train.seed', None)": "train.seed is None, a NoneType; it must be a int",
     f"{SWEEP}points('data.source', 'x' * 300)": "which has 30. bytes; at most 240",
@@ -138,8 +139,8 @@ def test_any_fields_of_a_sweep_are_taken_or_refused_in_a_sentence(points, base_f
             wrong = Sweep("a.py", [])
             for key, other in one.items():
                 object.__setattr__(wrong, key, other)
-            told(lambda sweep=wrong: grid._check_types(sweep))
-    assert told(lambda: grid._check_types(sweep)) is True
+            told(lambda sweep=wrong: check_types(sweep))
+    assert told(lambda: check_types(sweep)) is True
 
 
 @pytest.mark.parametrize(

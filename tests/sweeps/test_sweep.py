@@ -5,6 +5,7 @@ Workers run in this process; only the tests marked `full` start real ones.
 
 import csv
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pyarrow.parquet
 import pytest
 from support import meshes
@@ -23,13 +25,15 @@ from support.tiny_sweep import base, write_sweep
 from support.workers_here import Clock, Worker, workers_here
 
 from mhc_jax.analysis.grouping import group
+from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.reports.record import read_newest, read_record, shortened, write_record
+from mhc_jax.reports.record import read_newest, read_record, shortened, write_record, write_runs
 from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.runs.lock import Busy, holder, run_lock
 from mhc_jax.sweeps import runner, worker
-from mhc_jax.sweeps.grid import Busy, Grid, applied, over, plan, product, run_lock, seeds, write_plan
+from mhc_jax.sweeps.grid import Grid, applied, over, plan, product, seeds, write_plan
 from mhc_jax.sweeps.results import result_rows
 from mhc_jax.train_step import init_state, make_eval_step, make_train_step
 
@@ -183,8 +187,7 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
         signal.signal(signal.SIGINT, before)
     assert status == 130, err
     assert "Run the same command to go on" in err
-    with run_lock(workdir, first):  # its worker has gone
-        pass
+    assert holder(workdir / first) == "", "its worker has gone"
 
     status, _, err = run_script(*command)
     assert status == 0, err
@@ -228,21 +231,15 @@ def test_a_run_that_another_process_has_is_left_alone(grid, tmp_path, monkeypatc
     write_plan(tmp_path / "w", grid)
     clock = Clock()
     monkeypatch.setattr(runner, "time", clock)
-    with run_lock(tmp_path / "w", "residual"):
-        with pytest.raises(Busy, match=f"process {os.getpid()} on "), run_lock(tmp_path / "w", "residual"):
-            pass
+    folder = tmp_path / "w" / "residual"
+    folder.mkdir()
+    with run_lock(folder):
+        with pytest.raises(Busy, match=f"process {os.getpid()} on "):
+            worker.run(tmp_path / "w", "residual")
         assert runner.run_local(tmp_path / "w", grid, grid.runs, 1) == 1
     assert clock.now > runner.PATIENCE_S
     assert f"residual was left to another sweep (process {os.getpid()} on " in capsys.readouterr().err
-    assert not (tmp_path / "w" / "residual").exists()
-
-
-def test_the_lock_of_a_dead_process_is_taken_over(grid, tmp_path):
-    write_plan(tmp_path, grid)
-    lock = tmp_path / ".sweep" / "locks" / "residual"
-    lock.write_text("process 999999999 on elsewhere\n")
-    with run_lock(tmp_path, "residual"):
-        assert lock.read_text().startswith(f"process {os.getpid()} on ")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 # Submitit's debug job leaves its logs open.
@@ -291,10 +288,9 @@ def ended(tmp_path: Path) -> Path:
 
 def test_record_of_a_sweep(ended, tmp_path):
     folder = write_record(ended, tmp_path / "records" / "2026-01-02-sweep-pair", metrics=True, note="A note.")
-    names = {"README.md", "results.csv", "results.parquet", "residual-seed0", "residual-seed1", "hc-seed0", "hc-seed1"}
-    assert {path.name for path in folder.iterdir()} == names
-    names = {"config.json", "env.json", "summary.json", "metrics.jsonl"}
-    assert {path.name for path in (folder / "hc-seed0").iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {"README.md", "results.csv", "runs.json", "metrics"}
+    names = ["hc-seed0", "hc-seed1", "residual-seed0", "residual-seed1"]
+    assert sorted(path.name for path in (folder / "metrics").iterdir()) == [f"{name}.jsonl" for name in names]
     for path in folder.rglob("*.*"):
         assert not any(place in path.read_bytes() for place in (b"/home", str(tmp_path).encode())), path
     readme = (folder / "README.md").read_text()
@@ -309,7 +305,7 @@ def test_record_of_a_sweep(ended, tmp_path):
     settings = group(read_record(folder))
     assert [setting.label for setting in settings] == ["hc", "residual"]
     assert len(settings[0].any_run.train["step"]) == 100
-    assert {run.folder.parent for run in read_newest(folder.parent, "pair")} == {folder}
+    assert [run.folder for run in read_newest(folder.parent, "pair")] == [folder / name for name in names]
     with pytest.raises(
         InputError, match=r"no record of the sweep 'width' yet; make it with `python experiments/sweep\.py"
     ):
@@ -321,7 +317,42 @@ def test_record_without_metrics_has_summaries_alone(ended, tmp_path):
     assert [len(run.train["step"]) for run in runs] == [0, 0, 0, 0]
     assert all(run.result("validation_loss") for run in runs)
     assert runs[0].tokens == 200 * runs[0].config["data"]["batch_size"] * runs[0].config["data"]["sequence_length"]
-    assert pyarrow.parquet.read_table(tmp_path / "record" / "results.parquet").num_rows == 4
+    with (tmp_path / "record" / "results.csv").open() as table:
+        assert len(list(csv.DictReader(table))) == 4
+
+
+def test_runs_of_a_record_are_those_of_the_run_folders(ended, tmp_path):
+    """Every value comes back with its type, also where one run has another value or lacks the key."""
+    folders = {name: ended / name for name in ("hc-seed0", "hc-seed1", "residual-seed0", "residual-seed1")}
+    config = read_json(folders["hc-seed1"] / "config.json")
+    config["model"]["connection"]["disable"] = ["pre", "post"]
+    config["optimizer"] |= {"grad_clip": int(config["optimizer"]["grad_clip"]), "extra": {"a": {"b": []}}}
+    write_json(folders["hc-seed1"] / "config.json", config)
+    env = read_json(folders["residual-seed0"] / "env.json")
+    write_json(folders["residual-seed0"] / "env.json", {**env, "packages": {"a.b": "1"}, "optimizer": [{"x/y": 1}]})
+    before = [read_run(folder) for folder in folders.values()]
+    texts = []
+    for place in (tmp_path / "one", tmp_path / "two"):
+        place.mkdir()
+        write_runs([*folders.values()][:: 1 if place.name == "one" else -1], place, metrics=True)
+        texts.append((place / "runs.json").read_text())
+    assert texts[0] == texts[1]
+    for old, new in zip(before, read_record(tmp_path / "one"), strict=True):
+        for part in ("config", "env", "summary"):
+            expected = shortened(json.dumps(getattr(old, part), sort_keys=True))
+            assert json.dumps(getattr(new, part), sort_keys=True) == expected
+        assert new.name == old.name
+        assert new.events == old.events
+        for part in ("train", "validation"):
+            columns, expected = getattr(new, part), getattr(old, part)
+            assert list(columns) == list(expected)
+            assert all(np.array_equal(columns[key], expected[key], equal_nan=True) for key in columns)
+        assert len(new.diagnostics) == len(old.diagnostics)
+    written = json.loads(texts[0])
+    assert written["config"]["model"]["width"] == before[0].config["model"]["width"]
+    assert "model.connection.disable" in written["runs"][1]["config"]
+    (line,) = [line for line in texts[0].splitlines() if '"hc-seed1"' in line]
+    assert json.loads(line.rstrip(",")) == written["runs"][1]
 
 
 def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp_path):
@@ -336,7 +367,7 @@ def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp
     write_record(ended, tmp_path / "record", unfinished=True)
     readme = (tmp_path / "record" / "README.md").read_text()
     assert all(f"1 {status}" in readme for status in ("finished", "begun", "interrupted", "pending"))
-    assert [place.name for place in (tmp_path / "record").glob("*-seed*")] == ["residual-seed0"]
+    assert [run.name for run in read_record(tmp_path / "record")] == ["residual-seed0"]
     with pytest.raises(InputError, match="there already"):
         write_record(ended, tmp_path / "record", unfinished=True)
     shutil.rmtree(ended / "residual-seed0")

@@ -1,5 +1,6 @@
 """A broken checkpoint is passed over, none is lost, and a full disk or another model ends the run with a sentence."""
 
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.ends import Killed
 from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run_script, with_train
 
 from mhc_jax.data import ByteTokenizer
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.runs.checkpoint import Checkpoints, load_params
+from mhc_jax.runs.checksums import CHECKSUMS, damage
 from mhc_jax.runs.folder import differences
 from mhc_jax.train_step import TrainState
 
@@ -85,6 +88,78 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path):
         checkpoints.save(3, toy(30), {"at": 3}, CONFIG, BYTE)
     assert (tmp_path / "broken-checkpoint-3").is_dir()
     assert int(restored(tmp_path)[0][0].step) == 30
+
+
+def flipped(file, bit):
+    """Flip one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_is_detected_and_the_checkpoint_before_is_used(tmp_path):
+    """In 40 places of each file, of which the last one is tried as a run does."""
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints" / "2"
+    assert damage(folder) == ""
+    files = [folder / name for name in json.loads((folder / CHECKSUMS).read_text())]
+    assert len(files) > 8
+    for file in files:
+        content = file.read_bytes()
+        for bit in np.random.default_rng(0).integers(8 * len(content), size=40) if content else []:
+            flipped(file, int(bit))
+            assert damage(folder) == f"{file.relative_to(folder)} is damaged: its SHA-256 is not the one that was saved"
+            file.write_bytes(content)
+    flipped(max(files, key=lambda file: file.stat().st_size), 0)
+    with pytest.raises(
+        InputError, match=r"checkpoints/2 cannot be read \(.* is damaged.*\); remove it to use an earlier one"
+    ):
+        load_params(tmp_path)
+    (state, loop, remarks), steps = restored(tmp_path)
+    assert (int(state.step), loop, steps) == (1, {"at": 1}, [1])
+    assert re.fullmatch(
+        r"checkpoint 2 cannot be read \(.* is damaged: .*\); moved to broken-checkpoint-2, using .*", *remarks
+    )
+
+
+def test_missing_and_damaged_checksums(tmp_path):
+    save(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "loop" / "metadata").unlink()
+    assert damage(folder) == "loop/metadata cannot be read: No such file or directory"
+    (folder / CHECKSUMS).write_text("{")
+    assert damage(folder) == "checksums.json is damaged"
+    (folder / CHECKSUMS).unlink()
+    assert damage(folder) == "", "a checkpoint of an older version has none"
+
+
+def test_the_first_checkpoint_is_opened_again_before_it_gets_its_name(tmp_path):
+    """In a folder whose name Orbax takes for a pattern, it leaves out the arrays without a word."""
+    with pytest.raises(InputError, match="arrays read otherwise than they were written; there is no earlier one"):
+        save(tmp_path / "exp[1]", 1)
+    assert not (tmp_path / "exp[1]" / "checkpoints" / "1").exists()
+    otherwise = pytest.raises(InputError, match="loop reads otherwise than it was written")
+    with mock.patch("mhc_jax.runs.read_back.read_json", return_value={}), otherwise:
+        save(tmp_path / "run", 1)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_and_a_kill_on_the_way_loses_neither(tmp_path):
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        kill = mock.patch.object(checkpoints._manager, "save", side_effect=Killed)
+        with kill, pytest.raises(Killed):
+            checkpoints.save(1, toy(1), {"at": "new"}, CONFIG, BYTE, replace=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "checkpoints"] == ["replaced-checkpoint-1"]
+    assert restored(tmp_path)[0][1] == {"at": 1}
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(1, toy(1), {"at": "new"}, CONFIG, BYTE, replace=True)
+        assert restored(tmp_path)[0][1] == {"at": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    shutil.copytree(
+        tmp_path / "checkpoints" / "1", tmp_path / "replaced-checkpoint-1"
+    )  # killed after the new one was whole
+    assert restored(tmp_path)[0][1] == {"at": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_all_broken_is_a_sentence_at_every_start_and_moves_nothing(tmp_path):

@@ -1,0 +1,42 @@
+"""The record of a sweep is whole or absent."""
+
+import json
+
+import pytest
+from support.ends import Killed
+from support.synthetic_runs import write_run
+
+from mhc_jax.reports import record
+from mhc_jax.runs.folder import read_json
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The folder of a sweep of two runs with made-up numbers."""
+    names = ["hc-seed0", "hc-seed1"]
+    (tmp_path / "sweep" / ".sweep" / "runs").mkdir(parents=True)
+    for seed, name in enumerate(names):
+        folder = write_run(tmp_path / "sweep", name, "hc", seed=seed)
+        env = read_json(folder / "env.json") | {"packages": {"jax": "0.10.2"}, "python": "3.11", "device_count": 1}
+        (folder / "env.json").write_text(json.dumps(env))
+        (tmp_path / "sweep" / ".sweep" / "runs" / f"{name}.json").write_text((folder / "config.json").read_text())
+    plan = {"title": "Two runs", "baseline": {}, "bisection": None, "runs": names}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(plan))
+    return tmp_path / "sweep"
+
+
+@pytest.mark.parametrize("where", ["write_csv", "write_runs", "shortened", "_page"])
+def test_a_kill_in_the_middle_leaves_no_record_and_the_same_call_writes_it(where, sweep, tmp_path, monkeypatch):
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, where, die)
+        with pytest.raises(Killed):
+            record.write_record(sweep, tmp_path / "records" / "two")
+    assert not (tmp_path / "records" / "two").exists()
+    folder = record.write_record(sweep, tmp_path / "records" / "two")
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["two"], "nothing stays aside"
+    assert len(record.read_record(folder)) == 2
+    assert (folder / "README.md").is_file()
+    assert folder.stat().st_mode & 0o777 == 0o755
