@@ -10,7 +10,7 @@ from typing import Any
 from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.json_files import read_json, write_json
-from mhc_jax.runs.lock import LOCK, run_lock
+from mhc_jax.runs.lock import LOCK, lock_text, run_lock
 
 PATTERNS = "*?[\\"
 """Characters that Orbax takes for a pattern of file names, in the path of a checkpoint too."""
@@ -140,6 +140,9 @@ def run_folder(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] 
         distributed.on_every_process(claim)
         ended = distributed.on_every_process(lambda: check_run_folder(folder, config))
         create_run_folder(folder, config)
+        distributed.require_same(
+            lock_text(folder), "The processes have different run folders; give all the same one, which all hosts share."
+        )
         yield ended
 
 

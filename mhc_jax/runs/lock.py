@@ -56,6 +56,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        os.fsync(file.fileno())  # The other processes of the run read this line, maybe from another host (`lock_text`).
         yield
 
 
@@ -65,6 +66,14 @@ def holder(folder: Path) -> str:
         with (folder / LOCK).open("r") as file:
             return "" if _locked(file, fcntl.LOCK_SH) else _named(file)
     except OSError:  # There is no lock yet.
+        return ""
+
+
+def lock_text(folder: Path) -> str:
+    """Return the line of a lock's file, by which the processes of a run see whether they have the same folder."""
+    try:
+        return (folder / LOCK).read_text()
+    except OSError:
         return ""
 
 

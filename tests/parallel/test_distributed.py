@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_a_mistake_of_one_process_ends_all(configuration, tmp_path):
     assert sentences(ends[1][2]) == [f"error: {told}"]
     assert sentences(ends[0][2]) == [f"error: process 1 said: {told}"]
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.full
+def test_a_process_with_the_folder_of_another_run_ends_all(configuration, tmp_path):
+    """The other run has the same settings, so that only the lock tells the folders apart."""
+    config, elsewhere = configuration("residual"), tmp_path / "elsewhere"
+    train(config, elsewhere)
+    for lost in (elsewhere / "summary.json", elsewhere / "checkpoints"):
+        shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    before = sorted(elsewhere.rglob("*"))
+    ends = processes(2, config, tmp_path / "run", "--config.mesh.data=2", extra={1: [f"--workdir={elsewhere}"]})
+    for status, _, err in ends:
+        assert status == 2, err
+        assert sentences(err)[-1].endswith(
+            "The processes have different run folders; give all the same one, which all hosts share."
+        )
+    assert sorted(elsewhere.rglob("*")) == before
 
 
 @pytest.mark.full
