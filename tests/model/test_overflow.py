@@ -174,6 +174,6 @@ def test_what_is_not_finite_beside_the_train_step_diverges_too(where, step, text
 
 
 def test_a_state_that_is_not_finite_is_not_called_finite(text, tmp_path, capsys):
-    config = tiny(text, "residual", model={"embedding_init_std": float("inf")})
+    config = tiny(text, "residual", model={"embedding_init_std": 3e38})
     assert train(config, tmp_path / "run")["status"] == "diverged"
     assert "not all of it finite" in capsys.readouterr().err
