@@ -176,7 +176,7 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
     status, _, _ = run_script(*command, env=at_step(at))
     assert status == -signal.SIGKILL
     assert "killed by SIGKILL" in read_json(workdir / ".sweep" / "failed" / f"{first}.json")["error"]
-    with (workdir / ".sweep" / "locks" / second).open() as lock:
+    with (workdir / second / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # its worker outlived the sweep, and has saved
         assert read_json(workdir / second / "summary.json")["status"] == "interrupted"
 
