@@ -1,4 +1,4 @@
-"""Write the tables and figures of the three questions of docs/answers.md from the records of their sweeps.
+"""Write the tables and figures of three questions from the records of their sweeps.
 
     python experiments/answers.py
     python experiments/answers.py --freeze=runs/mixing_needed
@@ -81,7 +81,7 @@ def main() -> int:
         drawn["mixing_needed"] = figures.mixing_needed_figure(answers.mixing_needed(runs))
     if runs := runs_of("muon_margin"):
         sweep = runpy.run_path(str(HERE / "sweeps" / "muon_margin.py"))
-        rule = sweep["LOSS_BELOW"], sweep["RATES"][0]
+        rule = sweep["LOSS_BELOW"], sweep["RATES"]
         parts.append(tables.muon_margin_part(runs, *rule, runs_of("muon_rates")))
         drawn["muon_margin"] = figures.muon_margin_figure(answers.muon_margin(runs, *rule))
     require(

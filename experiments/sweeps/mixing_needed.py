@@ -16,8 +16,9 @@ within 0.005 nats with a power of 80 % if the kinds do not differ at all.
 Rule.  Primary: for `identity` and then for the three others, the difference from mHC averaged over the four combinations, one
 number a seed.  Two one-sided t tests (TOST) at 5 %, with a margin of 0.005 nats: equivalent if the 90 % interval lies within the
 margin; different if the 95 % interval of the paired t test with Holm's correction for four excludes 0; both may hold; else not
-resolved, with the seeds that it would need.  Secondary: each combination by itself.  H_res is called needed if `identity` is
-different and higher, and not needed if it is equivalent or lower.  Every run counts, and no seed is added after a look.
+resolved, with the seeds that it would need.  Secondary: each combination by itself.  H_res is called not needed if `identity` is
+equivalent or lower, and needed if it is different, higher and not equivalent.  Every run counts, and no seed is added after a
+look.
 
 Equal wall clock, secondary: each cell against residual after as much time, by the rule in residual_longer.py.
 

@@ -21,8 +21,9 @@ both variants of Muon), clipping and seed.  Primary: mHC's margin, the mean over
 Muon and Muon with AdamW for connections; paired t tests with Holm's correction for three.  There is a margin if it is above 0 and
 resolved at 5 %.  Rates are powers of 2, so that all seeds may have the same margin; without spread there is no t test, and the
 margin then counts as resolved.  It survives Muon if there is one under Muon; it is lost if AdamW has one, Muon has none, and the
-95 % interval of the difference excludes 0; else not resolved.  Secondary: HC and identity, and each clipping by itself.
-muon_rates.py gives surges and best losses.
+95 % interval of the difference excludes 0; else not resolved.  A line whose every rate is stable, or none, gives a bound; a
+decision that the bound could overturn is not resolved.  Secondary: HC and identity, and each clipping by itself. muon_rates.py
+gives surges and best losses.
 
 Cost: about 320 runs of 10 to 25 s on 2 CPU cores, 50 minutes in all.
 """

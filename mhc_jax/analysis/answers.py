@@ -1,4 +1,4 @@
-"""Decide the three questions of docs/answers.md from the runs of their sweeps, by the rules in the docstrings of the sweep files.
+"""Decide three questions from the runs of their sweeps, by the rules in the docstrings of the sweep files.
 
 The sweep files are which_map.py, mixing_needed.py and muon_margin.py in experiments/sweeps, and their siblings which_map_large.py,
 muon_rates.py and residual_longer.py.  All losses are final validation losses in nats/token, and below 0 a difference is better.
@@ -10,26 +10,26 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mhc_jax.analysis.run_reader import RunRecord
-from mhc_jax.analysis.statistics import (
-    MIN_SEEDS,
-    Equivalence,
-    Paired,
-    equivalence,
-    holm,
-    paired,
-    seeds_for_equivalence,
-    seeds_to_resolve,
+from mhc_jax.analysis.contrasts import (
+    Contrast,
+    Seeds,
+    by_connection,
+    contrasts,
+    final_losses,
+    mean_of,
+    mean_over,
+    minus,
+    needed,
 )
+from mhc_jax.analysis.run_reader import RunRecord
+from mhc_jax.analysis.statistics import MOST_SEEDS, Equivalence, equivalence, seeds_for_equivalence
 from mhc_jax.errors import require
 
 MAPS = ("pre", "post", "res")
-ALPHA = 0.05
-"""Level of every test."""
 MARGIN = 0.005
 """Margin of equivalence in question 2, in nats/token."""
 MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
@@ -37,70 +37,6 @@ MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
 
 MHC = "mhc:init=paper"
 """The connection whose margin decides question 3."""
-
-Seeds = Mapping[int, float]
-"""One number for each seed."""
-
-
-class Contrast(NamedTuple):
-    """One number for each seed, such as the effect of a map, and its test against 0."""
-
-    label: str
-    values: Seeds
-    result: Paired | None
-    """The paired t test.  None if no seed has a value."""
-    p_holm: float | None
-    """p-value of the t test with Holm's correction over the family of contrasts that was tested with it."""
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the corrected p-value is below 5 %."""
-        return self.p_holm is not None and self.p_holm < ALPHA
-
-    @property
-    def same(self) -> bool:
-        """Whether three seeds or more all have the same number and it is not 0.  A t test has no spread then."""
-        numbers = [*self.values.values()]
-        return len(numbers) >= MIN_SEEDS and numbers[0] != 0 and len(set(numbers)) == 1
-
-
-def contrasts(values: Mapping[str, Seeds]) -> list[Contrast]:
-    """Test each of a family of numbers against 0, with Holm's correction over those that can be tested."""
-    results = {label: paired(seeds, dict.fromkeys(seeds, 0.0)) for label, seeds in values.items()}
-    tested = [label for label, result in results.items() if result and result.p_t is not None]
-    corrected = dict(zip(tested, holm([_p(results[label]) for label in tested]), strict=True))
-    return [Contrast(label, values[label], results[label], corrected.get(label)) for label in values]
-
-
-def _p(result: Paired | None) -> float:
-    assert result is not None
-    assert result.p_t is not None
-    return result.p_t
-
-
-def final_losses(runs: Sequence[RunRecord]) -> Seeds:
-    """Return the final validation loss of each finished run by its seed.  Runs that diverged are left out."""
-    return {run.seed[0]: float(run.result("validation_loss")) for run in runs if run.status == "finished"}
-
-
-def by_connection(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
-    """Return the final losses of runs by the text of their connection."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.connection, []).append(run)
-    return {connection: final_losses(members) for connection, members in groups.items()}
-
-
-def mean_over(parts: Sequence[Seeds]) -> dict[int, float]:
-    """Return the mean of several numbers for the seeds that have all of them."""
-    common = set.intersection(*(set(part) for part in parts)) if parts else set()
-    return {seed: float(np.mean([part[seed] for part in parts])) for seed in sorted(common)}
-
-
-def minus(a: Seeds, b: Seeds) -> dict[int, float]:
-    """Return a - b for the seeds that have both."""
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
-
 
 # -- question 1
 
@@ -170,7 +106,7 @@ class WhichMap:
     @property
     def seeds_needed(self) -> int | None:
         """Seeds with which the two most negative effects would be told apart, from their mean difference and its deviation."""
-        first, second = sorted(self.primary, key=lambda c: _mean(c))[:2]
+        first, second = sorted(self.primary, key=lambda c: mean_of(c))[:2]
         return needed(self.against[first.label, second.label].values)
 
 
@@ -210,24 +146,12 @@ def which_map(runs: Sequence[RunRecord]) -> WhichMap:
         c.label
         for c in primary
         if c.resolved
-        and _mean(c) < 0
+        and mean_of(c) < 0
         and all(
             (r := against[c.label, other].result) and r.resolved and r.mean < 0 for other in MAPS if other != c.label
         )
     ]
     return WhichMap(primary, against, designs, total, controls, below[0] if below else None)
-
-
-def needed(values: Seeds) -> int | None:
-    """Return the seeds with which a paired t test would resolve the mean of these numbers with a power of 80 %, or None."""
-    numbers = np.asarray(list(values.values()))
-    if len(numbers) < 2 or not numbers.std() or not numbers.mean():
-        return None
-    return seeds_to_resolve(float(numbers.std(ddof=1)), float(numbers.mean()))
-
-
-def _mean(contrast: Contrast) -> float:
-    return contrast.result.mean if contrast.result else math.inf
 
 
 # -- question 2
@@ -241,9 +165,11 @@ class Comparison:
     equivalence: Equivalence | None
 
     @property
-    def seeds_needed(self) -> int:
-        """Seeds for equivalence within the margin, if the kinds do not differ, from the deviation of the differences."""
-        return seeds_for_equivalence(float(np.std(list(self.contrast.values.values()), ddof=1)), MARGIN)
+    def seeds_needed(self) -> int | None:
+        """Seeds for equivalence within the margin if the kinds do not differ at all.  None below two seeds or without spread."""
+        numbers = list(self.contrast.values.values())
+        deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
+        return seeds_for_equivalence(deviation, MARGIN) if deviation > 0 else None
 
     @property
     def verdict(self) -> str:
@@ -252,8 +178,11 @@ class Comparison:
         if self.equivalence and self.equivalence.equivalent:
             words.append("equivalent")
         if self.contrast.resolved:
-            words.append("lower" if _mean(self.contrast) < 0 else "higher")
-        return " and ".join(words) or f"not resolved; equivalence would need about {self.seeds_needed} seeds"
+            words.append("lower" if mean_of(self.contrast) < 0 else "higher")
+        if words or self.seeds_needed is None:
+            return " and ".join(words) or "not resolved"
+        seeds = "more than 10,000" if self.seeds_needed >= MOST_SEEDS else f"about {self.seeds_needed}"
+        return f"not resolved; if the kinds do not differ, equivalence would need {seeds} seeds"
 
 
 @dataclass(frozen=True)
@@ -269,10 +198,10 @@ class MixingNeeded:
     def decision(self) -> str:
         """Whether H_res is needed, by the rule."""
         found = self.primary[MIXING_KINDS[0]]
-        if found.contrast.resolved and _mean(found.contrast) > 0:
-            return "needed"
-        if found.contrast.resolved or (found.equivalence and found.equivalence.equivalent):
+        if found.equivalence and found.equivalence.equivalent:
             return "not needed"
+        if found.contrast.resolved:
+            return "needed" if mean_of(found.contrast) > 0 else "not needed"
         return "not resolved"
 
 
@@ -319,7 +248,9 @@ def line_of(run: RunRecord) -> Line:
     return Line(run.connection, name, optimizer["grad_clip"], run.seed[0])
 
 
-def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, tuple[float | None, float | None]]:
+def largest_stable(
+    runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float]
+) -> dict[Line, tuple[float | None, float | None]]:
     """Return (largest stable rate, smallest unstable rate above it) of each line, from the runs that a bisection trained.
 
     The first is None if no rate below the unstable ones was found stable, the second if none was found unstable.
@@ -327,7 +258,12 @@ def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, t
     Args:
       runs: the runs, all ended.
       loss_below: a run is stable if it finished with a validation loss below this.
+      grid: every rate that the search may try, from the lowest.
+
+    Raises:
+      InputError: the search of a line is not over.
     """
+    place = {None: -1} | {rate: k for k, rate in enumerate(grid)}
     out: dict[Line, tuple[float | None, float | None]] = {}
     members: dict[Line, dict[float, bool]] = {}
     for run in runs:
@@ -338,13 +274,18 @@ def largest_stable(runs: Sequence[RunRecord], loss_below: float) -> dict[Line, t
     for line, stable in members.items():
         unstable = min((rate for rate, ok in stable.items() if not ok), default=None)
         below = [rate for rate, ok in stable.items() if ok and (unstable is None or rate < unstable)]
-        out[line] = max(below, default=None), unstable
+        out[line] = largest, unstable = max(below, default=None), unstable
+        require(
+            (len(grid) if unstable is None else place[unstable]) - place[largest] == 1,
+            f"The search of {line.connection}, {line.optimizer}, clipping {line.grad_clip:g}, seed {line.seed} is not over: rates "
+            f"between {largest} and {unstable} were not tried. Run the sweep's command again.",
+        )
     return out
 
 
 def found(margin: Contrast) -> float:
     """Return the mean of a margin that the rule of question 3 counts as resolved, and 0 for any other margin."""
-    return _mean(margin) if margin.resolved or margin.same else 0.0
+    return mean_of(margin) if margin.resolved or margin.same else 0.0
 
 
 @dataclass(frozen=True)
@@ -362,27 +303,48 @@ class MuonMargin:
     """Number of lines without a stable or without an unstable rate.  They count with half the lowest or with the highest rate."""
 
     def decision(self, optimizer: str) -> str:
-        """Return whether mHC's margin survives under a variant of Muon: `survives`, `is lost` or `not resolved`."""
+        """Return whether mHC's margin survives under a variant of Muon: `survives`, `is lost` or `not resolved`.
+
+        A line without an unstable or without a stable rate gives a bound of its largest stable rate.  Where a margin may lie on the
+        other side of such a bound, nothing is decided.
+        """
         under, adamw = self.margins[MHC, optimizer], self.margins[MHC, "adamw"]
         if found(under) > 0:
-            return "survives"
+            return "survives" if self.at_least(optimizer) else "not resolved, because the grid of rates ends"
         difference = self.lost[optimizer]
         below = difference.result is not None and (difference.result.resolved or difference.same)
-        if found(adamw) > 0 and below and _mean(difference) < 0:
-            return "is lost"
+        if found(adamw) > 0 and below and mean_of(difference) < 0:
+            ends = self.at_least("adamw") and self.at_most(optimizer)
+            return "is lost" if ends else "not resolved, because the grid of rates ends"
         return "not resolved"
 
+    def at_least(self, optimizer: str) -> bool:
+        """Return whether no margin of mHC under this optimizer may be smaller than counted."""
+        return self._ends(MHC, optimizer, 0) and self._ends("residual", optimizer.partition(",")[0], 1)
 
-def muon_margin(runs: Sequence[RunRecord], loss_below: float, lowest: float) -> MuonMargin:
+    def at_most(self, optimizer: str) -> bool:
+        """Return whether no margin of mHC under this optimizer may be larger than counted."""
+        return self._ends(MHC, optimizer, 1) and self._ends("residual", optimizer.partition(",")[0], 0)
+
+    def _ends(self, connection: str, optimizer: str, side: int) -> bool:
+        """Return whether every line of a connection and optimizer has a stable rate (side 0) or an unstable one (side 1)."""
+        lines = [line for line in self.rates if (line.connection, line.optimizer) == (connection, optimizer)]
+        return all(self.rates[line][side] is not None for line in lines)
+
+
+def muon_margin(runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float]) -> MuonMargin:
     """Decide question 3 by the rule in the docstring of experiments/sweeps/muon_margin.py.
 
     Args:
       runs: the runs that the bisection trained.
       loss_below: a run is stable if it finished with a validation loss below this.
-      lowest: the lowest rate of the grid.
+      grid: every rate that the search may try, from the lowest.
+
+    Raises:
+      InputError: the search of a line is not over, or no run is residual.
     """
-    rates = largest_stable(runs, loss_below)
-    log_rate = {line: math.log2(stable if stable else lowest / 2) for line, (stable, _) in rates.items()}
+    rates = largest_stable(runs, loss_below, grid)
+    log_rate = {line: math.log2(stable if stable else grid[0] / 2) for line, (stable, _) in rates.items()}
     lines = sorted(rates)
     optimizers = sorted({line.optimizer for line in lines})
     clips = sorted({line.grad_clip for line in lines})
@@ -411,32 +373,3 @@ def muon_margin(runs: Sequence[RunRecord], loss_below: float, lowest: float) -> 
     alone = {key: contrasts({"margin": values})[0] for key, values in each.items()}
     censored = sum(stable is None or unstable is None for stable, unstable in rates.values())
     return MuonMargin(margins, alone, rates, lost, censored)
-
-
-# -- equal wall clock
-
-
-def equal_time(losses: Seeds, ratio: float, longer: Mapping[int, Seeds]) -> dict[int, float] | None:
-    """Return, for each seed, a connection's loss minus that of residual after as much time.  None outside the steps of `longer`.
-
-    Args:
-      losses: final losses of the connection, trained for the smallest number of steps in `longer`.
-      ratio: time of a step of the connection over that of residual.
-      longer: final losses of residual by the number of its steps.  Between two numbers of steps a loss is interpolated linearly in
-        the logarithm of steps.
-    """
-    steps = sorted(longer)
-    wanted = ratio * steps[0]
-    if not steps[0] <= wanted <= steps[-1]:
-        return None
-    common = sorted(set(losses).intersection(*(longer[s] for s in steps)))
-    logs = np.log(steps)
-    return {
-        seed: losses[seed] - float(np.interp(math.log(wanted), logs, [longer[s][seed] for s in steps]))
-        for seed in common
-    }
-
-
-def steps_of(run: RunRecord) -> Any:
-    """Return the number of steps that a run's configuration asks for."""
-    return run.config["train"]["steps"]

@@ -1,4 +1,4 @@
-"""Figures of the three questions of docs/answers.md: intervals of differences, and largest stable learning rates."""
+"""Figures of the three questions that `analysis.answers` decides: intervals of differences, and largest stable learning rates."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mhc_jax.analysis import answers
-from mhc_jax.analysis.answers import Contrast
 from mhc_jax.analysis.comparison import Cell
+from mhc_jax.analysis.contrasts import Contrast, by_connection, contrasts, equal_time, final_losses, minus
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.analysis.statistics import Paired
 from mhc_jax.reports.markup import markdown_table
@@ -96,7 +96,7 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
     design = ("scaled", "dynamic")
     losses = answers.cells(larger)
     effects = {"x".join(m for m in answers.MAPS if m in of): v for of, v in answers.effects(losses, *design).items()}
-    tests = answers.contrasts({m: effects[m] for m in answers.MAPS})
+    tests = contrasts({m: effects[m] for m in answers.MAPS})
     small = {c.label: c for c in answer.designs[design]}
     rows, moved = [], []
     for test in tests:
@@ -131,13 +131,13 @@ def _equal_time(runs: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: 
         return []
     by_steps: dict[int, list[RunRecord]] = {}
     for run in longer:
-        by_steps.setdefault(int(answers.steps_of(run)), []).append(run)
-    losses_of = {steps: answers.final_losses(members) for steps, members in by_steps.items()}
+        by_steps.setdefault(run.config["train"]["steps"], []).append(run)
+    losses_of = {steps: final_losses(members) for steps, members in by_steps.items()}
     rows = []
-    for connection, losses in answers.by_connection(runs).items():
-        found = answers.equal_time(losses, ratios[connection], losses_of) if connection in ratios else None
+    for connection, losses in by_connection(runs).items():
+        found = equal_time(losses, ratios[connection], losses_of) if connection in ratios else None
         if found and connection != "residual":
-            line = row(f"`{connection}`", answers.contrasts({connection: found})[0], corrected=False)
+            line = row(f"`{connection}`", contrasts({connection: found})[0], corrected=False)
             rows.append({**line, "time of a step": _text(ratios[connection], "{:.2f}")})
     if not rows:
         return []
@@ -186,23 +186,25 @@ def mixing_needed_part(
     ]
     out += [markdown_table(rows), ""]
     if frozen:
-        tests = answers.contrasts({name: values for name, values in frozen.items()})
+        tests = contrasts({name: values for name, values in frozen.items()})
         out += ["Freezing: rise of the validation loss when H_res of a trained mHC model is replaced by I.", ""]
         out += [markdown_table([row(f"`{c.label}`", c) for c in tests]), ""]
     out += _equal_time(runs, longer, ratios)
     return "\n".join(out)
 
 
-def muon_margin_part(runs: Sequence[RunRecord], loss_below: float, lowest: float, rates: Sequence[RunRecord]) -> str:
+def muon_margin_part(
+    runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float], rates: Sequence[RunRecord]
+) -> str:
     """Return the section of question 3.
 
     Args:
       runs: the runs of muon_margin that the bisection trained.
       loss_below: loss below which a finished run is stable.
-      lowest: the lowest rate of the grid.
+      grid: every rate that the search may try, from the lowest.
       rates: the runs of muon_rates, or none.
     """
-    answer = answers.muon_margin(runs, loss_below, lowest)
+    answer = answers.muon_margin(runs, loss_below, grid)
     out = ["## 3. Does mHC's learning-rate margin survive Muon?", "", f"Sweep `muon_margin`: {_runs(runs)}", ""]
     for optimizer in OPTIMIZERS[1:]:
         out += [f"**Decision by the rule, {optimizer}: {answer.decision(optimizer)}.**", ""]
@@ -219,7 +221,7 @@ def muon_margin_part(runs: Sequence[RunRecord], loss_below: float, lowest: float
             cells = {"": Cell(f"{connection}, {optimizer}", None)}
             for clip, name in ((1.0, "clipped at 1"), (0.0, "not clipped")):
                 found = [
-                    rate or lowest / 2
+                    rate or grid[0] / 2
                     for line, (rate, _) in answer.rates.items()
                     if (line.connection, line.optimizer, line.grad_clip) == (connection, optimizer, clip)
                 ]
@@ -254,14 +256,14 @@ def _best_losses(runs: Sequence[RunRecord]) -> list[str]:
         groups.setdefault((line.connection, line.optimizer), {}).setdefault(rate, []).append(run)
     best = {}
     for key, by_rate in groups.items():
-        whole = {rate: answers.final_losses(r) for rate, r in by_rate.items() if all(x.status == "finished" for x in r)}
+        whole = {rate: final_losses(r) for rate, r in by_rate.items() if all(x.status == "finished" for x in r)}
         if whole:
             rate = min(whole, key=lambda rate: float(np.mean(list(whole[rate].values()))))
             best[key] = rate, whole[rate]
     rows = []
     for (connection, optimizer), (rate, losses) in best.items():
         base = best.get(("residual", optimizer.partition(",")[0]))
-        found = answers.contrasts({"": answers.minus(losses, base[1]) if base else {}})[0]
+        found = contrasts({"": minus(losses, base[1]) if base else {}})[0]
         every = [run for members in groups[connection, optimizer].values() for run in members]
         rows.append(
             {
@@ -289,8 +291,7 @@ def page(parts: Sequence[str]) -> str:
         "# Tables of the three questions",
         "",
         "Made by `python experiments/answers.py` from the records beside this file. The rules by which each question is decided",
-        "stand in the docstrings of the sweep files and were committed before the first run. What the tables mean is on",
-        "[the page](../../docs/answers.md).",
+        "stand in the docstrings of the sweep files and were committed before the first run.",
         "Losses are validation losses in nats a byte. Intervals are Student's over paired seeds.",
         "",
         "",

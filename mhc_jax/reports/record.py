@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
-from mhc_jax.analysis.grouping import ENDED, Baseline, group
+from mhc_jax.analysis.grouping import ENDED, Variant, group
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, run_of
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports.markup import markdown_table
@@ -31,6 +31,11 @@ from mhc_jax.sweeps.results import result_rows, write_csv
 
 MISSING = ("pending", "begun", "interrupted")
 """Values of `run_status` for runs that have not ended and may still finish."""
+SEARCHED = (
+    "A search by bisection chose these runs, so that a value of the setting may have been tried with some seeds only. Nothing is "
+    "compared here; results.csv has every run."
+)
+"""Text in place of findings and table in the record of a search."""
 FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
 """Pattern that matches the folders of an absolute path, but not the folders of a URL or a relative path."""
 
@@ -75,10 +80,16 @@ def write_record(
         f"command again, or record it as it is with --unfinished.",
     )
     require(bool(ended), f"No run of {sweep_folder} has ended; there is nothing to record.")
-    require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     sweep = read_json(sweep_folder / "sweep.json")
+    search = sweep.get("bisection")
+    require(
+        unfinished or not search or search["over"],
+        f"The search for the largest stable {search and search['key']} in {sweep_folder} is not over; run the sweep's command "
+        "again, or record it as it is with --unfinished.",
+    )
+    require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
-    text = _page(sweep["title"], records, [row["status"] for row in rows], sweep["baseline"] or None, note)
+    text = _page(sweep, records, [row["status"] for row in rows], note)
     target, folder = folder, _aside(folder)
     write_runs([sweep_folder / name for name in ended], folder, metrics)
     write_csv([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
@@ -88,6 +99,12 @@ def write_record(
     except OSError as error:
         raise InputError(f"The record {target} cannot be written: {error.strerror}.") from error
     return target
+
+
+def _compared(variants: Sequence[Variant]) -> list[str]:
+    """Return the findings and the table of variants."""
+    found = [f"- {sentence}" for sentence in findings(variants)]
+    return [*found, "", markdown_table(statistics_rows(variants)), "", STATISTICS]
 
 
 def _aside(folder: Path) -> Path:
@@ -100,16 +117,16 @@ def _aside(folder: Path) -> Path:
     return aside
 
 
-def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], baseline: Baseline | None, note: str) -> str:
+def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequence[str], note: str) -> str:
     """Return the text of a record's README.md.
 
-    It holds the command, commits, devices and dates of the runs, how they ended, the findings, and the table of variants.
+    It holds the command, commits, devices and dates of the runs, how they ended, the findings, and the table of variants.  A search
+    by bisection trains other seeds at each value, so that its page has no findings and no table.
 
     Args:
-      title: title of the sweep.
+      sweep: content of sweep.json.
       records: the runs that ended.
       states: `run_status` of each run of the sweep.
-      baseline: settings of the baseline, as `grouping.group` takes them.
       note: a sentence to add to the text, or empty.
     """
     envs = [record.env for record in records]
@@ -119,9 +136,8 @@ def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], basel
     versions = {f"jax {env['packages']['jax']}, Python {env['python']}" for env in envs}
     made = "; ".join(", ".join(sorted(values)) for values in (commits, devices, versions))
     counts = ", ".join(f"{list(states).count(state)} {state}" for state in dict.fromkeys(states))
-    variants = group(records, baseline)
     lines = [
-        f"# {title}",
+        f"# {sweep['title']}",
         "",
         *(f"    {command}" for command in dict.fromkeys(str(env["command"]) for env in envs)),
         "",
@@ -129,11 +145,7 @@ def _page(title: str, records: Sequence[RunRecord], states: Sequence[str], basel
         changed_settings(records),
         *([note] if note else []),
         "",
-        *(f"- {sentence}" for sentence in findings(variants)),
-        "",
-        markdown_table(statistics_rows(variants)),
-        "",
-        STATISTICS,
+        *(_compared(group(records, sweep["baseline"] or None)) if not sweep.get("bisection") else [SEARCHED]),
         "",
     ]
     return "\n".join(lines)

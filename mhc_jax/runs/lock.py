@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,8 @@ from mhc_jax.runs.trackers import warn
 
 LOCK = "lock"
 """Name of the lock's file in its folder."""
+PATIENCE_S = 0.2
+"""Seconds to try for a lock.  `holder` takes it for a moment to see whether it is free."""
 
 
 class Busy(InputError):  # noqa: N818  (a state, not a mistake)
@@ -51,8 +54,11 @@ def run_lock(folder: Path) -> Iterator[None]:
             f"Cannot write {folder / LOCK}: {error.strerror}; choose a folder you may write to."
         ) from error
     with file:
-        if not _locked(file, fcntl.LOCK_EX):
-            raise Busy(folder, _named(file))
+        deadline = time.monotonic() + PATIENCE_S
+        while not _locked(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise Busy(folder, _named(file))
+            time.sleep(PATIENCE_S / 20)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

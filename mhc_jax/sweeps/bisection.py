@@ -67,8 +67,8 @@ def lines(runs: Sequence[Run], key: str) -> list[list[Run]]:
 def bracket(line: Sequence[Run], outcome: Outcome) -> tuple[int, int]:
     """Return (index of the last run known to be stable, index of the first run known to be unstable) of a line.
 
-    They are -1 and `len(line)` at the start.  The search is over where they are neighbours.  A run between them that has not ended
-    is the next to train, if it is in the middle.
+    They are -1 and `len(line)` at the start.  The search is over when they differ by 1.  Until then, the run in the middle between
+    them is the next to train.
     """
     low, high = -1, len(line)
     while high - low > 1:

@@ -332,7 +332,7 @@ def write_plan(workdir: Path, grid: Grid) -> None:
     for run in grid.runs:
         write_json(_planned(workdir, run.name), to_mapping(run.config))
     names = [run.name for run in grid.runs]
-    search = grid.bisection and {"key": grid.bisection.key, "loss_below": grid.bisection.loss_below}
+    search = grid.bisection and {"key": grid.bisection.key, "loss_below": grid.bisection.loss_below, "over": False}
     plan = {"title": grid.title, "baseline": grid.baseline, "bisection": search, "runs": names}
     write_json(workdir / "sweep.json", plan)
 

@@ -121,13 +121,17 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
 def run_bisection(workdir: Path, grid: Grid, workers: int) -> int:
     """Train the runs of the grid that its bisection asks for, one of each line in each round, until every line is decided.
 
-    A later call with the same arguments goes on where this one was stopped.  The result is the exit status of `run_local`.
+    A later call with the same arguments goes on where this one was stopped.  A line whose run fails is left out, and the others go
+    on.  `over` in sweep.json says whether every line was decided.
+
+    Returns:
+      Exit status: 0 if every line was decided, otherwise the status of `run_local`.
 
     Raises:
       InputError: `run_local` raises it.
     """
     assert grid.bisection is not None
-    rule = grid.bisection
+    rule, tried, worst = grid.bisection, set[str](), 0
 
     def outcome(run: Run) -> bool | None:
         status = run_status(workdir, run.name)
@@ -135,12 +139,19 @@ def run_bisection(workdir: Path, grid: Grid, workers: int) -> int:
         return rule.stable(status, loss)
 
     while True:
-        wanted = next_runs(grid.runs, rule, outcome)
-        names = {run.name for run in wanted}
-        part = [run for run in grid.runs if run.name in names or outcome(run) is not None]
+        # A run that this call has tried, and that has not ended, has failed.
+        wanted = [run for run in next_runs(grid.runs, rule, outcome) if run.name not in tried]
+        tried |= {run.name for run in wanted}
+        part = [run for run in grid.runs if run.name in tried or outcome(run) is not None]
         status = run_local(workdir, dataclasses.replace(grid, runs=part), wanted, workers)
-        if status or not wanted:
-            return status
+        worst = max(worst, status)
+        if status == EXIT_CODES["interrupted"] or not wanted:
+            break
+    if worst == 0:
+        plan = read_json(workdir / "sweep.json")
+        plan["bisection"]["over"] = True
+        write_json(workdir / "sweep.json", plan)
+    return worst
 
 
 class _Pool:

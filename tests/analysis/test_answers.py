@@ -12,9 +12,11 @@ from support.tiny_runs import ROOT
 
 from mhc_jax import connections
 from mhc_jax.analysis import answers
+from mhc_jax.analysis.contrasts import contrasts, equal_time
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
+from mhc_jax.errors import InputError
 from mhc_jax.plots import answers as figures
 from mhc_jax.reports import answers as tables
 
@@ -116,7 +118,9 @@ def test_kinds_are_equivalent_different_or_not_resolved():
     assert answers.mixing_needed(mixing_runs({"identity": 0.02}, 0.002)).decision == "needed"
     noisy = answers.mixing_needed(mixing_runs({}, 0.05))
     assert noisy.decision == "not resolved"
-    assert noisy.primary["identity"].verdict.startswith("not resolved; equivalence would need about ")
+    assert noisy.primary["identity"].verdict.startswith(
+        "not resolved; if the kinds do not differ, equivalence would need about "
+    )
 
 
 RATES = [1e-3 * 2**k for k in range(12)]
@@ -140,7 +144,7 @@ def margin_runs(top):
 
 
 def decided(top):
-    return answers.muon_margin(margin_runs(top), loss_below=3.3, lowest=RATES[0])
+    return answers.muon_margin(margin_runs(top), loss_below=3.3, grid=RATES)
 
 
 def test_the_margin_is_in_octaves_over_residual_of_the_same_optimizer_clipping_and_seed():
@@ -172,11 +176,11 @@ def test_a_line_without_an_end_is_counted():
 
 def test_equal_time_compares_with_residual_after_as_many_steps_as_take_as_long():
     longer = {steps: {s: 3 - math.log(steps) + s for s in range(3)} for steps in (600, 900, 1800)}
-    assert answers.equal_time({0: -3.0, 1: -2.0, 7: 0.0}, 2.0, longer) == pytest.approx(
+    assert equal_time({0: -3.0, 1: -2.0, 7: 0.0}, 2.0, longer) == pytest.approx(
         {s: -3.0 - (3 - math.log(1200)) for s in (0, 1)}
     )
-    assert answers.equal_time({0: 1.0}, 3.1, longer) is None
-    assert answers.equal_time({0: 1.0}, 0.9, longer) is None
+    assert equal_time({0: 1.0}, 3.1, longer) is None
+    assert equal_time({0: 1.0}, 0.9, longer) is None
 
 
 def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
@@ -196,7 +200,7 @@ def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
     text = tables.mixing_needed_part(mixing_runs({}, 0.05), risen, [], {})
     assert "**Decision by the rule: not resolved.**" in text
     assert "| `mhc` | +0.0200 |" in text
-    text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES[0], [])
+    text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES, [])
     assert "**Decision by the rule, muon: survives.**" in text
     assert "| mhc:init=paper, muon | 0.016 (0.016 to 0.016) | 0.016 (0.016 to 0.016) |" in text
 
@@ -222,7 +226,7 @@ def test_best_losses_are_of_the_best_rate_on_both_sides():
                     else loss + (more or 0.0) - 0.3 * (more is None) + 0.01 * seed * rate
                 )
                 runs.append(made(connection, seed, found, name="adamw", learning_rate=rate))
-    text = tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES[0], runs)
+    text = tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES, runs)
     assert "| mhc:init=paper, adamw | 0.004 | 1.9000 | -0.1000 |" in text, (
         "a rate at which a run diverged is not the best"
     )
@@ -237,3 +241,30 @@ def test_figures_draw_every_test_and_every_seed():
     panels = figures.muon_margin_figure(decided(lambda c, *_: 3 + (c == "hc"))).axes
     drawn = [sorted({round(float(y), 9) for line in axis.lines for y in line.get_ydata()}) for axis in panels]
     assert drawn == [pytest.approx([RATES[3], RATES[4]])] * 3
+
+
+def test_a_bound_that_could_overturn_a_decision_leaves_it_open():
+    """Under Muon every rate is stable for both, so that the margin there is not known to be smaller than AdamW's 3 octaves."""
+    ends = "not resolved, because the grid of rates ends"
+    assert decided(lambda c, name, *_: 11 if name == "muon" else 4 + 3 * (c != "residual")).decision("muon") == ends
+    assert decided(lambda c, name, *_: 11 if name == "muon" and c != "residual" else 4).decision("muon") == "survives"
+    assert decided(lambda c, name, *_: -1 if c == "residual" else 4).decision("muon") == "survives"
+
+
+def test_a_search_that_is_not_over_is_refused():
+    runs = [run for run in margin_runs(lambda *_: 4) if run.config["optimizer"]["learning_rate"] != RATES[5]]
+    with pytest.raises(InputError, match=r"is not over: rates between 0\.016 and 2\.048 were not tried"):
+        answers.muon_margin(runs, 3.3, RATES)
+
+
+def test_numbers_without_spread_count_in_the_family():
+    values = {"a": {0: 1.0, 1: 1.2, 2: 1.1}, "b": dict.fromkeys(range(3), 0.0), "c": dict.fromkeys(range(3), 2.0)}
+    a, b, c = contrasts(values)
+    assert a.p_holm == pytest.approx(2 * a.result.p_t), "c comes before it, and b after it"
+    assert (b.p_holm, b.same, c.p_holm, c.same) == (None, False, None, True)
+
+
+def test_higher_within_the_margin_is_not_needed():
+    result = answers.mixing_needed(mixing_runs({"identity": 0.003}, 0.0005))
+    assert (result.primary["identity"].verdict, result.decision) == ("equivalent and higher", "not needed")
+    assert answers.mixing_needed(mixing_runs({}, 0.0)).primary["identity"].verdict == "not resolved"

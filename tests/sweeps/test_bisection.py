@@ -12,7 +12,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps import runner
 from mhc_jax.sweeps.bisection import Bisection, bracket, lines, next_runs
-from mhc_jax.sweeps.grid import Grid, load_sweep, over, plan, product, seeds
+from mhc_jax.sweeps.grid import Grid, load_sweep, over, plan, product, seeds, write_plan
 
 RATE = "optimizer.learning_rate"
 RATES = [1e-3 * 2**k for k in range(11)]
@@ -58,6 +58,7 @@ def test_rounds_train_the_middle_of_each_line_and_a_stopped_search_goes_on(grid,
 
     def run_local(workdir, part, selected, workers):
         calls.append([run.name for run in selected])
+        write_plan(workdir, part)
         assert {run.name for run in part.runs} == {*itertools.chain(*calls)}, "the plan is of the runs trained so far"
         for run in selected[: 1 if len(calls) == 2 else None]:
             (workdir / run.name).mkdir()
@@ -70,6 +71,7 @@ def test_rounds_train_the_middle_of_each_line_and_a_stopped_search_goes_on(grid,
 
     monkeypatch.setattr(runner, "run_local", run_local)
     assert runner.run_bisection(tmp_path, grid, 1) == 130
+    assert not read_json(tmp_path / "sweep.json")["bisection"]["over"]
     assert runner.run_bisection(tmp_path, grid, 1) == 0
     assert len(calls[0]) == 4
     assert {run.point[RATE] for run in grid.runs if run.name in calls[0]} == {RATES[5]}
@@ -87,6 +89,27 @@ def test_rounds_train_the_middle_of_each_line_and_a_stopped_search_goes_on(grid,
         low, high = bracket(line, outcome)
         assert high == low + 1 == sum(run.point[RATE] <= largest(run) for run in line)
     assert next_runs(grid.runs, RULE, outcome) == []
+    assert read_json(tmp_path / "sweep.json")["bisection"]["over"]
+
+
+def test_a_failed_run_leaves_its_line_out_and_the_others_go_on(grid, tmp_path, monkeypatch):
+    calls = []
+
+    def run_local(workdir, part, selected, workers):
+        write_plan(workdir, part)
+        calls.append(selected)
+        failing = [run for run in selected if run.name.startswith("residual") and run.name.endswith("seed0")]
+        for run in selected:
+            if run not in failing:
+                (workdir / run.name).mkdir()
+                loss = 2.0 if run.point[RATE] <= largest(run) else 3.5
+                write_json(workdir / run.name / "summary.json", {"status": "finished", "validation_loss": loss})
+        return 1 if failing else 0
+
+    monkeypatch.setattr(runner, "run_local", run_local)
+    assert runner.run_bisection(tmp_path, grid, 1) == 1
+    assert [len(selected) for selected in calls[:2]] == [4, 3]
+    assert not read_json(tmp_path / "sweep.json")["bisection"]["over"]
 
 
 def test_a_point_without_the_setting_is_refused(grid, tmp_path):

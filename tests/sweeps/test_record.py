@@ -6,8 +6,9 @@ import pytest
 from support.ends import Killed
 from support.synthetic_runs import write_run
 
+from mhc_jax.errors import InputError
 from mhc_jax.reports import record
-from mhc_jax.runs.folder import read_json
+from mhc_jax.runs.folder import read_json, write_json
 
 
 @pytest.fixture
@@ -40,3 +41,18 @@ def test_a_kill_in_the_middle_leaves_no_record_and_the_same_call_writes_it(where
     assert len(record.read_record(folder)) == 2
     assert (folder / "README.md").is_file()
     assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_search_is_recorded_when_it_is_over_and_compares_nothing(sweep, tmp_path):
+    plan = read_json(sweep / "sweep.json")
+    plan["bisection"] = {"key": "optimizer.learning_rate", "loss_below": 3.0, "over": False}
+    write_json(sweep / "sweep.json", plan)
+    with pytest.raises(
+        InputError, match=r"largest stable optimizer\.learning_rate in .* is not over; run the sweep's command"
+    ):
+        record.write_record(sweep, tmp_path / "record")
+    plan["bisection"]["over"] = True
+    write_json(sweep / "sweep.json", plan)
+    page = (record.write_record(sweep, tmp_path / "record") / "README.md").read_text()
+    assert "A search by bisection chose these runs" in page
+    assert "| variant |" not in page

@@ -1,6 +1,7 @@
 """What a run folder holds is read back as it was written, or refused in a sentence, whoever writes and whatever is damaged."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -331,3 +332,13 @@ def test_a_damaged_line_of_metrics_is_left_out_and_said_and_ends_no_reader_in_a_
         assert ("1 lines of metrics.jsonl" in writer.remark) == bool(dropped)
     assert len((folder / "metrics.jsonl").read_bytes().splitlines()) == (2 if dropped else 4)
     read_run(folder)
+
+
+def test_a_look_at_the_lock_does_not_refuse_a_command(tmp_path, monkeypatch):
+    """`holder` locks the file for a moment, in which a command that starts must wait and not give up."""
+    monkeypatch.setattr(lock, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: look.close())
+    look = (tmp_path / lock.LOCK).open("a+")
+    fcntl.flock(look, fcntl.LOCK_SH)
+    with lock.run_lock(tmp_path):
+        assert look.closed
