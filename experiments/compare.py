@@ -10,13 +10,11 @@ the state of each run; elsewhere a run prints a line at its start, a line about 
 in the workdir has the whole output of each run.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from mhc_jax import cli
 from mhc_jax.config.mapping import to_mapping
-from mhc_jax.errors import require
+from mhc_jax.errors import require, user_path
 from mhc_jax.sweeps.grid import Grid, over, plan, product
 from mhc_jax.sweeps.runner import run_local
 
@@ -35,7 +33,7 @@ def main() -> int:
     """Train the runs that are not done, one after the other.  Then write the report, print its table and return the status."""
     require(bool(CONNECTIONS.value), "--connections is empty; name at least one, such as mhc.")
     require(SEEDS.value >= 1, f"--seeds is {SEEDS.value}; it must be at least 1.")
-    config, workdir = CONFIG(), Path(WORKDIR.value)
+    config, workdir = CONFIG(), user_path(WORKDIR.value, utf8=True)
     points = over("connection", CONNECTIONS.value)
     if SEEDS.value > 1:
         first, ahead = config.train.seed, config.data.seed - config.train.seed

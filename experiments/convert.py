@@ -21,7 +21,7 @@ from mhc_jax import cli
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import spec
 from mhc_jax.data.tokenizers import hugging_face_files, hugging_face_tokenizer
-from mhc_jax.errors import require
+from mhc_jax.errors import require, user_path
 from mhc_jax.runs.trained import Trained, load_trained
 from mhc_jax.weights import folder as folders
 from mhc_jax.weights import llama
@@ -34,7 +34,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", list(llama.DTYPES), "Dtype of the 
 
 def main(source: str, destination: str) -> int:
     """Convert the folder `source`, print what was written, and return the exit status."""
-    given, out = Path(source).expanduser(), Path(destination).expanduser()
+    given, out = user_path(source), user_path(destination)
     require(given.is_dir(), f"There is no folder {source!r}; give a run, a converted model or a Hugging Face model.")
     require_free(out)
     require(DTYPE.value == "float32" or TO.value == "hf", "--dtype is for --to=hf; the other forms are float32.")

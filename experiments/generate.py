@@ -2,16 +2,18 @@
 
     python experiments/generate.py --checkpoint=runs/demo/mhc-init-home --prompt='KING HENRY:' --max_new=200 --top_p=0.95
 
-Without --prompt, every line of standard input is a prompt.  The text appears as it is generated.
+Without --prompt, every line of standard input is a prompt, and empty lines are skipped.  The text appears as it is generated.
 """
 
+import os
 import sys
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.errors import require
+from mhc_jax.errors import InputError, require
 from mhc_jax.generation import Generator, Sampling
 from mhc_jax.runs.trained import beyond_training, load_trained
 
@@ -29,6 +31,23 @@ CONTEXT = flags.DEFINE_integer(
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "As data.tokenizer (default: the one in the checkpoint).")
 
 
+def prompts() -> Iterator[str]:
+    """Yield --prompt, or else every line of standard input that is not empty, without its line end.
+
+    Raises:
+      InputError: a prompt is not UTF-8.
+    """
+    given = sys.stdin.buffer if PROMPT.value is None else [os.fsencode(PROMPT.value)]
+    for number, line in enumerate(given, 1):
+        try:
+            text = line.decode().rstrip("\r\n") if PROMPT.value is None else line.decode()
+        except UnicodeDecodeError as error:
+            place = f"line {number} of standard input" if PROMPT.value is None else "--prompt"
+            raise InputError(f"Byte {error.start} of {place} is not UTF-8; give prompts in UTF-8.") from error
+        if text or PROMPT.value is not None:
+            yield text
+
+
 def main() -> int:
     """Continue every prompt, print the text and the seconds that it took, and return the exit status."""
     require(MAX_NEW.value >= 1, f"--max_new is {MAX_NEW.value}; it must be at least 1.")
@@ -39,15 +58,14 @@ def main() -> int:
     if warning := beyond_training(model.folder.name, model.config.data.sequence_length, context):
         print(warning, file=sys.stderr)
     generator = Generator(model.config.model, model.params, context, tokenizer.vocab_size, model.mesh)
-    prompts = sys.stdin if PROMPT.value is None else [PROMPT.value]
 
     def answer(made: list[int]) -> tuple[list[int], bool]:
         """Return (the tokens of `made` before the end-of-document token, whether `made` has this token)."""
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 
-    for prompt in prompts:
-        ids = [*tokenizer.start, *tokenizer.encode(prompt.rstrip("\n")).tolist()]
+    for prompt in prompts():
+        ids = [*tokenizer.start, *tokenizer.encode(prompt).tolist()]
         shown = before = tokenizer.decode(ids)
 
         def show(_row: int, made: list[int], prompt_ids: list[int] = ids) -> bool:

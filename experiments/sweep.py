@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from mhc_jax import cli
-from mhc_jax.errors import require
+from mhc_jax.errors import require, user_path
 from mhc_jax.sweeps.grid import base_configuration, load_sweep, select
 from mhc_jax.sweeps.results import run_status
 from mhc_jax.sweeps.runner import default_workers, run_bisection, run_local, submit
@@ -41,7 +41,7 @@ def main(file: str, base: dict[str, Any]) -> int:
 
     `base` is the configuration that the points of the sweep change.
     """
-    workdir = Path(WORKDIR.value or f"runs/{Path(file).stem}")
+    workdir = user_path(WORKDIR.value or f"runs/{Path(file).stem}", utf8=True)
     grid = load_sweep(file, base)
     selected = select(grid.runs, SELECT.value)
     if LIST.value:

@@ -12,11 +12,11 @@ and TPU pods).
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.errors import user_path
 from mhc_jax.loop import EXIT_CODES, train
 from mhc_jax.parallel import distributed
 
@@ -29,7 +29,7 @@ WORKDIR = flags.DEFINE_string(
 
 def main() -> int:
     """Train the run, print its summary, and return the exit status."""
-    folder, config = Path(WORKDIR.value), CONFIG()
+    folder, config = user_path(WORKDIR.value, utf8=True), CONFIG()
     PROCESSES()
     summary = train(config, folder, label=folder.name)
     if distributed.is_first_process():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import os
 import re
 import sys
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError, require, shown, user_path
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.cpu_variables import cpu_alone, set_cpu_variables
 
@@ -102,6 +104,10 @@ def main(
             sys.stdout.flush()
             os._exit(130)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                print(f"error: The path {shown(error.filename)} is too long; give a shorter one.", file=sys.stderr)
+                distributed.exit_if_joined(2)
+                return 2
             if not distributed.joined():
                 raise
             lost = distributed.is_lost_process(error)
@@ -112,6 +118,10 @@ def main(
         distributed.exit_if_joined(status)
         return status
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # as everywhere but in tests and notebooks
+            # Neither a strict ASCII locale nor a file name that is not UTF-8 ends a run.
+            stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _report_unraisable
     if computes and cpu_alone():
         set_cpu_variables()
@@ -129,7 +139,11 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
             given = [DEFAULT_CONFIG]
             argv.insert(1, f"--config={DEFAULT_CONFIG}")
         file = given[-1].split(":")[0]
-        if not Path(file).is_file():
+        try:
+            there = user_path(file).is_file()
+        except InputError as error:
+            _exit(str(error))
+        if not there:
             _exit(f"The config file {file!r} does not exist; give --config=FILE.py or --config=FILE.py:arg.")
     try:
         rest = flags.FLAGS(argv, known_only=configuration is not None)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 LARGEST = 3.4028234663852886e38
 """Largest finite number of the type float32."""
+MOST = 2**31 - 1
+"""Largest value of a setting that is an int.  JAX counts with int32."""
 SEEDS = 2**32
 """Number of different seeds.  JAX takes a larger seed modulo this number."""
+LONGEST_NAME = 255
+"""Number of bytes that the name of a file may have in the usual file systems."""
+LONGEST_PATH = 4095
+"""Number of bytes that a path may have in Linux."""
 
 
 class InputError(ValueError):
@@ -28,18 +36,42 @@ def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{name} is {given!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
+    raise InputError(f"{name} is {shown(given)}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
 
 
 def at_least(least: int, config: object, prefix: str, *names: str) -> None:
-    """Raise `InputError` unless each setting of `config` that `names` lists is at least `least`.
+    """Raise `InputError` unless each setting of `config` that `names` lists is at least `least`, and an int at most `MOST`.
 
     The message puts `prefix` before the setting's name, as in `model.width`.
     """
     for name in names:
         value = getattr(config, name)
         bound = f"be at least {least}" if least else "not be negative"
-        require(value >= least, f"{prefix}{name} is {value}; it must {bound}.")
+        require(value >= least, f"{prefix}{name} is {shown(value)}; it must {bound}.")
+        most(config, prefix, name)
+
+
+def most(config: object, prefix: str, *names: str) -> None:
+    """Raise `InputError` unless each int setting of `config` that `names` lists is at most `MOST`."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            not isinstance(value, int) or value <= MOST, f"{prefix}{name} is {shown(value)}; it must be at most {MOST}."
+        )
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for a sentence, cut at 100 characters.
+
+    >>> shown("mhc"), shown(10**5000)
+    ("'mhc'", 'a very large int')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # Python spells no int of more than 4300 digits, and a class may have a faulty __repr__
+        return f"a very large {type(value).__name__}"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 100 else f"{text[:90]}..."
 
 
 def finite(config: Any, prefix: str) -> None:
@@ -50,15 +82,64 @@ def finite(config: Any, prefix: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         good = not isinstance(value, float) or (math.isfinite(value) and abs(value) <= LARGEST)
-        require(good, f"{prefix}{field.name} is {value}; it must be a finite number, at most 3.4e38 in size (float32).")
+        require(
+            good,
+            f"{prefix}{field.name} is {shown(value)}; it must be a finite number, at most 3.4e38 in size (float32).",
+        )
 
 
 def check_seed(name: str, value: int) -> None:
     """Raise `InputError` unless the seed `value` lies between 0 and `SEEDS` - 1."""
-    require(0 <= value < SEEDS, f"{name} is {value}; a seed must lie between 0 and {SEEDS - 1}.")
+    require(0 <= value < SEEDS, f"{name} is {shown(value)}; a seed must lie between 0 and {SEEDS - 1}.")
 
 
 def require(condition: bool, sentence: str) -> None:
     """Raise `InputError(sentence)` unless `condition` holds."""
     if not condition:
         raise InputError(sentence)
+
+
+def user_path(text: str | os.PathLike[str], utf8: bool = False) -> Path:
+    """Return the path that a user has given, in which `~` and `~name` stand for home folders.  The disk is not read.
+
+    >>> user_path("texts/a.txt").name
+    'a.txt'
+
+    Args:
+      text: the path.
+      utf8: whether the path must be UTF-8, as that of a folder with checkpoints.
+
+    Raises:
+      InputError: the home folder is not known, a file system cannot have such a path, or it is not UTF-8 though it must be.
+    """
+    given = os.fspath(text)
+    shown = repr(given if len(given) <= 60 else f"{given[:40]}...{given[-15:]}")
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError:
+        home = given.partition("/")[0]
+        why = (
+            "$HOME is not set, and this user has no entry in the list of users"
+            if home == "~"
+            else "there is no such user"
+        )
+        raise InputError(f"The home folder {home!r} in {shown} is not known: {why}; give the whole path.") from None
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"Character {error.start} of the path {shown} cannot be in a path; give another name."
+        ) from None
+    require(
+        not utf8 or os.fsdecode(encoded).encode(errors="replace").decode() == str(path),
+        f"The path {shown} is not UTF-8 in this locale, and checkpoints cannot be written there; give another name, or set "
+        "$LC_ALL to C.UTF-8.",
+    )
+    require(b"\0" not in encoded, f"The path {shown} has a NUL character; give it without.")
+    longest = max(map(len, encoded.split(b"/")))
+    require(
+        longest <= LONGEST_NAME and len(encoded) <= LONGEST_PATH,
+        f"The path {shown} has {len(encoded)} bytes, and {longest} between two slashes; at most {LONGEST_PATH} and "
+        f"{LONGEST_NAME} are possible: give a shorter one.",
+    )
+    return path

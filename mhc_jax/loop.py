@@ -34,7 +34,6 @@ from mhc_jax.runs.metrics import MetricsWriter, plain
 from mhc_jax.runs.programs import (
     Feed,
     Programs,
-    abstract_state,
     compile_programs,
     first_state,
     flops_per_token,
@@ -42,7 +41,7 @@ from mhc_jax.runs.programs import (
     trace_train_step,
 )
 from mhc_jax.runs.progress import Progress
-from mhc_jax.runs.start import lost_process, prepare, record_start, require_same_settings, sizes
+from mhc_jax.runs.start import lost_process, prepare, record_start, require_same_settings, shapes_of_state, sizes
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.runs.warm_start import warm_start
 from mhc_jax.train_step import TrainState
@@ -122,7 +121,7 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
             warm = warm_start(config, mesh, data)
     # Shapes come before the folder, because a function that optimizer.name names may fail.
     with using(mesh):
-        abstract = distributed.on_every_process(lambda: abstract_state(config, mesh))
+        abstract = distributed.on_every_process(lambda: shapes_of_state(config, mesh))
     cfg, history = config.train, History()
     peak_before = counts.device_peak()
     with (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.errors import InputError, one_of, require, shown
 
 
 def read_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _read(text: str, kind: type, name: str) -> Any:
         return readers.get(kind, kind)(text)
     except (ValueError, KeyError):
         form = "entries joined with +" if kind is tuple else f"a {kind.__name__}"
-        raise InputError(f"{name} is {text!r}; it must be {form}.") from None
+        raise InputError(f"{name} is {shown(text)}; it must be {form}.") from None
 
 
 def _write(value: Any, kind: type) -> str:

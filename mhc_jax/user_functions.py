@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.errors import InputError, one_of, require, user_path
 
 _FUNCTION = re.compile(r"(.+\.py):(\w+)")
 
@@ -41,7 +41,7 @@ def parts(setting: str, text: str) -> tuple[Path, str]:
       InputError: there is no such file.
     """
     match = _FUNCTION.fullmatch(text)
-    file = Path(match[1] if match else text).expanduser()
+    file = user_path(match[1] if match else text)
     require(
         match is not None and file.is_file(),
         f"There is no file {str(file)!r}, which {setting} {text!r} names; give 'FILE.py:FUNCTION'.",

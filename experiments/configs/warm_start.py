@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
-from mhc_jax.errors import require
+from mhc_jax.errors import require, user_path
 from mhc_jax.runs.warm_start import settings_of
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Return the configuration.  `arg` is the folder, or the folder and a connection with a comma between."""
     folder, connection = arg, ""
-    if not Path(arg).expanduser().is_dir():
+    if not user_path(arg).is_dir():
         folder, _, connection = arg.rpartition(",") if "," in arg else (arg, "", "")
     require(
         bool(folder),

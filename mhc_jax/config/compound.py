@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mhc_jax.errors import at_least, finite, one_of, require
+from mhc_jax.errors import MOST, at_least, finite, one_of, require
 from mhc_jax.settings_text import read_number, read_settings, write_settings
 from mhc_jax.user_functions import is_function
 
@@ -68,7 +68,7 @@ class Experts:
     def __post_init__(self) -> None:
         finite(self, "model.experts: ")
         at_least(1, self, "model.experts: ", "width")
-        at_least(0, self, "model.experts: ", "shared", "dense_layers")
+        at_least(0, self, "model.experts: ", "shared", "dense_layers", "number", "active")
         require(
             self.number == 0 or 1 <= self.active <= self.number,
             f"model.experts: active is {self.active}; it must lie between 1 and the {self.number} experts.",
@@ -86,7 +86,7 @@ def read_experts(text: str) -> Experts:
         return Experts()
     head = text.partition(":")[0]
     require(
-        head.isdecimal() and int(head) >= 1,
+        head.isdecimal() and len(head) <= 10 and int(head) >= 1,
         f"model.experts is {text!r}; it must begin with the number of experts, as '64:active=6:width=128' does, or be empty "
         "for dense blocks only.",
     )
@@ -122,7 +122,7 @@ def read_remat(text: str) -> Remat:
     if number is None:
         return Remat(policy)
     if policy == "connection":
-        require(number >= 1, f"model.remat is {text!r}; the number of sub-layers must be at least 1.")
+        require(1 <= number <= MOST, f"model.remat is {text!r}; the number of sub-layers must be at least 1.")
         return Remat(policy, block=number)
     require(0 < number < float("inf"), f"model.remat is {text!r}; the memory of a device in GB must be above 0.")
     return Remat(policy, budget_gb=number)

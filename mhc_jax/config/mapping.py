@@ -15,7 +15,7 @@ from typing import Any
 from mhc_jax import connections
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections.base import ConnectionConfig
-from mhc_jax.errors import LARGEST, InputError, one_of, require
+from mhc_jax.errors import LARGEST, InputError, one_of, require, shown
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -42,7 +42,9 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
 def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
     if cls is ConnectionConfig:
         mapping = dict(mapping)
-        cls = connections.config_class(mapping.pop("kind", "mhc"))
+        kind = mapping.pop("kind", "mhc")
+        require(isinstance(kind, str), f"{path}.kind is {shown(kind)}; it must be a text such as 'mhc'.")
+        cls = connections.config_class(kind)
     types = typing.get_type_hints(cls)
     fields = {f.name: types[f.name] for f in dataclasses.fields(cls)}
     values = {}
@@ -54,15 +56,16 @@ def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        require(isinstance(value, Mapping), f"{path} is {value!r}; it must be a mapping of settings.")
+        require(isinstance(value, Mapping), f"{path} is {shown(value)}; it must be a mapping of settings.")
         return _build(typing.cast(type, kind), value, path)
     if typing.get_origin(kind) is tuple:
         items = [value] if isinstance(value, str) else value
-        require(isinstance(items, (list, tuple)), f"{path} is {value!r}; it must be a list.")
+        texts = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
+        require(texts, f"{path} is {shown(value)}; it must be a list of texts.")
         return tuple(items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) <= LARGEST, f"{path} is too large; a number must be at most 3.4e38 in size (float32).")
+        require(abs(value) <= LARGEST, f"{path} is {shown(value)}; a number must be at most 3.4e38 in size (float32).")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{path} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}.")
+        raise InputError(f"{path} is {shown(value)}, a {type(value).__name__}; it must be a {kind.__name__}.")
     return float(value) if kind is float else value  # A float64 of NumPy is a float with another spelling.

@@ -6,9 +6,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from mhc_jax.errors import at_least, require
+from mhc_jax.errors import at_least, require, shown
 from mhc_jax.pipeline_schedules.tables import DEFAULT_CHUNKS, SCHEDULES
 from mhc_jax.settings_text import read_number
+
+MOST_CHUNKS = 1024
+"""Largest number of stages of a pipeline that one device may hold."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         name, chunks = self._read()
         require(
-            chunks is None or chunks >= 2,
-            f"pipeline.schedule is {self.schedule!r}; a device holds at least 2 stages, or use '1f1b'.",
+            chunks is None or 2 <= chunks <= MOST_CHUNKS,
+            f"pipeline.schedule is {shown(self.schedule)}; a device holds at least 2 stages and at most {MOST_CHUNKS}, or use "
+            "'1f1b'.",
         )
         if chunks == DEFAULT_CHUNKS[name]:
             object.__setattr__(self, "schedule", name)

@@ -36,11 +36,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, projection, read, write
 
-from mhc_jax.errors import finite, one_of, require
+from mhc_jax.errors import finite, most, one_of, require
 
 ALPHA_INIT = 0.01
 """Initial value of the gates of dynamic parts, which are alpha in mHC (Table 5) and s in HC.  It is the default of the setting
 `alpha_init`."""
+
+
+MOST_STREAMS = 256
+"""Largest number of streams.  A connection with more would take minutes to trace, because it names every pair of streams."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ class ConnectionConfig:
 
     def __post_init__(self) -> None:
         finite(self, "connection.")
+        most(self, "connection.", *vars(self))
         require(
-            self.num_streams >= 1,
-            f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream.",
+            1 <= self.num_streams <= MOST_STREAMS,
+            f"connection.num_streams is {self.num_streams}; a connection needs at least 1 stream, and at most {MOST_STREAMS} are "
+            "allowed.",
         )
         one_of("connection.exit", self.exit, self.exits)
         one_of("connection.entry", self.entry, self.entries)

@@ -35,7 +35,10 @@ class GoMHCConfig(DynamicConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_streams >= 2, f"connection.num_streams is {self.num_streams}; `go_mhc` needs 2 or more.")
-        require(self.s >= 1, f"connection.s is {self.s}; a block has at least 1 row: the authors recommend 2.")
+        require(
+            1 <= self.s <= 64,
+            f"connection.s is {self.s}; a block has at least 1 row and at most 64: the authors recommend 2.",
+        )
 
 
 def orthostochastic_mixing(logits: Float[Array, "k *tokens"], num_streams: int) -> Float[Array, "n n *tokens"]:

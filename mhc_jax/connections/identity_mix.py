@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from mhc_kernels import sinkhorn
 
-from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection, bias_init
+from mhc_jax.connections.mhc_family import MOST_ITERATIONS, DynamicConfig, DynamicConnection, bias_init
 from mhc_jax.errors import require
 
 SHARE_INIT = 0.01
@@ -42,7 +42,10 @@ class IdentityMixConfig(DynamicConfig):
         super().__post_init__()
         n = self.num_streams
         require(n >= 2, f"connection.num_streams is {n}; `identity_mix` needs 2 or more.")
-        require(self.t_max >= 1, f"connection.t_max is {self.t_max}; Sinkhorn needs at least 1 iteration.")
+        require(
+            1 <= self.t_max <= MOST_ITERATIONS,
+            f"connection.t_max is {self.t_max}; Sinkhorn needs at least 1 iteration, and at most {MOST_ITERATIONS} are allowed.",
+        )
 
 
 def identity_mixing(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from mhc_kernels import Coefficients, coefficients, sinkhorn, write_read
 
 from mhc_jax.connections.base import Connection
-from mhc_jax.connections.mhc_family import DynamicConfig, DynamicConnection, bias_init
+from mhc_jax.connections.mhc_family import MOST_ITERATIONS, DynamicConfig, DynamicConnection, bias_init
 from mhc_jax.connections.write_rank import RankedCoefficients, more_posts, ranked_write
 from mhc_jax.errors import require
 
@@ -29,7 +29,10 @@ class ManifoldHyperConnectionConfig(DynamicConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.t_max >= 1, f"connection.t_max is {self.t_max}; Sinkhorn needs at least 1 iteration.")
+        require(
+            1 <= self.t_max <= MOST_ITERATIONS,
+            f"connection.t_max is {self.t_max}; Sinkhorn needs at least 1 iteration, and at most {MOST_ITERATIONS} are allowed.",
+        )
         require(
             self.num_streams > 1 or self.parts != ("res",),
             "connection.num_streams is 1 with pre and post disabled; H_res is then the number 1 and nothing is learned: use "

@@ -20,6 +20,8 @@ from mhc_jax.connections.base import ALPHA_INIT, Connection, ConnectionConfig, h
 from mhc_jax.errors import one_of, require
 
 PRESETS = ("paper", "residual", "zeros", "hc", "home")
+MOST_ITERATIONS = 1000
+"""Largest number of Sinkhorn iterations.  More change nothing in float32, and a program would become very long."""
 EPS_CONVENTIONS = {"paper": (1e-20, 0.0), "v4": (1e-6, 1e-6), "hy_v4": (1e-6, 1e-6)}
 """Conventions of epsilons, by name: `eps_norm`, then `eps`.  `paper` follows mHC Table 5, and `v4` follows DeepSeek-V4's code.
 

@@ -24,7 +24,7 @@ from mhc_jax.data.files import Document
 from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored arrays, which is part of their key in the cache.
 
 It must be raised if a change of the code gives the same text other ids or another layout."""
@@ -48,7 +48,7 @@ class Counts:
     tokens: int
     """Number of tokens, including one end-of-document token for each document."""
     bytes: int
-    """Number of bytes of the text in UTF-8."""
+    """Number of bytes of the text in UTF-8, as the tokenizer reads it (`Tokenizer.count_bytes`)."""
     sha256: str
     """SHA-256, in hex, of the stored ids.  It is the same for the same text and tokenizer, whatever the paths of the files."""
 
@@ -93,7 +93,10 @@ def token_array(
     documents = sources.documents(source, split, cache=cache, fraction=fraction)
     try:
         folder.mkdir(exist_ok=True)
-        with show(f"tokenizing the {'training' if split == 'train' else split} text of {source!r}") as update:
+        work = f"tokenizing the {'training' if split == 'train' else split} text of {source!r}"
+        if not tokenizer.cuts:
+            work += ", each document at once, with about 150 bytes of memory for each of its bytes"
+        with show(work) as update:
             _store(folder / key, documents, tokenizer, update)
     except OSError as error:
         raise InputError(f"Tokenized text cannot be written to {folder}: {error.strerror or error}.") from error
@@ -140,7 +143,7 @@ def _write(
             stored = ids.tobytes() + end.tobytes()
             digest.update(stored)
             file.write(stored)
-            number, tokens, size = number + 1, tokens + len(ids) + 1, size + len(text.encode())
+            number, tokens, size = number + 1, tokens + len(ids) + 1, size + tokenizer.count_bytes(text)
         update(f"{number:,} documents, {size / 1e6:,.0f} MB")
     file.seek(0)
     _write_header(file, dtype, tokens)

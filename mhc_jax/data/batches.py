@@ -88,6 +88,10 @@ class Data:
         for source in filter(None, dict.fromkeys((config.source, config.validation_source))):
             if sources.local(source) and (others := files.skipped(source)):
                 out.append(f"{source}: {others}")
+        if self.tokenizer.normalizes:
+            out.append(
+                "the tokenizer puts text into Unicode's form NFC; bytes are counted, and text is generated, in this form"
+            )
         share = held_out.tokens / (held_out.tokens + self.train.counts.tokens)
         by_hash = not config.validation_source and sources.local(config.source)
         if share > (max(ODD_SHARE, 2 * config.validation_fraction) if by_hash else 0.5):

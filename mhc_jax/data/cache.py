@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from mhc_jax.errors import InputError
+from mhc_jax.errors import InputError, user_path
 
 
 def cache_folder() -> Path:
@@ -15,7 +15,10 @@ def cache_folder() -> Path:
     Raises:
       InputError: the folder cannot be created or written to.
     """
-    folder = Path(os.environ.get("MHC_JAX_CACHE") or "~/.cache/mhc_jax").expanduser()
+    try:
+        folder = user_path(os.environ.get("MHC_JAX_CACHE") or "~/.cache/mhc_jax")
+    except InputError as error:
+        raise InputError(f"The cache folder: {error} $MHC_JAX_CACHE names this folder.") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -6,24 +6,37 @@ pyarrow, which refuses a file that ends in the middle of a compressed frame.  Th
 
 from __future__ import annotations
 
+import codecs
 import glob
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError, require, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ALLOWED = "a file, folder or glob of .txt / .jsonl[.gz|.zst] / .parquet files"
 BLOCK = 8192
 """Smallest number of characters of a block of text (`text_blocks`), except the last block of a file."""
+LONGEST_BLOCK = 16 * BLOCK
+"""Largest number of characters of a block of text."""
+LARGEST_RECORD = 1 << 26
+"""Largest number of bytes of a line of a .jsonl file, after decompression, and of characters of the text of a parquet row."""
 
-_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
-_LINE_END = re.compile(r"\n")
+ROWS = 16
+"""Number of rows of a parquet file that are read at once."""
+MOST_EXPANSION = 1000
+"""Largest ratio of the bytes of a parquet column to those on disk, if they are more than `LARGEST_RECORD`."""
+
+_BLANK_LINE, _LINE_END = re.compile(r"\n[ \t\r]*\n"), re.compile(r"\n")
+_BLANK_LINE_CR, _LINE_END_CR = re.compile(r"\r[ \t]*\r"), re.compile(r"\r")
+_LAST_SPACE = re.compile(r".*\s", re.DOTALL)
+_READ = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +56,7 @@ def expand(source: str) -> list[Path]:
       InputError: the path does not exist, the folder holds no text file, the glob matches nothing, or a suffix is not in
         `SUFFIXES`.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         files = [file for file in _below(path) if file.name.endswith(SUFFIXES)]
         require(
@@ -76,7 +89,7 @@ def skipped(source: str) -> str:
     >>> skipped("a file or a glob")
     ''
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     others = [file for file in _below(path) if not file.name.endswith(SUFFIXES)] if path.is_dir() else []
     if not others:
         return ""
@@ -109,24 +122,46 @@ def read_files(files: Sequence[Path]) -> Iterator[Document]:
                     empty = False
                     yield document
         except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+            reason = " ".join(str(error.strerror or error).split()).rstrip(".")
+            raise InputError(f"{file} cannot be read: {reason}.") from error
         require(not empty, f"{file} is empty: it holds no text; remove it or give another file.")
 
 
-def text_blocks(text: str) -> Iterator[str]:
-    """Yield consecutive blocks of `text`, which give `text` again if they are joined.
+def text_blocks(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield consecutive blocks of a text, which give the text again if they are joined.
 
     A block ends at the first blank line between `BLOCK` and 2 `BLOCK` characters after its start.  If there is none, it ends at the
-    first line end after 2 `BLOCK` characters.
+    first line end after 2 `BLOCK` characters.  If there is none up to `LONGEST_BLOCK` characters, it ends after the last space of
+    the second half of them, or after all of them.
+
+    A line ends with LF, with CR and LF, or with CR alone in a text without LF in its first `LONGEST_BLOCK` characters.
+
+    Args:
+      pieces: the text, cut anywhere.  Little more than a piece is in memory at a time.
     """
-    start = 0
-    while start < len(text):
-        end = len(text)
-        blank = _BLANK_LINE.search(text, start + BLOCK, start + 2 * BLOCK)
-        if cut := blank or _LINE_END.search(text, start + 2 * BLOCK):
-            end = cut.end()
-        yield text[start:end]
-        start = end
+    rest, patterns = "", None
+    for piece in itertools.chain(pieces, [None]):
+        rest, start = rest + (piece or ""), 0
+        while len(rest) - start > (0 if piece is None else LONGEST_BLOCK):
+            if patterns is None:
+                lf = "\n" in rest[:LONGEST_BLOCK]
+                patterns = (_BLANK_LINE, _LINE_END) if lf else (_BLANK_LINE_CR, _LINE_END_CR)
+            end = _block_end(rest, start, *patterns)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+
+
+def _block_end(text: str, start: int, blank_line: re.Pattern[str], line_end: re.Pattern[str]) -> int:
+    """Return where the block that begins at `start` ends."""
+    blank = blank_line.search(text, start + BLOCK, start + 2 * BLOCK)
+    last = start + LONGEST_BLOCK
+    if cut := blank or line_end.search(text, start + 2 * BLOCK, last):
+        return cut.end()
+    if len(text) <= last:
+        return len(text)
+    space = _LAST_SPACE.match(text, start + LONGEST_BLOCK // 2, last)
+    return space.end() if space else last
 
 
 def _read(file: Path, alone: bool) -> Iterator[Document]:
@@ -136,33 +171,63 @@ def _read(file: Path, alone: bool) -> Iterator[Document]:
 
 
 def _read_text(file: Path, alone: bool) -> Iterator[Document]:
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(file, line, error.start) from error
-    if not alone:
-        yield Document(file.as_posix(), text)
-        return
-    for index, block in enumerate(text_blocks(text)):
-        yield Document(f"{file.as_posix()}:{index}", block)
+    name = file.as_posix()
+    with file.open("rb") as stream:
+        if not alone:
+            yield Document(name, "".join(_decoded(file, stream)))
+            return
+        for index, block in enumerate(text_blocks(_decoded(file, stream))):
+            yield Document(f"{name}:{index}", block)
+
+
+def _decoded(file: Path, stream: BinaryIO) -> Iterator[str]:
+    """Yield the text of an open file in pieces, without the byte order mark that may begin it."""
+    decoder, before, lines = codecs.getincrementaldecoder("utf-8-sig")(), 0, 1
+    while True:
+        data = stream.read(_READ)
+        held = decoder.getstate()[0]  # the first bytes of a character that the piece before has cut
+        try:
+            yield decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            # Python counts bytes from the start of what it decodes, which are the held bytes and `data`.
+            skipped = len(error.object) - len(held) - len(data)
+            place = error.start - skipped
+            line = lines + (held + data).count(b"\n", 0, place)
+            raise _not_utf8(file, line, before - len(held) + place) from error
+        if not data:
+            return
+        before, lines = before + len(data), lines + data.count(b"\n")
 
 
 def _read_jsonl(file: Path) -> Iterator[Document]:
     import pyarrow as pa  # the import takes 0.1 s
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    offset = 0
+    offset, number = 0, 0
     with (
-        pa.input_stream(str(file), compression=compression) as raw,
+        file.open("rb") as opened,  # pyarrow itself opens no file whose name is not UTF-8
+        pa.input_stream(opened, compression=compression) as raw,
         io.BufferedReader(raw, 1 << 20) as stream,
     ):
-        for number, line in enumerate(stream, 1):
-            document = _parse(file, number, offset, line)
+        while line := stream.readline(LARGEST_RECORD + 1):
+            number += 1
+            require(len(line) <= LARGEST_RECORD, _too_large(file, f"line {number}"))
+            yield from _parse_line(file, number, offset, line)
             offset += len(line)
-            if document is not None:
-                yield document
+
+
+def _parse_line(file: Path, number: int, offset: int, line: bytes) -> Iterator[Document]:
+    """Yield the document of a line, or several if a file has CR as its line ends, so that all of it is one line."""
+    parts = [line]
+    if b"\r" in line.rstrip():
+        try:
+            _parse(file, number, offset, line)
+        except InputError:
+            parts = line.split(b"\r")
+    for k, part in enumerate(parts):
+        if document := _parse(file, number + k, offset, part):
+            yield document
+        offset += len(part) + 1
 
 
 def _parse(file: Path, number: int, offset: int, line: bytes) -> Document | None:
@@ -174,10 +239,12 @@ def _parse(file: Path, number: int, offset: int, line: bytes) -> Document | None
         return None
     try:
         record = json.loads(decoded)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
         raise InputError(
-            f"{file}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-            f'each line must be an object such as {{"text": "..."}}.'
+            f'{file}, line {number}: not valid JSON ({reason}); each line must be an object such as {{"text": "..."}}.'
         ) from error
     if not isinstance(record, dict):
         raise InputError(
@@ -218,7 +285,7 @@ def _read_parquet(file: Path) -> Iterator[Document]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(file) as table:
+        with file.open("rb") as opened, parquet.ParquetFile(opened) as table:
             names = table.schema_arrow.names
             require(
                 "text" in names,
@@ -226,13 +293,40 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                 f"rename the column that holds the text.",
             )
             columns = [name for name in ("id", "text") if name in names]
+            for group in range(table.num_row_groups):
+                _check_expansion(file, table.metadata.row_group(group), columns)
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
+            # A dictionary stores a text once for many rows, so that few rows are in memory at a time.
+            for batch in table.iter_batches(batch_size=ROWS, columns=columns):
+                rows = [batch.column(name) for name in columns]
+                for values in zip(*rows, strict=True):
                     number += 1
-                    yield document_of(str(file), f"row {number}", record, number)
-    except pa.ArrowException as error:
-        raise InputError(f"{file} is not a readable parquet file: {error}") from error
+                    record = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+                    document = document_of(str(file), f"row {number}", record, number)
+                    require(len(document.text) <= LARGEST_RECORD, _too_large(file, f"row {number}"))
+                    yield document
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from error
+
+
+def _check_expansion(file: Path, group: Any, columns: Sequence[str]) -> None:
+    """Raise `InputError` if a row group is so much smaller on disk that a small file would fill the memory."""
+    for column in map(group.column, range(group.num_columns)):
+        size, stored = column.total_uncompressed_size, column.total_compressed_size
+        require(
+            column.path_in_schema.partition(".")[0] not in columns
+            or size <= LARGEST_RECORD
+            or size <= MOST_EXPANSION * stored,
+            f"{file}: the column {column.path_in_schema!r} has {stored:,} bytes that expand to {size:,}; at most "
+            f"{MOST_EXPANSION} times as many are read: write the file again with shorter texts.",
+        )
+
+
+def _too_large(file: Path, place: str) -> str:
+    return (
+        f"{file}, {place}: it has more than {LARGEST_RECORD:,} bytes, the most that a document may have; cut it into "
+        f"several documents."
+    )
 
 
 def _not_utf8(file: Path, line: int, offset: int) -> InputError:

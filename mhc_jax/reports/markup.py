@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import os
+import urllib.parse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mhc_jax.analysis.comparison import Cell
@@ -12,6 +15,15 @@ from mhc_jax.analysis.comparison import Cell
 def escaped(value: Any) -> str:
     """Return a value as text with the special characters of HTML escaped."""
     return html.escape(str(value))
+
+
+def relative_link(target: Path, folder: Path) -> str:
+    """Return the address of a folder or file for a link in a page of `folder`, quoted, and always that of a file.
+
+    >>> relative_link(Path("runs/javascript:alert(3)"), Path("runs"))
+    './javascript%3Aalert%283%29'
+    """
+    return "./" + urllib.parse.quote(os.fsencode(os.path.relpath(target, folder)))
 
 
 def bullets(sentences: Sequence[str]) -> str:
@@ -60,4 +72,5 @@ def markdown_table(table: Sequence[Mapping[str, Cell]]) -> str:
     """Return a Markdown table of rows that share their headings, each a mapping from heading to cell."""
     lines = [list(table[0]), ["---"] + ["---:"] * (len(table[0]) - 1)]
     lines += [[cell.text for cell in row.values()] for row in table]
-    return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
+    cells = [[" ".join(text.splitlines()).replace("|", "\\|") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

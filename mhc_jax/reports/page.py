@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,9 +14,9 @@ from mhc_jax.analysis.grouping import Baseline, Variant, group, mean_record
 from mhc_jax.analysis.run_reader import RunRecord, flatten, labels, not_defaults, read_run
 from mhc_jax.errors import require
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.markup import bullets, escaped, fold, sortable_table, text_table
-from mhc_jax.runs.folder import read_json
+from mhc_jax.reports.markup import bullets, escaped, fold, relative_link, sortable_table, text_table
 from mhc_jax.runs.json_files import replacing
+from mhc_jax.sweeps.grid import read_sweep_json
 
 HEADER_KEYS = ("date", "command", "commit", "device")
 """Keys of env.json that the top of the page shows.  The section of settings shows all keys, in a table that the reader opens."""
@@ -85,7 +84,9 @@ def write_folder_report(folder: Path, output: Path | None = None, title: str = "
       InputError: there is no such folder, or no run in it.
     """
     plan = folder / "sweep.json"
-    sweep = read_json(plan) if plan.is_file() else {"title": folder.resolve().name, "baseline": None, "runs": []}
+    sweep = (
+        read_sweep_json(folder) if plan.is_file() else {"title": folder.resolve().name, "baseline": None, "runs": []}
+    )
     records = find_runs(folder, sweep["runs"])
     notes = [held_runs(records, sweep["runs"])] if sweep["runs"] else []
     return write_report(records, output or folder, title or sweep["title"], notes, sweep["baseline"] or None)
@@ -149,7 +150,8 @@ def _write_page(folder: Path, drawn: Mapping[str, str], **sections: str) -> Path
     page = string.Template(template).substitute(nav=nav, **sections)
     path = folder / "report.html"
     with replacing(path) as draft:
-        draft.write_text(page, encoding="utf-8")
+        # A file name that is not UTF-8 is shown with backslashes.
+        draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -184,7 +186,7 @@ def _header_value(env: Mapping[str, Any], key: str) -> str | None:
 def _tables(records: Sequence[RunRecord], variants: Sequence[Variant], folder: Path) -> str:
     """Return the table of runs as HTML, below the table of variants if a variant has several runs."""
     links = {
-        label: os.path.relpath(record.folder, folder) for label, record in zip(labels(records), records, strict=True)
+        label: relative_link(record.folder, folder) for label, record in zip(labels(records), records, strict=True)
     }
     by_run = f"<h3>By run</h3>{sortable_table(rows(records, variants), links)}<p>{escaped(COLUMNS)}</p>"
     if len(variants) == len(records):

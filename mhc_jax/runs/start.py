@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from mhc_jax.runs.environment import devices_of, environment, used_devices
 from mhc_jax.runs.folder import differences, read_json, read_summary, recorded_data, write_json
 from mhc_jax.runs.history import History
 from mhc_jax.runs.metrics import MetricsWriter
+from mhc_jax.runs.programs import abstract_state
 from mhc_jax.runs.progress import Progress
 from mhc_jax.runs.trackers import check_trackers
 from mhc_jax.runs.warm_start import WarmStart
@@ -87,6 +90,46 @@ def sizes(config: ExperimentConfig, abstract: TrainState) -> list[str]:
         f"training: {config.train.steps:,} steps x {step:,} tokens = {tokens:,} tokens, {tokens / parameters:.3g} a parameter",
         *optim.table(_groups(config, abstract)),
     ]
+
+
+def shapes_of_state(config: ExperimentConfig, mesh: Mesh | None) -> TrainState:
+    """Return the shapes of the train state.
+
+    Raises:
+      InputError: the sizes are too large for int32 or for the memory.
+    """
+    try:
+        abstract = abstract_state(config, mesh)
+    except OverflowError as error:
+        raise InputError("The sizes of the model are too large to count in int32; use a smaller model.") from error
+    _require_room(config, abstract)
+    return abstract
+
+
+def _require_room(config: ExperimentConfig, abstract: TrainState) -> None:
+    """Raise `InputError` if a train state of these shapes, or a batch, is larger than the memory of the devices together.
+
+    The memory of CPU devices is that of the machine.  Whether a step fits is known only after it is compiled.
+    """
+    stats = jax.devices()[0].memory_stats() or {}
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = stats["bytes_limit"] * config.mesh.size if "bytes_limit" in stats else machine * jax.process_count()
+    state = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract) if hasattr(leaf, "dtype")
+    )
+    batch = 8 * config.data.batch_size * (config.data.sequence_length + 1)
+    for what, size, settings in (
+        (
+            "The parameters and the state of the optimizer",
+            state,
+            "a smaller model (model.width, model.num_layers, ...)",
+        ),
+        ("A batch", batch, "a smaller data.batch_size"),
+    ):
+        require(
+            size <= room,
+            f"{what} would have {size / 1e9:,.0f} GB, and the memory has {room / 1e9:,.0f} GB; use {settings}, or more devices.",
+        )
 
 
 def _groups(config: ExperimentConfig, abstract: TrainState) -> list[optim.Group]:

@@ -23,7 +23,7 @@ from mhc_jax.config.mapping import from_mapping
 from mhc_jax.connections import spec
 from mhc_jax.connections.parameter_paths import CONNECTION, path_of
 from mhc_jax.data import Data
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError, require, user_path
 from mhc_jax.model import Decoder
 from mhc_jax.parallel.sharding import state_shardings
 from mhc_jax.runs.checkpoint import check_tokenizer, load_params, load_state, newest_step, saved_config, saved_tokenizer
@@ -74,7 +74,7 @@ def warm_start(config: ExperimentConfig, mesh: Mesh | None, data: Data) -> WarmS
       InputError: the folder cannot be read, its model has other branches or another tokenizer, the logits at step 0 would differ,
         or its train state does not fit this run.
     """
-    folder = Path(config.train.init_from).expanduser()
+    folder = user_path(config.train.init_from)
     require(
         folder.is_dir(), f"train.init_from is {str(folder)!r}, which is no folder; give that of a run or of a model."
     )
@@ -113,7 +113,7 @@ def settings_of(folder: Path) -> ExperimentConfig:
     Raises:
       InputError: the folder is neither.
     """
-    folder = folder.expanduser()
+    folder = user_path(folder)
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give that of a run or of a converted model.")
     config = read_model(folder)[0] if is_model_folder(folder) else from_mapping(saved_config(folder))
     return config.with_settings(train={"init_from": str(folder), "init_state": "parameters"})

@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import operator
+import os
 import re
 import runpy
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,13 @@ from mhc_jax import connections
 from mhc_jax.analysis.run_reader import SHORT, flatten, identity
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import LONGEST_NAME, InputError, require, shown
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps.bisection import Bisection, lines
+from mhc_jax.sweeps.field_types import check_types
 
+ROOM = 15
+"""Number of bytes of a file name that follow the name of a run, as in `.sweep/runs/NAME.json`."""
 Point = dict[str, Any]
 """Settings that one run of a sweep changes, by dotted key of the configuration.
 
@@ -144,6 +148,10 @@ def base_configuration(file: str | Path) -> dict[str, Any]:
     _, sweep = _read_sweep(Path(file))
     config_file, *arg = sweep.base.split(":", 1)
     config, _ = call_in_file(Path(file).parent / config_file, "get_config", *arg)
+    require(
+        hasattr(config, "to_dict"),
+        f"get_config of {config_file!r} returned a {type(config).__name__}; it must return a ConfigDict.",
+    )
     return applied(config.to_dict(), sweep.settings)
 
 
@@ -152,6 +160,7 @@ def _read_sweep(file: Path) -> tuple[str, Sweep]:
     sweep, docstring = call_in_file(file, "get_sweep")
     require(bool(docstring), f"The sweep file {str(file)!r} has no docstring; say its command, result and cost.")
     require(isinstance(sweep, Sweep), f"get_sweep of {str(file)!r} must return a Sweep, not a {type(sweep).__name__}.")
+    check_types(sweep)
     return docstring.strip().splitlines()[0].rstrip("."), sweep
 
 
@@ -168,8 +177,10 @@ def call_in_file(file: Path, function: str, *args: str) -> tuple[Any, str]:
         return names[function](*args), names["__doc__"] or ""
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(f"The file {str(file)!r} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"The file {str(file)!r} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
@@ -179,8 +190,10 @@ def canonical_baseline(baseline: Any, runs: Sequence[Run]) -> Point:
       InputError: `baseline` is not a mapping of settings, or no run of the grid has these settings.
     """
     require(
-        isinstance(baseline, Mapping) and isinstance(baseline.get("connection", ""), str),
-        f"baseline of the sweep is {baseline!r}; give a mapping such as {{'connection': 'hc'}}.",
+        isinstance(baseline, Mapping)
+        and isinstance(baseline.get("connection", ""), str)
+        and all(isinstance(key, str) for key in baseline),
+        f"baseline of the sweep is {shown(baseline)}; give a mapping such as {{'connection': 'hc'}}.",
     )
     identities = [identity(to_mapping(run.config)) for run in runs]
     wanted = dict(baseline)
@@ -216,6 +229,11 @@ def plan(base: Mapping[str, Any], points: Sequence[Point]) -> list[Run]:
         except InputError as error:
             raise InputError(f"Point {_spelled(point)}: {error}") from error
         name, text = run_name(point), json.dumps(to_mapping(config), sort_keys=True)
+        require(
+            len(os.fsencode(name)) <= LONGEST_NAME - ROOM,
+            f"Point {_spelled(point)}: the run folder would be named {shown(name)}, which has {len(os.fsencode(name))} bytes; at "
+            f"most {LONGEST_NAME - ROOM} are possible: put what all points share into settings, or shorten the values.",
+        )
         if text in points_of:
             both = f"{_spelled(points_of[text])} and {_spelled(point)}"
             raise InputError(f"Points {both} are the same configuration; leave one out.")
@@ -252,6 +270,10 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
     """
     out = copy.deepcopy(dict(base))
     if "connection" in point:
+        connection = point["connection"]
+        require(
+            isinstance(connection, str), f"connection is {shown(connection)}; it must be a text such as 'mhc:t_max=5'."
+        )
         out["model"]["connection"] = to_mapping(connections.parse(point["connection"]))
     if "seed" in point:
         out["train"]["seed"] = out["data"]["seed"] = point["seed"]
@@ -265,12 +287,18 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
         *path, leaf = key.split(".")
         section = functools.reduce(operator.getitem, path, out)
         # An int for a float setting becomes a float, because the flag --config.KEY=VALUE accepts only the type of the value here.
-        section[leaf] = float(value) if isinstance(section[leaf], float) and type(value) is int else value
+        fits = isinstance(section[leaf], float) and type(value) is int and abs(value) < 1e308
+        section[leaf] = float(value) if fits else value
     return out
 
 
 def _spelled(point: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in point.items()) + "}"
+    return "{" + ", ".join(f"{_plain(key)}: {_plain(value)}" for key, value in point.items()) + "}"
+
+
+def _plain(value: object) -> str:
+    """Return a short text as it is, and any other value as `shown` does."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else shown(value)
 
 
 def select(runs: Sequence[Run], part: str) -> list[Run]:
@@ -317,11 +345,30 @@ def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
     Raises:
       InputError: `workdir` is not the folder of a sweep.
     """
-    require((workdir / "sweep.json").is_file(), f"{str(workdir)!r} is no folder of a sweep: it has no sweep.json.")
-    names = list(read_json(workdir / "sweep.json")["runs"])
+    names = list(read_sweep_json(workdir)["runs"])
     earlier = sorted(path.stem for path in _planned(workdir, "any").parent.glob("*.json"))
     names += [name for name in earlier if name not in names and (workdir / name).is_dir()]
     return {name: read_json(_planned(workdir, name)) for name in names}
+
+
+def read_sweep_json(workdir: Path) -> dict[str, Any]:
+    """Return the content of a sweep's sweep.json: its `title`, `baseline`, `bisection`, and the names of its `runs`.
+
+    Raises:
+      InputError: there is no such file, or it lacks one of these entries.
+    """
+    file = workdir / "sweep.json"
+    require(file.is_file(), f"{str(workdir)!r} is no folder of a sweep: it has no sweep.json.")
+    found = read_json(file)
+    names = found.get("runs")
+    whole = (
+        isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(found.get("title"), str)
+    )
+    require(
+        whole and isinstance(found.get("baseline"), dict),
+        f"{file} must hold a title, a baseline and a list of runs; the command of the sweep writes it again.",
+    )
+    return found
 
 
 def read_planned(workdir: Path, name: str) -> ExperimentConfig:

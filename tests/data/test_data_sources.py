@@ -137,8 +137,8 @@ def test_lone_text_file_is_cut_at_blank_lines(tmp_path, cache):
     assert all(BLOCK <= len(block) < 2 * BLOCK and block.endswith("\n\r\n") for block in blocks[:-1])
     assert_apart(*(texts(path, split, cache) for split in ("train", "validation")), blocks)
     # Without blank lines, they end at line ends.
-    assert [len(block) for block in text_blocks("word word\n" * 5000)] == [16390, 16390, 16390, 830]
-    assert list(text_blocks("x" * 50_000)) == ["x" * 50_000]
+    assert [len(block) for block in text_blocks(["word word\n" * 5000])] == [16390, 16390, 16390, 830]
+    assert list(text_blocks(["x" * 50_000])) == ["x" * 50_000]
 
 
 def test_split_depends_on_the_text_alone(tmp_path, cache):

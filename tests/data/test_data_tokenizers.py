@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support.in_process import run_here
 
 from mhc_jax import data
-from mhc_jax.data.tokenizers import END, PROBE, _of_package
+from mhc_jax.data.tokenizer_checks import PROBE
+from mhc_jax.data.tokenizers import END, _of_package
 from mhc_jax.errors import InputError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
