@@ -39,6 +39,7 @@ SEARCHED = (
     "compared here; results.csv has every run."
 )
 """Text in place of findings and table in the record of a search."""
+_ENV_KEYS = ("date", "commit", "dirty", "device", "device_count", "packages", "python", "command")
 FOLDERS = re.compile(r"(?<![\w.*/])/(?:[^\s/'\"=,:]+/)+")
 """Pattern that matches the folders of an absolute path, but not the folders of a URL or a relative path."""
 
@@ -155,7 +156,17 @@ def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequen
       records: the runs that ended.
       states: `run_status` of each run of the sweep.
       note: a sentence to add to the text, or empty.
+
+    Raises:
+      InputError: env.json of a run lacks an entry.
     """
+    for record in records:
+        missing = [key for key in _ENV_KEYS if key not in record.env]
+        require(
+            not missing,
+            f"{record.folder / 'env.json'} has no {', '.join(missing)}; restore the file, or remove the run's folder and run the "
+            "sweep's command again.",
+        )
     envs = [record.env for record in records]
     dates = sorted(str(env["date"]) for env in envs)
     commits = {str(env["commit"])[:7] + " (changed files)" * bool(env["dirty"]) for env in envs}

@@ -43,6 +43,13 @@ def test_a_kill_in_the_middle_leaves_no_record_and_the_same_call_writes_it(where
     assert folder.stat().st_mode & 0o777 == 0o755
 
 
+def test_a_run_whose_environment_is_cut_is_named(sweep, tmp_path):
+    write_json(sweep / "hc-seed1" / "env.json", {"date": "2026-01-02"})
+    with pytest.raises(InputError, match=r"hc-seed1/env\.json has no commit, dirty, device"):
+        record.write_record(sweep, tmp_path / "record")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+
+
 def test_what_a_kill_leaves_is_removed_but_not_the_folder_of_another_writer(sweep, tmp_path):
     records = tmp_path / "records"
     (records / ".two.old").mkdir(parents=True)
