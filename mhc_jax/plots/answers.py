@@ -31,7 +31,17 @@ def _intervals(axis, rows: Sequence[Bar]) -> None:
     for row, bar in enumerate(rows):
         if bar.result is None:
             continue
-        axis.plot(bar.result.differences, [row] * bar.result.seeds, "o", color=bar.color, ms=3, alpha=0.35, mew=0)
+        axis.plot(
+            bar.result.differences,
+            [row] * bar.result.seeds,
+            "o",
+            color=bar.color,
+            ms=3.5,
+            alpha=0.6,
+            mec="white",
+            mew=0.4,
+            zorder=3,
+        )
         if bar.result.t_interval:
             axis.plot(bar.result.t_interval, [row, row], color=bar.color, linewidth=3.2 if bar.decides else 1.4)
         axis.plot([bar.result.mean], [row], "|", color=bar.color, ms=10, mew=2)
