@@ -5,7 +5,6 @@ The documentation's page of a command is made of the same parts.
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -60,7 +59,7 @@ def help_text(file: str, docstring: str, positional: Sequence[str] | None, texts
     """
     words = " ".join(["WORD ..."] if positional is None else positional)
     usage = " ".join(f"usage: python experiments/{file} {words} [--FLAG=VALUE ...]".split())
-    lines = [usage, "", inspect.cleandoc(docstring), "", "Flags:"]
+    lines = [usage, "", docstring.strip(), "", "Flags:"]
     for text in texts:
         default = f"  (default {text.default})".replace("(default required)", "(required)") if text.default else ""
         meaning = re.sub(r"\s+", " ", text.meaning)
