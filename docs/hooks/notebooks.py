@@ -37,5 +37,5 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
 
 def _caption(cell: dict[str, Any]) -> str:
     text = " ".join("".join(cell.get("source", "")).split()).strip("*")
-    sentence = re.split(r"(?<=[.:;]) ", text)[0] if cell.get("cell_type") == "markdown" else ""
+    sentence = re.split(r"(?<=[.;]) ", text)[0] if cell.get("cell_type") == "markdown" else ""
     return re.sub(r"[\[\]`$#*]", "", sentence) or "The figure that the code above draws"

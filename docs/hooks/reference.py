@@ -48,7 +48,7 @@ The entries of a tuple are joined with commas on the command line, and with `+` 
 
 def pages() -> dict[str, str]:
     """Return the Markdown of all pages of the reference, by their path in docs/."""
-    return {"settings.md": settings_page(), **command_pages(), **api_pages()}
+    return {"settings.md": settings_page(), "records.md": records_page(), **command_pages(), **api_pages()}
 
 
 # -- settings
@@ -71,6 +71,22 @@ def settings_page() -> str:
             kinds = f" · kinds: {kinds_of(setting)}" if setting.kinds else ""
             lines.append(f"`{setting.type}` · default `{setting.default}`{kinds}\n\n{setting.meaning}\n")
     return "\n".join(lines)
+
+
+def records_page() -> str:
+    """Return the page that lists all records, the newest first, with their first headings."""
+    found = sorted(ROOT.glob("experiments/records/*/README.md"), key=lambda path: path.parent.name, reverse=True)
+    titles = [(path.parent.name, path.read_text().partition("\n")[0].strip("# ")) for path in found]
+    rows = [f"| [`{name}`](../experiments/records/{name}/README.md) | {escaped(title)} |" for name, title in titles]
+    return RECORDS_HEAD + "| record | what it is |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+
+
+RECORDS_HEAD = """# All records
+
+A record keeps what matters of a sweep or of a measurement: its page, its numbers and its configuration, in `experiments/records/`. [Your first
+sweep](first_sweep.md#a-record) says how a record is made, and [how numbers are defined](../tests/numbers.md) what the numbers mean.
+
+"""
 
 
 # -- commands

@@ -43,9 +43,9 @@ def _expanded(nav, pages):
     if isinstance(nav, dict):
         return {title: _expanded(below, pages) for title, below in nav.items()}
     if isinstance(nav, str):
-        folder = posixpath.dirname(nav)
-        return [nav, *[{name: f"{folder}/{name}.md"} for name in pages[folder]]] if folder in pages else nav
-    return [_expanded(entry, pages) for entry in nav]
+        return nav
+    folder = posixpath.dirname(nav[0]) if isinstance(nav[0], str) else ""
+    return [*[_expanded(entry, pages) for entry in nav], *[{name: f"{folder}/{name}.md"} for name in pages.get(folder, ())]]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -90,6 +90,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     blocks = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
     blocks[::2] = [re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", link, block) for block in blocks[::2]]
+    if outside:  # shapes such as [t, C][t, k] are no links
+        blocks[::2] = [re.sub(r"\](\s?)\[", r"]\1\\[", block) for block in blocks[::2]]
     return "".join(blocks)
 
 
