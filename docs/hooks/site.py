@@ -19,11 +19,18 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import notebooks
-import reference
+import notebook_pages
+import reference_pages
 
-ROOT = reference.ROOT
+ROOT = reference_pages.ROOT
 PICTURES = {".png", ".svg"}
+FORMULA = r'<span class="arithmatex">\\\(([^<]*?)\\\)</span>'
+MODULES = {
+    module: page.replace(".md", ".html")
+    for page, text in reference_pages.api_pages().items()
+    for module in re.findall(r"^::: (.*)$", text, re.MULTILINE)
+}
+"""The address of the page that describes a module."""
 BESIDE = ["CONTRIBUTING.md", "CHANGELOG.md", "tests/numbers.md", "experiments/LOG.md", "experiments/records/BOARD.md"]
 BESIDE += ["experiments/records/ANSWERS.md", "mhc_jax/data/corpus/README.md"]
 """Pages that lie outside of docs/, as far as they exist.  The README.md of each record belongs to them, too."""
@@ -32,7 +39,7 @@ BESIDE += ["experiments/records/ANSWERS.md", "mhc_jax/data/corpus/README.md"]
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the pages of commands and modules into the navigation, where mkdocs.yml names their first pages."""
     if config.nav:
-        pages = {"commands": sorted(reference.COMMANDS)}
+        pages = {"commands": sorted(reference_pages.COMMANDS)}
         package = ROOT / "mhc_jax"
         pages["api"] = ["mhc_jax", *sorted(path.parent.name for path in package.glob("*/__init__.py")), "mhc_kernels"]
         config.nav = _expanded(config.nav, pages)
@@ -45,12 +52,15 @@ def _expanded(nav, pages):
     if isinstance(nav, str):
         return nav
     folder = posixpath.dirname(nav[0]) if isinstance(nav[0], str) else ""
-    return [*[_expanded(entry, pages) for entry in nav], *[{name: f"{folder}/{name}.md"} for name in pages.get(folder, ())]]
+    return [
+        *[_expanded(entry, pages) for entry in nav],
+        *[{name: f"{folder}/{name}.md"} for name in pages.get(folder, ())],
+    ]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add generated pages, notebooks, records with their figures, and pages of the repository."""
-    for path, text in reference.pages().items():
+    for path, text in reference_pages.pages().items():
         files.append(File.generated(config, path, content=text))
     paths = [ROOT / name for name in BESIDE]
     paths += ROOT.glob("experiments/records/*/README.md")
@@ -60,7 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     for path in ROOT.glob("notebooks/*.ipynb"):
-        text, pictures = notebooks.notebook_page(path)
+        text, pictures = notebook_pages.notebook_page(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
         for name, picture in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=picture))
@@ -96,11 +106,32 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn formulas into MathML, which browsers draw without a script."""
-    content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', _inline, content, flags=re.DOTALL)
+    """Turn formulas into MathML, which browsers draw without a script, and names of files into links to their place in the API."""
+    alone = r'<p>((?:\s*<span class="arithmatex">[^<]*</span>[\s,.;]*)+)</p>'
+    content = re.sub(alone, lambda match: re.sub(FORMULA, _display, match[1]), content)
+    content = re.sub(FORMULA, _inline, content)
     content = re.sub(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', _display, content, flags=re.DOTALL)
+    content = _with_links(content, page)
+    # A line may end before a flag, but not after its hyphens.
+    content = re.sub(r"(?<=[\s>])--[\w.\[\]]+(?=[^<>]*</code>)", r'<span class="flag">\g<0></span>', content)
     # Indented formulas of docstrings, which Markdown takes for code.
     return re.sub(r"<pre>(?:<span></span>)?<code>\$(?!\$)([^<]*?)\$\s*</code></pre>", _lines, content)
+
+
+def _with_links(content: str, page: Page) -> str:
+    """Link the names of files outside of links to the modules that they are."""
+    up = "../" * page.url.count("/")
+
+    def link(match: re.Match[str]) -> str:
+        module = match[1].removeprefix("kernels/").removesuffix(".py").replace("/", ".")
+        place = MODULES.get(module)
+        return f'<a href="{up}{place}#{module}">{match[0]}</a>' if place and place != page.url else match[0]
+
+    parts = re.split(r"(<a\b.*?</a>|<h\d.*?</h\d>)", content, flags=re.DOTALL)
+    parts[::2] = [
+        re.sub(r"<code>((?:mhc_jax|kernels/mhc_kernels)/[\w/]+\.py)</code>", link, part) for part in parts[::2]
+    ]
+    return "".join(parts)
 
 
 def _inline(match: re.Match[str]) -> str:
@@ -118,4 +149,14 @@ def _lines(match: re.Match[str]) -> str:
 
 def mathml(formula: str, display: str) -> str:
     """Return the MathML of a formula in LaTeX that stands in HTML."""
-    return latex2mathml.converter.convert(" ".join(html.unescape(formula).split()), display=display)
+    formula = " ".join(html.unescape(formula).split())
+    formula = re.sub(r"([A-Za-z])'", r"{\1^{\\prime}}", formula)
+    formula = re.sub(r"([_^])\{(pre|post|res)\}", r"\1{\\mathrm{\2}}", formula)
+    return latex2mathml.converter.convert(formula, display=display)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Name the search dialog for readers of screens, and let their keys reach boxes that scroll."""
+    dialog = 'data-md-component="search" role="dialog"'
+    output = output.replace(dialog, f'{dialog} aria-label="Search"')
+    return re.sub(r"(<pre[^>]*>(?:<span></span>)?)<code>", r'\1<code tabindex="0">', output)

@@ -63,7 +63,10 @@ def help_text(file: str, docstring: str, positional: Sequence[str] | None, texts
     for text in texts:
         default = f"  (default {text.default})".replace("(default required)", "(required)") if text.default else ""
         meaning = re.sub(r"\s+", " ", text.meaning)
-        lines += [f"  {text.usage}{default}", textwrap.fill(meaning, 120, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+        lines += [
+            f"  {text.usage}{default}",
+            textwrap.fill(meaning, 120, initial_indent=" " * 6, subsequent_indent=" " * 6),
+        ]
     return "\n".join(lines)
 
 

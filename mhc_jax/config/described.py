@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 @functools.cache
 def field_texts(cls: type) -> dict[str, str]:
-    """Return the text below each field of a dataclass.  A field that a subclass repeats without a text has that of its base class."""
+    """Return the text below each field of a dataclass.  A field that a subclass repeats without a text has its base class's."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):

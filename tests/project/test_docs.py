@@ -6,9 +6,9 @@ import subprocess
 import sys
 import urllib.parse
 
-import notebooks
+import notebook_pages
 import pytest
-import reference
+import reference_pages
 import yaml
 from support.synthetic_runs import write_run
 from support.tiny_runs import ROOT
@@ -21,7 +21,7 @@ from mhc_jax.config.mapping import to_mapping
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-GENERATED = {"settings.md", "records.md", *(f"commands/{name}.md" for name in ("index", *reference.COMMANDS))}
+GENERATED = {"settings.md", "records.md", *(f"commands/{name}.md" for name in ("index", *reference_pages.COMMANDS))}
 BESIDE = ["CONTRIBUTING.md", "CHANGELOG.md", "README.md"]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -85,7 +85,7 @@ def test_every_setting_has_a_text_and_its_default():
 
 
 def test_the_page_of_settings_has_every_setting():
-    page = reference.settings_page()
+    page = reference_pages.settings_page()
     assert set(re.findall(r"^### `([^`]+)`", page, re.MULTILINE)) == {setting.name for setting in settings()}
     assert "`float` · default `0.003`" in page
 
@@ -109,8 +109,8 @@ def test_settings_are_printed(words, status, said, capsys):
 
 def test_every_script_is_a_command_with_an_example():
     scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"steptime_worker"}
-    assert set(reference.COMMANDS) == scripts | {"bench"}
-    for path in reference.COMMANDS.values():
+    assert set(reference_pages.COMMANDS) == scripts | {"bench"}
+    for path in reference_pages.COMMANDS.values():
         assert f"\n    python {path.relative_to(ROOT)} " in path.read_text().replace("PYTHONPATH=.venv/aot ", ""), path
 
 
@@ -128,7 +128,7 @@ def test_help_shows_flags_and_settings_and_ends_well():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("path", reference.COMMANDS.values(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", reference_pages.COMMANDS.values(), ids=lambda path: path.stem)
 def test_help_of_every_command(path):
     done = run_help(path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -141,7 +141,7 @@ def test_help_of_every_command(path):
 @pytest.mark.full
 def test_the_pages_of_commands_have_their_flags():
     """In a process of its own, because absl knows the flags of a script once."""
-    code = "import reference; pages = reference.pages(); print(pages['commands/train.md']); print(sorted(pages))"
+    code = "import reference_pages; pages = reference_pages.pages(); print(pages['commands/train.md']); print(sorted(pages))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=DOCS / "hooks", check=True, timeout=600
     )
@@ -150,7 +150,7 @@ def test_the_pages_of_commands_have_their_flags():
 
 
 def test_a_notebook_becomes_a_page():
-    text, pictures = notebooks.notebook_page(ROOT / "notebooks" / "01_gain_curves.ipynb")
+    text, pictures = notebook_pages.notebook_page(ROOT / "notebooks" / "01_gain_curves.ipynb")
     assert text.startswith("# Gain curves")
     assert len(pictures) == 4
     assert all(data.startswith(b"\x89PNG") and f"]({name})" in text for name, data in pictures.items())

@@ -37,9 +37,9 @@ A configuration has six sections: {sections}. Every command that takes `--config
 
     python experiments/train.py --config=experiments/configs/demo.py:mhc --config.train.steps=400 --workdir=runs/mhc-400
 
-`python -m mhc_jax settings` prints this page, and `python -m mhc_jax settings optimizer.` a part of it. A setting that does not exist is refused with the
-nearest name. `config.json` in a run folder has every setting of the run. A
-config file is Python with a function `get_config`, as in `experiments/configs/`.
+`python -m mhc_jax settings` prints this page, and `python -m mhc_jax settings optimizer.` a part of it. A setting that does
+not exist is refused with the nearest name. `config.json` in a run folder has every setting of the run. A config file
+is Python with a function `get_config`, as in `experiments/configs/`.
 
 Some settings are texts with parts, such as `mhc:init=home:t_max=5` or `muon:rms=0.2`. Parts of such a text are listed below it.
 The entries of a tuple are joined with commas on the command line, and with `+` within a text.
@@ -83,8 +83,9 @@ def records_page() -> str:
 
 RECORDS_HEAD = """# All records
 
-A record keeps what matters of a sweep or of a measurement: its page, its numbers and its configuration, in `experiments/records/`. [Your first
-sweep](first_sweep.md#a-record) says how a record is made, and [how numbers are defined](../tests/numbers.md) what the numbers mean.
+A record keeps what matters of a sweep or of a measurement: its page, its numbers and its configuration, in `experiments/records/`.
+[Your first sweep](first_sweep.md#a-record) says how a record is made. [How numbers are defined](../tests/numbers.md) says what the
+numbers mean.
 
 """
 
@@ -101,8 +102,16 @@ def command_pages() -> dict[str, str]:
         docstring = (module.__doc__ or "").strip()
         made[f"commands/{name}.md"] = f"# {path.name}\n\n{docstring}\n\n## Flags of {path.name}\n\n{flags}\n"
         rows.append(f"| [`{command}`]({name}.md) | {docstring.splitlines()[0]} |")
-    index = "# All commands\n\nEach command prints its page with `--help`, and `python -m mhc_jax settings` prints [all settings](../settings.md).\n\n"
-    return {"commands/index.md": index + "| command | what it does |\n| --- | --- |\n" + "\n".join(rows) + "\n", **made}
+    return {"commands/index.md": COMMANDS_HEAD + "\n".join(rows) + "\n", **made}
+
+
+COMMANDS_HEAD = """# All commands
+
+Each command prints its page with `--help`, and `python -m mhc_jax settings` prints [all settings](../settings.md).
+
+| command | what it does |
+| --- | --- |
+"""
 
 
 def _load(path: Path):
@@ -150,7 +159,7 @@ def escaped(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Return a page for each room of `mhc_jax`, one for its other modules and one for `mhc_kernels`, which mkdocstrings fills in."""
+    """Return pages that mkdocstrings fills in: one for each room of `mhc_jax`, for its other modules, and for `mhc_kernels`."""
     made, rows = {}, []
     package = ROOT / "mhc_jax"
     for room in sorted(path.parent for path in package.glob("*/__init__.py")):
@@ -169,7 +178,8 @@ def api_pages() -> dict[str, str]:
 
 API_HEAD = """# Python API
 
-`from mhc_jax import connect, Wiring` puts connections around the blocks of [your own model](../your_model.md). Everything else is imported from its module.
+`from mhc_jax import connect, Wiring` puts connections around the blocks of [your own model](../your_model.md). Everything else is
+imported from its module.
 
 ::: mhc_jax.wrappers.modules.connect
     options:
