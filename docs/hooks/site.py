@@ -25,6 +25,17 @@ import reference_pages
 ROOT = reference_pages.ROOT
 PICTURES = {".png", ".svg"}
 FORMULA = r'<span class="arithmatex">\\\(([^<]*?)\\\)</span>'
+BOOSTS = {
+    "api/": 0.3,
+    "experiments/": 0.3,
+    "tests/": 0.3,
+    "mhc_jax/": 0.3,
+    "CHANGELOG": 0.3,
+    "notebooks/": 0.5,
+    "glossary": 3.0,
+}
+BOOSTS |= {"settings": 1.0, "commands/": 1.0, "": 2.0}
+"""By how much the search prefers pages whose path begins so: explanations before records and code."""
 MODULES = {
     module: page.replace(".md", ".html")
     for page, text in reference_pages.api_pages().items()
@@ -80,6 +91,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links of the repository into links of the site.  A link to a file that the site does not have becomes its name."""
     here = posixpath.dirname(page.file.src_uri)
+    page.meta.setdefault(
+        "search", {"boost": next(boost for start, boost in BOOSTS.items() if page.file.src_uri.startswith(start))}
+    )
     # Where the page lies in the repository: pages of docs/ are one folder deeper there.
     outside = (ROOT / page.file.src_uri).is_file()
     folder = here if outside else posixpath.join("docs", here)
