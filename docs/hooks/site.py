@@ -31,7 +31,7 @@ BOOSTS = {
     "tests/": 0.3,
     "mhc_jax/": 0.3,
     "CHANGELOG": 0.3,
-    "notebooks/": 0.5,
+    "notebooks/": 0.2,
     "glossary": 3.0,
 }
 BOOSTS |= {"settings": 1.0, "commands/": 1.0, "": 2.0}
