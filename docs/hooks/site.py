@@ -125,25 +125,29 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     content = re.sub(alone, lambda match: re.sub(FORMULA, _display, match[1]), content)
     content = re.sub(FORMULA, _inline, content)
     content = re.sub(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', _display, content, flags=re.DOTALL)
-    content = _with_links(content, page)
+    content = _with_links(content, page, files)
     # A line may end before a flag, but not after its hyphens.
     content = re.sub(r"(?<=[\s>])--[\w.\[\]]+(?=[^<>]*</code>)", r'<span class="flag">\g<0></span>', content)
     # Indented formulas of docstrings, which Markdown takes for code.
     return re.sub(r"<pre>(?:<span></span>)?<code>\$(?!\$)([^<]*?)\$\s*</code></pre>", _lines, content)
 
 
-def _with_links(content: str, page: Page) -> str:
-    """Link the names of files outside of links to the modules that they are."""
+def _with_links(content: str, page: Page, files: Files) -> str:
+    """Link the names of files outside of links to the modules and pages that they are."""
     up = "../" * page.url.count("/")
 
     def link(match: re.Match[str]) -> str:
+        there = files.get_file_from_path(match[1].removeprefix("docs/")) if match[1].startswith("docs/") else None
+        if there is not None:
+            return f'<a href="{up}{there.url}">{match[0]}</a>' if there.url != page.url else match[0]
         module = match[1].removeprefix("kernels/").removesuffix(".py").replace("/", ".")
         place = MODULES.get(module)
         return f'<a href="{up}{place}#{module}">{match[0]}</a>' if place and place != page.url else match[0]
 
     parts = re.split(r"(<a\b.*?</a>|<h\d.*?</h\d>)", content, flags=re.DOTALL)
     parts[::2] = [
-        re.sub(r"<code>((?:mhc_jax|kernels/mhc_kernels)/[\w/]+\.py)</code>", link, part) for part in parts[::2]
+        re.sub(r"<code>((?:mhc_jax|kernels/mhc_kernels)/[\w/]+\.py|docs/\w+\.md)</code>", link, part)
+        for part in parts[::2]
     ]
     return "".join(parts)
 
