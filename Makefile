@@ -1,5 +1,5 @@
 # `make demo` trains residual, HC and mHC side by side and writes runs/demo/report.html; `make test` runs the fast tests;
-# `make notebooks` executes notebooks/*.py and writes the .ipynb beside them.  All create a virtual environment and install into it by
+# `make notebooks` executes notebooks/*.py and writes the .ipynb beside them; `make docs` writes the documentation to build/docs.  All create a virtual environment and install into it by
 # themselves; a second call reuses it.
 
 PYTHON ?= python3
@@ -11,9 +11,13 @@ RUN := $(VENV)/bin/python
 # Compilers for devices that are not here.  Beside the environment, not in it: jax looks for a TPU wherever it finds libtpu.
 AOT := $(VENV)/aot
 
-.PHONY: demo notebooks test test-rest test-all test-slow aot test-aot lint format constraints first-light first-light-wheels clean
+.PHONY: demo docs notebooks test test-rest test-all test-slow aot test-aot lint format constraints first-light first-light-wheels clean
 demo: $(VENV)/.installed
 	$(RUN) experiments/compare.py --config=experiments/configs/demo.py --workdir=runs/demo
+
+# Writes build/docs/index.html; warnings and links that lead nowhere are errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(VENV)/bin/mkdocs build --quiet
 
 notebooks: $(VENV)/.installed
 	$(RUN) notebooks/execute.py
@@ -59,6 +63,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[docs]'
 	touch $@
 
 $(AOT)/.installed: $(VENV)/.installed .ci/aot-$(VERSION).txt

@@ -1,7 +1,9 @@
 """Time the decoding of a token with and without the key-value cache.  Several connections take turns in one process.
 
-python experiments/decodetime.py --config=experiments/configs/demo.py --config.data.sequence_length=512
-[--connections=residual,hc,mhc]
+    python experiments/decodetime.py --config=experiments/configs/demo.py --config.data.sequence_length=512
+    python experiments/decodetime.py --config=experiments/configs/demo.py --connections=residual,mhc:num_streams=8
+
+With the cache the second half of a sequence is decoded.  Without it a token costs one forward pass over the sequence.
 """
 
 import itertools

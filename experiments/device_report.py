@@ -302,11 +302,13 @@ def predict() -> int:
 def main(argv: list[str] | None = None) -> int:
     """Write the report; the exit status is 1 when an implementation is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path)
+    parser.add_argument(
+        "--workdir", type=Path, help="folder of the report (default: a record of today and this device)"
+    )
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which nothing more is measured")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each operation")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parser.add_argument("--predict", action="store_true", help="write what an H100 should measure")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:

@@ -22,7 +22,9 @@ from mhc_jax.evaluation.tasks import BENCHMARKS
 
 CHECKPOINT = flags.DEFINE_list("checkpoint", [], "Run folders; differences are to the first.")
 TASKS = flags.DEFINE_list("tasks", ["paper"], "paper, bbh, bbh_direct, drop, gsm8k, ..., or single tasks of these.")
-DATA_DIR = flags.DEFINE_string("data-dir", None, "Folder of local items (README); without it they come from the hub.")
+DATA_DIR = flags.DEFINE_string(
+    "data-dir", None, "Folder of local items (docs/evaluation.md); without it they come from the hub."
+)
 LIMIT = flags.DEFINE_integer("limit", 0, "Items of each task (0: all); BBH has 27 tasks, MMLU 57, MATH 7.")
 CONTEXT = flags.DEFINE_integer("context", 0, "Tokens of prompt and answer (0: the sequence length of training).")
 BATCH = flags.DEFINE_integer("batch_size", 0, "Rows of a batch (0: as many as fit the memory).")

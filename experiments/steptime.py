@@ -1,13 +1,13 @@
 """Time the train step with several connections that take turns in one process, and count its FLOPs, fusions and memory.
 
-python experiments/steptime.py --config=experiments/configs/demo.py [--connections=residual,hc,mhc] [--rounds=20]
-python experiments/steptime.py --config=experiments/configs/demo.py --connections=mhc --optimizers=adamw,muon
+    python experiments/steptime.py --config=experiments/configs/demo.py --connections=residual,hc,mhc --rounds=20
+    python experiments/steptime.py --config=experiments/configs/demo.py --connections=mhc --optimizers=adamw,muon
 
 The next command compares with the steps of another commit, and with those of the package `hyper-connections` in PyTorch.  Each of
 these steps runs in a process of its own, and waits while another one is timed.  A step of another commit reads the config file of
 that commit, and settings that are written as `--config.a.b=value`.  It runs with the variables of `mhc_jax/runs/cpu_variables.py`.
 
-python experiments/steptime.py --against=HEAD~10 --torch=/path/to/python-with-torch
+    python experiments/steptime.py --against=HEAD~10 --torch=/path/to/python-with-torch
 """
 
 import contextlib

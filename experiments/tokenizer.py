@@ -1,6 +1,8 @@
 """Train a byte-level BPE tokenizer on a text source and save it to a JSON file, for `data.tokenizer=bpe:<file>`.
 
-python experiments/tokenizer.py --source=shakespeare --vocab_size=4096 --output=my.json
+    python experiments/tokenizer.py --source='texts/*.jsonl.zst' --vocab_size=4096 --output=bpe4k.json
+
+The source is one that data.source takes.  The command prints the bytes per token on the held-out text.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Train the tokenizer on the training split, save it, and print its bytes per token on the validation split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="shakespeare", help="as data.source")
-    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--vocab_size", type=int, default=4096, help="number of tokens")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--megabytes", type=float, default=50, help="10^6 bytes of text to train on, at most")
-    parser.add_argument("--validation_fraction", type=float, default=0.05)
+    parser.add_argument("--validation_fraction", type=float, default=0.05, help="as data.validation_fraction")
     flags = parser.parse_args(arguments)
     require(flags.megabytes > 0, f"--megabytes is {flags.megabytes}; it must be above 0.")
     require(

@@ -7,8 +7,7 @@ settings or a folder in use, 3 diverged, 4 another process of the run is gone, 1
 saved).  If JAX notices first that a process is gone, it aborts the others (134) before they can say so (`docs/run_folders.md`).
 
 For a run of several processes, start this command once for each process, with --coordinator_address, --num_processes and
---process_id.  These flags are not needed under Slurm, Open MPI or Kubernetes, and on the hosts of a TPU slice (see README, On GPUs
-and TPU pods).
+--process_id.  These flags are not needed under Slurm, Open MPI or Kubernetes, and on the hosts of a TPU slice (`docs/clusters.md`).
 """
 
 import json

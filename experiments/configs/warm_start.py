@@ -4,7 +4,7 @@
     python experiments/train.py --config=experiments/configs/warm_start.py:runs/demo/residual,mhc --workdir=runs/with-streams
 
 The argument after the colon is the folder, and a connection behind a comma if it is another one.  Every setting can be changed by a
-flag, such as --config.train.steps=400, --config.data.source=TEXT or --config.train.init_state=all (docs/weights.md).
+flag, such as --config.train.steps=400, --config.data.source=TEXT or --config.train.init_state=all (docs/warm_start.md).
 """
 
 from pathlib import Path

@@ -61,17 +61,19 @@ class ConnectionConfig:
     parameters hold them."""
 
     num_streams: int = 4
-    """Number of streams n."""
+    """Number of streams n, from 1 to 256.  `residual` and `scalar_gated` have 1; `identity_mix`, `circulant`, `go_mhc` and `gated`
+    need at least 2, `mhc_lite` 2 to 5, and `kromhc` a power of two from 2 on."""
     exit: str = "sum"
     """How the n streams become one vector: by their `sum` (HC), by their `mean`, or by a sum with learned weights, `head`
-    (DeepSeek-V4, `head_weights`)."""
+    (DeepSeek-V4, `head_weights`).  `single_pass` also has `last_read`, a read with the coefficients that its last sub-layer makes.
+    `residual` has `sum` and `mean`; `scalar_gated` and `delta_attnres` have `sum` alone."""
     entry: str = "copy"
     """How the embedding becomes n streams.  `copy` (HC, mHC): n equal copies.  `scaled` (arXiv 2606.03483): each stream is the
     embedding times a learned vector of its own.  The streams then differ from the start, and the decoder at initialisation does
-    not equal a Pre-Norm decoder."""
+    not equal a Pre-Norm decoder.  Kinds with one stream have `copy` alone."""
     disable: tuple[str, ...] = ()
     """Coefficients that are fixed instead of learned: pre at 1/n, post at 1, res at the identity (the ablation of mHC Table 1).
-    Empty: all coefficients in `learnable` are learned."""
+    Empty: all coefficients that the kind can learn are learned."""
 
     def __post_init__(self) -> None:
         finite(self, "connection.")

@@ -31,7 +31,7 @@ class CirculantConfig(DynamicConfig):
 
     beta: float = 4.0
     """Strength of the mixing over the whole decoder.  In each of the L sub-layers, H_res is the sum of a learned mixing with the
-    weight g = beta / (2L) and the identity with the weight 1 - g."""
+    weight g = beta / (2L) and the identity with the weight 1 - g.  beta lies above 0 and is at most 2L."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

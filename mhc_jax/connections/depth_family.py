@@ -41,9 +41,9 @@ class DepthConfig(ConnectionConfig):
     num_streams: int = 1
     """Number of streams, which is always 1: what stands beside the residual stream are sources."""
     block_size: int = 4
-    """Number of sub-layers that make one source."""
+    """Number of sub-layers that make one source, at least 1."""
     eps_norm: float = 1e-20
-    """Epsilon of the RMSNorm of the sources."""
+    """Epsilon of the RMSNorm of the sources, at least 1e-20."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ class DepthAttentionConfig(DepthConfig):
     """Settings of the kinds of connection that read by attention over depth."""
 
     heads: int = 1
-    """Number H of heads.  The width must be a multiple of it.  arXiv 2607.27230 finds 4 or 8 best."""
+    """Number H of heads, at least 1.  The width must be a multiple of it.  arXiv 2607.27230 finds 4 or 8 best."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,12 +33,12 @@ class GatedConfig(ConnectionConfig):
     """How the n streams become one vector.  `gate` (Qwen4-Exp): by a gated read whose parameters belong to the exit.  The values
     `sum`, `mean` and `head` mean what they mean for every kind of connection."""
     rank: int = 16
-    """Rank r of the two projections that make the read gate (`read_gate`).  Qwen4-Exp has 320."""
+    """Rank r of the two projections that make the read gate (`read_gate`), at least 1.  Qwen4-Exp has 320."""
     init_std: float = 0.02
-    """Standard deviation of the matrices down, up and inject at initialisation.  At the start only their random numbers make the
-    streams differ."""
+    """Standard deviation of the matrices down, up and inject at initialisation, above 0.  At the start only their random numbers
+    make the streams differ."""
     eps_norm: float = 1e-6
-    """Epsilon of the RMSNorm of each stream."""
+    """Epsilon of the RMSNorm of each stream, not negative."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

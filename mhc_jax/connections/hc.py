@@ -34,7 +34,7 @@ class HyperConnectionConfig(ConnectionConfig):
     alpha_init: float = ALPHA_INIT
     """Initial value of the gates s, which scale the dynamic part of the coefficients."""
     eps_norm: float = 1e-20
-    """Epsilon of the RMSNorm of each stream."""
+    """Epsilon of the RMSNorm of each stream, not negative."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

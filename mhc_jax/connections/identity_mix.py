@@ -36,7 +36,7 @@ class IdentityMixConfig(DynamicConfig):
     kind: ClassVar[str] = "identity_mix"
 
     t_max: int = 20
-    """Number of Sinkhorn-Knopp iterations."""
+    """Number of Sinkhorn-Knopp iterations, from 1 to 1000."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,9 +23,10 @@ class ManifoldHyperConnectionConfig(DynamicConfig):
     kind: ClassVar[str] = "mhc"
 
     t_max: int = 20
-    """Number of Sinkhorn-Knopp iterations."""
+    """Number of Sinkhorn-Knopp iterations, from 1 to 1000."""
     write_rank: int = 1
-    """Number r of directions that a write adds to the n streams of a token (`mhc_jax/connections/write_rank.py`).  1: mHC."""
+    """Number r of directions that a write adds to the n streams of a token (`mhc_jax/connections/write_rank.py`), from
+    1 to n.  1: mHC; `single_pass` has no other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

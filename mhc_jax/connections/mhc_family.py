@@ -40,9 +40,9 @@ class DynamicConfig(ConnectionConfig):
 
     exit: str = "mean"
     init: str = "paper"
-    """Preset of the initial static logits, one of `PRESETS` (see `bias_init`)."""
+    """Preset of the initial static logits, `paper`, `residual`, `zeros`, `hc` or `home` (`bias_init` has their values)."""
     eps_convention: str = "paper"
-    """Convention of epsilons, see `EPS_CONVENTIONS`.  Only the kind `identity` takes `hy_v4`."""
+    """Convention of epsilons, `paper` or `v4` (`EPS_CONVENTIONS`).  Only the kind `identity` takes `hy_v4`."""
     alpha_init: float = ALPHA_INIT
     """Initial value of the gates alpha, which scale the dynamic part of the logits."""
     dynamic: bool = True

@@ -80,7 +80,7 @@ class Schedule:
     bound: tuple[int, ...]
     """For each device, the number of activations that it may hold at once.  Each is of one stage and one microbatch."""
     table: tuple[tuple[Cell, ...], ...]
-    """The cell of each tick and device, indexed as table[tick][device]."""
+    """The cell of each tick and device, indexed as `table[tick][device]`."""
     latency: int = 1
     """Number of ticks from the tick that sends a message to the first tick that can use it.  1: devices wait for messages between
     two ticks.  2: messages travel while the next tick computes."""

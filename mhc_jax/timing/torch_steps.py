@@ -30,7 +30,7 @@ def torch_steps(peer_steps: Any, shape: LayerShape) -> tuple[dict[str, Any], dic
       the steps, and by connection the message of what failed.
 
     Raises:
-      whatever the baseline raises, and any error of memory.
+      Exception: whatever the baseline raises, and any error of memory.
     """
     batch = random_batch(config_of(shape, BASELINE, shape.batch_size))
     given = [np.asarray(batch[name]) for name in ("inputs", "targets")]

@@ -333,11 +333,11 @@ def test_the_report_and_its_figures_name_the_init(seeds, tmp_path, monkeypatch):
             assert not MHC.search(text.get_text()) or "init=" in text.get_text(), (name, text.get_text())
 
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/records/*/README.md"))]
+PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", *sorted(ROOT.glob("experiments/records/*/README.md"))]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
-def test_the_readme_and_records_name_the_init(path):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_pages_and_records_name_the_init(path):
     assert rows_without_init(path.read_text()) == []
 
 

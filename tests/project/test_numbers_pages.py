@@ -1,4 +1,4 @@
-"""Numbers that stand in the README and in the committed notebooks, against the files of the records they are taken from."""
+"""Numbers that stand in the documentation and in the committed notebooks, against the files of the records they are taken from."""
 
 import csv
 import json
@@ -11,7 +11,6 @@ import pytest
 from scipy import stats
 from support.tiny_runs import ROOT
 
-README = (ROOT / "README.md").read_text()
 RECORDS = ROOT / "experiments" / "records"
 
 
@@ -49,8 +48,8 @@ def row(text, name):
     return next(cells[1:] for cells in rows_of(text) if cells[0] == name)
 
 
-def section(heading):
-    return README[README.index(f"\n## {heading}") :].split("\n## ")[1]
+def page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text()
 
 
 def outputs(name):
@@ -61,8 +60,8 @@ def outputs(name):
 
 
 def test_the_demos_table_is_its_record():
-    text = section("What the demo shows")
-    (record,) = set(re.findall(r"`experiments/records/([\w-]+)/`", text))
+    text = page("demo")
+    (record,) = set(re.findall(r"experiments/records/([\w-]+)/", text))
     names = [name.lower().replace(", init=", "-init-") for name in row(text, "")]
     runs = [read(RECORDS / record / name / "summary.json") for name in names]
     first, *rest = (run["parameters"] for run in runs)
@@ -88,7 +87,7 @@ def test_the_demos_table_is_its_record():
 
 
 def test_the_table_of_the_27b_is_its_record():
-    text = section("Cost")
+    text = page("cost")
     (record,) = set(re.findall(r"`experiments/records/([\w-]+compile-paper-27b[\w-]+)/`", text))
     found = {one["connection"]: one for one in read(RECORDS / record / "compiled.json")["rows"]}
     base = found["residual"]["seconds"]
@@ -117,7 +116,7 @@ def test_the_table_of_the_27b_is_its_record():
 )
 def test_the_tables_of_pipelines_are_their_records(label, record, connection, schedules, stages):
     """The newest record counts, and in it the first table, which is that of stages of several blocks."""
-    text = section("Pipelines")
+    text = page("pipelines")
     folder = max(re.findall(rf"`experiments/records/([\d-]+-{record})/`", text))
     found = rows_of((RECORDS / folder / "README.md").read_text())
     over = {cells[0]: cells[-1] for cells in found[::-1] if cells[1:3] == [connection, f"{stages} x {stages}"]}
@@ -131,7 +130,7 @@ def test_the_row_of_connections_is_its_record():
     with (newest("connections") / "results.csv").open() as file:
         runs = list(csv.DictReader(file))
     losses = {(r["connection"], r["seed"]): float(r["validation_loss"]) for r in runs}
-    text = section("Notebooks")
+    text = page("findings")
     names = {"HC": "hc", "mHC, init=paper": "mhc:init=paper", "mHC, init=home": "mhc:init=home"}
     shown = [cells for cells in rows_of(text) if cells[1:2] and cells[1] in names][:3]
     assert [cells[1] for cells in shown] == list(names)
@@ -157,15 +156,16 @@ changes the loss from 2.3792 to 2.3805; over the whole depth it costs 0.022 <- 2
 
 
 @pytest.mark.parametrize(("sentence", "place"), [line.split(" <- ") for line in QUOTED.strip().split("\n")])
-def test_what_the_readme_quotes_is_recorded(sentence, place):
+def test_what_a_page_quotes_is_recorded(sentence, place):
     name, pattern = place.split(": ", 1)
     file = RECORDS.parent / "LOG.md" if name == "LOG" else RECORDS / name / "README.md"
-    assert sentence in " ".join(README.split())
+    texts = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    assert any(sentence in " ".join(text.split()) for text in texts)
     assert re.search(pattern, file.read_text())
 
 
 def test_step_times_are_those_of_the_log():
-    """The README has the ranges of the newest three runs, notebook 04 the medians of three runs at 2ba8085."""
+    """The page of the demo has the ranges of the newest three runs, notebook 04 the medians of three runs at 2ba8085."""
     log = (ROOT / "experiments" / "LOG.md").read_text()
 
     def runs(commit):
@@ -174,7 +174,7 @@ def test_step_times_are_those_of_the_log():
         return [sorted(map(float, numbers.split(", "))) for numbers in found]
 
     mhc, hc = runs("788fdf0")
-    shown = row(section("What the demo shows"), "step time over residual's (`steptime.py`, commit 788fdf0, see Cost)")
+    shown = row(page("demo"), "step time over residual's (`steptime.py`; [cost](cost.md))")
     assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", *[f"{mhc[0]:.2f}-{mhc[-1]:.2f}"] * 2]
     mhc, hc = runs("2ba8085")
     notebook = (ROOT / "notebooks" / "04_cost.py").read_text()

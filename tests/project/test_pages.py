@@ -1,4 +1,4 @@
-"""The README's example works and what it names exists; notebooks are in step and execute; tests/numbers.md has every number."""
+"""The example of a connection works and files that pages name exist; notebooks are in step and execute; tests/numbers.md has every number."""
 
 import ast
 import dataclasses
@@ -30,16 +30,18 @@ from mhc_jax.model import Decoder
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.sweeps import results
 
-README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 CONTRACT = ["contract_shapes_and_dtypes", "boundary_is_write_coefficients_read_and_start_writes_nothing"]
 CONTRACT += ["every_parameter_has_a_gradient", "dense_fills_in_disabled_components"]
 
 
 def test_the_example_connection_works_as_printed(monkeypatch):
-    (code,) = re.findall(r"```python\n(# mhc_jax/connections/forget.py\n.*?)```", README, re.DOTALL)
+    page = (DOCS / "your_connection.md").read_text()
+    (code,) = re.findall(r"```python\n(# mhc_jax/connections/forget.py\n.*?)```", page, re.DOTALL)
     module = types.ModuleType("forget")
-    exec(compile(code, "README.md", "exec"), module.__dict__)
-    (line,) = re.findall(r'`("forget": Forget)` in `KINDS`', README)
+    exec(compile(code, "your_connection.md", "exec"), module.__dict__)
+    (line,) = re.findall(r'`("forget": Forget)` in `KINDS`', page)
     monkeypatch.setitem(connections.KINDS, *eval("{" + line + "}", module.__dict__).popitem())
 
     monkeypatch.syspath_prepend(ROOT / "tests/connections")
@@ -58,15 +60,15 @@ def test_the_example_connection_works_as_printed(monkeypatch):
 
 
 def test_the_table_has_every_kind():
-    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+\.py)` \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+\.py)` \|$", (DOCS / "kinds.md").read_text(), re.MULTILINE)
     assert {kind for kind, _ in rows} == set(connections.KINDS)
     assert all((ROOT / "mhc_jax/connections" / name).exists() for _, name in rows)
 
 
-def test_every_file_it_names_exists():
-    named = set(re.findall(r"\b((?:mhc_jax|kernels|experiments|tests|docs)/[\w/.-]+\.\w+)", README))
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_file_that_a_page_names_exists(page):
+    named = set(re.findall(r"(?<![\w/])((?:mhc_jax|kernels|experiments|tests|docs)/[\w/.-]+\.\w+)", page.read_text()))
     named -= {"mhc_jax/connections/forget.py", "experiments/sweeps/mine.py"}  # the examples
-    assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

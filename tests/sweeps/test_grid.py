@@ -200,8 +200,8 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
             assert to_mapping(connections.default_config(recorded["kind"])) | recorded in made
 
 
-def test_the_sweep_in_the_readme_works_as_printed(tmp_path):
-    (code,) = re.findall(r"```python\n(\"\"\"Two learning rates.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_sweep_of_the_tutorial_works_as_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(\"\"\"Two learning rates.*?)```", (ROOT / "docs/first_sweep.md").read_text(), re.DOTALL)
     shutil.copytree(ROOT / "experiments/configs", tmp_path / "configs")
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.py").write_text(code)

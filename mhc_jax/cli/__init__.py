@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mhc_jax.cli.flag_help import HELP, flag_texts, help_text
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError, require, shown, user_path
@@ -125,7 +126,30 @@ def main(
     sys.unraisablehook = _report_unraisable
     if computes and cpu_alone():
         set_cpu_variables()
+    if not set(HELP).isdisjoint(sys.argv[1:]):
+        print(_help(positional, configuration is not None))
+        sys.exit(0)
     app.run(guarded, flags_parser=functools.partial(_parse, configuration=configuration))
+
+
+def own_flags(script: str) -> list[flags.Flag]:
+    """Return the flags that a script declares by itself, and those that it declares through this module, in order of declaration.
+
+    Args:
+      script: name under which absl knows the script: its path if it is run, else the name of its module.
+    """
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return [*by_module.get(script, []), *by_module.get(__name__, [])]
+
+
+def _help(positional: Sequence[str] | None, of_all_runs: bool) -> str:
+    main_module = sys.modules["__main__"]
+    return help_text(
+        Path(sys.argv[0]).name,
+        main_module.__doc__ or "",
+        positional,
+        flag_texts(own_flags(sys.argv[0]), of_all_runs),
+    )
 
 
 def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]] | None) -> list[str]:
