@@ -111,7 +111,7 @@ def _require_room(config: ExperimentConfig, abstract: TrainState) -> None:
 
     The memory of CPU devices is that of the machine.  Whether a step fits is known only after it is compiled.
     """
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     room = stats["bytes_limit"] * config.mesh.size if "bytes_limit" in stats else machine * jax.process_count()
     state = sum(
