@@ -14,8 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Variant, group
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, run_of
+from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.page import changed_settings
@@ -90,31 +89,22 @@ def write_record(
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
     text = _page(sweep, records, [row["status"] for row in rows], note)
-    target, folder = folder, _aside(folder)
-    write_runs([sweep_folder / name for name in ended], folder, metrics)
-    write_csv([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
-    (folder / "README.md").write_text(shortened(text))
     try:
-        folder.rename(target)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with aside(folder.parent, folder.name) as whole:
+            write_runs([sweep_folder / name for name in ended], whole, metrics)
+            write_csv([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], whole)
+            (whole / "README.md").write_text(shortened(text))
+            whole.rename(folder)
     except OSError as error:
-        raise InputError(f"The record {target} cannot be written: {error.strerror}.") from error
-    return target
+        raise InputError(f"The record {folder} cannot be written: {error.strerror or error}.") from error
+    return folder
 
 
 def _compared(variants: Sequence[Variant]) -> list[str]:
     """Return the findings and the table of variants."""
     found = [f"- {sentence}" for sentence in findings(variants)]
     return [*found, "", markdown_table(statistics_rows(variants)), "", STATISTICS]
-
-
-def _aside(folder: Path) -> Path:
-    """Make an empty folder beside `folder`, in which a record is written until it is whole.  Remove what a kill has left there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    aside.chmod(0o755)
-    return aside
 
 
 def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequence[str], note: str) -> str:

@@ -25,7 +25,13 @@ TINY = {
     "model": {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 16},
     "data": {"sequence_length": 16, "batch_size": 4},
     "optimizer": {"warmup_steps": 2},
-    "train": {"log_every": 1, "validation_batches": 1, "validate_every": 8, "diagnostics_every": 0, "checkpoint_every": 4},
+    "train": {
+        "log_every": 1,
+        "validation_batches": 1,
+        "validate_every": 8,
+        "diagnostics_every": 0,
+        "checkpoint_every": 4,
+    },
 }
 """Settings of the runs of the campaign."""
 
@@ -48,7 +54,10 @@ class Place:
 
     def flags(self, kind: str = KIND, paragraphs: int = 40, **train: Any) -> list[str]:
         """Return the flags of a tiny configuration."""
-        sections = TINY | {"data": TINY["data"] | {"source": str(self.text(paragraphs))}, "train": TINY["train"] | train}
+        sections = TINY | {
+            "data": TINY["data"] | {"source": str(self.text(paragraphs))},
+            "train": TINY["train"] | train,
+        }
         settings = [f"--config.{name}.{k}={v}" for name, section in sections.items() for k, v in section.items()]
         return [f"--config={processes.ROOT}/experiments/configs/demo.py:{kind}", *settings]
 
@@ -118,10 +127,14 @@ class Case:
     """Number of processes that the command starts and that may be killed, too."""
     missing: Callable[[], str] = lambda: ""
     """Returns why the case cannot run here, or nothing."""
+    done: str = ""
+    """What the command says, with status 2, if it has been killed after its work was done."""
     weight: float = 1.0
     """Share of the time of its part that the case gets, as a multiple of that of other cases."""
 
-    def start(self, place: Place, life: Path, fault: Fault | None = None, first: int = 0, plain: bool = False) -> list[Child]:
+    def start(
+        self, place: Place, life: Path, fault: Fault | None = None, first: int = 0, plain: bool = False
+    ) -> list[Child]:
         """Start the commands of a life.  The fault befalls command number `first`."""
         (life / "out").mkdir(parents=True, exist_ok=True)
         env = place.environment(life)
@@ -199,7 +212,7 @@ def _tokenizer(place: Place, life: Path) -> list[Command]:
 def _tokenizing(place: Place, life: Path) -> list[Command]:
     """One step of training on a text of 5 MB, which has to be tokenized first."""
     env = {"MHC_JAX_CACHE": str(life / "out" / "cache")}
-    flags = (*place.flags("residual", 12_000, steps=1, checkpoint_every=0), f"--workdir={life / 'run'}")
+    flags = (*place.flags("residual", 12_000, steps=2, checkpoint_every=0), f"--workdir={life / 'run'}")
     return [Command("train", flags, env)]
 
 
@@ -225,7 +238,9 @@ def _evaluation(life: Path) -> dict[str, str]:
     out = {"table": digests.sha((life / "out" / "table.md").read_bytes())}
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text())
-        out[file.name] = digests.sha(json.dumps({k: results[k] for k in ("benchmarks", "settings", "step", "connection")}))
+        out[file.name] = digests.sha(
+            json.dumps({k: results[k] for k in ("benchmarks", "settings", "step", "connection")})
+        )
     out["responses"] = digests.sha("\n".join(sorted((folder / "responses.jsonl").read_text().splitlines())))
     return out | {file.name: digests.sha(file.read_bytes()) for file in sorted(folder.glob("*.samples.jsonl"))}
 
@@ -263,11 +278,11 @@ CASES = {
         Case("sweep", _sweep, _of_sweep, workers=2, weight=2),
         Case("compare", _compare, _of_sweep, workers=1, weight=2),
         Case("evaluate", _evaluate, _evaluation, _copy_run_to_out, missing=_without_harness),
-        Case("record", _record, _of_out, _copy("sweep", "sweep"), kills=3),
+        Case("record", _record, _of_out, _copy("sweep", "sweep"), kills=3, done="is there already"),
         Case("report", _report, _of_page, _copy("sweep", "sweep"), kills=3),
         Case("tokenizer", _tokenizer, _of_out, kills=3),
         Case("tokenizing", _tokenizing, _of_out, kills=3),
-        Case("convert", _convert, _of_out, _copy("train", "run"), kills=3),
+        Case("convert", _convert, _of_out, _copy("train", "run"), kills=3, done="exists and is not empty"),
     )
 }
 """The cases by name."""

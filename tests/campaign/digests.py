@@ -29,7 +29,9 @@ def sha(content: bytes | str) -> str:
 def run(folder: Path) -> dict[str, str]:
     """Return the digest of a run folder: measurements, events, the arrays of the newest checkpoint, and the summary."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    measured = [json.dumps({k: v for k, v in line.items() if k not in TIMES}) for line in lines if line["kind"] != "event"]
+    measured = [
+        json.dumps({k: v for k, v in line.items() if k not in TIMES}) for line in lines if line["kind"] != "event"
+    ]
     events = [json.dumps(line) for line in lines if line["kind"] == "event" and line["event"] not in EXPECTED_EVENTS]
     summary = json.loads((folder / "summary.json").read_text())
     kept = {k: v for k, v in summary.items() if not k.endswith("_s") and k != "peak_memory_bytes"}
@@ -77,7 +79,11 @@ def content(folder: Path, ignore: str = "") -> dict[str, str]:
     """Return a hash of each file below a folder, but for those whose path matches the pattern `ignore`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
-    return {name: sha(p.read_bytes()) for name, p in zip(names, paths, strict=True) if not ignore or not re.search(ignore, name)}
+    return {
+        name: sha(p.read_bytes())
+        for name, p in zip(names, paths, strict=True)
+        if not ignore or not re.search(ignore, name)
+    }
 
 
 def sweep(folder: Path) -> dict[str, str]:

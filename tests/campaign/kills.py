@@ -79,6 +79,8 @@ def life(place: Place, case: Case, trial: Trial, rng: random.Random) -> None:
             trial.kills += 1
             trial.count(drawn.kind)
             continue
+        if case.done and trial.kills and case.done in children[0].said:
+            break
         if any(child.status for child in children):
             said = next(child for child in children if child.status).said
             trial.fail("not restarted", f"{[c.status for c in children]} after {trial.kills} kills: {said[-2000:]}")

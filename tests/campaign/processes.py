@@ -133,7 +133,14 @@ def start(command: Command, logs: Path, fault: faults.Fault | None = None) -> Ch
             return Child(process.pid, out, err)
         pid = _fork()
         if pid == 0:
-            _become(command.script, command.arguments, {**os.environ, **command.env}, stdout.fileno(), stderr.fileno(), fault)
+            _become(
+                command.script,
+                command.arguments,
+                {**os.environ, **command.env},
+                stdout.fileno(),
+                stderr.fileno(),
+                fault,
+            )
         return Child(pid, out, err)
 
 

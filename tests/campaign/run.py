@@ -25,7 +25,9 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [path for path in map(str, (HERE.parent, HERE.parents[1], HERE.parents[1] / "kernels")) if path not in sys.path]
+sys.path[:0] = [
+    path for path in map(str, (HERE.parent, HERE.parents[1], HERE.parents[1] / "kernels")) if path not in sys.path
+]
 
 from campaign import processes  # noqa: E402
 from campaign.trials import Log, Part, Trial, next_trial, table  # noqa: E402
@@ -60,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.rmtree(scratch, ignore_errors=True)
     print(table(log))
     for trial in log.failures():
-        print(f"\nTrial {trial.number} ({trial.part}, {trial.case}, seed {trial.seed}): {trial.verdict}\n{trial.detail}")
+        print(
+            f"\nTrial {trial.number} ({trial.part}, {trial.case}, seed {trial.seed}): {trial.verdict}\n{trial.detail}"
+        )
     return 1 if log.failures() else 0
 
 
@@ -93,7 +97,10 @@ def work(log: Log, parts: list[Part], seed: str, end: float, most: int) -> None:
         attempt(part, trial)
         log.add(trial)
         done += 1
-        print(f"{trial.number} {trial.part}, {trial.case}: {trial.verdict}, {trial.kills} kills, {trial.seconds:.1f} s", flush=True)
+        print(
+            f"{trial.number} {trial.part}, {trial.case}: {trial.verdict}, {trial.kills} kills, {trial.seconds:.1f} s",
+            flush=True,
+        )
 
 
 def attempt(part: Part, trial: Trial) -> None:
@@ -114,7 +121,9 @@ def replay(log: Log, parts: list[Part], number: int, scratch: Path) -> int:
     part = next(part for part in parts if part.name == old.part)
     trial = Trial(old.part, old.case, old.seed)
     attempt(part, trial)
-    print(f"{trial.part}, {trial.case}, seed {trial.seed}: {trial.verdict} (before: {old.verdict})\n{trial.detail}\n{scratch}")
+    print(
+        f"{trial.part}, {trial.case}, seed {trial.seed}: {trial.verdict} (before: {old.verdict})\n{trial.detail}\n{scratch}"
+    )
     return int(trial.verdict != "equal" and trial.verdict not in ("recovered", "refused", "skipped"))
 
 

@@ -128,4 +128,6 @@ def table(log: Log) -> str:
 
 def _listed(counts: Mapping[str, int]) -> str:
     most = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {count}" for name, count in most[:9]) + ("" if len(most) <= 9 else f", {len(most) - 9} more kinds")
+    return ", ".join(f"{name} {count}" for name, count in most[:9]) + (
+        "" if len(most) <= 9 else f", {len(most) - 9} more kinds"
+    )
