@@ -1,7 +1,7 @@
 """What must be equal at the end of a command that was disturbed and of one that was left alone.
 
-A digest is a mapping from names to short texts.  It leaves out what differs from run to run anyway: times, dates, process ids, and the
-names that Orbax draws for its files.
+A digest is a mapping from names to short texts.  It leaves out what differs from run to run anyway: times, dates, process ids, and
+the names that Orbax draws for its files.
 """
 
 from __future__ import annotations

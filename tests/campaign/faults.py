@@ -1,8 +1,8 @@
 """What befalls a command from within: it is killed at its k-th write operation or shortly after it, or the operation fails.
 
 Write operations are those of Python that make, open for writing, rename or remove a file or folder.  An audit hook of the
-interpreter (`sys.addaudithook`) sees each of them before it happens, also those of libraries.  The writes of TensorStore's threads are
-not among them: random moments and real small disks meet these.
+interpreter (`sys.addaudithook`) sees each of them before it happens, also those of libraries.  The writes of TensorStore's threads
+are not among them: random moments and real small disks meet these.
 """
 
 from __future__ import annotations

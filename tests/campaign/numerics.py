@@ -1,8 +1,8 @@
 r"""Random Sinkhorn problems of every hostile kind: values, marginals and gradients hold where the inputs are finite.
 
 The result of each problem is compared with a float64 loop.  A rounding error $\delta$ of the logits moves $\log H^{res}$ by at most
-$(4 t_{max} + 1)\, \delta$, because a step of Sinkhorn does not expand the supremum norm of the logarithms of the scalings.  The bound
-for entries and column sums follows, with $\delta$ a few roundings of the largest difference of logits.
+$(4 t_{max} + 1)\, \delta$, because a step of Sinkhorn does not expand the supremum norm of the logarithms of the scalings.  The
+bound for entries and column sums follows, with $\delta$ a few roundings of the largest difference of logits.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def problems_of(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def check(form: str, n: int, dtype: str, eps: float, count: int, seed: int) -> dict[str, Any]:
-    """Run problems through one form of the operation.  Return what is wrong by name, and `kinds`, the number of problems by kind."""
+    """Run problems through one form of the operation.  Return what is wrong by name, and `kinds`: problems by kind."""
     import jax
     import jax.numpy as jnp
     from mhc_kernels import settings, sinkhorn

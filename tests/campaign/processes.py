@@ -285,7 +285,7 @@ def _replace_popen(fault: faults.Fault | None) -> None:
 
     class Worker(Child):
         def __init__(self, command: Sequence[str], env: Mapping[str, str], stdin, stdout, stderr, start_new_session):
-            assert command[1] == "-m" and stdin == subprocess.DEVNULL and start_new_session
+            assert (command[1], stdin, start_new_session) == ("-m", subprocess.DEVNULL, True)
             its = fault.for_worker(next(count)) if fault else None
             pid = _fork()
             if pid == 0:

@@ -9,8 +9,8 @@ command says what it has left out or done again (recovered), it ends with a sent
 something is missing here (skipped).  Everything else is a failure: a lost or doubled line, a traceback, a hang, a stray process
 or file, a wrong result without a word.
 
-The log has a line for each trial.  The same command goes on where a log ends.  `--replay=N` runs trial N of the log again, and keeps
-its folder.  The table at the end counts all trials of the log.  Exit status: 0 no failure, 1 a failure, 2 a mistake in the call.
+The log has a line for each trial.  The same command goes on where a log ends.  `--replay=N` runs trial N of the log again, and
+keeps its folder.  The table at the end counts all trials of the log.  Exit status: 0 no failure, 1 a failure, 2 a wrong call.
 """
 
 from __future__ import annotations
@@ -70,11 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def chosen(scratch: Path, patience_s: float, only: str, cases: str) -> list[Part]:
     """Return the parts and cases that were asked for."""
-    from campaign import kills
+    from campaign import damage, disk, fuzz, kills, numerics, others
     from campaign.cases import Place
 
     place = Place(scratch, patience_s)
-    every = [kills.part(place)]
+    every = [
+        *(part(place) for part in (kills.part, disk.part, damage.part, others.part)),
+        fuzz.part(scratch),
+        numerics.part(),
+    ]
     wanted, named = set(filter(None, only.split(","))), set(filter(None, cases.split(",")))
     if unknown := wanted - set(NAMES):
         sys.exit(f"--only has {', '.join(sorted(unknown))}; it may have {', '.join(NAMES)}")
