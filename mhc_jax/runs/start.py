@@ -22,6 +22,7 @@ from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh
 from mhc_jax.runs.checkpoint import Checkpoints
+from mhc_jax.runs.checksums import remove_summary
 from mhc_jax.runs.environment import devices_of, environment, used_devices
 from mhc_jax.runs.folder import differences, read_json, read_summary, recorded_data, write_json
 from mhc_jax.runs.history import History
@@ -175,7 +176,7 @@ def record_start(
         if read_summary(folder) is None and (folder / "summary.json").exists():
             progress.say("summary.json is damaged; it is written anew at the end")
         # The summary that an interrupted run has left must not remain while the run goes on.
-        (folder / "summary.json").unlink(missing_ok=True)
+        remove_summary(folder)
     for remark in remarks:
         progress.say(f"{remark}.")
         writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})

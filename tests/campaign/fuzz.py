@@ -1,7 +1,8 @@
 """Run the fuzzers of the test suite on other and more examples, and count what they tried.
 
-The tests `tests/*/test_hostile_*.py` feed settings, texts, tokenizers, weights, sweep files and names of any content to the project,
-and assert that each is taken or refused in a sentence.  In the suite they always try the same examples.  Here a seed draws others.
+The tests `tests/*/test_hostile_*.py` feed settings, texts, tokenizers, weights, sweep files and names of any content to the
+project, and assert that each is taken or refused in a sentence.  In the suite they always try the same examples.  Here a seed draws
+others.
 pytest imports this module as a plugin, too.
 """
 

@@ -199,6 +199,7 @@ def strays(seconds: float) -> list[str]:
         if time.monotonic() > end:
             break
         time.sleep(0.02)
+    reap()
     names = []
     for pid in left:
         try:
@@ -206,6 +207,7 @@ def strays(seconds: float) -> list[str]:
             os.kill(pid, signal.SIGKILL)
         except OSError:
             continue
+    time.sleep(POLL_S)
     reap()
     return names
 
