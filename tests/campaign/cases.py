@@ -43,6 +43,8 @@ class Place:
     scratch: Path
     patience_s: float
     references: dict[str, Reference] = field(default_factory=dict)
+    references_s: float = 0.0
+    """Seconds that the references took, which count to no trial."""
 
     def text(self, paragraphs: int = 40) -> Path:
         """Return the path of a text with this number of paragraphs of 60 words, the same at every call."""
@@ -75,7 +77,9 @@ class Place:
         The first of two runs fills the cache of compiled programs.  Both must agree.
         """
         if case.name not in self.references:
+            began, inner = time.monotonic(), self.references_s
             ends = [self._undisturbed(case, number) for number in range(2)]
+            self.references_s = inner + time.monotonic() - began
             lines = digests.differing(ends[0].digest, ends[1].digest)
             if lines:
                 raise RuntimeError(f"Two runs of {case.name} that nothing disturbed differ: {lines}")

@@ -17,6 +17,8 @@ from typing import Any
 
 TIMES = ("step_time_s", "tokens_per_s")
 """Values of metrics.jsonl that are times."""
+LIFE = re.compile(r"/[^\"]*/(lives|alone|half)/[^/\"]+")
+"""Folder of a life, within a text."""
 EXPECTED_EVENTS = ("resumed", "interrupted")
 """Events of metrics.jsonl that say that a run was stopped."""
 
@@ -41,7 +43,7 @@ def run(folder: Path) -> dict[str, str]:
         "lines": sha("\n".join(measured)),
         "events": sha("\n".join(events)),
         "summary": json.dumps(kept),
-        "config": sha((folder / "config.json").read_bytes()),
+        "config": sha(LIFE.sub("", (folder / "config.json").read_text())),
         "text": json.dumps(env.get("data", {}).get("train_sha256")),
         **{f"state {key}": value for key, value in state(folder).items()},
     }

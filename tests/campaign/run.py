@@ -30,6 +30,7 @@ sys.path[:0] = [
 ]
 
 from campaign import processes  # noqa: E402
+from campaign.cases import Place  # noqa: E402
 from campaign.trials import Log, Part, Trial, next_trial, table  # noqa: E402
 
 NAMES = ("kills", "disk", "damage", "others", "fuzz", "numerics")
@@ -53,10 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     log = Log(given.log)
     try:
         processes.preload(scratch)
-        parts = chosen(scratch, given.patience, given.only, given.case)
+        place = Place(scratch, given.patience)
+        parts = chosen(place, given.only, given.case)
         if given.replay:
-            return replay(log, parts, given.replay, scratch)
-        work(log, parts, given.seed, time.monotonic() + 60 * given.minutes, given.trials)
+            return replay(log, parts, given.replay, place)
+        work(log, parts, place, given.seed, time.monotonic() + 60 * given.minutes, given.trials)
     finally:
         if not given.scratch and not given.replay and not log.failures():
             shutil.rmtree(scratch, ignore_errors=True)
@@ -68,15 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if log.failures() else 0
 
 
-def chosen(scratch: Path, patience_s: float, only: str, cases: str) -> list[Part]:
+def chosen(place: Place, only: str, cases: str) -> list[Part]:
     """Return the parts and cases that were asked for."""
     from campaign import damage, disk, fuzz, kills, numerics, others
-    from campaign.cases import Place
 
-    place = Place(scratch, patience_s)
     every = [
         *(part(place) for part in (kills.part, disk.part, damage.part, others.part)),
-        fuzz.part(scratch),
+        fuzz.part(place.scratch),
         numerics.part(),
     ]
     wanted, named = set(filter(None, only.split(","))), set(filter(None, cases.split(",")))
@@ -90,7 +90,7 @@ def chosen(scratch: Path, patience_s: float, only: str, cases: str) -> list[Part
     return parts
 
 
-def work(log: Log, parts: list[Part], seed: str, end: float, most: int) -> None:
+def work(log: Log, parts: list[Part], place: Place, seed: str, end: float, most: int) -> None:
     """Run trials until the time is over, all limits are reached, or `most` trials have been run."""
     done = 0
     while time.monotonic() < end and not (most and done >= most):
@@ -98,7 +98,7 @@ def work(log: Log, parts: list[Part], seed: str, end: float, most: int) -> None:
         if drawn is None:
             return
         part, trial = drawn
-        attempt(part, trial)
+        attempt(part, trial, place)
         log.add(trial)
         done += 1
         print(
@@ -107,26 +107,26 @@ def work(log: Log, parts: list[Part], seed: str, end: float, most: int) -> None:
         )
 
 
-def attempt(part: Part, trial: Trial) -> None:
+def attempt(part: Part, trial: Trial, place: Place) -> None:
     """Run one trial.  An error of the campaign itself is a failure, too."""
-    began = time.monotonic()
+    began, references_s = time.monotonic(), place.references_s
     try:
         part.run(trial, random.Random(trial.seed))
     except Exception:
         trial.fail("error of the campaign", traceback.format_exc())
-    trial.seconds = round(time.monotonic() - began, 2)
+    trial.seconds = round(time.monotonic() - began - (place.references_s - references_s), 2)
 
 
-def replay(log: Log, parts: list[Part], number: int, scratch: Path) -> int:
+def replay(log: Log, parts: list[Part], number: int, place: Place) -> int:
     """Run a trial of the log again, say what came of it, and keep its folder."""
     old = next((trial for trial in log.trials if trial.number == number), None)
     if old is None:
         sys.exit(f"--replay is {number}; the log has the trials 1 to {len(log.trials)}")
     part = next(part for part in parts if part.name == old.part)
     trial = Trial(old.part, old.case, old.seed)
-    attempt(part, trial)
+    attempt(part, trial, place)
     print(
-        f"{trial.part}, {trial.case}, seed {trial.seed}: {trial.verdict} (before: {old.verdict})\n{trial.detail}\n{scratch}"
+        f"{trial.part}, {trial.case}, seed {trial.seed}: {trial.verdict} (before: {old.verdict})\n{trial.detail}\n{place.scratch}"
     )
     return int(trial.verdict != "equal" and trial.verdict not in ("recovered", "refused", "skipped"))
 
