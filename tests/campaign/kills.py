@@ -18,6 +18,8 @@ from campaign.trials import Part, Trial
 
 SETTLE_S = 60.0
 """Seconds in which all processes of a life must have ended after its command."""
+LEFT = "was left to another sweep"
+"""What a sweep says that ends because other processes train its runs."""
 PLAIN = 0.04
 """Share of starts that are whole new interpreters."""
 
@@ -81,6 +83,8 @@ def life(place: Place, case: Case, trial: Trial, rng: random.Random) -> None:
             continue
         if case.done and trial.kills and case.done in children[0].said:
             break
+        if LEFT in children[0].said and trial.restarts < 40:
+            continue  # A worker of the killed sweep still saves its run.
         if any(child.status for child in children):
             said = next(child for child in children if child.status).said
             trial.fail("not restarted", f"{[c.status for c in children]} after {trial.kills} kills: {said[-2000:]}")
@@ -114,8 +118,7 @@ def befall(drawn: Moment, children: list[Child], patience_s: float, rng: random.
         gone = [child for child in children if child.status in (-signal.SIGKILL, -signal.SIGALRM)]
         if gone and len(children) > 1:
             # The others find out by themselves, or the scheduler ends the whole job.
-            _end_job(children, rng.choice([0, 0, rng.uniform(0, 2), patience_s]))
-            return True
+            return _end_job(children, rng.choice([0, 0, rng.uniform(0, 2), patience_s]), patience_s)
         if now > end:
             for child in children:
                 child.kill()
@@ -141,15 +144,17 @@ def _strike(victim: Child, worker: bool) -> bool:
     return bool(workers)
 
 
-def _end_job(children: list[Child], seconds: float) -> None:
-    """Wait some seconds for the ends of all commands, then kill those that are left."""
+def _end_job(children: list[Child], seconds: float, patience_s: float) -> bool | None:
+    """Wait some seconds for the ends of all commands, then kill those that are left.  None: one has outlasted the patience."""
     end = time.monotonic() + seconds
     while any(child.poll() is None for child in children) and time.monotonic() < end:
         time.sleep(processes.POLL_S)
+    hung = seconds == patience_s and any(child.poll() is None for child in children)
     for child in children:
         child.kill()
     for child in children:
         child.wait(10)
+    return None if hung else True
 
 
 def fresh(place: Place, trial: Trial) -> Path:

@@ -144,12 +144,16 @@ def _wrong_gradients(gradient: np.ndarray, scaled: np.ndarray, exponent: np.ndar
     largest = np.abs(gradient).max((0, 1))
     lost = np.ldexp(np.full(exponent.shape, 2.0**-100), np.maximum(-exponent, 0))
     unlike = (np.abs(back - gradient) > 1e-5 * np.maximum(largest, 1e-12) + lost).any((0, 1))
-    counts = {
-        "gradients not finite": int((~np.isfinite(gradient)).any((0, 1)).sum()),
-        "scaled gradients not finite": int((~np.isfinite(scaled)).any((0, 1)).sum()),
-        "gradients not proportional": int(unlike.sum()),
+    bad = {
+        "gradients not finite": (~np.isfinite(gradient)).any((0, 1)),
+        "scaled gradients not finite": (~np.isfinite(scaled)).any((0, 1)),
+        "gradients not proportional": unlike & np.isfinite(scaled).all((0, 1)),
     }
-    return {name: str(count) for name, count in counts.items() if count}
+    return {
+        name: f"{at.sum()} problems, the first at a factor of 2^±{np.abs(exponent[at]).min()}"
+        for name, at in bad.items()
+        if at.any()
+    }
 
 
 def float64_sinkhorn(x: np.ndarray, eps: float) -> np.ndarray:

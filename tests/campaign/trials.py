@@ -90,13 +90,20 @@ def next_trial(log: Log, parts: Sequence[Part], seed: str) -> tuple[Part, Trial]
     """Return the part and the case that have had the smallest share of the time so far, as a trial to run.
 
     A part has the share of time of its weight, and so has a case within its part.  None: all limits are reached.
+    A case that is skipped here is not drawn again.
     """
 
     def spent(part: str, case: str = "") -> float:
         return sum(trial.seconds + 0.01 for trial in log.of(part, case))
 
     def open_cases(part: Part) -> list[str]:
-        return [case for case in part.weights if not part.limit or len(log.of(part.name, case)) < part.limit]
+        """Return the cases that can run here and have had fewer trials than the limit."""
+        tried = {case: log.of(part.name, case) for case in part.weights}
+        return [
+            case
+            for case, trials in tried.items()
+            if (not part.limit or len(trials) < part.limit) and not any(t.verdict == "skipped" for t in trials)
+        ]
 
     waiting = [part for part in parts if open_cases(part)]
     if not waiting:
