@@ -11,21 +11,17 @@ Checkpoints, locks and logs are not copied.  In the files, absolute paths are cu
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import fcntl
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Variant, group
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, run_of
+from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.page import changed_settings
@@ -94,14 +90,15 @@ def write_record(
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
     text = _page(sweep, records, [row["status"] for row in rows], note)
-    with _aside(folder) as aside:
-        write_runs([sweep_folder / name for name in ended], aside, metrics)
-        write_csv([without_paths(row) for row in rows], aside)
-        (aside / "README.md").write_text(shortened(text))
-        try:
-            aside.rename(folder)
-        except OSError as error:
-            raise InputError(f"The record {folder} cannot be written: {error.strerror}.") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with aside(folder.parent, folder.name) as whole:
+            write_runs([sweep_folder / name for name in ended], whole, metrics)
+            write_csv([without_paths(row) for row in rows], whole)
+            (whole / "README.md").write_text(shortened(text))
+            whole.rename(folder)
+    except OSError as error:
+        raise InputError(f"The record {folder} cannot be written: {error.strerror or error}.") from error
     return folder
 
 
@@ -109,40 +106,6 @@ def _compared(variants: Sequence[Variant]) -> list[str]:
     """Return the findings and the table of variants."""
     found = [f"- {sentence}" for sentence in findings(variants)]
     return [*found, "", markdown_table(statistics_rows(variants)), "", STATISTICS]
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Make an empty folder beside `folder`, in which a record is written until it is whole, and remove it at the end.
-
-    What a kill has left there is removed first.  A writer holds a lock on its folder, so that another writer does not remove it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]:
-        with contextlib.suppress(OSError), _locked(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    with _locked(aside):
-        try:
-            aside.chmod(0o755)
-            yield aside
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder.  The system gives it up when the process ends.
-
-    Raises:
-      OSError: another process holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequence[str], note: str) -> str:

@@ -50,16 +50,6 @@ def test_a_run_whose_environment_is_cut_is_named(sweep, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
-def test_what_a_kill_leaves_is_removed_but_not_the_folder_of_another_writer(sweep, tmp_path):
-    records = tmp_path / "records"
-    (records / ".two.old").mkdir(parents=True)
-    (records / ".two.old" / "runs.json").write_text("{")
-    with record._aside(records / "two") as other:
-        record.write_record(sweep, records / "two")
-        assert {path.name for path in records.iterdir()} == {"two", other.name}
-    assert [path.name for path in records.iterdir()] == ["two"]
-
-
 def test_paths_are_cut_from_values_and_not_from_their_json():
     """In the JSON text of the first value, a letter n stands before the path."""
     assert record.without_paths(
