@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     width, height = drawn.figure.get_size_inches()
     print(f"Figure: {', '.join(map(str, files))} ({width:.1f} x {height:.1f} inches)")
     if len(drawn.panels) > 1 and not PANEL.value:
-        print(f"Panels (--panel=NUMBER): {', '.join(f'{k} {panel}' for k, panel in enumerate(drawn.panels, 1))}")
+        print("\n".join(f"--panel={k}: {panel}" for k, panel in enumerate(drawn.panels, 1)))
     if height > PAGE_HEIGHT:
         print(f"It is higher than a page ({PAGE_HEIGHT:g} inches); choose a panel, or --size=page.")
     print(f"\n{drawn.caption}")

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from mhc_jax import plots
 from mhc_jax.analysis.grouping import Baseline, Variant, group, mean_record
 from mhc_jax.analysis.run_reader import RunRecord, labels, seed_name
-from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.errors import InputError, one_of, require, user_path
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.page import changed_settings, find_runs
-from mhc_jax.reports.record import read_record
+from mhc_jax.reports.record import read_record, shortened
 from mhc_jax.sweeps.grid import read_sweep_json
 
 NAMED = plots.FIGURES | SWEEP_FIGURES
@@ -45,6 +45,35 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[RunRecord], Baseline | N
         records += find_runs(folder, sweep["runs"])
         baseline = baseline or sweep["baseline"] or None
     return records, baseline
+
+
+def read_variants(folder: str | Path) -> list[Variant]:
+    """Read the runs in a folder, as `read_folders` does, and group them into variants."""
+    return group(*read_folders([user_path(folder)]))
+
+
+def figure_of(name: str, variants: Sequence[Variant]) -> Figure | str:
+    """Return the figure of some variants, or what their runs lack for it as a sentence.  Notebooks show either.
+
+    Args:
+      name: name of the figure, a key of `NAMED`.
+      variants: the variants.  Curves are means over their seeds, matrices those of one seed (`draw_figure`).
+
+    Raises:
+      InputError: there is no such figure.
+    """
+    one_of("The name of the figure", name, NAMED)
+    try:
+        return NAMED[name].draw(_shown(name, variants))
+    except plots.NothingToDraw as error:
+        return f"{name} is not drawn: {error.missing}."
+
+
+def _shown(name: str, variants: Sequence[Variant]) -> Sequence[Variant | RunRecord]:
+    """Return what a figure shows of some variants: the variants, one run of each, or the mean over the seeds of each."""
+    if name in SWEEP_FIGURES:
+        return variants
+    return [variant.shown_run if NAMED[name].matrices else mean_record(variant) for variant in variants]
 
 
 def size_of(size: str, text: float = 0.0, panel: str = "") -> plots.Size:
@@ -110,17 +139,13 @@ def draw_figure(name: str, folders: Sequence[Path], size: plots.Size, each_run: 
         name != "loss_gap" or not several or each_run,
         f"loss_gap compares single runs, and {where} has several seeds; draw gap_curves, or set --each_run.",
     )
-    if name in SWEEP_FIGURES:
-        shown: Sequence[RunRecord | Variant] = variants
-        how = "Every run is shown."
-    elif each_run or not several:
-        shown, how = records, "Every run is shown by itself."
+    by_run = name not in SWEEP_FIGURES and (each_run or not several)
+    shown = records if by_run else _shown(name, variants)
+    how = "Lines and bands are means over the seeds that finished."
+    if by_run or name in SWEEP_FIGURES:
+        how = "Every run is shown by itself." if by_run else ""
     elif plot.matrices:
-        shown = [variant.shown_run for variant in variants]
         how = "Of each variant the figure shows the run with the lowest seed that finished."
-    else:
-        shown = [mean_record(variant) for variant in variants]
-        how = "Lines and bands are means over the seeds that finished."
     try:
         with plots.drawn_at(size._replace(panel="")):
             figure = plot.draw(shown)
@@ -148,7 +173,8 @@ def _runs(variants: Sequence[Variant]) -> list[str]:
         count = f", of {len(variant.runs)} finished {len(variant.finished)}" * (
             len(variant.finished) < len(variant.runs)
         )
-        seeds = ", ".join(seed_name(seed) for seed in sorted(variant.runs))
+        seeds = ", ".join(seed_name(seed).partition(" ")[2] for seed in sorted(variant.runs))
+        seeds = f"seed{'s' * (len(variant.runs) > 1)} {seeds}"
         parts.append(f"{variant.label} ({seeds}{count})")
     sentences = [f"Runs: {'; '.join(parts)}."]
     steps = sorted({int(run.train["step"][-1]) for run in runs if len(run.train["step"])})
@@ -162,7 +188,7 @@ def _runs(variants: Sequence[Variant]) -> list[str]:
     if diverged:
         sentences.append(f"Diverged: {'; '.join(diverged)}.")
     commits = sorted({str(run.env["commit"])[:7] for run in runs if run.env.get("commit")})
-    return [*sentences, changed_settings(runs), *([f"Commit {', '.join(commits)}."] if commits else [])]
+    return [*sentences, shortened(changed_settings(runs)), *([f"Commit {', '.join(commits)}."] if commits else [])]
 
 
 def write_figure(drawn: Drawn, outputs: Sequence[Path]) -> list[Path]:

@@ -66,7 +66,7 @@ def test_no_name_becomes_an_element_or_an_attribute(page):
     assert found.counts["script"] == 1  # the page's own, which sorts tables
     assert not {name for name in found.attributes if name.startswith("on")}
     assert "b" not in found.counts
-    assert found.counts["svg"] == 1
+    assert found.counts["svg"] == 2
 
 
 def test_links_are_relative_and_lead_to_the_folders(page):
