@@ -48,8 +48,8 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
     if not runs:
         raise NothingToDraw("no diagnostics with h_res of a multi-stream run")
     width = current_size().width or 11.0
-    across = 6 if width > 5 else 3
-    side, down = width / across, len(runs) * 6 // across
+    across = 1 if current_size().panel else 6 if width > 5 else 3
+    side, down = min(width / across, 2.3), len(runs) * 6 // across
     figure = Figure(figsize=(width, side * down + scaled(0.3)), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).reshape(len(runs), 6)
     for axes, (_, style, (step, matrices)) in zip(grid, runs, strict=True):

@@ -177,6 +177,7 @@ def svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text).replace("xlink:href", "href")
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point are enough, and take half the space
     return text.replace(INK, "currentColor")
 
 
@@ -201,7 +202,7 @@ def color_of(kind: str) -> str:
 def shades(color: str, count: int) -> list[str]:
     """Return `count` shades of a colour from light to dark, for variants of one kind.  A single shade is the colour itself."""
     rgb = np.asarray(to_rgb(color))
-    at = np.linspace(-0.5, 0.45, count) if count > 1 else np.zeros(1)
+    at = np.linspace(-0.55, 0.3, count) if count > 1 else np.zeros(1)
     return [to_hex(tuple(rgb + (1 - rgb) * -share if share < 0 else rgb * (1 - share))) for share in at]
 
 
@@ -317,11 +318,11 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
 
 
 def panel_names(figure: Figure) -> list[str]:
-    """Return the names of a figure's panels in order: title, or else label of the y axis, or else of the x axis."""
+    """Return the names of a figure's panels in order: that of `Axes.set_label`, or else title, or label of the y or x axis."""
     names = []
     for axis in _panels_of(figure):
         title = next((text for place in ("left", "center") if (text := axis.get_title(place))), "")
-        names.append(title or axis.get_ylabel() or axis.get_xlabel())
+        names.append(axis.get_label() or title or axis.get_ylabel() or axis.get_xlabel())
     return [" ".join(name.split()) for name in names]
 
 
@@ -352,7 +353,9 @@ def _keep(figure: Figure, panel: str) -> None:
     legends = 0.5 if figure.legends else 0.1
     figure.set_figheight((figure.get_figheight() - legends) / rows + legends)
     kept.set_subplotspec(GridSpec(1, 1, figure=figure)[0])
-    kept.tick_params(labelleft=True)
+    kept.tick_params(labelleft=bool(len(kept.get_yticks())))
+    if kept.get_title("center"):  # that of a map, which does not name its run
+        kept.set_title(names[found[0]], loc="center")
     drawn = {str(artist.get_label()) for artist in (*kept.lines, *kept.patches, *kept.containers)}
     drawn = {label for label in drawn if label and not label.startswith("_")}
     for old in figure.legends:

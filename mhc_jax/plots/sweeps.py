@@ -81,6 +81,7 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
         fit_y(axis, ends)
         axis.axhline(0, color=INK, linewidth=0.9)
         axis.set_ylabel("gap (nats/token)")
+        axis.set_label(f"gap of {kind}")
         legend(figure, axis=axis)
     axes[-1].set_xlabel("optimizer step")
     if not any(axis.get_legend() for axis in axes):
