@@ -101,6 +101,12 @@ def log_axis(*axes: Axes, around: float | None = None) -> None:
                 axis.yaxis.set_minor_locator(NullLocator())
 
 
+def count_depth(axis: Axes, L: int) -> None:
+    """Let an x axis count sub-layers (or blocks) from 1 to `L` at least, with no tick at 0."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlim(0.5, max(L + 0.5, axis.get_xlim()[1]))
+
+
 def near_one(axis: Axes) -> None:
     """Let a linear y axis span the curves and bands of a panel, and 0.98 to 1.02 at least, so that rounding errors look small."""
     values = _drawn_values([axis])
@@ -207,7 +213,7 @@ def by_depth(
         elif most is not None and most[0] == step:
             axis.fill_between(places, values, most[1], **band)
         curve(axis, places, values, style, **more)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        count_depth(axis, len(values))
     span = f"step {max(steps)}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}" if steps else "no step"
     axis.set_xlabel(f"{depth} ({span})")
 

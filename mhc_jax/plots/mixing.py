@@ -11,11 +11,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mhc_jax.analysis.run_reader import RunRecord, last_diagnostics, series
 from mhc_jax.diagnostics import composites, second_eigenvalue
-from mhc_jax.plots.axes import CLOSE_GAIN, by_depth, curve, log_axis, mark_divergence, multi_stream, near_one
+from mhc_jax.plots.axes import (
+    CLOSE_GAIN,
+    by_depth,
+    count_depth,
+    curve,
+    log_axis,
+    mark_divergence,
+    multi_stream,
+    near_one,
+)
 from mhc_jax.plots.style import FIGURES, GRID, finish, panels, register, styled
 
 
@@ -186,9 +194,9 @@ def eigenvalues(records: Sequence[RunRecord]) -> Figure:
         depth = np.arange(1, len(matrices) + 1)
         for axis, H in zip(axes, (matrices, composites(matrices)[0]), strict=True):
             curve(axis, depth, second_eigenvalue(H), style)
+            count_depth(axis, len(matrices))
     for axis, title in zip(axes, ("Single H_res", "Composite H(l)···H(1)"), strict=True):
         axis.set(title=title, ylim=(-0.03, 1.05), xlabel="sub-layer l", ylabel="|λ₂| / |λ₁|")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(figure, records, "no diagnostics with h_res of a multi-stream run")
 
 

@@ -128,6 +128,7 @@ def test_gains_against_depth_are_the_last_diagnostics_and_against_steps_of_the_w
         for run, label in zip(runs, labels(runs), strict=True):
             depth, gain = data(axis, label)
             assert depth.tolist() == list(range(1, SUBLAYERS + 1))
+            assert axis.get_xlim()[0] == 0.5, "l counts from 1, and no tick stands at 0"
             np.testing.assert_array_equal(gain, last_diagnostics(run, key)[1])
         assert axis.get_ylim()[0] < 0.6 < max(data(axis, "hc")[1]) < axis.get_ylim()[1]
     assert [len(axis.collections) for axis in axes[:3:2]] == [0, len(runs)]
