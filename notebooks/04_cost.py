@@ -80,7 +80,8 @@ shown = [label for label in ("hc", "mhc:init=home") if label in results]
 shown = shown or [label for label, run in results.items() if run is not base]
 measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "compiled memory": "peak_memory_bytes"}
 ratios = {
-    name: {label: results[label].result(key) / base.result(key) for label in shown} for name, key in measures.items()
+    name: {label: results[label].result(key) / base.result(key) for label in shown if results[label].result(key)}
+    for name, key in measures.items()
 }
 # Medians of three runs of `experiments/steptime.py`: width 64, 16 blocks, 2 cores, nothing else running; commit 2ba8085.
 ratios |= {"step time\n(width 64, CPU)": dict(zip(("hc", "mhc:init=home"), (1.39, 1.44), strict=True))}

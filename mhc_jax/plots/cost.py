@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from mhc_jax import remat
@@ -98,7 +99,7 @@ def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
         at = [row + (k - (len(names) - 1) / 2) * width for row in range(len(ratios))]
         values = [row.get(name, float("nan")) for row in ratios.values()]
         axis.bar(at, values, 0.9 * width, color=color_of(name.partition(":")[0]), label=name)
-        for x, value in zip(at, values, strict=True):
+        for x, value in [point for point in zip(at, values, strict=True) if np.isfinite(point[1])]:
             axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=scaled(8))
     axis.axhline(1, color=INK, linewidth=0.9)
     axis.set_xticks(range(len(ratios)), list(ratios))
