@@ -216,8 +216,8 @@ display(plots.stream_ablation(lost))
 # %% [markdown]
 # *By how much the mean loss grows if one stream is replaced at every sub-layer and at the exit. Left: by zero. Right: by
 # its mean over the tokens. A stream that can be replaced without a loss may be unused, or a copy of another one. Here HC
-# misses stream 1 most, and mHC with `init=home` misses stream 2. With `init=paper` no stream is missed at zero, and streams
-# 1 and 2 are at their means.*
+# misses streams 1 and 2 most, and mHC with `init=home` misses stream 2. With `init=paper` no stream is missed at zero, and
+# streams 1 and 2 are at their means.*
 #
 # ### Rescue: what one clean stream brings back
 
@@ -232,8 +232,10 @@ display(Markdown("\n".join(lines)))
 # *All streams that enter sub-layer 1 are replaced by their means over the tokens, so that the model does not know what
 # it reads. Then one stream gets its values from the unchanged run, at one sub-layer alone. Colours show the share of the
 # loss difference (the table, in nats per token) that comes back. Shares of a column need not sum to 1. With `init=home`
-# stream 2 brings back the most at every sub-layer. In the other two models stream 1, which sub-layer 1 reads, does so at
-# sub-layer 1, and from sub-layer 3 on no stream brings back half of it.*
+# stream 2 brings back the most at every sub-layer. With `init=paper` stream 1, which sub-layer 1 reads, does so at
+# sub-layer 1, and from sub-layer 3 on no stream brings back half of it. Under HC streams 3 and 4 bring back the most at
+# sub-layer 1, where stream 1 alone makes the loss larger (blue), and from sub-layer 3 on no stream brings back much more
+# than half.*
 #
 # ### Logit lens: what a stream predicts by itself
 
