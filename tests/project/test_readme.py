@@ -9,9 +9,13 @@ from support.tiny_runs import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [line.partition(" #")[0].strip() for line in TEXT.splitlines() if re.match(r" {4}(python|make) ", line)]
-TINY = """--config.model.num_layers=2 --config.model.width=16 --config.model.mlp_width=32 --config.model.num_heads=2
---config.model.num_kv_heads=1 --config.data.sequence_length=16 --config.data.batch_size=2 --config.train.steps=2
---config.optimizer.warmup_steps=1 --config.train.validation_batches=1""".split()
+SIZES = {
+    "model": {"num_layers": 2, "width": 16, "mlp_width": 32, "num_heads": 2, "num_kv_heads": 1},
+    "data": {"sequence_length": 16, "batch_size": 2},
+    "optimizer": {"warmup_steps": 1},
+    "train": {"steps": 2, "validation_batches": 1},
+}
+TINY = [f"--config.{part}.{key}={value}" for part, of in SIZES.items() for key, value in of.items()]
 SHORT = {"train": TINY, "compare": [*TINY, "--seeds=1"], "sweep": [*TINY, "--select=1/9"], "report": [], "figure": []}
 
 
