@@ -16,11 +16,11 @@ COLUMN = plots.SIZES["column"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """HC and mHC with two seeds each; seed 1 of HC diverged."""
+    """HC and mHC with two seeds each; seed 0 of HC diverged."""
     root = tmp_path_factory.mktemp("runs")
     for kind in ("hc", "mhc"):
         for seed in (0, 1):
-            lost = 120 if (kind, seed) == ("hc", 1) else None
+            lost = 120 if (kind, seed) == ("hc", 0) else None
             write_run(root, f"{kind}-{seed}", kind, seed=seed, diverged_at=lost)
     return root
 
@@ -34,7 +34,7 @@ def test_the_caption_says_which_runs_are_shown_and_how(folder):
         "Lines and bands are means over the seeds that finished.",
         "Runs: hc (seeds 0, 1, of 2 finished 1); mhc:init=paper (seeds 0, 1).",
         f"Last logged step: 120 or {STEPS}.",
-        "Diverged: hc seed 1 at step 120.",
+        "Diverged: hc seed 0 at step 120.",
         "Commit 0123abc.",
     ):
         assert sentence in drawn.caption
@@ -42,7 +42,9 @@ def test_the_caption_says_which_runs_are_shown_and_how(folder):
     assert len(legend_texts(each.figure)) == 4
     assert "Every run is shown by itself." in each.caption
     matrices = draw_figure("h_res", [folder], COLUMN)
-    assert len([axis for axis in matrices.figure.axes if axis.axison]) == 2 * 6
+    maps = [axis for axis in matrices.figure.axes if axis.axison]
+    assert len(maps) == 2 * 6
+    assert maps[0].get_ylabel() == f"hc seed 1\n(step {STEPS})", "seed 0 diverged"
     assert "Of each variant the figure shows the run with the lowest seed that finished." in matrices.caption
     panel = draw_figure("gain_depth", [folder], size_of("column", panel="composite forward"))
     assert plots.panel_names(panel.figure) == ["Composite H(l)···H(1), forward"]
