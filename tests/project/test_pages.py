@@ -1,4 +1,4 @@
-"""The example of a connection works and files that pages name exist; notebooks are in step and execute; tests/numbers.md has every number."""
+"""Examples of pages work and files that pages name exist; notebooks are in step and execute; tests/numbers.md has every number."""
 
 import ast
 import dataclasses

@@ -201,7 +201,9 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
 
 
 def test_the_sweep_of_the_tutorial_works_as_printed(tmp_path):
-    (code,) = re.findall(r"```python\n(\"\"\"Two learning rates.*?)```", (ROOT / "docs/first_sweep.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(\"\"\"Two learning rates.*?)```", (ROOT / "docs/first_sweep.md").read_text(), re.DOTALL
+    )
     shutil.copytree(ROOT / "experiments/configs", tmp_path / "configs")
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.py").write_text(code)
