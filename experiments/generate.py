@@ -3,6 +3,7 @@
     python experiments/generate.py --checkpoint=runs/demo/mhc-init-home --prompt='KING HENRY:' --max_new=200 --top_p=0.95
 
 Without --prompt, every line of standard input is a prompt, and empty lines are skipped.  The text appears as it is generated.
+A prompt of standard input that is longer than the context is told, the next one follows, and the exit status is 2.
 """
 
 import os
@@ -64,6 +65,7 @@ def main() -> int:
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 
+    status = 0
     for prompt in prompts():
         ids = [*tokenizer.start, *tokenizer.encode(prompt).tolist()]
         shown = before = tokenizer.decode(ids)
@@ -81,10 +83,17 @@ def main() -> int:
 
         began = time.perf_counter()
         print(before, end="", flush=True)
-        [made] = generator.generate([ids], MAX_NEW.value, sampling, show)
+        try:
+            [made] = generator.generate([ids], MAX_NEW.value, sampling, show)
+        except InputError as error:
+            if PROMPT.value is not None:
+                raise
+            print(f"\nerror: {error}", file=sys.stderr)
+            status = 2
+            continue
         seconds = time.perf_counter() - began
         print(f"\n[{len(answer(made)[0])} tokens in {seconds:.1f} s, compilation included]", file=sys.stderr)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import using
 from mhc_jax.remat_plan import resolve
 from mhc_jax.runs.checkpoint import KEEP_CHECKPOINTS, Checkpoints, check_text, check_tokenizer, saved_steps
-from mhc_jax.runs.folder import check_run_folder, recorded_data, respelled, run_folder, write_json
+from mhc_jax.runs.checksums import write_summary
+from mhc_jax.runs.folder import check_run_folder, recorded_data, respelled, run_folder
 from mhc_jax.runs.history import History, summary_of
 from mhc_jax.runs.lock import require_free
 from mhc_jax.runs.metrics import MetricsWriter, plain
@@ -149,12 +150,13 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
             with progress.during("making the first state"):
                 state, remarks = first_state(config, mesh, abstract), []
         anew = restored is None
+        measured = restored[1].get("measured", "") if restored else ""
         with progress.during("tracing the train step"), history.clock.timed("compile_s"):
             traced = trace_train_step(planned, mesh, abstract)
         flops = flops_per_token(planned, mesh, abstract, traced)
         with (
             contextlib.closing(feed.train),
-            MetricsWriter(folder, -1 if anew else history.step, cfg.trackers, mapping) as writer,
+            MetricsWriter(folder, -1 if anew else history.step, cfg.trackers, mapping, measured) as writer,
             StopRequest(progress.say) as stop,
         ):
             record_start(folder, config, abstract, data, writer, progress, history, remarks, anew, warm)
@@ -166,7 +168,7 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
                 state = run_steps(run, state, history, stop, anew)
         summary = summary_of(config, state, history, flops, feed.bits_per_nat, peak_before)
         if distributed.is_first_process():
-            write_json(folder / "summary.json", plain(summary))
+            write_summary(folder, plain(summary))
     return plain(summary)
 
 
@@ -318,6 +320,7 @@ def save(run: Run, state: TrainState, history: History, wait: bool, replace: boo
             "history": history.saved(),
             "tokenizer": run.data.tokenizer.fingerprint,
             "text": run.data.identity,
+            "measured": run.writer.measured,
         }
         config = to_mapping(run.config)
         run.checkpoints.save(history.step, state, loop, config, run.data.tokenizer.saved, replace)

@@ -15,54 +15,72 @@
 # signal through the composite $P = H^{res}_L \cdots H^{res}_l$ (mHC Eq. 4). Its *forward gain* is
 # $\max_i |\sum_j P_{ij}|$ and its *backward gain* $\max_j |\sum_i P_{ij}|$ (mHC section 3.1). Attention and feed-forward
 # are separate sub-layers. Gains are computed per token, then averaged over tokens.
+#
+# The next cell has nothing to do where mhc_jax can be imported. Elsewhere, as on Colab, write the address of this
+# repository into it: the cell then installs the package from there. The cell after it has the one path to set: `RUNS` may
+# be your own sweep, a folder of runs, or one run. Figures and tables below are then those of your runs, while the words
+# between them describe the record that is named there now.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+
+REPOSITORY = ""
+if importlib.util.find_spec("mhc_jax") is None:
+    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "mhc_jax"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "./mhc_jax"], check=True)
+    os.chdir("mhc_jax/notebooks")
+
+# %%
+from mhc_jax.reports.record import newest_record
+
+RECORDS = "../experiments/records"
+RUNS = newest_record(RECORDS, "connections")  # or your own, such as "../runs/demo"
 
 # %%
 # %matplotlib inline
 import contextlib
 import io
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from IPython.display import Markdown, display
 
-from mhc_jax import plots
-from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.analysis.run_reader import last_diagnostics, read_run
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import summarize
 from mhc_jax.loop import train
-from mhc_jax.plots.sweeps import SWEEP_FIGURES
-from mhc_jax.reports.record import read_newest
+from mhc_jax.reports.figures import figure_of, read_variants
 from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.sweeps.grid import over, plan
 from mhc_jax.train_step import make_diagnostics_step
 
 TINY = os.environ.get("MHC_JAX_TINY") == "1"  # shrinks the live run, for tests
-RECORDS = Path("../experiments/records")
 
 # %% [markdown]
-# ## From stored records
+# ## From stored runs
 #
 # The sweep `connections` has 8 blocks (16 sub-layers) of width 96, n = 4, 400 steps and three seeds. Lines are means over
 # seeds.
 
 # %%
-variants = group(read_newest(RECORDS, "connections"))
-several = [mean_record(variant) for variant in variants if variant.kind != "residual"]
-display(plots.gain_depth(several))
+variants = read_variants(RUNS)
+several = [variant for variant in variants if variant.kind != "residual"]
+display(figure_of("gain_depth", several))
 
 # %% [markdown]
-# *Top: single mixing matrices, bottom: composites, after the last step. HC's composites grow with depth in both
-# directions. mHC's forward gain is 1 up to rounding with either `init=`, because Sinkhorn ends on rows (mHC Eq. 9). Its
-# backward gain comes from the column sums, which 20 iterations leave a little off 1. The band reaches up to the token
-# of the largest gain.*
+# *Gains of single mixing matrices and of composites after the last step. On the left all runs share a logarithmic axis; on
+# the right those near 1 have linear axes of their own. HC's composites grow with depth in both directions. mHC's forward
+# gain is 1 up to rounding with either `init=`, because Sinkhorn ends on rows (mHC Eq. 9). Its backward gain comes from
+# the column sums, which 20 iterations leave a little off 1. The band reaches up to the token of the largest gain.*
 
 # %%
-display(plots.gain_step(several))
+display(figure_of("gain_step", several))
 
 # %% [markdown]
 # *Gain of the whole composite against optimizer steps, mean over seeds. HC starts at the identity (gain 1), leaves it
@@ -77,7 +95,7 @@ lines += ["| mHC, 27B, `init=paper` (mHC Figure 7) | larger of the two: near 1.6
 for variant in variants:
     if variant.kind != "residual":
         sides = [variant.results(f"max_composite_{side}").values() for side in ("forward", "backward")]
-        cells = [f"{np.mean(list(v)):.4g} ({min(v):.4g} to {max(v):.4g})" for v in sides]
+        cells = [f"{np.mean(list(v)):.4g} ({min(v):.4g} to {max(v):.4g})" if v else "–" for v in sides]
         lines.append(f"| {variant.label}, here: mean of {len(variant.runs)} seeds (range) | {' | '.join(cells)} |")
 display(Markdown("\n".join(lines)))
 
@@ -94,7 +112,7 @@ display(Markdown("\n".join(lines)))
 # - `make demo` (32 sub-layers, learning rate 7e-3) reaches the paper's order of magnitude for HC (README).
 
 # %%
-display(SWEEP_FIGURES["swept"].draw(group(read_newest(RECORDS, "depth"))))
+display(figure_of("swept", read_variants(newest_record(RECORDS, "depth"))))
 
 # %% [markdown]
 # *The sweep `depth`: loss and largest composite gains against the number of blocks, of two sub-layers each. Dots are the
@@ -126,11 +144,10 @@ data = load_data(base.data)
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     for run in live:
         train(run.config, Path(scratch.name) / run.name, data=data)
-runs = [read_run(Path(scratch.name) / run.name) for run in live]
-display(plots.gain_depth(runs))
+display(figure_of("gain_depth", read_variants(scratch.name)))
 
 # %% [markdown]
-# *The same four panels for the live run. The order of magnitude of HC's composite gain depends on learning rate, steps
+# *The same panels for the live run. The order of magnitude of HC's composite gain depends on learning rate, steps
 # and depth.*
 #
 # ## From a checkpoint
@@ -142,7 +159,7 @@ mapping, params = load_params(Path(scratch.name) / "hc")
 config = from_mapping(mapping)
 tokens = data.validation_batches(1)[0]["inputs"][:1]
 gains = summarize(make_diagnostics_step(config)(params, tokens))["composite_forward"]
-_, logged = last_diagnostics(runs[0], "composite_forward")
+_, logged = last_diagnostics(read_run(Path(scratch.name) / "hc"), "composite_forward")
 np.testing.assert_allclose(gains, logged, rtol=1e-3)
 print(
     f"HC after {steps} steps, composite forward gain over {len(gains)} sub-layers: {gains[-1]:.2f} from the checkpoint,"

@@ -13,8 +13,18 @@
 #
 # $H^{res}$ is applied without a transpose: row i makes stream i. HC's is unconstrained and signed. mHC's is doubly
 # stochastic (mHC Eq. 6), so that products are doubly stochastic too and tend to $\tfrac1n \mathbf{1}\mathbf{1}^T$. The
-# figures show the sweep `connections` after the last step: heat maps seed 0, curves the mean of three seeds. Matrices
-# are means over tokens.
+# figures show the sweep `connections` after the last step: matrices and what is computed of them seed 0, other curves the
+# mean of three seeds. Matrices are means over tokens.
+#
+# The next cell has the one path to set: `RUNS` may be your own sweep, a folder of runs, or one run. Figures and tables of
+# the first three sections are then those of your runs, while the words between them describe the record that is named
+# there now.
+
+# %%
+from mhc_jax.reports.record import newest_record
+
+RECORDS = "../experiments/records"
+RUNS = newest_record(RECORDS, "connections")  # or your own, such as "../runs/demo"
 
 # %%
 # %matplotlib inline
@@ -30,7 +40,6 @@ from IPython.display import Markdown, display
 from mhc_jax import plots
 from mhc_jax.analysis import streams
 from mhc_jax.analysis.comparison import Cell, statistics_rows
-from mhc_jax.analysis.grouping import group, mean_record
 from mhc_jax.analysis.run_reader import last_diagnostics
 from mhc_jax.config import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mhc_jax.config.mapping import to_mapping
@@ -38,38 +47,35 @@ from mhc_jax.connections import spec
 from mhc_jax.data import load_data
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.loop import train
-from mhc_jax.plots.sweeps import SWEEP_FIGURES
+from mhc_jax.reports.figures import figure_of, read_variants
 from mhc_jax.reports.markup import markdown_table
-from mhc_jax.reports.record import read_newest
 from mhc_jax.runs.trained import load_trained
 from mhc_jax.sweeps.grid import over, plan
 
 TINY = os.environ.get("MHC_JAX_TINY") == "1"  # shrinks the live runs, for tests
-RECORDS = Path("../experiments/records")
 chosen = ("variant", "seeds", "mean loss", "difference", "t interval", "max gain backward", "verdict")
-variants = [s for s in group(read_newest(RECORDS, "connections")) if s.kind != "residual"]
-first = [variant.any_run for variant in variants]
-means = [mean_record(variant) for variant in variants]
+variants = [variant for variant in read_variants(RUNS) if variant.kind != "residual"]
 
 # %% [markdown]
 # ## Mixing matrices and their composite
 
 # %%
-display(plots.h_res(first))
+display(figure_of("h_res", variants))
 
 # %% [markdown]
-# *H_res at five depths and the composite of all; row sums at the right, column sums below. With `init=paper` and with
-# `init=home`, the row sums of mHC are 1. HC's are not, and they compound.*
+# *H_res of the first, the middle and the last sub-layer, and the composites of the first half, of the second half and of
+# all; row sums (forward) at the right, column sums (backward) below. With `init=paper` and with `init=home`, the row sums
+# of mHC are 1. HC's are not, and they compound.*
 
 # %%
-display(plots.mixing(means))
+display(figure_of("mixing", variants))
 
 # %% [markdown]
 # *Distance of row and column sums from 1, entropy of rows (0: each stream keeps to itself), and distance of the
 # composite to uniform averaging, which products of doubly stochastic matrices approach.*
 
 # %%
-display(plots.eigenvalues(means))
+display(figure_of("eigenvalues", variants))
 
 # %% [markdown]
 # *|lambda_2| / |lambda_1|. Where that of the composite is near 0, mixing alone would make all streams multiples of one
@@ -78,7 +84,7 @@ display(plots.eigenvalues(means))
 # ## Specialisation: who reads and writes which stream
 
 # %%
-display(plots.reads_and_writes(first))
+display(figure_of("reads_and_writes", variants))
 
 # %% [markdown]
 # *H_pre and H_post over depth. The diagonals are the home streams of the initial values: stream $1 + (l - 1) \bmod n$ of
@@ -89,8 +95,9 @@ lines = ["| | share of the most-read stream in H_pre | of the most-written in H_
 for variant in variants:
     shares = []
     for key in ("h_pre", "h_post"):
-        coefficients = [np.abs(last_diagnostics(run, key)[1]) for run in variant.runs.values()]
-        shares.append(np.mean([(c.max(1) / c.sum(1)).mean() for c in coefficients]))
+        lasts = [last_diagnostics(run, key) for run in variant.runs.values()]
+        coefficients = [np.abs(last[1]) for last in lasts if last is not None]
+        shares.append(np.mean([(c.max(1) / c.sum(1)).mean() for c in coefficients]) if coefficients else np.nan)
     lines.append(f"| {variant.label} | {shares[0]:.2f} | {shares[1]:.2f} |")
 display(Markdown("\n".join([*lines, "", "Means over sub-layers and seeds; 1/n = 0.25 is uniform, 1 a single stream."])))
 
@@ -98,7 +105,7 @@ display(Markdown("\n".join([*lines, "", "Means over sub-layers and seeds; 1/n = 
 # ## Collapse: have the streams become one vector?
 
 # %%
-display(plots.stream_similarity(means))
+display(figure_of("stream_similarity", variants))
 
 # %% [markdown]
 # *Cosine between pairs of streams, absolute (thick) and signed (thin), and the participation ratio of their Gram matrix,
@@ -123,7 +130,7 @@ display(Markdown(markdown_table(table)))
 # *The measures after the last step, means over sub-layers and seeds. Rank is the participation ratio.*
 
 # %%
-display(plots.stream_size(means))
+display(figure_of("stream_size", variants))
 
 # %% [markdown]
 # *Root mean square of streams (band: smallest to largest stream) and of branch outputs.*
@@ -134,8 +141,8 @@ display(plots.stream_size(means))
 # doubly stochastic matrices.
 
 # %%
-kinds = group(read_newest(RECORDS, "mixing"))
-display(SWEEP_FIGURES["seed_strip"].draw(kinds))
+kinds = read_variants(newest_record(RECORDS, "mixing"))
+display(figure_of("seed_strip", kinds))
 display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in statistics_rows(kinds)])))
 
 # %% [markdown]
@@ -146,7 +153,7 @@ display(Markdown(markdown_table([{key: row[key] for key in chosen} for row in st
 # -0.027. The same ablation at this size:
 
 # %%
-parts = group(read_newest(RECORDS, "components"))
+parts = read_variants(newest_record(RECORDS, "components"))
 table = [{key: row[key] for key in chosen} for row in statistics_rows(parts)]
 display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(table, parts, strict=True)])))
 
@@ -161,7 +168,7 @@ display(Markdown(markdown_table([row | stream_cells(part) for row, part in zip(t
 # keeps the streams apart.
 
 # %%
-presets = group(read_newest(RECORDS, "presets"))
+presets = read_variants(newest_record(RECORDS, "presets"))
 rows = {row["variant"].text: row for row in statistics_rows(presets)}
 table = []
 for variant in presets:
@@ -209,8 +216,8 @@ display(plots.stream_ablation(lost))
 # %% [markdown]
 # *By how much the mean loss grows if one stream is replaced at every sub-layer and at the exit. Left: by zero. Right: by
 # its mean over the tokens. A stream that can be replaced without a loss may be unused, or a copy of another one. Here HC
-# misses stream 1 most, and mHC with `init=home` misses stream 2. With `init=paper` no stream is missed at zero, and streams
-# 1 and 2 are at their means.*
+# misses streams 1 and 2 most, and mHC with `init=home` misses stream 2. With `init=paper` no stream is missed at zero, and
+# streams 1 and 2 are at their means.*
 #
 # ### Rescue: what one clean stream brings back
 
@@ -225,8 +232,10 @@ display(Markdown("\n".join(lines)))
 # *All streams that enter sub-layer 1 are replaced by their means over the tokens, so that the model does not know what
 # it reads. Then one stream gets its values from the unchanged run, at one sub-layer alone. Colours show the share of the
 # loss difference (the table, in nats per token) that comes back. Shares of a column need not sum to 1. With `init=home`
-# stream 2 brings back the most at every sub-layer. In the other two models stream 1, which sub-layer 1 reads, does so at
-# sub-layer 1, and from sub-layer 3 on no stream brings back half of it.*
+# stream 2 brings back the most at every sub-layer. With `init=paper` stream 1, which sub-layer 1 reads, does so at
+# sub-layer 1, and from sub-layer 3 on no stream brings back half of it. Under HC streams 3 and 4 bring back the most at
+# sub-layer 1, where stream 1 alone makes the loss larger (blue), and from sub-layer 3 on no stream brings back much more
+# than half.*
 #
 # ### Logit lens: what a stream predicts by itself
 

@@ -13,6 +13,15 @@
 #
 # With n streams, n times the residual stream is read and written around every branch. Elements are counted per token and
 # sub-layer in the forward pass, without the branch F.
+#
+# The next cell has the one path to set: `RUNS` may be your own sweep or a folder of runs with a residual one. The section
+# "Cost in this project" then has their ratios, while its words describe the record that is named there now.
+
+# %%
+from mhc_jax.reports.record import newest_record
+
+RECORDS = "../experiments/records"
+RUNS = newest_record(RECORDS, "connections")  # or your own, such as "../runs/demo"
 
 # %%
 # %matplotlib inline
@@ -21,12 +30,11 @@ from pathlib import Path
 
 from IPython.display import Markdown, display
 
-from mhc_jax.analysis.grouping import group, mean_record
+from mhc_jax.analysis.grouping import mean_record
 from mhc_jax.cost import memory_io
 from mhc_jax.plots import cost
-from mhc_jax.reports.record import read_newest
+from mhc_jax.reports.figures import read_variants
 
-RECORDS = Path("../experiments/records")
 n, C = 4, 2560  # mHC's 27B model
 
 # %% [markdown]
@@ -66,16 +74,17 @@ display(cost.recompute(60, (2, 4, 8), C))
 # the compiled step.
 
 # %%
-variants = group(read_newest(RECORDS, "connections"))
-results = {variant.label: mean_record(variant) for variant in variants}
-shown = ("hc", "mhc:init=home")
+results = {variant.label: mean_record(variant) for variant in read_variants(RUNS)}
+base = next(run for run in results.values() if run.kind == "residual")
+shown = [label for label in ("hc", "mhc:init=home") if label in results]
+shown = shown or [label for label, run in results.items() if run is not base]
 measures = {"parameters": "parameters", "train FLOPs": "flops_per_token", "compiled memory": "peak_memory_bytes"}
 ratios = {
-    name: {label: results[label].result(key) / results["residual"].result(key) for label in shown}
+    name: {label: results[label].result(key) / base.result(key) for label in shown if results[label].result(key)}
     for name, key in measures.items()
 }
 # Medians of three runs of `experiments/steptime.py`: width 64, 16 blocks, 2 cores, nothing else running; commit 2ba8085.
-ratios |= {"step time\n(width 64, CPU)": dict(zip(shown, (1.39, 1.44), strict=True))}
+ratios |= {"step time\n(width 64, CPU)": dict(zip(("hc", "mhc:init=home"), (1.39, 1.44), strict=True))}
 display(cost.overhead(ratios))
 
 # %% [markdown]
@@ -89,7 +98,7 @@ display(cost.overhead(ratios))
 # `experiments/records/<date>-device-<name>/report.json`.
 
 # %%
-reports = sorted(RECORDS.glob("*-device-*/report.json"))
+reports = sorted(Path(RECORDS).glob("*-device-*/report.json"))
 if not reports:
     display(
         Markdown(

@@ -1,16 +1,15 @@
-"""Decide three questions from the runs of their sweeps, by the rules in the docstrings of the sweep files.
+"""Decide questions 1 and 2 from the runs of their sweeps, by the rules in the docstrings of the sweep files.
 
-The sweep files are which_map.py, mixing_needed.py and muon_margin.py in experiments/sweeps, and their siblings which_map_large.py,
-muon_rates.py and residual_longer.py.  All losses are final validation losses in nats/token, and below 0 a difference is better.
+The sweep files are which_map.py and mixing_needed.py in experiments/sweeps, and their siblings which_map_large.py and
+residual_longer.py.  Question 3 stands in rate_margins.py.  All losses are final validation losses in nats/token, and below 0 a
+difference is better.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -35,10 +34,7 @@ MARGIN = 0.005
 MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
 """Kinds that question 2 compares with mHC.  The first is H_res = I."""
 
-MHC = "mhc:init=paper"
-"""The connection whose margin decides question 3."""
-
-# -- question 1
+# -- question 1: which map carries the gain
 
 
 Cell = tuple[str, str, frozenset[str]]
@@ -105,15 +101,25 @@ class WhichMap:
 
     @property
     def seeds_needed(self) -> int | None:
-        """Seeds with which the two most negative effects would be told apart, from their mean difference and its deviation."""
+        """Seeds with which the two most negative effects would be told apart, or None if these seeds tell them apart."""
         first, second = sorted(self.primary, key=lambda c: mean_of(c))[:2]
-        return needed(self.against[first.label, second.label].values)
+        difference = self.against[first.label, second.label]
+        return None if difference.result and difference.result.resolved else needed(difference.values)
 
 
 def which_map(runs: Sequence[RunRecord]) -> WhichMap:
-    """Decide question 1 by the rule in the docstring of experiments/sweeps/which_map.py."""
+    """Decide question 1 by the rule in the docstring of experiments/sweeps/which_map.py.
+
+    Raises:
+      InputError: a cell of a design has no run.
+    """
     losses = cells(runs)
     arms = sorted({(arm, form) for arm, form, _ in losses})
+    for arm, form in arms:
+        missing = 8 - sum((arm, form) == (a, f) for a, f, _ in losses)
+        require(
+            not missing, f"{missing} of the 8 cells of the design {arm}, {form} have no run; record the whole sweep."
+        )
     all_effects = {design: effects(losses, *design) for design in arms}
     averaged = {m: mean_over([found[frozenset({m})] for found in all_effects.values()]) for m in MAPS}
     primary = contrasts(averaged)
@@ -154,7 +160,7 @@ def which_map(runs: Sequence[RunRecord]) -> WhichMap:
     return WhichMap(primary, against, designs, total, controls, below[0] if below else None)
 
 
-# -- question 2
+# -- question 2: is H_res needed
 
 
 @dataclass(frozen=True)
@@ -206,12 +212,22 @@ class MixingNeeded:
 
 
 def mixing_needed(runs: Sequence[RunRecord]) -> MixingNeeded:
-    """Decide question 2 by the rule in the docstring of experiments/sweeps/mixing_needed.py."""
+    """Decide question 2 by the rule in the docstring of experiments/sweeps/mixing_needed.py.
+
+    Raises:
+      InputError: a kind has no run with one of the numbers of streams and entries.
+    """
     groups: dict[tuple[int, str], dict[str, list[RunRecord]]] = {}
     for run in runs:
         connection = run.config["model"]["connection"]
         place = connection["num_streams"], connection["entry"]
         groups.setdefault(place, {}).setdefault(connection["kind"], []).append(run)
+    for (streams, entry), of in groups.items():
+        missing = [kind for kind in ("mhc", *MIXING_KINDS) if kind not in of]
+        require(
+            not missing,
+            f"{', '.join(missing)} has no run with {streams} streams and entry={entry}; record the whole sweep.",
+        )
     differences = {
         place: {kind: minus(final_losses(of[kind]), final_losses(of["mhc"])) for kind in MIXING_KINDS}
         for place, of in sorted(groups.items())
@@ -225,151 +241,3 @@ def _compared(differences: Mapping[str, Seeds]) -> dict[str, Comparison]:
         contrast.label: Comparison(contrast, equivalence(list(contrast.values.values()), MARGIN))
         for contrast in contrasts(differences)
     }
-
-
-# -- question 3
-
-
-class Line(NamedTuple):
-    """A line of rates of question 3: the runs that differ in the learning rate alone."""
-
-    connection: str
-    optimizer: str
-    """adamw, muon, or `muon, connections under adamw`."""
-    grad_clip: float
-    seed: int
-
-
-def line_of(run: RunRecord) -> Line:
-    """Return the line of rates that a run belongs to."""
-    optimizer = run.config["optimizer"]
-    apart = optimizer.get("connections") == "adamw" and optimizer["name"] != "adamw"
-    name = optimizer["name"] + (", connections under adamw" if apart else "")
-    return Line(run.connection, name, optimizer["grad_clip"], run.seed[0])
-
-
-def largest_stable(
-    runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float]
-) -> dict[Line, tuple[float | None, float | None]]:
-    """Return (largest stable rate, smallest unstable rate above it) of each line, from the runs that a bisection trained.
-
-    The first is None if no rate below the unstable ones was found stable, the second if none was found unstable.
-
-    Args:
-      runs: the runs, all ended.
-      loss_below: a run is stable if it finished with a validation loss below this.
-      grid: every rate that the search may try, from the lowest.
-
-    Raises:
-      InputError: the search of a line is not over.
-    """
-    place = {None: -1} | {rate: k for k, rate in enumerate(grid)}
-    out: dict[Line, tuple[float | None, float | None]] = {}
-    members: dict[Line, dict[float, bool]] = {}
-    for run in runs:
-        loss = run.result("validation_loss") if run.status == "finished" else None
-        members.setdefault(line_of(run), {})[run.config["optimizer"]["learning_rate"]] = (
-            loss is not None and loss < loss_below
-        )
-    for line, stable in members.items():
-        unstable = min((rate for rate, ok in stable.items() if not ok), default=None)
-        below = [rate for rate, ok in stable.items() if ok and (unstable is None or rate < unstable)]
-        out[line] = largest, unstable = max(below, default=None), unstable
-        require(
-            (len(grid) if unstable is None else place[unstable]) - place[largest] == 1,
-            f"The search of {line.connection}, {line.optimizer}, clipping {line.grad_clip:g}, seed {line.seed} is not over: rates "
-            f"between {largest} and {unstable} were not tried. Run the sweep's command again.",
-        )
-    return out
-
-
-def found(margin: Contrast) -> float:
-    """Return the mean of a margin that the rule of question 3 counts as resolved, and 0 for any other margin."""
-    return mean_of(margin) if margin.resolved or margin.same else 0.0
-
-
-@dataclass(frozen=True)
-class MuonMargin:
-    """The answer to question 3.  A margin is log2 of a largest stable rate over residual's."""
-
-    margins: Mapping[tuple[str, str], Contrast]
-    """By (connection, optimizer): the margin, averaged over clippings.  mHC's are corrected over the three optimizers."""
-    by_clip: Mapping[tuple[str, str, float], Contrast]
-    """The margin under each clipping alone.  Not corrected."""
-    rates: Mapping[Line, tuple[float | None, float | None]]
-    lost: Mapping[str, Contrast]
-    """mHC's margin under each variant of Muon minus that under AdamW."""
-    censored: int
-    """Number of lines without a stable or without an unstable rate.  They count with half the lowest or with the highest rate."""
-
-    def decision(self, optimizer: str) -> str:
-        """Return whether mHC's margin survives under a variant of Muon: `survives`, `is lost` or `not resolved`.
-
-        A line without an unstable or without a stable rate gives a bound of its largest stable rate.  Where a margin may lie on the
-        other side of such a bound, nothing is decided.
-        """
-        under, adamw = self.margins[MHC, optimizer], self.margins[MHC, "adamw"]
-        if found(under) > 0:
-            return "survives" if self.at_least(optimizer) else "not resolved, because the grid of rates ends"
-        difference = self.lost[optimizer]
-        below = difference.result is not None and (difference.result.resolved or difference.same)
-        if found(adamw) > 0 and below and mean_of(difference) < 0:
-            ends = self.at_least("adamw") and self.at_most(optimizer)
-            return "is lost" if ends else "not resolved, because the grid of rates ends"
-        return "not resolved"
-
-    def at_least(self, optimizer: str) -> bool:
-        """Return whether no margin of mHC under this optimizer may be smaller than counted."""
-        return self._ends(MHC, optimizer, 0) and self._ends("residual", optimizer.partition(",")[0], 1)
-
-    def at_most(self, optimizer: str) -> bool:
-        """Return whether no margin of mHC under this optimizer may be larger than counted."""
-        return self._ends(MHC, optimizer, 1) and self._ends("residual", optimizer.partition(",")[0], 0)
-
-    def _ends(self, connection: str, optimizer: str, side: int) -> bool:
-        """Return whether every line of a connection and optimizer has a stable rate (side 0) or an unstable one (side 1)."""
-        lines = [line for line in self.rates if (line.connection, line.optimizer) == (connection, optimizer)]
-        return all(self.rates[line][side] is not None for line in lines)
-
-
-def muon_margin(runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float]) -> MuonMargin:
-    """Decide question 3 by the rule in the docstring of experiments/sweeps/muon_margin.py.
-
-    Args:
-      runs: the runs that the bisection trained.
-      loss_below: a run is stable if it finished with a validation loss below this.
-      grid: every rate that the search may try, from the lowest.
-
-    Raises:
-      InputError: the search of a line is not over, or no run is residual.
-    """
-    rates = largest_stable(runs, loss_below, grid)
-    log_rate = {line: math.log2(stable if stable else grid[0] / 2) for line, (stable, _) in rates.items()}
-    lines = sorted(rates)
-    optimizers = sorted({line.optimizer for line in lines})
-    clips = sorted({line.grad_clip for line in lines})
-    connections = [c for c in dict.fromkeys(line.connection for line in lines) if c != "residual"]
-    seeds = sorted({line.seed for line in lines})
-    require(
-        any(line.connection == "residual" for line in lines), "No run of the sweep is residual, to which margins are."
-    )
-
-    def margin(connection: str, optimizer: str, clip: float) -> dict[int, float]:
-        base = optimizer.partition(",")[0]
-        pairs = {s: (Line(connection, optimizer, clip, s), Line("residual", base, clip, s)) for s in seeds}
-        return {s: log_rate[a] - log_rate[b] for s, (a, b) in pairs.items() if a in log_rate and b in log_rate}
-
-    each = {(c, o, k): margin(c, o, k) for c in connections for o in optimizers for k in clips}
-    averaged = {(c, o): mean_over([each[c, o, k] for k in clips]) for c in connections for o in optimizers}
-    margins: dict[tuple[str, str], Contrast] = {}
-    for c in connections:
-        for o, contrast in zip(optimizers, contrasts({o: averaged[c, o] for o in optimizers}), strict=True):
-            margins[c, o] = contrast
-    lost = {
-        o: contrasts({f"{o} - adamw": minus(averaged[MHC, o], averaged[MHC, "adamw"])})[0]
-        for o in optimizers
-        if o != "adamw"
-    }
-    alone = {key: contrasts({"margin": values})[0] for key, values in each.items()}
-    censored = sum(stable is None or unstable is None for stable, unstable in rates.values())
-    return MuonMargin(margins, alone, rates, lost, censored)

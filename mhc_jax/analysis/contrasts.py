@@ -95,6 +95,8 @@ def mean_of(contrast: Contrast) -> float:
 def equal_time(losses: Seeds, ratio: float, longer: Mapping[int, Seeds]) -> dict[int, float] | None:
     """Return, for each seed, a connection's loss minus that of residual after as much time.  None outside the steps of `longer`.
 
+    A seed needs its losses at the two numbers of steps in `longer` that are next to the wanted one.
+
     Args:
       losses: final losses of the connection, trained for the smallest number of steps in `longer`.
       ratio: time of a step of the connection over that of residual.
@@ -105,9 +107,8 @@ def equal_time(losses: Seeds, ratio: float, longer: Mapping[int, Seeds]) -> dict
     wanted = ratio * steps[0]
     if not steps[0] <= wanted <= steps[-1]:
         return None
-    common = sorted(set(losses).intersection(*(longer[s] for s in steps)))
-    logs = np.log(steps)
-    return {
-        seed: losses[seed] - float(np.interp(math.log(wanted), logs, [longer[s][seed] for s in steps]))
-        for seed in common
-    }
+    next_to = {max(s for s in steps if s <= wanted), min(s for s in steps if s >= wanted)}
+    low, high = min(next_to), max(next_to)
+    share = math.log(wanted / low) / math.log(high / low) if high > low else 0.0
+    common = sorted(set(losses).intersection(longer[low], longer[high]))
+    return {seed: losses[seed] - (1 - share) * longer[low][seed] - share * longer[high][seed] for seed in common}

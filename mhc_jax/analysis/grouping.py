@@ -49,6 +49,11 @@ class Variant:
         return self.runs[min(self.runs)]
 
     @property
+    def shown_run(self) -> RunRecord:
+        """The finished run of the variant with the lowest seeds.  If none finished, the run with the lowest seeds."""
+        return min(self.finished or self.runs.values(), key=lambda run: run.seed)
+
+    @property
     def diverged(self) -> int:
         """Number of runs of the variant that diverged."""
         return sum(run.status == "diverged" for run in self.runs.values())

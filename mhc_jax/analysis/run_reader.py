@@ -18,6 +18,7 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.runs.checksums import require_whole
 from mhc_jax.runs.folder import NEUTRAL_KEYS, NEUTRAL_SECTIONS, TEXT_KEYS, read_json, read_summary
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
@@ -126,7 +127,8 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
       metrics: whether to read metrics.jsonl.  If not, the result has no measurements over steps and no events.
 
     Raises:
-      InputError: there is no such folder, it lacks config.json or metrics.jsonl, or a file does not parse.
+      InputError: there is no such folder, it lacks config.json or metrics.jsonl, a file does not parse, or the run has
+        ended and a file is not the one that was written.
     """
     folder = Path(folder)
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a run.")
@@ -149,6 +151,7 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         advice = "remove it, and run the command of the run again, which writes it anew"
         summary = read_json(summary_file, advice)
         require(read_summary(folder) is not None, f"{summary_file} has no status and steps of a run; {advice}.")
+    require_whole(folder)
     return run_of(folder, folder.resolve().name, config, env, summary, folder / "metrics.jsonl" if metrics else None)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mhc_jax.data import sources
+from mhc_jax.data.aside import aside
 from mhc_jax.data.files import Document
 from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
@@ -120,8 +120,8 @@ def _load(stem: Path) -> TokenArray | None:
 
 def _store(stem: Path, documents: Iterable[Document], tokenizer: Tokenizer, update: Callable[[str], None]) -> None:
     """Write `stem`.npy with the ids of the documents and `stem`.json with the counts, each under another name, and rename them."""
-    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=f".{stem.name}.") as folder:
-        array, meta = Path(folder) / "array", Path(folder) / "meta"
+    with aside(stem.parent, stem.name) as folder:
+        array, meta = folder / "array", folder / "meta"
         with array.open("wb") as file:
             counts = _write(file, documents, tokenizer, update)
         record = {**asdict(counts), "crc32": _crc32(array)}

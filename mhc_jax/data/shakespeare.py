@@ -11,13 +11,12 @@ import io
 import json
 import lzma
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from mhc_jax.data.aside import aside
 from mhc_jax.data.files import Document
 
 CORPUS = Path(__file__).with_name("corpus") / "shakespeare.jsonl.xz"
@@ -78,17 +77,15 @@ def prepare(cache: Path) -> Path:
     root = cache / f"shakespeare-{identity()[:16]}"
     if not root.exists():
         tfds.disable_progress_bar()
-        building = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=cache))
-        try:
+        with aside(cache, root.name) as building:
             builder = Shakespeare(data_dir=building, file_format="array_record")
             with contextlib.redirect_stdout(io.StringIO()):  # the builder prints that it downloads, which it does not
                 builder.download_and_prepare()
-            os.rename(building, root)
-        except OSError:
-            if not root.exists():  # if it exists, another process has made it
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            try:
+                os.rename(building, root)
+            except OSError:
+                if not root.exists():  # if it exists, another process has made it
+                    raise
     return root / "shakespeare" / str(Shakespeare.VERSION)
 
 

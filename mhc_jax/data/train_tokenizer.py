@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from mhc_jax.data.aside import aside
 from mhc_jax.data.tokenizer_checks import MOST_TOKENS
 from mhc_jax.data.tokenizers import END, BPETokenizer
 from mhc_jax.errors import InputError, require, user_path
@@ -52,8 +52,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPET
     content, output = backend.to_str(pretty=True).encode(), user_path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".tokenizer.") as folder:
-            temporary = Path(folder) / "tokenizer.json"
+        with aside(output.parent, output.name) as folder:
+            temporary = folder / "tokenizer.json"
             temporary.write_bytes(content)
             os.replace(temporary, output)
     except OSError as error:

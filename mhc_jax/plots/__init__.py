@@ -5,27 +5,24 @@ caption.  Figures of `streams` show what was found inside trained models.  Nothi
 made without pyplot, so that they need no display and do not depend on each other.
 """
 
+from mhc_jax.plots.axes import smooth
 from mhc_jax.plots.curves import block_grad_norm, grad_norm, loss, loss_cost, loss_gap
-from mhc_jax.plots.mixing import (
-    depth_mixing,
-    eigenvalues,
-    gain_depth,
-    gain_step,
-    h_res,
-    mixing,
-    reads_and_writes,
-    stream_similarity,
-    stream_size,
-)
+from mhc_jax.plots.heat_maps import depth_mixing, h_res, reads_and_writes
+from mhc_jax.plots.mixing import eigenvalues, gain_depth, gain_step, mixing, stream_similarity, stream_size
+from mhc_jax.plots.sizes import NARROW, SIZES, Size, drawn_at
 from mhc_jax.plots.streams import stream_ablation, stream_dominance, stream_lens, stream_rescue
-from mhc_jax.plots.style import FIGURES, NothingToDraw, Plot, save, smooth, svg
+from mhc_jax.plots.style import FIGURES, NothingToDraw, Plot, panel_names, save, svg, write
 
 __all__ = [
     "FIGURES",
+    "NARROW",
+    "SIZES",
     "NothingToDraw",
     "Plot",
+    "Size",
     "block_grad_norm",
     "depth_mixing",
+    "drawn_at",
     "eigenvalues",
     "gain_depth",
     "gain_step",
@@ -35,6 +32,7 @@ __all__ = [
     "loss_cost",
     "loss_gap",
     "mixing",
+    "panel_names",
     "reads_and_writes",
     "save",
     "smooth",
@@ -45,4 +43,5 @@ __all__ = [
     "stream_similarity",
     "stream_size",
     "svg",
+    "write",
 ]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from mhc_jax.analysis.answers import MHC, MixingNeeded, MuonMargin, WhichMap
+from mhc_jax.analysis.answers import MixingNeeded, WhichMap
+from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin
 from mhc_jax.analysis.statistics import Paired
 from mhc_jax.plots.style import GRID, INK, color_of, house_style, panels
 
@@ -30,7 +31,17 @@ def _intervals(axis, rows: Sequence[Bar]) -> None:
     for row, bar in enumerate(rows):
         if bar.result is None:
             continue
-        axis.plot(bar.result.differences, [row] * bar.result.seeds, "o", color=bar.color, ms=3, alpha=0.35, mew=0)
+        axis.plot(
+            bar.result.differences,
+            [row] * bar.result.seeds,
+            "o",
+            color=bar.color,
+            ms=3.5,
+            alpha=0.6,
+            mec="white",
+            mew=0.4,
+            zorder=3,
+        )
         if bar.result.t_interval:
             axis.plot(bar.result.t_interval, [row, row], color=bar.color, linewidth=3.2 if bar.decides else 1.4)
         axis.plot([bar.result.mean], [row], "|", color=bar.color, ms=10, mew=2)
@@ -85,29 +96,28 @@ def mixing_needed_figure(answer: MixingNeeded) -> Figure:
 def muon_margin_figure(answer: MuonMargin) -> Figure:
     """Draw the largest stable learning rate of every connection, a panel for each optimizer.
 
-    The y axis is the largest stable rate, logarithmic.  Dots are seeds, shifted sideways so that equal ones can be seen, and bars
-    geometric means.  Full dots are with clipping at a gradient norm of 1, hollow ones without clipping.  A line whose every rate
-    was unstable has no dot.
+    The y axis is the largest stable rate, logarithmic.  Marks are seeds, shifted sideways so that equal ones can be seen, and bars
+    geometric means.  Full marks are with clipping at a gradient norm of 1, hollow ones without clipping.  A triangle is a bound: it
+    points up at the highest rate if no rate was unstable, and down at half the lowest rate if none was stable.
     """
-    lines = [line for line in answer.rates if answer.rates[line][0]]
-    optimizers = sorted({line.optimizer for line in lines})
+    lines = list(answer.rates)
+    optimizers = [name for name in OPTIMIZERS if any(line.optimizer == name for line in lines)]
     names = ["residual", *sorted({line.connection for line in lines} - {"residual", MHC}), MHC]
     figure, axes = panels(1, len(optimizers), height=3.0, share_y=True)
     for axis, optimizer in zip(axes, optimizers, strict=True):
         for place, name in enumerate(names):
             for side, clipped in ((-0.18, True), (0.18, False)):
                 base = optimizer.partition(",")[0] if name == "residual" else optimizer
-                found = [
-                    answer.rates[line][0]
-                    for line in lines
-                    if (line.connection, line.optimizer, line.grad_clip > 0) == (name, base, clipped)
-                ]
-                rates = np.asarray([rate for rate in found if rate])
-                if not len(rates):
+                found = [x for x in lines if (x.connection, x.optimizer, x.grad_clip > 0) == (name, base, clipped)]
+                if not found:
                     continue
+                rates = np.asarray([answer.counted(line) for line in found])
                 color = color_of(name.partition(":")[0])
                 x = place + side + np.linspace(-0.1, 0.1, len(rates))
-                axis.plot(x, rates, "o", color=color, ms=5, fillstyle="full" if clipped else "none")
+                for place_x, rate, line in zip(x, rates, found, strict=True):
+                    stable, unstable = answer.rates[line]
+                    mark = "v" if stable is None else "^" if unstable is None else "o"
+                    axis.plot(place_x, rate, mark, color=color, ms=5, fillstyle="full" if clipped else "none")
                 axis.plot([place + side - 0.14, place + side + 0.14], [np.exp(np.log(rates).mean())] * 2, color=color)
         axis.set_title(optimizer)
         axis.set_yscale("log", base=2)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from mhc_jax import remat
 from mhc_jax.cost import memory_io
-from mhc_jax.plots.style import INK, LOOKS, NothingToDraw, color_of, house_style, log_axis, panels, ticks_at
+from mhc_jax.plots.axes import log_axis, ticks_at
+from mhc_jax.plots.sizes import scaled
+from mhc_jax.plots.style import INK, LOOKS, NothingToDraw, color_of, house_style, legend, panels, shades
 
 
 @house_style
@@ -40,12 +42,12 @@ def traffic_bars(n: int, C: int) -> Figure:
     both = [moved / C for moved in whole.values()]
     axis.barh(range(len(split), len(names)), both, color="#7f7f7f", label="read and written")
     for row, end in enumerate([r + w for r, w in zip(read, written, strict=True)] + both):
-        axis.text(end, row, f" {end:.1f}", va="center", fontsize=8)
+        axis.text(end, row, f" {end:.1f}", va="center", fontsize=scaled(8))
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.set_xlabel(f"elements per token and sub-layer, in C (n = {n}, C = {C})")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    legend(figure)
     return figure
 
 
@@ -65,9 +67,8 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
     """
     figure, (axis,) = panels(1, 1, height=2.9)
     L_r = range(1, L + 1)
-    for k, n in enumerate(streams):
+    for n, color in zip(streams, shades(color_of("mhc"), len(streams)), strict=True):
         kib = [remat.kept_elements(r, L, n, C) * itemsize / 1024 for r in L_r]
-        color = matplotlib.colormaps["viridis"](0.85 * k / max(1, len(streams) - 1))
         best = remat.best_block_length(L, n)
         axis.plot(L_r, kib, color=color, label=f"n = {n}: best L_r = {best}")
         axis.plot(best, kib[best - 1], "o", color=color)
@@ -75,7 +76,7 @@ def recompute(L: int, streams: Sequence[int], C: int, itemsize: int = 2) -> Figu
     ticks_at(axis, [r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r <= L])
     label = f"KiB per token (C = {C}, {itemsize} bytes)"
     axis.set(xlabel=f"L_r: sub-layers between stored streams (L = {L})", ylabel=label)
-    figure.legend(loc="outside upper center", ncols=min(4, len(streams)), frameon=False)
+    legend(figure)
     return figure
 
 
@@ -98,13 +99,13 @@ def overhead(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
         at = [row + (k - (len(names) - 1) / 2) * width for row in range(len(ratios))]
         values = [row.get(name, float("nan")) for row in ratios.values()]
         axis.bar(at, values, 0.9 * width, color=color_of(name.partition(":")[0]), label=name)
-        for x, value in zip(at, values, strict=True):
-            axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
+        for x, value in [point for point in zip(at, values, strict=True) if np.isfinite(point[1])]:
+            axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=scaled(8))
     axis.axhline(1, color=INK, linewidth=0.9)
     axis.set_xticks(range(len(ratios)), list(ratios))
     axis.grid(visible=False, axis="x")
     axis.set_ylabel("ratio to residual (line: 1)")
-    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
+    legend(figure)
     return figure
 
 
@@ -127,7 +128,7 @@ def roofline(report: Mapping[str, Any]) -> Figure:
     labels = [f"{row['op']}, {row['spec']['name']}, {row['pass']}" for row in rows]
     names = list(dict.fromkeys(labels))
     implementations = list(dict.fromkeys(row["implementation"] for row in rows))
-    figure, (axis,) = panels(1, 1, height=0.9 + 0.2 * len(names))
+    figure, (axis,) = panels(1, 1, height=0.9 + 0.2 * len(names), by_text=True)
     for implementation, (color, _, marker) in zip(implementations, LOOKS.values(), strict=False):
         mine = [
             (row, label) for row, label in zip(rows, labels, strict=True) if row["implementation"] == implementation
@@ -141,5 +142,5 @@ def roofline(report: Mapping[str, Any]) -> Figure:
     axis.set_xlim(left=0)
     copy = report["copy_bytes_per_s"] / 1e9
     axis.set_xlabel(f"bytes that must move / time, % of a copy ({copy:.0f} GB/s)")
-    figure.legend(loc="outside upper center", ncols=min(4, len(implementations)), frameon=False)
+    legend(figure)
     return figure

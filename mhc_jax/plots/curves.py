@@ -9,24 +9,19 @@ from matplotlib.figure import Figure
 
 from mhc_jax.analysis.grouping import baselines
 from mhc_jax.analysis.run_reader import RunRecord, flatten, paired_gap, series
-from mhc_jax.plots.style import (
-    FIGURES,
-    INK,
+from mhc_jax.plots.axes import (
     by_depth,
     by_step,
     curve,
-    finish,
     fit_y,
     log_axis,
     mark_divergence,
     mark_spikes,
-    panels,
     points,
     positive,
-    register,
     smooth,
-    styled,
 )
+from mhc_jax.plots.style import FIGURES, INK, finish, panels, register, styled
 
 WIDE_LOSS_RATIO = 10.0
 """The loss axis is logarithmic if the largest logged loss divided by the smallest exceeds this ratio."""
@@ -38,8 +33,8 @@ def loss(records: Sequence[RunRecord]) -> Figure:
 
     The y axis is the loss in nats/token, where lower is better; the x axis is the optimizer step. The faint line shows the training
     loss at every logged step, a mean over the tokens of the step's batch. The strong line is its moving median over a twentieth of
-    the logged steps. Markers are validation losses. The right panel shows the second half of training, and its y axis spans the
-    strong lines and the markers, so that faint lines may leave the panel. Triangles at the top edge mark loss spikes, one row for
+    the logged steps. Markers are validation losses. The y axis of "Second half" spans the strong lines and the markers, so that
+    faint lines may leave the panel. Triangles at the top edge mark loss spikes, one row for
     each run. A dotted vertical line with a cross marks the step at which a run diverged.
     """
     figure, axes = panels(1, 2, height=3.4)
@@ -96,10 +91,9 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
 def loss_cost(records: Sequence[RunRecord]) -> Figure:
     """Draw the training loss of runs with a summary against FLOPs and against time.
 
-    The y axes show the moving median of the training loss over a twentieth of the logged steps, in nats/token. The x axis of the
-    left panel is the arithmetic done so far in FLOPs, which is the number of tokens times the FLOPs per token. The x axis of the
-    right panel is the training time so far in seconds, which is the number of steps times the median time of a step; compilation
-    is not included.
+    The y axes show the moving median of the training loss over a twentieth of the logged steps, in nats/token. One x axis is the
+    arithmetic done so far in FLOPs, which is the number of tokens times the FLOPs per token. The other x axis is the training time
+    so far in seconds, which is the number of steps times the median time of a step; compilation is not included.
     """
     figure, axes = panels(1, 2, height=3.2)
     for record, style in styled(records):
@@ -146,8 +140,7 @@ def block_grad_norm(records: Sequence[RunRecord]) -> Figure:
     counted from 1. A curve that climbs or falls by orders of magnitude shows that gradients explode or vanish over depth.
     """
     figure, (axis,) = panels(1, 1, height=3.0)
-    axis.set_title("Per block")
-    by_depth(axis, records, "grad_norm_per_layer")
+    by_depth(axis, records, "grad_norm_per_layer", depth="block")
     log_axis(axis)
-    axis.set(xlabel="block", ylabel="gradient norm before clipping")
+    axis.set_ylabel("gradient norm before clipping")
     return finish(figure, records, "no diagnostics with grad_norm_per_layer")

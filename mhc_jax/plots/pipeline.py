@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from mhc_jax.pipeline_schedules.simulate import Timeline
-from mhc_jax.plots.style import INK, house_style, panels
+from mhc_jax.plots.style import INK, house_style, legend, panels
 
 COLORS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#8FC98F"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward for the input", "W": "backward for the weights"}
@@ -58,5 +58,5 @@ def timeline(runs: Sequence[Timeline], titles: Sequence[str], unit: str = "") ->
     handles = [Patch(facecolor=COLORS[kind], label=f"{kind}: {NAMES[kind]}") for kind in COLORS if kind in kinds]
     if any(op.chunk for run in runs for span in run.spans for op in span.cell):
         handles.append(Patch(facecolor="#cccccc", edgecolor="white", hatch="////", label="second and further chunks"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    legend(figure, handles)
     return figure

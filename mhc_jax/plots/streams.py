@@ -17,8 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mhc_jax.analysis.streams import Dominance, Lens, Rescue
-from mhc_jax.plots.mixing import SEAMLESS, heat_scale
-from mhc_jax.plots.style import GRID, INK, curve, house_style, looks, panels, plain_text
+from mhc_jax.plots.axes import curve
+from mhc_jax.plots.heat_maps import SEAMLESS, heat_scale
+from mhc_jax.plots.style import GRID, INK, house_style, legend, looks, panels, plain_text
 
 _STREAM_LOOKS = [
     {"linestyle": line, "marker": marker} for line, marker in zip(("-", "--", "-.", ":"), "os^D", strict=True)
@@ -51,7 +52,7 @@ def stream_ablation(losses: Mapping[str, Mapping[str, Float[np.ndarray, " n"]]])
         axis.axhline(0, color=INK, linewidth=0.9)
         axis.grid(False, axis="x")
         axis.set_axisbelow(True)
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    legend(figure, handles)
     return figure
 
 
@@ -79,7 +80,7 @@ def stream_dominance(found: Mapping[str, Dominance]) -> Figure:
         axis.axhline(1 / found[label].share.shape[1], color=GRID, linewidth=1)
     _sublayers(axis, max(len(one.largest) for one in found.values()))
     axis.set(ylim=(0, 1.03), ylabel="largest stream's share\nof the squared norm")
-    figure.legend(handles=axis.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, frameon=False)
+    legend(figure, axis=axis)
     return figure
 
 
@@ -99,7 +100,7 @@ def stream_lens(found: Mapping[str, Lens]) -> Figure:
         _sublayers(axis, len(depth))
     handles = [Line2D([], [], color=INK, linewidth=2.4, alpha=0.45, label="all streams, collapsed")]
     handles += [Line2D([], [], color=INK, label=f"stream {i + 1}", **_stream(i)) for i in range(n)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    legend(figure, handles)
     return figure
 
 
@@ -124,8 +125,7 @@ def _sublayers(axis: Axes, boundaries: int) -> None:
 def _heat_maps(values: Mapping[str, Float[np.ndarray, "boundaries n"]], label: str, more: int = 0) -> Figure:
     """Draw a heat map of streams against sub-layers for each model, with one colour scale, and add `more` empty panels below."""
     rows = len(values) + more
-    figure = Figure(figsize=(6.4, 1.55 * rows + 0.4), layout="constrained")
-    axes = list(figure.subplots(rows, 1, squeeze=False).flat)
+    figure, axes = panels(rows, 1, height=1.55)
     cmap, norm = heat_scale(np.concatenate([one.ravel() for one in values.values()]))
     for axis, (name, style) in zip(axes, _styled(values), strict=False):
         boundaries, n = values[name].shape

@@ -1,9 +1,10 @@
-"""Tools that all figures share: house style, looks of the kinds of connection, panels, legends, axes and saving.
+"""Tools that all figures share: house style, sizes, looks of the kinds of connection, panels, legends and saving.
 
 A look is a colour, a line style and a marker.  A kind of connection has the same colour in every figure.  The colours are those of
 Okabe and Ito, which colour-blind readers tell apart.  Line styles and markers tell the kinds apart in black and white.
 
-Letters: L is the number of sub-layers, l = 1 ... L the depth, n the number of streams, and K the number of logged steps.
+A figure is drawn for a `Size`.  The default suits a screen; `SIZES` has those of a column and of a page of a paper.  Text keeps its
+size in points whatever the width: panels that do not fit beside each other stand below each other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import inspect
 import io
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,29 +21,25 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from mhc_jax.analysis.run_reader import RunRecord, labels, last_diagnostics, series
+from mhc_jax.analysis.run_reader import RunRecord, labels
 from mhc_jax.errors import InputError
+from mhc_jax.plots.sizes import LEAST_HEIGHT, LEAST_PANEL, TEXT, current_size, scaled
 
 INK = "#1a1a1b"
 """Colour of text, axes and the residual connection; `svg` replaces it by the text colour of the page."""
 GRID = "#9a9a9a"
 STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "legend.fontsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.5,
@@ -50,11 +48,22 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mhc_jax",
+    "pdf.fonttype": 42,
+}
+"""Settings of matplotlib for every figure.  Text stays text in SVG and PDF files."""
+SCALED: dict[Any, float] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "mhc_jax",
 }
+"""Settings of matplotlib in points for text of `TEXT` points.  They grow and shrink with the text."""
 LOOKS = {
     "residual": (INK, "-", "o"),
     "hc": ("#D55E00", "--", "s"),
@@ -82,6 +91,7 @@ class NothingToDraw(InputError):  # noqa: N818  (a message for a person, like it
     """Raised if the given runs lack what a figure shows.  The message says what is missing."""
 
     def __init__(self, missing: str) -> None:
+        self.missing = missing
         super().__init__(f"Nothing to draw: {missing}.")
 
 
@@ -93,25 +103,41 @@ class Plot(NamedTuple):
     title: str
     caption: str
     """Text below the figure, which says what the axes show and how to read the figure."""
+    matrices: bool = False
+    """Whether the figure shows matrices or what is computed of them.  Means over seeds of matrices would show none of the runs, so
+    that such a figure takes one seed of each variant."""
 
 
 FIGURES: dict[str, Plot] = {}
 """Figures of single runs, by name."""
 
 
+def _settings() -> dict[Any, Any]:
+    return STYLE | {key: scaled(points) for key, points in SCALED.items()}
+
+
 def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Make a function draw its figures in the house style `STYLE`."""
+    """Make a function draw its figures in the house style, and the panel alone that `Size.panel` names."""
 
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return function(*args, **kwargs)
+        with matplotlib.rc_context(_settings()):
+            figure = function(*args, **kwargs)
+            for axis in figure.axes:
+                # Ticks are made when the figure is rendered, where these settings no longer hold.
+                ticks = {"labelsize": scaled(8), "color": INK, "labelcolor": INK}
+                axis.tick_params(which="both", **ticks, grid_color=GRID, grid_alpha=0.35, grid_linewidth=0.5)
+            if current_size().panel:
+                _keep(figure, current_size().panel)
+            return figure
 
     return draw
 
 
-def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Return a decorator that makes a function draw in the house style `STYLE` and enters it in `figures` under its name.
+def register(
+    figures: dict[str, Plot], title: str, matrices: bool = False
+) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
+    """Return a decorator that makes a function draw in the house style and enters it in `figures` under its name.
 
     The caption of the figure is the function's docstring without the first line, so that code and pages say the same.
     """
@@ -119,22 +145,26 @@ def register(figures: dict[str, Plot], title: str) -> Callable[[Callable[..., Fi
     def enter(function: Callable[..., Figure]) -> Callable[..., Figure]:
         draw = house_style(function)
         body = (inspect.getdoc(function) or "").partition("\n")[2]
-        figures[function.__name__] = Plot(draw, title, " ".join(body.split()))
+        figures[function.__name__] = Plot(draw, title, " ".join(body.split()), matrices)
         return draw
 
     return enter
 
 
-def save(figure: Figure, path: str | Path, *, vector: bool = False) -> None:
-    """Write a figure to `path` as PNG at 150 dpi and, if `vector`, as SVG and PDF beside the PNG, both with text as text."""
+def save(figure: Figure, path: str | Path, *, vector: bool = False, dpi: int = 150) -> None:
+    """Write a figure to `path` as PNG at `dpi` and, if `vector`, as SVG and PDF beside the PNG, both with text as text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
-    if vector:
-        text_as_text: dict[Any, Any] = {"svg.fonttype": "none", "pdf.fonttype": 42}
-        with matplotlib.rc_context(STYLE | text_as_text):
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-            figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    write(figure, path.with_suffix(".png"), dpi)
+    for suffix in (".svg", ".pdf") if vector else ():
+        write(figure, path.with_suffix(suffix))
+
+
+def write(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a figure as the file `path`.  Its suffix .png, .svg or .pdf says in which format."""
+    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=dpi, facecolor="white", metadata=dates.get(path.suffix))
 
 
 def svg(figure: Figure) -> str:
@@ -147,27 +177,8 @@ def svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text).replace("xlink:href", "href")
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point are enough, and take half the space
     return text.replace(INK, "currentColor")
-
-
-def half_window(points: int) -> int:
-    """Return how many neighbours on each side `smooth` includes in the median at a point, for a curve of `points` points."""
-    return points // 40
-
-
-def smooth(values: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
-    """Return the centred moving median over about a twentieth of the points.  Points that are not finite become NaN.
-
-    A mean would turn a spike of one step into a plateau.  At the start of the curve the window shrinks on both sides, because a
-    loss falls fast there.  At the end it loses its later half alone, so that a curve does not end with the value of one noisy step.
-    """
-    half = half_window(len(values))
-    out = np.full(len(values), np.nan)
-    for k in np.flatnonzero(np.isfinite(values)):
-        reach = min(half, k)
-        window = values[k - reach : k + reach + 1]
-        out[k] = np.median(window[np.isfinite(window)])
-    return out
 
 
 def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -188,6 +199,13 @@ def color_of(kind: str) -> str:
     return LOOKS.get(kind, OTHER_LOOK)[0]
 
 
+def shades(color: str, count: int) -> list[str]:
+    """Return `count` shades of a colour from light to dark, for variants of one kind.  A single shade is the colour itself."""
+    rgb = np.asarray(to_rgb(color))
+    at = np.linspace(-0.55, 0.3, count) if count > 1 else np.zeros(1)
+    return [to_hex(tuple(rgb + (1 - rgb) * -share if share < 0 else rgb * (1 - share))) for share in at]
+
+
 def styled(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, dict[str, Any]]]:
     """Yield each run together with its look and label, which are arguments of `Axes.plot`."""
     for record, style, label in zip(records, looks(r.kind for r in records), labels(records), strict=True):
@@ -199,18 +217,80 @@ def plain_text(label: str) -> str:
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
-def panels(rows: int, columns: int, height: float = 2.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(
+    rows: int, columns: int, height: float = 2.9, share_y: bool = False, by_text: bool = False
+) -> tuple[Figure, list[Axes]]:
     """Make a figure with a grid of panels.  Return the figure and the list of its panels, row by row.
 
+    At most three panels stand beside each other.  At a fixed width (`Size.width`), panels that would be narrower than `LEAST_PANEL`
+    go to further rows.
+
     Args:
-      rows, columns: numbers of panels.  A single column is 6.4 inches wide; each of several columns is 4.2 inches wide.
-      height: height of a row, in inches.
+      rows, columns: numbers of panels.  On a screen, a single column is 6.4 inches wide, and each of several columns 4.2.
+      height: height of a row on a screen, in inches.
       share_y: whether the panels of a row share one y axis.
+      by_text: whether the height is that of lines of text, which does not depend on the width.
     """
-    size = (4.2 * columns if columns > 1 else 6.4, height * rows + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    share = "row" if share_y else False
-    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=share).flat)
+    size = current_size()
+    natural = 4.2 if columns > 1 else 6.4
+    across = columns if columns <= 3 else min(3, -(-columns // 2))
+    width = natural * across
+    if size.width is not None:
+        width = size.width
+        across = 1 if size.panel else max(1, min(across, int(width * 72 / size.text // LEAST_PANEL)))
+        shrunk = scaled(height) if by_text else min(height / natural, 0.62) * width / across
+        height = max(shrunk, LEAST_HEIGHT * size.text / 72)
+    down = -(-rows * columns // across)
+    figure = Figure(figsize=(width, height * down + scaled(0.5)), layout="constrained")
+    grid = GridSpec(down, across, figure=figure)
+    axes: list[Axes] = []
+    for k in range(rows * columns):
+        first = axes[k - k % columns] if share_y and k % columns else None
+        axes.append(figure.add_subplot(grid[k // across, k % across], sharey=first))
+        if first is not None and k % across:
+            axes[k].tick_params(labelleft=False)
+    return figure, axes
+
+
+def legend(figure: Figure, handles: Sequence[Any] | None = None, axis: Axes | None = None) -> None:
+    """Put a legend above the panels, in as many columns as fit the width, and make the figure higher by its further rows.
+
+    Args:
+      figure: figure with panels.
+      handles: what the legend lists.  None: every label that was drawn, once.
+      axis: panel above which the legend stands.  None: above all panels.
+    """
+    if handles is None:
+        of = figure.axes if axis is None else [axis]
+        pairs = [pair for one in of for pair in zip(*one.get_legend_handles_labels(), strict=True)]
+        named = {label: handle for handle, label in reversed(pairs)}
+        named = {label: named[label] for label in dict.fromkeys(label for _, label in pairs)}
+    else:
+        named = {str(handle.get_label()): handle for handle in handles}
+    if not named:
+        return
+    texts = [textwrap.fill(label, max(20, _letters(figure) - 8), break_on_hyphens=False) for label in named]
+    columns = _columns(figure, texts)
+    rows = -(-len(named) // columns) + sum(text.count("\n") for text in texts)
+    # The figure grows by 0.2 inches for each further row, so that the panels do not shrink.
+    figure.set_figheight(figure.get_figheight() + scaled(0.2) * (rows - (axis is None)))
+    options: dict[str, Any] = {"ncols": columns, "frameon": False}
+    if axis is None:
+        figure.legend(named.values(), texts, loc="outside upper center", **options)
+    else:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+        axis.legend(named.values(), texts, **place, **options)
+
+
+def _letters(figure: Figure) -> int:
+    """Return about how many letters fit the width of a figure."""
+    return int(figure.get_figwidth() * 12 * TEXT / current_size().text)
+
+
+def _columns(figure: Figure, texts: Sequence[str]) -> int:
+    """Return how many columns of a legend with these texts fit the width of a figure."""
+    longest = max(len(line) for text in texts for line in text.split("\n"))
+    return max(1, min(len(texts), _letters(figure) // (longest + 8)))
 
 
 def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
@@ -233,166 +313,55 @@ def finish(figure: Figure, records: Sequence[RunRecord], need: str) -> Figure:
             handles.append(Line2D([], [], **style | {"label": style["label"] + ended}))
     if not handles:
         raise NothingToDraw(need)
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 // (longest + 8))))
-    # Each further row of the legend is 0.2 inches high.  The figure grows by that height, so that the panels do not shrink.
-    figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    legend(figure, handles)
     return figure
 
 
-def curve(axis: Axes, x: Any, y: Any, style: dict[str, Any], **more: Any) -> None:
-    """Draw one curve of a run, with about 12 markers.  If no value of y is finite, nothing is drawn."""
-    if np.isfinite(np.asarray(y, float)).any():
-        options: dict[str, Any] = style | {"markevery": max(1, len(x) // 12)} | more
-        axis.plot(x, y, **options)
+def panel_names(figure: Figure) -> list[str]:
+    """Return the names of a figure's panels in order: that of `Axes.set_label`, or else title, or label of the y or x axis."""
+    names = []
+    for axis in _panels_of(figure):
+        title = next((text for place in ("left", "center") if (text := axis.get_title(place))), "")
+        names.append(axis.get_label() or title or axis.get_ylabel() or axis.get_xlabel())
+    return [" ".join(name.split()) for name in names]
 
 
-def mark_divergence(axis: Axes, record: RunRecord, style: dict[str, Any]) -> None:
-    """Mark the step at which a run diverged, if it did, with a dotted vertical line and a cross at the foot of the panel."""
-    if record.diverged_at is not None:
-        axis.axvline(record.diverged_at, color=style["color"], linestyle=":", linewidth=1)
-        top = axis.get_xaxis_transform()
-        axis.plot([record.diverged_at], [0.04], "x", color=style["color"], ms=8, mew=2, transform=top)
+def _panels_of(figure: Figure) -> list[Axes]:
+    return [axis for axis in figure.axes if axis.get_label() != "<colorbar>" and axis.axison]
 
 
-def mark_spikes(axis: Axes, steps: Sequence[int], row: int, color: str) -> None:
-    """Mark the steps of loss spikes by triangles in row `row` along the top edge of a panel.  Rows count downwards from 0."""
-    height = [0.985 - 0.035 * row] * len(steps)
-    axis.plot(steps, height, "v", color=color, ms=5, transform=axis.get_xaxis_transform())
+def _keep(figure: Figure, panel: str) -> None:
+    """Remove all panels but one: the one of that number, or the first one whose name has all the words.
 
-
-def fit_y(axis: Axes, values: Any, below: float = 0.15, above: float = 0.15) -> None:
-    """Let the y axis span the finite `values`.  The margins `below` and `above` are fractions of the range of these values."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if len(values):
-        low, high = values.min(), values.max()
-        axis.set_ylim(low - below * (high - low) - 1e-3, high + above * (high - low) + 1e-3)
-
-
-def positive(values: Any) -> Float[np.ndarray, "*shape"]:
-    """Return `values` with NaN in place of every value that a logarithmic axis cannot show: not finite, 0 or below."""
-    values = np.asarray(values, float)
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
-
-
-def log_axis(*axes: Axes, around: float | None = None) -> None:
-    """Make the y axes of panels logarithmic, with common limits around the data of all the panels.
-
-    Args:
-      axes: panels whose curves have been drawn.
-      around: a value such that the axes always span at least `around` / 1.7 to 1.7 `around`.  Without it, rounding errors near
-        this value could fill the panel.  None means that the data alone set the limits.
+    Raises:
+      InputError: there is no such panel.
     """
-    drawn = [np.empty(0)]
-    for axis in axes:
-        lines = [line for line in axis.lines if line.get_transform() == axis.transData]
-        drawn += [positive(line.get_ydata()) for line in lines]
-        bands = [path for band in axis.collections for path in band.get_paths()]
-        drawn += [positive(np.asarray(path.vertices)[:, 1]) for path in bands]
-    values = np.concatenate(drawn)
-    values = values[np.isfinite(values)]
-    if around is not None:
-        values = np.append(values, [around / 1.7, around * 1.7])
-    for axis in axes:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(_tick))
-        if len(values):
-            low, high = values.min() / 1.25, values.max() * 1.25
-            axis.set_ylim(low, high)
-            axis.yaxis.set_minor_formatter(_minor_ticks(high / low))
-
-
-def ticks_at(axis: Axes, values: Sequence[float | int], log: bool = True) -> None:
-    """Put ticks of the x axis at `values` and nowhere else.  If `log`, make the axis logarithmic."""
-    if log:
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_locator(FixedLocator(values))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _tick(value: float, _: int) -> str:
-    """Return the label of a tick: a plain number if 0.001 <= value < 100,000, else a digit times a power of ten."""
-    if 1e-3 <= value < 1e5:
-        return f"{value:g}"
-    exponent = int(np.floor(np.log10(value) + 1e-9))
-    factor = f"{value / 10.0**exponent:.2g}"
-    factor_text = "" if factor == "1" else rf"{factor}\cdot "
-    return f"${factor_text}10^{{{exponent}}}$"
-
-
-def _minor_ticks(ratio: float) -> Formatter:
-    """Return the formatter that labels ticks between powers of ten on a logarithmic axis, and labels fewer on a longer axis.
-
-    `ratio` is the upper limit of the axis divided by the lower limit.  Above 30, no such tick has a label.
-    """
-    if ratio > 30:
-        return NullFormatter()
-    if ratio < 3.5:
-        return FuncFormatter(_tick)  # such an axis has few ticks, also ones such as 2.2 and 2.4
-    labelled = (2, 3, 4, 6) if ratio < 8 else (2, 5)
-
-    def text(value: float, position: int) -> str:
-        digit = round(value / 10.0 ** np.floor(np.log10(value) + 1e-9))
-        return _tick(value, position) if digit in labelled else ""
-
-    return FuncFormatter(text)
-
-
-def by_step(axis: Axes, record: RunRecord, style: dict[str, Any], key: str) -> None:
-    """Draw the measurement `key` of the train lines against steps: a faint line of all values, and the moving median on top."""
-    steps, values = series(record, "train", key)
-    axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
-    curve(axis, steps, smooth(values), style, marker="")
-
-
-def points(axis: Axes, steps: Any, values: Any, style: dict[str, Any]) -> None:
-    """Draw validation losses as markers without a line."""
-    edge = {} if style["fillstyle"] == "none" else {"markeredgecolor": "white", "mew": 0.6}
-    curve(axis, steps, values, style, linestyle="", markevery=1, **edge)
-
-
-def by_depth(
-    axis: Axes,
-    records: Sequence[RunRecord],
-    key: str,
-    upper: str | None = None,
-    multi_stream_only: bool = False,
-    **more: Any,
-) -> None:
-    """Draw the last diagnostics of `key` of each run against depth, which counts from 1.
-
-    Values [L] are drawn as they are, with a faint band up to the values of `upper`.  Values [L, n] are drawn as their mean over
-    streams, with a band from the smallest to the largest stream.  The step of the diagnostics is added to the panel's title.
-
-    Args:
-      axis: the panel, with its title.
-      records: the runs.
-      key: key of a diagnostics line, with values of shape [L] or [L, n].
-      upper: key of the upper edge of the band for values [L].  None means no band.
-      multi_stream_only: whether to leave out runs of one stream.
-      more: further options of `curve`.
-    """
-    steps = set()
-    for record, style in styled(records):
-        last = last_diagnostics(record, key)
-        if last is None or (multi_stream_only and record.num_streams == 1):
-            continue
-        step, values = last
-        steps.add(step)
-        depth = np.arange(1, len(values) + 1)
-        band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-        most = last_diagnostics(record, upper) if upper else None
-        if values.ndim == 2:
-            axis.fill_between(depth, values.min(1), values.max(1), **band)
-            values = values.mean(1)
-        elif most is not None and most[0] == step:
-            axis.fill_between(depth, values, most[1], **band)
-        curve(axis, depth, values, style, **more)
-    axis.set_xlabel("sub-layer l")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if steps:
-        span = f"step {max(steps)}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
-        axis.set_title(f"{axis.get_title('left')} ({span})", loc="left")
+    axes, names = _panels_of(figure), panel_names(figure)
+    words = panel.lower().split()
+    found = [k for k, name in enumerate(names) if all(word in name.lower() for word in words)]
+    if panel.isdecimal():
+        found = [int(panel) - 1] if 1 <= int(panel) <= len(axes) else []
+    if not found:
+        listed = ", ".join(f"{k} ({name})" for k, name in enumerate(names, 1))
+        raise InputError(f"There is no panel {panel!r}; the panels of this figure are {listed}.")
+    kept = axes[found[0]]
+    bars = [item.colorbar.ax for item in kept.collections if item.colorbar is not None]
+    place = kept.get_subplotspec()
+    rows = place.get_gridspec().nrows if place is not None else 1
+    for axis in [axis for axis in figure.axes if axis is not kept and axis not in bars]:
+        axis.remove()
+    legends = 0.5 if figure.legends else 0.1
+    figure.set_figheight((figure.get_figheight() - legends) / rows + legends)
+    kept.set_subplotspec(GridSpec(1, 1, figure=figure)[0])
+    kept.tick_params(labelleft=bool(len(kept.get_yticks())))
+    if kept.get_title("center"):  # that of a map, which does not name its run
+        kept.set_title(names[found[0]], loc="center")
+    drawn = {str(artist.get_label()) for artist in (*kept.lines, *kept.patches, *kept.containers)}
+    drawn = {label for label in drawn if label and not label.startswith("_")}
+    for old in figure.legends:
+        entries = zip(old.legend_handles, (text.get_text() for text in old.get_texts()), strict=True)
+        shown = [pair for pair in entries if any(" ".join(pair[1].split()).startswith(label) for label in drawn)]
+        if shown:
+            old.remove()
+            handles, texts = zip(*shown, strict=True)
+            figure.legend(handles, texts, loc="outside upper center", ncols=_columns(figure, texts), frameon=False)

@@ -5,28 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from mhc_jax.analysis.grouping import Variant, frontier_lines, lines, loss_threshold
 from mhc_jax.analysis.run_reader import paired_gap, series
 from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
+from mhc_jax.plots.axes import CLOSE_GAIN, fit_y, half_window, log_axis, mark_spikes, near_one, smooth, ticks_at
+from mhc_jax.plots.sizes import scaled
 from mhc_jax.plots.style import (
     GRID,
     INK,
     NothingToDraw,
     Plot,
     color_of,
-    fit_y,
-    half_window,
-    log_axis,
+    legend,
     looks,
-    mark_spikes,
     panels,
+    plain_text,
     register,
-    smooth,
-    ticks_at,
+    shades,
 )
 
 SWEEP_FIGURES: dict[str, Plot] = {}
@@ -37,12 +35,12 @@ LOG_KEYS = ("optimizer.learning_rate", "model.num_layers", "model.connection.num
 Any other setting has a logarithmic axis if its largest value is at least 8 times its smallest.
 """
 MEASURES = (
-    ("validation_loss", "validation loss (nats/token)", False),
-    ("max_composite_forward", "largest composite gain, forward", True),
-    ("max_composite_backward", "largest composite gain, backward", True),
-    ("max_column_error", "largest |column sum − 1| of H_res", False),
+    ("validation_loss", "Validation loss", "loss (nats/token)", False),
+    ("max_composite_forward", "Largest composite gain, forward", "gain", True),
+    ("max_composite_backward", "Largest composite gain, backward", "gain", True),
+    ("max_column_error", "Largest |column sum − 1| of H_res", "|column sum − 1|", False),
 )
-"""Measurements that the figure `swept` shows, each as (key in summary.json, label of the y axis, whether the axis is logarithmic).
+"""Measurements that the figure `swept` shows: (key in summary.json, title, label of the y axis, whether the axis is logarithmic).
 
 A logarithmic axis always includes 1 and its surroundings.
 """
@@ -55,7 +53,8 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     The y axis is the gap in nats/token, where below zero is better; the x axis is the optimizer step. The gap is the training loss
     of a run minus that of the baseline's run of the same seed at the same step. Lines are moving medians over a twentieth of the
     logged steps. Each thin line is one seed, and the thick line is the mean over seeds. The legend gives the number of seeds in
-    parentheses. The y axis spans zero and the second half of the thick lines, so that earlier gaps may leave the panel.
+    parentheses. Variants of one kind of connection are shades of its colour. The y axis spans zero and the thick lines, so that
+    thin lines may leave the panel.
     """
     compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     if not compared:
@@ -65,8 +64,8 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     for axis, kind in zip(axes, kinds, strict=True):
         mine = [(setting, base) for setting, base in compared if setting.kind == kind]
         ends = [0.0]
-        for k, (setting, base) in enumerate(mine):
-            color = color_of(kind) if len(mine) == 1 else matplotlib.colormaps["viridis"](0.9 * k / len(mine))
+        tones = zip(mine, looks([kind] * len(mine)), shades(color_of(kind), len(mine)), strict=True)
+        for (setting, base), look, color in tones:
             curves = []
             for seed, run in setting.runs.items():
                 if seed in base.runs:
@@ -76,17 +75,23 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
             common = sorted(set.intersection(*map(set, curves))) if curves else []
             if common:
                 mean = np.asarray([np.mean([curve[step] for curve in curves]) for step in common])
-                axis.plot(common, mean, color=color, linewidth=2, label=f"{setting.label} ({len(curves)})")
-                ends += mean[len(mean) // 2 :].tolist()
-        fit_y(axis, ends, below=0.6, above=0.6)
+                style = {"color": color, "linestyle": look["linestyle"], "linewidth": scaled(2)}
+                axis.plot(common, mean, **style, label=plain_text(f"{setting.label} ({len(curves)})"))
+                ends += mean.tolist()
+        fit_y(axis, ends)
         axis.axhline(0, color=INK, linewidth=0.9)
         axis.set_ylabel("gap (nats/token)")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, borderaxespad=0.2)
+        axis.set_label(f"gap of {kind}")
+        legend(figure, axis=axis)
     axes[-1].set_xlabel("optimizer step")
     if not any(axis.get_legend() for axis in axes):
         raise NothingToDraw("no variant shares a seed and logged steps with its baseline")
     return figure
+
+
+def _largest(members: Sequence[Variant], key: str) -> float:
+    """Return the largest number `key` of the summaries of all runs of some variants, or 0 if there is none."""
+    return max((value for member in members for value in member.results(key).values()), default=0.0)
 
 
 BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm before clipping"))
@@ -96,14 +101,15 @@ BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm be
 def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Draw training loss and gradient norm against steps, over the seeds of every variant.
 
-    The left panel shows the training loss in nats/token, and the right panel the norm of its gradient with respect to all
-    parameters, before clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
+    One panel shows the training loss in nats/token, the other the norm of its gradient with respect to all parameters, before
+    clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
     twentieth of the logged steps. Each line is the mean over a variant's seeds, and the band reaches from the lowest seed to the
-    highest. Triangles at the top mark loss spikes of any seed, one row for each variant. The loss axis spans the values after the
-    first quarter of the steps, so that earlier losses may leave the panel.
+    highest. Triangles at the top mark loss spikes of any seed, one row for each variant. The panel of the loss begins after the
+    first quarter of the steps.
     """
     figure, axes = panels(1, 2, height=3.2)
     ends: list[float] = []
+    latest = 0
     for row, (setting, style) in enumerate(zip(settings, looks(s.kind for s in settings), strict=True)):
         color = style["color"]
         for axis, (key, _) in zip(axes, BANDS, strict=True):
@@ -119,20 +125,21 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
             common = common[: len(common) - half_window(len(common))]
             table = np.asarray([[curve[step] for step in common] for curve in curves])
             axis.fill_between(common, table.min(0), table.max(0), color=color, alpha=0.15, linewidth=0)
-            label = f"{setting.label} ({len(curves)} seeds)"
+            label = plain_text(f"{setting.label} ({len(curves)} seeds)")
             axis.plot(common, table.mean(0), color=color, linestyle=style["linestyle"], label=label)
             spikes = sorted({step for run in setting.runs.values() for step in run.spike_steps})
             mark_spikes(axis, spikes, row, color)
             if key == "loss":
                 ends += table[:, len(common) // 4 :].ravel().tolist()
+                latest = max([latest, *common])
     if not np.isfinite(ends).any():
         raise NothingToDraw("no run has logged a loss")
-    fit_y(axes[0], ends, above=0.45)
+    fit_y(axes[0], ends)
+    axes[0].set_xlim(latest / 4, latest * 1.02)
     log_axis(axes[1])
     for axis, (_, name) in zip(axes, BANDS, strict=True):
         axis.set(xlabel="optimizer step", ylabel=name)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+    legend(figure)
     return figure
 
 
@@ -144,7 +151,7 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
     variant's seeds. The grey band is the mean of the variant's baseline plus and minus one standard deviation over the baseline's
     seeds, if at least three of them finished. Runs without a final loss are counted at the right.
     """
-    figure, (axis,) = panels(1, 1, height=0.9 + 0.27 * len(settings))
+    figure, (axis,) = panels(1, 1, height=0.9 + 0.27 * len(settings), by_text=True)
     drawn = False
     for row, setting in enumerate(settings):
         values = list(setting.results("validation_loss").values())
@@ -155,11 +162,11 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
             axis.barh(row, 2 * spread, 0.8, float(np.mean(base)) - spread, color=GRID, alpha=0.35, linewidth=0)
         if values:
             drawn = True
-            axis.plot(values, [row] * len(values), "o", color=color, ms=4.5, alpha=0.8, mew=0)
+            axis.plot(values, [row] * len(values), "o", color=color, ms=scaled(4.5), alpha=0.8, mew=0)
             axis.plot([np.mean(values)] * 2, [row - 0.38, row + 0.38], color=color, linewidth=2)
         if lost := len(setting.runs) - len(values):
             text = f"{lost} of {len(setting.runs)} without a loss"
-            axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+            axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=scaled(8))
     if not drawn:
         raise NothingToDraw("no run has a final validation loss")
     axis.set_yticks(range(len(settings)), [setting.label for setting in settings])
@@ -177,7 +184,8 @@ def swept(settings: Sequence[Variant]) -> Figure:
     validation loss in nats/token, the largest composite gain forward and backward, and the largest |column sum − 1| of H_res. Gains
     are means over the sampled tokens and column errors are maxima over them; both have no unit and are the largest values of all
     sub-layers and diagnostics steps. Dots are runs that finished, and lines join their means over seeds. A line joins only variants
-    that differ in no other setting.
+    that differ in no other setting. If some gains exceed 3, close-ups with linear axes of their own show the lines whose gains
+    never do.
     """
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
@@ -185,24 +193,38 @@ def swept(settings: Sequence[Variant]) -> Figure:
     measures = [measure for measure in MEASURES if any(setting.results(measure[0]) for setting in settings)]
     if not measures:
         raise NothingToDraw("no run has ended")
-    count = len(measures)
+    swept_lines = {key: lines(settings, key) for key in keys}
+    close = {
+        (key, measure): {label for label, members in found.items() if _largest(members, measure) <= CLOSE_GAIN}
+        for key, found in swept_lines.items()
+        for measure, _, _, log in measures
+        if log
+    }
+    shown = []
+    for measure, title, name, log in measures:
+        shown.append((measure, title, name, log, False))
+        if any(0 < len(labels) < len(swept_lines[key]) for (key, of), labels in close.items() if of == measure):
+            shown.append((measure, f"{title}, close-up", name, log, True))
+    count = len(shown)
     figure, axes = panels(len(keys), count, height=2.7)
-    for row, key in enumerate(keys):
-        found = lines(settings, key)
-        for axis, (measure, name, log) in zip(axes[count * row : count * (row + 1)], measures, strict=True):
+    for row, (key, found) in enumerate(swept_lines.items()):
+        for axis, (measure, title, name, log, is_close) in zip(axes[count * row :][:count], shown, strict=True):
             styles = looks(members[0].kind for members in found.values())
             for (label, members), style in zip(found.items(), styles, strict=True):
+                if is_close and label not in close[key, measure]:
+                    continue
                 points = [(s.varying[key], v) for s in members for v in s.results(measure).values()]
                 means = sorted((s.varying[key], m) for s in members if (m := s.mean(measure)) is not None)
                 axis.plot([x for x, _ in points], [y for _, y in points], ".", color=style["color"], alpha=0.5)
                 axis.plot([x for x, _ in means], [y for _, y in means], **style, label=label)
             values = sorted({s.varying[key] for members in found.values() for s in members})
             ticks_at(axis, values, log=values[0] > 0 and (key in LOG_KEYS or values[-1] / values[0] >= 8))
-            axis.set(xlabel=key, ylabel=name)
-            if log:
+            axis.set(title=title, xlabel=key, ylabel=name)
+            if is_close:
+                near_one(axis)
+            elif log:
                 log_axis(axis, around=1.0)
-    named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(4, len(named)), frameon=False)
+    legend(figure)
     return figure
 
 
@@ -218,7 +240,7 @@ def frontier(settings: Sequence[Variant]) -> Figure:
     found = frontier_lines(settings)
     if not found:
         raise NothingToDraw("the learning rate is not swept")
-    figure, (axis,) = panels(1, 1, height=0.9 + 0.35 * len(found))
+    figure, (axis,) = panels(1, 1, height=0.9 + 0.35 * len(found), by_text=True)
     rates = sorted({rate for losses in found.values() for rate in losses})
     for row, (name, losses) in enumerate(found.items()):
         color = color_of(re.split("[: ]", name)[0])
@@ -228,9 +250,9 @@ def frontier(settings: Sequence[Variant]) -> Figure:
             axis.plot([first, best], [row, row], color=color, linewidth=6, alpha=0.25, solid_capstyle="butt")
         for rate, values in losses.items():
             stable = all(v is not None and v < threshold for v in values)
-            axis.plot(rate, row, "o", color=color, ms=7, fillstyle="full" if stable else "none")
+            axis.plot(rate, row, "o", color=color, ms=scaled(7), fillstyle="full" if stable else "none")
             if not stable:
-                axis.plot(rate, row, "x", color=color, ms=5)
+                axis.plot(rate, row, "x", color=color, ms=scaled(5))
     ticks_at(axis, rates)
     axis.set_yticks(range(len(found)), list(found))
     axis.set_ylim(len(found) - 0.5, -0.5)
@@ -272,5 +294,5 @@ def ladder(settings: Sequence[Variant]) -> Figure:
     axis.set_xscale("log")
     log_axis(axis)
     axis.set(xlabel="training arithmetic (FLOPs)", ylabel="validation loss (nats/token)")
-    figure.legend(loc="outside upper center", ncols=1, frameon=False)
+    legend(figure)
     return figure

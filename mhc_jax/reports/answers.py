@@ -6,14 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mhc_jax.analysis import answers
+from mhc_jax.analysis import answers, rate_margins
 from mhc_jax.analysis.comparison import Cell
-from mhc_jax.analysis.contrasts import Contrast, by_connection, contrasts, equal_time, final_losses, minus
+from mhc_jax.analysis.contrasts import (
+    Contrast,
+    by_connection,
+    contrasts,
+    equal_time,
+    final_losses,
+    mean_of,
+    minus,
+)
 from mhc_jax.analysis.run_reader import RunRecord
-from mhc_jax.analysis.statistics import Paired
+from mhc_jax.analysis.statistics import MIN_SEEDS, Paired
 from mhc_jax.reports.markup import markdown_table
-
-OPTIMIZERS = ("adamw", "muon", "muon, connections under adamw")
 
 
 def _text(value: float | None, form: str) -> Cell:
@@ -21,8 +27,9 @@ def _text(value: float | None, form: str) -> Cell:
 
 
 def _interval(result: Paired | None, form: str = "{:+.4f}") -> Cell:
-    interval = result.t_interval if result else None
-    return Cell(f"{form} to {form}".format(*interval), interval[0]) if interval else Cell("–", None)
+    if result and result.t_interval:
+        return Cell(f"{form} to {form}".format(*result.t_interval), result.t_interval[0])
+    return Cell("no spread" if result and result.seeds >= MIN_SEEDS else "–", None)
 
 
 def row(name: str, contrast: Contrast, form: str = "{:+.4f}", corrected: bool = True) -> dict[str, Cell]:
@@ -51,6 +58,13 @@ def _runs(runs: Sequence[RunRecord]) -> str:
     )
 
 
+def _lost(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the line that names the runs without a final loss.  Empty if every run finished."""
+    lost = [f"`{run.connection}` seed {run.seed[0]} ({run.status})" for run in runs if run.status != "finished"]
+    told = "Tests that use one of these cells leave out its seed"
+    return [f"**{len(lost)} of {len(runs)} runs have no final loss**: {'; '.join(lost)}. {told}.", ""] if lost else []
+
+
 def which_map_part(
     runs: Sequence[RunRecord], larger: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: Mapping[str, float]
 ) -> str:
@@ -63,7 +77,7 @@ def which_map_part(
       ratios: time of a step over residual's, by the text of the connection.
     """
     answer = answers.which_map(runs)
-    out = ["## 1. Which map carries the gain?", "", f"Sweep `which_map`: {_runs(runs)}", ""]
+    out = ["## 1. Which map carries the gain?", "", f"Sweep `which_map`: {_runs(runs)}", "", *_lost(runs)]
     if answer.winner:
         out += [f"**Decision by the rule: H_{answer.winner} carries the gain.**", ""]
     else:
@@ -98,27 +112,34 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
     effects = {"x".join(m for m in answers.MAPS if m in of): v for of, v in answers.effects(losses, *design).items()}
     tests = contrasts({m: effects[m] for m in answers.MAPS})
     small = {c.label: c for c in answer.designs[design]}
-    rows, moved = [], []
+    rows: list[dict[str, Cell]] = []
+    moved, held, untold = [], [], []
     for test in tests:
         before = small[test.label].result
         line = row(f"H_{test.label}", test)
         rows.append({**line, "at the smaller size": _text(before and before.mean, "{:+.4f}")})
         interval = test.result.t_interval if test.result else None
-        if before and interval and not interval[0] <= before.mean <= interval[1]:
-            moved.append(f"H_{test.label}")
-
-    def order(found: Mapping[str, Contrast]) -> list[str]:
-        means = {m: c.result.mean for m, c in found.items() if m in answers.MAPS and c.result}
-        return sorted(means, key=means.__getitem__)
-
-    same = order({c.label: c for c in tests}) == order(small)
-    told = "No effect is shown to have moved: the 95 % intervals hold the smaller model's means."
-    if moved:
-        told = f"Moved: {', '.join(moved)}, whose 95 % interval excludes the smaller model's mean."
+        if not before or not interval:
+            untold.append(f"H_{test.label}")
+        else:
+            (held if interval[0] <= before.mean <= interval[1] else moved).append(f"H_{test.label}")
+    told = [
+        f"{sentence}: {', '.join(names)}."
+        for sentence, names in (
+            ("Moved, because the 95 % interval excludes the smaller model's mean", moved),
+            ("Not shown to have moved, because the 95 % interval holds the smaller model's mean", held),
+            ("Not told, because too few seeds finished", untold),
+        )
+        if names
+    ]
+    orders = [sorted(answers.MAPS, key=lambda m: mean_of(found[m])) for found in ({c.label: c for c in tests}, small)]
+    if not untold:
+        told.append(f"The three effects have {'the same' if orders[0] == orders[1] else 'another'} order.")
     return [
         f"Larger model (`which_map_large`): {_runs(larger)} The design is scaled, dynamic.",
         "",
-        f"{told} The three effects have {'the same' if same else 'another'} order.",
+        *_lost(larger),
+        " ".join(told),
         "",
         markdown_table(rows),
         "",
@@ -135,15 +156,17 @@ def _equal_time(runs: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: 
     losses_of = {steps: final_losses(members) for steps, members in by_steps.items()}
     rows = []
     for connection, losses in by_connection(runs).items():
-        found = equal_time(losses, ratios[connection], losses_of) if connection in ratios else None
-        if found and connection != "residual":
-            line = row(f"`{connection}`", contrasts({connection: found})[0], corrected=False)
-            rows.append({**line, "time of a step": _text(ratios[connection], "{:.2f}")})
-    if not rows:
-        return []
+        if connection == "residual":
+            continue
+        ratio = ratios.get(connection)
+        found = None if ratio is None else equal_time(losses, ratio, losses_of)
+        line = row(f"`{connection}`", contrasts({connection: found or {}})[0], corrected=False)
+        rows.append({**line, "time of a step": _text(ratio, "{:.2f}")})
+    steps = sorted(losses_of)
     return [
         "Secondary, equal wall clock: loss minus that of residual after as much time (`residual_longer`, interpolated between "
-        "numbers of steps). The time of a step is over residual's, measured in turns on two CPU cores. Not corrected.",
+        "numbers of steps). The time of a step is over residual's, measured in turns on two CPU cores. Not corrected. A row is "
+        f"empty if its time was not measured, or if residual would need fewer than {steps[0]} or more than {steps[-1]} steps.",
         "",
         markdown_table(rows),
         "",
@@ -176,7 +199,13 @@ def mixing_needed_part(
             "verdict": Cell(found.verdict, found.verdict),
         }
 
-    out = ["## 2. Is a learned H_res needed once streams differ?", "", f"Sweep `mixing_needed`: {_runs(runs)}", ""]
+    out = [
+        "## 2. Is a learned H_res needed once streams differ?",
+        "",
+        f"Sweep `mixing_needed`: {_runs(runs)}",
+        "",
+        *_lost(runs),
+    ]
     out += [f"**Decision by the rule: {answer.decision}.**", ""]
     out += ["Primary tests: loss minus that of mHC, averaged over the four combinations (nats/token).", ""]
     out += [markdown_table([line(kind, found) for kind, found in answer.primary.items()]), ""]
@@ -194,7 +223,11 @@ def mixing_needed_part(
 
 
 def muon_margin_part(
-    runs: Sequence[RunRecord], loss_below: float, grid: Sequence[float], rates: Sequence[RunRecord]
+    runs: Sequence[RunRecord],
+    loss_below: float,
+    grid: Sequence[float],
+    rates: Sequence[RunRecord],
+    norms: Mapping[str, float],
 ) -> str:
     """Return the section of question 3.
 
@@ -203,10 +236,11 @@ def muon_margin_part(
       loss_below: loss below which a finished run is stable.
       grid: every rate that the search may try, from the lowest.
       rates: the runs of muon_rates, or none.
+      norms: the largest norm of a gradient after the warm-up, by the name of a run of muon_rates.
     """
-    answer = answers.muon_margin(runs, loss_below, grid)
+    answer = rate_margins.muon_margin(runs, loss_below, grid)
     out = ["## 3. Does mHC's learning-rate margin survive Muon?", "", f"Sweep `muon_margin`: {_runs(runs)}", ""]
-    for optimizer in OPTIMIZERS[1:]:
+    for optimizer in rate_margins.OPTIMIZERS[1:]:
         out += [f"**Decision by the rule, {optimizer}: {answer.decision(optimizer)}.**", ""]
     out += [
         f"{answer.censored} of {len(answer.rates)} lines have no stable or no unstable rate. They count with half the lowest or "
@@ -217,12 +251,12 @@ def muon_margin_part(
     ]
     table = []
     for connection in dict.fromkeys(line.connection for line in sorted(answer.rates)):
-        for optimizer in OPTIMIZERS:
+        for optimizer in rate_margins.OPTIMIZERS:
             cells = {"": Cell(f"{connection}, {optimizer}", None)}
             for clip, name in ((1.0, "clipped at 1"), (0.0, "not clipped")):
                 found = [
-                    rate or grid[0] / 2
-                    for line, (rate, _) in answer.rates.items()
+                    answer.counted(line)
+                    for line in answer.rates
                     if (line.connection, line.optimizer, line.grad_clip) == (connection, optimizer, clip)
                 ]
                 mean = float(np.exp(np.mean(np.log(found)))) if found else None
@@ -233,9 +267,9 @@ def muon_margin_part(
     out += ["Margins in octaves (log2 of the largest stable rate over residual's), averaged over clippings.", ""]
     rows = [
         row(f"{c}, {o}", answer.margins[c, o], "{:+.2f}")
-        for c, o in sorted(answer.margins, key=lambda k: k[0] != answers.MHC)
+        for c, o in sorted(answer.margins, key=lambda k: k[0] != rate_margins.MHC)
     ]
-    rows += [row(f"{answers.MHC}: {o} - adamw", c, "{:+.2f}") for o, c in answer.lost.items()]
+    rows += [row(f"{rate_margins.MHC}: {o} - adamw", c, "{:+.2f}") for o, c in answer.lost.items()]
     out += [markdown_table(rows), ""]
     out += ["Secondary: each clipping by itself, in octaves. Not corrected.", ""]
     alone = [
@@ -243,15 +277,15 @@ def muon_margin_part(
     ]
     out += [markdown_table(alone), ""]
     if rates:
-        out += _best_losses(rates)
+        out += _best_losses(rates, norms)
     return "\n".join(out)
 
 
-def _best_losses(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the lines on best losses and surges of `muon_rates`."""
+def _best_losses(runs: Sequence[RunRecord], norms: Mapping[str, float]) -> list[str]:
+    """Return the lines on best losses and surges of `muon_rates`.  For `norms` see `muon_margin_part`."""
     groups: dict[tuple[str, str], dict[float, list[RunRecord]]] = {}
     for run in runs:
-        line = answers.line_of(run)
+        line = rate_margins.line_of(run)
         rate = run.config["optimizer"]["learning_rate"]
         groups.setdefault((line.connection, line.optimizer), {}).setdefault(rate, []).append(run)
     best = {}
@@ -264,7 +298,10 @@ def _best_losses(runs: Sequence[RunRecord]) -> list[str]:
     for (connection, optimizer), (rate, losses) in best.items():
         base = best.get(("residual", optimizer.partition(",")[0]))
         found = contrasts({"": minus(losses, base[1]) if base else {}})[0]
-        every = [run for members in groups[connection, optimizer].values() for run in members]
+        by_rate = groups[connection, optimizer]
+        every = [run for members in by_rate.values() for run in members]
+        found_norms = [norms[run.name] for run in by_rate[rate] if run.name in norms]
+        dropped = [r for r in by_rate if any(run.status != "finished" for run in by_rate[r])]
         rows.append(
             {
                 "": Cell(f"{connection}, {optimizer}", None),
@@ -272,13 +309,16 @@ def _best_losses(runs: Sequence[RunRecord]) -> list[str]:
                 "mean loss": _text(float(np.mean(list(losses.values()))), "{:.4f}"),
                 "minus residual's best": _text(found.result and found.result.mean, "{:+.4f}"),
                 "95 % interval": _interval(found.result),
+                "largest gradient norm": _text(max(found_norms, default=None), "{:.3g}"),
                 "spikes, all rates": Cell(str(sum(len(run.spike_steps) for run in every)), None),
                 "diverged": Cell(str(sum(run.status == "diverged" for run in every)), None),
+                "rates left out": Cell(", ".join(f"{r:g}" for r in sorted(dropped)) or "none", None),
             }
         )
     return [
         f"Secondary, best of four rates and surges (`muon_rates`): {_runs(runs)} The interval does not count that the best of four "
-        "rates was chosen on both sides.",
+        "rates was chosen on both sides. The largest norm is of gradients before clipping, after the warm-up, over the seeds of "
+        "the best rate. A rate is left out where a seed diverged.",
         "",
         markdown_table(rows),
         "",

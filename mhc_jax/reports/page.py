@@ -27,6 +27,11 @@ CURVES = 8
 
 If there are more variants, the page leaves these figures out.
 """
+FOR_PAPERS = (
+    "<p><code>python experiments/figure.py NAME RUNS --size=column</code> draws one of these figures as wide as a column of a "
+    "paper. <code>--list</code> shows their names.</p>"
+)
+"""HTML that stands before the figures."""
 OPEN_EVENTS = 20
 """Largest number of events for which the table of events is open from the start.  The reader opens a longer table by a click."""
 
@@ -99,7 +104,7 @@ def write_report(
     notes: Sequence[str] = (),
     baseline: Baseline | None = None,
 ) -> Path:
-    """Write the page `folder`/report.html, and its figures as `folder`/figures/<name>.png and .svg.
+    """Write the page `folder`/report.html, and its figures as `folder`/figures/<name>.png, .svg and .pdf, which it links.
 
     The page needs no network and no other file, because it contains its figures as SVG, its styles and the script that sorts its
     tables.
@@ -129,7 +134,7 @@ def write_report(
         findings=bullets(findings(variants) or ["No variant is compared with another, and nothing else was measured."]),
         notes="".join(f"<p>{escaped(note)}</p>" for note in notes),
         comparison=_tables(records, variants, folder),
-        figures=figures,
+        figures=FOR_PAPERS + figures,
         settings=_settings(variants),
         events=_events(records),
     )
@@ -197,7 +202,10 @@ def _tables(records: Sequence[RunRecord], variants: Sequence[Variant], folder: P
 def _figures(
     variants: Sequence[Variant], runs: int, folder: Path, baseline: Baseline | None
 ) -> tuple[str, dict[str, str]]:
-    """Draw `SWEEP_FIGURES` of the variants, and `plots.FIGURES` of each variant's mean over seeds.  Return the same as `_draw`."""
+    """Draw `SWEEP_FIGURES` of the variants, and `plots.FIGURES` of means over seeds or, of matrices, one seed of each variant.
+
+    Return the same as `_draw`.
+    """
     plain = len(variants) == runs and baseline is None
     over_seeds = {k: v for k, v in SWEEP_FIGURES.items() if not plain or k in ("swept", "frontier", "ladder")}
     figures, drawn = _draw(over_seeds, variants, folder, quiet=plain)
@@ -205,9 +213,16 @@ def _figures(
         note = f"Figures of curves by variant are drawn for up to {CURVES} variants; here are {len(variants)}."
         return f"{figures}<p>{note}</p>", drawn
     single = {k: v for k, v in plots.FIGURES.items() if plain or k != "loss_gap"}
-    more, also_drawn = _draw(single, [mean_record(variant) for variant in variants], folder)
-    heading = "" if len(variants) == runs else "<h3>Means over the seeds that finished</h3>"
-    return figures + heading + more, drawn | also_drawn
+    curves = {k: v for k, v in single.items() if not v.matrices}
+    matrices = {k: v for k, v in single.items() if v.matrices}
+    for heading, of, data in (
+        ("Means over the seeds that finished", curves, [mean_record(variant) for variant in variants]),
+        ("Of each variant the run with the lowest seed", matrices, [variant.shown_run for variant in variants]),
+    ):
+        more, also_drawn = _draw(of, data, folder)
+        figures += more if len(variants) == runs else f"<h3>{heading}</h3>{more}"
+        drawn |= also_drawn
+    return figures, drawn
 
 
 def _draw(
@@ -215,10 +230,12 @@ def _draw(
 ) -> tuple[str, dict[str, str]]:
     """Draw every figure for which `data` has numbers.  Return the HTML, and the titles of the drawn figures by their HTML ids.
 
+    The page shows each figure twice: as wide as its panels need, and for screens of a phone with panels below each other.
+
     Args:
       figures: figures by name, such as `plots.FIGURES`.
       data: runs or variants, the argument of the functions that draw the figures.
-      folder: folder to which <name>.png and <name>.svg are written.
+      folder: folder beside the page, to which <name>.png, <name>.svg and <name>.pdf are written.
       quiet: whether to leave out the list of the figures that could not be drawn.
     """
     parts, drawn, missing = [], {}, []
@@ -229,11 +246,17 @@ def _draw(
             missing.append(f"{plot.title}: {reason}")
             continue
         plots.save(figure, folder / f"{name}.png", vector=True)
+        with plots.drawn_at(plots.NARROW):
+            narrow = plots.svg(plot.draw(data))
         drawn[name] = plot.title
         width, title = f"{figure.get_figwidth() * 6.4:.0f}rem", escaped(plot.title)
+        files = " · ".join(
+            f'<a href="./{folder.name}/{name}.{suffix}">{suffix.upper()}</a>' for suffix in ("pdf", "svg", "png")
+        )
         parts.append(
             f'<figure id="{name}"><h3>{title}</h3><div role="img" aria-label="{title}" style="--width: {width}">'
-            f"{plots.svg(figure)}</div><figcaption>{escaped(plot.caption)}</figcaption></figure>"
+            f'<div class="wide">{plots.svg(figure)}</div><div class="narrow">{narrow}</div></div>'
+            f"<figcaption>{escaped(plot.caption)} {files}</figcaption></figure>"
         )
     if missing and not quiet:
         parts.append("<h3>Not drawn</h3>" + bullets(missing))

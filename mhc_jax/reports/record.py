@@ -14,8 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Variant, group
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, run_of
+from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.page import changed_settings
@@ -36,15 +35,16 @@ SEARCHED = (
     "compared here; results.csv has every run."
 )
 """Text in place of findings and table in the record of a search."""
-FOLDERS = re.compile(r"(?<![\w.*/:])/(?:[^\s/'\"=,:]+/)+")
+_ENV_KEYS = ("date", "commit", "dirty", "device", "device_count", "packages", "python", "command")
+FOLDERS = re.compile(r"(?<![\w.*/])/(?:[^\s/'\"=,:]+/)+")
 """Pattern that matches the folders of an absolute path, but not the folders of a URL or a relative path."""
 
 
 def shortened(text: str) -> str:
     """Return `text` with each absolute path cut to its last part.
 
-    >>> shortened("train.py --data=/home/me/texts/*.txt texts/a.txt")
-    'train.py --data=*.txt texts/a.txt'
+    >>> shortened("train.py --data=/home/me/texts/*.txt texts/a.txt model.py:/home/me/b.py")
+    'train.py --data=*.txt texts/a.txt model.py:b.py'
     """
     return FOLDERS.sub("", text)
 
@@ -90,31 +90,22 @@ def write_record(
     require(not folder.exists(), f"The record {folder} is there already; remove it to write it anew.")
     records = [read_run(sweep_folder / name) for name in ended]
     text = _page(sweep, records, [row["status"] for row in rows], note)
-    target, folder = folder, _aside(folder)
-    write_runs([sweep_folder / name for name in ended], folder, metrics)
-    write_csv([{k: shortened(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows], folder)
-    (folder / "README.md").write_text(shortened(text))
     try:
-        folder.rename(target)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with aside(folder.parent, folder.name) as whole:
+            write_runs([sweep_folder / name for name in ended], whole, metrics)
+            write_csv([without_paths(row) for row in rows], whole)
+            (whole / "README.md").write_text(shortened(text))
+            whole.rename(folder)
     except OSError as error:
-        raise InputError(f"The record {target} cannot be written: {error.strerror}.") from error
-    return target
+        raise InputError(f"The record {folder} cannot be written: {error.strerror or error}.") from error
+    return folder
 
 
 def _compared(variants: Sequence[Variant]) -> list[str]:
     """Return the findings and the table of variants."""
     found = [f"- {sentence}" for sentence in findings(variants)]
     return [*found, "", markdown_table(statistics_rows(variants)), "", STATISTICS]
-
-
-def _aside(folder: Path) -> Path:
-    """Make an empty folder beside `folder`, in which a record is written until it is whole.  Remove what a kill has left there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    aside.chmod(0o755)
-    return aside
 
 
 def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequence[str], note: str) -> str:
@@ -128,7 +119,17 @@ def _page(sweep: Mapping[str, Any], records: Sequence[RunRecord], states: Sequen
       records: the runs that ended.
       states: `run_status` of each run of the sweep.
       note: a sentence to add to the text, or empty.
+
+    Raises:
+      InputError: env.json of a run lacks an entry.
     """
+    for record in records:
+        missing = [key for key in _ENV_KEYS if key not in record.env]
+        require(
+            not missing,
+            f"{record.folder / 'env.json'} has no {', '.join(missing)}; restore the file, or remove the run's folder and run the "
+            "sweep's command again.",
+        )
     envs = [record.env for record in records]
     dates = sorted(str(env["date"]) for env in envs)
     commits = {str(env["commit"])[:7] + " (changed files)" * bool(env["dirty"]) for env in envs}
@@ -182,13 +183,29 @@ def write_runs(run_folders: Sequence[Path], folder: Path, metrics: bool = False)
     if metrics:
         (folder / "metrics").mkdir()
         for place in places:
-            text = (place / "metrics.jsonl").read_text()
-            (folder / "metrics" / f"{place.name}.jsonl").write_text(shortened(text))
+            lines = (place / "metrics.jsonl").read_text().splitlines(keepends=True)
+            kept = [json.dumps(without_paths(json.loads(line))) + "\n" if "/" in line else line for line in lines]
+            (folder / "metrics" / f"{place.name}.jsonl").write_text("".join(kept))
 
 
 def without_paths(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object as records keep it, with each absolute path cut to its last part."""
-    return json.loads(shortened(json.dumps(value)))
+    """Return a JSON object as records keep it, with each absolute path cut to its last part.
+
+    A text that begins with `/` is taken for a path or several paths between commas, which may have blanks, unless it is a command.
+    """
+    return {key: _without_paths(entry, key == "command") for key, entry in value.items()}
+
+
+def _without_paths(value: Any, command: bool = False) -> Any:
+    if isinstance(value, dict):
+        return without_paths(value)
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("/") or command:
+        return shortened(value)
+    return ",".join(part.rpartition("/")[2] if part.startswith("/") else shortened(part) for part in value.split(","))
 
 
 def _shared(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
         )
         self._failed = self._opened = False
+        self._keep = keep
         self._saving: tuple[int, dict[str, Any], dict[str, list[int]]] = (0, {}, {})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -230,14 +231,22 @@ class Checkpoints:
         return out["state"], out["loop"]
 
     def _set_aside(self, broken: Mapping[int, str]) -> list[str]:
-        """Move broken checkpoints out of the folder, so that their steps can be saved again.  Return a sentence for each."""
+        """Move broken checkpoints out of the folder, so that their steps can be saved again.  Return a sentence for each.
+
+        Of the others the newest `keep` stay: a kill may have left older ones.
+        """
         remarks = []
         for step, reason in broken.items():
             aside = self.folder.parent / f"broken-checkpoint-{step}"
             distributed.on_every_process(lambda step=step, aside=aside: self._rename(self.folder / str(step), aside))
             remarks.append(f"checkpoint {step} cannot be read ({reason}); moved to {aside.name}, using an earlier one")
+        distributed.on_every_process(self._remove_old)
         self._manager.reload()
         return remarks
+
+    def _remove_old(self) -> None:
+        for step in sorted(saved_steps(self.folder))[: -self._keep] if distributed.is_first_process() else ():
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def _rename(self, old: Path, new: Path) -> None:
         """Rename a checkpoint's folder on the first process, in place of what has the new name."""
@@ -304,11 +313,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint of a run folder.
-
-    Raises:
-      InputError: the folder holds no checkpoint.
-    """
+    """Return the step of the newest checkpoint of a run folder.  Raise `InputError` if it holds none."""
     steps = saved_steps(folder / "checkpoints")
     if not steps:
         raise InputError(
@@ -379,20 +384,12 @@ def _restored(folder: Path, target: Callable[[Any], Any]) -> Any:
 
 
 def saved_tokenizer(folder: Path) -> dict[str, str]:
-    """Return the tokenizer of the newest checkpoint of a run folder, in the form of `Tokenizer.saved`.
-
-    Raises:
-      InputError: the folder holds no checkpoint, or its tokenizer cannot be read.
-    """
+    """Return the tokenizer of the newest checkpoint of a run folder, in the form of `Tokenizer.saved`, or raise `InputError`."""
     return _saved_json(folder, "tokenizer")
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration in the newest checkpoint of a run folder, in which model.vocab_size is never 0.
-
-    Raises:
-      InputError: the folder holds no checkpoint, or its configuration cannot be read.
-    """
+    """Return the configuration in the newest checkpoint of a run folder (model.vocab_size is never 0), or raise `InputError`."""
     return _saved_json(folder, "config")
 
 

@@ -118,8 +118,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def run_folder(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     """Make a run folder with config.json, and hold its lock while the body of the `with` statement runs.
 
-    In a run of several processes the first process holds the lock for all of them.  Temporary files that a killed process has
-    left are removed.
+    In a run of several processes the first process holds the lock for all of them.
 
     Yields:
       What `check_run_folder` returns once the lock is held, because another command may have ended the run before.
@@ -134,8 +133,6 @@ def run_folder(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] 
             if distributed.is_first_process():
                 _make(folder)
                 stack.enter_context(run_lock(folder))
-                for leftover in folder.glob("*.tmp"):
-                    leftover.unlink(missing_ok=True)
 
         distributed.on_every_process(claim)
         ended = distributed.on_every_process(lambda: check_run_folder(folder, config))

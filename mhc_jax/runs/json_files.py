@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
 
 
@@ -17,23 +17,20 @@ from mhc_jax.errors import InputError, require
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`, and replace `path` by this file in one step at the end.
 
-    Every call yields a name of its own.  Several processes may therefore write `path` at the same time, and a reader finds the
-    whole file of one of them.  After an error the old file stays.  A kill may leave a file whose name ends with `.tmp`.
+    Every call has a folder of its own for it (`aside`).  Several processes may therefore write `path` at the same time, and a
+    reader finds the whole file of one of them.  After an error the old file stays.  What a kill leaves, the next call removes.
 
     Raises:
       InputError: the folder cannot be written.
     """
-    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with aside(path.parent, path.name) as folder:
+            yield folder / path.name
+            os.replace(folder / path.name, path)
     except OSError as error:
         raise InputError(
             f"Cannot write {path}: {error.strerror or error}; mend that and run the same command again."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ A train line is written every train.log_every steps, and at the last step.  NaN 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import statistics
@@ -107,7 +108,14 @@ class MetricsWriter:
     A line that is written stays in the file if the process is killed.  In a run of several processes only the first one writes.
     """
 
-    def __init__(self, folder: Path, keep_until: int, trackers: Sequence[str] = (), config: Any = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep_until: int,
+        trackers: Sequence[str] = (),
+        config: Any = None,
+        measured: str = "",
+    ):
         """Open the files of a run.
 
         Args:
@@ -116,6 +124,8 @@ class MetricsWriter:
             lines and damaged lines are dropped.  -1 drops all lines, for a run that starts anew.
           trackers: the trackers that get the metrics too, as in train.trackers.
           config: configuration of the run, which wandb shows.
+          measured: `measured` of the writer that wrote the lines that are kept.  If it is another now, `remark` says so.  Empty:
+            it is not known.
 
         Raises:
           InputError: the folder cannot be written, or wandb refuses its settings.
@@ -124,9 +134,15 @@ class MetricsWriter:
         self._file: IO[str] | None = None
         self._trackers: dict[str, Tracker] = {}
         self.remark = ""
-        """A sentence about lines that were damaged or doubled; empty if there were none."""
+        """A sentence about lines that were damaged, doubled or changed; empty if there were none."""
+        self._measured = hashlib.sha256()
         if distributed.is_first_process():
             self._keep(keep_until)
+            if measured and self.measured != measured and not self.remark:
+                self.remark = (
+                    "metrics.jsonl is damaged: its lines of earlier steps are not those that were written; restore it "
+                    "from a copy if there is one"
+                )
             self._trackers = make_trackers(trackers, folder, keep_until, config)
             self._file = self.path.open("a")
 
@@ -135,6 +151,11 @@ class MetricsWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    @property
+    def measured(self) -> str:
+        """SHA-256, in hex, of all lines of the file but those of events."""
+        return self._measured.hexdigest()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line with `kind`, `step` and `values`.
@@ -145,7 +166,10 @@ class MetricsWriter:
         if self._file is None:
             return
         record = plain(values)
-        self._write_line(self._file, json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        line = json.dumps({"kind": kind, "step": step, **record}) + "\n"
+        self._write_line(self._file, line)
+        if kind != "event":
+            self._measured.update(line.encode())
         for name in [*self._trackers]:
             self._to_tracker(name, lambda tracker: tracker.write(kind, step, record))
 
@@ -176,6 +200,8 @@ class MetricsWriter:
                 damaged += 1
             elif place[1] <= until:
                 kept.append(line + b"\n")
+                if place[0] != "event":
+                    self._measured.update(kept[-1])
                 measured |= {place} - {("event", place[1])}
         if damaged and until >= 0:
             self.remark = f"{damaged} lines of metrics.jsonl were damaged or doubled and are left out"

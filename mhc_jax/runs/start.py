@@ -22,6 +22,7 @@ from mhc_jax.errors import InputError, require
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh
 from mhc_jax.runs.checkpoint import Checkpoints
+from mhc_jax.runs.checksums import remove_summary
 from mhc_jax.runs.environment import devices_of, environment, used_devices
 from mhc_jax.runs.folder import differences, read_json, read_summary, recorded_data, write_json
 from mhc_jax.runs.history import History
@@ -111,7 +112,7 @@ def _require_room(config: ExperimentConfig, abstract: TrainState) -> None:
 
     The memory of CPU devices is that of the machine.  Whether a step fits is known only after it is compiled.
     """
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     room = stats["bytes_limit"] * config.mesh.size if "bytes_limit" in stats else machine * jax.process_count()
     state = sum(
@@ -175,7 +176,7 @@ def record_start(
         if read_summary(folder) is None and (folder / "summary.json").exists():
             progress.say("summary.json is damaged; it is written anew at the end")
         # The summary that an interrupted run has left must not remain while the run goes on.
-        (folder / "summary.json").unlink(missing_ok=True)
+        remove_summary(folder)
     for remark in remarks:
         progress.say(f"{remark}.")
         writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})

@@ -106,14 +106,17 @@ def run_local(workdir: Path, grid: Grid, selected: Sequence[Run], workers: int) 
         with pool.progress, StopRequest(pool.progress.say) as stop:
             pool.work(stop)
     finally:
-        pool.kill()
+        killed = pool.kill()
         write_results(workdir)
     for name, reason in pool.failed.items():
         print(f"{name} failed ({reason}); see {workdir / 'logs' / name}.log", file=sys.stderr)
     for name, process in pool.waiting.items():
         print(f"{name} was left to another sweep ({process})", file=sys.stderr)
     if stop.signal is not None:
-        print("Stopped; every run is saved. Run the same command to go on.", file=sys.stderr)
+        saved = "every run is saved"
+        if killed:
+            saved = f"{', '.join(killed)} did not stop within {GRACE_S:g} s and goes on from its last checkpoint"
+        print(f"Stopped; {saved}. Run the same command to go on.", file=sys.stderr)
         return EXIT_CODES["interrupted"]
     return 1 if pool.failed or pool.waiting else 0
 
@@ -185,11 +188,16 @@ class _Pool:
                 time.sleep(POLL_S)
                 self._reap(stopping=True)
 
-    def kill(self) -> None:
-        """Kill the workers that still run, because `work` raised an error or they took longer than `GRACE_S` to stop."""
+    def kill(self) -> list[str]:
+        """Kill the workers that still run, because `work` raised an error or they took longer than `GRACE_S` to stop.
+
+        Returns:
+          The names of their runs.
+        """
         for _, process in self.active.values():
             process.kill()
             process.wait()
+        return list(self.active)
 
     def _start_free(self) -> None:
         """Start queued runs until `workers` runs are active.  Runs that another process trains go to the end of the queue."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -138,23 +137,18 @@ def write_folder(
 
     folder = Path(folder)
     require_free(folder)
-    temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        temporary.chmod(0o755)
-        # safetensors stores the memory of an array as it lies there, so that a transposed array is copied first.
-        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary / FILE, dict(metadata))
-        (temporary / FILE).chmod(0o644)  # safetensors gives rights to the owner alone
-        for name, content in texts.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        os.replace(temporary, folder)
+        with aside(folder.parent, folder.name) as temporary:
+            # safetensors stores the memory of an array as it lies there, so that a transposed array is copied first.
+            save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary / FILE, dict(metadata))
+            (temporary / FILE).chmod(0o644)  # safetensors gives rights to the owner alone
+            for name, content in texts.items():
+                text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+                (temporary / name).write_text(text, encoding="utf-8")
+            os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_free(folder: Path) -> None:

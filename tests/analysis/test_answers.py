@@ -1,6 +1,7 @@
 """The decisions of the three questions on made-up losses whose answer is known, by the rules in the sweep files."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import runpy
@@ -11,7 +12,7 @@ import pytest
 from support.tiny_runs import ROOT
 
 from mhc_jax import connections
-from mhc_jax.analysis import answers
+from mhc_jax.analysis import answers, rate_margins
 from mhc_jax.analysis.contrasts import contrasts, equal_time
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.config import ExperimentConfig
@@ -144,7 +145,7 @@ def margin_runs(top):
 
 
 def decided(top):
-    return answers.muon_margin(margin_runs(top), loss_below=3.3, grid=RATES)
+    return rate_margins.muon_margin(margin_runs(top), loss_below=3.3, grid=RATES)
 
 
 def test_the_margin_is_in_octaves_over_residual_of_the_same_optimizer_clipping_and_seed():
@@ -155,7 +156,7 @@ def test_the_margin_is_in_octaves_over_residual_of_the_same_optimizer_clipping_a
         assert result.margins["mhc:init=paper", optimizer].values == {0: 2, 1: 3, 2: 2, 3: 3}
     assert [result.decision(o) for o in ("muon", "muon, connections under adamw")] == ["survives"] * 2
     assert result.censored == 0
-    line = answers.Line("residual", "adamw", 0.0, 1)
+    line = rate_margins.Line("residual", "adamw", 0.0, 1)
     assert result.rates[line] == (RATES[4], RATES[5])
 
 
@@ -168,8 +169,8 @@ def test_a_margin_that_muon_takes_away_is_lost_and_a_noisy_one_is_not_resolved()
 
 def test_a_line_without_an_end_is_counted():
     result = decided(lambda c, name, apart, clip, seed: -1 if c == "hc" else 11 if c == "mhc:init=paper" else 4)
-    assert result.rates[answers.Line("hc", "adamw", 1.0, 0)] == (None, RATES[0])
-    assert result.rates[answers.Line("mhc:init=paper", "adamw", 1.0, 0)] == (RATES[11], None)
+    assert result.rates[rate_margins.Line("hc", "adamw", 1.0, 0)] == (None, RATES[0])
+    assert result.rates[rate_margins.Line("mhc:init=paper", "adamw", 1.0, 0)] == (RATES[11], None)
     assert result.censored == 2 * 3 * 2 * 4
     assert {*result.margins["hc", "adamw"].values.values()} == {-5.0}
 
@@ -192,15 +193,14 @@ def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
     assert "**Decision by the rule: H_post carries the gain.**" in text
     assert f"| H_post | {post.mean:+.4f} | {low:+.4f} to {high:+.4f} |" in text
     assert "256 runs (256 finished, 0 diverged)" in text
-    assert (
-        "No effect is shown to have moved: the 95 % intervals hold the smaller model's means. The three effects" in text
-    )
+    held = "Not shown to have moved, because the 95 % interval holds the smaller model's mean: H_pre, H_post, H_res."
+    assert f"{held} The three effects have the same order." in text
     assert text.count("| scaled, dynamic: ") == 7 + 1
     risen = {"mhc": {0: 0.01, 1: 0.02, 2: 0.03}}
     text = tables.mixing_needed_part(mixing_runs({}, 0.05), risen, [], {})
     assert "**Decision by the rule: not resolved.**" in text
     assert "| `mhc` | +0.0200 |" in text
-    text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES, [])
+    text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES, [], {})
     assert "**Decision by the rule, muon: survives.**" in text
     assert "| mhc:init=paper, muon | 0.016 (0.016 to 0.016) | 0.016 (0.016 to 0.016) |" in text
 
@@ -211,8 +211,13 @@ def test_equal_time_has_a_row_for_each_connection_whose_time_is_known():
     for k, run in enumerate(longer):
         run.config["train"]["steps"] = [600, 900, 1800][k // 8]
     text = tables.which_map_part(runs, [], longer, {"lanes": 1.2, "scalar_gated": 9.0, "residual": 1.0})
-    assert text.count("| `lanes` |") == 1
-    assert "`scalar_gated`" not in text, "beyond the longest run of residual"
+    assert text.count("| `lanes` | -") + text.count("| `lanes` | +") == 1
+    assert "| `scalar_gated` | – | – | – | 0 | 9.00 |" in text, "beyond the longest run of residual"
+    assert "| `mhc:init=paper` | – | – | – | 0 | – |" in text, "its time is not known"
+    longer[-1] = made("residual", 7, None)
+    longer[-1].config["train"]["steps"] = 1800
+    row = tables.which_map_part(runs, [], longer, {"lanes": 1.2}).partition("| `lanes` |")[2].split("|")
+    assert row[3].strip() == "8", "the lost run of 1800 steps is not next to 720 steps"
 
 
 def test_best_losses_are_of_the_best_rate_on_both_sides():
@@ -226,8 +231,10 @@ def test_best_losses_are_of_the_best_rate_on_both_sides():
                     else loss + (more or 0.0) - 0.3 * (more is None) + 0.01 * seed * rate
                 )
                 runs.append(made(connection, seed, found, name="adamw", learning_rate=rate))
-    text = tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES, runs)
-    assert "| mhc:init=paper, adamw | 0.004 | 1.9000 | -0.1000 |" in text, (
+                runs[-1] = dataclasses.replace(runs[-1], name=f"{connection}-{rate:g}-{seed}")
+    norms = {run.name: 10.0 * run.seed[0] + (run.config["optimizer"]["learning_rate"] > 0.01) * 100 for run in runs}
+    text = tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES, runs, norms)
+    assert "| mhc:init=paper, adamw | 0.004 | 1.9000 | -0.1000 | no spread | 20 | 0 | 1 | 0.016 |" in text, (
         "a rate at which a run diverged is not the best"
     )
 
@@ -241,6 +248,12 @@ def test_figures_draw_every_test_and_every_seed():
     panels = figures.muon_margin_figure(decided(lambda c, *_: 3 + (c == "hc"))).axes
     drawn = [sorted({round(float(y), 9) for line in axis.lines for y in line.get_ydata()}) for axis in panels]
     assert drawn == [pytest.approx([RATES[3], RATES[4]])] * 3
+    bounds = decided(lambda c, *_: -1 if c == "hc" else 11 if c == "residual" else 4)
+    marks = {
+        (line.get_marker(), round(float(line.get_ydata()[0]), 9))
+        for line in figures.muon_margin_figure(bounds).axes[0].lines
+    }
+    assert marks >= {("v", RATES[0] / 2), ("^", RATES[11]), ("o", RATES[4])}
 
 
 def test_a_bound_that_could_overturn_a_decision_leaves_it_open():
@@ -251,10 +264,43 @@ def test_a_bound_that_could_overturn_a_decision_leaves_it_open():
     assert decided(lambda c, name, *_: -1 if c == "residual" else 4).decision("muon") == "survives"
 
 
+def test_what_is_lost_or_not_told_is_said():
+    runs = which_map_runs(additive(-0.01, -0.04, 0.0))
+    larger = [run for run in runs if run.seed[0] < 3]
+    k = next(k for k, run in enumerate(runs) if run.connection == "lanes")
+    runs[k] = made("lanes", runs[k].seed[0], None)
+    text = tables.which_map_part(runs, [run for run in larger if run.seed[0] < 2], [], {})
+    assert "**1 of 256 runs have no final loss**: `lanes` seed 0 (diverged)." in text
+    assert "Not told, because too few seeds finished: H_pre, H_post, H_res.\n" in text
+    assert "the same order" not in text
+    moved = tables.which_map_part(
+        runs, [run for run in which_map_runs(additive(-0.01, -0.06, 0.0)) if run.seed[0] < 3], [], {}
+    )
+    assert "Moved, because the 95 % interval excludes the smaller model's mean: H_post. Not shown" in moved
+
+
+def test_a_decision_that_is_resolved_needs_no_more_seeds():
+    """The lowest effect is above 0, so that no map carries the gain, but it is told apart from the next."""
+    answer = answers.which_map(which_map_runs(additive(0.02, 0.03, 0.01)))
+    assert (answer.winner, answer.seeds_needed) == (None, None)
+
+
+def test_records_that_lack_a_part_of_the_protocol_are_refused():
+    runs = which_map_runs(additive(0, 0, 0), seeds=3)
+    gone = ("copy", "static", frozenset({"post"}))
+    with pytest.raises(InputError, match="1 of the 8 cells of the design copy, static have no run"):
+        answers.which_map([run for run in runs if answers.cell_of(run) != gone])
+    with pytest.raises(InputError, match="diagonal has no run with 4 streams and entry=copy"):
+        answers.mixing_needed([run for run in mixing_runs({}, 0.01) if run.kind != "diagonal"])
+    for name in ("residual", "mhc:init=paper"):
+        with pytest.raises(InputError, match=f"No run has {name}, which the rule needs"):
+            rate_margins.muon_margin([run for run in margin_runs(lambda *_: 4) if run.connection != name], 3.3, RATES)
+
+
 def test_a_search_that_is_not_over_is_refused():
     runs = [run for run in margin_runs(lambda *_: 4) if run.config["optimizer"]["learning_rate"] != RATES[5]]
     with pytest.raises(InputError, match=r"is not over: rates between 0\.016 and 2\.048 were not tried"):
-        answers.muon_margin(runs, 3.3, RATES)
+        rate_margins.muon_margin(runs, 3.3, RATES)
 
 
 def test_numbers_without_spread_count_in_the_family():

@@ -1,13 +1,16 @@
 """Every figure shows the numbers of its runs, names its axes and runs, and raises an error where it has nothing to show."""
 
 import contextlib
+import copy
+import dataclasses
 import itertools
 import math
 import re
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
 from support.synthetic_runs import STEPS, SUBLAYERS, legend_texts, make_four, make_run
 from support.tiny_runs import lines
 
@@ -15,7 +18,8 @@ from mhc_jax import plots
 from mhc_jax.analysis.grouping import group
 from mhc_jax.analysis.run_reader import labels, last_diagnostics, series
 from mhc_jax.diagnostics import STREAM_MEASURES, second_eigenvalue
-from mhc_jax.plots import style
+from mhc_jax.errors import InputError
+from mhc_jax.plots import axes, style
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 
 MHC, LOST = "mhc:init=paper", "hc dtype=float16"
@@ -117,21 +121,74 @@ def test_gradient_norms_are_logarithmic_with_the_clipping_threshold(runs):
 def test_gains_against_depth_are_the_last_diagnostics_and_against_steps_of_the_whole_product(runs):
     figure = plots.gain_depth(runs)
     keys = ("single_forward", "single_backward", "composite_forward", "composite_backward")
-    for axis, key in zip(figure.axes, keys, strict=True):
+    assert len(figure.axes) == 8, "each measurement has a close-up"
+    axes = figure.axes[::2]
+    for axis, key in zip(axes, keys, strict=True):
         assert axis.get_yscale() == "log"
         for run, label in zip(runs, labels(runs), strict=True):
             depth, gain = data(axis, label)
             assert depth.tolist() == list(range(1, SUBLAYERS + 1))
+            assert axis.get_xlim()[0] == 0.5, "l counts from 1, and no tick stands at 0"
             np.testing.assert_array_equal(gain, last_diagnostics(run, key)[1])
         assert axis.get_ylim()[0] < 0.6 < max(data(axis, "hc")[1]) < axis.get_ylim()[1]
-    assert [len(axis.collections) for axis in figure.axes[:3:2]] == [0, len(runs)]
-    assert figure.axes[2].get_ylim() == figure.axes[3].get_ylim()
-    forward, backward = plots.gain_step(runs).axes
+    assert [len(axis.collections) for axis in axes[:3:2]] == [0, len(runs)]
+    assert axes[2].get_ylim() == axes[3].get_ylim()
+    forward, _, backward, _ = plots.gain_step(runs).axes
     for axis, side, end in ((forward, "forward", -1), (backward, "backward", 0)):
         expected = series(runs[1], "diagnostics", f"composite_{side}")[1][:, end]
         np.testing.assert_array_equal(data(axis, "hc")[1], expected)
     assert data(forward, "hc")[0].tolist() == [50, 100, 150, 200]
     assert forward.get_yscale() == backward.get_yscale() == "log"
+
+
+def test_close_ups_of_gains_have_axes_of_their_own_which_hold_their_curves(runs, tmp_path):
+    for figure in (plots.gain_depth(runs), plots.gain_step(runs)):
+        for axis in figure.axes[1::2]:
+            assert axis.get_yscale() == "linear"
+            assert axis.get_title("left").endswith(", close-up")
+            assert {label for label in labels(runs) if lines_of(axis, label)} == {"residual", MHC}
+            low, high = axis.get_ylim()
+            assert low < 0.98 < 1.02 < high < 3
+            for line in axis.lines:
+                assert low < min(line.get_ydata()) <= max(line.get_ydata()) < high
+    grown = dataclasses.replace(runs[2], diagnostics=copy.deepcopy(runs[2].diagnostics))
+    grown.diagnostics[-1]["composite_backward_max"] *= 1.5
+    tops = [axis.get_ylim()[1] for axis in plots.gain_depth([*runs[:2], grown]).axes[1::2]]
+    assert tops == pytest.approx([1.022, 1.022, 1.022, 1.55], abs=0.03), "each close-up has an axis of its own"
+    assert [axis.get_yscale() for axis in plots.gain_depth(runs[2:3]).axes] == ["linear"] * 4, "no HC, no close-ups"
+    assert [axis.get_yscale() for axis in plots.gain_depth(runs[1:2]).axes] == ["log"] * 4
+
+
+def test_a_figure_has_the_width_and_the_text_of_its_size(runs):
+    for size in (plots.SIZES["column"], plots.SIZES["page"], plots.Size(5, 6.5)):
+        with plots.drawn_at(size):
+            drawn = {name: plot.draw(runs) for name, plot in plots.FIGURES.items() if name != "depth_mixing"}
+        for name, figure in drawn.items():
+            assert figure.get_figwidth() == size.width, name
+            texts = [text for text in figure.findobj(Text) if text.get_text() and text not in figure.axes[0].texts]
+            assert max(text.get_fontsize() for text in texts) <= 9.5 / 9 * size.text + 1e-6, name
+        rows = {axis.get_subplotspec().rowspan.start for axis in drawn["gain_depth"].axes}
+        assert len(rows) == (8 if size.width == 3.3 else 4)
+    assert plots.gain_depth(runs).get_figwidth() == 8.4
+
+
+def test_one_panel_is_drawn_alone_with_the_legend_of_its_runs(runs):
+    names = plots.panel_names(plots.gain_depth(runs))
+    assert names[7] == "Composite H(L)···H(l), backward, close-up"
+    for panel in ("8", "COMPOSITE backward close-up"):
+        with plots.drawn_at(plots.Size(3.3, 7.0, panel)):
+            figure = plots.gain_depth(runs)
+        assert plots.panel_names(figure) == [names[7]]
+        assert legend_texts(figure) == ["residual", MHC]
+        assert figure.get_figheight() < 3
+    with plots.drawn_at(plots.Size(3.3, 7.0, "3")):
+        assert plots.panel_names(plots.h_res(runs)) == ["hc: l = 16"]
+    for panel in ("9", "0", "sideways"):
+        with (
+            plots.drawn_at(plots.Size(panel=panel)),
+            pytest.raises(InputError, match=rf"no panel '{panel}'; .* 1 \(Single"),
+        ):
+            plots.gain_depth(runs)
 
 
 def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(runs, tmp_path):
@@ -154,7 +211,7 @@ def test_similarity_shows_what_sees_collapse_and_leaves_out_runs_of_one_stream(r
     assert cosine.get_ylim()[0] < -1 / 3
     assert rank.get_ylim() == rank_steps.get_ylim()
     assert rank.get_ylim()[1] > 4, "the axis reaches n, where streams are orthogonal"
-    assert [axis.get_title("left") for axis in (cosine, rank)] == [f"Over depth (steps 100 to {STEPS})"] * 2
+    assert [axis.get_xlabel() for axis in (cosine, rank)] == [f"sub-layer l (steps 100 to {STEPS})"] * 2
     assert legend_texts(figure) == ["hc", MHC, f"{LOST} (diverged at step 120)", "hc dtype=opposite"]
 
 
@@ -182,11 +239,13 @@ def test_heat_maps_show_matrices_on_their_scales_sums_products_and_gates(runs):
     assert len(figure.axes) == 3 * 6
     matrices = last_diagnostics(runs[2], "h_res")[1]
     row = figure.axes[6:12]
-    for axis, l in zip(row, (0, 4, 8, 11, 15), strict=False):
-        assert axis.get_title() == f"l = {l + 1}"
-        np.testing.assert_array_equal(np.ravel(axis.collections[0].get_array()), matrices[l].ravel())
-    product = np.linalg.multi_dot(matrices[::-1])
-    np.testing.assert_allclose(np.ravel(row[5].collections[0].get_array()), product.ravel(), rtol=1e-12)
+    for axis, l in zip(row, (1, 8, 16), strict=False):
+        assert axis.get_title() == f"l = {l}"
+        np.testing.assert_array_equal(np.ravel(axis.collections[0].get_array()), matrices[l - 1].ravel())
+    for axis, high, low in zip(row[3:], (8, 16, 16), (1, 9, 1), strict=True):
+        assert axis.get_title() == f"H({high})···H({low})"
+        product = np.linalg.multi_dot(matrices[low - 1 : high][::-1])
+        np.testing.assert_allclose(np.ravel(axis.collections[0].get_array()), product.ravel(), rtol=1e-12)
     assert [text.get_text() for text in row[0].texts[:16]] == [f"{abs(v):.2f}" for v in matrices[0].ravel()]
     assert len(row[0].texts) == 16 + 8
     by_place = {text.get_position(): float(text.get_text()) for text in figure.axes[0].texts[16:]}
@@ -305,7 +364,12 @@ def test_marginals_entropy_and_distance(runs):
 def test_points_of_a_sweep(rates):
     """Dots are the losses of the seeds at their learning rate, lines the means over the seeds that finished."""
     figure = SWEEP_FIGURES["swept"].draw(rates)
-    assert [axis.get_xscale() for axis in figure.axes] == ["log"] * 3
+    assert [axis.get_xscale() for axis in figure.axes] == ["log"] * 5
+    titles = [axis.get_title("left") for axis in figure.axes]
+    assert titles[1::2] == [f"Largest composite gain, {side}" for side in ("forward", "backward")]
+    assert titles[2::2] == [f"{title}, close-up" for title in titles[1::2]]
+    assert [axis.get_yscale() for axis in figure.axes] == ["linear", "log", "linear", "log", "linear"]
+    assert [bool(lines_of(axis, "hc")) for axis in figure.axes] == [True, True, False, True, False]
     axis = figure.axes[0]
     assert {line.get_label() for line in axis.lines if line.get_label()[0] != "_"} == {"residual", "hc"}
     dots = [line.get_data() for line in axis.lines if line.get_marker() == "."]
@@ -358,9 +422,20 @@ def test_gaps_of_seeds_and_their_mean(rates):
     np.testing.assert_allclose(gap[5:-5], -0.06 * np.asarray(steps)[5:-5] / STEPS, atol=1e-9)
 
 
+def test_variants_of_a_kind_are_shades_of_its_colour(rates):
+    (axis,) = SWEEP_FIGURES["gap_curves"].draw(rates).axes
+    found = [to_hex(lines_of(axis, f"hc lr={rate} (2)")[0].get_color()) for rate in (0.001, 0.01)]
+    assert found == style.shades("#d55e00", 2)
+    assert style.shades("#d55e00", 1) == ["#d55e00"]
+    for light, dark in itertools.pairwise(to_rgb(color) for color in style.shades("#0072b2", 5)):
+        assert all(a > b or a == b == 0 for a, b in zip(light, dark, strict=True))
+
+
 def test_ticks_of_a_short_logarithmic_axis_are_labelled_as_they_stand():
-    assert [style._tick(value, 0) for value in (2.2e-7, 1e-7, 0.02)] == [r"$2.2\cdot 10^{-7}$", "$10^{-7}$", "0.02"]
-    label = style._minor_ticks(2.0)
-    assert [label(value, 0) for value in (2e-7, 2.2e-7, 1.4)] == [r"$2\cdot 10^{-7}$", r"$2.2\cdot 10^{-7}$", "1.4"]
-    label = style._minor_ticks(10.0)
+    assert [axes._tick(value, 0) for value in (2.2e-7, 1e-7, 0.02)] == [r"$2.2\cdot 10^{-7}$", "$10^{-7}$", "0.02"]
+    _, (panel,) = style.panels(1, 1)
+    panel.plot([0, 1], [2.3, 3.1])
+    axes.log_axis(panel)
+    assert list(panel.get_yticks()) == [1.5, 2, 2.5, 3, 3.5, 4], "more than the multiples of a power of ten"
+    label = axes._minor_ticks(10.0)
     assert [label(value, 0) for value in (2e-7, 3e-7)] == [r"$2\cdot 10^{-7}$", ""]

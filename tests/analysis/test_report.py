@@ -165,10 +165,13 @@ def test_page_is_self_contained(page, runs):
     assert not re.search(r"url\((?!#)", text)
     links = set(re.findall(r'href="([^"]*)"', text))
     inside = {link for link in links if link.startswith(("#", "data:image/png;base64,"))}
-    assert {(page.parent / link).resolve() for link in links - inside} == {run.folder.resolve() for run in runs}
-    assert text.count("<svg") == 13
-    assert set(re.findall(r'<a href="#([^"]+)"', text)) <= set(re.findall(r'id="([^"]+)"', text))
     drawn = list((page.parent / "figures").glob("*.png"))
+    files = {f"./figures/{path.stem}.{suffix}" for path in drawn for suffix in ("pdf", "svg", "png")}
+    outside = links - inside
+    assert {(page.parent / link).resolve() for link in outside - files} == {run.folder.resolve() for run in runs}
+    assert files <= outside
+    assert text.count("<svg") == 2 * 13, "each for a wide and for a narrow screen"
+    assert set(re.findall(r'<a href="#([^"]+)"', text)) <= set(re.findall(r'id="([^"]+)"', text))
     assert len(drawn) == 13
     assert {path.read_bytes()[:4] for path in drawn} == {b"\x89PNG"}
     assert sorted(item.name for item in page.parent.iterdir()) == ["figures", "report.html"]

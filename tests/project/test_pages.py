@@ -1,4 +1,4 @@
-"""Examples of pages work and files that pages name exist; notebooks are in step and execute; tests/numbers.md has every number."""
+"""The example of a connection works, files that pages name exist, and notebooks execute; tests/numbers.md has every number."""
 
 import ast
 import dataclasses
@@ -109,6 +109,41 @@ def test_committed_notebook_is_in_step_and_executed(source: Path):
     assert executed == written, "make notebooks"
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     check(notebook, source.stem)
+
+
+OWN = ["02_training_dynamics", "04_cost", "05_scaling"]
+"""Notebooks that train nothing, which takes a test seconds."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_one_path_makes_a_notebook_show_other_runs(name, tmp_path, monkeypatch, capsys):
+    for k, kind in enumerate(("residual", "hc", "mhc")):
+        write_run(tmp_path, f"run-{k}", kind)
+    write_run(tmp_path, "lost", "hc", diverged_at=120, config={"model.dtype": "float16"})
+    monkeypatch.chdir(ROOT / "notebooks")
+    text = (ROOT / "notebooks" / f"{name}.py").read_text()
+    text, count = re.subn(r"^RUNS = .*$", f"RUNS = {str(tmp_path)!r}", text, flags=re.MULTILINE)
+    assert count == 1
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *items: shown.extend(items))
+    exec(compile(text, name, "exec"), {})
+    texts = "".join(getattr(item, "data", "") or str(item) for item in shown) + capsys.readouterr().out
+    if name == "04_cost":
+        assert len([item for item in shown if hasattr(item, "axes")]) >= 3
+    else:
+        assert "mhc:init=paper" in texts
+    if name == "05_scaling":
+        assert "swept is not drawn: no number is swept" in texts
+
+
+def test_every_notebook_has_its_path_at_the_top_and_the_first_one_installs_itself():
+    for source in SOURCES[:5]:
+        code = [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code"]
+        assert sum("\nRUNS = " in cell for cell in code) == 1
+        place = next(k for k, cell in enumerate(code) if "\nRUNS = " in cell)
+        assert place == (1 if source.stem == "01_gain_curves" else 0)
+    first = next(cell.source for cell in jupytext.read(SOURCES[0]).cells if cell.cell_type == "code")
+    exec(first, {})  # nothing happens here, where the package can be imported
 
 
 def test_a_failing_cell_is_an_error(tmp_path):

@@ -43,6 +43,25 @@ def test_a_kill_in_the_middle_leaves_no_record_and_the_same_call_writes_it(where
     assert folder.stat().st_mode & 0o777 == 0o755
 
 
+def test_a_run_whose_environment_is_cut_is_named(sweep, tmp_path):
+    write_json(sweep / "hc-seed1" / "env.json", {"date": "2026-01-02"})
+    with pytest.raises(InputError, match=r"hc-seed1/env\.json has no commit, dirty, device"):
+        record.write_record(sweep, tmp_path / "record")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+
+
+def test_paths_are_cut_from_values_and_not_from_their_json():
+    """In the JSON text of the first value, a letter n stands before the path."""
+    assert record.without_paths(
+        {
+            "error": "lost\n/home/me/a.txt",
+            "source": "/home/me/my texts/a.txt,b/c.txt",
+            "command": "/usr/bin/python a.py",
+            "n": [1, {"x": "/tmp/y z"}],
+        }
+    ) == {"error": "lost\na.txt", "source": "a.txt,b/c.txt", "command": "python a.py", "n": [1, {"x": "y z"}]}
+
+
 def test_a_search_is_recorded_when_it_is_over_and_compares_nothing(sweep, tmp_path):
     plan = read_json(sweep / "sweep.json")
     plan["bisection"] = {"key": "optimizer.learning_rate", "loss_below": 3.0, "over": False}

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -192,6 +193,24 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
     status, _, err = run_script(*command)
     assert status == 0, err
     check_gone_on(workdir, tmp_path / "done")
+
+
+def test_a_worker_that_does_not_stop_is_killed_and_named(grid, tmp_path, monkeypatch, capsys, usual_sigint):
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+
+    def start(pool, run):
+        process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        pool.active[run.name] = run, process
+        pool.progress.started(run.name)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(runner._Pool, "_start", start)
+    monkeypatch.setattr(runner, "GRACE_S", 0.3)
+    assert runner.run_local(tmp_path / "sweep", grid, grid.runs, 1) == 130
+    told = f"Stopped; {grid.runs[0].name} did not stop within 0.3 s and goes on from its last checkpoint. Run the same"
+    assert told in capsys.readouterr().err
 
 
 def test_a_worker_whose_sweep_has_gone_asks_itself_to_stop(monkeypatch):
@@ -384,6 +403,7 @@ def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp
         ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
         ("--config.data.source=/x/y.txt", "--config.data.source=y.txt"),
         ("https://host/path/file", "https://host/path/file"),
+        ("model.py:/x/y/z.py", "model.py:z.py"),
         ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
     ],
 )

@@ -122,6 +122,16 @@ def test_one_flipped_bit_in_any_file_is_detected_and_the_checkpoint_before_is_us
     )
 
 
+def test_checkpoints_that_a_kill_kept_from_being_removed_go_at_the_next_start(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "0")
+    truncate(tmp_path / "checkpoints" / "3")
+    found, steps = restored(tmp_path)
+    assert (found[1]["at"], steps) == (2, [0, 1, 2])
+    shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / "3")
+    assert restored(tmp_path)[1] == [1, 2, 3]
+
+
 def test_missing_and_damaged_checksums(tmp_path):
     save(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "1"

@@ -110,6 +110,8 @@ class Echo:
         pass
 
     def generate(self, prompts, _max_new, _sampling, show):
+        if len(prompts[0]) > 9:
+            raise InputError(f"The prompt has {len(prompts[0])} tokens and the context 9.")
         show(0, [prompts[0][-1]])
         return [[prompts[0][-1]]]
 
@@ -131,6 +133,12 @@ def echo(monkeypatch, tmp_path):
 def test_prompts_on_standard_input_may_have_empty_lines_and_any_line_end(echo):
     status, out, err = echo("ab\n\ncd\r\n\r\né".encode())
     assert (status, out, err.count("tokens in")) == (0, "abbcddé", 3)  # half of the é is not shown
+
+
+def test_a_prompt_that_is_too_long_is_told_and_the_next_one_follows(echo):
+    status, out, err = echo(b"a long one\nab\n")
+    assert (status, out) == (2, "a long oneabb")
+    assert "\nerror: The prompt has 10 tokens and the context 9.\n" in err
 
 
 def test_a_prompt_that_is_not_utf8_is_told_with_its_line(echo):

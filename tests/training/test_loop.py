@@ -9,7 +9,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from support import stress_kill
 from support.ends import Poisoned, at_read_of, kill_at, poisoned, stop_at, train_until_killed
 from support.tiny_runs import assert_same_run, at_step, final_state, flags_of, lines, run_script, tiny, with_train
 from support.tracker_files import tensorboard
@@ -319,8 +318,3 @@ def test_bfloat16_branches_run_on_a_cpu(text, tmp_path):
     half = {"compute_dtype": "bfloat16", "stream_dtype": "bfloat16"}
     config = tiny(text, "residual", model=half, optimizer={"warmup_steps": 0}, train={"steps": 1})
     assert train(config, tmp_path / "run")["status"] == "finished"
-
-
-@pytest.mark.slow
-def test_kill_nine_at_random_moments(tmp_path):
-    assert stress_kill.stress(tmp_path, kills=3).startswith("3 kills")

@@ -72,6 +72,21 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [0], "a run that starts anew keeps nothing"
 
 
+def test_a_changed_digit_of_an_earlier_line_is_told(tmp_path):
+    with MetricsWriter(tmp_path, -1) as writer:
+        for step in (1, 2):
+            writer.write("train", step, {"loss": 2.5 + step})
+        measured = writer.measured
+        writer.write("event", 2, {"event": "interrupted"})
+        writer.write("train", 3, {"loss": 2.5})
+    with MetricsWriter(tmp_path, 2, measured=measured) as writer:
+        assert (writer.remark, writer.measured) == ("", measured)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace("3.5", "3.6"))
+    with MetricsWriter(tmp_path, 2, measured=measured) as writer:
+        assert writer.remark.startswith("metrics.jsonl is damaged: its lines of earlier steps are not those")
+
+
 @pytest.mark.parametrize("half", ['{"kind": "train", "st', '{"kind": "train", "step": 1, "loss": 1.0}', "\0\0\0"])
 def test_a_half_written_last_line_is_dropped_and_a_whole_one_kept(half, tmp_path):
     write_steps(tmp_path, -1, [0])

@@ -23,6 +23,7 @@ from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.runs import lock
+from mhc_jax.runs.checksums import remove_summary, write_summary
 from mhc_jax.runs.folder import (
     check_run_folder,
     create_run_folder,
@@ -226,7 +227,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     assert holder(tmp_path) == ""
     with run_lock(tmp_path):
         assert holder(tmp_path).startswith(f"process {os.getpid()} on ")
-    (tmp_path / "0123.tmp").write_text("what a killed process was writing")
+    (tmp_path / ".config.json.0123abcd.tmp").mkdir()  # what a killed process was writing
     with run_folder(tmp_path, {"a": 1}) as ended:
         assert ended is None
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "lock"]
@@ -332,6 +333,20 @@ def test_a_damaged_line_of_metrics_is_left_out_and_said_and_ends_no_reader_in_a_
         assert ("1 lines of metrics.jsonl" in writer.remark) == bool(dropped)
     assert len((folder / "metrics.jsonl").read_bytes().splitlines()) == (2 if dropped else 4)
     read_run(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.jsonl", "summary.json"])
+def test_one_changed_digit_of_a_run_that_has_ended_is_refused_by_pages(name, tmp_path):
+    folder = write_run(tmp_path, "run", "hc")
+    (folder / "env.json").write_text('{"commit": "1"}')
+    write_summary(folder, json.loads((folder / "summary.json").read_text()))
+    assert read_run(folder).status == "finished"
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[::-1].replace("1", "2", 1)[::-1])
+    with pytest.raises(InputError, match=rf"{name} is damaged: its SHA-256 is not .* remove .*checksums.json to use"):
+        read_run(folder)
+    remove_summary(folder)
+    assert read_run(folder).summary is None
 
 
 def test_a_look_at_the_lock_does_not_refuse_a_command(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""The campaign that kills, starves, damages and fuzzes the commands of this project (`run.py`)."""
