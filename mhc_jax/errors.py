@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import difflib
 import math
@@ -27,6 +28,17 @@ class InputError(ValueError):
 
     The scripts in `experiments/` print this message alone, without a traceback, and exit with status 2.
     """
+
+
+def raise_interrupt(error: BaseException | None) -> None:
+    """Raise `KeyboardInterrupt` if Ctrl-C is the cause of an error.
+
+    Orbax replaces the exception by which asyncio ends a read on Ctrl-C by one that tells of a damaged file.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+            raise KeyboardInterrupt from error
+        error = error.__cause__ or error.__context__
 
 
 def one_of(name: str, given: object, allowed: Iterable[str]) -> None:

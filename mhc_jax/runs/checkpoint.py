@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mhc_jax.errors import InputError
+from mhc_jax.errors import InputError, raise_interrupt
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.checksums import damage, write_checksums
 from mhc_jax.runs.folder import differences, read_json
@@ -272,6 +272,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
+    raise_interrupt(error)
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 

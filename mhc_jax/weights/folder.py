@@ -4,6 +4,7 @@ A model folder can stand wherever a run folder gives a trained model (`runs.trai
 
     config.json         all settings of the run, with model.vocab_size set and the kind of connection under model.connection
     model.safetensors   parameters, float32, under their paths such as `layers/mlp/W_up`; axes of blocks come first
+    checksums.json      the SHA-256 of each other file; a folder whose files have changed is refused
     tokenizer.json, tokenizer_config.json   the tokenizer as Hugging Face's library reads it, unless it is `byte`
 
 The header of model.safetensors says the number of updates, and kind, fingerprint and end token of the tokenizer.

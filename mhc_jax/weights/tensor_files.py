@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from mhc_jax.errors import InputError, require
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names of the file with all arrays, and of the index of shards that stands in its place."""
+CHECKSUMS = "checksums.json"
+"""Name of the file with the SHA-256 of each file of a folder that `write_folder` wrote, by name."""
 READABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that are read, as safetensors spells them."""
 
@@ -24,7 +27,8 @@ class TensorFiles:
     """The arrays of a folder, by name.  An array is read from its file when `take` asks for it.
 
     Raises:
-      InputError: the folder has neither `model.safetensors` nor its index, or a file is damaged or missing.
+      InputError: the folder has neither `model.safetensors` nor its index, or a file is damaged or missing.  Files of a folder
+        that `write_folder` wrote are compared with their checksums.
     """
 
     def __init__(self, folder: str | Path):
@@ -44,6 +48,8 @@ class TensorFiles:
                 for key in file.keys():  # noqa: SIM118  `file` is no dict and cannot be iterated
                     part = file.get_slice(key)
                     self._specs[key] = (name, tuple(part.get_shape()), part.get_dtype())
+        if (self.folder / CHECKSUMS).is_file():
+            _check(self.folder)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -144,11 +150,36 @@ def write_folder(
             save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary / FILE, dict(metadata))
             (temporary / FILE).chmod(0o644)  # safetensors gives rights to the owner alone
             for name, content in texts.items():
-                text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-                (temporary / name).write_text(text, encoding="utf-8")
+                _write_text(temporary / name, content)
+            _write_text(temporary / CHECKSUMS, {path.name: _sha256(path) for path in sorted(temporary.iterdir())})
             os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _write_text(path: Path, content: Any) -> None:
+    """Write a text, or JSON values."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _check(folder: Path) -> None:
+    """Raise `InputError` unless the files of a folder are those that were written."""
+    for name, expected in read_json(folder / CHECKSUMS).items():
+        try:
+            same = _sha256(folder / name) == expected
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read: {error.strerror}.") from error
+        require(
+            same,
+            f"{folder / name} is damaged: its SHA-256 is not the one that was saved; write the folder again, or remove "
+            f"{folder / CHECKSUMS} to use the files as they are.",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_free(folder: Path) -> None:

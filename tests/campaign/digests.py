@@ -94,7 +94,10 @@ def sweep(folder: Path) -> dict[str, str]:
     for name in json.loads((folder / "sweep.json").read_text())["runs"]:
         out |= {f"{name}: {key}": value for key, value in run(folder / name).items()}
     with (folder / "results.csv").open() as file:
-        rows = [{k: v for k, v in row.items() if not k.endswith("_s") and k != "date"} for row in csv.DictReader(file)]
+        rows = [
+            {k: v for k, v in row.items() if not k.endswith("_s") and k not in ("date", "commit")}
+            for row in csv.DictReader(file)
+        ]
     return out | {"results": sha(json.dumps(rows)), "page": str((folder / "report.html").is_file())}
 
 

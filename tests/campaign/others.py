@@ -105,10 +105,11 @@ def paused(place: Place, case: Case, trial: Trial, rng: random.Random, folder: P
 
 
 def clock(place: Place, case: Case, trial: Trial, rng: random.Random, folder: Path) -> None:
-    """Let the clock of the command and of its workers jump."""
+    """Let the clock of the command and of its workers jump.  Orbax may then take a save for one that took too long, and say so."""
     children = case.start(place, folder, Fault(str(folder), clock=rng.randrange(1, 1 << 30)))
     if judge(place, trial, children):
-        trial.fail("status", f"status {children[0].status}: {children[0].said[-2000:]}")
+        trial.count("a sentence")
+        _go_on(place, case, trial, folder)
 
 
 def twice(place: Place, case: Case, trial: Trial, rng: random.Random, folder: Path) -> None:

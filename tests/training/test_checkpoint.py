@@ -1,5 +1,6 @@
 """A broken checkpoint is passed over, none is lost, and a full disk or another model ends the run with a sentence."""
 
+import asyncio
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from support.ends import Killed
 from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run_script, with_train
@@ -130,6 +132,26 @@ def test_checkpoints_that_a_kill_kept_from_being_removed_go_at_the_next_start(tm
     assert (found[1]["at"], steps) == (2, [0, 1, 2])
     shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / "3")
     assert restored(tmp_path)[1] == [1, 2, 3]
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_sets_none_aside(tmp_path, monkeypatch):
+    """Orbax makes an error of its own of the exception by which asyncio ends a read."""
+    save(tmp_path, 1, 2)
+
+    def cancelled(*_, **__):
+        try:
+            raise asyncio.CancelledError
+        except BaseException as error:
+            raise Exception("Encountered error while reading array index") from error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", cancelled)
+    with pytest.raises(KeyboardInterrupt):
+        restored(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        load_params(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+    monkeypatch.undo()
+    assert restored(tmp_path)[1] == [1, 2]
 
 
 def test_missing_and_damaged_checksums(tmp_path):

@@ -133,6 +133,19 @@ def test_models_that_do_not_fit_are_told(tmp_path, change, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_flipped_bit_of_a_written_folder_is_told(name, tmp_path):
+    write_folder(tmp_path / "a", {"w": np.ones(300, np.float32)}, {"config.json": {"width": 1}}, {})
+    assert TensorFiles(tmp_path / "a").shapes == {"w": (300,)}
+    content = bytearray((tmp_path / "a" / name).read_bytes())
+    content[-9] ^= 1
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is damaged: its SHA-256 .* remove .*checksums.json to use"):
+        TensorFiles(tmp_path / "a")
+    (tmp_path / "a" / "checksums.json").unlink()
+    assert TensorFiles(tmp_path / "a").shapes == {"w": (300,)}
+
+
 def test_damaged_and_missing_files_are_told(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no safetensors" * 3)
     with pytest.raises(InputError, match="not a whole safetensors file"):
