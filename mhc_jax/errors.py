@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
+import errno
 import math
 import os
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ MOST = 2**31 - 1
 """Largest value of a setting that is an int.  JAX counts with int32."""
 SEEDS = 2**32
 """Number of different seeds.  JAX takes a larger seed modulo this number."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
+"""Numbers of the errors of a disk that is full, read-only, broken, or not open to this user."""
 LONGEST_NAME = 255
 """Number of bytes that the name of a file may have in the usual file systems."""
 LONGEST_PATH = 4095
@@ -28,6 +31,19 @@ class InputError(ValueError):
 
     The scripts in `experiments/` print this message alone, without a traceback, and exit with status 2.
     """
+
+
+def of_disk(error: BaseException | None) -> str:
+    """Return a sentence about a disk that is full, read-only or broken if it is the cause of an error, and else an empty text.
+
+    Libraries that write, such as Matplotlib, may raise another error once a write has failed.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f" {shown(error.filename)}" if error.filename else ""
+            return f"Cannot use the disk{where}: {error.strerror}; mend that and run the same command again."
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def raise_interrupt(error: BaseException | None) -> None:

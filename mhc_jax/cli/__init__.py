@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from mhc_jax.cli.flag_help import HELP, flag_texts, help_text
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
-from mhc_jax.errors import InputError, require, shown, user_path
+from mhc_jax.errors import InputError, of_disk, require, shown, user_path
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.cpu_variables import cpu_alone, set_cpu_variables
 
@@ -110,6 +110,9 @@ def main(
                 distributed.exit_if_joined(2)
                 return 2
             if not distributed.joined():
+                if sentence := of_disk(error):
+                    print(f"error: {sentence}", file=sys.stderr)
+                    return 2
                 raise
             lost = distributed.is_lost_process(error)
             print(

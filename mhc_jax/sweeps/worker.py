@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import logging
 
-from mhc_jax.errors import InputError
+from mhc_jax.errors import InputError, of_disk
 from mhc_jax.loop import EXIT_CODES, train
 from mhc_jax.runs.lock import Busy, require_free
 from mhc_jax.sweeps.grid import read_planned
@@ -61,6 +61,11 @@ def main() -> int:
         return BUSY
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (sentence := of_disk(error)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
 
 

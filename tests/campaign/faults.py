@@ -66,6 +66,7 @@ def arm(fault: Fault | None) -> None:
     if fault.worker >= 0:
         return
     _armed = True
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # The alarm ends the process at once, as SIGKILL does.
     count, owner = itertools.count(1), os.getpid()
     trace = os.open(fault.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if fault.trace else -1
 
@@ -80,7 +81,6 @@ def arm(fault: Fault | None) -> None:
         if number == fault.at and fault.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if number == fault.at and fault.action == "alarm":
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process at once, as SIGKILL does
             signal.setitimer(signal.ITIMER_REAL, fault.delay_s)
         if fault.action == "error" and (number == fault.at or (fault.lasting and number > fault.at)):
             raise OSError(fault.errno, os.strerror(fault.errno), name)

@@ -1,5 +1,7 @@
 """A mistake on the command line of a script is one line on standard error with exit status 2, and nothing is written."""
 
+import errno
+
 import pytest
 from support.in_process import run_here
 from support.tiny_runs import ROOT
@@ -74,3 +76,18 @@ def test_a_mistake_in_a_config_file(case, tmp_path):
     content, sentence = FILES[case]
     (tmp_path / f"{case}.py").write_text(content)
     check(tmp_path, "train", [f"--config={tmp_path}/{case}.py"], sentence)
+
+
+def test_a_disk_error_behind_another_error_is_one_sentence(tmp_path, monkeypatch):
+    """Matplotlib, whose file could not be written, fails once more as it closes it."""
+
+    def full(*_):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "page.pdf")
+        finally:
+            raise AttributeError("pos")
+
+    monkeypatch.setattr("mhc_jax.reports.page.write_folder_report", full)
+    status, _, error = run_here("report", tmp_path)
+    told = "error: Cannot use the disk 'page.pdf': No space left on device; mend that and run the same command again.\n"
+    assert (status, error) == (2, told)
