@@ -22,6 +22,7 @@ from mhc_jax.config.mapping import from_mapping
 from mhc_jax.errors import InputError, of_disk, require, shown, user_path
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.cpu_variables import cpu_alone, set_cpu_variables
+from mhc_jax.runs.stop import exit_if_a_save_hangs
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
 # A flag of a setting that is a list, such as train.trackers, takes entries separated by commas.
@@ -112,6 +113,7 @@ def main(
             if not distributed.joined():
                 if sentence := of_disk(error):
                     print(f"error: {sentence}", file=sys.stderr)
+                    exit_if_a_save_hangs(2)
                     return 2
                 raise
             lost = distributed.is_lost_process(error)
@@ -120,6 +122,7 @@ def main(
             )
             status = distributed.LOST if lost else 1
         distributed.exit_if_joined(status)
+        exit_if_a_save_hangs(status)
         return status
 
     for stream in (sys.stdout, sys.stderr):

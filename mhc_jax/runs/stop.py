@@ -1,9 +1,12 @@
-"""Catch the signals that ask a run to stop."""
+"""Catch the signals that ask a run to stop, and end a process that a failed save keeps from ending."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,3 +37,15 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+
+
+def exit_if_a_save_hangs(status: int) -> None:
+    """End this process with exit status `status` if a save that failed has left threads of Orbax; else only return.
+
+    These threads wait ten minutes for a signal that never comes, and Python's usual exit would wait for them.
+    """
+    waiting = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
+    if any(not thread.daemon for thread in waiting):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

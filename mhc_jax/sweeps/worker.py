@@ -14,6 +14,7 @@ from absl import logging
 from mhc_jax.errors import InputError, of_disk
 from mhc_jax.loop import EXIT_CODES, train
 from mhc_jax.runs.lock import Busy, require_free
+from mhc_jax.runs.stop import exit_if_a_save_hangs
 from mhc_jax.sweeps.grid import read_planned
 from mhc_jax.sweeps.results import failure_file, write_results
 
@@ -70,4 +71,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    exit_if_a_save_hangs(exit_status)
+    sys.exit(exit_status)

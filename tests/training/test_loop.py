@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import threading
 import types
 
 import jax
@@ -19,7 +20,7 @@ from mhc_jax.cost import counts
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
-from mhc_jax.runs import history
+from mhc_jax.runs import history, stop
 from mhc_jax.runs.checkpoint import load_params
 
 
@@ -93,6 +94,19 @@ def test_stop_before_the_first_step(residual, alone, tmp_path, monkeypatch):
     assert (stopped["status"], stopped["steps"]) == ("interrupted", 0)
     train(residual, tmp_path / "run")
     assert_same_run(alone, tmp_path / "run")
+
+
+def test_a_process_ends_although_a_thread_of_a_failed_save_waits(monkeypatch):
+    ended, statuses = threading.Event(), []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    waiting = type("Future", (threading.Thread,), {"__module__": "orbax.checkpoint.futures"})(target=ended.wait)
+    stop.exit_if_a_save_hangs(2)
+    waiting.start()
+    stop.exit_if_a_save_hangs(2)
+    ended.set()
+    waiting.join()
+    stop.exit_if_a_save_hangs(3)
+    assert statuses == [2]
 
 
 def test_a_second_signal_acts_as_usual(usual_sigint):
