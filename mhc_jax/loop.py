@@ -42,7 +42,15 @@ from mhc_jax.runs.programs import (
     trace_train_step,
 )
 from mhc_jax.runs.progress import Progress
-from mhc_jax.runs.start import lost_process, prepare, record_start, require_same_settings, shapes_of_state, sizes
+from mhc_jax.runs.start import (
+    forget_summary,
+    lost_process,
+    prepare,
+    record_start,
+    require_same_settings,
+    shapes_of_state,
+    sizes,
+)
 from mhc_jax.runs.stop import StopRequest
 from mhc_jax.runs.warm_start import warm_start
 from mhc_jax.train_step import TrainState
@@ -154,6 +162,7 @@ def _train(config: ExperimentConfig, folder: Path, data: Data | None, progress: 
         with progress.during("tracing the train step"), history.clock.timed("compile_s"):
             traced = trace_train_step(planned, mesh, abstract)
         flops = flops_per_token(planned, mesh, abstract, traced)
+        forget_summary(folder, progress)
         with (
             contextlib.closing(feed.train),
             MetricsWriter(folder, -1 if anew else history.step, cfg.trackers, mapping, measured) as writer,

@@ -29,6 +29,8 @@ from mhc_jax.analysis.statistics import MOST_SEEDS, Equivalence, equivalence, se
 from mhc_jax.errors import require
 
 MAPS = ("pre", "post", "res")
+DESIGNS = [("copy", "dynamic"), ("copy", "static"), ("scaled", "dynamic"), ("scaled", "static")]
+"""Designs of question 1: its arms and forms."""
 MARGIN = 0.005
 """Margin of equivalence in question 2, in nats/token."""
 MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
@@ -111,10 +113,13 @@ def which_map(runs: Sequence[RunRecord]) -> WhichMap:
     """Decide question 1 by the rule in the docstring of experiments/sweeps/which_map.py.
 
     Raises:
-      InputError: a cell of a design has no run.
+      InputError: a design, or a cell of one, has no run.
     """
     losses = cells(runs)
     arms = sorted({(arm, form) for arm, form, _ in losses})
+    require(
+        arms == DESIGNS, f"The runs have {len(arms)} of the {len(DESIGNS)} designs of the rule; record the whole sweep."
+    )
     for arm, form in arms:
         missing = 8 - sum((arm, form) == (a, f) for a, f, _ in losses)
         require(

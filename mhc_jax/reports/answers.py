@@ -100,8 +100,7 @@ def which_map_part(
     out += ["Secondary: all maps against none in each design, and the controls. Not corrected.", ""]
     out += [markdown_table(totals), ""]
     out += _equal_time(runs, longer, ratios)
-    if larger:
-        out += _larger(answer, larger)
+    out += _larger(answer, larger) if larger else ["Larger model: not run yet.", ""]
     return "\n".join(out)
 
 
@@ -147,9 +146,9 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
 
 
 def _equal_time(runs: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: Mapping[str, float]) -> list[str]:
-    """Return the lines that compare connections with residual after as much time.  Empty without times or longer runs."""
+    """Return the lines that compare connections with residual after as much time."""
     if not longer or not ratios:
-        return []
+        return ["Equal wall clock: not measured yet.", ""]
     by_steps: dict[int, list[RunRecord]] = {}
     for run in longer:
         by_steps.setdefault(run.config["train"]["steps"], []).append(run)

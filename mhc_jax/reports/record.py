@@ -191,19 +191,20 @@ def write_runs(run_folders: Sequence[Path], folder: Path, metrics: bool = False)
 def without_paths(value: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON object as records keep it, with each absolute path cut to its last part.
 
-    A text that begins with `/` is taken for a path or several paths between commas, which may have blanks, unless it is a command.
+    A text that begins with `/` is taken for a path or several paths between commas, which may have blanks.  Commands and
+    error messages may begin with `/` too, and are cut as other texts.
     """
-    return {key: _without_paths(entry, key == "command") for key, entry in value.items()}
+    return {key: _without_paths(entry, key in ("command", "error")) for key, entry in value.items()}
 
 
-def _without_paths(value: Any, command: bool = False) -> Any:
+def _without_paths(value: Any, sentence: bool = False) -> Any:
     if isinstance(value, dict):
         return without_paths(value)
     if isinstance(value, list):
         return [_without_paths(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    if not value.startswith("/") or command:
+    if not value.startswith("/") or sentence:
         return shortened(value)
     return ",".join(part.rpartition("/")[2] if part.startswith("/") else shortened(part) for part in value.split(","))
 

@@ -149,6 +149,14 @@ def lost_process(checkpoints: Checkpoints, history: History, folder: Path) -> It
         raise distributed.process_lost_error(error, f", noticed at step {history.step}", go_on) from error
 
 
+def forget_summary(folder: Path, progress: Progress) -> None:
+    """Remove the summary and checksums that an interrupted run has left, before its metrics.jsonl changes."""
+    if distributed.is_first_process():
+        if read_summary(folder) is None and (folder / "summary.json").exists():
+            progress.say("summary.json is damaged; it is written anew at the end")
+        remove_summary(folder)
+
+
 def record_start(
     folder: Path,
     config: ExperimentConfig,
@@ -168,15 +176,10 @@ def record_start(
     `remarks` has a sentence for each checkpoint that could not be read.  `anew` is whether the run has no checkpoint of its own.
     """
     env = environment() | devices_of(config)
-    if distributed.is_first_process():
-        if anew or not _has_env(folder, progress):
-            source = {"init_from": warm.source} if warm else {}
-            groups = [group._asdict() for group in _groups(config, abstract)]
-            write_json(folder / "env.json", env | {"data": data.summary(), "optimizer": groups} | source)
-        if read_summary(folder) is None and (folder / "summary.json").exists():
-            progress.say("summary.json is damaged; it is written anew at the end")
-        # The summary that an interrupted run has left must not remain while the run goes on.
-        remove_summary(folder)
+    if distributed.is_first_process() and (anew or not _has_env(folder, progress)):
+        source = {"init_from": warm.source} if warm else {}
+        groups = [group._asdict() for group in _groups(config, abstract)]
+        write_json(folder / "env.json", env | {"data": data.summary(), "optimizer": groups} | source)
     for remark in remarks:
         progress.say(f"{remark}.")
         writer.write("event", history.step, {"event": "checkpoint_skipped", "detail": remark})

@@ -30,13 +30,14 @@ from mhc_jax import connections
 from mhc_jax.analysis.run_reader import SHORT, flatten, identity
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
+from mhc_jax.data.aside import EXTRA
 from mhc_jax.errors import LONGEST_NAME, InputError, require, shown
 from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.sweeps.bisection import Bisection, lines
 from mhc_jax.sweeps.field_types import check_types
 
-ROOM = 15
-"""Number of bytes of a file name that follow the name of a run, as in `.sweep/runs/NAME.json`."""
+ROOM = len(".json") + EXTRA
+"""Number of bytes that file names of a run have beside its name, as `.sweep/runs/NAME.json` has while it is written aside."""
 Point = dict[str, Any]
 """Settings that one run of a sweep changes, by dotted key of the configuration.
 

@@ -99,7 +99,10 @@ class Place:
             if child.wait(10 * self.patience_s) != 0:
                 raise RuntimeError(f"{case.name} fails undisturbed with {child.status}: {child.said[-1500:]}")
         took = time.monotonic() - began
-        return Reference(life, self.digest(case, life), took, trace.read_text().splitlines())
+        digest = self.digest(case, life)
+        if "error" in digest:
+            raise RuntimeError(f"{case.name} leaves what cannot be read: {digest['error']}")
+        return Reference(life, digest, took, trace.read_text().splitlines())
 
     def digest(self, case: Case, life: Path) -> dict[str, str]:
         """Return the digest of a life that has ended."""

@@ -161,7 +161,7 @@ def judge(place: Place, trial: Trial, children: list[Child]) -> int | None:
     return None if trial.verdict != "equal" else max(child.status or 0 for child in children)
 
 
-WORDS = ("damaged", "cannot be read", "left out", "doubled", "written anew", "computed again", "again")
+WORDS = ("damaged", "cannot be read", "left out", "doubled", "written anew", "computed again")
 """Words of sentences by which a command says that it has mended something or left it out."""
 
 

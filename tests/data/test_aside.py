@@ -1,6 +1,6 @@
 """A folder that is written aside goes with its call, or with the next one after a kill, and never while another process uses it."""
 
-from mhc_jax.data.aside import aside
+from mhc_jax.data.aside import EXTRA, aside
 
 
 def left(folder):
@@ -18,14 +18,23 @@ def test_a_folder_that_is_moved_stays_and_one_that_is_not_goes(tmp_path):
 
 
 def test_what_a_kill_leaves_goes_at_the_next_call_and_nothing_else(tmp_path):
-    for name in (".a.backup", ".a.12345678", ".ab.12345678.tmp"):
+    others = [
+        ".a.000000.12345678.tmp",
+        ".a.12345678",
+        ".a.backup",
+        ".ab.12345678.tmp",
+    ]  # the first is that of another host
+    for name in others:
         (tmp_path / name).mkdir()
-    (tmp_path / ".a.abcd_123.tmp").mkdir()  # a kill leaves such a folder, and its lock ends with the process
-    (tmp_path / ".a.abcd_123.tmp" / "half").touch()
+    with aside(tmp_path, "a") as folder:
+        assert len(folder.name) == len("a") + EXTRA
+        ours = folder.name
+    (tmp_path / ours).mkdir()  # a kill leaves such a folder, and its lock ends with the process
+    (tmp_path / ours / "half").touch()
     with aside(tmp_path, "a") as first:
         with aside(tmp_path, "a") as second:
             assert first.exists()
             assert first != second
         assert first.exists()
-        assert ".a.abcd_123.tmp" not in left(tmp_path)
-    assert left(tmp_path) == [".a.12345678", ".a.backup", ".ab.12345678.tmp"]
+        assert ours not in left(tmp_path)
+    assert left(tmp_path) == others

@@ -81,7 +81,8 @@ def test_every_setting_has_a_text_and_its_default():
     assert set(described) == named
     assert described["optimizer.learning_rate"].default == "0.003"
     assert described["model.connection.t_max"].kinds == ("mhc", "identity_mix", "single_pass")
-    assert "1e-06 (gated)" in described["model.connection.eps_norm"].default or len(settings("eps_norm")) > 1
+    epsilon = {kind: row.default for row in settings("eps_norm") for kind in row.kinds}
+    assert (epsilon["hc"], epsilon["mudd"]) == ("1e-20; 1e-06 (gated)", "1e-20; 1e-06 (mudd)")
 
 
 def test_the_page_of_settings_has_every_setting():

@@ -54,12 +54,19 @@ def test_paths_are_cut_from_values_and_not_from_their_json():
     """In the JSON text of the first value, a letter n stands before the path."""
     assert record.without_paths(
         {
-            "error": "lost\n/home/me/a.txt",
+            "detail": "lost\n/home/me/a.txt",
             "source": "/home/me/my texts/a.txt,b/c.txt",
             "command": "/usr/bin/python a.py",
+            "error": "/home/me/a.txt is lost; restore /home/me/a.txt",
             "n": [1, {"x": "/tmp/y z"}],
         }
-    ) == {"error": "lost\na.txt", "source": "a.txt,b/c.txt", "command": "python a.py", "n": [1, {"x": "y z"}]}
+    ) == {
+        "detail": "lost\na.txt",
+        "source": "a.txt,b/c.txt",
+        "command": "python a.py",
+        "error": "a.txt is lost; restore a.txt",
+        "n": [1, {"x": "y z"}],
+    }
 
 
 def test_a_search_is_recorded_when_it_is_over_and_compares_nothing(sweep, tmp_path):

@@ -20,6 +20,7 @@ from support.tiny_runs import PATIENCE_S, assert_same_run, flags_of, lines, scri
 from mhc_jax import loop
 from mhc_jax.analysis.run_reader import identities, read_run
 from mhc_jax.config.mapping import from_mapping, to_mapping
+from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError
 from mhc_jax.loop import train
 from mhc_jax.runs import lock
@@ -227,7 +228,9 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     assert holder(tmp_path) == ""
     with run_lock(tmp_path):
         assert holder(tmp_path).startswith(f"process {os.getpid()} on ")
-    (tmp_path / ".config.json.0123abcd.tmp").mkdir()  # what a killed process was writing
+    with aside(tmp_path, "config.json") as half:
+        left = half.name
+    (tmp_path / left).mkdir()  # what a killed process was writing
     with run_folder(tmp_path, {"a": 1}) as ended:
         assert ended is None
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "lock"]
