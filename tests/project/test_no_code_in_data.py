@@ -15,7 +15,7 @@ ALLOWED = {
     ("mhc_jax/user_functions.py", "run_path"),
     ("mhc_jax/sweeps/grid.py", "run_path"),
     # Files that lie beside these and have fixed names.
-    ("experiments/answers.py", "run_path"),
+    ("mhc_jax/reports/questions.py", "run_path"),
     ("experiments/configs/board.py", "run_path"),
     ("experiments/sweeps/muon_rates.py", "run_path"),
     ("experiments/sweeps/which_map_large.py", "run_path"),

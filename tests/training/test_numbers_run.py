@@ -29,6 +29,7 @@ from mhc_jax.model import Decoder, cross_entropy
 from mhc_jax.runs.checkpoint import load_params
 from mhc_jax.runs.environment import used_devices
 from mhc_jax.runs.history import History
+from mhc_jax.runs.programs import abstract_state
 from mhc_jax.sweeps.results import measurements
 from mhc_jax.train_step import init_state
 
@@ -81,7 +82,7 @@ def test_the_first_lines_of_a_run(config, run):
     """12 steps of 4 x 16 tokens; what is counted here are the arrays of the checkpoint."""
     whole = resolve_tokenizer(config, load_data(config.data))
     parameters = sum(map(np.size, jax.tree.leaves(final_state(run.folder)["params"])))
-    model, training, *groups = loop.sizes(whole, loop.abstract_state(whole, None))
+    model, training, *groups = loop.sizes(whole, abstract_state(whole, None))
     assert [model, training] == [
         f"model: {parameters:,} parameters, {4 * (64 * 24 + 3 + 24):,} of them in connections (mhc:init=home:t_max=2)",
         f"training: 12 steps x 64 tokens = 768 tokens, {768 / parameters:.3g} a parameter",
