@@ -7,6 +7,8 @@ import pytest
 from support.in_process import run_here
 from support.tiny_runs import ROOT
 
+from mhc_jax import connections
+
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [line.partition(" #")[0].strip() for line in TEXT.splitlines() if re.match(r" {4}(python|make) ", line)]
 SIZES = {
@@ -58,3 +60,23 @@ def test_every_command_runs(tmp_path):
         assert status == 0, f"{command}\n{err}"
         ran.add(name)
     assert ran == set(SHORT)
+
+
+def cells(file: str) -> list[list[str]]:
+    """The cells of all rows of the tables of a page, without bold."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_its_numbers_of_the_demo_are_those_of_the_page_of_the_demo():
+    """tests/project/test_numbers_pages.py holds that page against the record."""
+    page = {tuple(cell.partition(" (")[0] for cell in row[1:]) for row in cells("docs/demo.md")}
+    shown = [row for row in cells("README.md") if len(row) == 5 and re.match(r"[\d–]", row[1])]
+    assert len(shown) == 6
+    assert [row for row in shown if tuple(row[1:]) not in page] == []
+
+
+def test_it_has_every_kind_and_its_file():
+    rows = [row for row in cells("README.md") if re.fullmatch(r"`\w+\.py`", row[-1])]
+    assert {row[0].strip("`") for row in rows} == set(connections.KINDS)
+    assert all((ROOT / "mhc_jax" / "connections" / row[-1].strip("`")).is_file() for row in rows)
