@@ -184,6 +184,7 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
         "overflow": 1,
         "second_wave": 5,
         "which_map": 8,
+        "which_map_home": 8,
         "mixing_needed": 10,
         "residual_longer": 10,
         "muon_margin": 4,
