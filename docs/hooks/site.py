@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import formulas
 import notebook_pages
 import reference_pages
 
@@ -128,8 +129,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     content = _with_links(content, page, files)
     # A line may end before a flag, but not after its hyphens.
     content = re.sub(r"(?<=[\s>])--[\w.\[\]]+(?=[^<>]*</code>)", r'<span class="flag">\g<0></span>', content)
-    # Indented formulas of docstrings, which Markdown takes for code.
-    return re.sub(r"<pre>(?:<span></span>)?<code>\$(?!\$)([^<]*?)\$\s*</code></pre>", _lines, content)
+    return formulas.with_formulas(content, mathml) if page.file.src_uri.startswith("api/") else content
 
 
 def _with_links(content: str, page: Page, files: Files) -> str:
@@ -158,11 +158,6 @@ def _inline(match: re.Match[str]) -> str:
 
 def _display(match: re.Match[str]) -> str:
     return f'<div class="formula">{mathml(match[1], "block")}</div>'
-
-
-def _lines(match: re.Match[str]) -> str:
-    formulas = re.split(r"\$\s*\n\s*\$", match[1])
-    return "".join(f'<div class="formula">{mathml(formula, "block")}</div>' for formula in formulas)
 
 
 def mathml(formula: str, display: str) -> str:

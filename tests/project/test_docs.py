@@ -1,11 +1,13 @@
 """The documentation without mkdocs: pages of the navigation exist, links lead somewhere, settings and commands are documented."""
 
+import ast
 import dataclasses
 import re
 import subprocess
 import sys
 import urllib.parse
 
+import formulas
 import notebook_pages
 import pytest
 import reference_pages
@@ -148,6 +150,37 @@ def test_the_pages_of_commands_have_their_flags():
     )
     assert "| `--workdir=TEXT` | `required` |" in done.stdout
     assert all(f"'{page}'" in done.stdout for page in GENERATED)
+
+
+def drawn(*lines):
+    """What a page of the API shows of indented lines of a docstring."""
+    text = "\n".join(lines)
+    content = f'<p>Then</p><div class="highlight"><pre><span></span><code>{text}\n</code></pre></div>'
+    return formulas.with_formulas(content, lambda formula, display: f"[{display} {formula}]").removeprefix(
+        "<p>Then</p>"
+    )
+
+
+def test_formulas_of_indented_lines_are_drawn():
+    line = '<div class="formula">{}</div>'.format
+    assert drawn("$a = b$", "$c$.") == line("[block a = b]") + line("[block c.]")
+    assert drawn(r"$\bar r = r'^2$,  $c$,  $K$.") == line(r"[inline \bar r = r'^2],  [inline c],  [inline K].")
+    assert drawn(r"$s = 1, \qquad", "g = 2$ (`bias`)") == line(r"[inline s = 1, \qquad g = 2] (<code>bias</code>)")
+    assert drawn("gain $= 1$, the largest sum") == line("gain [inline = 1], the largest sum")
+    columns = drawn("message      $nC$ elements", "in all       $2nC$")
+    assert columns.endswith("<code>message      [inline nC] elements\nin all       [inline 2nC]\n</code></pre></div>")
+    for code in ("echo $HOME", "x = 1", "make demo"):
+        assert drawn(code) == f'<div class="highlight"><pre><span></span><code>{code}\n</code></pre></div>'
+
+
+def test_no_formula_in_a_docstring_is_left_half_open():
+    """Such a line would stand on its page as LaTeX."""
+    for path in sorted([*ROOT.glob("mhc_jax/**/*.py"), *ROOT.glob("kernels/mhc_kernels/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for block in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                    if re.search(r"\$[^$]*\\", block):
+                        assert block.count("$") % 2 == 0, f"{path}: {block}"
 
 
 def test_a_notebook_becomes_a_page():
