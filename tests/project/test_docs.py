@@ -98,6 +98,9 @@ def test_the_page_of_settings_has_every_setting():
     [
         (["settings", "optimizer.b"], 0, "optimizer.b1  (float, default 0.9)"),
         (["settings", "fsdp"], 0, "mesh.fsdp"),
+        (["settings", "fsdp"], 0, "These are the defaults.  A config file may set other values"),
+        (["settings", "optimizer.lr"], 2, "Did you mean 'optimizer.learning_rate'?"),
+        (["settings", "learnin_rate"], 2, "Did you mean 'optimizer.learning_rate'?"),
         (["settings", "optimizer.learning_raet"], 2, "Did you mean 'optimizer.learning_rate'?"),
         (["setings"], 2, "There is no command 'setings'"),
         (["settings", "a", "b"], 2, "Unexpected argument 'b'"),
@@ -128,6 +131,13 @@ def test_help_shows_flags_and_settings_and_ends_well():
     for said in ("usage: python experiments/sweep.py SWEEP.py", "--slurm_minutes=INT  (default 60)"):
         assert said in done.stdout
     assert "--config.NAME=VALUE\n      A setting of the run; `python -m mhc_jax settings`" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["figure.py --list", "train.py --help"])
+def test_a_command_whose_output_nobody_reads_ends_silently(words):
+    script = f"{sys.executable} experiments/{words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
 @pytest.mark.full
