@@ -27,15 +27,17 @@ ROOT = reference_pages.ROOT
 PICTURES = {".png", ".svg"}
 FORMULA = r'<span class="arithmatex">\\\(([^<]*?)\\\)</span>'
 BOOSTS = {
-    "api/": 0.3,
-    "experiments/": 0.3,
-    "tests/": 0.3,
-    "mhc_jax/": 0.3,
-    "CHANGELOG": 0.3,
+    "api/": 0.1,
+    "experiments/": 0.1,
+    "tests/": 0.2,
+    "mhc_jax/": 0.1,
+    "CHANGELOG": 0.1,
+    "records": 0.2,
     "notebooks/": 0.2,
     "glossary": 3.0,
 }
-BOOSTS |= {"settings": 1.0, "commands/": 1.0, "": 2.0}
+BOOSTS |= dict.fromkeys(["your_", "clusters", "run_folders", "generate", "first_sweep"], 5.0)
+BOOSTS |= {"settings": 0.7, "commands/": 0.3, "": 2.0}
 """By how much the search prefers pages whose path begins so: explanations before records and code."""
 MODULES = {
     module: page.replace(".md", ".html")
