@@ -86,6 +86,7 @@ RECORDS_HEAD = """# All records
 A record keeps what matters of a sweep or of a measurement: its page, its numbers and its configuration, in `experiments/records/`.
 [Your first sweep](first_sweep.md#a-record) says how a record is made. [How numbers are defined](../tests/numbers.md) says what the
 numbers mean.
+Older records give their commands with `--set=NAME=VALUE`, which is spelled `--config.NAME=VALUE` today.
 
 """
 

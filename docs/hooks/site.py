@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import formulas
 import notebook_pages
 import reference_pages
 
@@ -26,15 +27,17 @@ ROOT = reference_pages.ROOT
 PICTURES = {".png", ".svg"}
 FORMULA = r'<span class="arithmatex">\\\(([^<]*?)\\\)</span>'
 BOOSTS = {
-    "api/": 0.3,
-    "experiments/": 0.3,
-    "tests/": 0.3,
-    "mhc_jax/": 0.3,
-    "CHANGELOG": 0.3,
+    "api/": 0.003,  # a match in a title counts a thousand times as much as one in a text
+    "experiments/": 0.003,
+    "tests/": 0.2,
+    "mhc_jax/": 0.1,
+    "CHANGELOG": 0.1,
+    "records": 0.2,
     "notebooks/": 0.2,
     "glossary": 3.0,
 }
-BOOSTS |= {"settings": 1.0, "commands/": 1.0, "": 2.0}
+BOOSTS |= dict.fromkeys(["your_", "clusters", "run_folders", "generate", "first_sweep"], 5.0)
+BOOSTS |= {"settings": 0.7, "commands/": 0.3, "": 2.0}
 """By how much the search prefers pages whose path begins so: explanations before records and code."""
 MODULES = {
     module: page.replace(".md", ".html")
@@ -128,8 +131,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     content = _with_links(content, page, files)
     # A line may end before a flag, but not after its hyphens.
     content = re.sub(r"(?<=[\s>])--[\w.\[\]]+(?=[^<>]*</code>)", r'<span class="flag">\g<0></span>', content)
-    # Indented formulas of docstrings, which Markdown takes for code.
-    return re.sub(r"<pre>(?:<span></span>)?<code>\$(?!\$)([^<]*?)\$\s*</code></pre>", _lines, content)
+    return formulas.with_formulas(content, mathml) if page.file.src_uri.startswith("api/") else content
 
 
 def _with_links(content: str, page: Page, files: Files) -> str:
@@ -158,11 +160,6 @@ def _inline(match: re.Match[str]) -> str:
 
 def _display(match: re.Match[str]) -> str:
     return f'<div class="formula">{mathml(match[1], "block")}</div>'
-
-
-def _lines(match: re.Match[str]) -> str:
-    formulas = re.split(r"\$\s*\n\s*\$", match[1])
-    return "".join(f'<div class="formula">{mathml(formula, "block")}</div>' for formula in formulas)
 
 
 def mathml(formula: str, display: str) -> str:

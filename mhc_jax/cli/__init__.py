@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from mhc_jax.runs.cpu_variables import cpu_alone, set_cpu_variables
 from mhc_jax.runs.stop import exit_if_a_save_hangs
 
 DEFAULT_CONFIG = "experiments/configs/demo.py"
+UNREAD = 141
+"""Exit status of a script whose output nobody reads any more."""
 # A flag of a setting that is a list, such as train.trackers, takes entries separated by commas.
 config_flags.register_flag_parser_for_type(list, flags.ListParser())
 
@@ -72,6 +75,8 @@ def main(
 ) -> None:
     """Parse flags with absl and run a script.  An `InputError` is printed without a traceback, and the exit status is then 2.
 
+    A script whose output nobody reads any more, as under `| head`, ends without a word.  Its exit status is 141, as of SIGPIPE.
+
     Args:
       function: the script.  It gets the positional arguments and returns the exit status, where None means 0.
       positional: names of the positional arguments, which are all required.  None: the script gets all positional arguments as one
@@ -86,7 +91,9 @@ def main(
     def guarded(argv: Sequence[str]) -> int:
         try:
             if positional is None:
-                return function(list(argv[1:])) or 0
+                status = function(list(argv[1:])) or 0
+                sys.stdout.flush()
+                return status
             given = argv[1:]
             if missing := positional[len(given) :]:
                 command = f"{Path(argv[0]).name} {' '.join(positional)}"
@@ -95,6 +102,7 @@ def main(
                 raise InputError(f"Unexpected argument {more[0]!r}; settings are given as --name=value (see --help).")
             edited = [flags.FLAGS.config.to_dict()] if configuration else []
             status = function(*given, *edited) or 0
+            sys.stdout.flush()
             distributed.shutdown()
             return status
         except (InputError, distributed.ProcessLostError) as error:
@@ -106,6 +114,10 @@ def main(
             sys.stdout.flush()
             os._exit(130)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                distributed.exit_if_joined(UNREAD)
+                exit_if_a_save_hangs(UNREAD)
+                return UNREAD
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 print(f"error: The path {shown(error.filename)} is too long; give a shorter one.", file=sys.stderr)
                 distributed.exit_if_joined(2)
@@ -133,9 +145,22 @@ def main(
     if computes and cpu_alone():
         set_cpu_variables()
     if not set(HELP).isdisjoint(sys.argv[1:]):
-        print(_help(positional, configuration is not None))
+        try:
+            print(_help(positional, configuration is not None), flush=True)
+        except BrokenPipeError:
+            sys.exit(UNREAD if _nobody_reads() else 1)
         sys.exit(0)
     app.run(guarded, flags_parser=functools.partial(_parse, configuration=configuration))
+
+
+def _nobody_reads() -> bool:
+    """Return whether the reader of the output has gone, and send what is still to be written nowhere if so."""
+    watch, out = select.poll(), sys.stdout.fileno()
+    watch.register(out, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
 
 
 def own_flags(script: str) -> list[flags.Flag]:

@@ -21,6 +21,10 @@ A command of experiments/ takes a setting as --config.NAME=VALUE, such as --conf
 The settings of a connection may also follow its kind: --config=experiments/configs/demo.py:mhc:t_max=5.
 """
 
+OTHERS = (
+    "These are the defaults.  A config file may set other values; report.html and config.json of a run have its own."
+)
+
 
 def kinds_of(setting: Setting) -> str:
     """Return the kinds of connection that have a setting, joined with commas, or the word `all`."""
@@ -43,7 +47,7 @@ def main(words: list[str]) -> int:
         command, *rest = words
         require(command == "settings", f"There is no command {command!r}; use `python -m mhc_jax settings`.")
         require(len(rest) <= 1, f"Unexpected argument {words[-1]!r}; give one prefix, such as 'optimizer.'.")
-        print("\n\n".join(map(text_of, settings(*rest))))
+        print("\n\n".join([*map(text_of, settings(*rest)), OTHERS]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -83,13 +83,24 @@ def settings(prefix: str = "") -> list[Setting]:
                 found += [part._replace(name=f"{setting.name}={head}:{part.name}") for part in parts]
     chosen = [setting for setting in found if setting.name.startswith(prefix)]
     chosen = chosen or [setting for setting in found if re.split("[.:]", setting.name)[-1].startswith(prefix)]
-    near = difflib.get_close_matches(prefix, [setting.name for setting in found], n=1)
+    near = _nearest(prefix, [setting.name for setting in found])
     require(
         bool(chosen),
-        f"No setting begins with {prefix!r}.{f' Did you mean {near[0]!r}?' if near else ''} The sections are "
+        f"No setting begins with {prefix!r}.{f' Did you mean {near!r}?' if near else ''} The sections are "
         f"{', '.join(field.name for field in dataclasses.fields(ExperimentConfig))}.",
     )
     return chosen
+
+
+def _nearest(given: str, names: list[str]) -> str | None:
+    """Return the name that is spelled most like `given`, with its section or without it, or of whose words it is the initials."""
+    last = {name: re.split("[.:]", name)[-1] for name in names}
+    word = re.split("[.:]", given)[-1]
+    short = [name for name in names if len(word) > 1 and "".join(part[:1] for part in last[name].split("_")) == word]
+    if near := short or difflib.get_close_matches(given, names, n=1):
+        return near[0]
+    alike = difflib.get_close_matches(word, last.values(), n=1)
+    return next((name for name in names if last[name] in alike), None)
 
 
 def connection_settings() -> list[Setting]:

@@ -74,9 +74,11 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
         # The text may have another name than in config.json if its identity is recorded, with which `train` compares it.
         if changed or (respelled(folder, config) and not recorded_data(folder)):
             changed = changed or respelled(folder, config)
+            more = all(line.startswith("train.steps:") for line in changed)
+            more_steps = " docs/warm_start.md (More steps) says how a new run goes on from this one." if more else ""
             raise InputError(
                 f"{folder} already holds a run with another configuration ({'; '.join(changed[:6])}); "
-                f"choose another folder, or the same configuration to go on with it."
+                f"choose another folder, or the same configuration to go on with it.{more_steps}"
             )
         summary = read_summary(folder)
         return summary if summary and summary["status"] != "interrupted" else None

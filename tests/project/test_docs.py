@@ -1,11 +1,13 @@
 """The documentation without mkdocs: pages of the navigation exist, links lead somewhere, settings and commands are documented."""
 
+import ast
 import dataclasses
 import re
 import subprocess
 import sys
 import urllib.parse
 
+import formulas
 import notebook_pages
 import pytest
 import reference_pages
@@ -96,6 +98,9 @@ def test_the_page_of_settings_has_every_setting():
     [
         (["settings", "optimizer.b"], 0, "optimizer.b1  (float, default 0.9)"),
         (["settings", "fsdp"], 0, "mesh.fsdp"),
+        (["settings", "fsdp"], 0, "These are the defaults.  A config file may set other values"),
+        (["settings", "optimizer.lr"], 2, "Did you mean 'optimizer.learning_rate'?"),
+        (["settings", "learnin_rate"], 2, "Did you mean 'optimizer.learning_rate'?"),
         (["settings", "optimizer.learning_raet"], 2, "Did you mean 'optimizer.learning_rate'?"),
         (["setings"], 2, "There is no command 'setings'"),
         (["settings", "a", "b"], 2, "Unexpected argument 'b'"),
@@ -128,6 +133,13 @@ def test_help_shows_flags_and_settings_and_ends_well():
     assert "--config.NAME=VALUE\n      A setting of the run; `python -m mhc_jax settings`" in done.stdout
 
 
+@pytest.mark.parametrize("words", ["figure.py --list", "train.py --help"])
+def test_a_command_whose_output_nobody_reads_ends_silently(words):
+    script = f"{sys.executable} experiments/{words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("path", reference_pages.COMMANDS.values(), ids=lambda path: path.stem)
 def test_help_of_every_command(path):
@@ -148,6 +160,37 @@ def test_the_pages_of_commands_have_their_flags():
     )
     assert "| `--workdir=TEXT` | `required` |" in done.stdout
     assert all(f"'{page}'" in done.stdout for page in GENERATED)
+
+
+def drawn(*lines):
+    """What a page of the API shows of indented lines of a docstring."""
+    text = "\n".join(lines)
+    content = f'<p>Then</p><div class="highlight"><pre><span></span><code>{text}\n</code></pre></div>'
+    return formulas.with_formulas(content, lambda formula, display: f"[{display} {formula}]").removeprefix(
+        "<p>Then</p>"
+    )
+
+
+def test_formulas_of_indented_lines_are_drawn():
+    line = '<div class="formula">{}</div>'.format
+    assert drawn("$a = b$", "$c$.") == line("[block a = b]") + line("[block c.]")
+    assert drawn(r"$\bar r = r'^2$,  $c$,  $K$.") == line(r"[inline \bar r = r'^2],  [inline c],  [inline K].")
+    assert drawn(r"$s = 1, \qquad", "g = 2$ (`bias`)") == line(r"[inline s = 1, \qquad g = 2] (<code>bias</code>)")
+    assert drawn("gain $= 1$, the largest sum") == line("gain [inline = 1], the largest sum")
+    columns = drawn("message      $nC$ elements", "in all       $2nC$")
+    assert columns.endswith("<code>message      [inline nC] elements\nin all       [inline 2nC]\n</code></pre></div>")
+    for code in ("echo $HOME", "x = 1", "make demo"):
+        assert drawn(code) == f'<div class="highlight"><pre><span></span><code>{code}\n</code></pre></div>'
+
+
+def test_no_formula_in_a_docstring_is_left_half_open():
+    """Such a line would stand on its page as LaTeX."""
+    for path in sorted([*ROOT.glob("mhc_jax/**/*.py"), *ROOT.glob("kernels/mhc_kernels/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for block in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                    if re.search(r"\$[^$]*\\", block):
+                        assert block.count("$") % 2 == 0, f"{path}: {block}"
 
 
 def test_a_notebook_becomes_a_page():

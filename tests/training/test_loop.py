@@ -293,6 +293,8 @@ def test_ctrl_c_in_the_script_and_the_same_command_again(residual, alone, tmp_pa
 def test_a_folder_that_cannot_be_used_is_told_before_anything_is_written(residual, alone, tmp_path):
     with pytest.raises(InputError, match=r"another configuration \(train.seed: 0 -> 1; train.steps: 8 -> 9\)"):
         train(with_train(residual, seed=1, steps=9), alone)
+    with pytest.raises(InputError, match=r"train.steps: 8 -> 9\); .* docs/warm_start.md \(More steps\)"):
+        train(with_train(residual, steps=9), alone)
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("keep")
