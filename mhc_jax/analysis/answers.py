@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,15 +41,19 @@ MIXING_KINDS = ("identity", "diagonal", "identity_mix", "go_mhc")
 
 
 Cell = tuple[str, str, frozenset[str]]
-"""A cell of the factorial: its arm (`copy`, `scaled`), its form (`dynamic`, `static`) and the maps that are learned."""
+"""A cell of the factorial: its arm (`copy`, `scaled`, `home`), its form (`dynamic`, `static`) and the maps that are learned."""
 
 
 def cell_of(run: RunRecord) -> Cell | None:
     """Return the cell of question 1 that a run belongs to, or None for a control.
 
-    The cell that learns no map is the same for both forms, and its form is `static`.
+    The cell that learns no map is the same for both forms, and its form is `static`.  The arm of a run of which_map_home.py is
+    `home`, and its optimizer says which maps are learned.
     """
     connection = run.config["model"]["connection"]
+    _, home, learned = run.config["optimizer"]["name"].partition("which_map_home.py:learn_")
+    if home:
+        return "home", "dynamic", frozenset(learned.split("_")) & frozenset(MAPS)
     if connection["kind"] == "residual":
         return "copy", "static", frozenset()
     if connection["kind"] != "mhc":
@@ -128,10 +133,7 @@ def which_map(runs: Sequence[RunRecord]) -> WhichMap:
     all_effects = {design: effects(losses, *design) for design in arms}
     averaged = {m: mean_over([found[frozenset({m})] for found in all_effects.values()]) for m in MAPS}
     primary = contrasts(averaged)
-    against = {
-        (a, b): contrasts({f"{a} - {b}": minus(averaged[a], averaged[b])})[0]
-        for a, b in itertools.permutations(MAPS, 2)
-    }
+    against = _against(averaged)
     labelled = {
         (design, "x".join(m for m in MAPS if m in of)): values
         for design, found in all_effects.items()
@@ -153,16 +155,54 @@ def which_map(runs: Sequence[RunRecord]) -> WhichMap:
         for kind in ("lanes", "scalar_gated")
         if kind in kinds
     ]
-    below = [
-        c.label
-        for c in primary
-        if c.resolved
-        and mean_of(c) < 0
-        and all(
-            (r := against[c.label, other].result) and r.resolved and r.mean < 0 for other in MAPS if other != c.label
-        )
-    ]
-    return WhichMap(primary, against, designs, total, controls, below[0] if below else None)
+    return WhichMap(primary, against, designs, total, controls, _winner(primary, against))
+
+
+def _winner(primary: Sequence[Contrast], against: Mapping[tuple[str, str], Contrast]) -> str | None:
+    """Return the map whose effect is negative, resolved and below both others, or None."""
+    for c in primary:
+        others = [against[c.label, other].result for other in MAPS if other != c.label]
+        if c.resolved and mean_of(c) < 0 and all(r and r.resolved and r.mean < 0 for r in others):
+            return c.label
+    return None
+
+
+def _against(of: Mapping[str, Seeds]) -> dict[tuple[str, str], Contrast]:
+    """Return the differences of the effects of any two maps."""
+    pairs = itertools.permutations(MAPS, 2)
+    return {(a, b): contrasts({f"{a} - {b}": minus(of[a], of[b])})[0] for a, b in pairs}
+
+
+class WhichMapHome(NamedTuple):
+    """The answer to question 1 where streams differ."""
+
+    primary: Sequence[Contrast]
+    """The main effects of pre, post and res."""
+    against: Mapping[tuple[str, str], Contrast]
+    """Differences of two of these effects, first minus second."""
+    interactions: Sequence[Contrast]
+    """Not corrected."""
+    total: Contrast
+    """Loss with all maps learned minus loss with all of them frozen.  Not corrected."""
+    winner: str | None
+    """The map that carries the lower loss by the rule, or None."""
+
+
+def which_map_home(runs: Sequence[RunRecord]) -> WhichMapHome:
+    """Decide by the rule in the docstring of experiments/sweeps/which_map_home.py.
+
+    Raises:
+      InputError: a cell has no run.
+    """
+    losses = cells(runs)
+    missing = 8 - sum((arm, form) == ("home", "dynamic") for arm, form, _ in losses)
+    require(not missing, f"{missing} of the 8 cells of which_map_home have no run; record the whole sweep.")
+    found = {"x".join(m for m in MAPS if m in of): v for of, v in effects(losses, "home", "dynamic").items()}
+    primary, against = contrasts({m: found[m] for m in MAPS}), _against(found)
+    interactions = [contrasts({label: values})[0] for label, values in found.items() if label not in MAPS]
+    every, none = (losses["home", "dynamic", frozenset(maps)] for maps in (MAPS, ()))
+    total = contrasts({"all - none": minus(every, none)})[0]
+    return WhichMapHome(primary, against, interactions, total, _winner(primary, against))
 
 
 # -- question 2: is H_res needed

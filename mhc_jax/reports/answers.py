@@ -66,20 +66,25 @@ def _lost(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def which_map_part(
-    runs: Sequence[RunRecord], larger: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: Mapping[str, float]
+    runs: Sequence[RunRecord],
+    home: Sequence[RunRecord],
+    larger: Sequence[RunRecord],
+    longer: Sequence[RunRecord],
+    ratios: Mapping[str, float],
 ) -> str:
     """Return the section of question 1.
 
     Args:
       runs: the runs of which_map.
+      home: the runs of which_map_home, or none.
       larger: the runs of which_map_large, or none.
       longer: the runs of residual_longer, or none.
       ratios: time of a step over residual's, by the text of the connection.
     """
     answer = answers.which_map(runs)
-    out = ["## 1. Which map carries the gain?", "", f"Sweep `which_map`: {_runs(runs)}", "", *_lost(runs)]
+    out = ["## 1. Which map carries the lower loss?", "", f"Sweep `which_map`: {_runs(runs)}", "", *_lost(runs)]
     if answer.winner:
-        out += [f"**Decision by the rule: H_{answer.winner} carries the gain.**", ""]
+        out += [f"**Decision by the rule: H_{answer.winner} carries the lower loss.**", ""]
     else:
         seeds = answer.seeds_needed
         more = f" About {seeds} seeds would tell the two lowest effects apart." if seeds else ""
@@ -100,8 +105,33 @@ def which_map_part(
     out += ["Secondary: all maps against none in each design, and the controls. Not corrected.", ""]
     out += [markdown_table(totals), ""]
     out += _equal_time(runs, longer, ratios)
+    out += _home(home) if home else ["Streams that differ (`which_map_home`): not run yet.", ""]
     out += _larger(answer, larger) if larger else ["Larger model: not run yet.", ""]
     return "\n".join(out)
+
+
+def _home(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the lines on question 1 where streams differ."""
+    answer = answers.which_map_home(runs)
+    decision = f"H_{answer.winner} carries the lower loss" if answer.winner else "not resolved"
+    pairs = [("post", "pre"), ("post", "res"), ("pre", "res")]
+    secondary = [row(f"H_{a} - H_{b}", answer.against[a, b], corrected=False) for a, b in pairs]
+    secondary += [row(c.label, c, corrected=False) for c in (*answer.interactions, answer.total)]
+    return [
+        f"Streams that differ (`which_map_home`): {_runs(runs)}",
+        "",
+        *_lost(runs),
+        f"**Decision by the rule of this sweep: {decision}.**",
+        "",
+        "Effect of learning a map, against freezing it at its start (nats/token, below 0 is better).",
+        "",
+        markdown_table([row(f"H_{c.label}", c) for c in answer.primary]),
+        "",
+        "Differences of these effects, interactions, and all maps learned minus none. Not corrected.",
+        "",
+        markdown_table(secondary),
+        "",
+    ]
 
 
 def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:

@@ -42,7 +42,9 @@ def questions(experiments: str | Path) -> dict[str, Question]:
     ratios = {name: row["ratio"] for name, row in steps.items()}
     found = {}
     if maps := _runs(records, "which_map"):
-        text = tables.which_map_part(maps, _runs(records, "which_map_large"), longer, ratios)
+        text = tables.which_map_part(
+            maps, _runs(records, "which_map_home"), _runs(records, "which_map_large"), longer, ratios
+        )
         found["which_map"] = Question(text, lambda: figures.which_map_figure(answers.which_map(maps)))
     if mixing := _runs(records, "mixing_needed"):
         frozen = _beside(records, "mixing_needed", "frozen.json")

@@ -100,6 +100,23 @@ def test_a_diverged_run_takes_its_seed_out_of_its_design():
     assert {len(c.values) for c in result.primary} == {7}
 
 
+def test_the_design_with_streams_that_differ_has_its_own_decision():
+    sweep = runpy.run_path(str(SWEEPS / "which_map_home.py"))["get_sweep"]()
+    random, runs = np.random.default_rng(2), []
+    for point in sweep.points:
+        run = made(point["connection"], point["seed"], 0.0, name=point["optimizer.name"])
+        loss = 2.2 + random.normal(0, 0.001) + additive(0.0, -0.01, -0.03, both=0.01)(answers.cell_of(run)[2])
+        runs.append(made(point["connection"], point["seed"], loss, name=point["optimizer.name"]))
+    answer = answers.which_map_home(runs)
+    assert answer.winner == "res"
+    assert [c.result.mean for c in answer.primary] == pytest.approx([0.005, -0.005, -0.03], abs=1e-3)
+    assert answer.total.result.mean == pytest.approx(-0.03, abs=1e-3)
+    text = tables.which_map_part(which_map_runs(additive(0, 0, 0)), runs, [], [], {})
+    assert "**Decision by the rule of this sweep: H_res carries the lower loss.**" in text
+    with pytest.raises(InputError, match="1 of the 8 cells of which_map_home have no run"):
+        answers.which_map_home([run for run in runs if answers.cell_of(run)[2]])
+
+
 def mixing_runs(shift, deviation):
     random, sweep = np.random.default_rng(1), runpy.run_path(str(SWEEPS / "mixing_needed.py"))["get_sweep"]()
     loss = lambda p: 2 + 0.1 * p["seed"] + shift.get(p["connection"].split(":")[0], 0) + random.normal(0, deviation)  # noqa: E731
@@ -187,10 +204,10 @@ def test_equal_time_compares_with_residual_after_as_many_steps_as_take_as_long()
 def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
     runs = which_map_runs(additive(-0.01, -0.04, 0.0))
     answer = answers.which_map(runs)
-    text = tables.which_map_part(runs, [r for r in runs if answers.cell_of(r)], [], {})
+    text = tables.which_map_part(runs, [], [r for r in runs if answers.cell_of(r)], [], {})
     post = answer.primary[1].result
     low, high = post.t_interval
-    assert "**Decision by the rule: H_post carries the gain.**" in text
+    assert "**Decision by the rule: H_post carries the lower loss.**" in text
     assert f"| H_post | {post.mean:+.4f} | {low:+.4f} to {high:+.4f} |" in text
     assert "256 runs (256 finished, 0 diverged)" in text
     held = "Not shown to have moved, because the 95 % interval holds the smaller model's mean: H_pre, H_post, H_res."
@@ -210,13 +227,13 @@ def test_equal_time_has_a_row_for_each_connection_whose_time_is_known():
     longer = [made("residual", seed, 2.2 - 0.01 * k) for k in range(3) for seed in range(8)]
     for k, run in enumerate(longer):
         run.config["train"]["steps"] = [600, 900, 1800][k // 8]
-    text = tables.which_map_part(runs, [], longer, {"lanes": 1.2, "scalar_gated": 9.0, "residual": 1.0})
+    text = tables.which_map_part(runs, [], [], longer, {"lanes": 1.2, "scalar_gated": 9.0, "residual": 1.0})
     assert text.count("| `lanes` | -") + text.count("| `lanes` | +") == 1
     assert "| `scalar_gated` | – | – | – | 0 | 9.00 |" in text, "beyond the longest run of residual"
     assert "| `mhc:init=paper` | – | – | – | 0 | – |" in text, "its time is not known"
     longer[-1] = made("residual", 7, None)
     longer[-1].config["train"]["steps"] = 1800
-    row = tables.which_map_part(runs, [], longer, {"lanes": 1.2}).partition("| `lanes` |")[2].split("|")
+    row = tables.which_map_part(runs, [], [], longer, {"lanes": 1.2}).partition("| `lanes` |")[2].split("|")
     assert row[3].strip() == "8", "the lost run of 1800 steps is not next to 720 steps"
 
 
@@ -269,12 +286,12 @@ def test_what_is_lost_or_not_told_is_said():
     larger = [run for run in runs if run.seed[0] < 3]
     k = next(k for k, run in enumerate(runs) if run.connection == "lanes")
     runs[k] = made("lanes", runs[k].seed[0], None)
-    text = tables.which_map_part(runs, [run for run in larger if run.seed[0] < 2], [], {})
+    text = tables.which_map_part(runs, [], [run for run in larger if run.seed[0] < 2], [], {})
     assert "**1 of 256 runs have no final loss**: `lanes` seed 0 (diverged)." in text
     assert "Not told, because too few seeds finished: H_pre, H_post, H_res.\n" in text
     assert "the same order" not in text
     moved = tables.which_map_part(
-        runs, [run for run in which_map_runs(additive(-0.01, -0.06, 0.0)) if run.seed[0] < 3], [], {}
+        runs, [], [run for run in which_map_runs(additive(-0.01, -0.06, 0.0)) if run.seed[0] < 3], [], {}
     )
     assert "Moved, because the 95 % interval excludes the smaller model's mean: H_post. Not shown" in moved
 
