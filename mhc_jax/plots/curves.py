@@ -94,6 +94,9 @@ def loss_cost(records: Sequence[RunRecord]) -> Figure:
     The y axes show the moving median of the training loss over a twentieth of the logged steps, in nats/token. One x axis is the
     arithmetic done so far in FLOPs, which is the number of tokens times the FLOPs per token. The other x axis is the training time
     so far in seconds, which is the number of steps times the median time of a step; compilation is not included.
+    Of several seeds a curve shows the mean loss, and its time is that of their mean step time; the range over seeds is not drawn.
+    Runs follow each other and are not timed in turns, so that other work on the machine may stretch the times of some of them:
+    experiments/steptime.py times connections in turns.
     """
     figure, axes = panels(1, 2, height=3.2)
     for record, style in styled(records):

@@ -235,6 +235,7 @@ def frontier(settings: Sequence[Variant]) -> Figure:
     The x axis (logarithmic) is the learning rate. Each dot is a rate that was tried. A filled dot is a stable rate: every run
     finished with a validation loss less than 0.5 nats/token above the lowest mean of a variant of the sweep. A hollow dot with a
     cross is a rate that is not stable. The bar reaches from the lowest stable rate to the last one below the next unstable rate.
+    A row whose rates have fewer than three runs makes no claim, and its name says so.
     """
     threshold = loss_threshold(settings)
     found = frontier_lines(settings)
@@ -254,7 +255,9 @@ def frontier(settings: Sequence[Variant]) -> Figure:
             if not stable:
                 axis.plot(rate, row, "x", color=color, ms=scaled(5))
     ticks_at(axis, rates)
-    axis.set_yticks(range(len(found)), list(found))
+    counts = [min(map(len, losses.values())) for losses in found.values()]
+    notes = [f" ({'one seed' if k == 1 else f'{k} seeds'}, no claim)" * (k < MIN_SEEDS) for k in counts]
+    axis.set_yticks(range(len(found)), [f"{name}{note}" for name, note in zip(found, notes, strict=True)])
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("learning rate")
     return figure
