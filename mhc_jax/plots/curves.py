@@ -17,6 +17,7 @@ from mhc_jax.plots.axes import (
     log_axis,
     mark_divergence,
     mark_spikes,
+    markers_at,
     points,
     positive,
     smooth,
@@ -44,7 +45,7 @@ def loss(records: Sequence[RunRecord]) -> Figure:
         steps, values = series(record, "train", "loss")
         validated, held_out = series(record, "validation", "loss")
         for axis in axes:
-            by_step(axis, record, style, "loss")
+            by_step(axis, record, style, "loss", marker="")
             points(axis, validated, held_out, style)
             mark_divergence(axis, record, style)
             mark_spikes(axis, record.spike_steps, row, style["color"])
@@ -122,8 +123,8 @@ def grad_norm(records: Sequence[RunRecord]) -> Figure:
     line is the norm to which gradients are clipped, if it is the same in all runs.
     """
     figure, (axis,) = panels(1, 1, height=3.2)
-    for record, style in styled(records):
-        by_step(axis, record, style, "grad_norm")
+    for k, (record, style) in enumerate(styled(records)):
+        by_step(axis, record, style, "grad_norm", markevery=markers_at(k))
         mark_divergence(axis, record, style)
     log_axis(axis)
     clips = {flatten(record.config).get("optimizer.grad_clip") for record in records}

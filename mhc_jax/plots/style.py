@@ -84,6 +84,8 @@ LOOKS = {
     "mudd": ("#E69F00", "-.", (5, 1, 0)),
 }
 OTHER_LOOK = ("#7f7f7f", "-.", "p")
+BASELINE_WIDTH = 2.8
+"""Width in points of the residual connection's line, which lies under all others, so that one of the same values does not hide it."""
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
@@ -185,12 +187,15 @@ def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield colour, line style and marker for each kind of connection in `kinds`, as arguments of `Axes.plot`.
 
     If a kind occurs again, it has the same colour and marker but the next line style, and every second time its markers are hollow.
+    The lines of the residual connection are wider than others and lie under them.
     """
     seen: Counter[str] = Counter()
     for kind in kinds:
         color, dashes, marker = LOOKS.get(kind, OTHER_LOOK)
         line = _DASHES[(_DASHES.index(dashes) + seen[kind]) % len(_DASHES)]
-        yield {"color": color, "linestyle": line, "marker": marker, "fillstyle": "none" if seen[kind] % 2 else "full"}
+        under = {"linewidth": scaled(BASELINE_WIDTH), "zorder": 1.9} if kind == "residual" else {}
+        hollow = "none" if seen[kind] % 2 else "full"
+        yield {"color": color, "linestyle": line, "marker": marker, "fillstyle": hollow, **under}
         seen[kind] += 1
 
 

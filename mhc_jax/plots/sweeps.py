@@ -6,12 +6,24 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mhc_jax.analysis.grouping import Variant, frontier_lines, lines, loss_threshold
 from mhc_jax.analysis.run_reader import paired_gap, series
 from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
-from mhc_jax.plots.axes import CLOSE_GAIN, fit_y, half_window, log_axis, mark_spikes, near_one, smooth, ticks_at
+from mhc_jax.plots.axes import (
+    CLOSE_GAIN,
+    fit_y,
+    half_window,
+    log_axis,
+    mark_spikes,
+    markers_at,
+    near_one,
+    smooth,
+    ticks_at,
+)
 from mhc_jax.plots.sizes import scaled
 from mhc_jax.plots.style import (
     GRID,
@@ -29,6 +41,8 @@ from mhc_jax.plots.style import (
 
 SWEEP_FIGURES: dict[str, Plot] = {}
 """Figures of runs grouped over seeds, by name."""
+MOST_STRETCH = 5.0
+"""Most that the lines of seeds may stretch the y axis of `gap_curves` beyond what zero and their means span."""
 LOG_KEYS = ("optimizer.learning_rate", "model.num_layers", "model.connection.num_streams", "model.connection.t_max")
 """Settings that have a logarithmic axis in the figure `swept`, if their values are positive.
 
@@ -53,8 +67,9 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     The y axis is the gap in nats/token, where below zero is better; the x axis is the optimizer step. The gap is the training loss
     of a run minus that of the baseline's run of the same seed at the same step. Lines are moving medians over a twentieth of the
     logged steps. Each thin line is one seed, and the thick line is the mean over seeds. The legend gives the number of seeds in
-    parentheses. Variants of one kind of connection are shades of its colour. The y axis spans zero and the thick lines, so that
-    thin lines may leave the panel.
+    parentheses. Variants of one kind of connection are shades of its colour. The y axis spans zero and all lines. But if the thin
+    lines span more than five times what zero and the thick ones span, the axis spans the latter twice, and a triangle at the edge
+    marks where a seed leaves the panel.
     """
     compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     if not compared:
@@ -63,7 +78,7 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     figure, axes = panels(len(kinds), 1, height=2.6)
     for axis, kind in zip(axes, kinds, strict=True):
         mine = [(setting, base) for setting, base in compared if setting.kind == kind]
-        ends = [0.0]
+        ends, drawn = [0.0], []
         tones = zip(mine, looks([kind] * len(mine)), shades(color_of(kind), len(mine)), strict=True)
         for (setting, base), look, color in tones:
             curves = []
@@ -71,14 +86,14 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
                 if seed in base.runs:
                     steps, gap = paired_gap(run, base.runs[seed], "train")
                     curves.append(dict(zip(steps.tolist(), smooth(gap).tolist(), strict=True)))
-                    axis.plot(steps, smooth(gap), color=color, linewidth=0.6, alpha=0.6)
+                    drawn += axis.plot(steps, smooth(gap), color=color, linewidth=0.6, alpha=0.6)
             common = sorted(set.intersection(*map(set, curves))) if curves else []
             if common:
                 mean = np.asarray([np.mean([curve[step] for curve in curves]) for step in common])
                 style = {"color": color, "linestyle": look["linestyle"], "linewidth": scaled(2)}
                 axis.plot(common, mean, **style, label=plain_text(f"{setting.label} ({len(curves)})"))
                 ends += mean.tolist()
-        fit_y(axis, ends)
+        _fit_seeds(axis, ends, drawn)
         axis.axhline(0, color=INK, linewidth=0.9)
         axis.set_ylabel("gap (nats/token)")
         axis.set_label(f"gap of {kind}")
@@ -87,6 +102,27 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     if not any(axis.get_legend() for axis in axes):
         raise NothingToDraw("no variant shares a seed and logged steps with its baseline")
     return figure
+
+
+def _fit_seeds(axis: Axes, means: Sequence[float], seeds: Sequence[Line2D]) -> None:
+    """Let the y axis span the values `means` and the lines of all seeds.
+
+    If these lines span more than `MOST_STRETCH` times what the means span, the axis spans the means and half their span on either
+    side, and triangles at the edges mark where a line leaves the panel.
+    """
+    every = np.concatenate([np.asarray(line.get_ydata(), float) for line in seeds] + [np.asarray(means, float)])
+    every, kept = every[np.isfinite(every)], np.asarray(means)[np.isfinite(means)]
+    if np.ptp(every) <= MOST_STRETCH * np.ptp(kept):
+        fit_y(axis, every)
+        return
+    fit_y(axis, kept, 0.5, 0.5)
+    low, high = axis.get_ylim()
+    for line in seeds:
+        steps, gap = (np.asarray(values, float) for values in line.get_data())
+        for out, edge, mark in ((gap > high, 1.0, "^"), (gap < low, 0.0, "v")):
+            leaves = steps[out & ~np.append(False, out[:-1])]
+            options = {"color": line.get_color(), "ms": scaled(5), "clip_on": False}
+            axis.plot(leaves, [edge] * len(leaves), mark, transform=axis.get_xaxis_transform(), **options)
 
 
 def _largest(members: Sequence[Variant], key: str) -> float:
@@ -104,7 +140,8 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
     One panel shows the training loss in nats/token, the other the norm of its gradient with respect to all parameters, before
     clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
     twentieth of the logged steps. Each line is the mean over a variant's seeds, and the band reaches from the lowest seed to the
-    highest. Triangles at the top mark loss spikes of any seed, one row for each variant. The panel of the loss begins after the
+    highest. Line styles and markers tell kinds of connection apart, and the residual connection's line is wide and lies under the
+    others. Triangles at the top mark loss spikes of any seed, one row for each variant. The panel of the loss begins after the
     first quarter of the steps.
     """
     figure, axes = panels(1, 2, height=3.2)
@@ -126,7 +163,7 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
             table = np.asarray([[curve[step] for step in common] for curve in curves])
             axis.fill_between(common, table.min(0), table.max(0), color=color, alpha=0.15, linewidth=0)
             label = plain_text(f"{setting.label} ({len(curves)} seeds)")
-            axis.plot(common, table.mean(0), color=color, linestyle=style["linestyle"], label=label)
+            axis.plot(common, table.mean(0), **style, markevery=markers_at(row), label=label)
             spikes = sorted({step for run in setting.runs.values() for step in run.spike_steps})
             mark_spikes(axis, spikes, row, color)
             if key == "loss":
