@@ -39,10 +39,10 @@ COLUMNS = (
     "over sub-layers and diagnostics steps (mean over the sampled tokens). Stream |cosine|: mean absolute cosine between pairs "
     "of streams, 1 where they are one vector up to sign and scale. Stream rank: participation ratio of their Gram matrix, from "
     "1 (one vector) to n (orthogonal, of one size). Both are means over sub-layers, and over the sampled tokens of one held-out "
-    "sequence, at the last diagnostics step. Step times are those of runs that follow each other and are not timed in turns, so that "
-    "other work on the machine slows some of them alone; experiments/steptime.py times connections in turns. Where the step times "
-    f"of a variant's seeds differ by more than a factor of {STEP_TIME_SPREAD:g}, a cell has their range and no ratio. A click on a "
-    "heading sorts."
+    "sequence, at the last diagnostics step. Step times are those of runs that follow each other and are not timed in turns, so "
+    "that other work on the machine slows some of them alone; experiments/steptime.py times connections in turns. Where the step "
+    f"times of a variant's seeds differ by more than a factor of {STEP_TIME_SPREAD:g}, a cell has their range and no ratio. A "
+    "click on a heading sorts."
 )
 STATISTICS = (
     "Over seeds, in nats/token of validation loss: mean and standard deviation; mean difference from the baseline's runs of the "

@@ -24,7 +24,7 @@ from mhc_jax.plots.axes import (
     smooth,
     ticks_at,
 )
-from mhc_jax.plots.sizes import scaled
+from mhc_jax.plots.sizes import current_size, scaled
 from mhc_jax.plots.style import (
     GRID,
     INK,
@@ -98,7 +98,8 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
         axis.set_ylabel("gap (nats/token)")
         axis.set_label(f"gap of {kind}")
         legend(figure, axis=axis)
-    axes[-1].set_xlabel("optimizer step")
+    for axis in axes if current_size().panel else axes[-1:]:
+        axis.set_xlabel("optimizer step")
     if not any(axis.get_legend() for axis in axes):
         raise NothingToDraw("no variant shares a seed and logged steps with its baseline")
     return figure
@@ -133,12 +134,20 @@ def _largest(members: Sequence[Variant], key: str) -> float:
 BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm before clipping"))
 
 
-@register(SWEEP_FIGURES, "Loss and gradient norm, mean and band")
+@register(
+    SWEEP_FIGURES,
+    "Loss and gradient norm, mean and band",
+    only={
+        "The training loss is": "loss",
+        "The gradient norm is": "norm",
+        "The panel of the loss": "loss",
+    },
+)
 def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Draw training loss and gradient norm against steps, over the seeds of every variant.
 
-    One panel shows the training loss in nats/token, the other the norm of its gradient with respect to all parameters, before
-    clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
+    The training loss is in nats/token. The gradient norm is that of the gradient of the training loss with respect to all
+    parameters, before clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
     twentieth of the logged steps. Each line is the mean over a variant's seeds, and the band reaches from the lowest seed to the
     highest. Line styles and markers tell kinds of connection apart, and the residual connection's line is wide and lies under the
     others. Triangles at the top mark loss spikes of any seed, one row for each variant. The panel of the loss begins after the
@@ -213,16 +222,24 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
     return figure
 
 
-@register(SWEEP_FIGURES, "Measurements against what is swept")
+@register(
+    SWEEP_FIGURES,
+    "Measurements against what is swept",
+    only={
+        "Validation losses are": "validation loss",
+        "Gains are": "gain",
+        "Column errors are": "column sum",
+        "A close-up": "close-up",
+    },
+)
 def swept(settings: Sequence[Variant]) -> Figure:
     """Draw loss, gains and column errors against every number that the sweep varies.
 
-    There is one row of panels for each setting that the sweep varies and that is a number, and one column for each measurement:
-    validation loss in nats/token, the largest composite gain forward and backward, and the largest |column sum − 1| of H_res. Gains
-    are means over the sampled tokens and column errors are maxima over them; both have no unit and are the largest values of all
-    sub-layers and diagnostics steps. Dots are runs that finished, and lines join their means over seeds. A line joins only variants
-    that differ in no other setting. If some gains exceed 3, close-ups with linear axes of their own show the lines whose gains
-    never do.
+    Each panel shows one measurement against one setting that the sweep varies and that is a number. Validation losses are in
+    nats/token. Gains are the largest composite gains of all sub-layers and diagnostics steps, means over the sampled tokens,
+    without unit. Column errors are the largest |column sum − 1| of H_res of all sub-layers and diagnostics steps, maxima over the
+    sampled tokens, without unit. Dots are runs that finished, and lines join their means over seeds. A line joins only variants
+    that differ in no other setting. A close-up has a linear axis, and shows the lines alone whose gains never exceed 3.
     """
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
@@ -257,6 +274,7 @@ def swept(settings: Sequence[Variant]) -> Figure:
             values = sorted({s.varying[key] for members in found.values() for s in members})
             ticks_at(axis, values, log=values[0] > 0 and (key in LOG_KEYS or values[-1] / values[0] >= 8))
             axis.set(title=title, xlabel=key, ylabel=name)
+            axis.set_label(f"{title}, against {key}")
             if is_close:
                 near_one(axis)
             elif log:
