@@ -294,7 +294,7 @@ def _frontiers(variants: Sequence[Variant]) -> list[str]:
         below = f"finished below {threshold:.3f} nats/token"
         if seeds < MIN_SEEDS:
             count = "one seed" if seeds == 1 else f"{seeds} seeds"
-            out.append(f"{name}: all runs {below} {reach}; {count}, no claim about stability.")
+            out.append(f"{name}: all runs {below} {reach.replace('up to', 'at')}; {count}, no claim about stability.")
             continue
         out.append(
             f"{name}: stable {reach} (stable: every run {below}; at least {seeds} "

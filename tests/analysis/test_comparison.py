@@ -147,8 +147,8 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
     assert "hc lr=0.01: loss minus residual lr=0.01's -0.0200; one seed, no claim." in said
     assert "hc lr=0.01 diverged in 1 of 2 runs, at step 120: these have no final loss." in said
     for stable in (
-        "hc: all runs finished below 2.455 nats/token up to learning rate 0.001, not at 0.01; 2 seeds, no claim about stability.",
-        "mhc:init=paper: all runs finished below 2.455 nats/token up to learning rate 0.01, the largest whose runs have ended; 2",
+        "hc: all runs finished below 2.455 nats/token at learning rate 0.001, not at 0.01; 2 seeds, no claim about stability.",
+        "mhc:init=paper: all runs finished below 2.455 nats/token at learning rate 0.01, the largest whose runs have ended; 2",
     ):
         assert any(sentence.startswith(stable) for sentence in said)
 
@@ -205,7 +205,7 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
     assert "mhc:init=paper lr=0.01: 2 of 2 runs have not ended and have no final loss." in findings(high)
     assert frontier_lines(high)["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
     (said,) = [s for s in findings(high) if s.startswith("mhc:init=paper: all runs")]
-    assert "nats/token up to learning rate 0.001, the largest whose runs have ended; 2 seeds" in said
+    assert "nats/token at learning rate 0.001, the largest whose runs have ended; 2 seeds" in said
     assert "mhc:init=paper" not in frontier_lines(without_mhc(*RATES))
 
 
