@@ -4,9 +4,10 @@
     python experiments/figure.py gain_depth runs/demo --size=column --output=figures/gain.pdf
     python experiments/figure.py gain_depth runs/demo --panel='composite backward close-up' --size=3.3 --font=8
 
-RUNS are folders of sweeps, folders of run folders, single run folders, or records of sweeps; one figure shows all their runs.  Runs
-that differ in seeds alone are averaged where the figure shows curves of variants; --each_run shows each of them.  A panel is chosen
-by its number or by words of its title.  The caption (.txt) says which runs the figure shows and what its lines and bands are.
+RUNS are folders of sweeps, folders of run folders, single run folders, or records of sweeps; one figure shows all their runs.
+Runs that differ in seeds alone are averaged where the figure shows curves of variants; --each_run shows each of them.  A panel is
+chosen by its number or by words of its title, and several by their numbers, as --panel=3,4.  The caption (.txt) says which runs
+the figure shows and what its lines and bands are.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from mhc_jax.reports.figures import NAMED, draw_figure, size_of, write_figure
 
 SIZE = flags.DEFINE_string("size", "column", f"{', '.join(plots.SIZES)}, or a width in inches.")
 FONT = flags.DEFINE_float("font", 0.0, "Size of the text in points (0: 7 in a column, 8 on a page, 9 on a screen).")
-PANEL = flags.DEFINE_string("panel", "", "The only panel to draw: its number, or words of its title.")
+PANEL = flags.DEFINE_string("panel", "", "Panels to draw: numbers joined with commas, or words of the title of one.")
 OUTPUT = flags.DEFINE_list(
     "output", [], "Files ending in .pdf, .svg or .png; without an ending all three (default: NAME)."
 )

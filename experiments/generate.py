@@ -65,7 +65,7 @@ def main() -> int:
         over = tokenizer.end_of_document in made
         return (made[: made.index(tokenizer.end_of_document)] if over else made), over
 
-    status = 0
+    status, compiled = 0, False
     for prompt in prompts():
         ids = [*tokenizer.start, *tokenizer.encode(prompt).tolist()]
         shown = before = tokenizer.decode(ids)
@@ -81,6 +81,9 @@ def main() -> int:
             shown = whole
             return over
 
+        if not compiled and len(ids) < context:
+            print("compiling; the first answer takes longer ...", file=sys.stderr, flush=True)
+            compiled = True
         began = time.perf_counter()
         print(before, end="", flush=True)
         try:
@@ -92,7 +95,10 @@ def main() -> int:
             status = 2
             continue
         seconds = time.perf_counter() - began
-        print(f"\n[{len(answer(made)[0])} tokens in {seconds:.1f} s, compilation included]", file=sys.stderr)
+        kept, over = answer(made)
+        full = not over and len(made) < MAX_NEW.value and len(ids) + len(made) == context
+        why = f"; the context of {context} tokens is full" if full else ""
+        print(f"\n[{len(kept)} tokens in {seconds:.1f} s, compilation included{why}]", file=sys.stderr)
     return status
 
 

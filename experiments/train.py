@@ -11,6 +11,7 @@ For a run of several processes, start this command once for each process, with -
 """
 
 import json
+import sys
 
 from absl import flags
 
@@ -32,7 +33,10 @@ def main() -> int:
     PROCESSES()
     summary = train(config, folder, label=folder.name)
     if distributed.is_first_process():
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(summary, indent=1), flush=True)
+        if summary["status"] == "interrupted":  # once more, because the summary has pushed it out of sight
+            told = f"stopped after step {summary['steps']}; saved. Run the same command to go on."
+            print(f"{folder.name}: {told}", file=sys.stderr)
     return EXIT_CODES[summary["status"]]
 
 

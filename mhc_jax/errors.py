@@ -57,14 +57,18 @@ def raise_interrupt(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
-    """Raise `InputError` unless `given` is among `allowed`.  The message names the allowed value with the nearest spelling."""
+def one_of(name: str, given: object, allowed: Iterable[str], more: str = "") -> None:
+    """Raise `InputError` unless `given` is among `allowed`.  The message names the allowed value with the nearest spelling.
+
+    `more` says in words what else is allowed, behind the list of allowed values.
+    """
     allowed = list(allowed)
     if given in allowed:
         return
     near = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{name} is {shown(given)}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
+    values = ", ".join(filter(None, [*map(repr, allowed), more]))
+    raise InputError(f"{name} is {shown(given)}; it must be one of {values}.{hint}")
 
 
 def at_least(least: int, config: object, prefix: str, *names: str) -> None:

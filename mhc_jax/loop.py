@@ -51,7 +51,7 @@ from mhc_jax.runs.start import (
     shapes_of_state,
     sizes,
 )
-from mhc_jax.runs.stop import StopRequest
+from mhc_jax.runs.stop import StopRequest, signal_name
 from mhc_jax.runs.warm_start import warm_start
 from mhc_jax.train_step import TrainState
 
@@ -351,4 +351,6 @@ def end_interrupted(run: Run, state: TrainState, history: History, signal: int) 
     """Record that the signal with number `signal` stopped the run, and save the state."""
     run.writer.write("event", history.step, {"event": "interrupted", "signal": signal})
     save(run, state, history, wait=True)
-    run.progress.say(f"stopped by signal {signal} after step {history.step}; saved. Run the same command to go on.")
+    run.progress.say(
+        f"stopped by {signal_name(signal)} after step {history.step}; saved. Run the same command to go on."
+    )

@@ -28,6 +28,8 @@ streams of other directions."""
 ONE_STREAM_RANK = 1.01
 """At a rank below this value (`stream_rank` in diagnostics.py), at least 1 / 1.01, that is 99 %, of the sum of the streams' squared
 norms lies along one vector."""
+STEP_TIME_SPREAD = 1.5
+"""If the step times of a variant's seeds differ by more than this factor, the table shows their range, and no ratio to them."""
 NBSP = "\N{NO-BREAK SPACE}"
 """No-break space.  Cells of tables have it inside parentheses, so that their text can break before a parenthesis only."""
 DASH = "–"
@@ -37,7 +39,10 @@ COLUMNS = (
     "over sub-layers and diagnostics steps (mean over the sampled tokens). Stream |cosine|: mean absolute cosine between pairs "
     "of streams, 1 where they are one vector up to sign and scale. Stream rank: participation ratio of their Gram matrix, from "
     "1 (one vector) to n (orthogonal, of one size). Both are means over sub-layers, and over the sampled tokens of one held-out "
-    "sequence, at the last diagnostics step. A click on a heading sorts."
+    "sequence, at the last diagnostics step. Step times are those of runs that follow each other and are not timed in turns, so "
+    "that other work on the machine slows some of them alone; experiments/steptime.py times connections in turns. Where the step "
+    f"times of a variant's seeds differ by more than a factor of {STEP_TIME_SPREAD:g}, a cell has their range and no ratio. A "
+    "click on a heading sorts."
 )
 STATISTICS = (
     "Over seeds, in nats/token of validation loss: mean and standard deviation; mean difference from the baseline's runs of the "
@@ -90,9 +95,7 @@ def rows(records: Sequence[RunRecord], variants: Sequence[Variant] | None = None
                     record, baseline, "parameters", _si, lambda r: f"{100 * (r - 1):+.2f}{NBSP}%"
                 ),
                 "FLOPs per token": _cell(record.result("flops_per_token"), _si),
-                "step time (ms)": _beside_baseline(
-                    record, baseline, "step_time_s", lambda s: f"{1e3 * s:.4g}", lambda r: f"×{r:.2f}"
-                ),
+                "step time (ms)": _step_time_cell(record, baseline, variant),
                 "peak memory (MiB)": _cell(None if memory is None else memory / 2**20, "{:.0f}"),
                 "train loss": _cell(_final(record, "train_loss"), "{:.4f}"),
                 "validation loss": _cell(_final(record, "validation_loss"), "{:.4f}"),
@@ -150,7 +153,7 @@ def statistics_rows(variants: Sequence[Variant]) -> list[dict[str, Cell]]:
                 else Cell(DASH, None),
                 "p (t)": _cell(result and result.p_t, "{:.3g}"),
                 "p (sign flip)": _cell(result and result.p_sign_flip, "{:.3g}"),
-                "effect": _cell(result and result.effect, "{:+.1f}"),
+                "effect": _cell(result and result.effect, _two_digits),
                 "max gain forward": _gain_cell(runs, "forward"),
                 "max gain backward": _gain_cell(runs, "backward"),
                 "stream |cosine|": _cell(cosine, "{:.3f}"),
@@ -246,7 +249,8 @@ def _streams(variant: Variant) -> str:
     cosines, absolute, ranks, sizes = measures.values()
     if not ranks or any(not len(v) or not np.isfinite(v).all() for values in measures.values() for v in values):
         return ""
-    among = f"{min(map(np.min, ranks)):.2f} and {max(map(np.max, ranks)):.2f} of {sizes[0].shape[1]}"
+    low, high = f"{min(map(np.min, ranks)):.2f}", f"{max(map(np.max, ranks)):.2f}"
+    among = f"{f'is {low}' if low == high else f'lies between {low} and {high}'} of {sizes[0].shape[1]}"
     collapsed = [
         int(((rank < ONE_STREAM_RANK) & (cosine > ONE_STREAM_COSINE)).sum())
         for rank, cosine in zip(ranks, absolute, strict=True)
@@ -263,9 +267,9 @@ def _streams(variant: Variant) -> str:
             f"streams are nearly one vector up to sign and scale at {', '.join(map(str, collapsed))} of the {len(ranks[0])} "
             f"sub-layers after the first{each}: at least 99 % of their squared size lies along it (rank below "
             f"{ONE_STREAM_RANK}, mean absolute cosine above {ONE_STREAM_COSINE}). There H_res changes little but "
-            f"signs and scales. The rank lies between {among}."
+            f"signs and scales. The rank {among}."
         )
-    return f"streams differ at every sub-layer: their rank lies between {among}."
+    return f"streams differ at every sub-layer: their rank {among}."
 
 
 def _spikes(variants: Sequence[Variant]) -> list[str]:
@@ -282,10 +286,18 @@ def _frontiers(variants: Sequence[Variant]) -> list[str]:
     for name, losses in frontier_lines(variants).items():
         best, first = stability_frontier(losses, threshold)
         seeds = min(len(values) for values in losses.values())
-        reach = f"stable up to learning rate {best:g}" if best is not None else "stable at no learning rate tried"
-        end = f"not at {first:g}" if first is not None else "the largest whose runs have ended"
+        reach = f"up to learning rate {best:g}" if best is not None else "at no learning rate tried"
+        if first is not None:
+            reach += f", not at {first:g}"
+        elif best is not None:
+            reach += ", the largest whose runs have ended"
+        below = f"finished below {threshold:.3f} nats/token"
+        if seeds < MIN_SEEDS:
+            count = "one seed" if seeds == 1 else f"{seeds} seeds"
+            out.append(f"{name}: all runs {below} {reach.replace('up to', 'at')}; {count}, no claim about stability.")
+            continue
         out.append(
-            f"{name}: {reach}, {end} (stable: every run finished below {threshold:.3f} nats/token; at least {seeds} "
+            f"{name}: stable {reach} (stable: every run {below}; at least {seeds} "
             "runs for each rate; lower rates that finished above it are slow, not unstable)."
         )
     return out
@@ -318,6 +330,28 @@ def _beside_baseline(
     return Cell(f"{form(value)} ({compared(value / base)})", value)
 
 
+def _step_time_cell(record: RunRecord, baseline: RunRecord | None, variant: Variant) -> Cell:
+    """Make the cell of a run's step time, with its ratio to the baseline run's or, if its seeds differ widely, with their range."""
+    own, base = (_step_times(side) for side in (variant, variant.baseline))
+    value = record.result("step_time_s")
+    if value is not None and _spread(own) > STEP_TIME_SPREAD:
+        low, high = (f"{1e3 * end:.4g}" for end in (min(own), max(own)))
+        return Cell(f"{1e3 * value:.4g} (seeds:{NBSP}{low}{NBSP}to{NBSP}{high})", value)
+    compared = baseline if _spread(base) <= STEP_TIME_SPREAD else None
+    return _beside_baseline(record, compared, "step_time_s", lambda s: f"{1e3 * s:.4g}", lambda r: f"×{r:.2f}")
+
+
+def _step_times(variant: Variant | None) -> list[float]:
+    """Return the positive step times in seconds of a variant's runs."""
+    values = [run.result("step_time_s") for run in variant.runs.values()] if variant else []
+    return [value for value in values if value is not None and value > 0]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the largest of some positive values divided by the smallest, or 1 if there are none."""
+    return max(values) / min(values) if values else 1.0
+
+
 def _gap_cell(record: RunRecord, baseline: RunRecord | None) -> Cell:
     """Make the cell of the difference `validation_gap`, with its step unless this is the last validation of the baseline run."""
     gap = validation_gap(record, baseline) if baseline else None
@@ -347,6 +381,11 @@ def _final(record: RunRecord, key: str) -> float | None:
 def _of_streams(record: RunRecord, value: float | None) -> float | None:
     """Return `value`, a cosine or rank of streams, or None for a run of one stream, for which it is always 1."""
     return value if record.num_streams > 1 else None
+
+
+def _two_digits(value: float) -> str:
+    """Write a number with its sign and at least two digits that are not leading zeros: -0.043 stays -0.043, and -2 is -2.0."""
+    return f"{value:+.1f}" if abs(value) >= 1 else f"{value:+#.2g}"
 
 
 def _si(value: float | int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import functools
 import io
@@ -199,7 +200,8 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
         except InputError as error:
             _exit(str(error))
         if not there:
-            _exit(f"The config file {file!r} does not exist; give --config=FILE.py or --config=FILE.py:arg.")
+            hint = f" Did you mean {near!r}?" if (near := _near_config(file)) else ""
+            _exit(f"The config file {file!r} does not exist; give --config=FILE.py or --config=FILE.py:arg.{hint}")
     try:
         rest = flags.FLAGS(argv, known_only=configuration is not None)
         if configuration:
@@ -210,19 +212,35 @@ def _parse(argv: Sequence[str], configuration: Callable[[str], Mapping[str, Any]
             config_flags.DEFINE_config_dict("config", base, "Settings of all runs, as --config.model.width=128.")
             rest = flags.FLAGS(argv)
     except Exception as error:
-        _exit(_sentence(error, file))
+        _exit(_sentence(error, file, argv))
     if flags.FLAGS["verbosity"].using_default_value:
         # Orbax logs a page for each checkpoint at level INFO.  At level ERROR it logs the traceback of errors that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
     return rest
 
 
-def _sentence(error: Exception, file: str) -> str:
+def _near_config(file: str) -> str:
+    """Return the path of the config file with the nearest name, in the folder of `file` or else in that of the demo, or ""."""
+    for folder in (user_path(file).parent, Path(DEFAULT_CONFIG).parent):
+        names = [path.stem for path in sorted(folder.glob("*.py"))]
+        if near := difflib.get_close_matches(Path(file).stem, names, n=1):
+            return str(folder / f"{near[0]}.py")
+    return ""
+
+
+def _whole_key(argv: Sequence[str], key: str) -> str:
+    """Return the dotted key, such as train.steps, that has `key` as a part in a flag --config.train.steps, or `key` itself."""
+    given = [match[1] for word in argv if (match := re.match(r"--?config\.([\w.]+)", word))]
+    return next((whole for whole in given if key in whole.split(".")), key)
+
+
+def _sentence(error: Exception, file: str, argv: Sequence[str]) -> str:
     """Return one line that says what is wrong in the flags or in the config file.
 
     Args:
       error: what absl, ml_collections or the config file raised.
       file: path of the config file, or empty.
+      argv: the command line.
     """
     chain: list[BaseException] = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
@@ -241,8 +259,10 @@ def _sentence(error: Exception, file: str) -> str:
     if isinstance(root, KeyError) and re.fullmatch(r"'\w+'", str(root)):
         key = root.args[0]
         near = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"Did you mean {near[1]!r}?" if near else "The classes in mhc_jax/config show its keys."
-        return f"The configuration has no key {key!r}. {hint}"
+        whole = _whole_key(argv, key)
+        meant = near and ".".join(near[1] if part == key else part for part in whole.split("."))
+        hint = f"Did you mean {meant!r}?" if meant else "The classes in mhc_jax/config show its keys."
+        return f"The configuration has no key {whole!r}. {hint}"
     if "Overriding config is not allowed" in text:
         return "--config=FILE has no use here; --config.a.b=value changes a setting."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):

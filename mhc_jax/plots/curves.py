@@ -17,6 +17,7 @@ from mhc_jax.plots.axes import (
     log_axis,
     mark_divergence,
     mark_spikes,
+    markers_at,
     points,
     positive,
     smooth,
@@ -27,7 +28,7 @@ WIDE_LOSS_RATIO = 10.0
 """The loss axis is logarithmic if the largest logged loss divided by the smallest exceeds this ratio."""
 
 
-@register(FIGURES, "Loss")
+@register(FIGURES, "Loss", only={'The y axis of "Second half"': "second half"})
 def loss(records: Sequence[RunRecord]) -> Figure:
     """Draw training and validation loss against steps.
 
@@ -44,7 +45,7 @@ def loss(records: Sequence[RunRecord]) -> Figure:
         steps, values = series(record, "train", "loss")
         validated, held_out = series(record, "validation", "loss")
         for axis in axes:
-            by_step(axis, record, style, "loss")
+            by_step(axis, record, style, "loss", marker="")
             points(axis, validated, held_out, style)
             mark_divergence(axis, record, style)
             mark_spikes(axis, record.spike_steps, row, style["color"])
@@ -87,13 +88,20 @@ def loss_gap(records: Sequence[RunRecord]) -> Figure:
     return finish(figure, records, need)
 
 
-@register(FIGURES, "Loss against cost")
+@register(
+    FIGURES,
+    "Loss against cost",
+    only={"Arithmetic is": "arithmetic", "Time is": "time", "Runs follow each other": "time"},
+)
 def loss_cost(records: Sequence[RunRecord]) -> Figure:
     """Draw the training loss of runs with a summary against FLOPs and against time.
 
-    The y axes show the moving median of the training loss over a twentieth of the logged steps, in nats/token. One x axis is the
-    arithmetic done so far in FLOPs, which is the number of tokens times the FLOPs per token. The other x axis is the training time
-    so far in seconds, which is the number of steps times the median time of a step; compilation is not included.
+    The y axes show the moving median of the training loss over a twentieth of the logged steps, in nats/token. Arithmetic is
+    what was done so far in FLOPs, the number of tokens times the FLOPs per token. Time is the training time so far in seconds, the
+    number of steps times the median time of a step; compilation is not included. Of several seeds a curve shows the mean loss
+    against the mean cost, and the range over seeds is not drawn.
+    Runs follow each other and are not timed in turns, so that other work on the machine may stretch the times of some of them:
+    experiments/steptime.py times connections in turns.
     """
     figure, axes = panels(1, 2, height=3.2)
     for record, style in styled(records):
@@ -106,6 +114,7 @@ def loss_cost(records: Sequence[RunRecord]) -> Figure:
             curve(axes[1], steps * step_time, smooth(values), style, markevery=0.15)
     for axis, label in zip(axes, ("training arithmetic (FLOPs)", "training time (s)"), strict=True):
         axis.set(xlabel=label, ylabel="training loss (nats/token)")
+        axis.set_label(f"loss against {label}")
     return finish(figure, records, "no run has a summary with flops_per_token or step_time_s")
 
 
@@ -119,8 +128,8 @@ def grad_norm(records: Sequence[RunRecord]) -> Figure:
     line is the norm to which gradients are clipped, if it is the same in all runs.
     """
     figure, (axis,) = panels(1, 1, height=3.2)
-    for record, style in styled(records):
-        by_step(axis, record, style, "grad_norm")
+    for k, (record, style) in enumerate(styled(records)):
+        by_step(axis, record, style, "grad_norm", markevery=markers_at(k))
         mark_divergence(axis, record, style)
     log_axis(axis)
     clips = {flatten(record.config).get("optimizer.grad_clip") for record in records}

@@ -32,17 +32,16 @@ SEAMLESS: dict[str, Any] = {"edgecolors": "face", "linewidth": 0.4}
 """Options of `pcolormesh` that draw the edges of cells.  Without them, viewers of vector figures show hairlines between cells."""
 
 
-@register(FIGURES, "Mixing matrices H_res", matrices=True)
+@register(FIGURES, "Mixing matrices H_res", matrices=True, only={"Maps of one l": ": l =", "Maps of a product": "···"})
 def h_res(records: Sequence[RunRecord]) -> Figure:
     """Draw heat maps of single mixing matrices and of composites (mHC, Figure 8).
 
-    Each run has six maps at its last diagnostics step: H_res (no unit) of the first, the middle and the last sub-layer l, and the
-    products of the matrices of the first half, of the second half, and of all L sub-layers. H_res is a mean over the sampled
-    tokens, and products are those of these means. Row i of a map says how much output stream i takes from each input stream j.
-    At the right of a map stand its row sums, by which a signal grows on its way up (forward); below it stand its column sums,
-    by which a gradient grows on its way down (backward), for up to 8 streams. The colour scale is centred at 0 if a run's
-    matrices have negative entries, else it starts at 0. The products have a colour scale of their own if one of their entries
-    reaches 2 in size.
+    A map shows a matrix without unit at a run's last diagnostics step. Maps of one l show H_res of the first, the middle or the
+    last sub-layer l, a mean over the sampled tokens. Maps of a product show that of the means of H_res of the first half, of the
+    second half, or of all L sub-layers. Row i of a map says how much output stream i takes from each input stream j. At the right
+    of a map stand its row sums, by which a signal grows on its way up (forward); below it stand its column sums, by which a
+    gradient grows on its way down (backward), for up to 8 streams. The colour scale is centred at 0 if a run's matrices have
+    negative entries, else it starts at 0. The products have a colour scale of their own if one of their entries reaches 2 in size.
     """
     runs = list(multi_stream(records, "h_res"))
     if not runs:
@@ -85,12 +84,12 @@ def h_res(records: Sequence[RunRecord]) -> Figure:
     return figure
 
 
-@register(FIGURES, "Reads and writes", matrices=True)
+@register(FIGURES, "Reads and writes", matrices=True, only={"H_pre says": "h_pre", "H_post says": "h_post"})
 def reads_and_writes(records: Sequence[RunRecord]) -> Figure:
     """Draw heat maps of H_pre and H_post, with streams against depth.
 
-    H_pre says how much of each stream the branch reads, and H_post says how much of the branch's output is written to each stream.
-    Colours show their means over the sampled tokens (no unit) at the last diagnostics step. The y axis is the stream, 1 to n, and
+    H_pre says how much of each stream the branch reads. H_post says how much of the branch's output is written to each stream.
+    Colours show means over the sampled tokens (no unit) at the last diagnostics step. The y axis is the stream, 1 to n, and
     the x axis is the sub-layer l. A column of one colour means that the sub-layer treats all streams alike.
     """
     runs = list(multi_stream(records, "h_pre"))

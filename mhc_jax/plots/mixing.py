@@ -26,16 +26,32 @@ from mhc_jax.plots.axes import (
 )
 from mhc_jax.plots.style import FIGURES, GRID, finish, panels, register, styled
 
+MAIN, CLOSE_UP = "^(?!.*close-up)", "close-up"
 
-@register(FIGURES, "Gain against depth")
+
+@register(
+    FIGURES,
+    "Gain against depth",
+    only={
+        "A forward gain": "forward",
+        "A backward gain": "backward",
+        '"Single" panels': "single",
+        'The "Composite" panel forward': "composite.*forward",
+        'The "Composite" panel backward': "composite.*backward",
+        "Faint bands": "composite",
+        "If a run's": MAIN,
+        "A close-up": CLOSE_UP,
+    },
+)
 def gain_depth(records: Sequence[RunRecord]) -> Figure:
     """Draw the gains of single mixing matrices and of composites against depth (mHC, Figures 3 and 7).
 
-    The y axes show gains, which have no unit, at the last diagnostics step; the x axes show the sub-layer l. A gain is the largest
-    absolute row sum (forward) or column sum (backward) of a matrix. "Single" panels show each mixing matrix alone, "Composite"
-    panels the product of the matrices of sub-layers 1 to l (forward) or l to L (backward). Lines are means over the sampled tokens,
-    and the faint bands reach from these means up to the largest gain of a token. A gain of 1 amplifies nothing. If a run's gains
-    exceed 3, the axes are logarithmic, and close-ups with linear axes of their own show those runs whose gains never exceed 3.
+    The y axes show gains, which have no unit, at the last diagnostics step; the x axes show the sub-layer l. A forward gain is the
+    largest absolute row sum of a matrix. A backward gain is the largest absolute column sum of a matrix. "Single" panels show each
+    mixing matrix alone. The "Composite" panel forward shows the product of the matrices of sub-layers 1 to l. The "Composite" panel
+    backward shows the product of the matrices of sub-layers l to L. Lines are means over the sampled tokens. Faint bands reach from
+    these means up to the largest gain of a token. A gain of 1 amplifies nothing. If a run's gains exceed 3, the axis is
+    logarithmic. A close-up has a linear axis, and shows those runs alone whose gains never exceed 3.
     """
     drawn = (
         ("single_forward", "Single H_res, forward", None),
@@ -49,21 +65,31 @@ def gain_depth(records: Sequence[RunRecord]) -> Figure:
     for axis, (key, title, upper, is_close) in zip(axes, [one for row in rows for one in row], strict=True):
         axis.set_title(title)
         by_depth(axis, records, key, upper, keep=lambda record, only=is_close: not only or id(record) in close)
-        axis.axhline(1, color=GRID, linewidth=1)
+        axis.axhline(1, color=GRID, linewidth=1, zorder=1.5)
         axis.set_ylabel("gain (max. abs. row sum)" if "forward" in key else "gain (max. abs. col. sum)")
     _gain_axes(axes, [one for row in rows for one in row], len(close) == len(records))
     return finish(figure, records, "no diagnostics with gains (single_forward, composite_forward and others)")
 
 
-@register(FIGURES, "Composite gain against steps")
+@register(
+    FIGURES,
+    "Composite gain against steps",
+    only={
+        "A forward gain": "forward",
+        "A backward gain": "backward",
+        "If a run's": MAIN,
+        "A close-up": CLOSE_UP,
+    },
+)
 def gain_step(records: Sequence[RunRecord]) -> Figure:
     """Draw the gain of the product H_L ... H_1 of all mixing matrices against steps.
 
-    The y axes show the gain of the product of all mixing matrices, forward and backward, which has no unit; the x axes show the
-    optimizer step. Lines are means over the sampled tokens, and the faint bands reach from these means up to the largest gain of a
-    token. A gain of 1 amplifies nothing, and a line that climbs shows that the product grows during training. If a run's gains
-    exceed 3, the axes are logarithmic, and close-ups with linear axes of their own show those runs whose gains never exceed 3. A
-    dotted vertical line with a cross marks the step at which a run diverged.
+    The y axes show the gain of the product of all mixing matrices, which has no unit; the x axes show the optimizer step. A forward
+    gain is the largest absolute row sum of the product. A backward gain is the largest absolute column sum of the product. Lines
+    are means over the sampled tokens, and the faint bands reach from these means up to the largest gain of a token. A gain of 1
+    amplifies nothing, and a line that climbs shows that the product grows during training. If a run's gains exceed 3, the axis is
+    logarithmic. A close-up has a linear axis, and shows those runs alone whose gains never exceed 3. A dotted vertical line with a
+    cross marks the step at which a run diverged.
     """
     drawn = (("composite_forward", "Forward", -1), ("composite_backward", "Backward", 0))
     # The product of all L matrices is the last entry of `composite_forward` and the first entry of `composite_backward`.
@@ -81,7 +107,7 @@ def gain_step(records: Sequence[RunRecord]) -> Figure:
                 band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
                 axis.fill_between(steps, values[:, whole], most[:, whole], **band)
             mark_divergence(axis, record, style)
-        axis.axhline(1, color=GRID, linewidth=1)
+        axis.axhline(1, color=GRID, linewidth=1, zorder=1.5)
         axis.set(title=title, xlabel="optimizer step", ylabel="gain of H(L)···H(1)")
     _gain_axes(axes, [one for row in rows for one in row], len(close) == len(records))
     return finish(figure, records, "no diagnostics with composite_forward or composite_backward")
@@ -129,16 +155,28 @@ def _gain_axes(axes: Sequence[Axes], drawn: Sequence[tuple], all_close: bool) ->
             log_axis(*logarithmic, around=1.0)
 
 
-@register(FIGURES, "Similarity of the streams")
+@register(
+    FIGURES,
+    "Similarity of the streams",
+    only={
+        'Panels "over depth"': "(cosine|ratio) over depth",
+        'Panels "mean over depth"': "mean over depth",
+        "Thick lines of cosines": "cosine",
+        "If the absolute cosine": "cosine",
+        "The participation ratio is": "ratio",
+        "It is 1 if the streams": "ratio",
+    },
+)
 def stream_similarity(records: Sequence[RunRecord]) -> Figure:
     """Draw cosines and participation ratio of the streams against depth and against steps.
 
-    Values stand against the sub-layer l at the last diagnostics step, and their means over sub-layers against optimizer steps. All
-    values are means over the sampled tokens and have no unit. Thick lines of cosines are the mean absolute cosine between pairs of
-    streams, and thin lines are the mean cosine with its sign, where opposite signs cancel. If the absolute cosine is 1, the streams
-    of a token are multiples of one vector, and a mixing matrix can change only the signs and scales of these multiples. The
-    participation ratio is (tr G)² / tr(G²) of the Gram matrix G of a token's n streams. It is 1 if the streams are multiples of one
-    vector or if one stream outweighs the others, and n if the streams are orthogonal and have equal norms.
+    Panels "over depth" show values against the sub-layer l at the last diagnostics step. Panels "mean over depth" show means over
+    sub-layers against optimizer steps. All values are means over the sampled tokens and have no unit. Thick lines of cosines are
+    the mean absolute cosine between pairs of streams, and thin lines are the mean cosine with its sign, where opposite signs
+    cancel. If the absolute cosine is 1, the streams of a token are multiples of one vector, and a mixing matrix can change only the
+    signs and scales of these multiples. The participation ratio is (tr G)² / tr(G²) of the Gram matrix G of a token's n streams. It
+    is 1 if the streams are multiples of one vector or if one stream outweighs the others, and n if the streams are orthogonal and
+    have equal norms.
     """
     figure, axes = panels(2, 2, height=2.7, share_y=True)
     thin = {"linewidth": 0.7, "marker": ""}
@@ -161,7 +199,11 @@ def stream_similarity(records: Sequence[RunRecord]) -> Figure:
     return finish(figure, records, "no diagnostics with the cosines or the rank of the streams of a multi-stream run")
 
 
-@register(FIGURES, "Size of streams and branches")
+@register(
+    FIGURES,
+    "Size of streams and branches",
+    only={'"Streams" are': "^streams", "A wide band": "^streams", '"Branch outputs"': "^branch"},
+)
 def stream_size(records: Sequence[RunRecord]) -> Figure:
     """Draw the root mean square of streams and of branch outputs against depth.
 
@@ -179,15 +221,18 @@ def stream_size(records: Sequence[RunRecord]) -> Figure:
     return finish(figure, records, "no diagnostics with stream_rms or branch_rms")
 
 
-@register(FIGURES, "Second eigenvalue", matrices=True)
+@register(
+    FIGURES, "Second eigenvalue", matrices=True, only={"The single matrix": "single", "The composite is": "composite"}
+)
 def eigenvalues(records: Sequence[RunRecord]) -> Figure:
     """Draw the second eigenvalue of single mixing matrices and of composites against depth.
 
     The y axes show |lambda_2| / |lambda_1| (no unit), where lambda_1 and lambda_2 are the eigenvalues of a matrix that are largest
     in absolute value; the x axes show the sub-layer l. The single matrix is the mean of H_res over the sampled tokens at the last
-    diagnostics step, the composite is the product H(l)···H(1) of these means. Each time the matrix is applied to the
-    streams, differences from its leading eigenvector shrink by this ratio. At 1 nothing is averaged away; near 0 the streams become
-    multiples of one vector. For doubly stochastic matrices lambda_1 is 1, and the streams become equal.
+    diagnostics step. The composite is the product H(l)···H(1) of the means of H_res over the sampled tokens at that step. Each time
+    the matrix is applied to the streams, differences from its leading eigenvector shrink by this ratio. At 1 nothing is averaged
+    away; near 0 the streams become multiples of one vector. For doubly stochastic matrices lambda_1 is 1, and the streams become
+    equal.
     """
     figure, axes = panels(1, 2, height=2.9)
     for _, style, (_, matrices) in multi_stream(records, "h_res"):
@@ -200,16 +245,27 @@ def eigenvalues(records: Sequence[RunRecord]) -> Figure:
     return finish(figure, records, "no diagnostics with h_res of a multi-stream run")
 
 
-@register(FIGURES, "How the matrices mix")
+@register(
+    FIGURES,
+    "How the matrices mix",
+    only={
+        '"Row sums"': "row sums",
+        '"Column sums"': "column sums",
+        '"Row entropy"': "entropy",
+        '"Composite to uniform"': "uniform",
+        "If the matrices are doubly": "uniform",
+    },
+)
 def mixing(records: Sequence[RunRecord]) -> Figure:
     """Draw the row and column sums, the entropy and the distance to uniform averaging of the mixing matrices against depth.
 
-    Each panel shows a number without unit at the last diagnostics step against the sub-layer l. "Row sums" and "Column sums"
-    (logarithmic) show the largest |row sum − 1| and |column sum − 1| of H_res, over its rows or columns and the sampled tokens;
-    zeros are not drawn. "Row entropy" is the entropy of the rows of H_res divided by log n, a mean over rows and the sampled
-    tokens: it is 0 if each row has one entry that is not 0, and 1 if all entries have the same size. "Composite to uniform"
-    (logarithmic) is the distance of the product P = H(l)···H(1) from the matrix with all entries 1/n, a mean over the sampled
-    tokens. If the matrices are doubly stochastic and mix all streams, this distance approaches 0 as l grows.
+    Each panel shows a number without unit at the last diagnostics step against the sub-layer l. "Row sums" (logarithmic) shows the
+    largest |row sum − 1| of H_res, over its rows and the sampled tokens; zeros are not drawn. "Column sums" (logarithmic) shows the
+    largest |column sum − 1| of H_res, over its columns and the sampled tokens; zeros are not drawn. "Row entropy" is the entropy of
+    the rows of H_res divided by log n, a mean over rows and the sampled tokens: it is 0 if each row has one entry that is not 0,
+    and 1 if all entries have the same size. "Composite to uniform" (logarithmic) is the distance of the product P = H(l)···H(1)
+    from the matrix with all entries 1/n, a mean over the sampled tokens. If the matrices are doubly stochastic and mix all streams,
+    this distance to uniform averaging approaches 0 as l grows.
     """
     figure, axes = panels(2, 2, height=2.5)
     drawn = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
+
+from mhc_jax.errors import InputError
 
 TEXT = 9.0
 """Size of text on a screen, in points."""
@@ -19,7 +21,13 @@ class Size(NamedTuple):
     text: float | int = TEXT
     """Size of text in points.  Titles are a little larger, numbers of axes a little smaller."""
     panel: str = ""
-    """The only panel to draw: its number from 1, or words of its title.  Empty: all panels."""
+    """What to draw: numbers of panels from 1, joined with commas, or words of the title of one.  Empty: all panels."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of panels that `panel` names, each once.  Empty if it names none or has words."""
+        parts = [part.strip() for part in self.panel.split(",")]
+        return list(dict.fromkeys(map(int, parts))) if all(part.isdecimal() for part in parts) else []
 
 
 SIZES = {"column": Size(3.3, 7.0), "page": Size(6.8, 8.0), "screen": Size()}
@@ -52,3 +60,27 @@ def current_size() -> Size:
 def scaled(points: float | int) -> float:
     """Return a size in points for the text size of the figure, given the one for text of `TEXT` points."""
     return points * current_size().text / TEXT
+
+
+def chosen_panels(names: Sequence[str], size: Size) -> list[int]:
+    """Return the indices of the panels with these names that `size.panel` names: by numbers, or the one whose name has all words.
+
+    Raises:
+      InputError: there is no such panel, or several have the words.
+    """
+    words, numbers = size.panel.lower().split(), size.numbers
+    found = [k for k, name in enumerate(names) if all(word in name.lower() for word in words)]
+    whole = [k for k, name in enumerate(names) if name.lower().split() == words]
+    if numbers:
+        found = [number - 1 for number in numbers if 1 <= number <= len(names)]
+    elif len(whole) == 1:
+        found = whole
+    listed = ", ".join(f"{k} ({name})" for k, name in enumerate(names, 1) if not found or numbers or k - 1 in found)
+    if not found or len(found) < len(numbers):
+        raise InputError(f"There is no panel {size.panel!r}; the panels of this figure are {listed}.")
+    if not numbers and len(found) > 1:
+        every = ",".join(str(k + 1) for k in found)
+        raise InputError(
+            f"{len(found)} panels match {size.panel!r}: {listed}. Give the number of one, or --panel={every} for all of them."
+        )
+    return found

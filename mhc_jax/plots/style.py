@@ -15,8 +15,9 @@ import io
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -29,7 +30,7 @@ from matplotlib.lines import Line2D
 
 from mhc_jax.analysis.run_reader import RunRecord, labels
 from mhc_jax.errors import InputError
-from mhc_jax.plots.sizes import LEAST_HEIGHT, LEAST_PANEL, TEXT, current_size, scaled
+from mhc_jax.plots.sizes import LEAST_HEIGHT, LEAST_PANEL, TEXT, Size, chosen_panels, current_size, scaled
 
 INK = "#1a1a1b"
 """Colour of text, axes and the residual connection; `svg` replaces it by the text colour of the page."""
@@ -84,6 +85,8 @@ LOOKS = {
     "mudd": ("#E69F00", "-.", (5, 1, 0)),
 }
 OTHER_LOOK = ("#7f7f7f", "-.", "p")
+BASELINE_WIDTH = 2.8
+"""Width in points of the residual connection's line, which lies under all others, so that they do not hide it."""
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
@@ -106,6 +109,17 @@ class Plot(NamedTuple):
     matrices: bool = False
     """Whether the figure shows matrices or what is computed of them.  Means over seeds of matrices would show none of the runs, so
     that such a figure takes one seed of each variant."""
+    only: Mapping[str, str] = MappingProxyType({})
+    """By the words with which a sentence of the caption begins: a regular expression, which the name of a panel that this sentence
+    explains matches in lower case."""
+
+    def caption_of(self, panels: Sequence[str]) -> str:
+        """Return the caption without the sentences that explain none of the panels with these names."""
+        text = self.caption
+        for start, pattern in self.only.items():
+            if not any(re.search(pattern, name.lower()) for name in panels):
+                text = re.sub(rf"{re.escape(start)}.*?\.(?: (?=[A-Z\"])|$)", "", text, count=1)
+        return text.strip()
 
 
 FIGURES: dict[str, Plot] = {}
@@ -117,7 +131,7 @@ def _settings() -> dict[Any, Any]:
 
 
 def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Make a function draw its figures in the house style, and the panel alone that `Size.panel` names."""
+    """Make a function draw its figures in the house style, and the panels alone that `Size.panel` names."""
 
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Figure:
@@ -128,24 +142,25 @@ def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
                 ticks = {"labelsize": scaled(8), "color": INK, "labelcolor": INK}
                 axis.tick_params(which="both", **ticks, grid_color=GRID, grid_alpha=0.35, grid_linewidth=0.5)
             if current_size().panel:
-                _keep(figure, current_size().panel)
+                _keep(figure, current_size())
             return figure
 
     return draw
 
 
 def register(
-    figures: dict[str, Plot], title: str, matrices: bool = False
+    figures: dict[str, Plot], title: str, matrices: bool = False, only: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
     """Return a decorator that makes a function draw in the house style and enters it in `figures` under its name.
 
     The caption of the figure is the function's docstring without the first line, so that code and pages say the same.
+    `matrices` and `only` are those of `Plot`.
     """
 
     def enter(function: Callable[..., Figure]) -> Callable[..., Figure]:
         draw = house_style(function)
         body = (inspect.getdoc(function) or "").partition("\n")[2]
-        figures[function.__name__] = Plot(draw, title, " ".join(body.split()), matrices)
+        figures[function.__name__] = Plot(draw, title, " ".join(body.split()), matrices, only)
         return draw
 
     return enter
@@ -185,12 +200,15 @@ def looks(kinds: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield colour, line style and marker for each kind of connection in `kinds`, as arguments of `Axes.plot`.
 
     If a kind occurs again, it has the same colour and marker but the next line style, and every second time its markers are hollow.
+    The lines of the residual connection are wider than others and lie under them.
     """
     seen: Counter[str] = Counter()
     for kind in kinds:
         color, dashes, marker = LOOKS.get(kind, OTHER_LOOK)
         line = _DASHES[(_DASHES.index(dashes) + seen[kind]) % len(_DASHES)]
-        yield {"color": color, "linestyle": line, "marker": marker, "fillstyle": "none" if seen[kind] % 2 else "full"}
+        under = {"linewidth": scaled(BASELINE_WIDTH), "zorder": 1.9} if kind == "residual" else {}
+        hollow = "none" if seen[kind] % 2 else "full"
+        yield {"color": color, "linestyle": line, "marker": marker, "fillstyle": hollow, **under}
         seen[kind] += 1
 
 
@@ -237,7 +255,8 @@ def panels(
     width = natural * across
     if size.width is not None:
         width = size.width
-        across = 1 if size.panel else max(1, min(across, int(width * 72 / size.text // LEAST_PANEL)))
+        across = max(1, min(across, int(width * 72 / size.text // LEAST_PANEL)))
+        across = min(across, max(1, len(size.numbers))) if size.panel else across
         shrunk = scaled(height) if by_text else min(height / natural, 0.62) * width / across
         height = max(shrunk, LEAST_HEIGHT * size.text / 72)
     down = -(-rows * columns // across)
@@ -330,33 +349,30 @@ def _panels_of(figure: Figure) -> list[Axes]:
     return [axis for axis in figure.axes if axis.get_label() != "<colorbar>" and axis.axison]
 
 
-def _keep(figure: Figure, panel: str) -> None:
-    """Remove all panels but one: the one of that number, or the first one whose name has all the words.
+def _keep(figure: Figure, size: Size) -> None:
+    """Remove all panels but those that `size.panel` names, and make the figure as high as these need.
 
     Raises:
-      InputError: there is no such panel.
+      InputError: there is no such panel, or several have its words.
     """
     axes, names = _panels_of(figure), panel_names(figure)
-    words = panel.lower().split()
-    found = [k for k, name in enumerate(names) if all(word in name.lower() for word in words)]
-    if panel.isdecimal():
-        found = [int(panel) - 1] if 1 <= int(panel) <= len(axes) else []
-    if not found:
-        listed = ", ".join(f"{k} ({name})" for k, name in enumerate(names, 1))
-        raise InputError(f"There is no panel {panel!r}; the panels of this figure are {listed}.")
-    kept = axes[found[0]]
-    bars = [item.colorbar.ax for item in kept.collections if item.colorbar is not None]
-    place = kept.get_subplotspec()
-    rows = place.get_gridspec().nrows if place is not None else 1
-    for axis in [axis for axis in figure.axes if axis is not kept and axis not in bars]:
+    found = chosen_panels(names, size)
+    kept = [axes[k] for k in found]
+    bars = [item.colorbar.ax for axis in kept for item in axis.collections if item.colorbar is not None]
+    places = [place.get_gridspec() for axis in kept if (place := axis.get_subplotspec()) is not None]
+    rows, columns = (places[0].nrows, min(places[0].ncols, len(kept))) if places else (1, 1)
+    for axis in [axis for axis in figure.axes if axis not in kept and axis not in bars]:
         axis.remove()
     legends = 0.5 if figure.legends else 0.1
-    figure.set_figheight((figure.get_figheight() - legends) / rows + legends)
-    kept.set_subplotspec(GridSpec(1, 1, figure=figure)[0])
-    kept.tick_params(labelleft=bool(len(kept.get_yticks())))
-    if kept.get_title("center"):  # that of a map, which does not name its run
-        kept.set_title(names[found[0]], loc="center")
-    drawn = {str(artist.get_label()) for artist in (*kept.lines, *kept.patches, *kept.containers)}
+    down = -(-len(kept) // columns)
+    figure.set_figheight((figure.get_figheight() - legends) / rows * down + legends)
+    grid = GridSpec(down, columns, figure=figure)
+    for k, axis in enumerate(kept):
+        axis.set_subplotspec(grid[k // columns, k % columns])
+        axis.tick_params(labelleft=bool(len(axis.get_yticks())))
+        if axis.get_title("center"):  # that of a map, which does not name its run
+            axis.set_title(names[found[k]], loc="center")
+    drawn = {str(artist.get_label()) for axis in kept for artist in (*axis.lines, *axis.patches, *axis.containers)}
     drawn = {label for label in drawn if label and not label.startswith("_")}
     for old in figure.legends:
         entries = zip(old.legend_handles, (text.get_text() for text in old.get_texts()), strict=True)

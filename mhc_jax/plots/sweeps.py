@@ -6,13 +6,25 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mhc_jax.analysis.grouping import Variant, frontier_lines, lines, loss_threshold
 from mhc_jax.analysis.run_reader import paired_gap, series
 from mhc_jax.analysis.statistics import MIN_SEEDS, power_law, stability_frontier
-from mhc_jax.plots.axes import CLOSE_GAIN, fit_y, half_window, log_axis, mark_spikes, near_one, smooth, ticks_at
-from mhc_jax.plots.sizes import scaled
+from mhc_jax.plots.axes import (
+    CLOSE_GAIN,
+    fit_y,
+    half_window,
+    log_axis,
+    mark_spikes,
+    markers_at,
+    near_one,
+    smooth,
+    ticks_at,
+)
+from mhc_jax.plots.sizes import current_size, scaled
 from mhc_jax.plots.style import (
     GRID,
     INK,
@@ -29,6 +41,8 @@ from mhc_jax.plots.style import (
 
 SWEEP_FIGURES: dict[str, Plot] = {}
 """Figures of runs grouped over seeds, by name."""
+MOST_STRETCH = 5.0
+"""Most that the lines of seeds may stretch the y axis of `gap_curves` beyond what zero and their means span."""
 LOG_KEYS = ("optimizer.learning_rate", "model.num_layers", "model.connection.num_streams", "model.connection.t_max")
 """Settings that have a logarithmic axis in the figure `swept`, if their values are positive.
 
@@ -53,8 +67,9 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     The y axis is the gap in nats/token, where below zero is better; the x axis is the optimizer step. The gap is the training loss
     of a run minus that of the baseline's run of the same seed at the same step. Lines are moving medians over a twentieth of the
     logged steps. Each thin line is one seed, and the thick line is the mean over seeds. The legend gives the number of seeds in
-    parentheses. Variants of one kind of connection are shades of its colour. The y axis spans zero and the thick lines, so that
-    thin lines may leave the panel.
+    parentheses. Variants of one kind of connection are shades of its colour. The y axis spans zero and all lines. But if the thin
+    lines span more than five times what zero and the thick ones span, the axis spans the latter twice, and a triangle at the edge
+    marks where a seed leaves the panel.
     """
     compared = [(setting, setting.baseline) for setting in settings if setting.baseline is not None]
     if not compared:
@@ -63,7 +78,7 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
     figure, axes = panels(len(kinds), 1, height=2.6)
     for axis, kind in zip(axes, kinds, strict=True):
         mine = [(setting, base) for setting, base in compared if setting.kind == kind]
-        ends = [0.0]
+        ends, drawn = [0.0], []
         tones = zip(mine, looks([kind] * len(mine)), shades(color_of(kind), len(mine)), strict=True)
         for (setting, base), look, color in tones:
             curves = []
@@ -71,22 +86,44 @@ def gap_curves(settings: Sequence[Variant]) -> Figure:
                 if seed in base.runs:
                     steps, gap = paired_gap(run, base.runs[seed], "train")
                     curves.append(dict(zip(steps.tolist(), smooth(gap).tolist(), strict=True)))
-                    axis.plot(steps, smooth(gap), color=color, linewidth=0.6, alpha=0.6)
+                    drawn += axis.plot(steps, smooth(gap), color=color, linewidth=0.6, alpha=0.6)
             common = sorted(set.intersection(*map(set, curves))) if curves else []
             if common:
                 mean = np.asarray([np.mean([curve[step] for curve in curves]) for step in common])
                 style = {"color": color, "linestyle": look["linestyle"], "linewidth": scaled(2)}
                 axis.plot(common, mean, **style, label=plain_text(f"{setting.label} ({len(curves)})"))
                 ends += mean.tolist()
-        fit_y(axis, ends)
+        _fit_seeds(axis, ends, drawn)
         axis.axhline(0, color=INK, linewidth=0.9)
         axis.set_ylabel("gap (nats/token)")
         axis.set_label(f"gap of {kind}")
         legend(figure, axis=axis)
-    axes[-1].set_xlabel("optimizer step")
+    for axis in axes if current_size().panel else axes[-1:]:
+        axis.set_xlabel("optimizer step")
     if not any(axis.get_legend() for axis in axes):
         raise NothingToDraw("no variant shares a seed and logged steps with its baseline")
     return figure
+
+
+def _fit_seeds(axis: Axes, means: Sequence[float], seeds: Sequence[Line2D]) -> None:
+    """Let the y axis span the values `means` and the lines of all seeds.
+
+    If these lines span more than `MOST_STRETCH` times what the means span, the axis spans the means and half their span on either
+    side, and triangles at the edges mark where a line leaves the panel.
+    """
+    every = np.concatenate([np.asarray(line.get_ydata(), float) for line in seeds] + [np.asarray(means, float)])
+    every, kept = every[np.isfinite(every)], np.asarray(means)[np.isfinite(means)]
+    if np.ptp(every) <= MOST_STRETCH * np.ptp(kept):
+        fit_y(axis, every)
+        return
+    fit_y(axis, kept, 0.5, 0.5)
+    low, high = axis.get_ylim()
+    for line in seeds:
+        steps, gap = (np.asarray(values, float) for values in line.get_data())
+        for out, edge, mark in ((gap > high, 1.0, "^"), (gap < low, 0.0, "v")):
+            leaves = steps[out & ~np.append(False, out[:-1])]
+            options = {"color": line.get_color(), "ms": scaled(5), "clip_on": False}
+            axis.plot(leaves, [edge] * len(leaves), mark, transform=axis.get_xaxis_transform(), **options)
 
 
 def _largest(members: Sequence[Variant], key: str) -> float:
@@ -97,14 +134,23 @@ def _largest(members: Sequence[Variant], key: str) -> float:
 BANDS = (("loss", "training loss (nats/token)"), ("grad_norm", "gradient norm before clipping"))
 
 
-@register(SWEEP_FIGURES, "Loss and gradient norm, mean and band")
+@register(
+    SWEEP_FIGURES,
+    "Loss and gradient norm, mean and band",
+    only={
+        "The training loss is": "loss",
+        "The gradient norm is": "norm",
+        "The panel of the loss": "loss",
+    },
+)
 def seed_bands(settings: Sequence[Variant]) -> Figure:
     """Draw training loss and gradient norm against steps, over the seeds of every variant.
 
-    One panel shows the training loss in nats/token, the other the norm of its gradient with respect to all parameters, before
-    clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
+    The training loss is in nats/token. The gradient norm is that of the gradient of the training loss with respect to all
+    parameters, before clipping, on a logarithmic axis. The x axes are optimizer steps, and values are moving medians over a
     twentieth of the logged steps. Each line is the mean over a variant's seeds, and the band reaches from the lowest seed to the
-    highest. Triangles at the top mark loss spikes of any seed, one row for each variant. The panel of the loss begins after the
+    highest. Line styles and markers tell kinds of connection apart, and the residual connection's line is wide and lies under the
+    others. Triangles at the top mark loss spikes of any seed, one row for each variant. The panel of the loss begins after the
     first quarter of the steps.
     """
     figure, axes = panels(1, 2, height=3.2)
@@ -126,7 +172,7 @@ def seed_bands(settings: Sequence[Variant]) -> Figure:
             table = np.asarray([[curve[step] for step in common] for curve in curves])
             axis.fill_between(common, table.min(0), table.max(0), color=color, alpha=0.15, linewidth=0)
             label = plain_text(f"{setting.label} ({len(curves)} seeds)")
-            axis.plot(common, table.mean(0), color=color, linestyle=style["linestyle"], label=label)
+            axis.plot(common, table.mean(0), **style, markevery=markers_at(row), label=label)
             spikes = sorted({step for run in setting.runs.values() for step in run.spike_steps})
             mark_spikes(axis, spikes, row, color)
             if key == "loss":
@@ -176,16 +222,24 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
     return figure
 
 
-@register(SWEEP_FIGURES, "Measurements against what is swept")
+@register(
+    SWEEP_FIGURES,
+    "Measurements against what is swept",
+    only={
+        "Validation losses are": "validation loss",
+        "Gains are": "gain",
+        "Column errors are": "column sum",
+        "A close-up": "close-up",
+    },
+)
 def swept(settings: Sequence[Variant]) -> Figure:
     """Draw loss, gains and column errors against every number that the sweep varies.
 
-    There is one row of panels for each setting that the sweep varies and that is a number, and one column for each measurement:
-    validation loss in nats/token, the largest composite gain forward and backward, and the largest |column sum − 1| of H_res. Gains
-    are means over the sampled tokens and column errors are maxima over them; both have no unit and are the largest values of all
-    sub-layers and diagnostics steps. Dots are runs that finished, and lines join their means over seeds. A line joins only variants
-    that differ in no other setting. If some gains exceed 3, close-ups with linear axes of their own show the lines whose gains
-    never do.
+    Each panel shows one measurement against one setting that the sweep varies and that is a number. Validation losses are in
+    nats/token. Gains are the largest composite gains of all sub-layers and diagnostics steps, means over the sampled tokens,
+    without unit. Column errors are the largest |column sum − 1| of H_res of all sub-layers and diagnostics steps, maxima over the
+    sampled tokens, without unit. Dots are runs that finished, and lines join their means over seeds. A line joins only variants
+    that differ in no other setting. A close-up has a linear axis, and shows the lines alone whose gains never exceed 3.
     """
     keys = [key for key in dict.fromkeys(k for s in settings for k in s.varying) if lines(settings, key)]
     if not keys:
@@ -220,6 +274,7 @@ def swept(settings: Sequence[Variant]) -> Figure:
             values = sorted({s.varying[key] for members in found.values() for s in members})
             ticks_at(axis, values, log=values[0] > 0 and (key in LOG_KEYS or values[-1] / values[0] >= 8))
             axis.set(title=title, xlabel=key, ylabel=name)
+            axis.set_label(f"{title}, against {key}")
             if is_close:
                 near_one(axis)
             elif log:
@@ -235,6 +290,7 @@ def frontier(settings: Sequence[Variant]) -> Figure:
     The x axis (logarithmic) is the learning rate. Each dot is a rate that was tried. A filled dot is a stable rate: every run
     finished with a validation loss less than 0.5 nats/token above the lowest mean of a variant of the sweep. A hollow dot with a
     cross is a rate that is not stable. The bar reaches from the lowest stable rate to the last one below the next unstable rate.
+    A row whose rates have fewer than three runs makes no claim, and its name says so.
     """
     threshold = loss_threshold(settings)
     found = frontier_lines(settings)
@@ -254,7 +310,9 @@ def frontier(settings: Sequence[Variant]) -> Figure:
             if not stable:
                 axis.plot(rate, row, "x", color=color, ms=scaled(5))
     ticks_at(axis, rates)
-    axis.set_yticks(range(len(found)), list(found))
+    counts = [min(map(len, losses.values())) for losses in found.values()]
+    notes = [f" ({'one seed' if k == 1 else f'{k} seeds'}, no claim)" * (k < MIN_SEEDS) for k in counts]
+    axis.set_yticks(range(len(found)), [f"{name}{note}" for name, note in zip(found, notes, strict=True)])
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("learning rate")
     return figure

@@ -82,7 +82,7 @@ def size_of(size: str, text: float = 0.0, panel: str = "") -> plots.Size:
     Args:
       size: a name of `plots.SIZES`, or a width in inches.
       text: size of text in points.  0 means that of the named size, and 8 points for a width in inches.
-      panel: the only panel to draw: its number, or words of its title.  Empty: all panels.
+      panel: as `plots.Size.panel`.
 
     Raises:
       InputError: the size is neither a known name nor a width in inches, or a number is too small or too large.
@@ -93,7 +93,7 @@ def size_of(size: str, text: float = 0.0, panel: str = "") -> plots.Size:
         try:
             chosen = plots.Size(float(size), 8.0)
         except ValueError:
-            one_of("size", size, plots.SIZES)
+            one_of("size", size, plots.SIZES, "or a width in inches, such as 5.5")
             raise
         require(
             WIDTHS[0] <= float(size) <= WIDTHS[1],
@@ -155,8 +155,13 @@ def draw_figure(name: str, folders: Sequence[Path], size: plots.Size, each_run: 
                 figure = plot.draw(shown)
     except plots.NothingToDraw as error:
         raise InputError(f"{name} cannot be drawn of {where}: {error.missing}.{_advice(records)}") from None
-    only = f"Shown is the panel {plots.panel_names(figure)[0]!r} alone." if size.panel else ""
-    return Drawn(figure, " ".join(filter(None, [f"{plot.title}.", only, plot.caption, how, *_runs(variants)])), names)
+    drawn = plots.panel_names(figure)
+    only = ""
+    if size.panel:
+        several = f"are the panels {', '.join(map(repr, drawn[:-1]))} and" if len(drawn) > 1 else "is the panel"
+        only = f"Shown {several} {drawn[-1]!r} alone."
+    text = plot.caption_of(drawn)
+    return Drawn(figure, " ".join(filter(None, [f"{plot.title}.", only, text, how, *_runs(variants)])), names)
 
 
 def _advice(records: Sequence[RunRecord]) -> str:

@@ -54,6 +54,12 @@ def find_runs(folder: Path, order: Sequence[str] = ()) -> list[RunRecord]:
     rank = {name: k for k, name in enumerate(order)}
     places.sort(key=lambda place: rank.get(place.name, len(rank)))
     records = [read_run(place) for place in places if (place / "metrics.jsonl").is_file()]
+    bare = [place.name for place in places if (place / "config.json").is_file()]
+    require(
+        bool(records) or not bare,
+        f"{str(folder)!r} has no metrics of its runs ({', '.join(bare[:MOST_VALUES])}); a record keeps them if "
+        "experiments/record.py is given --metrics.",
+    )
     require(bool(records), f"{str(folder)!r} holds no run folder; give the folder of a sweep or of runs.")
     return records
 
@@ -256,7 +262,7 @@ def _draw(
         parts.append(
             f'<figure id="{name}"><h3>{title}</h3><div role="img" aria-label="{title}" style="--width: {width}">'
             f'<div class="wide">{plots.svg(figure)}</div><div class="narrow">{narrow}</div></div>'
-            f"<figcaption>{escaped(plot.caption)} {files}</figcaption></figure>"
+            f"<figcaption>{escaped(plot.caption_of(plots.panel_names(figure)))} {files}</figcaption></figure>"
         )
     if missing and not quiet:
         parts.append("<h3>Not drawn</h3>" + bullets(missing))

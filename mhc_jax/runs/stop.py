@@ -39,6 +39,15 @@ class StopRequest:
             signal.signal(number, previous)
 
 
+def signal_name(number: int) -> str:
+    """Return the name of a signal for a sentence.
+
+    >>> signal_name(2), signal_name(15)
+    ('Ctrl-C', 'SIGTERM')
+    """
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 def exit_if_a_save_hangs(status: int) -> None:
     """End this process with exit status `status` if a save that failed has left threads of Orbax; else only return.
 

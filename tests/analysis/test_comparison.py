@@ -147,10 +147,39 @@ def test_findings_claim_what_the_seeds_resolve_and_nothing_else(connections, rat
     assert "hc lr=0.01: loss minus residual lr=0.01's -0.0200; one seed, no claim." in said
     assert "hc lr=0.01 diverged in 1 of 2 runs, at step 120: these have no final loss." in said
     for stable in (
-        "hc: stable up to learning rate 0.001, not at 0.01 (stable: every run finished below 2.455 nats/token; at least 2 runs ",
-        "mhc:init=paper: stable up to learning rate 0.01, the largest whose runs have ended",
+        "hc: all runs finished below 2.455 nats/token at learning rate 0.001, not at 0.01; 2 seeds, no claim about stability.",
+        "mhc:init=paper: all runs finished below 2.455 nats/token at learning rate 0.01, the largest whose runs have ended; 2",
     ):
         assert any(sentence.startswith(stable) for sentence in said)
+
+
+def test_three_runs_for_each_rate_make_a_claim_about_stability(tmp_path):
+    for count in (1, 3):
+        runs = [
+            write(tmp_path / str(count), f"{rate}-{seed}", "hc", seed, rate, loss=2.0)
+            for rate in RATES
+            for seed in range(count)
+        ]
+        (said,) = [sentence for sentence in findings(group(runs)) if "learning rate" in sentence]
+        assert said.startswith("hc: stable up to learning rate 0.01, ") == (count == 3)
+        assert said.endswith("; one seed, no claim about stability.") == (count == 1)
+        assert ("at least 3 runs for each rate" in said) == (count == 3)
+        figure = SWEEP_FIGURES["frontier"].draw(group(runs))
+        names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        assert names == ["hc" if count == 3 else "hc (one seed, no claim)"]
+
+
+def test_step_times_that_differ_over_seeds_have_a_range_and_no_ratio(tmp_path):
+    def cells(*times):
+        folder, runs = tmp_path / "-".join(map(str, times)), []
+        for k, time in enumerate(times):
+            kind = "residual" if k < 2 else "mhc"
+            runs.append(write(folder, str(k), kind, k % 2, results={"step_time_s": time}))
+        return [row["step time (ms)"].text.replace("\N{NO-BREAK SPACE}", " ") for row in rows(runs)]
+
+    assert cells(0.008, 0.010, 0.016, 0.024) == ["8", "10", "16 (×2.00)", "24 (×2.40)"]
+    assert cells(0.008, 0.010, 0.024, 0.078) == ["8", "10", "24 (seeds: 24 to 78)", "78 (seeds: 24 to 78)"]
+    assert cells(0.0079, 0.016, 0.024, 0.025) == ["7.9 (seeds: 7.9 to 16)", "16 (seeds: 7.9 to 16)", "24", "25"]
 
 
 def test_one_seed_ranks_nothing(singles):
@@ -175,8 +204,8 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
     high = without_mhc(RATES[1])
     assert "mhc:init=paper lr=0.01: 2 of 2 runs have not ended and have no final loss." in findings(high)
     assert frontier_lines(high)["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
-    said = next(s for s in findings(high) if s.startswith("mhc:init=paper: stable"))
-    assert said.startswith("mhc:init=paper: stable up to learning rate 0.001, the largest whose runs have ended")
+    (said,) = [s for s in findings(high) if s.startswith("mhc:init=paper: all runs")]
+    assert "nats/token at learning rate 0.001, the largest whose runs have ended; 2 seeds" in said
     assert "mhc:init=paper" not in frontier_lines(without_mhc(*RATES))
 
 
@@ -201,6 +230,8 @@ def test_findings_tell_equal_collapsed_and_different_streams_apart(singles):
     # One stream outweighs three others, which point elsewhere.
     said = findings(group([residual, with_streams(hc, [1.0, 0.6, 0.6], [1.0, 1.004, 1.3], 40.0, absolute=0.657)]))
     assert "hc: streams differ at every sub-layer: their rank lies between 1.00 and 1.30 of 4." in said
+    said = findings(group([residual, with_streams(hc, [1.0, 0.1, 0.2], [1.0, 2.604, 2.6])]))
+    assert "hc: streams differ at every sub-layer: their rank is 2.60 of 4." in said
     said = findings(group([residual, with_streams(hc, [1.0, 0.1, 0.2], [1.0, 2.1, 2.6])]))
     assert "hc: streams differ at every sub-layer: their rank lies between 2.10 and 2.60 of 4." in said
 
@@ -214,6 +245,7 @@ def test_statistics_rows(connections, rates):
     assert said == ["-0.1000", "-0.1248 to -0.0752", "lower"]
     assert (mhc["effect"].value, mhc["p (sign flip)"].value) == (pytest.approx(-0.1 / 0.05), 0.25)
     assert (mhc["max gain forward"].value, mhc["max gain backward"].value) == (21, 21), "the largest of any seed"
+    assert mhc["effect"].text == "-2.0"
     assert any("mhc:init=paper 21 forward, 21 backward" in sentence for sentence in findings(group(connections)))
     for row in statistics_rows(group(rates)):  # of two seeds
         assert [row[key].value for key in INFERENCE] == [None] * 4

@@ -30,7 +30,7 @@ def test_the_caption_says_which_runs_are_shown_and_how(folder):
     assert legend_texts(drawn.figure) == ["hc", "mhc:init=paper"]
     assert drawn.caption.startswith("Gain against depth. The y axes show gains")
     for sentence in (
-        "Lines are means over the sampled tokens, and the faint bands reach",
+        "Lines are means over the sampled tokens. Faint bands reach",
         "Lines and bands are means over the seeds that finished.",
         "Runs: hc (seeds 0, 1, of 2 finished 1); mhc:init=paper (seeds 0, 1).",
         f"Last logged step: 120 or {STEPS}.",
@@ -46,10 +46,64 @@ def test_the_caption_says_which_runs_are_shown_and_how(folder):
     assert len(maps) == 2 * 6
     assert maps[0].get_ylabel() == f"hc seed 1\n(step {STEPS})", "seed 0 diverged"
     assert "Of each variant the figure shows the run with the lowest seed that finished." in matrices.caption
-    panel = draw_figure("gain_depth", [folder], size_of("column", panel="composite forward"))
+    panel = draw_figure("gain_depth", [folder], size_of("column", panel="composite H(l)···h(1), forward"))
     assert plots.panel_names(panel.figure) == ["Composite H(l)···H(1), forward"]
     assert panel.panels == drawn.panels
     assert "Shown is the panel 'Composite H(l)···H(1), forward' alone." in panel.caption
+
+
+def test_several_panels_are_chosen_by_numbers_and_words_of_several_are_a_mistake(folder):
+    size = size_of("page", panel="5, 8")
+    drawn = draw_figure("gain_depth", [folder], size)
+    kept = ["Composite H(l)···H(1), forward", "Composite H(L)···H(l), backward, close-up"]
+    assert plots.panel_names(drawn.figure) == kept
+    assert {axis.get_subplotspec().rowspan.start for axis in drawn.figure.axes} == {0}, "side by side"
+    assert f"Shown are the panels '{kept[0]}' and '{kept[1]}' alone." in drawn.caption
+    column = draw_figure("gain_depth", [folder], size._replace(width=3.3))
+    assert len({axis.get_subplotspec().rowspan.start for axis in column.figure.axes}) == 2
+    for panel, sentence in (
+        (
+            "composite close-up",
+            r"^2 panels match 'composite close-up': 6 \(.*, 8 \([^,]*, backward, close-up\). .* --panel=6,8 ",
+        ),
+        ("3,9", r"There is no panel '3,9'; the panels of this figure are 1 \("),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            draw_figure("gain_depth", [folder], size_of("page", panel=panel))
+
+
+def test_the_caption_explains_only_the_panels_that_are_drawn(folder):
+    for panel, there, gone in (
+        (
+            "1",
+            ['"Single" panels show', "A forward gain is", "the axis is log"],
+            ['Composite"', "A backward", "bands", "close-up"],
+        ),
+        (
+            "8",
+            ["A backward gain is", "A close-up has", "Faint bands"],
+            ['"Single"', "A forward", "the axis is logarithmic"],
+        ),
+    ):
+        text = draw_figure("gain_depth", [folder], size_of("column", panel=panel)).caption.partition(
+            " Lines and bands"
+        )[0]
+        text = text.partition("alone. ")[2]
+        assert [words in text for words in there] == [True] * 3
+        assert [words in text for words in gone] == [False] * len(gone)
+    for name, plot in NAMED.items():
+        for start in plot.only:
+            assert f" {start} " in f" {plot.caption}", (name, start)
+        assert plot.caption_of([]).count(".") <= plot.caption.count(".") - len(plot.only), name
+
+
+def test_a_record_without_metrics_says_so(folder, tmp_path):
+    (tmp_path / "hc").mkdir()
+    (tmp_path / "hc" / "config.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"has no metrics of its runs \(hc\); a record keeps them if .*record.py .*--metrics"
+    ):
+        draw_figure("loss", [tmp_path], COLUMN)
 
 
 def test_runs_come_from_run_folders_sweeps_and_records(folder, tmp_path):
@@ -120,7 +174,7 @@ def test_sizes_have_names_or_inches():
     assert size_of("page", 9.5, "2") == plots.Size(6.8, 9.5, "2")
     assert size_of("5.5") == plots.Size(5.5, 8.0)
     for given, sentence in (
-        (("colum",), "Did you mean 'column'"),
+        (("colum",), "or a width in inches, such as 5.5. Did you mean 'column'"),
         (("33",), "size is 33 inches; it must lie between 1.5 and 20"),
         (("nan",), "must lie between"),
         (("page", 40.0), "The text size is 40 points; it must lie between 4 and 20"),

@@ -191,6 +191,11 @@ def test_generate_script(trained):
     assert status == 0, err
     assert out.startswith("the stream")
     assert "20 tokens" in err
+    assert "is full" not in err
+    assert err.count("compiling; the first answer takes longer ...") == 1
+    status, out, err = generate(trained[1], "--prompt=" + "stream " * 8, "--temperature=0")
+    assert err.splitlines()[-1].startswith(f"[{64 - 56} tokens in ")
+    assert err.splitlines()[-1].endswith("; the context of 64 tokens is full]")
 
 
 @pytest.mark.full

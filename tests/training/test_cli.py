@@ -11,8 +11,9 @@ DEMO = f"--config={ROOT}/experiments/configs/demo.py"
 TRAIN = {
     "no folder": ([DEMO], "error: --workdir is missing; give --workdir=..."),
     "unknown flag": ([DEMO, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
-    "unknown key": ([DEMO, "--config.model.widht=3"], "The configuration has no key 'widht'. Did you mean 'width'?"),
-    "unknown key, nothing near": ([DEMO, "--config.model.qqq=3"], "The configuration has no key 'qqq'. "),
+    "unknown key": ([DEMO, "--config.model.widht=3"], "no key 'model.widht'. Did you mean 'model.width'?"),
+    "unknown section": ([DEMO, "--config.trian.steps=3"], "no key 'trian.steps'. Did you mean 'train.steps'?"),
+    "unknown key, nothing near": ([DEMO, "--config.model.qqq=3"], "The configuration has no key 'model.qqq'. "),
     "not an int": ([DEMO, "--config.train.steps=many"], "--config.train.steps is 'many'; it must be of type int."),
     "not a float": ([DEMO, "--config.optimizer.b1=x"], "--config.optimizer.b1 is 'x'; it must be of type float."),
     "not a bool": ([DEMO, "--config.model.tied_embeddings=5"], "tied_embeddings is '5'; it must be of type bool."),
@@ -22,6 +23,12 @@ TRAIN = {
     "refused value": ([DEMO, "--config.train.steps=0"], "train.steps is 0; it must be at least 1."),
     "no config file": (["--config=none.py"], "The config file 'none.py' does not exist"),
     "no config file, two words": (["--config", "none.py"], "The config file 'none.py' does not exist"),
+    "a config file's name": (
+        ["--config=experiments/configs/demos.py:mhc"],
+        "'experiments/configs/demos.py' does not exist; give --config=FILE.py or --config=FILE.py:arg. Did you mean "
+        "'experiments/configs/demo.py'?",
+    ),
+    "a config file's folder": (["--config=ladders.py"], "Did you mean 'experiments/configs/ladder.py'?"),
     "a folder": ([f"--config={ROOT}"], "does not exist"),
     "unknown connection": ([f"{DEMO}:mch"], "connection.kind is 'mch'; it must be one of 'residual', 'hc', 'mhc'"),
     "unknown setting": ([f"{DEMO}:mhc:innit=home"], "'innit'"),

@@ -265,8 +265,10 @@ def interrupted_script(config, folder, number):
     assert status == 130, err
     summary = json.loads(out)
     assert summary["status"] == "interrupted"
-    told = f"run: stopped by signal {int(number)} after step {summary['steps']}; saved. Run the same command to go on."
-    assert [line for line in err.splitlines() if "stopped" in line] == [told]
+    by, end = "Ctrl-C" if number == signal.SIGINT else "SIGTERM", f"after step {summary['steps']}; saved. Run the same"
+    told = [f"run: stopped{by} {end} command to go on." for by in (f" by {by}", "")]
+    assert [line for line in err.splitlines() if "stopped" in line] == told
+    assert err.splitlines()[-1] == told[-1], "what to do stands behind the summary"
     assert all(line.startswith("run: ") for line in err.splitlines()), err
     assert read(folder, "config") == to_mapping(config), "flags that spell out a configuration give exactly that one"
     assert int(final_state(folder)["step"]) == summary["steps"] == max(line["step"] for line in lines(folder))
