@@ -100,7 +100,7 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(tmp_path, points, sent
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["FILE", "--config.train.step=4"], "The configuration has no key 'step'. Did you mean 'steps'?"),
+        (["FILE", "--config.train.step=4"], "The configuration has no key 'train.step'. Did you mean 'train.steps'?"),
         (["FILE", "--config.train.steps=many"], "--config.train.steps is 'many'; it must be of type int."),
         (["FILE", "--config.train.steps=0"], "train.steps is 0; it must be at least 1."),
         (["FILE", "--config=demo.py"], "--config=FILE has no use here"),

@@ -11,12 +11,13 @@ from support.tiny_sweep import base, write_sweep
 
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
-from mhc_jax.errors import InputError
+from mhc_jax.errors import LONGEST_NAME, InputError
 from mhc_jax.reports.page import write_folder_report
+from mhc_jax.runs.folder import write_json
 from mhc_jax.sweeps import grid
 from mhc_jax.sweeps.bisection import Bisection
 from mhc_jax.sweeps.field_types import check_types
-from mhc_jax.sweeps.grid import Sweep, load_sweep, plan, read_plan, run_name
+from mhc_jax.sweeps.grid import ROOM, Sweep, load_sweep, plan, read_plan, run_name
 
 SWEEP = '''"""Doc."""
 from mhc_jax.sweeps.grid import *
@@ -53,7 +54,7 @@ FILES = {
     f"{SWEEP}points('optimizer.learning_rate', 10**400)": "learning_rate is 10+.*; a number must be at most",
     f"{SWEEP}points('model.width', 10**5000)": "model.width is a very large int; it must be at most",
     f"{SWEEP}points('train.seed', None)": "train.seed is None, a NoneType; it must be a int",
-    f"{SWEEP}points('data.source', 'x' * 300)": "which has 30. bytes; at most 240",
+    f"{SWEEP}points('data.source', 'x' * 300)": "which has 30. bytes; at most 229",
     f"{SWEEP}Sweep(base='config.py', points=over('seed', 5))": "fails: Type(Check)?Error",
     f"{SWEEP}exit(3)": "fails: SystemExit: 3",
     f"{SWEEP}(1 / 0)": "ZeroDivisionError",
@@ -160,3 +161,10 @@ def test_a_sweep_json_without_its_entries_is_told(tmp_path, content):
 def test_a_name_of_a_run_never_leaves_its_folder():
     assert run_name({"data.source": "../../etc"}) == "source..-..-etc"
     assert run_name({"connection": "/"}) == "base"
+
+
+def test_the_longest_name_of_a_run_can_be_written(tmp_path):
+    name = "a" * (LONGEST_NAME - ROOM)
+    write_json(tmp_path / f"{name}.json", {})
+    with pytest.raises(InputError, match="File name too long"):
+        write_json(tmp_path / f"a{name}.json", {})
