@@ -16,8 +16,8 @@ from absl import flags
 
 from mhc_jax import cli
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.json_files import write_json
 from mhc_jax.reports.record import newest_record, read_record
-from mhc_jax.runs.folder import write_json
 from mhc_jax.runs.metrics import plain
 
 FREEZE = flags.DEFINE_string("freeze", "", "Folder of the runs of mixing_needed whose mHC models are frozen.")

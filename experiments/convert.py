@@ -22,10 +22,11 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import spec
 from mhc_jax.data.tokenizers import hugging_face_files, hugging_face_tokenizer
 from mhc_jax.errors import require, user_path
+from mhc_jax.files.json_files import read_json
 from mhc_jax.runs.trained import Trained, load_trained
 from mhc_jax.weights import folder as folders
 from mhc_jax.weights import llama
-from mhc_jax.weights.tensor_files import TensorFiles, read_json, require_free, write_folder
+from mhc_jax.weights.tensor_files import TensorFiles, require_free, write_folder
 from mhc_jax.wrappers.wiring import Wiring
 
 TO = flags.DEFINE_enum("to", "model", ["model", "hf", "connection"], "Form of the result.")

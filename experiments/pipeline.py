@@ -23,12 +23,12 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.files.json_files import read_json
 from mhc_jax.pipeline_schedules.tables import SCHEDULES
 from mhc_jax.planning import pipeline_simulations
 from mhc_jax.planning.stage_costs import chip_rates
 from mhc_jax.plots.pipeline import timeline
 from mhc_jax.plots.style import save
-from mhc_jax.runs.folder import read_json
 
 CONFIG = cli.define_config()
 STAGES = flags.DEFINE_integer("stages", 8, "Devices along the stage axis.")

@@ -25,9 +25,9 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import parse, spec
 from mhc_jax.cost import counts, hlo
 from mhc_jax.errors import require
+from mhc_jax.files.json_files import write_json
 from mhc_jax.remat_plan import resolve
 from mhc_jax.runs.environment import environment
-from mhc_jax.runs.folder import write_json
 from mhc_jax.sweeps.runner import cores
 from mhc_jax.timing.step_times import CompiledStep, compile_step
 from mhc_jax.timing.turns import median_times

@@ -18,8 +18,9 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError, one_of, require
+from mhc_jax.files.json_files import read_json
 from mhc_jax.runs.checksums import require_whole
-from mhc_jax.runs.folder import NEUTRAL_KEYS, NEUTRAL_SECTIONS, TEXT_KEYS, read_json, read_summary
+from mhc_jax.runs.folder import NEUTRAL_KEYS, NEUTRAL_SECTIONS, TEXT_KEYS, read_summary
 
 MEASUREMENTS = ("train", "validation", "diagnostics")
 SEED_KEYS = ("train.seed", "data.seed")

@@ -19,10 +19,10 @@ from typing import BinaryIO
 import numpy as np
 
 from mhc_jax.data import sources
-from mhc_jax.data.aside import aside
 from mhc_jax.data.files import Document
 from mhc_jax.data.tokenizers import Tokenizer, id_dtype
 from mhc_jax.errors import InputError
+from mhc_jax.files.aside import aside
 
 FORMAT = 2
 """Version of the stored arrays, which is part of their key in the cache.

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from mhc_jax.data.aside import aside
 from mhc_jax.data.files import Document
+from mhc_jax.files.aside import aside
 
 CORPUS = Path(__file__).with_name("corpus") / "shakespeare.jsonl.xz"
 VALIDATION_PLAYS = 2

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from mhc_jax.data.aside import aside
 from mhc_jax.data.tokenizer_checks import MOST_TOKENS
 from mhc_jax.data.tokenizers import END, BPETokenizer
 from mhc_jax.errors import InputError, require, user_path
+from mhc_jax.files.aside import aside
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> BPETokenizer:

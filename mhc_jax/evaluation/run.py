@@ -20,8 +20,8 @@ from mhc_jax.errors import InputError, require
 from mhc_jax.evaluation.scoring import LN2
 from mhc_jax.evaluation.store import Responses
 from mhc_jax.evaluation.tasks import BENCHMARKS, choose, gold_answer, harness_tasks
+from mhc_jax.files.json_files import replacing, write_json
 from mhc_jax.runs.environment import environment
-from mhc_jax.runs.json_files import replacing, write_json
 from mhc_jax.runs.metrics import plain
 from mhc_jax.runs.trained import beyond_training, load_trained
 

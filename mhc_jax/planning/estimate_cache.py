@@ -13,7 +13,7 @@ from typing import Any
 
 import mhc_kernels
 
-from mhc_jax.runs.json_files import replacing
+from mhc_jax.files.json_files import replacing
 
 
 def cached(key: Mapping[str, Any], folder: Path, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:

@@ -24,10 +24,10 @@ from mhc_jax.analysis.statistics import SPREAD, Paired, paired, t_interval
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.json_files import read_json
 from mhc_jax.reports import board_rules as rules
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.record import read_record
-from mhc_jax.runs.folder import read_json
 
 MOST_P = 0.01
 """A new best needs a p-value below this, in the one-sided paired t test against the best before."""

@@ -15,12 +15,13 @@ from typing import Any
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import require
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.loop import EXIT_CODES
 from mhc_jax.reports import board_rules as rules
 from mhc_jax.reports.record import read_record, without_paths, write_record
 from mhc_jax.runs.cpu_variables import cpu_alone
 from mhc_jax.runs.environment import environment
-from mhc_jax.runs.folder import differences, read_json, write_json
+from mhc_jax.runs.folder import differences
 from mhc_jax.sweeps.grid import Grid, over, plan, product, seeds
 from mhc_jax.sweeps.results import result_rows
 from mhc_jax.sweeps.runner import cores, run_local

@@ -13,9 +13,9 @@ from mhc_jax.analysis.comparison import COLUMNS, STATISTICS, findings, rows, sta
 from mhc_jax.analysis.grouping import Baseline, Variant, group, mean_record
 from mhc_jax.analysis.run_reader import RunRecord, flatten, labels, not_defaults, read_run
 from mhc_jax.errors import require
+from mhc_jax.files.json_files import replacing
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import bullets, escaped, fold, relative_link, sortable_table, text_table
-from mhc_jax.runs.json_files import replacing
 from mhc_jax.sweeps.grid import read_sweep_json
 
 HEADER_KEYS = ("date", "command", "commit", "device")

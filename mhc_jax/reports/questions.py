@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from mhc_jax.analysis import answers, rate_margins
 from mhc_jax.analysis.run_reader import RunRecord
+from mhc_jax.files.json_files import read_json
 from mhc_jax.plots import answers as figures
 from mhc_jax.reports import answers as tables
 from mhc_jax.reports.record import newest_record, read_record
-from mhc_jax.runs.folder import read_json
 
 
 class Question(NamedTuple):

@@ -21,11 +21,11 @@ from typing import Any
 from mhc_jax.analysis.comparison import STATISTICS, findings, statistics_rows
 from mhc_jax.analysis.grouping import ENDED, Variant, group
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, run_of
-from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.aside import aside
+from mhc_jax.files.json_files import read_json
 from mhc_jax.reports.markup import markdown_table
 from mhc_jax.reports.page import changed_settings
-from mhc_jax.runs.folder import read_json
 from mhc_jax.sweeps.results import result_rows, write_csv
 
 MISSING = ("pending", "begun", "interrupted")

@@ -19,9 +19,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from mhc_jax.errors import InputError, raise_interrupt
+from mhc_jax.files.checksums import damage, write_checksums
+from mhc_jax.files.json_files import read_json
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.checksums import damage, write_checksums
-from mhc_jax.runs.folder import differences, read_json
+from mhc_jax.runs.folder import differences
 from mhc_jax.runs.read_back import read_back, shapes
 from mhc_jax.train_step import TrainState
 
@@ -31,6 +32,8 @@ KEEP_CHECKPOINTS = 2
 """Number of checkpoints that a run keeps: the newest, and the one before, in case the newest cannot be read."""
 REPLACED = "replaced-checkpoint-"
 """Beginning of the name of an old checkpoint, in the run folder, while a new one of the same step is saved."""
+MAY_CHANGE = "_CHECKPOINT_METADATA"
+"""Name of a file of Orbax that may still change after the checksums are written.  No value is read from it."""
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """Exceptions that Orbax raises if writing to disk fails.  Errors of TensorStore arrive as ValueError."""
 
@@ -142,7 +145,7 @@ class Checkpoints:
         if not self._opened:
             read_back(folder, parts, arrays)
             self._opened = True
-        write_checksums(folder)
+        write_checksums(folder, without=(MAY_CHANGE,))
 
     def wait(self) -> None:
         """Wait until every save that has started is on disk.

@@ -1,33 +1,17 @@
-"""Checksums of the files of a folder, with which a damaged file is detected when the folder is read.
-
-Neither Orbax nor TensorStore can do this here: Orbax writes its arrays by codecs of its own choice, among which the codec `crc32c`
-protects an index and no values.
-"""
+"""Checksums of the files of a run that has ended, with which a page or a command notices that one of them has changed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import require
-from mhc_jax.runs.json_files import read_json, replacing, write_json
+from mhc_jax.files.checksums import CHECKSUMS, checksum, damage
+from mhc_jax.files.json_files import replacing, write_json
 
-CHECKSUMS = "checksums.json"
-"""Name of the file that holds the size and the SHA-256 of each file of a folder, by its path in the folder."""
-OPEN = "_CHECKPOINT_METADATA"
-"""Name of a file of Orbax that may still change after the checksums are written.  No value is read from it."""
 RUN_FILES = ("config.json", "env.json", "metrics.jsonl")
 """Files of a run folder that have a checksum once the run has ended, besides summary.json."""
-BLOCK = 1 << 22
-"""Number of bytes that are read at a time."""
-
-
-def write_checksums(folder: Path) -> None:
-    """Write `CHECKSUMS` into a folder."""
-    found = {name: _of(folder / name) for name in _names(folder)}
-    (folder / CHECKSUMS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -39,8 +23,8 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """
     with replacing(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        found = {name: _of(folder / name) for name in RUN_FILES if (folder / name).is_file()}
-        write_json(folder / CHECKSUMS, {**found, "summary.json": _of(temporary)})
+        found = {name: checksum(folder / name) for name in RUN_FILES if (folder / name).is_file()}
+        write_json(folder / CHECKSUMS, {**found, "summary.json": checksum(temporary)})
 
 
 def remove_summary(folder: Path) -> None:
@@ -56,39 +40,3 @@ def require_whole(folder: Path) -> None:
         not reason,
         f"{folder}: {reason}; restore it from a copy, or remove {folder / CHECKSUMS} to use the files as they are.",
     )
-
-
-def damage(folder: Path) -> str:
-    """Return what is damaged in a folder, in a few words, or an empty text if nothing is.
-
-    A folder without `CHECKSUMS`, which an older version of this project wrote, is not checked.
-    """
-    if not (folder / CHECKSUMS).is_file():
-        return ""
-    try:
-        listed = read_json(folder / CHECKSUMS)
-    except ValueError:
-        return f"{CHECKSUMS} is damaged"
-    for name, expected in listed.items():
-        try:
-            if _of(folder / name) != expected:
-                return f"{name} is damaged: its SHA-256 is not the one that was saved"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return ""
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the paths of all files below a folder, relative to it, except those that have no checksum."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUMS, OPEN))
-    return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def _of(file: Path) -> list[int | str]:
-    """Return the size of a file in bytes, and its SHA-256."""
-    digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return [size, digest.hexdigest()]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.json_files import read_json, write_json
 from mhc_jax.runs.lock import LOCK, lock_text, run_lock
 
 PATTERNS = "*?[\\"

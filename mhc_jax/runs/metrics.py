@@ -30,8 +30,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import replacing
 from mhc_jax.parallel import distributed
-from mhc_jax.runs.json_files import replacing
 from mhc_jax.runs.trackers import Tracker, make_trackers, one_line, warn
 
 T = TypeVar("T")

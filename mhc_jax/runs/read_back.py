@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import tensorstore as ts
 
-from mhc_jax.runs.json_files import read_json
+from mhc_jax.files.json_files import read_json
 
 
 def shapes(tree: Any) -> dict[str, list[int]]:

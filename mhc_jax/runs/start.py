@@ -19,12 +19,13 @@ from mhc_jax.connections import connection_module, spec
 from mhc_jax.cost import counts
 from mhc_jax.data import Data, load_data, resolve_tokenizer
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.parallel import distributed
 from mhc_jax.parallel.sharding import make_mesh
 from mhc_jax.runs.checkpoint import Checkpoints
 from mhc_jax.runs.checksums import remove_summary
 from mhc_jax.runs.environment import devices_of, environment, used_devices
-from mhc_jax.runs.folder import differences, read_json, read_summary, recorded_data, write_json
+from mhc_jax.runs.folder import differences, read_summary, recorded_data
 from mhc_jax.runs.history import History
 from mhc_jax.runs.metrics import MetricsWriter
 from mhc_jax.runs.programs import abstract_state

@@ -18,7 +18,7 @@ import numpy as np
 from mhc_jax.config.compound import Wandb, read_tracker
 from mhc_jax.diagnostics import STREAM_MEASURES
 from mhc_jax.errors import InputError, require
-from mhc_jax.runs.json_files import replacing
+from mhc_jax.files.json_files import replacing
 
 REDUCED = {
     "max": (

@@ -14,9 +14,9 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping
 from mhc_jax.data.tokenizers import Tokenizer, from_saved, load_tokenizer
 from mhc_jax.errors import require
+from mhc_jax.files.json_files import read_json
 from mhc_jax.parallel.sharding import make_mesh, state_shardings
 from mhc_jax.runs.checkpoint import check_tokenizer, load_params, newest_step, saved_tokenizer
-from mhc_jax.runs.folder import read_json
 from mhc_jax.weights.folder import is_model_folder, read_model
 
 

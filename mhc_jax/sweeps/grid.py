@@ -30,9 +30,9 @@ from mhc_jax import connections
 from mhc_jax.analysis.run_reader import SHORT, flatten, identity
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import from_mapping, to_mapping
-from mhc_jax.data.aside import EXTRA
 from mhc_jax.errors import LONGEST_NAME, InputError, require, shown
-from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.files.aside import EXTRA
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.sweeps.bisection import Bisection, lines
 from mhc_jax.sweeps.field_types import check_types
 

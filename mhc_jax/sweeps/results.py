@@ -17,7 +17,8 @@ import pyarrow.parquet
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, series
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError
-from mhc_jax.runs.folder import read_json, read_summary
+from mhc_jax.files.json_files import read_json
+from mhc_jax.runs.folder import read_summary
 from mhc_jax.sweeps.grid import read_plan
 
 SUMMARY_KEYS = (

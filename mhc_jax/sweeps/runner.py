@@ -18,12 +18,13 @@ from typing import Any
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data import load_data
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.loop import EXIT_CODES
 from mhc_jax.runs.checkpoint import check_text
 from mhc_jax.runs.cpu_variables import cpu_alone, cpu_variables
 from mhc_jax.runs.environment import COMMAND
 from mhc_jax.runs.environment import command as typed_command
-from mhc_jax.runs.folder import check_run_folder, read_json, recorded_data, respelled, write_json
+from mhc_jax.runs.folder import check_run_folder, recorded_data, respelled
 from mhc_jax.runs.lock import Busy, holder
 from mhc_jax.runs.progress import Display, SweepProgress
 from mhc_jax.runs.stop import StopRequest

@@ -22,7 +22,7 @@ from typing import Any
 from mhc_kernels import measure
 from mhc_kernels.ops.arg_specs import OPS, SPECS, ArgSpec
 
-from mhc_jax.runs.json_files import replacing
+from mhc_jax.files.json_files import replacing
 from mhc_jax.timing import step_times
 
 REPEATS = 20

@@ -32,8 +32,9 @@ from mhc_jax.connections import spec
 from mhc_jax.connections.convert import from_deepseek_v4
 from mhc_jax.data.tokenizers import Tokenizer, hugging_face_files
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.json_files import read_json
 from mhc_jax.model import Decoder
-from mhc_jax.weights.tensor_files import FILE, TensorFiles, flattened, nested, read_json, write_folder
+from mhc_jax.weights.tensor_files import FILE, TensorFiles, flattened, nested, write_folder
 from mhc_jax.wrappers.wiring import Params, Wiring
 
 CONNECTION_FILE = "connection.json"

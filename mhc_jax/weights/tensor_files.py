@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.aside import aside
+from mhc_jax.files.checksums import CHECKSUMS, damage, write_checksums
+from mhc_jax.files.json_files import read_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names of the file with all arrays, and of the index of shards that stands in its place."""
-CHECKSUMS = "checksums.json"
-"""Name of the file with the SHA-256 of each file of a folder that `write_folder` wrote, by name."""
 READABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that are read, as safetensors spells them."""
 
@@ -48,8 +47,11 @@ class TensorFiles:
                 for key in file.keys():  # noqa: SIM118  `file` is no dict and cannot be iterated
                     part = file.get_slice(key)
                     self._specs[key] = (name, tuple(part.get_shape()), part.get_dtype())
-        if (self.folder / CHECKSUMS).is_file():
-            _check(self.folder)
+        reason = damage(self.folder)
+        require(
+            not reason,
+            f"{self.folder}: {reason}; write the folder again, or remove {CHECKSUMS} from it to use the files as they are.",
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,20 +90,6 @@ class TensorFiles:
             raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file: {error}.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      InputError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}).") from error
-    require(isinstance(value, dict), f"{path} holds no JSON object.")
-    return value
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,7 +139,7 @@ def write_folder(
             (temporary / FILE).chmod(0o644)  # safetensors gives rights to the owner alone
             for name, content in texts.items():
                 _write_text(temporary / name, content)
-            _write_text(temporary / CHECKSUMS, {path.name: _sha256(path) for path in sorted(temporary.iterdir())})
+            write_checksums(temporary)
             os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
@@ -161,25 +149,6 @@ def _write_text(path: Path, content: Any) -> None:
     """Write a text, or JSON values."""
     text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     path.write_text(text, encoding="utf-8")
-
-
-def _check(folder: Path) -> None:
-    """Raise `InputError` unless the files of a folder are those that were written."""
-    for name, expected in read_json(folder / CHECKSUMS).items():
-        try:
-            same = _sha256(folder / name) == expected
-        except OSError as error:
-            raise InputError(f"{folder / name} cannot be read: {error.strerror}.") from error
-        require(
-            same,
-            f"{folder / name} is damaged: its SHA-256 is not the one that was saved; write the folder again, or remove "
-            f"{folder / CHECKSUMS} to use the files as they are.",
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_free(folder: Path) -> None:

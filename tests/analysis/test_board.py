@@ -17,10 +17,10 @@ from support.workers_here import workers_here
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import parse
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json
 from mhc_jax.reports import board, board_entry, board_models, board_rules
 from mhc_jax.reports.board_entry import Candidate, Setup, enter
 from mhc_jax.reports.record import read_record
-from mhc_jax.runs.folder import read_json
 from mhc_jax.runs.trained import load_trained
 from mhc_jax.sweeps.grid import write_plan
 from mhc_jax.timing import turns

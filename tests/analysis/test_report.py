@@ -226,7 +226,7 @@ def test_a_report_that_fails_leaves_the_old_one(page, monkeypatch, runs):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("mhc_jax.runs.json_files.os.replace", fail)
+    monkeypatch.setattr("mhc_jax.files.json_files.os.replace", fail)
     monkeypatch.setattr(plots, "FIGURES", {"loss": plots.FIGURES["loss"]})
     with pytest.raises(InputError, match="disk full"):
         write_report(runs[:1], page.parent, "new")

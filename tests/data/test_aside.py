@@ -1,6 +1,6 @@
 """A folder that is written aside goes with its call, or with the next one after a kill, and never while another process uses it."""
 
-from mhc_jax.data.aside import EXTRA, aside
+from mhc_jax.files.aside import EXTRA, aside
 
 
 def left(folder):

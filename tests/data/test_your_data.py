@@ -18,8 +18,8 @@ from mhc_jax import data, user_functions
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.data import files, sources
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json
 from mhc_jax.loop import train
-from mhc_jax.runs.folder import read_json
 from mhc_jax.runs.trained import load_trained
 from mhc_jax.sweeps import runner
 from mhc_jax.sweeps.grid import Grid, over, plan

@@ -25,10 +25,10 @@ from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.cost import counts
 from mhc_jax.data import resolve_tokenizer
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json
 from mhc_jax.layers.attention import attend
 from mhc_jax.parallel.sharding import RULES, Rules, constrain, logical_axes, make_mesh, state_shardings, using
 from mhc_jax.runs.checkpoint import Checkpoints
-from mhc_jax.runs.folder import read_json
 from mhc_jax.train_step import init_state
 
 FULL, SLOW = pytest.mark.full, pytest.mark.slow

@@ -9,7 +9,7 @@ from support.tiny_runs import write_text
 from support.tiny_sweep import base
 
 from mhc_jax.errors import InputError
-from mhc_jax.runs.folder import read_json, write_json
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.sweeps import runner
 from mhc_jax.sweeps.bisection import Bisection, bracket, lines, next_runs
 from mhc_jax.sweeps.grid import Grid, load_sweep, over, plan, product, seeds, write_plan

@@ -11,7 +11,7 @@ from support.tiny_runs import flags_of, lines, tiny, with_train, write_text
 from support.workers_here import Worker, workers_here
 
 from mhc_jax.config.mapping import from_mapping, to_mapping
-from mhc_jax.runs.folder import read_json
+from mhc_jax.files.json_files import read_json
 from mhc_jax.sweeps.grid import over, plan, read_plan
 from mhc_jax.train_step import init_state
 

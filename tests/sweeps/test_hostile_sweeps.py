@@ -12,8 +12,8 @@ from support.tiny_sweep import base, write_sweep
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import LONGEST_NAME, InputError
+from mhc_jax.files.json_files import write_json
 from mhc_jax.reports.page import write_folder_report
-from mhc_jax.runs.folder import write_json
 from mhc_jax.sweeps import grid
 from mhc_jax.sweeps.bisection import Bisection
 from mhc_jax.sweeps.field_types import check_types

@@ -7,8 +7,8 @@ from support.ends import Killed
 from support.synthetic_runs import write_run
 
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.reports import record
-from mhc_jax.runs.folder import read_json, write_json
 
 
 @pytest.fixture

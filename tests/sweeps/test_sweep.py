@@ -30,8 +30,8 @@ from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json, write_json
 from mhc_jax.reports.record import read_newest, read_record, shortened, write_record, write_runs
-from mhc_jax.runs.folder import read_json, write_json
 from mhc_jax.runs.lock import Busy, holder, run_lock
 from mhc_jax.sweeps import runner, worker
 from mhc_jax.sweeps.grid import Grid, applied, over, plan, product, seeds, write_plan

@@ -18,9 +18,9 @@ from support.tiny_runs import assert_same_run, final_state, flags_of, lines, run
 
 from mhc_jax.data import ByteTokenizer
 from mhc_jax.errors import InputError
+from mhc_jax.files.checksums import CHECKSUMS, damage
 from mhc_jax.loop import train
 from mhc_jax.runs.checkpoint import Checkpoints, load_params
-from mhc_jax.runs.checksums import CHECKSUMS, damage
 from mhc_jax.runs.folder import differences
 from mhc_jax.train_step import TrainState
 

@@ -20,10 +20,10 @@ from mhc_jax.config import OptimizerConfig
 from mhc_jax.connections import connection_module, parse
 from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json
 from mhc_jax.loop import train
 from mhc_jax.optim.optimizer import NEWTON_SCHULZ, muon
 from mhc_jax.parallel.sharding import batch_sharding, make_mesh, state_shardings, using
-from mhc_jax.runs.folder import read_json
 from mhc_jax.train_step import init_state, make_train_step
 
 BLOCKS, EXPERTS = 3, 2

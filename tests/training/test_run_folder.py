@@ -20,8 +20,8 @@ from support.tiny_runs import PATIENCE_S, assert_same_run, flags_of, lines, scri
 from mhc_jax import loop
 from mhc_jax.analysis.run_reader import identities, read_run
 from mhc_jax.config.mapping import from_mapping, to_mapping
-from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError
+from mhc_jax.files.aside import aside
 from mhc_jax.loop import train
 from mhc_jax.runs import lock
 from mhc_jax.runs.checksums import remove_summary, write_summary

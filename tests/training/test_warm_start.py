@@ -12,8 +12,8 @@ from support.tiny_runs import final_state, lines, tiny, with_train
 from mhc_jax import connections, loop
 from mhc_jax.data import ByteTokenizer, load_data, resolve_tokenizer
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json
 from mhc_jax.runs import warm_start
-from mhc_jax.runs.folder import read_json
 
 
 @pytest.fixture(scope="module")

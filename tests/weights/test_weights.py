@@ -22,12 +22,13 @@ from mhc_jax.config import ExperimentConfig
 from mhc_jax.connections import KINDS, convert
 from mhc_jax.data.tokenizers import ByteTokenizer, hugging_face_tokenizer
 from mhc_jax.errors import InputError
+from mhc_jax.files.json_files import read_json
 from mhc_jax.generation import Generator
 from mhc_jax.model import Decoder
 from mhc_jax.runs.trained import load_trained
 from mhc_jax.weights import folder as folders
 from mhc_jax.weights import llama
-from mhc_jax.weights.tensor_files import TensorFiles, flattened, read_json, write_folder
+from mhc_jax.weights.tensor_files import TensorFiles, flattened, write_folder
 
 THEIRS = Path(golden_values.__file__).parent / "golden"
 MODELS = ("mistral", "qwen3")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mhc_jax.data.aside import aside
 from mhc_jax.errors import InputError, require
+from mhc_jax.files.aside import aside
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text)
 
 
-def read_json(path: Path, advice: str = "restore it or use another run folder") -> dict[str, Any]:
+def read_json(path: Path, advice: str = "restore it or use another folder") -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
