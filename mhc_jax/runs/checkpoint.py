@@ -45,8 +45,7 @@ class Checkpoints:
     final name when it is complete and has its checksums.  A kill therefore leaves at most a temporary folder, which the next start
     removes.
 
-    The first checkpoint that an instance saves is opened again before it gets its name: its JSON parts must be what was given, and
-    its arrays must have the names and shapes of those of the state.
+    The first checkpoint of an instance is opened again before it gets its name: JSON parts and shapes of arrays must be as given.
     """
 
     def __init__(self, folder: Path, keep: int):

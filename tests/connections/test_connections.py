@@ -1,4 +1,4 @@
-"""Every registered kind keeps the contract, alone and in a decoder, and every preset starts as `bias_init` says."""
+"""Every registered kind keeps the contract, alone and in a decoder."""
 
 import dataclasses
 import functools
@@ -14,7 +14,6 @@ from support.thinned import thin
 from support.tolerances import ANOTHER_PROGRAM, REORDERED, STEP_ZERO, WHOLE_GRADIENT, assert_close, cancelling
 
 from mhc_jax import connections
-from mhc_jax.connections.mhc_family import PRESETS, bias_init
 from mhc_jax.connections.parameter_paths import path_of
 from mhc_jax.diagnostics import summarize
 from mhc_jax.model import Decoder
@@ -288,20 +287,6 @@ def test_step_zero_of_diagonal_is_near_pre_norm():
     pre_norm = logits_of("residual")[0]
     moved = np.abs(logits_of("diagonal")[0] - pre_norm).max()
     np.testing.assert_allclose(moved, 4.38e-3, rtol=0.01)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_preset_marginals(preset):
-    """Static logits of sub-layer 7 with 4 streams: which streams it reads and writes, and how far H_res is from the identity."""
-    static = {part: np.asarray(logits, np.float64) for part, logits in bias_init(preset, 6, 4).items()}
-    H = oracles.sinkhorn(static["res"])
-    np.testing.assert_allclose(H.sum(0), 1, atol=1e-6)
-    off = {"zeros": 1.0, "hc": np.exp(-16)}.get(preset, np.exp(-6))
-    np.testing.assert_allclose(np.abs(H - np.eye(4)).max(), 3 * off / (1 + 3 * off), rtol=1e-5)
-    pre, post = oracles.sigmoid(static["pre"]), 2 * oracles.sigmoid(static["post"])
-    home, rest = {"hc": (1, 0), "residual": (0.25, 0.25), "zeros": (0.5, 0.5)}.get(preset, (0.952574, 0.047426))
-    np.testing.assert_allclose(pre, [rest, rest, home, rest], atol=1e-6)
-    np.testing.assert_allclose(post, 2 * pre if preset == "home" else 1)
 
 
 @pytest.mark.parametrize(

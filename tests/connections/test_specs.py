@@ -1,14 +1,17 @@
-"""Connections as text and as mappings: accepted ones come back exactly, and refused ones are explained in one sentence."""
+"""Connections as text and as mappings come back exactly or are refused in a sentence; presets start as `bias_init` says."""
 
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import oracles
 
 from mhc_jax import connections
 from mhc_jax.config.mapping import from_mapping, to_mapping
+from mhc_jax.connections.mhc_family import PRESETS, bias_init
 from mhc_jax.errors import InputError
 from mhc_jax.plots.style import LOOKS
 
@@ -169,3 +172,17 @@ def test_every_kind_has_a_look_of_its_own():
     looks = [LOOKS[kind] for kind in connections.KINDS]
     assert len({(color, dashes) for color, dashes, _ in looks}) == len(looks)
     assert len({marker for *_, marker in looks}) == len(looks)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_marginals(preset):
+    """Static logits of sub-layer 7 with 4 streams: which streams it reads and writes, and how far H_res is from the identity."""
+    static = {part: np.asarray(logits, np.float64) for part, logits in bias_init(preset, 6, 4).items()}
+    H = oracles.sinkhorn(static["res"])
+    np.testing.assert_allclose(H.sum(0), 1, atol=1e-6)
+    off = {"zeros": 1.0, "hc": np.exp(-16)}.get(preset, np.exp(-6))
+    np.testing.assert_allclose(np.abs(H - np.eye(4)).max(), 3 * off / (1 + 3 * off), rtol=1e-5)
+    pre, post = oracles.sigmoid(static["pre"]), 2 * oracles.sigmoid(static["post"])
+    home, rest = {"hc": (1, 0), "residual": (0.25, 0.25), "zeros": (0.5, 0.5)}.get(preset, (0.952574, 0.047426))
+    np.testing.assert_allclose(pre, [rest, rest, home, rest], atol=1e-6)
+    np.testing.assert_allclose(post, 2 * pre if preset == "home" else 1)

@@ -96,12 +96,6 @@ def test_devices_of_a_slice(name, devices):
     assert max(chips) == tuple(side - 1 for side in slice_.sides)
 
 
-def test_a_mesh_of_another_number_of_devices_is_told():
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2))
-    with pytest.raises(InputError, match=r"mesh \(data 2\) has 2 devices and cpu:8 has 8; set --config\.mesh\.fsdp=8"):
-        compile_ahead.lower(config, slices.get_slice("cpu:8"), None)
-
-
 def test_attention_of_a_tpu_is_splash_where_it_can_be():
     wide = dataclasses.replace(MODEL, head_width=128, attention_kind="mla", compute_dtype="bfloat16")
     config = dataclasses.replace(CONFIG, model=wide, data=DataConfig(sequence_length=256, batch_size=8))

@@ -10,7 +10,7 @@ from support.tiny_runs import ROOT
 from mhc_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
 from mhc_jax.connections import parse
 from mhc_jax.errors import InputError
-from mhc_jax.planning import compile_table, mesh_choice, slices
+from mhc_jax.planning import compile_ahead, compile_table, mesh_choice, slices
 
 MODEL = ModelConfig(64, 32, 3, num_heads=2, num_kv_heads=2, mlp_width=64, connection=parse("residual"))
 CONFIG = ExperimentConfig(model=MODEL, data=DataConfig(sequence_length=16, batch_size=16))
@@ -115,3 +115,9 @@ def test_the_command_takes_the_best_mesh(tmp_path, monkeypatch):
     assert first["seconds"]["step"] <= second["seconds"]["step"]
     assert f"cpu:2, 2 devices, mesh {first['mesh']};" in out
     assert err.count("compiled (") == 2, "the chosen step is not compiled again"
+
+
+def test_a_mesh_of_another_number_of_devices_is_told():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2))
+    with pytest.raises(InputError, match=r"mesh \(data 2\) has 2 devices and cpu:8 has 8; set --config\.mesh\.fsdp=8"):
+        compile_ahead.lower(config, slices.get_slice("cpu:8"), None)

@@ -82,3 +82,18 @@ def test_a_search_is_recorded_when_it_is_over_and_compares_nothing(sweep, tmp_pa
     page = (record.write_record(sweep, tmp_path / "record") / "README.md").read_text()
     assert "A search by bisection chose these runs" in page
     assert "| variant |" not in page
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("/x/a b/c.txt", "a b/c.txt"),
+        ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
+        ("--config.data.source=/x/y.txt", "--config.data.source=y.txt"),
+        ("https://host/path/file", "https://host/path/file"),
+        ("model.py:/x/y/z.py", "model.py:z.py"),
+        ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
+    ],
+)
+def test_shortened(text, short):
+    assert record.shortened(text) == short

@@ -394,18 +394,3 @@ def test_a_sweep_with_a_run_that_has_not_ended_is_refused_unless_told(ended, tmp
         write_record(ended, tmp_path / "nothing", unfinished=True)
     with pytest.raises(InputError, match="is no record"):
         read_record(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(
-    ("text", "short"),
-    [
-        ("/x/a b/c.txt", "a b/c.txt"),
-        ('"source": "/x/y/*.zst"', '"source": "*.zst"'),
-        ("--config.data.source=/x/y.txt", "--config.data.source=y.txt"),
-        ("https://host/path/file", "https://host/path/file"),
-        ("model.py:/x/y/z.py", "model.py:z.py"),
-        ("texts/a.txt 1/2 +0.1/x", "texts/a.txt 1/2 +0.1/x"),
-    ],
-)
-def test_shortened(text, short):
-    assert shortened(text) == short
