@@ -50,7 +50,7 @@ class TensorFiles:
         reason = damage(self.folder)
         require(
             not reason,
-            f"{self.folder}: {reason}; write the folder again, or remove {CHECKSUMS} from it to use the files as they are.",
+            f"{self.folder}: {reason}; write the folder again, or remove {self.folder / CHECKSUMS} to use the files as they are.",
         )
 
     @property
