@@ -9,6 +9,7 @@ Settings.  mhc:init=home, under which a sub-layer reads and writes mostly its ho
 factorial of the three dynamic maps: each is learned, or frozen at its start.  The optimizer freezes a map: functions in this file
 wrap AdamW and set the updates of its columns of phi and its entries of alpha and bias to 0.  All eight cells therefore start as
 exactly the same function, with the same parameters and cost.  The norm at which gradients are clipped counts frozen maps too.
+Weight decay reaches frozen columns of phi as well, and changes nothing, because they start at 0.
 Config: configs/board.py, four streams.
 
 Seeds.  Eight, 0 to 7, as in which_map.py.
@@ -16,7 +17,8 @@ Seeds.  Eight, 0 to 7, as in which_map.py.
 Rule.  The effect of a map is defined as in which_map.py, in this design alone.  Primary: three effects, by paired t tests over
 seeds with Holm's correction for three.  A map carries the lower loss if its effect is negative and resolved at 5 %, and its 95 %
 intervals against both other effects lie below 0.  Secondary: interactions, and the loss with all maps learned minus the loss with
-none.  Every run counts, and no seed is added after a look.
+none.  Every run counts, and no seed is added after a look.  If a run has no finite final loss, its seed leaves the effects and
+interactions; the difference between all maps and none leaves out a seed only if one of these two runs is lost.
 
 Cost: 64 runs of 15 to 40 s on 2 CPU cores, a quarter to half an hour in all.
 """
