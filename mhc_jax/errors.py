@@ -42,7 +42,7 @@ def of_disk(error: BaseException | None) -> str:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = f" {shown(error.filename)}" if error.filename else ""
             return f"Cannot use the disk{where}: {error.strerror}; mend that and run the same command again."
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ""
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 BLOCK = re.compile(r'(?:<div class="highlight">)?<pre>(?:<span></span>)?<code>([^<]*)</code></pre>(?:</div>)?')
 """A block of code without colours, as mkdocs writes it."""
-_FORMULA = re.compile(r"\$([^$]+)\$")
+_FORMULA = re.compile(r"\$(?! )([^$]+)(?<! )\$(?!\w)")
+"""A formula.  Two variables of a shell on one line, as in `$A/$B`, are none."""
 
 
 def with_formulas(content: str, mathml: Callable[[str, str], str]) -> str:
@@ -28,13 +29,14 @@ def with_formulas(content: str, mathml: Callable[[str, str], str]) -> str:
 
 def _block(whole: str, text: str, mathml: Callable[[str, str], str]) -> str:
     parts = text.split("$")
-    if len(parts) < 3 or len(parts) % 2 == 0:
+    if len(parts) < 3 or len(_FORMULA.findall(text)) * 2 + 1 != len(parts):
         return whole
     if re.search(r"\w {2,}\S", "$".join(parts[::2])):
         return _FORMULA.sub(lambda match: mathml(match[1], "inline"), whole)
     # A formula may go over several lines.
     parts[1::2] = [" ".join(formula.split()) for formula in parts[1::2]]
-    return "".join(f'<div class="formula">{_line(line, mathml)}</div>' for line in "$".join(parts).strip().split("\n"))
+    lines = [line for line in "$".join(parts).split("\n") if line.strip()]
+    return "".join(f'<div class="formula">{_line(line, mathml)}</div>' for line in lines)
 
 
 def _line(line: str, mathml: Callable[[str, str], str]) -> str:

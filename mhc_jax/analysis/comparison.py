@@ -286,15 +286,15 @@ def _frontiers(variants: Sequence[Variant]) -> list[str]:
     for name, losses in frontier_lines(variants).items():
         best, first = stability_frontier(losses, threshold)
         seeds = min(len(values) for values in losses.values())
-        reach = f"up to learning rate {best:g}" if best is not None else "at no learning rate tried"
-        if first is not None:
-            reach += f", not at {first:g}"
-        elif best is not None:
-            reach += ", the largest whose runs have ended"
+        if best is None:
+            reach = "at no learning rate tried" if first is None else f"at no learning rate up to {first:g}"
+        else:
+            after = ", the largest whose runs have ended" if first is None else f", not at {first:g}"
+            reach = f"{'at' if seeds < MIN_SEEDS else 'up to'} learning rate {best:g}{after}"
         below = f"finished below {threshold:.3f} nats/token"
         if seeds < MIN_SEEDS:
             count = "one seed" if seeds == 1 else f"{seeds} seeds"
-            out.append(f"{name}: all runs {below} {reach.replace('up to', 'at')}; {count}, no claim about stability.")
+            out.append(f"{name}: all runs {below} {reach}; {count}, no claim about stability.")
             continue
         out.append(
             f"{name}: stable {reach} (stable: every run {below}; at least {seeds} "

@@ -128,6 +128,7 @@ def main(
                     print(f"error: {sentence}", file=sys.stderr)
                     exit_if_a_save_hangs(2)
                     return 2
+                exit_if_a_save_hangs(1, error)
                 raise
             lost = distributed.is_lost_process(error)
             print(

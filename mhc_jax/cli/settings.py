@@ -21,9 +21,7 @@ A command of experiments/ takes a setting as --config.NAME=VALUE, such as --conf
 The settings of a connection may also follow its kind: --config=experiments/configs/demo.py:mhc:t_max=5.
 """
 
-OTHERS = (
-    "These are the defaults.  A config file may set other values; report.html and config.json of a run have its own."
-)
+OTHERS = "These are the defaults.  A config file may set other values.  The values of a run are in its report.html and config.json."
 
 
 def kinds_of(setting: Setting) -> str:

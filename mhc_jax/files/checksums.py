@@ -27,7 +27,8 @@ def write_checksums(folder: Path, without: Collection[str] = ()) -> None:
 def damage(folder: Path) -> str:
     """Return what is damaged in a folder, in a few words, or an empty text if nothing is.
 
-    A folder without `CHECKSUMS`, which an older version of this project wrote, is not checked.
+    A folder without `CHECKSUMS`, which an older version of this project wrote, is not checked.  Another older version wrote the
+    SHA-256 without the size.
     """
     if not (folder / CHECKSUMS).is_file():
         return ""
@@ -37,7 +38,8 @@ def damage(folder: Path) -> str:
         return f"{CHECKSUMS} is damaged"
     for name, expected in listed.items():
         try:
-            if checksum(folder / name) != expected:
+            found = checksum(folder / name)
+            if expected not in (found, found[1]):
                 return f"{name} is damaged: its SHA-256 is not the one that was saved"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"

@@ -18,7 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`, and replace `path` by this file in one step at the end.
 
     Every call has a folder of its own for it (`aside`).  Several processes may therefore write `path` at the same time, and a
-    reader finds the whole file of one of them.  After an error the old file stays.  What a kill leaves, the next call removes.
+    reader finds the whole file of one of them.  After an error the old file stays.  What a kill leaves, the next call on the same
+    host removes.
 
     Raises:
       InputError: the folder cannot be written.

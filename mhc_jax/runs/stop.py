@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -48,13 +49,17 @@ def signal_name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-def exit_if_a_save_hangs(status: int) -> None:
+def exit_if_a_save_hangs(status: int, error: BaseException | None = None) -> None:
     """End this process with exit status `status` if a save that failed has left threads of Orbax; else only return.
 
-    These threads wait ten minutes for a signal that never comes, and Python's usual exit would wait for them.
+    These threads wait ten minutes for a signal that never comes, and Python's usual exit would wait for them.  The traceback of
+    `error` is printed before the process ends.
     """
     waiting = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
     if any(not thread.daemon for thread in waiting):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody reads the output
+            if error is not None:
+                traceback.print_exception(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)

@@ -65,6 +65,7 @@ def main() -> int:
         return 2
     except Exception as error:
         if not (sentence := of_disk(error)):
+            exit_if_a_save_hangs(1, error)
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 2

@@ -206,6 +206,13 @@ def test_the_frontier_takes_losses_by_learning_rate_and_ends_before_runs_that_ha
     assert frontier_lines(high)["mhc:init=paper"] == {1e-3: [1.90, 2.01]}
     (said,) = [s for s in findings(high) if s.startswith("mhc:init=paper: all runs")]
     assert "nats/token at learning rate 0.001, the largest whose runs have ended; 2 seeds" in said
+    lost = [run.kind == "mhc" and run.config["optimizer"]["learning_rate"] == RATES[0] for run in rates]
+    lowest = [
+        dataclasses.replace(r, summary={**r.summary, "validation_loss": None}) if gone else r
+        for r, gone in zip(rates, lost, strict=True)
+    ]
+    (said,) = [s for s in findings(group(lowest)) if s.startswith("mhc:init=paper: all runs")]
+    assert "nats/token at no learning rate up to 0.001; 2 seeds" in said, "the higher rate finished"
     assert "mhc:init=paper" not in frontier_lines(without_mhc(*RATES))
 
 

@@ -179,7 +179,8 @@ def test_formulas_of_indented_lines_are_drawn():
     assert drawn("gain $= 1$, the largest sum") == line("gain [inline = 1], the largest sum")
     columns = drawn("message      $nC$ elements", "in all       $2nC$")
     assert columns.endswith("<code>message      [inline nC] elements\nin all       [inline 2nC]\n</code></pre></div>")
-    for code in ("echo $HOME", "x = 1", "make demo"):
+    assert drawn("$a$.", "", "$b$.") == line("[block a.]") + line("[block b.]")
+    for code in ("echo $HOME", "cp $HOME/a $TMP/b", "cp $HOME $TMP", "x = 1", "make demo"):
         assert drawn(code) == f'<div class="highlight"><pre><span></span><code>{code}\n</code></pre></div>'
 
 

@@ -18,7 +18,7 @@ from mhc_jax.train_step import init_state
 
 SWEEP = ROOT / "experiments" / "sweeps" / "which_map_home.py"
 HOME = runpy.run_path(str(SWEEP))
-MAPS = {"pre": (0, range(0, 4)), "post": (1, range(4, 8)), "res": (2, range(8, 24))}
+MAPS = {"pre": (0, range(4)), "post": (1, range(4, 8)), "res": (2, range(8, 24))}
 """Map -> its entry of alpha, and its columns of phi, for four streams in the order of the paper."""
 
 
@@ -57,4 +57,5 @@ def test_only_the_maps_that_are_learned_move(learned, monkeypatch):
             for name in ("phi", "bias"):
                 assert np.all(moved[f"{link}{name}"][..., columns] == (part in learned)), (part, name)
     rest = [leaf for path, leaf in moved.items() if "_connection/" not in path]
-    assert len(rest) > 5 and all(leaf.any() for leaf in rest)
+    assert len(rest) > 5
+    assert all(leaf.any() for leaf in rest)

@@ -98,3 +98,13 @@ def test_a_disk_error_behind_another_error_is_one_sentence(tmp_path, monkeypatch
     status, _, error = run_here("report", tmp_path)
     told = "error: Cannot use the disk 'page.pdf': No space left on device; mend that and run the same command again.\n"
     assert (status, error) == (2, told)
+
+    def unknown(*_):
+        try:
+            full()
+        except AttributeError:
+            raise RuntimeError("not of the disk") from None
+
+    monkeypatch.setattr("mhc_jax.reports.page.write_folder_report", unknown)
+    with pytest.raises(RuntimeError, match="not of the disk"):
+        run_here("report", tmp_path)
