@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from mhc_jax.analysis import answers, rate_margins
 from mhc_jax.analysis.run_reader import RunRecord
+from mhc_jax.errors import InputError
 from mhc_jax.files.json_files import read_json
 from mhc_jax.plots import answers as figures
 from mhc_jax.reports import answers as tables
@@ -38,8 +39,12 @@ def questions(experiments: str | Path) -> dict[str, Question]:
     """
     records = Path(experiments) / "records"
     longer = _runs(records, "residual_longer")
-    steps = _beside(records, "residual_longer", "step_times.json").get("steps", {})
-    ratios = {name: row["ratio"] for name, row in steps.items()}
+    ratios = _beside(
+        records,
+        "residual_longer",
+        "step_times.json",
+        lambda content: {name: float(row["ratio"]) for name, row in content["steps"].items()},
+    )
     found = {}
     if maps := _runs(records, "which_map"):
         text = tables.which_map_part(
@@ -47,8 +52,14 @@ def questions(experiments: str | Path) -> dict[str, Question]:
         )
         found["which_map"] = Question(text, lambda: figures.which_map_figure(answers.which_map(maps)))
     if mixing := _runs(records, "mixing_needed"):
-        frozen = _beside(records, "mixing_needed", "frozen.json")
-        rises = {name: {int(seed): rise for seed, rise in of.items()} for name, of in frozen.items()}
+        rises = _beside(
+            records,
+            "mixing_needed",
+            "frozen.json",
+            lambda content: {
+                name: {int(seed): float(rise) for seed, rise in of.items()} for name, of in content.items()
+            },
+        )
         text = tables.mixing_needed_part(mixing, rises, longer, ratios)
         found["mixing_needed"] = Question(text, lambda: figures.mixing_needed_figure(answers.mixing_needed(mixing)))
     if margins := _runs(records, "muon_margin"):
@@ -68,10 +79,17 @@ def _runs(records: Path, name: str) -> list[RunRecord]:
     return read_record(folder) if folder else []
 
 
-def _beside(records: Path, name: str, file: str) -> dict[str, Any]:
-    """Return the content of a JSON file in the newest record of a sweep, or nothing."""
+def _beside(records: Path, name: str, file: str, of: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return `of` the content of a JSON file in the newest record of a sweep, or nothing if there is no such file."""
     folder = newest_record(records, name)
-    return read_json(folder / file) if folder and (folder / file).is_file() else {}
+    if not folder or not (folder / file).is_file():
+        return {}
+    try:
+        return of(read_json(folder / file))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / file} has not the form in which it was written; make it again.") from error
 
 
 def _largest_norms(records: Path, name: str) -> dict[str, float]:

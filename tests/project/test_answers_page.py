@@ -1,6 +1,7 @@
 """The page and notebook of the three questions are what their records give."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from support.tiny_runs import ROOT
 
 from mhc_jax.analysis.contrasts import by_connection, minus
 from mhc_jax.analysis.statistics import t_interval
+from mhc_jax.errors import InputError
 from mhc_jax.reports.answers import page
 from mhc_jax.reports.questions import questions
 from mhc_jax.reports.record import read_newest
@@ -37,3 +39,13 @@ def test_intervals_in_the_words_on_question_1_are_those_of_the_record():
         known.add((f"{low:+.4f}", f"{high:+.4f}"))
     known |= {(high.replace("-", ""), low.replace("-", "")) for low, high in known}  # "x below" in the place of -x
     assert found - known == set()
+
+
+def test_a_file_beside_a_record_that_is_not_of_its_form_is_told(tmp_path):
+    record = tmp_path / "records" / "2026-01-01-sweep-residual_longer"
+    for folder in sorted(PAGE.parent.glob("*-sweep-*"))[:1]:
+        shutil.copytree(folder, record)
+    for content in ('{"steps": 3}', '{"steps": {"hc": 3}}', "{}", '{"steps": {"hc": {"ratio": "x"}}}'):
+        (record / "step_times.json").write_text(content)
+        with pytest.raises(InputError, match=r"step_times\.json has not the form in which it was written"):
+            questions(tmp_path)

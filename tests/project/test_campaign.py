@@ -61,9 +61,7 @@ def test_digests_name_what_differs():
 def test_sinkhorn_problems_hold_and_a_wrong_one_is_found(eps, monkeypatch):
     found = numerics.check("xla", 3, "float32", eps, 400, 0)
     assert sum(found.pop("kinds").values()) == 400
-    # The backward pass leaves the range of float32 for cotangents beyond about 2^70, where the scalings have grown to 1e8.
-    assert {name for name in found if "gradients" not in name} == set()
-    assert "gradients not finite" not in found
+    assert found == {}
     monkeypatch.setattr(numerics, "ITERATIONS", 2)
     right = numerics.float64_sinkhorn
     monkeypatch.setattr(numerics, "float64_sinkhorn", lambda x, eps: right(x, eps).swapaxes(0, 1))

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from mhc_kernels import gpu
-from mhc_kernels.ops.sinkhorn.steps import Scalings, Steps, pairs_left
+from mhc_kernels.ops.sinkhorn.steps import Scalings, Steps, pairs_left, scale
 
 
 def obstacle(num_streams: int, width: int, dtypes: Sequence[Any]) -> str | None:
@@ -117,6 +117,8 @@ def backward(
         return K_bar, bars
 
     def mhc_sinkhorn_backward(logits, G):
+        up, down = scale(jnp.abs(G).max(1).max(0))
+        G = G * up[None, None]
         K, r0, Q = _first_step(logits, n, eps)
         r, c = steps.scalings(K, r0, pairs)
 
@@ -126,7 +128,7 @@ def backward(
         carry = G * r[:, None, :] * c[None], (steps.rows(G * K, c), steps.columns(G * K, r))
         carry = lax.fori_loop(0, pairs // size, segment, carry)
         K_bar, (r_bar, _) = reverse(K, (r0, jnp.ones_like(r0)), pairs % size, carry)
-        return steps.logits_gradient(K, Q, r0, K_bar, r_bar)
+        return steps.logits_gradient(K, Q, r0, K_bar, r_bar) * down[None, None]
 
     args = padded(logits, 0.0, -jnp.inf), padded(g, 0.0, 0.0)
     return _call(mhc_sinkhorn_backward, "mhc_sinkhorn_backward", n, *args)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mhc_kernels import backend_choice, tpu
-from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
+from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, largest, pairs_left, scale
 
 
 def _steps(eps: float) -> Steps:
@@ -64,6 +64,8 @@ def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
     R and C are scratch arrays for the scalings of rows and columns after each iteration (a pair of steps).
     """
     x, G, steps = logits[...], g[...], _steps(eps)
+    up, down = scale(largest(G))
+    G = G * up[None, None]
     K, r = steps.first_step(x)
     R[0], C[0] = r, jnp.ones_like(r)
     pairs = pairs_left(num_iters, eps)
@@ -83,7 +85,7 @@ def _backward_kernel(num_iters, eps, logits, g, dlogits, R, C):
 
     r_bar, _ = lax.fori_loop(0, pairs, back, (steps.rows(G * K, c), steps.columns(G * K, r)))
     Q = K if eps == 0 else column_softmax(x)
-    dlogits[...] = steps.logits_gradient(K, Q, R[0], dlogits[...], r_bar)
+    dlogits[...] = steps.logits_gradient(K, Q, R[0], dlogits[...], r_bar) * down[None, None]
 
 
 def _call(kernel, name, arrays, flops, roots, history=0):

@@ -27,6 +27,10 @@ At the end, `Steps.logits_gradient` turns the gradients of K and of the first r 
 $\bar K \circ K$ if $\epsilon = 0$.  Otherwise it is $S - Q \circ 1 (1^\top S)$, where Q is the softmax of each column of the
 logits, $K = Q + \epsilon$, and $S = (\bar K - (\bar r \circ r^2) 1^\top) \circ Q$.
 
+The gradient is linear in G, but the scalings of hard problems reach 1e8, and the gradients on the way are products of several.
+They would leave the range of float32 where G is far from 1.  So each token's G is first multiplied by a power of two (`scale`),
+which changes no digit, and the gradient of its logits is divided by that power.
+
 Only the logits are kept from the forward pass, so the backward pass computes r and c of every step again.  The loop over all
 pairs is `_sinkhorn_bwd` in `xla.py`.
 """
@@ -50,6 +54,21 @@ Scalings = tuple[Array, Array]
 def pairs_left(num_iters: int, eps: float) -> int:
     """Return the number of pairs of steps that follow `Steps.first_step`, which takes the first pair itself if eps > 0."""
     return num_iters if eps == 0 else num_iters - 1
+
+
+def scale(most: Array) -> tuple[Array, Array]:
+    """Return the power of two by which G is multiplied before the backward pass, and its inverse, of each token.
+
+    `most` is the largest absolute entry of G of each token.
+    """
+    large, small = most > 2.0**40, most < 2.0**-40
+    by = [jnp.where(large, 2.0**-k, jnp.where(small, 2.0**k, 1.0)) for k in (60, -60)]
+    return by[0], by[1]
+
+
+def largest(G: Array) -> Array:
+    """Return the largest absolute entry of each matrix of G [n, n, ...]."""
+    return functools.reduce(jnp.maximum, functools.reduce(jnp.maximum, jnp.abs(G)))
 
 
 def column_softmax(logits: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mhc_kernels import backend_choice
-from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, pairs_left
+from mhc_kernels.ops.sinkhorn.steps import Steps, column_softmax, largest, pairs_left, scale
 from mhc_kernels.xla import once
 
 
@@ -84,6 +84,8 @@ def _sinkhorn_fwd(logits, num_iters, eps):
 
 def _sinkhorn_bwd(num_iters, eps, logits, G):
     x, G, steps = _tiled(logits), _tiled(G), _steps(eps)
+    up, down = map(once, scale(largest(G)))
+    G = G * up[None, None]
     K, R, C = _scalings(steps, x, pairs_left(num_iters, eps))
     bars = steps.rows(G * K, C[-1]), steps.columns(G * K, R[-1])
     K_bar = G * R[-1][:, None] * C[-1][None]
@@ -101,7 +103,8 @@ def _sinkhorn_bwd(num_iters, eps, logits, G):
             state, _ = undo(state, pair)
     (r_bar, _), K_bar = state
     Q = K if eps == 0 else column_softmax(x)
-    return (steps.logits_gradient(K, Q, R[0], K_bar, r_bar).astype(logits.dtype).reshape(logits.shape),)
+    gradient = steps.logits_gradient(K, Q, R[0], K_bar, r_bar) * down[None, None]
+    return (gradient.astype(logits.dtype).reshape(logits.shape),)
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
