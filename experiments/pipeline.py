@@ -23,6 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.errors import require
 from mhc_jax.files.json_files import read_json
 from mhc_jax.pipeline_schedules.tables import SCHEDULES
 from mhc_jax.planning import pipeline_simulations
@@ -53,6 +54,8 @@ PICTURE = flags.DEFINE_string("picture", "", "File to draw to; .png and .svg are
 
 def main() -> int:
     """Simulate the schedules, print a table with a row for each simulation, and draw all of them if --picture names a file."""
+    given = [flag.name for flag in (COMPILED, REPORT, CHIP) if flag.value]
+    require(len(given) < 2, f"--{' and --'.join(given)} cannot be given together; choose one source of costs.")
     config = CONFIG()
     blocks = config.model.num_layers
     schedules = pipeline_simulations.schedules(NAMES.value, STAGES.value, MICROBATCHES.value)
@@ -60,7 +63,8 @@ def main() -> int:
         report = read_json(Path(REPORT.value))
         rows = pipeline_simulations.of_report(schedules, report, WORKLOAD.value, CONNECTIONS.value, blocks)
     elif COMPILED.value:
-        rows = pipeline_simulations.of_compiled(schedules, [read_json(Path(path)) for path in COMPILED.value], blocks)
+        files = {path: read_json(Path(path)) for path in COMPILED.value}
+        rows = pipeline_simulations.of_compiled(schedules, files, blocks)
     elif CHIP.value:
         rates = chip_rates(CHIP.value, FLOPS_SHARE.value, BANDWIDTH_SHARE.value)
         rows = pipeline_simulations.of_model(schedules, config, CONNECTIONS.value, rates, PAIR.value)

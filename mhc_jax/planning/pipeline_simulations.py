@@ -86,21 +86,24 @@ def of_model(
     return _rows(schedules, costs)
 
 
-def of_compiled(schedules: Sequence[Schedule], files: Sequence[Mapping[str, Any]], blocks: int) -> list[Row]:
+def of_compiled(schedules: Sequence[Schedule], files: Mapping[str, Mapping[str, Any]], blocks: int) -> list[Row]:
     """Simulate the schedules with the costs of train steps that were compiled for a slice.
 
     Args:
       schedules: the schedules to simulate.
-      files: contents of files that `experiments/compile.py --json` wrote.  The first row of the first file is the baseline.  Two
-        rows with the same connection and model.remat are one line of the table (`stage_costs.from_compiled`).
+      files: contents of files that `experiments/compile.py --json` wrote, by name.  The first row of the first file is the
+        baseline.  Two rows with the same connection and model.remat are one line of the table (`stage_costs.from_compiled`).
       blocks: number of blocks of the whole model.
 
     Raises:
       InputError: a file is not from `experiments/compile.py --json`, or rows of one line of the table do not go together.
     """
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for file in files:
-        require("rows" in file and "config" in file, "A file is not of experiments/compile.py --json=FILE.")
+    for name, file in files.items():
+        require(
+            "rows" in file and "config" in file,
+            f"{name} is not of experiments/compile.py --json=FILE; give a file that it wrote.",
+        )
         remat = file["config"]["model"]["remat"]
         for row in file["rows"]:
             found.setdefault(row["connection"] + (f", remat {remat}" if remat != "none" else ""), []).append(row)

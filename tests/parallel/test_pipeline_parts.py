@@ -298,13 +298,15 @@ def test_costs_of_a_compiled_step(row):
     assert from_compiled([twice, once], short, blocks=6) == line
     for kind in "FBW":  # a quarter of the time of one block is that of the stage
         assert getattr(line, kind)[1] == pytest.approx((0.25 + 3 * 0.75) * found[kind][1])
-    files = [{"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")]
+    files = {
+        f"{remat}.json": {"config": {"model": {"remat": remat}}, "rows": [row]} for remat in ("none", "connection")
+    }
     run, other = pipeline_simulations.of_compiled([zb1p], files, 4)
     assert (run.label, other.label, other.over) == ("residual", "residual, remat connection", 0.0)
     assert run.run.makespan > 8 * (costs.F[1] + costs.B[1])
     for wrong, sentence in (
-        ([{"env": {}}], r"not of experiments/compile\.py"),
-        (files[:1] * 2, "have 1, 1 blocks a stage"),
+        ({"a.json": {"env": {}}}, r"a.json is not of experiments/compile\.py"),
+        (dict.fromkeys(("a", "b"), files["none.json"]), "have 1, 1 blocks a stage"),
     ):
         with pytest.raises(InputError, match=sentence):
             pipeline_simulations.of_compiled([zb1p], wrong, 4)
