@@ -5,8 +5,9 @@
 
 The first command reads the newest records of which_map, which_map_large, mixing_needed, muon_margin, muon_rates and
 residual_longer, as far as they exist, and writes experiments/records/ANSWERS.md and docs/figures/answers_*.pdf, .svg and .png.
-The second one replaces H_res by I in every trained mHC model of a folder of mixing_needed, and writes the rise of the validation
-loss to frozen.json in the newest record of this sweep.
+The second one reads the run folders of mixing_needed, and writes two files into the newest record of this sweep: how far H_res
+mixes at the start and at the end (off_diagonal.json), and the rise of the validation loss if I replaces H_res of a trained mHC
+model (frozen.json).
 """
 
 import math
@@ -15,25 +16,31 @@ from pathlib import Path
 from absl import flags
 
 from mhc_jax import cli
+from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.errors import InputError, require
 from mhc_jax.files.json_files import write_json
 from mhc_jax.reports.record import newest_record, read_record
 from mhc_jax.runs.metrics import plain
 
-FREEZE = flags.DEFINE_string("freeze", "", "Folder of the runs of mixing_needed whose mHC models are frozen.")
+FREEZE = flags.DEFINE_string("freeze", "", "Folder of the runs of mixing_needed whose H_res is measured and frozen.")
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
 FIGURES = HERE.parent / "docs" / "figures"
 
 
 def freeze(folder: Path) -> Path:
-    """Measure the rise of every trained mHC model in `folder`, and write it to the newest record of mixing_needed."""
-    from mhc_jax.analysis.freezing import rise_when_frozen
+    """Measure how far H_res mixes in every run in `folder`, and the rise of every trained mHC model; return the record's folder."""
+    from mhc_jax.analysis.freezing import off_diagonal, rise_when_frozen
 
     record = newest_record(RECORDS, "mixing_needed")
     if record is None:
         raise InputError("There is no record of mixing_needed; make it with experiments/record.py first.")
-    runs = [run for run in read_record(record) if run.kind == "mhc" and run.status == "finished"]
+    ended = [run for run in read_record(record) if run.status == "finished"]
+    shares: dict[str, dict[str, tuple[float, float]]] = {}
+    for run in ended:
+        shares.setdefault(run.connection, {})[str(run.seed[0])] = off_diagonal(read_run(folder / run.name))
+    write_json(record / "off_diagonal.json", shares)
+    runs = [run for run in ended if run.kind == "mhc"]
     places = [folder / run.name for run in runs]
     missing = [place.name for place in places if not (place / "checkpoints").is_dir()]
     require(
@@ -49,13 +56,13 @@ def freeze(folder: Path) -> Path:
         rises.setdefault(run.connection, {})[str(run.seed[0])] = after - before
         print(f"{place.name}: {before:.4f}, with H_res = I {after:.4f}", flush=True)
     write_json(record / "frozen.json", plain(rises))
-    return record / "frozen.json"
+    return record
 
 
 def main() -> int:
-    """Write the tables and figures, or frozen.json, and print where they are."""
+    """Write the tables and figures, or the files of --freeze, and print where they are."""
     if FREEZE.value:
-        print(f"Rise of the loss: {freeze(Path(FREEZE.value))}")
+        print(f"off_diagonal.json and frozen.json: {freeze(Path(FREEZE.value))}")
         return 0
     from mhc_jax.plots.style import save
     from mhc_jax.reports.answers import page

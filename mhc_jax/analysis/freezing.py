@@ -1,4 +1,4 @@
-"""Replace H_res of a trained mHC model by the identity, and measure how much the validation loss rises.
+"""What H_res does in a trained model: how far it mixes, and how much the loss rises if the identity replaces it.
 
 The model is not trained on.  The rise says what the trained model uses, and not what a model without H_res would reach.
 """
@@ -12,11 +12,33 @@ from typing import Any
 import jax
 import numpy as np
 
+from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.data import Data, load_data
 from mhc_jax.errors import require
 from mhc_jax.runs.trained import load_trained
 from mhc_jax.train_step import make_eval_step
+
+
+def off_diagonal(run: RunRecord) -> tuple[float, float]:
+    """Return the share of H_res's weight that lies off its diagonal, at the first and at the last diagnostics step of a run.
+
+    It is the sum of the absolute entries off the diagonal over n, of H_res as the diagnostics hold it (a mean over tokens), in the
+    mean over sub-layers.  The identity has 0, and H_res whose entries are all 1 / n has 1 - 1 / n.
+
+    Raises:
+      InputError: the run has no diagnostics of H_res.
+    """
+    measured = [line["h_res"] for line in run.diagnostics if "h_res" in line]
+    require(
+        bool(measured), f"{run.folder} has no diagnostics of H_res; give the folder of its run, with metrics.jsonl."
+    )
+    shares = []
+    for h_res in (measured[0], measured[-1]):
+        size = np.abs(np.asarray(h_res, np.float64))
+        n = size.shape[-1]
+        shares.append(float((size.sum((-2, -1)) - np.trace(size, axis1=-2, axis2=-1)).mean() / n))
+    return shares[0], shares[1]
 
 
 def without_mixing(config: ExperimentConfig, params: Any) -> tuple[ExperimentConfig, Any]:

@@ -210,6 +210,7 @@ def _equal_time(runs: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: 
 def mixing_needed_part(
     runs: Sequence[RunRecord],
     frozen: Mapping[str, Mapping[int, float]],
+    shares: Mapping[str, Sequence[tuple[float, float]]],
     longer: Sequence[RunRecord],
     ratios: Mapping[str, float],
 ) -> str:
@@ -218,6 +219,7 @@ def mixing_needed_part(
     Args:
       runs: the runs of mixing_needed.
       frozen: rise of the validation loss with H_res = I in the trained model, by connection and seed.
+      shares: weight of H_res off its diagonal (`freezing.off_diagonal`) at the start and the end of each run, by connection.
       longer: the runs of residual_longer, or none.
       ratios: time of a step over residual's, by the text of the connection.
     """
@@ -248,6 +250,26 @@ def mixing_needed_part(
         line(f"n = {n}, {entry}: {kind}", c) for (n, entry), of in answer.combinations.items() for kind, c in of.items()
     ]
     out += [markdown_table(rows), ""]
+    both = contrasts({"go_mhc - identity": answer.learned})
+    out += ["Not planned before the runs: both averaged over the four combinations. Not corrected.", ""]
+    out += [markdown_table([row(c.label, c, corrected=False) for c in both]), ""]
+    if shares:
+        out += ["Share of H_res's weight off its diagonal, in the mean over tokens, sub-layers and seeds.", ""]
+        means = {name: np.mean(of, axis=0) for name, of in shares.items() if np.any(of)}
+        out += [
+            markdown_table(
+                [
+                    {
+                        "": Cell(f"`{name}`", name),
+                        "at the start": _text(float(first), "{:.4f}"),
+                        "at the end": _text(float(last), "{:.4f}"),
+                        "seeds": Cell(str(len(shares[name])), len(shares[name])),
+                    }
+                    for name, (first, last) in means.items()
+                ]
+            ),
+            "",
+        ]
     if frozen:
         tests = contrasts({name: values for name, values in frozen.items()})
         out += ["Freezing: rise of the validation loss when H_res of a trained mHC model is replaced by I.", ""]

@@ -60,7 +60,15 @@ def questions(experiments: str | Path) -> dict[str, Question]:
                 name: {int(seed): float(rise) for seed, rise in of.items()} for name, of in content.items()
             },
         )
-        text = tables.mixing_needed_part(mixing, rises, longer, ratios)
+        shares = _beside(
+            records,
+            "mixing_needed",
+            "off_diagonal.json",
+            lambda content: {
+                name: [(float(first), float(last)) for first, last in of.values()] for name, of in content.items()
+            },
+        )
+        text = tables.mixing_needed_part(mixing, rises, shares, longer, ratios)
         found["mixing_needed"] = Question(text, lambda: figures.mixing_needed_figure(answers.mixing_needed(mixing)))
     if margins := _runs(records, "muon_margin"):
         sweep = runpy.run_path(str(Path(experiments) / "sweeps" / "muon_margin.py"))

@@ -214,9 +214,14 @@ def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
     assert f"{held} The three effects have the same order." in text
     assert text.count("| scaled, dynamic: ") == 7 + 1
     risen = {"mhc": {0: 0.01, 1: 0.02, 2: 0.03}}
-    text = tables.mixing_needed_part(mixing_runs({}, 0.05), risen, [], {})
+    shares = {"mhc": [(0.01, 0.02), (0.01, 0.04)], "identity": [(0.0, 0.0)]}
+    text = tables.mixing_needed_part(mixing_runs({}, 0.05), risen, shares, [], {})
     assert "**Decision by the rule: not resolved.**" in text
     assert "| `mhc` | +0.0200 |" in text
+    assert "| `mhc` | 0.0100 | 0.0300 | 2 |" in text
+    assert "| `identity` | 0.0000 |" not in text
+    text = tables.mixing_needed_part(mixing_runs({"go_mhc": -0.02, "identity": 0.01}, 0.0), {}, {}, [], {})
+    assert "| go_mhc - identity | -0.0300 |" in text
     text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES, [], {})
     assert "**Decision by the rule, muon: survives.**" in text
     assert "| mhc:init=paper, muon | 0.016 (0.016 to 0.016) | 0.016 (0.016 to 0.016) |" in text

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.decoders import MODEL, drawn_decoder
+from support.synthetic_runs import write_run
 from support.tolerances import assert_close
 
 from mhc_jax import connections
-from mhc_jax.analysis.freezing import without_mixing
+from mhc_jax.analysis.freezing import off_diagonal, without_mixing
+from mhc_jax.analysis.run_reader import read_run
 from mhc_jax.config import ExperimentConfig
 from mhc_jax.errors import InputError
 from mhc_jax.model import Decoder
@@ -49,3 +51,12 @@ def test_static_models_have_a_bias_alone():
     assert cut["layers"]["mlp_connection"]["bias"].shape == (3, 8)
     expected = dataclasses.replace(config.model.connection, disable=("res",))
     assert frozen.model.connection == expected
+
+
+def test_the_share_of_h_res_off_its_diagonal(tmp_path):
+    run = read_run(write_run(tmp_path, "run", "mhc"))
+    mixed = np.stack([np.eye(4), np.full((4, 4), 0.25)])
+    lines = [{"h_res": np.stack([np.eye(4)] * 2)}, {"h_res": mixed}]
+    assert off_diagonal(dataclasses.replace(run, diagnostics=lines)) == pytest.approx((0.0, 0.375))
+    with pytest.raises(InputError, match=r"no diagnostics of H_res"):
+        off_diagonal(dataclasses.replace(run, diagnostics=[]))
