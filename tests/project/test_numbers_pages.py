@@ -153,7 +153,7 @@ The 3B takes +7.5 % with mHC on 256 v5e <- 2026-11-29-compile-paper-3b: mhc:init
 and +3.4 % on 64 v6e <- 2026-11-29-compile-paper-3b: mhc:init=paper .* \+3.4 %
 F and B of a block take 6.1 % longer with mHC <- 2026-11-29-pipeline-compiled: \| 7.81 \| 18.65 \| \+6.1 %
 +6.0, +8.0, +7.5 and +8.5 % at 8 stages <- 2026-11-29-pipeline-compiled: remat connection \| 8 x 8 .* \+7.50 %
-changes the loss from 2.3800 to 2.3807; over the whole depth it costs 0.023 <- 2026-11-29-sweep-demo: hc \| 2.3800 \| 2.4026 \| 2.3807
+changes the loss from 2.3800 to 2.3807; over the whole depth it costs 0.023 <- 2026-11-29-sweep-demo: 2.3800 \| 2.4026 \| 2.3807
 1.8e-6 of an array's largest gradient <- LOG: 1.8e-6 of an array's largest entry
 """
 
