@@ -6,6 +6,7 @@ Letters: K is the number of train lines of metrics.jsonl, V of its validation li
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,7 +312,7 @@ def seed_name(seed: tuple[int, int]) -> str:
 def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
     """Name each run by its connection, by the other settings in which the runs differ, and by its seeds if the seeds differ.
 
-    Each further run of the same name gets one more prime (').
+    Paths lose the beginning that all paths of a setting share.  Each further run of the same name gets one more prime (').
 
     Args:
       records: the runs.
@@ -320,15 +321,28 @@ def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
     known = identities(records)
     keys = [key for key in dict.fromkeys(key for settings in known for key in settings) if key != "connection"]
     varying = [key for key in keys if len({json.dumps(settings.get(key, ABSENT)) for settings in known}) > 1]
+    shared = {key: _shared([settings[key] for settings in known if key in settings]) for key in varying}
     several = seeds and len({record.seed for record in records}) > 1
     out: list[str] = []
     for record, settings in zip(records, known, strict=True):
-        words = [f"{SHORT.get(k, k.rpartition('.')[2])}={_word(settings[k])}" for k in varying if k in settings]
+        words = [
+            f"{SHORT.get(k, k.rpartition('.')[2])}={_word(settings[k]).removeprefix(shared[k])}"
+            for k in varying
+            if k in settings
+        ]
         label = " ".join([settings["connection"], *words, *([seed_name(record.seed)] if several else [])])
         while seeds and label in out:
             label += "'"
         out.append(label)
     return out
+
+
+def _shared(values: Sequence[Any]) -> str:
+    """Return the folders, and the file before a colon if all values are paths, that the paths of a setting have in common."""
+    paths = [value for value in values if isinstance(value, str) and "/" in value]
+    common = os.path.commonprefix(paths)  # noqa: RUF071  (a colon ends a file, too)
+    ends = "/:" if len(paths) == len(values) else "/"
+    return common[: max(map(common.rfind, ends)) + 1]
 
 
 def _word(value: Any) -> str:

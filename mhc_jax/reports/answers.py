@@ -118,7 +118,11 @@ def which_map_part(
 def _home(runs: Sequence[RunRecord]) -> list[str]:
     """Return the lines on question 1 where streams differ."""
     answer = answers.which_map_home(runs)
-    decision = f"H_{answer.winner} carries the lower loss" if answer.winner else "not resolved"
+    decision = (
+        f"H_{answer.winner} carries the lower loss"
+        if answer.winner
+        else "not resolved which map carries the lower loss, because no effect is shown to lie below both others"
+    )
     pairs = [("post", "pre"), ("post", "res"), ("pre", "res")]
     secondary = [row(f"H_{a} - H_{b}", answer.against[a, b], corrected=False) for a, b in pairs]
     secondary += [row(c.label, c, corrected=False) for c in (*answer.interactions, answer.total)]

@@ -79,6 +79,17 @@ def test_a_label_names_the_init_and_what_else_is_no_default(tmp_path):
     assert [s.label for s in group([home])] == ["mhc:init=home:t_max=5"]
 
 
+def test_labels_leave_out_what_paths_share(tmp_path):
+    def named(*optimizers):
+        config = [{"optimizer.name": name} for name in optimizers]
+        runs = [write(tmp_path / optimizers[0] / str(k), "a", "hc", 0, config=c) for k, c in enumerate(config)]
+        return labels(runs)
+
+    assert named("my/sweeps/a.py:one", "my/sweeps/a.py:other") == ["hc optimizer=one", "hc optimizer=other"]
+    assert named("my/a.py:one", "my/b.py:one") == ["hc optimizer=a.py:one", "hc optimizer=b.py:one"]
+    assert named("adamw", "my/a.py:adamw") == ["hc optimizer=adamw", "hc optimizer=a.py:adamw"]
+
+
 def bases(variants):
     return [variant.baseline and variant.baseline.label for variant in variants]
 
