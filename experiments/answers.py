@@ -36,10 +36,6 @@ def freeze(folder: Path) -> Path:
     if record is None:
         raise InputError("There is no record of mixing_needed; make it with experiments/record.py first.")
     ended = [run for run in read_record(record) if run.status == "finished"]
-    shares: dict[str, dict[str, tuple[float, float]]] = {}
-    for run in ended:
-        shares.setdefault(run.connection, {})[str(run.seed[0])] = off_diagonal(read_run(folder / run.name))
-    write_json(record / "off_diagonal.json", shares)
     runs = [run for run in ended if run.kind == "mhc"]
     places = [folder / run.name for run in runs]
     missing = [place.name for place in places if not (place / "checkpoints").is_dir()]
@@ -47,6 +43,9 @@ def freeze(folder: Path) -> Path:
         bool(places) and not missing,
         f"{str(folder)!r} has no trained model of {', '.join(missing[:3]) or 'mhc'}; give the folder of mixing_needed's runs.",
     )
+    shares: dict[str, dict[str, tuple[float, float]]] = {}
+    for run in ended:
+        shares.setdefault(run.connection, {})[str(run.seed[0])] = off_diagonal(read_run(folder / run.name))
     rises: dict[str, dict[str, float]] = {}
     for run, place in zip(runs, places, strict=True):
         before, after = rise_when_frozen(place)
@@ -55,6 +54,7 @@ def freeze(folder: Path) -> Path:
             continue
         rises.setdefault(run.connection, {})[str(run.seed[0])] = after - before
         print(f"{place.name}: {before:.4f}, with H_res = I {after:.4f}", flush=True)
+    write_json(record / "off_diagonal.json", shares)
     write_json(record / "frozen.json", plain(rises))
     return record
 

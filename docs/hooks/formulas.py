@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 BLOCK = re.compile(r'(?:<div class="highlight">)?<pre>(?:<span></span>)?<code>([^<]*)</code></pre>(?:</div>)?')
 """A block of code without colours, as mkdocs writes it."""
-_FORMULA = re.compile(r"\$(?! )([^$]+)(?<! )\$(?!\w)")
-"""A formula.  Two variables of a shell on one line, as in `$A/$B`, are none."""
+_FORMULA = re.compile(r"\$(?! )([^$]+)(?<![ /:=])\$(?![\w({*])")
+"""A formula.  Two variables of a shell on one line, as in `$A/$B` or `$A:$(date)`, are none."""
 
 
 def with_formulas(content: str, mathml: Callable[[str, str], str]) -> str:

@@ -244,8 +244,6 @@ class MixingNeeded:
     """Each kind against mHC, averaged over numbers of streams and entries, with Holm's correction over the kinds."""
     combinations: Mapping[tuple[int, str], Mapping[str, Comparison]]
     """The same in each combination of number of streams and entry, without a correction over the combinations."""
-    learned: Seeds
-    """go_mhc minus identity, averaged likewise.  This difference was looked at after the runs."""
 
     @property
     def decision(self) -> str:
@@ -280,8 +278,7 @@ def mixing_needed(runs: Sequence[RunRecord]) -> MixingNeeded:
         for place, of in sorted(groups.items())
     }
     averaged = {kind: mean_over([of[kind] for of in differences.values()]) for kind in MIXING_KINDS}
-    learned = minus(averaged["go_mhc"], averaged["identity"])
-    return MixingNeeded(_compared(averaged), {place: _compared(of) for place, of in differences.items()}, learned)
+    return MixingNeeded(_compared(averaged), {place: _compared(of) for place, of in differences.items()})
 
 
 def _compared(differences: Mapping[str, Seeds]) -> dict[str, Comparison]:

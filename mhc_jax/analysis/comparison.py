@@ -286,15 +286,17 @@ def _frontiers(variants: Sequence[Variant]) -> list[str]:
     for name, losses in frontier_lines(variants).items():
         best, first = stability_frontier(losses, threshold)
         seeds = min(len(values) for values in losses.values())
+        below = f"finished below {threshold:.3f} nats/token"
         if best is None:
             reach = "at no learning rate tried" if first is None else f"at no learning rate up to {first:g}"
+            all_below = f"{reach} have all runs {below}"
         else:
             after = ", the largest whose runs have ended" if first is None else f", not at {first:g}"
-            reach = f"{'at' if seeds < MIN_SEEDS else 'up to'} learning rate {best:g}{after}"
-        below = f"finished below {threshold:.3f} nats/token"
+            reach = f"up to learning rate {best:g}{after}"
+            all_below = f"all runs {below} at learning rate {best:g}{after}"
         if seeds < MIN_SEEDS:
             count = "one seed" if seeds == 1 else f"{seeds} seeds"
-            out.append(f"{name}: all runs {below} {reach}; {count}, no claim about stability.")
+            out.append(f"{name}: {all_below}; {count}, no claim about stability.")
             continue
         out.append(
             f"{name}: stable {reach} (stable: every run {below}; at least {seeds} "

@@ -24,7 +24,8 @@ def off_diagonal(run: RunRecord) -> tuple[float, float]:
     """Return the share of H_res's weight that lies off its diagonal, at the first and at the last diagnostics step of a run.
 
     It is the sum of the absolute entries off the diagonal over n, of H_res as the diagnostics hold it (a mean over tokens), in the
-    mean over sub-layers.  The identity has 0, and H_res whose entries are all 1 / n has 1 - 1 / n.
+    mean over sub-layers.  The identity has 0, and H_res whose entries are all 1 / n has 1 - 1 / n.  It is a share where the
+    absolute entries of a row sum to 1, as in doubly stochastic matrices.
 
     Raises:
       InputError: the run has no diagnostics of H_res.

@@ -338,11 +338,17 @@ def labels(records: Sequence[RunRecord], seeds: bool = True) -> list[str]:
 
 
 def _shared(values: Sequence[Any]) -> str:
-    """Return the folders, and the file before a colon if all values are paths, that the paths of a setting have in common."""
+    """Return the folders, and the file before a colon if all values are paths, that the paths of a setting have in common.
+
+    It is empty if a value without it would be empty or equal another value.
+    """
     paths = [value for value in values if isinstance(value, str) and "/" in value]
     common = os.path.commonprefix(paths)  # noqa: RUF071  (a colon ends a file, too)
     ends = "/:" if len(paths) == len(values) else "/"
-    return common[: max(map(common.rfind, ends)) + 1]
+    beginning = common[: max(map(common.rfind, ends)) + 1]
+    words = {_word(value) for value in values}
+    short = {word.removeprefix(beginning) for word in words}
+    return beginning if len(short) == len(words) and "" not in short else ""
 
 
 def _word(value: Any) -> str:

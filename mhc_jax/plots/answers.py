@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from mhc_jax.analysis.answers import MixingNeeded, WhichMap
+from mhc_jax.analysis.answers import MixingNeeded, WhichMap, WhichMapHome
 from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin
 from mhc_jax.analysis.statistics import Paired
 from mhc_jax.plots.style import GRID, INK, color_of, house_style, panels
@@ -52,16 +52,19 @@ def _intervals(axis, rows: Sequence[Bar]) -> None:
 
 
 @house_style
-def which_map_figure(answer: WhichMap) -> Figure:
+def which_map_figure(answer: WhichMap, home: WhichMapHome | None = None) -> Figure:
     """Draw the effects of learning H_pre, H_post and H_res on the loss, averaged over the designs and in each design.
 
     The x axis is the change of the validation loss in nats/token, where below 0 is better.  Dots are seeds, lines Student's 95 %
-    intervals without a correction, ticks means.  Thick lines are the three tests that decide.
+    intervals without a correction, ticks means.  Thick lines are the tests that decide: three of which_map and, if `home` is given,
+    three of which_map_home, where streams differ.
     """
-    rows = [Bar(f"{c.label}, mean of designs", c.result, PART_COLORS[c.label], True) for c in answer.primary]
+    rows = [Bar(f"H_{c.label}, mean of designs", c.result, PART_COLORS[c.label], True) for c in answer.primary]
+    if home is not None:
+        rows += [Bar(f"H_{c.label}, home dynamic", c.result, PART_COLORS[c.label], True) for c in home.primary]
     for (arm, form), effects in answer.designs.items():
         rows += [
-            Bar(f"{c.label}, {arm} {form}", c.result, PART_COLORS[c.label], False)
+            Bar(f"H_{c.label}, {arm} {form}", c.result, PART_COLORS[c.label], False)
             for c in effects
             if c.label in PART_COLORS
         ]

@@ -1,4 +1,4 @@
-"""Write the page of tables of the three questions, experiments/records/ANSWERS.md, from the records of their sweeps."""
+"""Write the tables of questions 1 and 2, and the page of all tables, experiments/records/ANSWERS.md, from records."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mhc_jax.analysis import answers, rate_margins
+from mhc_jax.analysis import afterwards, answers
 from mhc_jax.analysis.comparison import Cell
 from mhc_jax.analysis.contrasts import (
     Contrast,
+    Seeds,
     by_connection,
     contrasts,
     equal_time,
     final_losses,
     mean_of,
-    minus,
 )
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.analysis.statistics import MIN_SEEDS, Paired
 from mhc_jax.reports.markup import markdown_table
 
 
-def _text(value: float | None, form: str) -> Cell:
+def number(value: float | None, form: str) -> Cell:
+    """Return the cell of a number, or of a dash for None."""
     return Cell("–" if value is None else form.format(value), value)
 
 
-def _interval(result: Paired | None, form: str = "{:+.4f}") -> Cell:
+def interval(result: Paired | None, form: str = "{:+.4f}") -> Cell:
+    """Return the cell of the 95 % interval of paired differences."""
     if result and result.t_interval:
         return Cell(f"{form} to {form}".format(*result.t_interval), result.t_interval[0])
     return Cell("no spread" if result and result.seeds >= MIN_SEEDS else "–", None)
@@ -40,15 +42,16 @@ def row(name: str, contrast: Contrast, form: str = "{:+.4f}", corrected: bool = 
     result = contrast.result
     return {
         "": Cell(name, name),
-        "mean": _text(result and result.mean, form),
-        "95 % interval": _interval(result, form),
-        "p (t)": _text(result and result.p_t, "{:.2g}"),
-        **({"p (Holm)": _text(contrast.p_holm, "{:.2g}")} if corrected else {}),
+        "mean": number(result and result.mean, form),
+        "95 % interval": interval(result, form),
+        "p (t)": number(result and result.p_t, "{:.2g}"),
+        **({"p (Holm)": number(contrast.p_holm, "{:.2g}")} if corrected else {}),
         "seeds": Cell(str(len(contrast.values)), len(contrast.values)),
     }
 
 
-def _runs(runs: Sequence[RunRecord]) -> str:
+def runs_line(runs: Sequence[RunRecord]) -> str:
+    """Return the number of runs, how they ended, their commit and their dates."""
     ended = [run.status for run in runs]
     commits = sorted({str(run.env.get("commit"))[:7] for run in runs})
     dates = sorted(str(run.env.get("date"))[:10] for run in runs)
@@ -87,7 +90,7 @@ def which_map_part(
       ratios: time of a step over residual's, by the text of the connection.
     """
     answer = answers.which_map(runs)
-    out = ["## 1. Which map carries the lower loss?", "", f"Sweep `which_map`: {_runs(runs)}", "", *_lost(runs)]
+    out = ["## 1. Which map carries the lower loss?", "", f"Sweep `which_map`: {runs_line(runs)}", "", *_lost(runs)]
     if answer.winner:
         out += [f"**Decision by the rule: H_{answer.winner} carries the lower loss.**", ""]
     else:
@@ -110,9 +113,16 @@ def which_map_part(
     out += ["Secondary: all maps against none in each design, and the controls. Not corrected.", ""]
     out += [markdown_table(totals), ""]
     out += _equal_time(runs, longer, ratios)
+    out += _afterwards(afterwards.of_which_map(runs, home))
     out += _home(home) if home else ["Streams that differ (`which_map_home`): not run yet.", ""]
     out += _larger(answer, larger) if larger else ["Larger model: not run yet.", ""]
     return "\n".join(out)
+
+
+def _afterwards(of: Mapping[str, Seeds]) -> list[str]:
+    """Return the lines on contrasts that were looked at after the results."""
+    rows = [row(c.label, c, corrected=False) for label, values in of.items() for c in contrasts({label: values})]
+    return ["Looked at after the results, which no rule uses. Not corrected.", "", markdown_table(rows), ""]
 
 
 def _home(runs: Sequence[RunRecord]) -> list[str]:
@@ -121,13 +131,13 @@ def _home(runs: Sequence[RunRecord]) -> list[str]:
     decision = (
         f"H_{answer.winner} carries the lower loss"
         if answer.winner
-        else "not resolved which map carries the lower loss, because no effect is shown to lie below both others"
+        else "not resolved which map carries the lower loss, because no effect is both resolved and shown to lie below both others"
     )
     pairs = [("post", "pre"), ("post", "res"), ("pre", "res")]
     secondary = [row(f"H_{a} - H_{b}", answer.against[a, b], corrected=False) for a, b in pairs]
     secondary += [row(c.label, c, corrected=False) for c in (*answer.interactions, answer.total)]
     return [
-        f"Streams that differ (`which_map_home`): {_runs(runs)}",
+        f"Streams that differ (`which_map_home`): {runs_line(runs)}",
         "",
         *_lost(runs),
         f"**Decision by the rule of this sweep: {decision}.**",
@@ -155,7 +165,7 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
     for test in tests:
         before = small[test.label].result
         line = row(f"H_{test.label}", test)
-        rows.append({**line, "at the smaller size": _text(before and before.mean, "{:+.4f}")})
+        rows.append({**line, "at the smaller size": number(before and before.mean, "{:+.4f}")})
         interval = test.result.t_interval if test.result else None
         if not before or not interval:
             untold.append(f"H_{test.label}")
@@ -174,7 +184,7 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
     if not untold:
         told.append(f"The three effects have {'the same' if orders[0] == orders[1] else 'another'} order.")
     return [
-        f"Larger model (`which_map_large`): {_runs(larger)} The design is scaled, dynamic.",
+        f"Larger model (`which_map_large`): {runs_line(larger)} The design is scaled, dynamic.",
         "",
         *_lost(larger),
         " ".join(told),
@@ -199,7 +209,7 @@ def _equal_time(runs: Sequence[RunRecord], longer: Sequence[RunRecord], ratios: 
         ratio = ratios.get(connection)
         found = None if ratio is None else equal_time(losses, ratio, losses_of)
         line = row(f"`{connection}`", contrasts({connection: found or {}})[0], corrected=False)
-        rows.append({**line, "time of a step": _text(ratio, "{:.2f}")})
+        rows.append({**line, "time of a step": number(ratio, "{:.2f}")})
     steps = sorted(losses_of)
     return [
         "Secondary, equal wall clock: loss minus that of residual after as much time (`residual_longer`, interpolated between "
@@ -235,14 +245,14 @@ def mixing_needed_part(
         return {
             **row(name, found.contrast),
             "90 % interval": inner,
-            "p (TOST)": _text(test and test.p, "{:.2g}"),
+            "p (TOST)": number(test and test.p, "{:.2g}"),
             "verdict": Cell(found.verdict, found.verdict),
         }
 
     out = [
         "## 2. Is a learned H_res needed once streams differ?",
         "",
-        f"Sweep `mixing_needed`: {_runs(runs)}",
+        f"Sweep `mixing_needed`: {runs_line(runs)}",
         "",
         *_lost(runs),
     ]
@@ -254,19 +264,20 @@ def mixing_needed_part(
         line(f"n = {n}, {entry}: {kind}", c) for (n, entry), of in answer.combinations.items() for kind, c in of.items()
     ]
     out += [markdown_table(rows), ""]
-    both = contrasts({"go_mhc - identity": answer.learned})
-    out += ["Not planned before the runs: both averaged over the four combinations. Not corrected.", ""]
-    out += [markdown_table([row(c.label, c, corrected=False) for c in both]), ""]
+    out += _afterwards(afterwards.of_mixing_needed(answer))
     if shares:
-        out += ["Share of H_res's weight off its diagonal, in the mean over tokens, sub-layers and seeds.", ""]
+        out += [
+            "Looked at after the results: share of H_res's weight off its diagonal, in the mean over tokens, sub-layers and seeds.",
+            "",
+        ]
         means = {name: np.mean(of, axis=0) for name, of in shares.items() if np.any(of)}
         out += [
             markdown_table(
                 [
                     {
                         "": Cell(f"`{name}`", name),
-                        "at the start": _text(float(first), "{:.4f}"),
-                        "at the end": _text(float(last), "{:.4f}"),
+                        "at the start": number(float(first), "{:.4f}"),
+                        "at the end": number(float(last), "{:.4f}"),
                         "seeds": Cell(str(len(shares[name])), len(shares[name])),
                     }
                     for name, (first, last) in means.items()
@@ -280,109 +291,6 @@ def mixing_needed_part(
         out += [markdown_table([row(f"`{c.label}`", c) for c in tests]), ""]
     out += _equal_time(runs, longer, ratios)
     return "\n".join(out)
-
-
-def muon_margin_part(
-    runs: Sequence[RunRecord],
-    loss_below: float,
-    grid: Sequence[float],
-    rates: Sequence[RunRecord],
-    norms: Mapping[str, float],
-) -> str:
-    """Return the section of question 3.
-
-    Args:
-      runs: the runs of muon_margin that the bisection trained.
-      loss_below: loss below which a finished run is stable.
-      grid: every rate that the search may try, from the lowest.
-      rates: the runs of muon_rates, or none.
-      norms: the largest norm of a gradient after the warm-up, by the name of a run of muon_rates.
-    """
-    answer = rate_margins.muon_margin(runs, loss_below, grid)
-    out = ["## 3. Does mHC's learning-rate margin survive Muon?", "", f"Sweep `muon_margin`: {_runs(runs)}", ""]
-    for optimizer in rate_margins.OPTIMIZERS[1:]:
-        out += [f"**Decision by the rule, {optimizer}: {answer.decision(optimizer)}.**", ""]
-    out += [
-        f"{answer.censored} of {len(answer.rates)} lines have no stable or no unstable rate. They count with half the lowest or "
-        "with the highest rate.",
-        "",
-        "Largest stable learning rate, geometric mean over seeds, and range.",
-        "",
-    ]
-    table = []
-    for connection in dict.fromkeys(line.connection for line in sorted(answer.rates)):
-        for optimizer in rate_margins.OPTIMIZERS:
-            cells = {"": Cell(f"{connection}, {optimizer}", None)}
-            for clip, name in ((1.0, "clipped at 1"), (0.0, "not clipped")):
-                found = [
-                    answer.counted(line)
-                    for line in answer.rates
-                    if (line.connection, line.optimizer, line.grad_clip) == (connection, optimizer, clip)
-                ]
-                mean = float(np.exp(np.mean(np.log(found)))) if found else None
-                cells[name] = Cell(f"{mean:.3g} ({min(found):g} to {max(found):g})" if found else "–", mean)
-            if any(cell.value is not None for cell in cells.values()):
-                table.append(cells)
-    out += [markdown_table(table), ""]
-    out += ["Margins in octaves (log2 of the largest stable rate over residual's), averaged over clippings.", ""]
-    rows = [
-        row(f"{c}, {o}", answer.margins[c, o], "{:+.2f}")
-        for c, o in sorted(answer.margins, key=lambda k: k[0] != rate_margins.MHC)
-    ]
-    rows += [row(f"{rate_margins.MHC}: {o} - adamw", c, "{:+.2f}") for o, c in answer.lost.items()]
-    out += [markdown_table(rows), ""]
-    out += ["Secondary: each clipping by itself, in octaves. Not corrected.", ""]
-    alone = [
-        row(f"{c}, {o}, clip {k:g}", found, "{:+.2f}", corrected=False) for (c, o, k), found in answer.by_clip.items()
-    ]
-    out += [markdown_table(alone), ""]
-    if rates:
-        out += _best_losses(rates, norms)
-    return "\n".join(out)
-
-
-def _best_losses(runs: Sequence[RunRecord], norms: Mapping[str, float]) -> list[str]:
-    """Return the lines on best losses and surges of `muon_rates`.  For `norms` see `muon_margin_part`."""
-    groups: dict[tuple[str, str], dict[float, list[RunRecord]]] = {}
-    for run in runs:
-        line = rate_margins.line_of(run)
-        rate = run.config["optimizer"]["learning_rate"]
-        groups.setdefault((line.connection, line.optimizer), {}).setdefault(rate, []).append(run)
-    best = {}
-    for key, by_rate in groups.items():
-        whole = {rate: final_losses(r) for rate, r in by_rate.items() if all(x.status == "finished" for x in r)}
-        if whole:
-            rate = min(whole, key=lambda rate: float(np.mean(list(whole[rate].values()))))
-            best[key] = rate, whole[rate]
-    rows = []
-    for (connection, optimizer), (rate, losses) in best.items():
-        base = best.get(("residual", optimizer.partition(",")[0]))
-        found = contrasts({"": minus(losses, base[1]) if base else {}})[0]
-        by_rate = groups[connection, optimizer]
-        every = [run for members in by_rate.values() for run in members]
-        found_norms = [norms[run.name] for run in by_rate[rate] if run.name in norms]
-        dropped = [r for r in by_rate if any(run.status != "finished" for run in by_rate[r])]
-        rows.append(
-            {
-                "": Cell(f"{connection}, {optimizer}", None),
-                "best rate": Cell(f"{rate:g}", rate),
-                "mean loss": _text(float(np.mean(list(losses.values()))), "{:.4f}"),
-                "minus residual's best": _text(found.result and found.result.mean, "{:+.4f}"),
-                "95 % interval": _interval(found.result),
-                "largest gradient norm": _text(max(found_norms, default=None), "{:.3g}"),
-                "spikes, all rates": Cell(str(sum(len(run.spike_steps) for run in every)), None),
-                "diverged": Cell(str(sum(run.status == "diverged" for run in every)), None),
-                "rates left out": Cell(", ".join(f"{r:g}" for r in sorted(dropped)) or "none", None),
-            }
-        )
-    return [
-        f"Secondary, best of four rates and surges (`muon_rates`): {_runs(runs)} The interval does not count that the best of four "
-        "rates was chosen on both sides. The largest norm is of gradients before clipping, after the warm-up, over the seeds of "
-        "the best rate. A rate is left out where a seed diverged.",
-        "",
-        markdown_table(rows),
-        "",
-    ]
 
 
 def page(parts: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.files.json_files import read_json
 from mhc_jax.plots import answers as figures
 from mhc_jax.reports import answers as tables
+from mhc_jax.reports import rate_margins as margin_tables
 from mhc_jax.reports.record import newest_record, read_record
 
 
@@ -43,19 +44,23 @@ def questions(experiments: str | Path) -> dict[str, Question]:
         records,
         "residual_longer",
         "step_times.json",
+        "experiments/steptime.py --json",
         lambda content: {name: float(row["ratio"]) for name, row in content["steps"].items()},
     )
     found = {}
     if maps := _runs(records, "which_map"):
-        text = tables.which_map_part(
-            maps, _runs(records, "which_map_home"), _runs(records, "which_map_large"), longer, ratios
+        home = _runs(records, "which_map_home")
+        text = tables.which_map_part(maps, home, _runs(records, "which_map_large"), longer, ratios)
+        found["which_map"] = Question(
+            text,
+            lambda: figures.which_map_figure(answers.which_map(maps), answers.which_map_home(home) if home else None),
         )
-        found["which_map"] = Question(text, lambda: figures.which_map_figure(answers.which_map(maps)))
     if mixing := _runs(records, "mixing_needed"):
         rises = _beside(
             records,
             "mixing_needed",
             "frozen.json",
+            "experiments/answers.py --freeze",
             lambda content: {
                 name: {int(seed): float(rise) for seed, rise in of.items()} for name, of in content.items()
             },
@@ -64,6 +69,7 @@ def questions(experiments: str | Path) -> dict[str, Question]:
             records,
             "mixing_needed",
             "off_diagonal.json",
+            "experiments/answers.py --freeze",
             lambda content: {
                 name: [(float(first), float(last)) for first, last in of.values()] for name, of in content.items()
             },
@@ -74,7 +80,7 @@ def questions(experiments: str | Path) -> dict[str, Question]:
         sweep = runpy.run_path(str(Path(experiments) / "sweeps" / "muon_margin.py"))
         rule = sweep["LOSS_BELOW"], sweep["RATES"]
         rates, norms = _runs(records, "muon_rates"), _largest_norms(records, "muon_rates")
-        text = tables.muon_margin_part(margins, *rule, rates, norms)
+        text = margin_tables.muon_margin_part(margins, *rule, rates, norms)
         found["muon_margin"] = Question(
             text, lambda: figures.muon_margin_figure(rate_margins.muon_margin(margins, *rule))
         )
@@ -87,8 +93,10 @@ def _runs(records: Path, name: str) -> list[RunRecord]:
     return read_record(folder) if folder else []
 
 
-def _beside(records: Path, name: str, file: str, of: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Return `of` the content of a JSON file in the newest record of a sweep, or nothing if there is no such file."""
+def _beside(
+    records: Path, name: str, file: str, command: str, of: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return `of` the content of a JSON file that `command` wrote into the newest record of a sweep, or nothing without a file."""
     folder = newest_record(records, name)
     if not folder or not (folder / file).is_file():
         return {}
@@ -97,7 +105,9 @@ def _beside(records: Path, name: str, file: str, of: Callable[[dict[str, Any]], 
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{folder / file} has not the form in which it was written; make it again.") from error
+        raise InputError(
+            f"{folder / file} is not in the form in which its command writes it; run {command} again."
+        ) from error
 
 
 def _largest_norms(records: Path, name: str) -> dict[str, float]:

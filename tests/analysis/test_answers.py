@@ -20,6 +20,7 @@ from mhc_jax.config.mapping import to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.plots import answers as figures
 from mhc_jax.reports import answers as tables
+from mhc_jax.reports import rate_margins as margin_tables
 
 BASE = to_mapping(ExperimentConfig())
 SWEEPS = ROOT / "experiments" / "sweeps"
@@ -100,13 +101,18 @@ def test_a_diverged_run_takes_its_seed_out_of_its_design():
     assert {len(c.values) for c in result.primary} == {7}
 
 
-def test_the_design_with_streams_that_differ_has_its_own_decision():
+def home_runs():
     sweep = runpy.run_path(str(SWEEPS / "which_map_home.py"))["get_sweep"]()
     random, runs = np.random.default_rng(2), []
     for point in sweep.points:
         run = made(point["connection"], point["seed"], 0.0, name=point["optimizer.name"])
         loss = 2.2 + random.normal(0, 0.001) + additive(0.0, -0.01, -0.03, both=0.01)(answers.cell_of(run)[2])
         runs.append(made(point["connection"], point["seed"], loss, name=point["optimizer.name"]))
+    return runs
+
+
+def test_the_design_with_streams_that_differ_has_its_own_decision():
+    runs = home_runs()
     answer = answers.which_map_home(runs)
     assert answer.winner == "res"
     assert [c.result.mean for c in answer.primary] == pytest.approx([0.005, -0.005, -0.03], abs=1e-3)
@@ -222,7 +228,7 @@ def test_the_page_has_the_decisions_and_the_numbers_of_the_tests():
     assert "| `identity` | 0.0000 |" not in text
     text = tables.mixing_needed_part(mixing_runs({"go_mhc": -0.02, "identity": 0.01}, 0.0), {}, {}, [], {})
     assert "| go_mhc - identity | -0.0300 |" in text
-    text = tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES, [], {})
+    text = margin_tables.muon_margin_part(margin_runs(lambda c, *_: 3 + (c != "residual")), 3.3, RATES, [], {})
     assert "**Decision by the rule, muon: survives.**" in text
     assert "| mhc:init=paper, muon | 0.016 (0.016 to 0.016) | 0.016 (0.016 to 0.016) |" in text
 
@@ -255,7 +261,7 @@ def test_best_losses_are_of_the_best_rate_on_both_sides():
                 runs.append(made(connection, seed, found, name="adamw", learning_rate=rate))
                 runs[-1] = dataclasses.replace(runs[-1], name=f"{connection}-{rate:g}-{seed}")
     norms = {run.name: 10.0 * run.seed[0] + (run.config["optimizer"]["learning_rate"] > 0.01) * 100 for run in runs}
-    text = tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES, runs, norms)
+    text = margin_tables.muon_margin_part(margin_runs(lambda *_: 3), 3.3, RATES, runs, norms)
     assert "| mhc:init=paper, adamw | 0.004 | 1.9000 | -0.1000 | no spread | 20 | 0 | 1 | 0.016 |" in text, (
         "a rate at which a run diverged is not the best"
     )
@@ -265,6 +271,10 @@ def test_figures_draw_every_test_and_every_seed():
     runs = which_map_runs(additive(-0.01, -0.04, 0.0))
     (axis,) = figures.which_map_figure(answers.which_map(runs)).axes
     assert len(axis.get_yticklabels()) == 3 + 4 * 3
+    (axis,) = figures.which_map_figure(answers.which_map(runs), answers.which_map_home(home_runs())).axes
+    assert [label.get_text() for label in axis.get_yticklabels()][3:6] == [
+        f"H_{m}, home dynamic" for m in ("pre", "post", "res")
+    ]
     (axis,) = figures.mixing_needed_figure(answers.mixing_needed(mixing_runs({}, 0.01))).axes
     assert len(axis.get_yticklabels()) == 4 + 4 * 4
     panels = figures.muon_margin_figure(decided(lambda c, *_: 3 + (c == "hc"))).axes

@@ -38,6 +38,17 @@ def test_sinkhorn_and_its_gradient(backend, n, tokens, t_max, eps):
     kernel_checks.check_sinkhorn(logits, *([] if eps else kernel_checks.extreme_logits(n)), t_max=t_max, eps=eps)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("backend", [GPU, TPU])
+def test_the_gradient_of_sinkhorn_is_proportional_for_cotangents_of_any_size(backend, eps):
+    """Tokens of one block have cotangents of different sizes; the kernels bring each near 1 and back."""
+    logits, G = np.random.default_rng(5).normal(size=(2, 3, 3, 9)).astype(np.float32)
+    size = np.resize([-90, 0, 90], 9)
+    gradient_of = pulled(lambda L: sinkhorn(L, eps=eps))
+    (gradient,), (far,) = (gradient_of((logits,), cotangent)[1] for cotangent in (G, np.ldexp(G, size)))
+    np.testing.assert_array_equal(np.ldexp(far, -size), gradient)
+
+
 # n, C, tokens: widths that a block divides, also several times, and others; ragged tokens.
 GPU_SHAPES = [(1, 16, 5), (2, 48, 9), (3, 512, 3), (4, 80, 13), (8, 32, 6)]
 # Every n in float32, and the paper's in bfloat16: dtypes differ in the projection and in rounding, not in how n enters.

@@ -47,5 +47,7 @@ def test_a_file_beside_a_record_that_is_not_of_its_form_is_told(tmp_path):
         shutil.copytree(folder, record)
     for content in ('{"steps": 3}', '{"steps": {"hc": 3}}', "{}", '{"steps": {"hc": {"ratio": "x"}}}'):
         (record / "step_times.json").write_text(content)
-        with pytest.raises(InputError, match=r"step_times\.json has not the form in which it was written"):
+        with pytest.raises(
+            InputError, match=r"step_times\.json is not in the form .* run experiments/steptime.py --json again"
+        ):
             questions(tmp_path)

@@ -180,7 +180,15 @@ def test_formulas_of_indented_lines_are_drawn():
     columns = drawn("message      $nC$ elements", "in all       $2nC$")
     assert columns.endswith("<code>message      [inline nC] elements\nin all       [inline 2nC]\n</code></pre></div>")
     assert drawn("$a$.", "", "$b$.") == line("[block a.]") + line("[block b.]")
-    for code in ("echo $HOME", "cp $HOME/a $TMP/b", "cp $HOME $TMP", "x = 1", "make demo"):
+    for code in (
+        "echo $HOME",
+        "cp $HOME/a $TMP/b",
+        "cp $HOME $TMP",
+        "x=$A/$(date)",
+        "PATH=$PATH:$",
+        "x = 1",
+        "make demo",
+    ):
         assert drawn(code) == f'<div class="highlight"><pre><span></span><code>{code}\n</code></pre></div>'
 
 

@@ -75,7 +75,14 @@ def test_every_file_that_a_page_names_exists(page):
 NOTEBOOKS = runpy.run_path(str(ROOT / "notebooks" / "execute.py"))
 SOURCES = NOTEBOOKS["sources"]()
 # Drawn whichever records of sweeps are there besides `connections`.
-FIGURES = {"01_gain_curves": 3, "02_training_dynamics": 4, "03_streams": 11, "04_cost": 3, "05_scaling": 0}
+FIGURES = {
+    "01_gain_curves": 3,
+    "02_training_dynamics": 4,
+    "03_streams": 11,
+    "04_cost": 3,
+    "05_scaling": 0,
+    "06_answers": 3,
+}
 LEAKS = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|opt)/")
 
 

@@ -1,6 +1,7 @@
 """Two sweeps use one folder at the same time, and reports read it while they write."""
 
 import csv
+import time
 
 import pytest
 from support.tiny_runs import assert_same_run, run_script, script
@@ -17,10 +18,14 @@ def test_two_sweeps_and_reports_on_one_folder(tmp_path):
     assert run_script(*command, f"--workdir={alone}")[0] == 0
 
     both = [script(*command, f"--workdir={workdir}") for _ in range(2)]
-    reports = []
-    while any(sweep.poll() is None for sweep in both):
-        reports.append(run_script("report", workdir))
-    ends = [(sweep.communicate(timeout=PATIENCE_S)[1], sweep.returncode) for sweep in both]
+    reports, end = [], time.monotonic() + PATIENCE_S
+    try:
+        while any(sweep.poll() is None for sweep in both) and time.monotonic() < end:
+            reports.append(run_script("report", workdir))
+        ends = [(sweep.communicate(timeout=10)[1], sweep.returncode) for sweep in both]
+    finally:
+        for sweep in both:
+            sweep.kill()
     assert all(code == 0 or "was left to another sweep" in err for err, code in ends), ends
     told = [err for status, _, err in reports if status]
     assert len(told) < len(reports), "no report was made while the sweeps went on"

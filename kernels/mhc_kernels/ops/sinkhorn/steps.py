@@ -29,7 +29,8 @@ logits, $K = Q + \epsilon$, and $S = (\bar K - (\bar r \circ r^2) 1^\top) \circ 
 
 The gradient is linear in G, but the scalings of hard problems reach 1e8, and the gradients on the way are products of several.
 They would leave the range of float32 where G is far from 1.  So each token's G is first multiplied by a power of two (`scale`),
-which changes no digit, and the gradient of its logits is divided by that power.
+and the gradient of its logits is divided by that power.  This changes no digit, unless an entry of G is so much smaller than the
+largest one (by 1e-20 or more) that it becomes denormal.
 
 Only the logits are kept from the forward pass, so the backward pass computes r and c of every step again.  The loop over all
 pairs is `_sinkhorn_bwd` in `xla.py`.
@@ -57,9 +58,10 @@ def pairs_left(num_iters: int, eps: float) -> int:
 
 
 def scale(most: Array) -> tuple[Array, Array]:
-    """Return the power of two by which G is multiplied before the backward pass, and its inverse, of each token.
+    """Return, for each token, the factor of G and its inverse.
 
-    `most` is the largest absolute entry of G of each token.
+    The factor is 2^-60 where the largest absolute entry of G, `most`, is above 2^40; 2^60 where it is below 2^-40; and 1 elsewhere.
+    The largest entry then lies between 2^-66 and 2^68.  Gradients leave the range of float32 beyond about 2^73 and below 2^-73.
     """
     large, small = most > 2.0**40, most < 2.0**-40
     by = [jnp.where(large, 2.0**-k, jnp.where(small, 2.0**k, 1.0)) for k in (60, -60)]

@@ -1,0 +1,64 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Three questions, and what small runs answer
+#
+# Which map carries mHC's gain? Is a learned H_res needed once streams differ? Does mHC's margin in learning rate survive Muon?
+# Each question has a sweep file whose docstring says how it is decided. The file was committed before the first run.
+# [docs/answers.md](../docs/answers.md) says what was seen and what was not.
+#
+# The next cell has the one path to set: the folder with `records` and `sweeps`. Records of your own runs of the same sweeps give
+# the same figures and tables.
+
+# %%
+EXPERIMENTS = "../experiments"
+
+# %%
+# %matplotlib inline
+from IPython.display import Markdown, display
+
+from mhc_jax.reports.questions import questions
+
+found = questions(EXPERIMENTS)
+display(found["which_map"].draw())
+
+# %% [markdown]
+# *Question 1. Change of the validation loss (nats a byte, below 0 is better) when a map is learned. Thick lines are the three tests
+# that decide; dots are seeds; lines are Student's 95 % intervals, not corrected for their number. The streams of these runs stay
+# nearly one vector. The table below has the runs whose streams differ.*
+
+# %%
+display(found["mixing_needed"].draw())
+
+# %% [markdown]
+# *Question 2. Loss of each form of H_res minus that of mHC, where streams differ. Thick lines are the tests that decide, and the
+# grey band is the margin of equivalence, 0.005 nats.*
+
+# %%
+display(found["muon_margin"].draw())
+
+# %% [markdown]
+# *Question 3. Largest stable learning rate of each connection under AdamW, Muon, and Muon with the connections under AdamW. Marks
+# are seeds, bars geometric means; hollow without clipping. A triangle is a bound.*
+#
+# ## The tables
+#
+# Every test of every question, primary and secondary. `python experiments/answers.py` writes the same tables to
+# experiments/records/ANSWERS.md.
+
+# %%
+display(Markdown(found["which_map"].text))
+
+# %%
+display(Markdown(found["mixing_needed"].text))
+
+# %%
+display(Markdown(found["muon_margin"].text))
