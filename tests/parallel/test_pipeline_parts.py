@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from support.in_process import run_here
 from support.meshes import tiny
 from support.thinned import thin
 
@@ -310,6 +311,8 @@ def test_costs_of_a_compiled_step(row):
     ):
         with pytest.raises(InputError, match=sentence):
             pipeline_simulations.of_compiled([zb1p], wrong, 4)
+    told = "error: --compiled and --chip cannot be given together; choose one source of costs.\n"
+    assert run_here("pipeline", "--compiled=a.json", "--chip=v5p")[::2] == (2, told)
     whole = {"schedule": "1f1b", "seconds": {**found, "W": [0.0] * 4}}
     for wrong, sentence in (
         ({"connection": "mhc"}, "compile it with --config.mesh.stage=4"),

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from support.in_process import run_here
 from support.tiny_runs import ROOT
 
 from mhc_jax.analysis.contrasts import by_connection, minus
@@ -51,3 +52,10 @@ def test_a_file_beside_a_record_that_is_not_of_its_form_is_told(tmp_path):
             InputError, match=r"step_times\.json is not in the form .* run experiments/steptime.py --json again"
         ):
             questions(tmp_path)
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="no question has a record yet")
+def test_freezing_names_the_runs_that_are_missing(tmp_path):
+    status, _, error = run_here("answers", f"--freeze={tmp_path}")
+    assert status == 2
+    assert "has no trained model of mhc-init-home-entry-copy-num_streams-4-seed0, " in error

@@ -96,17 +96,19 @@ def test_stop_before_the_first_step(residual, alone, tmp_path, monkeypatch):
     assert_same_run(alone, tmp_path / "run")
 
 
-def test_a_process_ends_although_a_thread_of_a_failed_save_waits(monkeypatch):
+def test_a_process_ends_although_a_thread_of_a_failed_save_waits(monkeypatch, capsys):
     ended, statuses = threading.Event(), []
     monkeypatch.setattr(os, "_exit", statuses.append)
     waiting = type("Future", (threading.Thread,), {"__module__": "orbax.checkpoint.futures"})(target=ended.wait)
     stop.exit_if_a_save_hangs(2)
     waiting.start()
     stop.exit_if_a_save_hangs(2)
+    stop.exit_if_a_save_hangs(1, RuntimeError("the cause"))
     ended.set()
     waiting.join()
     stop.exit_if_a_save_hangs(3)
-    assert statuses == [2]
+    assert statuses == [2, 1]
+    assert "RuntimeError: the cause" in capsys.readouterr().err
 
 
 def test_a_second_signal_acts_as_usual(usual_sigint):
