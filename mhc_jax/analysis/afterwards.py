@@ -1,4 +1,4 @@
-"""Contrasts of questions 1 and 2 that were looked at after the results.  No rule decides by them, and none is corrected."""
+"""Contrasts of the three questions that were looked at after the results.  No rule decides by them, and none is corrected."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mhc_jax.analysis.answers import DESIGNS, MAPS, MIXING_KINDS, MixingNeeded, cells, effects
 from mhc_jax.analysis.contrasts import Seeds, by_connection, mean_over, minus
+from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin
 from mhc_jax.analysis.run_reader import RunRecord
 
 NO_MAP, ALL_MAPS = frozenset[str](), frozenset(MAPS)
@@ -58,3 +59,13 @@ def of_mixing_needed(answer: MixingNeeded) -> dict[str, Seeds]:
         first, last = numbers[0], numbers[-1]
         out[f"{kind} - mHC, n = {last} minus n = {first}"] = minus(of[last], of[first])
     return out
+
+
+def of_muon_margin(answer: MuonMargin) -> dict[str, Seeds]:
+    """Return contrasts of question 3, in octaves for each seed, by what they say."""
+    margins = answer.margins
+    return {
+        f"mHC - HC, {optimizer}": minus(margins[MHC, optimizer].values, margins["hc", optimizer].values)
+        for optimizer in OPTIMIZERS
+        if (MHC, optimizer) in margins and ("hc", optimizer) in margins
+    }

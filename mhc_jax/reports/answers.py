@@ -113,15 +113,15 @@ def which_map_part(
     out += ["Secondary: all maps against none in each design, and the controls. Not corrected.", ""]
     out += [markdown_table(totals), ""]
     out += _equal_time(runs, longer, ratios)
-    out += _afterwards(afterwards.of_which_map(runs, home))
+    out += afterwards_lines(afterwards.of_which_map(runs, home))
     out += _home(home) if home else ["Streams that differ (`which_map_home`): not run yet.", ""]
     out += _larger(answer, larger) if larger else ["Larger model: not run yet.", ""]
     return "\n".join(out)
 
 
-def _afterwards(of: Mapping[str, Seeds]) -> list[str]:
+def afterwards_lines(of: Mapping[str, Seeds], form: str = "{:+.4f}") -> list[str]:
     """Return the lines on contrasts that were looked at after the results."""
-    rows = [row(c.label, c, corrected=False) for label, values in of.items() for c in contrasts({label: values})]
+    rows = [row(c.label, c, form, corrected=False) for label, values in of.items() for c in contrasts({label: values})]
     return ["Looked at after the results, which no rule uses. Not corrected.", "", markdown_table(rows), ""]
 
 
@@ -264,7 +264,7 @@ def mixing_needed_part(
         line(f"n = {n}, {entry}: {kind}", c) for (n, entry), of in answer.combinations.items() for kind, c in of.items()
     ]
     out += [markdown_table(rows), ""]
-    out += _afterwards(afterwards.of_mixing_needed(answer))
+    out += afterwards_lines(afterwards.of_mixing_needed(answer))
     if shares:
         out += [
             "Looked at after the results: share of H_res's weight off its diagonal, in the mean over tokens, sub-layers and seeds.",

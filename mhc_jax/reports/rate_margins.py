@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mhc_jax.analysis import rate_margins
+from mhc_jax.analysis import afterwards, rate_margins
 from mhc_jax.analysis.comparison import Cell
 from mhc_jax.analysis.contrasts import contrasts, final_losses, minus
 from mhc_jax.analysis.run_reader import RunRecord
-from mhc_jax.reports.answers import interval, number, row, runs_line
+from mhc_jax.reports.answers import afterwards_lines, interval, number, row, runs_line
 from mhc_jax.reports.markup import markdown_table
 
 
@@ -68,6 +68,7 @@ def muon_margin_part(
         row(f"{c}, {o}, clip {k:g}", found, "{:+.2f}", corrected=False) for (c, o, k), found in answer.by_clip.items()
     ]
     out += [markdown_table(alone), ""]
+    out += afterwards_lines(afterwards.of_muon_margin(answer), "{:+.2f}")
     if rates:
         out += _best_losses(rates, norms)
     return "\n".join(out)

@@ -176,7 +176,7 @@ def test_step_times_are_those_of_the_log():
         (found,) = re.findall(rf"at {commit} ([\d., ]+)x, HC ([\d., ]+)x", log)
         return [sorted(map(float, numbers.split(", "))) for numbers in found]
 
-    mhc, hc = runs("788fdf0")
+    mhc, hc = runs("80f9fbe")
     shown = row(page("demo"), "step time over residual's (`steptime.py`; [cost](cost.md))")
     assert shown == ["1", f"{hc[0]:.2f}-{hc[-1]:.2f}", *[f"{mhc[0]:.2f}-{mhc[-1]:.2f}"] * 2]
     mhc, hc = runs("2ba8085")
