@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from mhc_jax.analysis.answers import DESIGNS, MAPS, MIXING_KINDS, MixingNeeded, cells, effects
 from mhc_jax.analysis.contrasts import Seeds, by_connection, mean_over, minus
-from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin
+from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin, line_of
 from mhc_jax.analysis.run_reader import RunRecord
 
 NO_MAP, ALL_MAPS = frozenset[str](), frozenset(MAPS)
@@ -65,7 +68,66 @@ def of_muon_margin(answer: MuonMargin) -> dict[str, Seeds]:
     """Return contrasts of question 3, in octaves for each seed, by what they say."""
     margins = answer.margins
     return {
-        f"mHC - HC, {optimizer}": minus(margins[MHC, optimizer].values, margins["hc", optimizer].values)
+        f"mHC - {name}, {optimizer}": minus(margins[MHC, optimizer].values, margins[other, optimizer].values)
+        for name, other in (("HC", "hc"), ("identity", "identity:init=paper"))
         for optimizer in OPTIMIZERS
-        if (MHC, optimizer) in margins and ("hc", optimizer) in margins
+        if (MHC, optimizer) in margins and (other, optimizer) in margins
     }
+
+
+def losses_at_equal_rates(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
+    """Return mHC's loss minus residual's at each rate that every line of mHC and residual tried, in the mean over clippings.
+
+    Args:
+      runs: the runs of muon_margin.
+    """
+    losses: dict[tuple[str, str, float], dict[float, dict[int, float]]] = {}
+    for run in runs:
+        line = line_of(run)
+        if line.connection in (MHC, "residual") and run.status == "finished":
+            place = line.connection, line.optimizer, run.config["optimizer"]["learning_rate"]
+            of_clip = losses.setdefault(place, {}).setdefault(line.grad_clip, {})
+            of_clip[line.seed] = run.result("validation_loss")
+    seeds = {line_of(run).seed for run in runs}
+    whole = {place: mean_over([*of.values()]) for place, of in losses.items() if len(of) == 2}
+    whole = {place: of for place, of in whole.items() if set(of) == seeds}
+    return {
+        f"{optimizer}, rate {rate:g}": minus(of, whole["residual", optimizer.partition(",")[0], rate])
+        for (connection, optimizer, rate), of in sorted(whole.items())
+        if connection == MHC and ("residual", optimizer.partition(",")[0], rate) in whole
+    }
+
+
+class LineEnds(NamedTuple):
+    """How the lines of rates of one connection end, for all optimizers and clippings."""
+
+    lines: int
+    unbounded: int
+    """Lines in which no rate was unstable."""
+    diverged: int
+    """Lines whose smallest unstable rate diverged.  The others finished with a loss above the threshold."""
+    loss: float | None
+    """Median validation loss at the largest stable rate, in nats/token."""
+
+
+def line_ends(answer: MuonMargin, runs: Sequence[RunRecord]) -> dict[str, LineEnds]:
+    """Return how the lines of each connection end.
+
+    Args:
+      answer: the answer to question 3.
+      runs: the runs of muon_margin.
+    """
+    by = {(line_of(run), run.config["optimizer"]["learning_rate"]): run for run in runs}
+    out = {}
+    for connection in dict.fromkeys(line.connection for line in sorted(answer.rates)):
+        ends = {line: ends for line, ends in answer.rates.items() if line.connection == connection}
+        losses = [
+            by[line, stable].result("validation_loss") for line, (stable, _) in ends.items() if stable is not None
+        ]
+        out[connection] = LineEnds(
+            len(ends),
+            sum(unstable is None for _, unstable in ends.values()),
+            sum(u is not None and by[line, u].status == "diverged" for line, (_, u) in ends.items()),
+            float(np.median(losses)) if losses else None,
+        )
+    return out

@@ -127,5 +127,5 @@ def muon_margin_figure(answer: MuonMargin) -> Figure:
         axis.set_yticks([2.0**k / 1000 for k in range(0, 12, 2)], [f"{2.0**k / 1000:g}" for k in range(0, 12, 2)])
         axis.set_xticks(range(len(names)), [name.partition(":")[0] for name in names])
         axis.grid(visible=False, axis="x")
-    axes[0].set_ylabel("largest stable learning rate")
+    axes[0].set_ylabel("largest stable peak learning rate")
     return figure

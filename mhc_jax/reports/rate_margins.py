@@ -36,7 +36,7 @@ def muon_margin_part(
         out += [f"**Decision by the rule, {optimizer}: {answer.decision(optimizer)}.**", ""]
     out += [
         f"{answer.censored} of {len(answer.rates)} lines have no stable or no unstable rate. They count with half the lowest or "
-        "with the highest rate.",
+        "with the highest rate, so that a mean over such lines is a bound. A rate is the peak of its schedule.",
         "",
         "Largest stable learning rate, geometric mean over seeds, and range.",
         "",
@@ -69,6 +69,24 @@ def muon_margin_part(
     ]
     out += [markdown_table(alone), ""]
     out += afterwards_lines(afterwards.of_muon_margin(answer), "{:+.2f}")
+    out += ["Loss of mHC minus that of residual at rates that all their lines tried (nats/token):", ""]
+    out += afterwards_lines(afterwards.losses_at_equal_rates(runs))
+    ends = [
+        {
+            "": Cell(connection, None),
+            "lines": Cell(str(end.lines), end.lines),
+            "no rate unstable": Cell(str(end.unbounded), end.unbounded),
+            "smallest unstable rate diverged": Cell(str(end.diverged), end.diverged),
+            "median loss at the largest stable rate": number(end.loss, "{:.3f}"),
+        }
+        for connection, end in afterwards.line_ends(answer, runs).items()
+    ]
+    out += [
+        "How lines end, over all optimizers and clippings. Looked at after the results.",
+        "",
+        markdown_table(ends),
+        "",
+    ]
     if rates:
         out += _best_losses(rates, norms)
     return "\n".join(out)
