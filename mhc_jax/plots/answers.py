@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mhc_jax.analysis.answers import MixingNeeded, WhichMap, WhichMapHome
 from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin
 from mhc_jax.analysis.statistics import Paired
-from mhc_jax.plots.style import GRID, INK, color_of, house_style, panels
+from mhc_jax.plots.style import GRID, INK, color_of, house_style, name_rows, panels
 
 PART_COLORS = {"pre": "#E69F00", "post": "#0072B2", "res": "#009E73"}
 """Colours of the three maps, and of nothing else in the same figure."""
@@ -46,7 +46,7 @@ def _intervals(axis, rows: Sequence[Bar]) -> None:
             axis.plot(bar.result.t_interval, [row, row], color=bar.color, linewidth=3.2 if bar.decides else 1.4)
         axis.plot([bar.result.mean], [row], "|", color=bar.color, ms=10, mew=2)
     axis.axvline(0, color=INK, linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [bar.label for bar in rows])
+    name_rows(axis, [bar.label for bar in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
 

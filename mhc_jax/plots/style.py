@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib
 import numpy as np
@@ -299,6 +299,21 @@ def legend(figure: Figure, handles: Sequence[Any] | None = None, axis: Axes | No
     else:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
         axis.legend(named.values(), texts, **place, **options)
+
+
+def name_rows(axis: Axes, names: Sequence[str]) -> None:
+    """Name the rows 0, 1, ... of a panel on its left side.
+
+    A name that is longer than 0.6 of the figure's width is written on several lines, and the figure grows by these lines.
+    """
+    figure = cast("Figure", axis.figure)
+    options = {"width": max(20, _letters(figure) * 6 // 10), "break_on_hyphens": False}
+    # A line may end behind a colon, too.
+    lines = [textwrap.wrap(name.replace(":", ":\0 "), **options) for name in names]
+    texts = ["\n".join(line).replace("\0 ", "").replace("\0", "") for line in lines]
+    axis.set_yticks(range(len(texts)), texts)
+    deepest = max((text.count("\n") for text in texts), default=0)
+    figure.set_figheight(figure.get_figheight() + scaled(0.14) * deepest * len(texts))
 
 
 def _letters(figure: Figure) -> int:

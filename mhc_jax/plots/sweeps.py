@@ -33,6 +33,7 @@ from mhc_jax.plots.style import (
     color_of,
     legend,
     looks,
+    name_rows,
     panels,
     plain_text,
     register,
@@ -215,7 +216,7 @@ def seed_strip(settings: Sequence[Variant]) -> Figure:
             axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=scaled(8))
     if not drawn:
         raise NothingToDraw("no run has a final validation loss")
-    axis.set_yticks(range(len(settings)), [setting.label for setting in settings])
+    name_rows(axis, [setting.label for setting in settings])
     axis.set_ylim(len(settings) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("validation loss (nats/token)")
@@ -312,7 +313,7 @@ def frontier(settings: Sequence[Variant]) -> Figure:
     ticks_at(axis, rates)
     counts = [min(map(len, losses.values())) for losses in found.values()]
     notes = [f" ({'one seed' if k == 1 else f'{k} seeds'}, no claim)" * (k < MIN_SEEDS) for k in counts]
-    axis.set_yticks(range(len(found)), [f"{name}{note}" for name, note in zip(found, notes, strict=True)])
+    name_rows(axis, [f"{name}{note}" for name, note in zip(found, notes, strict=True)])
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel("learning rate")
     return figure

@@ -354,3 +354,15 @@ def test_ticks_of_a_short_logarithmic_axis_are_labelled_as_they_stand():
     assert list(panel.get_yticks()) == [1.5, 2, 2.5, 3, 3.5, 4], "more than the multiples of a power of ten"
     label = axes._minor_ticks(10.0)
     assert [label(value, 0) for value in (2e-7, 3e-7)] == [r"$2\cdot 10^{-7}$", ""]
+
+
+def test_long_names_of_rows_take_several_lines_and_the_figure_grows():
+    figure, (panel,) = style.panels(1, 1)
+    before = figure.get_figheight()
+    style.name_rows(panel, ["hc", "mhc:init=home"])
+    assert figure.get_figheight() == before
+    style.name_rows(panel, ["hc", "mhc:init=home:entry=scaled:num_streams=8:t_max=5 optimizer=muon learning_rate=0.03"])
+    short, long = (text.get_text() for text in panel.get_yticklabels())
+    assert short == "hc"
+    assert long.split("\n")[0] == "mhc:init=home:entry=scaled:"
+    assert figure.get_figheight() > before
