@@ -11,7 +11,8 @@
 # %% [markdown]
 # # Three questions, and what small runs answer
 #
-# Which map carries mHC's gain? Is a learned H_res needed once streams differ? Does mHC's margin in learning rate survive Muon?
+# Which map carries the gain of mHC (init=paper)? Is a learned H_res needed once streams differ? Does the margin in learning rate
+# survive Muon?
 # Each question has a sweep file whose docstring says how it is decided. The file was committed before the first run.
 # [docs/answers.md](../docs/answers.md) says what was seen and what was not.
 #
@@ -39,7 +40,7 @@ display(found["which_map"].draw())
 display(found["mixing_needed"].draw())
 
 # %% [markdown]
-# *Question 2. Loss of each form of H_res minus that of mHC, where streams differ. Thick lines are the tests that decide, and the
+# *Question 2. Loss of each form of H_res minus that of mHC, where streams differ (all have init=home). Thick lines are the tests that decide, and the
 # grey band is the margin of equivalence, 0.005 nats.*
 
 # %%

@@ -34,7 +34,7 @@ def of_which_map(runs: Sequence[RunRecord], home: Sequence[RunRecord]) -> dict[s
         "H_post, dynamic - static": minus(post("dynamic"), post("static")),
     }
     if "scalar_gated" in kinds and "mhc:init=paper" in kinds:
-        out["scalar_gated - mHC (copy, dynamic, all maps)"] = minus(kinds["scalar_gated"], kinds["mhc:init=paper"])
+        out["scalar_gated - mhc:init=paper"] = minus(kinds["scalar_gated"], kinds["mhc:init=paper"])
     if home:
         there = cells(home)
         of_home = effects(there, "home", "dynamic")
@@ -58,9 +58,9 @@ def of_mixing_needed(answer: MixingNeeded) -> dict[str, Seeds]:
             n: mean_over([part[kind].contrast.values for (k, _), part in answer.combinations.items() if k == n])
             for n in numbers
         }
-        out |= {f"{kind} - mHC, n = {n}": values for n, values in of.items()}
+        out |= {f"{kind} - mhc:init=home, n = {n}": values for n, values in of.items()}
         first, last = numbers[0], numbers[-1]
-        out[f"{kind} - mHC, n = {last} minus n = {first}"] = minus(of[last], of[first])
+        out[f"{kind} - mhc:init=home, n = {last} minus n = {first}"] = minus(of[last], of[first])
     return out
 
 
@@ -68,8 +68,8 @@ def of_muon_margin(answer: MuonMargin) -> dict[str, Seeds]:
     """Return contrasts of question 3, in octaves for each seed, by what they say."""
     margins = answer.margins
     return {
-        f"mHC - {name}, {optimizer}": minus(margins[MHC, optimizer].values, margins[other, optimizer].values)
-        for name, other in (("HC", "hc"), ("identity", "identity:init=paper"))
+        f"{MHC} - {other}, {optimizer}": minus(margins[MHC, optimizer].values, margins[other, optimizer].values)
+        for other in ("hc", "identity:init=paper")
         for optimizer in OPTIMIZERS
         if (MHC, optimizer) in margins and (other, optimizer) in margins
     }

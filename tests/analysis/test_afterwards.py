@@ -24,15 +24,15 @@ def test_of_mixing_needed():
     answer = answers.mixing_needed(mixing_runs({"go_mhc": -0.02, "identity": 0.01}, 0.0))
     found = means(afterwards.of_mixing_needed(answer))
     assert found["go_mhc - identity"] == pytest.approx(-0.03)
-    assert found["identity - mHC, n = 8"] == pytest.approx(0.01)
-    assert found["identity - mHC, n = 8 minus n = 4"] == pytest.approx(0)
+    assert found["identity - mhc:init=home, n = 8"] == pytest.approx(0.01)
+    assert found["identity - mhc:init=home, n = 8 minus n = 4"] == pytest.approx(0)
 
 
 def test_of_muon_margin():
     runs = margin_runs(lambda connection, *_: {"residual": 11, "hc": 2}.get(connection, 4))
     answer = rate_margins.muon_margin(runs, 3.3, RATES)
     found = means(afterwards.of_muon_margin(answer))
-    assert found["mHC - HC, adamw"] == 2
+    assert found["mhc:init=paper - hc, adamw"] == 2
     assert mean_of(answer.margins["mhc:init=paper", "adamw"]) == -7
 
     ends = afterwards.line_ends(answer, runs)
