@@ -40,8 +40,8 @@ display(found["which_map"].draw())
 display(found["mixing_needed"].draw())
 
 # %% [markdown]
-# *Question 2. Loss of each form of H_res minus that of mHC, where streams differ (all have init=home). Thick lines are the tests that decide, and the
-# grey band is the margin of equivalence, 0.005 nats.*
+# *Question 2. Loss of each form of H_res minus that of mHC, where streams differ (all have init=home). Thick lines are the tests
+# that decide, and the grey band is the margin of equivalence, 0.005 nats.*
 
 # %%
 display(found["muon_margin"].draw())
