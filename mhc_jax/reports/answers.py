@@ -119,10 +119,10 @@ def which_map_part(
     return "\n".join(out)
 
 
-def afterwards_lines(of: Mapping[str, Seeds], form: str = "{:+.4f}") -> list[str]:
-    """Return the lines on contrasts that were looked at after the results."""
+def afterwards_lines(of: Mapping[str, Seeds], form: str = "{:+.4f}", what: str = "") -> list[str]:
+    """Return the lines on contrasts that were looked at after the results.  `what` says what the contrasts are."""
     rows = [row(c.label, c, form, corrected=False) for label, values in of.items() for c in contrasts({label: values})]
-    return ["Looked at after the results, which no rule uses. Not corrected.", "", markdown_table(rows), ""]
+    return [f"Looked at after the results, which no rule uses{what}. Not corrected.", "", markdown_table(rows), ""]
 
 
 def _home(runs: Sequence[RunRecord]) -> list[str]:

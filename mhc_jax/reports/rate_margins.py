@@ -68,9 +68,9 @@ def muon_margin_part(
         row(f"{c}, {o}, clip {k:g}", found, "{:+.2f}", corrected=False) for (c, o, k), found in answer.by_clip.items()
     ]
     out += [markdown_table(alone), ""]
-    out += afterwards_lines(afterwards.of_muon_margin(answer), "{:+.2f}")
-    out += ["Loss of mHC minus that of residual at rates that all their lines tried (nats/token):", ""]
-    out += afterwards_lines(afterwards.losses_at_equal_rates(runs))
+    out += afterwards_lines(afterwards.of_muon_margin(answer), "{:+.2f}", ": octaves between largest stable rates")
+    at_equal_rates = ": loss of mHC minus that of residual (nats/token) at rates that all their lines tried"
+    out += afterwards_lines(afterwards.losses_at_equal_rates(runs), what=at_equal_rates)
     ends = [
         {
             "": Cell(connection, None),

@@ -15,7 +15,6 @@ from mhc_jax.reports.record import newest_record
 PAGE = ROOT / "experiments" / "records" / "ANSWERS.md"
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="no question has a record yet")
 def test_the_page_is_rebuilt_from_records_to_the_digit():
     found = questions(ROOT / "experiments")
     assert PAGE.read_text() == page([question.text for question in found.values()])
@@ -47,7 +46,6 @@ def test_a_file_beside_a_record_that_is_not_of_its_form_is_told(tmp_path):
             questions(tmp_path)
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="no question has a record yet")
 def test_freezing_names_the_runs_that_are_missing(tmp_path):
     status, _, error = run_here("answers", f"--freeze={tmp_path}")
     assert status == 2
