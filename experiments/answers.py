@@ -41,7 +41,8 @@ def freeze(folder: Path) -> Path:
     missing = [place.name for place in places if not (place / "checkpoints").is_dir()]
     require(
         bool(places) and not missing,
-        f"{str(folder)!r} has no trained model of {', '.join(missing[:3]) or 'mhc'}; give the folder of mixing_needed's runs.",
+        f"{str(folder)!r} has no trained model of {len(missing)} of the {len(runs)} runs of mHC, such as {''.join(missing[:1])}; "
+        "give the folder of mixing_needed's runs.",
     )
     shares: dict[str, dict[str, tuple[float, float]]] = {}
     for run in ended:

@@ -63,7 +63,8 @@ def main() -> int:
         report = read_json(Path(REPORT.value))
         rows = pipeline_simulations.of_report(schedules, report, WORKLOAD.value, CONNECTIONS.value, blocks)
     elif COMPILED.value:
-        files = {path: read_json(Path(path)) for path in COMPILED.value}
+        advice = "give a file that experiments/compile.py --json=FILE wrote"
+        files = {path: read_json(Path(path), advice) for path in COMPILED.value}
         rows = pipeline_simulations.of_compiled(schedules, files, blocks)
     elif CHIP.value:
         rates = chip_rates(CHIP.value, FLOPS_SHARE.value, BANDWIDTH_SHARE.value)

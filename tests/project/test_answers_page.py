@@ -49,4 +49,4 @@ def test_a_file_beside_a_record_that_is_not_of_its_form_is_told(tmp_path):
 def test_freezing_names_the_runs_that_are_missing(tmp_path):
     status, _, error = run_here("answers", f"--freeze={tmp_path}")
     assert status == 2
-    assert "has no trained model of mhc-init-home-entry-copy-num_streams-4-seed0, " in error
+    assert "of 40 of the 40 runs of mHC, such as mhc-init-home-entry-copy-num_streams-4-seed0;" in error
