@@ -5,9 +5,8 @@
 
 The first command reads the newest records of which_map, which_map_large, mixing_needed, muon_margin, muon_rates and
 residual_longer, as far as they exist, and writes experiments/records/ANSWERS.md and docs/figures/answers_*.pdf, .svg and .png.
-The second one reads the run folders of mixing_needed, and writes two files into the newest record of this sweep: how far H_res
-mixes at the start and at the end (off_diagonal.json), and the rise of the validation loss if I replaces H_res of a trained mHC
-model (frozen.json).
+The second one reads the run folders of mixing_needed, and writes into h_res.json of the newest record of this sweep how far H_res
+mixes at the start and at the end, and the rise of the validation loss if I replaces H_res of a trained mHC model.
 """
 
 import math
@@ -29,7 +28,7 @@ FIGURES = HERE.parent / "docs" / "figures"
 
 
 def freeze(folder: Path) -> Path:
-    """Measure how far H_res mixes in every run in `folder`, and the rise of every trained mHC model; return the record's folder."""
+    """Measure how far H_res mixes in every run in `folder`, and the rise of every trained mHC model; return the file."""
     from mhc_jax.analysis.freezing import off_diagonal, rise_when_frozen
 
     record = newest_record(RECORDS, "mixing_needed")
@@ -55,15 +54,14 @@ def freeze(folder: Path) -> Path:
             continue
         rises.setdefault(run.connection, {})[str(run.seed[0])] = after - before
         print(f"{place.name}: {before:.4f}, with H_res = I {after:.4f}", flush=True)
-    write_json(record / "off_diagonal.json", shares)
-    write_json(record / "frozen.json", plain(rises))
-    return record
+    write_json(record / "h_res.json", {"off_diagonal": shares, "rise": plain(rises)})
+    return record / "h_res.json"
 
 
 def main() -> int:
-    """Write the tables and figures, or the files of --freeze, and print where they are."""
+    """Write the tables and figures, or the file of --freeze, and print where they are."""
     if FREEZE.value:
-        print(f"off_diagonal.json and frozen.json: {freeze(Path(FREEZE.value))}")
+        print(f"H_res: {freeze(Path(FREEZE.value))}")
         return 0
     from mhc_jax.plots.style import save
     from mhc_jax.reports.answers import page

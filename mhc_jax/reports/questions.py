@@ -56,25 +56,20 @@ def questions(experiments: str | Path) -> dict[str, Question]:
             lambda: figures.which_map_figure(answers.which_map(maps), answers.which_map_home(home) if home else None),
         )
     if mixing := _runs(records, "mixing_needed"):
-        rises = _beside(
+        h_res = _beside(
             records,
             "mixing_needed",
-            "frozen.json",
+            "h_res.json",
             "experiments/answers.py --freeze",
             lambda content: {
-                name: {int(seed): float(rise) for seed, rise in of.items()} for name, of in content.items()
+                "rise": {name: {int(seed): float(x) for seed, x in of.items()} for name, of in content["rise"].items()},
+                "shares": {
+                    name: [(float(first), float(last)) for first, last in of.values()]
+                    for name, of in content["off_diagonal"].items()
+                },
             },
         )
-        shares = _beside(
-            records,
-            "mixing_needed",
-            "off_diagonal.json",
-            "experiments/answers.py --freeze",
-            lambda content: {
-                name: [(float(first), float(last)) for first, last in of.values()] for name, of in content.items()
-            },
-        )
-        text = tables.mixing_needed_part(mixing, rises, shares, longer, ratios)
+        text = tables.mixing_needed_part(mixing, h_res.get("rise", {}), h_res.get("shares", {}), longer, ratios)
         found["mixing_needed"] = Question(text, lambda: figures.mixing_needed_figure(answers.mixing_needed(mixing)))
     if margins := _runs(records, "muon_margin"):
         sweep = runpy.run_path(str(Path(experiments) / "sweeps" / "muon_margin.py"))
