@@ -39,7 +39,10 @@ def freeze(folder: Path) -> Path:
     places = [folder / run.name for run in runs]
     missing = [place.name for place in places if not (place / "checkpoints").is_dir()]
     require(
-        bool(places) and not missing,
+        bool(runs), f"{record} has no run of mHC that finished; make it with experiments/record.py of the whole sweep."
+    )
+    require(
+        not missing,
         f"{str(folder)!r} has no trained model of {len(missing)} of the {len(runs)} runs of mHC, such as {''.join(missing[:1])}; "
         "give the folder of mixing_needed's runs.",
     )

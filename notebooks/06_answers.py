@@ -32,9 +32,9 @@ found = questions(EXPERIMENTS)
 display(found["which_map"].draw())
 
 # %% [markdown]
-# *Question 1. Change of the validation loss (nats a byte, below 0 is better) when a map is learned. Thick lines are the three tests
-# that decide; dots are seeds; lines are Student's 95 % intervals, not corrected for their number. The streams of these runs stay
-# nearly one vector. The table below has the runs whose streams differ.*
+# *Question 1. Change of the validation loss (nats a byte, below 0 is better) when a map is learned. Thick lines are the tests of
+# the two rules: the mean of the four designs of which_map, whose streams stay nearly one vector, and which_map_home, whose
+# streams differ. Thin lines are single designs; dots are seeds; lines are 95 % intervals, not corrected for their number.*
 
 # %%
 display(found["mixing_needed"].draw())

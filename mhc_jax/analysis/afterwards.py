@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhc_jax.analysis.answers import DESIGNS, MAPS, MIXING_KINDS, MixingNeeded, cells, effects
+from mhc_jax.analysis.answers import DESIGNS, MAPS, MIXING_KINDS, MixingNeeded, cells, effects, which_map_home
 from mhc_jax.analysis.contrasts import Seeds, by_connection, mean_over, minus
 from mhc_jax.analysis.rate_margins import MHC, OPTIMIZERS, MuonMargin, line_of
 from mhc_jax.analysis.run_reader import RunRecord
@@ -36,13 +36,14 @@ def of_which_map(runs: Sequence[RunRecord], home: Sequence[RunRecord]) -> dict[s
     if "scalar_gated" in kinds and "mhc:init=paper" in kinds:
         out["scalar_gated - mhc:init=paper"] = minus(kinds["scalar_gated"], kinds["mhc:init=paper"])
     if home:
+        which_map_home(home)  # says which cell is missing
         there = cells(home)
         of_home = effects(there, "home", "dynamic")
         for m in MAPS:
             one = frozenset({m})
             out[f"H_{m}, home - (copy, dynamic)"] = minus(of_home[one], found["copy", "dynamic"][one])
-        nothing = there["home", "dynamic", NO_MAP]
-        out["home, nothing learned - residual"] = minus(nothing, kinds["residual"])
+        if "residual" in kinds:
+            out["home, nothing learned - residual"] = minus(there["home", "dynamic", NO_MAP], kinds["residual"])
         without_res = there["home", "dynamic", ALL_MAPS - {"res"}]
         out["home, all maps learned - all but H_res"] = minus(there["home", "dynamic", ALL_MAPS], without_res)
     return out
@@ -60,7 +61,8 @@ def of_mixing_needed(answer: MixingNeeded) -> dict[str, Seeds]:
         }
         out |= {f"{kind} - mhc:init=home, n = {n}": values for n, values in of.items()}
         first, last = numbers[0], numbers[-1]
-        out[f"{kind} - mhc:init=home, n = {last} minus n = {first}"] = minus(of[last], of[first])
+        if first != last:
+            out[f"{kind} - mhc:init=home, n = {last} minus n = {first}"] = minus(of[last], of[first])
     return out
 
 
@@ -76,7 +78,7 @@ def of_muon_margin(answer: MuonMargin) -> dict[str, Seeds]:
 
 
 def losses_at_equal_rates(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
-    """Return mHC's loss minus residual's at each rate that every line of mHC and residual tried, in the mean over clippings.
+    """Return mHC's loss minus residual's at each rate that every line of mHC and residual tried and finished, over all clippings.
 
     Args:
       runs: the runs of muon_margin.
@@ -88,8 +90,8 @@ def losses_at_equal_rates(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
             place = line.connection, line.optimizer, run.config["optimizer"]["learning_rate"]
             of_clip = losses.setdefault(place, {}).setdefault(line.grad_clip, {})
             of_clip[line.seed] = run.result("validation_loss")
-    seeds = {line_of(run).seed for run in runs}
-    whole = {place: mean_over([*of.values()]) for place, of in losses.items() if len(of) == 2}
+    seeds, clips = {line_of(run).seed for run in runs}, {line_of(run).grad_clip for run in runs}
+    whole = {place: mean_over([*of.values()]) for place, of in losses.items() if set(of) == clips}
     whole = {place: of for place, of in whole.items() if set(of) == seeds}
     return {
         f"{optimizer}, rate {rate:g}": minus(of, whole["residual", optimizer.partition(",")[0], rate])

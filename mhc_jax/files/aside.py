@@ -37,9 +37,8 @@ def aside(parent: Path, name: str) -> Iterator[Path]:
     while True:
         folder = Path(tempfile.mkdtemp(SUFFIX, prefix, parent))
         with contextlib.ExitStack() as lock:
-            with contextlib.suppress(
-                OSError
-            ):  # The file system has no locks, or another call has just removed the folder.
+            # An error means that the file system has no locks, or that another call has just removed the folder.
+            with contextlib.suppress(OSError):
                 lock.enter_context(_locked(folder))
             if not folder.exists():
                 continue

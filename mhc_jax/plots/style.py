@@ -307,10 +307,11 @@ def name_rows(axis: Axes, names: Sequence[str]) -> None:
     A name that is longer than 0.6 of the figure's width is written on several lines, and the figure grows by these lines.
     """
     figure = cast("Figure", axis.figure)
-    options = {"width": max(20, _letters(figure) * 6 // 10), "break_on_hyphens": False}
+    width = max(20, _letters(figure) * 6 // 10)
     # A line may end behind a colon, too.
-    lines = [textwrap.wrap(name.replace(":", ":\0 "), **options) for name in names]
-    texts = ["\n".join(line).replace("\0 ", "").replace("\0", "") for line in lines]
+    lines = [textwrap.wrap(name.replace(":", ":\0 "), width, break_on_hyphens=False) for name in names]
+    broken = ["\n".join(line).replace("\0 ", "").replace("\0", "") for line in lines]
+    texts = [name if len(name) <= width else text for name, text in zip(names, broken, strict=True)]
     axis.set_yticks(range(len(texts)), texts)
     deepest = max((text.count("\n") for text in texts), default=0)
     figure.set_figheight(figure.get_figheight() + scaled(0.14) * deepest * len(texts))

@@ -122,6 +122,8 @@ def which_map_part(
 def afterwards_lines(of: Mapping[str, Seeds], form: str = "{:+.4f}", what: str = "") -> list[str]:
     """Return the lines on contrasts that were looked at after the results.  `what` says what the contrasts are."""
     rows = [row(c.label, c, form, corrected=False) for label, values in of.items() for c in contrasts({label: values})]
+    if not rows:
+        return []
     return [f"Looked at after the results, which no rule uses{what}. Not corrected.", "", markdown_table(rows), ""]
 
 

@@ -10,7 +10,6 @@ from support.tiny_runs import ROOT
 from mhc_jax.errors import InputError
 from mhc_jax.reports.answers import page
 from mhc_jax.reports.questions import questions
-from mhc_jax.reports.record import newest_record
 
 PAGE = ROOT / "experiments" / "records" / "ANSWERS.md"
 
@@ -20,17 +19,14 @@ def test_the_page_is_rebuilt_from_records_to_the_digit():
     assert PAGE.read_text() == page([question.text for question in found.values()])
 
 
-def test_intervals_in_the_words_are_those_of_the_records():
-    """An interval stands in ANSWERS.md or on a record's page; without signs, it may also be that of the negative difference."""
+def test_means_and_intervals_in_the_words_are_those_of_the_tables():
+    """A mean with its interval stands in a row of ANSWERS.md, with its sign."""
     number = r"[+-]?\d+\.\d+"
-    words = (ROOT / "docs" / "answers.md").read_text()
-    found = set(re.findall(rf"\[({number}), ({number})\]", words))
-    assert len(found) >= 25
-    known = set(re.findall(rf"({number}) to ({number})", PAGE.read_text()))
-    record = newest_record(PAGE.parent, "which_map") / "README.md"
-    known |= set(re.findall(rf"\[({number}), ({number})\]", record.read_text()))
-    known |= {(low.strip("+-"), high.strip("+-")) for low, high in known if low[0] == high[0] == "+"}
-    known |= {(high.strip("+-"), low.strip("+-")) for low, high in known if low[0] == high[0] == "-"}
+    words = " ".join((ROOT / "docs" / "answers.md").read_text().split())
+    found = set(re.findall(rf"({number}) \[({number}), ({number})\]", words))
+    assert len(found) >= 35
+    assert len(found) == len({*re.findall(rf"{number} \[[^\]]*\]", words)}), "an interval has no mean before it"
+    known = set(re.findall(rf"\| ({number}) \| ({number}) to ({number}) \|", PAGE.read_text()))
     assert found - known == set()
 
 
