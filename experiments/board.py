@@ -8,10 +8,10 @@
     python experiments/board.py models                                              # models of runs/board as safetensors
 
 What follows `enter` is a connection for the task's model (`experiments/configs/board.py`), or a config file with `get_config`, with
-:arg if it takes an argument.  BOARD.md has the rules.  `enter` times the step beside residual's, trains all seeds of both tracks in
-WORKDIR/NAME, writes the record experiments/records/<date>-board-NAME, and writes BOARD.md.  A call that was stopped goes on
-with the same command, and entries that have a record are skipped.  Exit status of `enter`: 0 done, 1 a run failed, 2 an entry
-breaks a rule, 130 stopped.
+:arg if it takes an argument.  BOARD.md has the rules.  `enter` first times the step of every entry beside residual's; no other work
+may run on the machine until it says "all steps are timed".  Then it trains all seeds of both tracks in WORKDIR/NAME, writes the
+record experiments/records/<date>-board-NAME, and writes BOARD.md.  A call that was stopped goes on with the same command, and
+entries that have a record are skipped.  Exit status of `enter`: 0 done, 1 a run failed, 2 an entry breaks a rule, 130 stopped.
 
 `models` writes the models of residual, hc and mhc-init-home (seed 0, equal tokens) to experiments/models/NAME, five megabytes
 together.  docs/weights.md says how notebooks and your own model load them.

@@ -60,7 +60,7 @@ class Setup:
 
 
 def enter(candidates: Sequence[Candidate], setup: Setup) -> int:
-    """Enter candidates one after another.  Those that have a record already are skipped.
+    """Time the steps of all candidates, then train and record one after another.  Those that have a record already are skipped.
 
     Returns:
       Exit status: 0 if all of them have a record now, 1 if runs failed, 130 if a signal stopped the call.
@@ -79,9 +79,12 @@ def enter(candidates: Sequence[Candidate], setup: Setup) -> int:
         f"Steps of the board are timed on {rules.CORES} CPU cores, and this process may use {cores()} and perhaps an accelerator; "
         f"start the command as `JAX_PLATFORMS=cpu taskset -c 0,1 python ...`.",
     )
+    timings = [_timing(candidate, setup) for candidate in todo]
+    if todo:
+        print("all steps are timed", flush=True)
     worst = 0
-    for candidate in todo:
-        status = _enter(candidate, setup)
+    for candidate, timing in zip(todo, timings, strict=True):
+        status = _enter(candidate, timing, setup)
         if status == EXIT_CODES["interrupted"]:
             return status
         worst = max(worst, status)
@@ -109,9 +112,8 @@ def _changed(old: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     return [line for line in lines if not line.startswith(("train.seed:", "data.seed:"))]
 
 
-def _enter(candidate: Candidate, setup: Setup) -> int:
+def _enter(candidate: Candidate, timing: Mapping[str, Any], setup: Setup) -> int:
     name, workdir = candidate.name, setup.workdir / candidate.name
-    timing = _timing(candidate, setup)
     steps = {"tokens": candidate.config.train.steps, "clock": rules.clock_steps(timing["r"], setup.task)}
     points = product(over("train.steps", sorted(set(steps.values()))), seeds(setup.seeds))
     grid = Grid(f"Entry {name} of the board", plan(to_mapping(candidate.config), points))
@@ -147,6 +149,7 @@ def _timing(candidate: Candidate, setup: Setup) -> dict[str, Any]:
             f"{file.parent} was begun with another configuration ({'; '.join(changed[:6])}); choose another --workdir or --name.",
         )
         return earlier["timing"]
+    print(f"{candidate.name}: its step is timed", flush=True)
     if candidate.name == rules.BASELINE:
         config = rules.with_vocabulary(setup.task)
         step_s, residual_step_s = setup.measure(config, config)

@@ -305,6 +305,16 @@ def test_a_stopped_call_goes_on_and_the_record_has_the_ratio_of_step_times(small
         enter([other], setup)
 
 
+def test_the_steps_of_all_entries_are_timed_before_the_first_run_is_trained(small, monkeypatch):
+    setup, timed = small
+    timed_before = []
+    monkeypatch.setattr(board_entry, "run_local", lambda *given: timed_before.append(len(timed)) or 1)
+    kinds = ("residual", "hc:num_streams=2")
+    entries = [Candidate(kind[:2], kind, setup.task.with_settings(model={"connection": parse(kind)})) for kind in kinds]
+    assert enter(entries, setup) == 1
+    assert timed_before == [2, 2]
+
+
 def test_residual_has_the_ratio_1_one_set_of_runs_and_a_model(small, monkeypatch):
     setup, timed = small
     with workers_here():
