@@ -137,7 +137,7 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
     for file in ("config.json", "metrics.jsonl") if metrics else ("config.json",):
         require(
             (folder / file).is_file(),
-            f"{str(folder)!r} is not a run folder: it has no {file}; give a folder that a training run wrote.",
+            f"{str(folder)!r} is not a run folder: it has no {file}; give a folder that a training run wrote, or restore the file.",
         )
     config = read_json(folder / "config.json")
     kind = flatten(config).get("model.connection.kind")

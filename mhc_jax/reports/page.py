@@ -16,6 +16,7 @@ from mhc_jax.errors import require
 from mhc_jax.files.json_files import replacing
 from mhc_jax.plots.sweeps import SWEEP_FIGURES
 from mhc_jax.reports.markup import bullets, escaped, fold, relative_link, sortable_table, text_table
+from mhc_jax.runs.folder import read_summary
 from mhc_jax.sweeps.grid import read_sweep_json
 
 HEADER_KEYS = ("date", "command", "commit", "device")
@@ -47,21 +48,22 @@ def find_runs(folder: Path, order: Sequence[str] = ()) -> list[RunRecord]:
       order: names of runs that come first, in this order.  All other runs follow by name.
 
     Raises:
-      InputError: there is no such folder, or no run in it.
+      InputError: there is no such folder, no run in it, or a run has ended and its folder cannot be read.
     """
     require(folder.is_dir(), f"There is no folder {str(folder)!r}; give the folder of a sweep or of runs.")
     places = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
     rank = {name: k for k, name in enumerate(order)}
     places.sort(key=lambda place: rank.get(place.name, len(rank)))
-    records = [read_run(place) for place in places if (place / "metrics.jsonl").is_file()]
+    begun = [place for place in places if (place / "metrics.jsonl").is_file()]
+    ended = [place for place in places if (place / "summary.json").is_file() and read_summary(place)]
     bare = [place.name for place in places if (place / "config.json").is_file()]
     require(
-        bool(records) or not bare,
+        bool(begun) or not bare,
         f"{str(folder)!r} has no metrics of its runs ({', '.join(bare[:MOST_VALUES])}); a record keeps them if "
         "experiments/record.py is given --metrics.",
     )
-    require(bool(records), f"{str(folder)!r} holds no run folder; give the folder of a sweep or of runs.")
-    return records
+    require(bool(begun), f"{str(folder)!r} holds no run folder; give the folder of a sweep or of runs.")
+    return [read_run(place) for place in places if place in begun or place in ended]
 
 
 def held_runs(records: Sequence[RunRecord], grid: Sequence[str]) -> str:

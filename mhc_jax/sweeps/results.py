@@ -46,7 +46,8 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
 
     The columns are run, status, connection (a text such as `mhc:init=paper`), kind, seed (train.seed) and data_seed; then every
     other setting that differs between runs, under its dotted key; then the measurements (losses in nats/token, times in seconds),
-    device, commit, date and error.  A cell is empty if the run has no such value.
+    device, commit, date and error: why the run failed, or why the folder of a run that has ended cannot be read.  A cell is
+    empty if the run has no such value.
     """
     with (workdir / ".sweep" / "results.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -77,6 +78,7 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
     flat = {name: flatten(config) for name, config in plan.items()}
     keys = sorted(set().union(*flat.values()) - {"train.seed", "data.seed", "model.connection.kind"})
     varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
+    records = {name: _record(workdir / name) for name in flat}
     return [
         {
             "run": name,
@@ -86,8 +88,8 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
             "seed": settings["train.seed"],
             "data_seed": settings["data.seed"],
             **{key: settings.get(key) for key in varying},
-            **measurements(_record(workdir / name)),
-            "error": _error(failure_file(workdir, name)),
+            **measurements(records[name][0]),
+            "error": _error(failure_file(workdir, name)) or records[name][1],
         }
         for name, settings in flat.items()
     ]
@@ -138,14 +140,18 @@ def measurements(record: RunRecord | None) -> dict[str, Any]:
     return out | {key: record.env.get(key) for key in ("device", "commit", "date")}
 
 
-def _record(folder: Path) -> RunRecord | None:
-    """Read a run folder, or return None if the run has not yet written metrics.jsonl."""
-    if not (folder / "metrics.jsonl").is_file():
-        return None
+def _record(folder: Path) -> tuple[RunRecord | None, str | None]:
+    """Read a run folder.  Return what it holds, or None, and why a run that has ended cannot be read, or None.
+
+    There is nothing to read before the run has written metrics.jsonl, and while another process writes a file of the folder.
+    """
+    ended = read_summary(folder) is not None
+    if not ended and not (folder / "metrics.jsonl").is_file():
+        return None, None
     try:
-        return read_run(folder)
-    except InputError:  # Another process was writing a file of the folder.
-        return None
+        return read_run(folder), None
+    except InputError as damaged:
+        return None, str(damaged) if ended else None
 
 
 def _column(values: list[Any]) -> pa.Array:

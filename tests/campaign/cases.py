@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import time
@@ -231,20 +232,20 @@ def _evaluate(place: Place, life: Path) -> list[Command]:
     items = life / "items"
     items.mkdir(exist_ok=True)
     rng = random.Random(1)
-    for split in ("train", "test"):
-        rows = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}. #### {a + b}"} for a, b in
-                [(rng.randrange(50), rng.randrange(50)) for _ in range(8)]]  # fmt: skip
-        (items / f"gsm8k-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums = [(rng.randrange(50), rng.randrange(50)) for _ in range(16)]
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}. #### {a + b}"} for a, b in sums]
+    (items / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = (f"--checkpoint={life / 'out' / 'run'}", "--tasks=gsm8k", f"--data-dir={items}", "--context=512")
     return [Command("evaluate", (*flags, "--max_gen_toks=8", f"--output={life / 'out' / 'table.md'}"))]
 
 
 def _evaluation(life: Path) -> dict[str, str]:
-    """Return the digest of an evaluation: its results without times, its samples, and the table."""
+    """Return the digest of an evaluation: its results and table without times and the life's path, and its samples."""
     [folder] = (life / "out" / "run" / "evaluation").iterdir()
-    out = {"table": digests.sha((life / "out" / "table.md").read_bytes())}
+    lines = (life / "out" / "table.md").read_text().splitlines()
+    out = {"table": digests.sha("\n".join(line for line in lines if not re.match(r"run: \d+ s, ", line)))}
     for file in sorted(folder.glob("*.json")):
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text().replace(str(life), "LIFE"))
         out[file.name] = digests.sha(
             json.dumps({k: results[k] for k in ("benchmarks", "settings", "step", "connection")})
         )

@@ -128,6 +128,7 @@ def _trial(place: Place, reader: Reader, trial: Trial, rng: random.Random) -> No
     kind = rng.choice(KINDS)
     trial.count(f"{kind}: {_kind_of(path.relative_to(folder / reader.below))}")
     harm(path, kind, rng, paths)
+    logs = {log: log.stat().st_size for log in folder.rglob("*.log") if log.is_file()}
     [child] = reader.case.start(place, folder)
     told = judge(place, trial, [child])
     if told is None:
@@ -136,7 +137,7 @@ def _trial(place: Place, reader: Reader, trial: Trial, rng: random.Random) -> No
         lines = digests.differing(reference.digest, place.digest(reader.case, folder))
         lines = [line for line in lines if "broken-checkpoint" not in line and not _of_damaged(line, path)]
         if lines:
-            _said_so(trial, child, lines)
+            _said_so(trial, child.said + _new_lines(folder, logs), lines)
     else:
         trial.verdict = "refused"
     trial.detail = trial.detail or f"{path.relative_to(folder)} {kind}: {child.said.strip()[-300:]}"
@@ -165,12 +166,18 @@ WORDS = ("damaged", "cannot be read", "left out", "doubled", "written anew", "co
 """Words of sentences by which a command says that it has mended something or left it out."""
 
 
-def _said_so(trial: Trial, child: Child, lines: list[str]) -> None:
-    said = [line for line in child.said.splitlines() if any(word in line for word in WORDS)]
+def _new_lines(folder: Path, before: dict[Path, int]) -> str:
+    """Return what the runs of a sweep have said in their logs since these had the sizes `before`."""
+    logs = [log for log in sorted(folder.rglob("*.log")) if log.is_file()]
+    return "".join(log.read_bytes()[before.get(log, 0) :].decode(errors="replace") for log in logs)
+
+
+def _said_so(trial: Trial, text: str, lines: list[str]) -> None:
+    said = [line for line in text.splitlines() if any(word in line for word in WORDS)]
     if said:
         trial.verdict, trial.detail = "recovered", f"{said[0]} ({'; '.join(lines)})"[:600]
     else:
-        trial.fail("silent", f"other results without a word: {'; '.join(lines)}; said: {child.said[-800:]}")
+        trial.fail("silent", f"other results without a word: {'; '.join(lines)}; said: {text[-800:]}")
 
 
 def _of_damaged(line: str, path: Path) -> bool:

@@ -33,6 +33,7 @@ from campaign import processes  # noqa: E402
 from campaign.cases import Place  # noqa: E402
 from campaign.trials import Log, Part, Trial, next_trial, table  # noqa: E402
 
+ERROR = "error of the campaign"
 NAMES = ("kills", "disk", "damage", "others", "fuzz", "numerics")
 
 
@@ -91,7 +92,7 @@ def chosen(place: Place, only: str, cases: str) -> list[Part]:
 
 
 def work(log: Log, parts: list[Part], place: Place, seed: str, end: float, most: int) -> None:
-    """Run trials until the time is over, all limits are reached, or `most` trials have been run."""
+    """Run trials until the time is over, all limits are reached, `most` trials are run, or the campaign itself has an error."""
     done = 0
     while time.monotonic() < end and not (most and done >= most):
         drawn = next_trial(log, parts, seed)
@@ -105,6 +106,8 @@ def work(log: Log, parts: list[Part], place: Place, seed: str, end: float, most:
             f"{trial.number} {trial.part}, {trial.case}: {trial.verdict}, {trial.kills} kills, {trial.seconds:.1f} s",
             flush=True,
         )
+        if trial.verdict == ERROR:
+            return
 
 
 def attempt(part: Part, trial: Trial, place: Place) -> None:
@@ -113,7 +116,7 @@ def attempt(part: Part, trial: Trial, place: Place) -> None:
     try:
         part.run(trial, random.Random(trial.seed))
     except Exception:
-        trial.fail("error of the campaign", traceback.format_exc())
+        trial.fail(ERROR, traceback.format_exc())
     trial.seconds = round(time.monotonic() - began - (place.references_s - references_s), 2)
 
 

@@ -23,6 +23,7 @@ from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.files.aside import aside
 from mhc_jax.loop import train
+from mhc_jax.reports.page import find_runs
 from mhc_jax.runs import lock
 from mhc_jax.runs.checksums import remove_summary, write_summary
 from mhc_jax.runs.folder import (
@@ -360,3 +361,26 @@ def test_a_look_at_the_lock_does_not_refuse_a_command(tmp_path, monkeypatch):
     fcntl.flock(look, fcntl.LOCK_SH)
     with lock.run_lock(tmp_path):
         assert look.closed
+
+
+@pytest.mark.parametrize("harm", ["removed", "a folder", "cut"])
+def test_a_run_that_has_ended_without_its_metrics_is_told_in_the_table_and_refused_by_the_page(harm, text, tmp_path):
+    (run,) = plan(to_mapping(tiny(text, "residual")), [{"optimizer.learning_rate": 0.5}])
+    write_plan(tmp_path, Grid("One run", [run]))
+    for folder in (write_run(tmp_path, run.name, "residual"), write_run(tmp_path, "other", "residual")):
+        (folder / "env.json").write_text('{"commit": "1"}')
+        write_summary(folder, json.loads((folder / "summary.json").read_text()))
+    (row,) = result_rows(tmp_path)
+    assert (row["status"], row["error"]) == ("finished", None)
+    file = tmp_path / run.name / "metrics.jsonl"
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:20])
+    else:
+        file.unlink()
+    if harm == "a folder":
+        file.mkdir()
+    (row,) = result_rows(tmp_path)
+    told = "metrics.jsonl is damaged" if harm == "cut" else "it has no metrics.jsonl"
+    assert (row["status"], row["validation_loss"], told in row["error"]) == ("finished", None, True)
+    with pytest.raises(InputError, match=told):
+        find_runs(tmp_path)
