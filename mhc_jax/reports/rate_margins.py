@@ -106,8 +106,10 @@ def _best_losses(runs: Sequence[RunRecord], norms: Mapping[str, float]) -> list[
             rate = min(whole, key=lambda rate: float(np.mean(list(whole[rate].values()))))
             best[key] = rate, whole[rate]
     rows = []
-    for (connection, optimizer), (rate, losses) in best.items():
-        base = best.get(("residual", optimizer.partition(",")[0]))
+    order = sorted(best, key=lambda key: (key[0] != "residual", key[0], rate_margins.OPTIMIZERS.index(key[1])))
+    for connection, optimizer in order:
+        rate, losses = best[connection, optimizer]
+        base = best.get(("residual", optimizer.partition(",")[0])) if connection != "residual" else None
         found = contrasts({"": minus(losses, base[1]) if base else {}})[0]
         by_rate = groups[connection, optimizer]
         every = [run for members in by_rate.values() for run in members]
