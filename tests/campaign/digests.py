@@ -65,13 +65,18 @@ def state(folder: Path) -> dict[str, str]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Return the list of all files below a folder, in which checkpoints count as one file."""
+    """Return the list of all files below a folder.  A checkpoint counts as one file, named after its place from the newest.
+
+    A worker that is told to stop saves a checkpoint, so that the older of the kept ones may be of any step.
+    """
     names = set()
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if ".sweep/xla/" in name:
             continue
-        name = re.sub(r"(^|/)checkpoints/(\d+)/.*", r"\1checkpoints/\2", name)
+        if found := re.match(r"((?:.*/)?checkpoints)/(\d+)(/|$)", name):
+            steps = sorted((int(p.name) for p in (folder / found[1]).iterdir() if p.name.isdigit()), reverse=True)
+            name = f"{found[1]}/newest-{steps.index(int(found[2]))}"
         names.add(name)
     return {"files": " ".join(sorted(names))}
 
