@@ -77,16 +77,17 @@ def of_muon_margin(answer: MuonMargin) -> dict[str, Seeds]:
     }
 
 
-def losses_at_equal_rates(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
-    """Return mHC's loss minus residual's at each rate that every line of mHC and residual tried and finished, over all clippings.
+def losses_at_equal_rates(runs: Sequence[RunRecord], connection: str = MHC) -> dict[str, Seeds]:
+    """Return a connection's loss minus residual's at each rate that every line of both tried and finished, over all clippings.
 
     Args:
-      runs: the runs of muon_margin.
+      runs: the runs of muon_margin or muon_rates.
+      connection: the text of the connection.
     """
     losses: dict[tuple[str, str, float], dict[float, dict[int, float]]] = {}
     for run in runs:
         line = line_of(run)
-        if line.connection in (MHC, "residual") and run.status == "finished":
+        if line.connection in (connection, "residual") and run.status == "finished":
             place = line.connection, line.optimizer, run.config["optimizer"]["learning_rate"]
             of_clip = losses.setdefault(place, {}).setdefault(line.grad_clip, {})
             of_clip[line.seed] = run.result("validation_loss")
@@ -95,8 +96,8 @@ def losses_at_equal_rates(runs: Sequence[RunRecord]) -> dict[str, Seeds]:
     whole = {place: of for place, of in whole.items() if set(of) == seeds}
     return {
         f"{optimizer}, rate {rate:g}": minus(of, whole["residual", optimizer.partition(",")[0], rate])
-        for (connection, optimizer, rate), of in sorted(whole.items())
-        if connection == MHC and ("residual", optimizer.partition(",")[0], rate) in whole
+        for (found, optimizer, rate), of in sorted(whole.items())
+        if found == connection and ("residual", optimizer.partition(",")[0], rate) in whole
     }
 
 

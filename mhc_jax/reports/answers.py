@@ -185,10 +185,14 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
     orders = [sorted(answers.MAPS, key=lambda m: mean_of(found[m])) for found in ({c.label: c for c in tests}, small)]
     if not untold:
         told.append(f"The three effects have {'the same' if orders[0] == orders[1] else 'another'} order.")
+    kept = not untold and orders[0] == orders[1]
+    verdict = "the answer has moved" if moved else "the answer has kept its order" if kept else "not told"
     return [
         f"Larger model (`which_map_large`): {runs_line(larger)} The design is scaled, dynamic.",
         "",
         *_lost(larger),
+        f"**Decision by the rule of this sweep: {verdict}.**",
+        "",
         " ".join(told),
         "",
         markdown_table(rows),

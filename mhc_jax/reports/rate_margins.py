@@ -128,6 +128,10 @@ def _best_losses(runs: Sequence[RunRecord], norms: Mapping[str, float]) -> list[
                 "rates left out": Cell(", ".join(f"{r:g}" for r in sorted(dropped)) or "none", None),
             }
         )
+    at_each_rate = []
+    for connection in ("hc", rate_margins.MHC):
+        what = f": loss of `{connection}` minus that of residual (nats/token) at each rate of `muon_rates`"
+        at_each_rate += afterwards_lines(afterwards.losses_at_equal_rates(runs, connection), what=what)
     return [
         f"Secondary, best of four rates and surges (`muon_rates`): {runs_line(runs)} The interval does not count that the best of "
         "four rates was chosen on both sides. The largest norm is of gradients before clipping, after the warm-up, over the seeds "
@@ -135,4 +139,5 @@ def _best_losses(runs: Sequence[RunRecord], norms: Mapping[str, float]) -> list[
         "",
         markdown_table(rows),
         "",
+        *at_each_rate,
     ]

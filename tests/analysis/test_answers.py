@@ -305,12 +305,16 @@ def test_what_is_lost_or_not_told_is_said():
     assert "**1 of 256 runs have no final loss**: `lanes` seed 0 (diverged)." in text
     assert "Not told, because too few seeds finished: H_pre, H_post, H_res.\n" in text
     assert "the same order" not in text
+    decision = "**Decision by the rule of this sweep: {}.**"
+    assert decision.format("not told") in text
+    assert decision.format("the answer has kept its order") in tables.which_map_part(runs, [], larger, [], {})
     frozen = made("mhc:init=home", 3, None, name="experiments/sweeps/which_map_home.py:learn_pre_res")
     assert "`learn_pre_res` seed 3" in tables._lost([frozen])[0]
     moved = tables.which_map_part(
         runs, [], [run for run in which_map_runs(additive(-0.01, -0.06, 0.0)) if run.seed[0] < 3], [], {}
     )
     assert "Moved, because the 95 % interval excludes the smaller model's mean: H_post. Not shown" in moved
+    assert decision.format("the answer has moved") in moved
 
 
 def test_a_decision_that_is_resolved_needs_no_more_seeds():
