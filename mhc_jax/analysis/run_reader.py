@@ -147,9 +147,9 @@ def read_run(folder: str | Path, metrics: bool = True) -> RunRecord:
         f"{str(folder / 'config.json')!r} has no model.connection.kind or lacks a section; it is not the config of a run.",
     )
     env_file, summary_file = folder / "env.json", folder / "summary.json"
-    env = read_json(env_file, "restore it, or remove it to go on without it") if env_file.is_file() else {}
+    env = read_json(env_file, "restore it, or remove it to go on without it") if env_file.exists() else {}
     summary = None
-    if summary_file.is_file():
+    if summary_file.exists():
         advice = "remove it, and run the command of the run again, which writes it anew"
         summary = read_json(summary_file, advice)
         require(read_summary(folder) is not None, f"{summary_file} has no status and steps of a run; {advice}.")

@@ -30,7 +30,7 @@ def damage(folder: Path) -> str:
     A folder without `CHECKSUMS`, which an older version of this project wrote, is not checked.  Another older version wrote the
     SHA-256 without the size.
     """
-    if not (folder / CHECKSUMS).is_file():
+    if not (folder / CHECKSUMS).exists():
         return ""
     try:
         listed = read_json(folder / CHECKSUMS)

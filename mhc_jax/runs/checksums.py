@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mhc_jax.files.json_files import replacing, write_json
 
 RUN_FILES = ("config.json", "env.json", "metrics.jsonl")
 """Files of a run folder that have a checksum once the run has ended, besides summary.json."""
+WRITING_S = 0.5
+"""Seconds in which another process that has written `CHECKSUMS` also writes summary.json."""
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -34,8 +37,11 @@ def remove_summary(folder: Path) -> None:
 
 
 def require_whole(folder: Path) -> None:
-    """Raise `InputError` if a run has ended and a file of its folder is not the one that was written."""
-    reason = damage(folder) if (folder / "summary.json").is_file() else ""
+    """Raise `InputError` if a run has ended and a file of its folder is missing, or is not the one that was written."""
+    reason = damage(folder)
+    if reason and not (folder / "summary.json").exists():
+        time.sleep(WRITING_S)
+        reason = damage(folder)
     require(
         not reason,
         f"{folder}: {reason}; restore it from a copy, or remove {folder / CHECKSUMS} to use the files as they are.",

@@ -122,7 +122,7 @@ def _trial(place: Place, reader: Reader, trial: Trial, rng: random.Random) -> No
     reference = place.reference(reader.case)
     folder = fresh(place, trial)
     reader.ready(place, folder)
-    paths = [p for p in sorted((folder / reader.below).rglob("*")) if p.is_file() and "/xla/" not in str(p)]
+    paths = [p for p in sorted((folder / reader.below).rglob("*")) if p.is_file() and _is_read(p, reader)]
     kinds = _by_kind(paths, folder / reader.below)
     path = rng.choice(kinds[rng.choice(sorted(kinds))])
     kind = rng.choice(KINDS)
@@ -143,6 +143,13 @@ def _trial(place: Place, reader: Reader, trial: Trial, rng: random.Random) -> No
     trial.detail = trial.detail or f"{path.relative_to(folder)} {kind}: {child.said.strip()[-300:]}"
     if trial.verdict in ("equal", "refused", "recovered"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_read(path: Path, reader: Reader) -> bool:
+    """Return whether a command may read a file: programs are another matter, and a sweep leaves runs alone that have ended."""
+    run = next((parent.parent for parent in path.parents if parent.name == "checkpoints"), None)
+    ended = run is not None and (run / "summary.json").exists() and reader.case is CASES["sweep"]
+    return "/xla/" not in str(path) and not ended
 
 
 def judge(place: Place, trial: Trial, children: list[Child]) -> int | None:

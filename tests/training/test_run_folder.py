@@ -24,7 +24,7 @@ from mhc_jax.errors import InputError
 from mhc_jax.files.aside import aside
 from mhc_jax.loop import train
 from mhc_jax.reports.page import find_runs
-from mhc_jax.runs import lock
+from mhc_jax.runs import checksums, lock
 from mhc_jax.runs.checksums import remove_summary, write_summary
 from mhc_jax.runs.folder import (
     check_run_folder,
@@ -384,3 +384,20 @@ def test_a_run_that_has_ended_without_its_metrics_is_told_in_the_table_and_refus
     assert (row["status"], row["validation_loss"], told in row["error"]) == ("finished", None, True)
     with pytest.raises(InputError, match=told):
         find_runs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "env.json", "checksums.json"])
+@pytest.mark.parametrize("harm", ["removed", "a folder"])
+def test_a_run_that_has_ended_and_lacks_a_file_is_refused_by_pages(name, harm, tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "WRITING_S", 0.0)
+    folder = write_run(tmp_path, "run", "hc")
+    (folder / "env.json").write_text('{"commit": "1"}')
+    write_summary(folder, json.loads((folder / "summary.json").read_text()))
+    (folder / name).unlink()
+    if harm == "a folder":
+        (folder / name).mkdir()
+    elif name == "checksums.json":
+        assert read_run(folder).status == "finished", "an older version wrote none"
+        return
+    with pytest.raises(InputError, match=rf"{name} (cannot be read|is damaged)"):
+        read_run(folder)
