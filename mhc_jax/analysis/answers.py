@@ -109,9 +109,7 @@ class WhichMap:
     @property
     def seeds_needed(self) -> int | None:
         """Seeds with which the two most negative effects would be told apart, or None if these seeds tell them apart."""
-        first, second = sorted(self.primary, key=lambda c: mean_of(c))[:2]
-        difference = self.against[first.label, second.label]
-        return None if difference.result and difference.result.resolved else needed(difference.values)
+        return _seeds_to_tell(self.primary, self.against)
 
 
 def which_map(runs: Sequence[RunRecord]) -> WhichMap:
@@ -186,6 +184,17 @@ class WhichMapHome(NamedTuple):
     """Loss with all maps learned minus loss with all of them frozen.  Not corrected."""
     winner: str | None
     """The map that carries the lower loss by the rule, or None."""
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """Seeds with which the two most negative effects would be told apart, or None if these seeds tell them apart."""
+        return _seeds_to_tell(self.primary, self.against)
+
+
+def _seeds_to_tell(primary: Sequence[Contrast], against: Mapping[tuple[str, str], Contrast]) -> int | None:
+    first, second = sorted(primary, key=lambda c: mean_of(c))[:2]
+    difference = against[first.label, second.label]
+    return None if difference.result and difference.result.resolved else needed(difference.values)
 
 
 def which_map_home(runs: Sequence[RunRecord]) -> WhichMapHome:

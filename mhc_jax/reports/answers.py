@@ -16,6 +16,7 @@ from mhc_jax.analysis.contrasts import (
     equal_time,
     final_losses,
     mean_of,
+    needed,
 )
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.analysis.statistics import MIN_SEEDS, Paired
@@ -94,9 +95,7 @@ def which_map_part(
     if answer.winner:
         out += [f"**Decision by the rule: H_{answer.winner} carries the lower loss.**", ""]
     else:
-        seeds = answer.seeds_needed
-        more = f" About {seeds} seeds would tell the two lowest effects apart." if seeds else ""
-        out += [f"**Decision by the rule: not resolved.**{more}", ""]
+        out += [f"**Decision by the rule: not resolved.**{_more_seeds(answer)}", ""]
     out += [
         "Primary tests: effect of learning a map, averaged over the four designs (nats/token, below 0 is better).",
         "",
@@ -117,6 +116,12 @@ def which_map_part(
     out += _home(home) if home else ["Streams that differ (`which_map_home`): not run yet.", ""]
     out += _larger(answer, larger) if larger else ["Larger model: not run yet.", ""]
     return "\n".join(out)
+
+
+def _more_seeds(answer: answers.WhichMap | answers.WhichMapHome) -> str:
+    """Return the sentence that says how many seeds would tell the two lowest effects apart, or nothing if these seeds do."""
+    seeds = answer.seeds_needed
+    return f" About {seeds} seeds would tell the two lowest effects apart, at their present size." if seeds else ""
 
 
 def afterwards_lines(of: Mapping[str, Seeds], form: str = "{:+.4f}", what: str = "") -> list[str]:
@@ -142,7 +147,7 @@ def _home(runs: Sequence[RunRecord]) -> list[str]:
         f"Streams that differ (`which_map_home`): {runs_line(runs)}",
         "",
         *_lost(runs),
-        f"**Decision by the rule of this sweep: {decision}.**",
+        f"**Decision by the rule of this sweep: {decision}.**{'' if answer.winner else _more_seeds(answer)}",
         "",
         "Effect of learning a map, against freezing it at its start (nats/token, below 0 is better).",
         "",
@@ -186,6 +191,9 @@ def _larger(answer: answers.WhichMap, larger: Sequence[RunRecord]) -> list[str]:
     if not untold:
         told.append(f"The three effects have {'the same' if orders[0] == orders[1] else 'another'} order.")
     kept = not untold and orders[0] == orders[1]
+    lowest = min(tests, key=mean_of)
+    seeds = None if untold or (lowest.result and lowest.result.resolved) else needed(lowest.values)
+    told += [f"H_{lowest.label} would be resolved with about {seeds} seeds, at its present size."] if seeds else []
     verdict = "the answer has moved" if moved else "the answer has kept its order" if kept else "not told"
     return [
         f"Larger model (`which_map_large`): {runs_line(larger)} The design is scaled, dynamic.",

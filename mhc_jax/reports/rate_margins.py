@@ -8,7 +8,7 @@ import numpy as np
 
 from mhc_jax.analysis import afterwards, rate_margins
 from mhc_jax.analysis.comparison import Cell
-from mhc_jax.analysis.contrasts import contrasts, final_losses, minus
+from mhc_jax.analysis.contrasts import contrasts, final_losses, minus, needed
 from mhc_jax.analysis.run_reader import RunRecord
 from mhc_jax.reports.answers import afterwards_lines, interval, number, row, runs_line
 from mhc_jax.reports.markup import markdown_table
@@ -63,6 +63,12 @@ def muon_margin_part(
     ]
     rows += [row(f"{rate_margins.MHC}: {o} - adamw", c, "{:+.2f}") for o, c in answer.lost.items()]
     out += [markdown_table(rows), ""]
+    for optimizer in rate_margins.OPTIMIZERS:
+        margin = answer.margins[rate_margins.MHC, optimizer]
+        seeds = None if margin.result and margin.result.resolved else needed(margin.values)
+        if seeds:
+            told = f"mHC's margin under {optimizer} would be resolved with about {seeds} seeds, at its present size."
+            out += [told, ""]
     out += ["Secondary: each clipping by itself, in octaves. Not corrected.", ""]
     alone = [
         row(f"{c}, {o}, clip {k:g}", found, "{:+.2f}", corrected=False) for (c, o, k), found in answer.by_clip.items()

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -315,6 +316,9 @@ def test_what_is_lost_or_not_told_is_said():
     )
     assert "Moved, because the 95 % interval excludes the smaller model's mean: H_post. Not shown" in moved
     assert decision.format("the answer has moved") in moved
+    assert "would be resolved with about" not in moved, "H_post is resolved"
+    noisy = [run for run in which_map_runs(additive(0, 0, 0), deviation=0.05) if run.seed[0] < 3]
+    assert re.search(r"H_\w+ would be resolved with about \d+ seeds", tables.which_map_part(runs, [], noisy, [], {}))
 
 
 def test_a_decision_that_is_resolved_needs_no_more_seeds():
