@@ -99,14 +99,15 @@ def token_array(
         with show(work) as update:
             _store(folder / key, documents, tokenizer, update)
     except OSError as error:
-        raise InputError(f"Tokenized text cannot be written to {folder}: {error.strerror or error}.") from error
+        file = error.filename2 or error.filename or folder
+        raise InputError(f"Tokenized text cannot be written to {file}: {error.strerror or error}.") from error
     if (written := _load(folder / key)) is None:
         raise InputError(f"{folder / key}.npy was damaged while it was written; check the disk.")
     return written
 
 
 def _load(stem: Path) -> TokenArray | None:
-    """Return the array and the counts in the files `stem`.npy and `stem`.json, or None if one of them is missing or damaged."""
+    """Return the array and the counts in the files `stem`.npy and `stem`.json, or None if one cannot be read or is damaged."""
     path = stem.with_suffix(".npy")
     try:
         meta = json.loads(stem.with_suffix(".json").read_text("utf-8"))
@@ -114,7 +115,7 @@ def _load(stem: Path) -> TokenArray | None:
         if _crc32(path) != meta["crc32"]:
             return None
         return TokenArray(np.load(path, mmap_mode="r"), counts)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

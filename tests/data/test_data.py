@@ -105,6 +105,17 @@ def test_damaged_cache_is_rebuilt(tmp_path, corpus, damage):
     assert sorted(path.suffix for path in (tmp_path / "tokens").iterdir()) == [".json", ".npy"]
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_folder_in_the_place_of_a_cached_file_is_a_sentence_that_names_it(tmp_path, corpus, suffix):
+    byte = data.ByteTokenizer()
+    arrays.token_array(str(corpus), "train", byte, cache=tmp_path)
+    file = next((tmp_path / "tokens").glob(f"*{suffix}"))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match=rf"cannot be written to {file}: "):
+        arrays.token_array(str(corpus), "train", byte, cache=tmp_path)
+
+
 def test_a_build_in_the_middle_of_another_is_the_same(tmp_path, monkeypatch):
     """A second build of the prepared set and of the token array begins and ends while the first one writes."""
     inner, built = [], []
