@@ -61,12 +61,15 @@ One configuration, one command, one pull request:
     python experiments/board.py enter my_config.py --name=my-idea --author='A. Name'
 
 The first argument is a connection for the task's model, or a config file with `get_config`. The command times the step, trains
-all seeds of both tracks, writes the record and rebuilds this page. A call that was stopped goes on with the same command. The
-pull request holds the record, this page, and the code that the entry needs.
+all seeds of both tracks, writes the record and rebuilds this page. It needs a process that may use exactly two CPU cores
+(`JAX_PLATFORMS=cpu taskset -c 0,1 python ...` on a larger machine), and a machine without other work until it says that all steps
+are timed. A call that was stopped goes on with the same command. An entry that has a record is skipped, so that
+another name repeats it. The pull request holds the record, this page, and the code that the entry needs.
 
 ## How an entry becomes the best
 
-The line of records begins with residual. The other entries follow by date and name. An entry becomes the best only if a
+The line of records begins with residual. The other entries follow by date and, within a day, by name, which decides what they are
+compared with. An entry becomes the best only if a
 one-sided paired t test against the best before it gives p < {p}, over at least {seeds} seeds that both have. Any other entry
 stays in the table. The p-values are not corrected for the number of entries tried. `python experiments/board.py best NAME` says
 whether NAME became the best of a track, and ends with status 1 if it became the best of none.
@@ -75,6 +78,7 @@ GPU = "## One GPU\n\nThis track is open and has no entries. Its rules follow wit
 NOTE = """
 The mean loss and its 95 % interval (Student) are over seeds. The difference is the mean of loss minus residual's of the same
 seed, with its 95 % interval and the two-sided p of the paired t test. An entry with a run that did not finish has no mean.
+Intervals and p do not include the error of r, which may be some percent.
 """
 
 
