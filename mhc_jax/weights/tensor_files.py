@@ -136,6 +136,7 @@ def write_folder(
         with aside(folder.parent, folder.name) as temporary:
             # safetensors stores the memory of an array as it lies there, so that a transposed array is copied first.
             save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary / FILE, dict(metadata))
+            _sort_metadata(temporary / FILE)
             (temporary / FILE).chmod(0o644)  # safetensors gives rights to the owner alone
             for name, content in texts.items():
                 _write_text(temporary / name, content)
@@ -143,6 +144,17 @@ def write_folder(
             os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the texts of a header in the order of their names: safetensors writes them in another order in each process."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _write_text(path: Path, content: Any) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support import golden_values
 from support.decoders import TOKENS, decoder_of, drawn_decoder
@@ -150,6 +151,22 @@ def test_one_flipped_bit_of_a_written_folder_is_told(name, sizes, tmp_path):
         TensorFiles(tmp_path / "a")
     (tmp_path / "a" / "checksums.json").unlink()
     assert TensorFiles(tmp_path / "a").shapes == {"w": (300,)}
+
+
+def test_two_folders_of_one_model_have_the_same_bytes(tmp_path):
+    texts = {name: f'ünïcode 🙂 "quoted"\\ \t\n\x01\x7f/{name}' for name in "fbdaceg"}
+    arrays = {"W": np.arange(6, dtype=np.float32).reshape(2, 3).T, "b": np.ones(3, np.float16)}
+    for number in range(2):
+        write_folder(tmp_path / str(number), arrays, {}, texts)
+    path, other = (tmp_path / str(number) / "model.safetensors" for number in range(2))
+    with safe_open(path, "numpy") as file:
+        assert file.metadata() == texts
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    assert list(json.loads(content[8 : 8 + size])["__metadata__"]) == sorted(texts)
+    assert content == other.read_bytes()
 
 
 def test_damaged_and_missing_files_are_told(tmp_path):
