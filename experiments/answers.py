@@ -66,6 +66,7 @@ def main() -> int:
     if FREEZE.value:
         print(f"H_res: {freeze(Path(FREEZE.value))}")
         return 0
+    from mhc_jax.plots import NARROW, drawn_at
     from mhc_jax.plots.style import save
     from mhc_jax.reports.answers import page
     from mhc_jax.reports.questions import questions
@@ -76,7 +77,8 @@ def main() -> int:
     )
     (RECORDS / "ANSWERS.md").write_text(page([question.text for question in found.values()]))
     for name, question in found.items():
-        save(question.draw(), FIGURES / f"answers_{name}", vector=True)
+        with drawn_at(NARROW):
+            save(question.draw(), FIGURES / f"answers_{name}", vector=True)
     print(f"Tables: {RECORDS / 'ANSWERS.md'}")
     print(f"Figures: {FIGURES}/answers_*")
     return 0

@@ -26,6 +26,7 @@ EXPERIMENTS = "../experiments"
 # %matplotlib inline
 from IPython.display import Markdown, display
 
+from mhc_jax.plots import NARROW, drawn_at
 from mhc_jax.reports.questions import questions
 
 found = questions(EXPERIMENTS)
@@ -44,7 +45,9 @@ display(found["mixing_needed"].draw())
 # that decide, and the grey band is the margin of equivalence, 0.005 nats.*
 
 # %%
-display(found["muon_margin"].draw())
+with drawn_at(NARROW):  # one panel below the other
+    figure = found["muon_margin"].draw()
+display(figure)
 
 # %% [markdown]
 # *Question 3. Largest stable learning rate of each connection under AdamW, Muon, and Muon with the connections under AdamW. Marks

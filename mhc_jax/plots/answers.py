@@ -68,9 +68,9 @@ def which_map_figure(answer: WhichMap, home: WhichMapHome | None = None) -> Figu
             for c in effects
             if c.label in PART_COLORS
         ]
-    figure, (axis,) = panels(1, 1, height=0.6 + 0.22 * len(rows))
+    figure, (axis,) = panels(1, 1, height=0.6 + 0.22 * len(rows), by_text=True)
     _intervals(axis, rows)
-    axis.set_xlabel("change of the validation loss when the map is learned (nats/token)")
+    axis.set_xlabel("change of the loss (nats/token)")
     return figure
 
 
@@ -87,11 +87,11 @@ def mixing_needed_figure(answer: MixingNeeded) -> Figure:
             Bar(f"{kind}, n = {streams}, {entry}", c.contrast.result, color_of(kind), False)
             for kind, c in kinds.items()
         ]
-    figure, (axis,) = panels(1, 1, height=0.6 + 0.22 * len(rows))
+    figure, (axis,) = panels(1, 1, height=0.6 + 0.22 * len(rows), by_text=True)
     margin = next((c.equivalence.margin for c in answer.primary.values() if c.equivalence), 0.0)
     axis.axvspan(-margin, margin, color=GRID, alpha=0.3, linewidth=0)
     _intervals(axis, rows)
-    axis.set_xlabel("validation loss minus that of mHC (nats/token)")
+    axis.set_xlabel("loss minus that of mHC (nats/token)")
     return figure
 
 
@@ -127,5 +127,6 @@ def muon_margin_figure(answer: MuonMargin) -> Figure:
         axis.set_yticks([2.0**k / 1000 for k in range(0, 12, 2)], [f"{2.0**k / 1000:g}" for k in range(0, 12, 2)])
         axis.set_xticks(range(len(names)), [name.partition(":")[0] for name in names])
         axis.grid(visible=False, axis="x")
-    axes[0].set_ylabel("largest stable peak learning rate")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("largest stable peak rate")
     return figure
