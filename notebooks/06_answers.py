@@ -42,7 +42,8 @@ display(found["mixing_needed"].draw())
 
 # %% [markdown]
 # *Question 2. Loss of each form of H_res minus that of mHC, where streams differ (all have init=home). Thick lines are the tests
-# that decide, and the grey band is the margin of equivalence, 0.005 nats.*
+# that decide, and thin lines are single combinations. Dots are seeds; lines are 95 % intervals. The grey band is the margin of
+# equivalence, 0.005 nats.*
 
 # %%
 with drawn_at(NARROW):  # one panel below the other
@@ -51,7 +52,8 @@ display(figure)
 
 # %% [markdown]
 # *Question 3. Largest stable learning rate of each connection under AdamW, Muon, and Muon with the connections under AdamW. Marks
-# are seeds, bars geometric means; hollow without clipping. A triangle is a bound.*
+# are seeds, and bars are geometric means. Full marks are with clipping, hollow ones without. A triangle is a bound. Residual in
+# the third panel is that of the second.*
 #
 # ## The tables
 #

@@ -61,7 +61,7 @@ def which_map_figure(answer: WhichMap, home: WhichMapHome | None = None) -> Figu
     """
     rows = [Bar(f"H_{c.label}, mean of designs", c.result, PART_COLORS[c.label], True) for c in answer.primary]
     if home is not None:
-        rows += [Bar(f"H_{c.label}, home dynamic", c.result, PART_COLORS[c.label], True) for c in home.primary]
+        rows += [Bar(f"H_{c.label}, which_map_home", c.result, PART_COLORS[c.label], True) for c in home.primary]
     for (arm, form), effects in answer.designs.items():
         rows += [
             Bar(f"H_{c.label}, {arm} {form}", c.result, PART_COLORS[c.label], False)
@@ -127,6 +127,7 @@ def muon_margin_figure(answer: MuonMargin) -> Figure:
         axis.set_yticks([2.0**k / 1000 for k in range(0, 12, 2)], [f"{2.0**k / 1000:g}" for k in range(0, 12, 2)])
         axis.set_xticks(range(len(names)), [name.partition(":")[0] for name in names])
         axis.grid(visible=False, axis="x")
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("largest stable peak rate")
+        place_in_grid = axis.get_subplotspec()
+        if place_in_grid is not None and place_in_grid.is_first_col():
+            axis.set_ylabel("largest stable learning rate")
     return figure

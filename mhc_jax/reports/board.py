@@ -63,8 +63,9 @@ One configuration, one command, one pull request:
 The first argument is a connection for the task's model, or a config file with `get_config`. The command times the step, trains
 all seeds of both tracks, writes the record and rebuilds this page. It needs a process that may use exactly two CPU cores
 (`JAX_PLATFORMS=cpu taskset -c 0,1 python ...` on a larger machine), and a machine without other work until it says that all steps
-are timed. A call that was stopped goes on with the same command. An entry that has a record is skipped, so that
-another name repeats it. The pull request holds the record, this page, and the code that the entry needs.
+are timed. A call that was stopped goes on with the same command. An entry that has a record is skipped, so that another name
+repeats it. If a timing was disturbed, the whole record may be replaced by a new one, and the log says so. The pull request
+holds the record, this page, and the code that the entry needs.
 
 ## How an entry becomes the best
 
@@ -78,7 +79,8 @@ GPU = "## One GPU\n\nThis track is open and has no entries. Its rules follow wit
 NOTE = """
 The mean loss and its 95 % interval (Student) are over seeds. The difference is the mean of loss minus residual's of the same
 seed, with its 95 % interval and the two-sided p of the paired t test. An entry with a run that did not finish has no mean.
-Intervals and p do not include the error of r, which may be some percent.
+Intervals and p do not include the error of r: two timings of one entry have differed by up to 11 %. Where entries of similar r
+were timed on different machines, their order says nothing. The record of an entry has the times of both steps.
 """
 
 

@@ -274,7 +274,7 @@ def test_figures_draw_every_test_and_every_seed():
     assert len(axis.get_yticklabels()) == 3 + 4 * 3
     (axis,) = figures.which_map_figure(answers.which_map(runs), answers.which_map_home(home_runs())).axes
     assert [label.get_text() for label in axis.get_yticklabels()][3:6] == [
-        f"H_{m}, home dynamic" for m in ("pre", "post", "res")
+        f"H_{m}, which_map_home" for m in ("pre", "post", "res")
     ]
     (axis,) = figures.mixing_needed_figure(answers.mixing_needed(mixing_runs({}, 0.01))).axes
     assert len(axis.get_yticklabels()) == 4 + 4 * 4
