@@ -50,6 +50,7 @@ def main() -> int:
         from mhc_jax.reports.page import write_report
 
         records = [read_run(workdir / run.name) for run in grid.runs]
+        print("Drawing the report ...", flush=True)
         report = write_report(records, workdir, title)
         print(f"\n{markdown_table(rows(records))}\n\nReport: {report}")
     return status

@@ -71,6 +71,7 @@ def main(file: str, base: dict[str, Any]) -> int:
         # SciPy and Matplotlib take a second to import, for which runs need not wait.
         from mhc_jax.reports.page import write_folder_report
 
+        print("Drawing the report ...", flush=True)
         print(f"Report: {write_folder_report(workdir)}")
     else:
         print(f"`python experiments/report.py {workdir}` writes a page of the runs that have begun.")

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mhc_jax.cli.flag_help import HELP, flag_texts, help_text
 from mhc_jax.config import ExperimentConfig
-from mhc_jax.config.mapping import from_mapping
+from mhc_jax.config.mapping import from_mapping, to_mapping
 from mhc_jax.errors import InputError, of_disk, require, shown, user_path
 from mhc_jax.parallel import distributed
 from mhc_jax.runs.cpu_variables import cpu_alone, set_cpu_variables
@@ -262,12 +262,16 @@ def _sentence(error: Exception, file: str, argv: Sequence[str]) -> str:
         near = re.search(r'Did you mean "(\w+)"', text)
         whole = _whole_key(argv, key)
         meant = near and ".".join(near[1] if part == key else part for part in whole.split("."))
-        hint = f"Did you mean {meant!r}?" if meant else "The classes in mhc_jax/config show its keys."
+        hint = f"Did you mean {meant!r}?" if meant else "`python -m mhc_jax settings` prints all settings."
         return f"The configuration has no key {whole!r}. {hint}"
     if "Overriding config is not allowed" in text:
         return "--config=FILE has no use here; --config.a.b=value changes a setting."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=... ({flags.FLAGS[missing[1]].help})"
+    if unknown := re.match(r"Unknown command line flag '(\w+)'", text):
+        sections = to_mapping(ExperimentConfig())
+        if keys := [f"{section}.{unknown[1]}" for section in sections if unknown[1] in sections[section]]:
+            return f"There is no flag --{unknown[1]}; settings are given by their whole name, such as --config.{keys[0]}=..."
     if illegal := re.match(r"flag --([\w.]+)=(.*?): (?:\2 is not (.+))?", text):
         kind = flags.FLAGS[illegal[1]].flag_type()
         if kind in ("int", "float", "bool"):

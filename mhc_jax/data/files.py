@@ -31,7 +31,7 @@ LARGEST_RECORD = 1 << 26
 ROWS = 16
 """Number of rows of a parquet file that are read at once."""
 MOST_EXPANSION = 1000
-"""Largest ratio of the bytes of a parquet column to those on disk, if they are more than `LARGEST_RECORD`."""
+"""Largest ratio of the bytes of a row group to those of its parquet file, if they are more than `LARGEST_RECORD`."""
 
 _BLANK_LINE, _LINE_END = re.compile(r"\n[ \t\r]*\n"), re.compile(r"\n")
 _BLANK_LINE_CR, _LINE_END_CR = re.compile(r"\r[ \t]*\r"), re.compile(r"\r")
@@ -294,7 +294,7 @@ def _read_parquet(file: Path) -> Iterator[Document]:
             )
             columns = [name for name in ("id", "text") if name in names]
             for group in range(table.num_row_groups):
-                _check_expansion(file, table.metadata.row_group(group), columns)
+                _check_expansion(file, table.metadata.row_group(group).total_byte_size)
             number = 0
             # A dictionary stores a text once for many rows, so that few rows are in memory at a time.
             for batch in table.iter_batches(batch_size=ROWS, columns=columns):
@@ -309,17 +309,18 @@ def _read_parquet(file: Path) -> Iterator[Document]:
         raise InputError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from error
 
 
-def _check_expansion(file: Path, group: Any, columns: Sequence[str]) -> None:
-    """Raise `InputError` if a row group is so much smaller on disk that a small file would fill the memory."""
-    for column in map(group.column, range(group.num_columns)):
-        size, stored = column.total_uncompressed_size, column.total_compressed_size
-        require(
-            column.path_in_schema.partition(".")[0] not in columns
-            or size <= LARGEST_RECORD
-            or size <= MOST_EXPANSION * stored,
-            f"{file}: the column {column.path_in_schema!r} has {stored:,} bytes that expand to {size:,}; at most "
-            f"{MOST_EXPANSION} times as many are read: write the file again with shorter texts.",
-        )
+def _check_expansion(file: Path, size: int) -> None:
+    """Raise `InputError` if a row group of `size` bytes comes from so small a file that it would fill the memory.
+
+    The file is looked at, and not the columns of the group: where the statistics of a column are damaged, pyarrow 26 ends the
+    process as soon as the metadata of that column are read (`RowGroupMetaData.column`).
+    """
+    stored = file.stat().st_size
+    require(
+        size <= LARGEST_RECORD or size <= MOST_EXPANSION * stored,
+        f"{file}: its {stored:,} bytes expand to {size:,} in one row group; at most {MOST_EXPANSION} times as many are read: write "
+        f"the file again with shorter texts.",
+    )
 
 
 def _too_large(file: Path, place: str) -> str:

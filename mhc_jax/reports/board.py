@@ -264,7 +264,19 @@ def _track(entries: Sequence[Entry], track: str, task: ExperimentConfig) -> list
     line = [challenge for challenge in challenges(entries, track) if challenge.accepted]
     if not line:
         return [table, NOTE.strip(), "The line of records begins with residual, which has not been entered yet."]
-    return [table, NOTE.strip(), "Line of records:", markdown_table([_line(challenge, track) for challenge in line])]
+    records = ["Line of records:", markdown_table([_line(challenge, track) for challenge in line])]
+    return [table, NOTE.strip(), *records, *_lower_than_best(entries, track)]
+
+
+def _lower_than_best(entries: Sequence[Entry], track: str) -> list[str]:
+    """Return a sentence for each entry whose mean loss is below that of the best and that is not the best."""
+    tried = challenges(entries, track)
+    best = _mean([challenge.entry for challenge in tried if challenge.accepted][-1], track)
+    return [
+        challenge.sentence(track)
+        for challenge in tried
+        if not challenge.accepted and _mean(challenge.entry, track) < best
+    ]
 
 
 def _mean(entry: Entry, track: str) -> tuple[bool, float]:

@@ -202,12 +202,22 @@ def test_a_line_that_expands_is_refused_within_bounded_memory(tmp_path, monkeypa
     assert memory_of(refused) < 16 << 20
 
 
+def test_parquet_metadata_that_would_end_the_process_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a", "b"]}), path)
+    content = path.read_bytes()
+    assert content.count(b"%\x02\x18\x04text") == 1  # the column is optional, so that its statistics have levels
+    path.write_bytes(content.replace(b"%\x02\x18\x04text", b"%\x03\x18\x04text"))
+    with pytest.raises(InputError, match=r"a\.parquet .*Definition level histogram size mismatch"):
+        texts_of(path)
+
+
 def test_a_parquet_column_that_expands_is_refused_within_bounded_memory(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["a" * (64 << 20)]}), path, compression="zstd")
     monkeypatch.setattr(files, "LARGEST_RECORD", 1 << 21)
     before = pa.default_memory_pool().max_memory()
-    with pytest.raises(InputError, match=r"a.parquet: the column 'text' has [\d,]+ bytes that expand to 67,108,\d+"):
+    with pytest.raises(InputError, match=r"a.parquet: its [\d,]+ bytes expand to 67,108,\d+ in one row group"):
         texts_of(path)
     assert pa.default_memory_pool().max_memory() == before
     # A dictionary stores one value for many rows, which are read a few at a time.

@@ -11,6 +11,10 @@ DEMO = f"--config={ROOT}/experiments/configs/demo.py"
 TRAIN = {
     "no folder": ([DEMO], "error: --workdir is missing; give --workdir=..."),
     "unknown flag": ([DEMO, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
+    "the last name of a setting": (
+        [DEMO, "--steps=3"],
+        "There is no flag --steps; settings are given by their whole name, such as --config.train.steps=...",
+    ),
     "unknown key": ([DEMO, "--config.model.widht=3"], "no key 'model.widht'. Did you mean 'model.width'?"),
     "unknown section": ([DEMO, "--config.trian.steps=3"], "no key 'trian.steps'. Did you mean 'train.steps'?"),
     "unknown key, nothing near": ([DEMO, "--config.model.qqq=3"], "The configuration has no key 'model.qqq'. "),

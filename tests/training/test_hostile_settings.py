@@ -193,6 +193,8 @@ def refused_in_a_sentence(function):
 @example(("optimizer", "learning_rate"), 10**400)
 @example(("model", "width"), 10**5000)
 @example(("model", "experts"), 10**5000)
+@example(("model", "attention_scope"), "document:" + "9" * 5000)
+@example(("data", "tokenizer"), "a tokenizer " * 400)
 @example(("model", "connection", "disable"), "pre")
 @example(("model", "connection"), 5)
 @example(("model", "connection", "kind"), [])

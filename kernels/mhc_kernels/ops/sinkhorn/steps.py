@@ -60,12 +60,12 @@ def pairs_left(num_iters: int, eps: float) -> int:
 def scale(most: Array) -> tuple[Array, Array]:
     """Return, for each token, the factor of G and its inverse.
 
-    The factor is 2^-60 where the largest absolute entry of G, `most`, is above 2^40; 2^60 where it is below 2^-40; and 1 elsewhere.
-    The largest entry then lies between 2^-66 and 2^68.  Gradients leave the range of float32 beyond about 2^73 and below 2^-73.
+    The factor is the power of two that brings the largest absolute entry of G, `most` (float32), to between 1 and 2.  Beyond 2^100
+    and below 2^-100 it is that of these limits.  Gradients for G and 2^k G then have the same digits.
     """
-    large, small = most > 2.0**40, most < 2.0**-40
-    by = [jnp.where(large, 2.0**-k, jnp.where(small, 2.0**k, 1.0)) for k in (60, -60)]
-    return by[0], by[1]
+    exponent = jnp.clip(lax.bitcast_convert_type(most, jnp.int32) >> 23, 27, 227)
+    up, down = (lax.bitcast_convert_type(k << 23, jnp.float32) for k in (254 - exponent, exponent))
+    return up, down
 
 
 def largest(G: Array) -> Array:
