@@ -75,15 +75,17 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
       InputError: `workdir` is not the folder of a sweep.
     """
     plan = read_plan(workdir)
-    flat = {name: flatten(config) for name, config in plan.items()}
+    records = {name: _record(workdir / name) for name in plan}
+    # What a run was trained with stands in its own folder.
+    configs = {name: run.config if (run := records[name][0]) else config for name, config in plan.items()}
+    flat = {name: flatten(config) for name, config in configs.items()}
     keys = sorted(set().union(*flat.values()) - {"train.seed", "data.seed", "model.connection.kind"})
     varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
-    records = {name: _record(workdir / name) for name in flat}
     return [
         {
             "run": name,
             "status": run_status(workdir, name),
-            "connection": spec_of_mapping(plan[name]["model"]["connection"]),
+            "connection": spec_of_mapping(configs[name]["model"]["connection"]),
             "kind": settings["model.connection.kind"],
             "seed": settings["train.seed"],
             "data_seed": settings["data.seed"],

@@ -331,6 +331,15 @@ def test_record_of_a_sweep(ended, tmp_path):
         read_newest(folder.parent, "width")
 
 
+def test_a_run_is_listed_with_the_settings_it_was_trained_with(ended, tmp_path):
+    before = result_rows(ended)
+    shutil.copytree(ended, tmp_path / "sweep")
+    planned = tmp_path / "sweep" / ".sweep" / "runs" / "hc-seed0.json"
+    planned.write_text(planned.read_text().replace('"learning_rate": 0.0', '"learning_rate": 0.1'))
+    assert planned.read_text() != (ended / ".sweep" / "runs" / "hc-seed0.json").read_text()
+    assert result_rows(tmp_path / "sweep") == before
+
+
 def test_record_without_metrics_has_summaries_alone(ended, tmp_path):
     runs = read_record(write_record(ended, tmp_path / "record"))
     assert [len(run.train["step"]) for run in runs] == [0, 0, 0, 0]
