@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.errors import InputError, require
+from mhc_jax.errors import InputError, require, shown
 from mhc_jax.files.aside import aside
 from mhc_jax.files.checksums import CHECKSUMS, damage, write_checksums
 from mhc_jax.files.json_files import read_json
@@ -88,6 +88,8 @@ class TensorFiles:
                 yield file
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except UnicodeEncodeError:
+            raise InputError(f"{shown(str(path))} is not valid Unicode, so that there is no such file.") from None
         except SafetensorError as error:
             raise InputError(f"{path} is not a whole safetensors file: {error}.") from error
 

@@ -213,6 +213,7 @@ def test_a_damaged_file_of_weights(tmp_path_factory, content):
 )
 @example({"weight_map": {"a": "../../etc/passwd"}})
 @example({"weight_map": {"a": "x" * 300}})
+@example({"weight_map": {"a": "\ud800"}})
 def test_an_index_of_any_content(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "shards"
     folder.mkdir(exist_ok=True)
