@@ -70,10 +70,10 @@ holds the record, this page, and the code that the entry needs.
 ## How an entry becomes the best
 
 The line of records begins with residual. The other entries follow by date and, within a day, by name, which decides what they are
-compared with. An entry becomes the best only if a
-one-sided paired t test against the best before it gives p < {p}, over at least {seeds} seeds that both have. Any other entry
-stays in the table. The p-values are not corrected for the number of entries tried. `python experiments/board.py best NAME` says
-whether NAME became the best of a track, and ends with status 1 if it became the best of none.
+compared with. An entry becomes the best only if a one-sided paired t test against the best before it gives p < {p}, over at least
+{seeds} seeds that both have. Any other entry stays in the table; a sentence below names those whose mean loss is lower than the
+best's. The p-values are not corrected for the number of entries tried. `python experiments/board.py best NAME` says whether NAME
+became the best of a track, and ends with status 1 if it became the best of none.
 """
 GPU = "## One GPU\n\nThis track is open and has no entries. Its rules follow with the first run on a GPU."
 NOTE = """
@@ -261,22 +261,15 @@ def _track(entries: Sequence[Entry], track: str, task: ExperimentConfig) -> list
     residual = next((entry for entry in entries if entry.name == rules.BASELINE), None)
     order = sorted(entries, key=lambda entry: (*_mean(entry, track), entry.name))
     table = markdown_table([_row(entry, residual, track, task) for entry in order])
-    line = [challenge for challenge in challenges(entries, track) if challenge.accepted]
+    tried = challenges(entries, track)
+    line = [challenge for challenge in tried if challenge.accepted]
     if not line:
         return [table, NOTE.strip(), "The line of records begins with residual, which has not been entered yet."]
     records = ["Line of records:", markdown_table([_line(challenge, track) for challenge in line])]
-    return [table, NOTE.strip(), *records, *_lower_than_best(entries, track)]
-
-
-def _lower_than_best(entries: Sequence[Entry], track: str) -> list[str]:
-    """Return a sentence for each entry whose mean loss is below that of the best and that is not the best."""
-    tried = challenges(entries, track)
-    best = _mean([challenge.entry for challenge in tried if challenge.accepted][-1], track)
-    return [
-        challenge.sentence(track)
-        for challenge in tried
-        if not challenge.accepted and _mean(challenge.entry, track) < best
-    ]
+    best = _mean(line[-1].entry, track)
+    # An entry may have a lower mean than the best and not be told from it.
+    lower = [c.sentence(track) for c in tried if not c.accepted and _mean(c.entry, track) < best]
+    return [table, NOTE.strip(), *records, *lower]
 
 
 def _mean(entry: Entry, track: str) -> tuple[bool, float]:
