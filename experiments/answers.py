@@ -3,8 +3,9 @@
     python experiments/answers.py
     python experiments/answers.py --freeze=runs/mixing_needed
 
-The first command reads the newest records of which_map, which_map_home, which_map_large, mixing_needed, muon_margin, muon_rates and
-residual_longer, as far as they exist, and writes experiments/records/ANSWERS.md and docs/figures/answers_*.pdf, .svg and .png.
+The first command reads the newest records of which_map, which_map_home, which_map_large, mixing_needed, muon_margin, muon_rates
+and residual_longer, as far as they exist, and writes experiments/records/ANSWERS.md and docs/figures/answers_*.pdf, .svg and
+.png.
 The second one reads the run folders of mixing_needed, and writes into h_res.json of the newest record of this sweep how far H_res
 mixes at the start and at the end, and the rise of the validation loss if I replaces H_res of a trained mHC model.
 """

@@ -27,19 +27,19 @@ LONGEST_PATH = 4095
 """Number of bytes that a path may have in Linux."""
 
 
-LONG_VALUE = re.compile(r"""(?<![^\s(\[{])('[^']{500,}'|"[^"]{500,}")|\S{500,}""")
+LONG_VALUE = re.compile(r"""(?<![^\s(\[{])('[^'\n]{500,}'|"[^"\n]{500,}")|\S{500,}""")
 """A value in a message, in quotes or without blanks, that is too long to be read."""
 
 
 class InputError(ValueError):
     """The error for a wrong setting, file or folder.  Its message says what was given, what is allowed and what to do.
 
-    Values of more than 500 characters are cut.  The scripts in `experiments/` print this message alone, without a traceback, and
-    exit with status 2.
+    Values of more than 500 characters that are in quotes or have no blanks are cut in the middle.  The scripts in `experiments/`
+    print this message alone, without a traceback, and exit with status 2.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(LONG_VALUE.sub(lambda value: f"{value[0][:90]}...", message))
+        super().__init__(LONG_VALUE.sub(lambda value: f"{value[0][:60]}...{value[0][-30:]}", message))
 
 
 def of_disk(error: BaseException | None) -> str:

@@ -271,7 +271,8 @@ def _sentence(error: Exception, file: str, argv: Sequence[str]) -> str:
     if unknown := re.match(r"Unknown command line flag '(\w+)'", text):
         sections = to_mapping(ExperimentConfig())
         if keys := [f"{section}.{unknown[1]}" for section in sections if unknown[1] in sections[section]]:
-            return f"There is no flag --{unknown[1]}; settings are given by their whole name, such as --config.{keys[0]}=..."
+            whole = " or ".join(f"--config.{key}=VALUE" for key in keys)
+            return f"There is no flag --{unknown[1]}; settings are given by their whole name, {whole}."
     if illegal := re.match(r"flag --([\w.]+)=(.*?): (?:\2 is not (.+))?", text):
         kind = flags.FLAGS[illegal[1]].flag_type()
         if kind in ("int", "float", "bool"):

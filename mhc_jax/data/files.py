@@ -12,6 +12,8 @@ import io
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,17 @@ LARGEST_RECORD = 1 << 26
 ROWS = 16
 """Number of rows of a parquet file that are read at once."""
 MOST_EXPANSION = 1000
-"""Largest ratio of the bytes of a row group to those of its parquet file, if they are more than `LARGEST_RECORD`."""
+"""Largest ratio of the bytes of a parquet column to those on disk, if they are more than `LARGEST_RECORD`."""
+_COLUMN_SIZES = """
+import json, sys
+from pyarrow import parquet
+with open(sys.argv[1], "rb") as file:
+    of = parquet.ParquetFile(file).metadata
+groups = map(of.row_group, range(of.num_row_groups))
+columns = [group.column(k) for group in groups for k in range(group.num_columns)]
+print(json.dumps([[c.path_in_schema, c.total_uncompressed_size, c.total_compressed_size] for c in columns]))
+"""
+"""Program of `_column_sizes`."""
 
 _BLANK_LINE, _LINE_END = re.compile(r"\n[ \t\r]*\n"), re.compile(r"\n")
 _BLANK_LINE_CR, _LINE_END_CR = re.compile(r"\r[ \t]*\r"), re.compile(r"\r")
@@ -293,8 +305,9 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                 f"rename the column that holds the text.",
             )
             columns = [name for name in ("id", "text") if name in names]
-            for group in range(table.num_row_groups):
-                _check_expansion(file, table.metadata.row_group(group).total_byte_size)
+            # Columns of small groups need no look.
+            if any(table.metadata.row_group(g).total_byte_size > LARGEST_RECORD for g in range(table.num_row_groups)):
+                _check_expansion(file, columns)
             number = 0
             # A dictionary stores a text once for many rows, so that few rows are in memory at a time.
             for batch in table.iter_batches(batch_size=ROWS, columns=columns):
@@ -309,18 +322,25 @@ def _read_parquet(file: Path) -> Iterator[Document]:
         raise InputError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from error
 
 
-def _check_expansion(file: Path, size: int) -> None:
-    """Raise `InputError` if a row group of `size` bytes comes from so small a file that it would fill the memory.
+def _check_expansion(file: Path, columns: Sequence[str]) -> None:
+    """Raise `InputError` if a column of a row group is so much smaller on disk that a small file would fill the memory."""
+    for path, size, stored in _column_sizes(file):
+        require(
+            path.partition(".")[0] not in columns or size <= LARGEST_RECORD or size <= MOST_EXPANSION * stored,
+            f"{file}: the column {path!r} has {stored:,} bytes that expand to {size:,}; at most {MOST_EXPANSION} times as many are "
+            f"read: write the file again with shorter texts.",
+        )
 
-    The file is looked at, and not the columns of the group: where the statistics of a column are damaged, pyarrow 26 ends the
-    process as soon as the metadata of that column are read (`RowGroupMetaData.column`).
+
+def _column_sizes(file: Path) -> list[tuple[str, int, int]]:
+    """Return path, bytes and bytes on disk of every column of every row group of a parquet file.
+
+    A process of its own reads them: where the statistics of a column are damaged, pyarrow 26 ends the process that looks at the
+    metadata of that column.
     """
-    stored = file.stat().st_size
-    require(
-        size <= LARGEST_RECORD or size <= MOST_EXPANSION * stored,
-        f"{file}: its {stored:,} bytes expand to {size:,} in one row group; at most {MOST_EXPANSION} times as many are read: write "
-        f"the file again with shorter texts.",
-    )
+    done = subprocess.run([sys.executable, "-c", _COLUMN_SIZES, file], capture_output=True, text=True, check=False)
+    require(done.returncode == 0, f"{file} is not a readable parquet file: the metadata of a column are damaged.")
+    return [(path, size, stored) for path, size, stored in json.loads(done.stdout)]
 
 
 def _too_large(file: Path, place: str) -> str:

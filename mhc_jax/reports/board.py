@@ -80,7 +80,7 @@ NOTE = """
 The mean loss and its 95 % interval (Student) are over seeds. The difference is the mean of loss minus residual's of the same
 seed, with its 95 % interval and the two-sided p of the paired t test. An entry with a run that did not finish has no mean.
 Intervals and p do not include the error of r: two timings of one entry have differed by up to 11 %. Where entries of similar r
-were timed on different machines, their order says nothing. The record of an entry has the times of both steps.
+were timed on different machines, their order may be this error alone. The record of an entry has the times of both steps.
 """
 
 

@@ -15,6 +15,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from mhc_jax.analysis.run_reader import RunRecord, flatten, read_run, series
+from mhc_jax.config import ExperimentConfig
+from mhc_jax.config.mapping import to_mapping
 from mhc_jax.connections import spec_of_mapping
 from mhc_jax.errors import InputError
 from mhc_jax.files.json_files import read_json
@@ -76,9 +78,11 @@ def result_rows(workdir: Path) -> list[dict[str, Any]]:
     """
     plan = read_plan(workdir)
     records = {name: _record(workdir / name) for name in plan}
-    # What a run was trained with stands in its own folder.
+    # What a run was trained with stands in its own folder.  A setting that an older version did not have is at its default.
     configs = {name: run.config if (run := records[name][0]) else config for name, config in plan.items()}
-    flat = {name: flatten(config) for name, config in configs.items()}
+    defaults = flatten(to_mapping(ExperimentConfig()))
+    general = {key: value for key, value in defaults.items() if not key.startswith("model.connection.")}
+    flat = {name: general | flatten(config) for name, config in configs.items()}
     keys = sorted(set().union(*flat.values()) - {"train.seed", "data.seed", "model.connection.kind"})
     varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
     return [

@@ -202,7 +202,7 @@ def test_a_line_that_expands_is_refused_within_bounded_memory(tmp_path, monkeypa
     assert memory_of(refused) < 16 << 20
 
 
-def test_parquet_metadata_that_would_end_the_process_are_refused(tmp_path):
+def test_parquet_metadata_that_would_end_the_process_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["a", "b"]}), path)
     content = path.read_bytes()
@@ -210,16 +210,24 @@ def test_parquet_metadata_that_would_end_the_process_are_refused(tmp_path):
     path.write_bytes(content.replace(b"%\x02\x18\x04text", b"%\x03\x18\x04text"))
     with pytest.raises(InputError, match=r"a\.parquet .*Definition level histogram size mismatch"):
         texts_of(path)
+    monkeypatch.setattr(files, "LARGEST_RECORD", 1)  # so that the columns are looked at
+    with pytest.raises(InputError, match=r"a\.parquet .*the metadata of a column are damaged"):
+        texts_of(path)
 
 
 def test_a_parquet_column_that_expands_is_refused_within_bounded_memory(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["a" * (64 << 20)]}), path, compression="zstd")
     monkeypatch.setattr(files, "LARGEST_RECORD", 1 << 21)
+    other = pa.array([os.urandom(1 << 18)])
+    parquet.write_table(pa.table({"text": ["a" * (64 << 20)], "other": other}), path, compression="zstd")
     before = pa.default_memory_pool().max_memory()
-    with pytest.raises(InputError, match=r"a.parquet: its [\d,]+ bytes expand to 67,108,\d+ in one row group"):
+    with pytest.raises(InputError, match=r"a.parquet: the column 'text' has [\d,]+ bytes that expand to 67,108,\d+"):
         texts_of(path)
     assert pa.default_memory_pool().max_memory() == before
+    # A column that is not read may expand.
+    parquet.write_table(pa.table({"text": ["a"], "other": [b"\0" * (64 << 20)]}), path, compression="zstd")
+    assert texts_of(path) == ["a"]
     # A dictionary stores one value for many rows, which are read a few at a time.
     parquet.write_table(pa.table({"text": [os.urandom(1 << 19).hex()] * 256}), path, compression=None)
     assert path.stat().st_size < 2 << 20

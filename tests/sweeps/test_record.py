@@ -160,6 +160,11 @@ def test_a_run_is_listed_with_the_settings_it_was_trained_with(ended, tmp_path):
     planned.write_text(planned.read_text().replace('"learning_rate": 0.0', '"learning_rate": 0.1'))
     assert planned.read_text() != (ended / ".sweep" / "runs" / "hc-seed0.json").read_text()
     assert result_rows(tmp_path / "sweep") == before
+    of_old = tmp_path / "sweep" / "hc-seed0" / "config.json"
+    config = read_json(of_old)
+    del config["data"]["seed"], config["optimizer"]["grad_clip"]
+    write_json(of_old, config)
+    assert result_rows(tmp_path / "sweep") == before
 
 
 def test_record_without_metrics_has_summaries_alone(ended, tmp_path):

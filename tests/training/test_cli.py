@@ -13,7 +13,11 @@ TRAIN = {
     "unknown flag": ([DEMO, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
     "the last name of a setting": (
         [DEMO, "--steps=3"],
-        "There is no flag --steps; settings are given by their whole name, such as --config.train.steps=...",
+        "There is no flag --steps; settings are given by their whole name, --config.train.steps=VALUE.",
+    ),
+    "the last name of two settings": (
+        [DEMO, "--seed=3"],
+        "whole name, --config.data.seed=VALUE or --config.train.seed=VALUE.",
     ),
     "unknown key": ([DEMO, "--config.model.widht=3"], "no key 'model.widht'. Did you mean 'model.width'?"),
     "unknown section": ([DEMO, "--config.trian.steps=3"], "no key 'trian.steps'. Did you mean 'train.steps'?"),
