@@ -39,8 +39,10 @@ import json, sys
 from pyarrow import parquet
 with open(sys.argv[1], "rb") as file:
     of = parquet.ParquetFile(file).metadata
-groups = map(of.row_group, range(of.num_row_groups))
-columns = [group.column(k) for group in groups for k in range(group.num_columns)]
+paths = [of.schema.column(k).path for k in range(of.num_columns)]
+nested = set(sys.argv[2:]) - set(paths)
+read = [k for k, path in enumerate(paths) if path in sys.argv[2:] or path.partition(".")[0] in nested]
+columns = [of.row_group(group).column(k) for group in range(of.num_row_groups) for k in read]
 print(json.dumps([[c.path_in_schema, c.total_uncompressed_size, c.total_compressed_size] for c in columns]))
 """
 """Program of `_column_sizes`."""
@@ -324,23 +326,27 @@ def _read_parquet(file: Path) -> Iterator[Document]:
 
 def _check_expansion(file: Path, columns: Sequence[str]) -> None:
     """Raise `InputError` if a column of a row group is so much smaller on disk that a small file would fill the memory."""
-    for path, size, stored in _column_sizes(file):
+    for name, size, stored in _column_sizes(file, columns):
         require(
-            path.partition(".")[0] not in columns or size <= LARGEST_RECORD or size <= MOST_EXPANSION * stored,
-            f"{file}: the column {path!r} has {stored:,} bytes that expand to {size:,}; at most {MOST_EXPANSION} times as many are "
+            size <= LARGEST_RECORD or size <= MOST_EXPANSION * stored,
+            f"{file}: the column {name!r} has {stored:,} bytes that expand to {size:,}; at most {MOST_EXPANSION} times as many are "
             f"read: write the file again with shorter texts.",
         )
 
 
-def _column_sizes(file: Path) -> list[tuple[str, int, int]]:
-    """Return path, bytes and bytes on disk of every column of every row group of a parquet file.
+def _column_sizes(file: Path, columns: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return name, bytes and bytes on disk of these columns in every row group of a parquet file.
 
     A process of its own reads them: where the statistics of a column are damaged, pyarrow 26 ends the process that looks at the
     metadata of that column.
     """
-    done = subprocess.run([sys.executable, "-c", _COLUMN_SIZES, file], capture_output=True, text=True, check=False)
-    require(done.returncode == 0, f"{file} is not a readable parquet file: the metadata of a column are damaged.")
-    return [(path, size, stored) for path, size, stored in json.loads(done.stdout)]
+    # -P: modules of the working folder are not imported.
+    command = [sys.executable, "-P", "-c", _COLUMN_SIZES, file, *columns]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    require(done.returncode >= 0, f"{file} is not a readable parquet file: the metadata of a column are damaged.")
+    if done.returncode:
+        raise RuntimeError(f"the sizes of the columns of {file} could not be read: {done.stderr}")
+    return [(name, size, stored) for name, size, stored in json.loads(done.stdout)]
 
 
 def _too_large(file: Path, place: str) -> str:

@@ -61,6 +61,23 @@ def test_a_refused_value_is_named(cls, name, value):
     assert_a_sentence(text)
 
 
+LONG = "a" * 600
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (f"{LONG}.json is no file", f"{'a' * 60}...{'a' * 25}.json is no file"),
+        (f"the value '{LONG} b' is long", f"the value '{'a' * 59}...{'a' * 27} b' is long"),
+        ("a short one " * 100, "a short one " * 100),
+        (f"'a\n{'b ' * 300}'", f"'a\n{'b ' * 300}'"),
+    ],
+    ids=["no blanks", "quotes", "words", "lines"],
+)
+def test_long_values_are_cut_in_the_middle_of_a_message(message, told):
+    assert str(InputError(message)) == told
+
+
 GENERIC = {
     "int": st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 64, 1000]),
     "float": st.sampled_from([-1.0, 0.0, 1e-3, 1 / 3, 0.5, 1.0, 2.0, float("inf")]) | st.floats(allow_nan=False),

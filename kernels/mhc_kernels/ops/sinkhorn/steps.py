@@ -29,8 +29,8 @@ logits, $K = Q + \epsilon$, and $S = (\bar K - (\bar r \circ r^2) 1^\top) \circ 
 
 The gradient is linear in G, but the scalings of hard problems reach 1e8, and the gradients on the way are products of several.
 They would leave the range of float32 where G is far from 1.  So each token's G is first multiplied by a power of two (`scale`),
-and the gradient of its logits is divided by that power.  This changes no digit, unless an entry of G is so much smaller than the
-largest one (by 1e-38 or more) that it becomes denormal.
+and the gradient of its logits is divided by that power.  This changes no digit, unless an entry of G is so small beside the
+largest one (below about 1e-38 of it) that it becomes denormal.
 
 Only the logits are kept from the forward pass, so the backward pass computes r and c of every step again.  The loop over all
 pairs is `_sinkhorn_bwd` in `xla.py`.
@@ -61,8 +61,8 @@ def scale(most: Array) -> tuple[Array, Array]:
     """Return, for each token, the factor of G and its inverse.
 
     The factor is the power of two that brings the largest absolute entry of G, `most` (float32), to between 1 and 2, but no
-    larger than 2^100 and no smaller than 2^-100.  Within this range, gradients for G and 2^k G have the same digits unless one is
-    denormal.
+    larger than 2^100 and no smaller than 2^-100.  Within this range, gradients for G and 2^k G have the same digits, unless an
+    entry of G or of a gradient is denormal.
     """
     exponent = jnp.clip(lax.bitcast_convert_type(most, jnp.int32) >> 23, 27, 227)
     up, down = (lax.bitcast_convert_type(k << 23, jnp.float32) for k in (254 - exponent, exponent))
