@@ -21,6 +21,8 @@ os.environ.setdefault("MHC_JAX_CACHE", str(CACHE / "data"))
 
 from jaxtyping import install_import_hook  # noqa: E402
 
+import mhc_jax.errors  # noqa: E402, F401  its checks of plain values are called too often for a check of their types
+
 install_import_hook(["mhc_jax", "mhc_kernels"], "beartype.beartype")
 
 import hypothesis  # noqa: E402

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +21,14 @@ from mhc_jax.errors import LARGEST, InputError, one_of, require, shown
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """Return all settings of `config`, defaults included, as a nested dict of plain values.  Tuples become lists, as in JSON."""
+    return _plain(config)
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            out = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return {"kind": value.kind, **out} if isinstance(value, ConnectionConfig) else out
-        return list(value) if isinstance(value, tuple) else value
 
-    return plain(config)
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": value.kind, **out} if isinstance(value, ConnectionConfig) else out
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
@@ -39,13 +40,16 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, mapping, "config")
 
 
+_types = functools.cache(typing.get_type_hints)
+
+
 def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
     if cls is ConnectionConfig:
         mapping = dict(mapping)
         kind = mapping.pop("kind", "mhc")
         require(isinstance(kind, str), f"{path}.kind is {shown(kind)}; it must be a text such as 'mhc'.")
         cls = connections.config_class(kind)
-    types = typing.get_type_hints(cls)
+    types = _types(cls)
     fields = {f.name: types[f.name] for f in dataclasses.fields(cls)}
     values = {}
     for key, value in mapping.items():

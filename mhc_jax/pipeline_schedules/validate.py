@@ -98,18 +98,15 @@ def validate(schedule: Schedule) -> None:
 
 def _placed(schedule: Schedule, tick: int, device: int, op: Op) -> Wiring:
     """Return the `Wiring` of an operation, after checking that the operation lies on the route of its microbatch."""
-
-    def check(condition: bool, sentence: str) -> None:
-        require(condition, f"tick {tick}, device {device}: {op}: {sentence}")
-
-    check(op.kind in KINDS, f"the kind {op.kind!r} is none of {', '.join(KINDS)}.")
+    at = f"tick {tick}, device {device}: {op}: "
+    require(op.kind in KINDS, f"{at}the kind {op.kind!r} is none of {', '.join(KINDS)}.")
     known = 0 <= op.microbatch < schedule.microbatches
-    check(known, f"there are {schedule.microbatches} microbatches, numbered from 0.")
+    require(known, f"{at}there are {schedule.microbatches} microbatches, numbered from 0.")
     wire = wiring(schedule.routes[schedule.route_of[op.microbatch]]).get((op.kind, Place(device, op.chunk)))
     if wire is None:
-        raise InputError(f"tick {tick}, device {device}: {op}: the route of this microbatch does not pass there.")
-    check(op.receives == wire.receives, f"receives from {op.receives}; its route says {wire.receives}.")
-    check(op.sends == wire.sends, f"sends to {op.sends}; its route says {wire.sends}.")
+        raise InputError(f"{at}the route of this microbatch does not pass there.")
+    require(op.receives == wire.receives, f"{at}receives from {op.receives}; its route says {wire.receives}.")
+    require(op.sends == wire.sends, f"{at}sends to {op.sends}; its route says {wire.sends}.")
     return wire
 
 

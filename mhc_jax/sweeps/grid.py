@@ -282,9 +282,10 @@ def applied(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
     for key, value in point.items():
         if key in ("connection", "seed"):
             continue
-        near = difflib.get_close_matches(key, [*known, "connection", "seed"], n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(known)}."
-        require(key in known, f"The sweep sets {key!r}, which the configuration does not have. {hint}")
+        if key not in known:
+            near = difflib.get_close_matches(key, [*known, "connection", "seed"], n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(known)}."
+            raise InputError(f"The sweep sets {key!r}, which the configuration does not have. {hint}")
         *path, leaf = key.split(".")
         section = functools.reduce(operator.getitem, path, out)
         # An int for a float setting becomes a float, because the flag --config.KEY=VALUE accepts only the type of the value here.

@@ -104,7 +104,7 @@ def test_flash_attention_of_tpus_stays_inside_documents(heads, keys, values):
     assert (given[0][:, -1] >= 2).all()
     with mhc_kernels.settings(platform="tpu", interpret=True):
         flash = attended("splash", *given)
-    jax.tree.map(lambda a, b: assert_close(a, b, ANOTHER_PROGRAM), flash, attended("xla", *given))
+    jax.tree.map(lambda a, b: assert_close(a, b, WHOLE_GRADIENT), flash, attended("xla", *given))
 
 
 def test_cudnn_gets_the_mask(monkeypatch):

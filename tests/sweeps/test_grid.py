@@ -191,10 +191,11 @@ def test_shipped_sweeps_are_valid_say_their_command_and_make_the_recorded_connec
         "muon_rates": 4,
     }.get(path.stem, 3)
     assert connections.spec(runs[0].config.model.connection) == sweep.baseline.get("connection", "residual")
-    for run in runs:
-        starts = "init" in to_mapping(run.config)["model"]["connection"]
-        assert starts == ("init=" in run.point.get("connection", "")), "a sweep says which start it means"
-    made = [to_mapping(run.config)["model"]["connection"] for run in runs]
+    made = [to_mapping(run.config.model.connection) for run in runs]
+    for run, connection in zip(runs, made, strict=True):
+        assert ("init" in connection) == ("init=" in run.point.get("connection", "")), (
+            "a sweep says which start it means"
+        )
     for record in (ROOT / "experiments" / "records").glob(f"*-sweep-{path.stem}"):
         for recorded in (run.config["model"]["connection"] for run in read_record(record)):
             # A setting that came after the record has its default.
