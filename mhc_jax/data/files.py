@@ -344,8 +344,8 @@ def _column_sizes(file: Path, columns: Sequence[str]) -> list[tuple[str, int, in
     command = [sys.executable, "-P", "-c", _COLUMN_SIZES, file, *columns]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     require(done.returncode >= 0, f"{file} is not a readable parquet file: the metadata of a column are damaged.")
-    if done.returncode:
-        raise RuntimeError(f"the sizes of the columns of {file} could not be read: {done.stderr}")
+    reason = " ".join(done.stderr.rpartition("Error: ")[2].split())
+    require(done.returncode == 0, f"{file} is not a readable parquet file: the sizes of its columns: {reason}")
     return [(name, size, stored) for name, size, stored in json.loads(done.stdout)]
 
 

@@ -213,6 +213,12 @@ def test_parquet_metadata_that_would_end_the_process_are_refused(tmp_path, monke
     monkeypatch.setattr(files, "LARGEST_RECORD", 1)  # so that the columns are looked at
     with pytest.raises(InputError, match=r"a\.parquet .*the metadata of a column are damaged"):
         texts_of(path)
+    assert content.count(b"\x19\x18\x04text") == 1  # the path of the column, in its metadata
+    path.write_bytes(content.replace(b"\x19\x18\x04text", b"\x19\x18\x04\xffext"))
+    with pytest.raises(
+        InputError, match=r"a\.parquet .*the sizes of its columns: 'utf-8' codec can't decode byte 0xff"
+    ):
+        texts_of(path)
 
 
 @pytest.fixture
