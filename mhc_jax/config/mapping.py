@@ -40,7 +40,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, mapping, "config")
 
 
-_types = functools.cache(typing.get_type_hints)
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
@@ -49,7 +49,7 @@ def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
         kind = mapping.pop("kind", "mhc")
         require(isinstance(kind, str), f"{path}.kind is {shown(kind)}; it must be a text such as 'mhc'.")
         cls = connections.config_class(kind)
-    types = _types(cls)
+    types = _type_hints(cls)
     fields = {f.name: types[f.name] for f in dataclasses.fields(cls)}
     values = {}
     for key, value in mapping.items():
