@@ -307,6 +307,8 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                 f"rename the column that holds the text.",
             )
             columns = [name for name in ("id", "text") if name in names]
+            for name in columns:
+                require(names.count(name) == 1, f"{file} has more than one column {name!r}; rename all but one.")
             # Columns of small groups need no look.
             if any(table.metadata.row_group(g).total_byte_size > LARGEST_RECORD for g in range(table.num_row_groups)):
                 _check_expansion(file, columns)
@@ -343,9 +345,10 @@ def _column_sizes(file: Path, columns: Sequence[str]) -> list[tuple[str, int, in
     # -P: modules of the working folder are not imported.
     command = [sys.executable, "-P", "-c", _COLUMN_SIZES, file, *columns]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    require(done.returncode >= 0, f"{file} is not a readable parquet file: the metadata of a column are damaged.")
-    reason = " ".join(done.stderr.rpartition("Error: ")[2].split())
-    require(done.returncode == 0, f"{file} is not a readable parquet file: the sizes of its columns: {reason}")
+    if done.returncode:
+        last = re.sub("^.*?: +", "", done.stderr.rstrip().rpartition("\n")[2])
+        reason = last or f"the process that read its metadata ended with status {done.returncode}."
+        raise InputError(f"{file} is not a readable parquet file: {reason}")
     return [(name, size, stored) for name, size, stored in json.loads(done.stdout)]
 
 
