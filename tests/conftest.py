@@ -1,8 +1,10 @@
 """Eight simulated CPU devices, checked shape annotations, strict rank promotion, quick compiles that runs of the tests share."""
 
+import atexit
 import ctypes
 import gc
 import os
+import shutil
 import signal
 import tempfile
 from importlib.metadata import version
@@ -18,6 +20,16 @@ CACHE = Path(os.environ.get("MHC_JAX_TEST_CACHE", Path(tempfile.gettempdir()) / 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MHC_JAX_CACHE", str(CACHE / "data"))
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # matplotlib's list of fonts and IPython's history in the user's home may be damaged: a process whose environment was deleted
+    # while it ran leaves a list without matplotlib's own fonts.  Workers inherit these folders.
+    TOOLS = tempfile.mkdtemp(prefix="mhc-jax-test-tools-")
+    atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
+    os.environ |= {
+        "MPLCONFIGDIR": f"{TOOLS}/matplotlib",
+        "IPYTHONDIR": f"{TOOLS}/ipython",
+        "JUPYTER_CONFIG_DIR": f"{TOOLS}/jupyter",
+    }
 
 from jaxtyping import install_import_hook  # noqa: E402
 
