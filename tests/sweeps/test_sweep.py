@@ -182,8 +182,11 @@ def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path,
     assert "Run the same command to go on" in err
     assert holder(workdir / first) == "", "its worker has gone"
 
+    programs = list((workdir / ".sweep" / "xla").glob("*-cache"))
+    for program in programs:  # JAX writes them in place, so that a kill may leave half a file
+        os.truncate(program, program.stat().st_size // 2)
     status, _, err = run_script(*command)
-    assert status == 0, err
+    assert (status, programs != []) == (0, True), err
     check_gone_on(workdir, tmp_path / "done")
 
 
