@@ -16,20 +16,26 @@ if version("jaxlib").startswith("0.10."):  # a later XLA may not know this flag,
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CACHE = Path(os.environ.get("MHC_JAX_TEST_CACHE", Path(tempfile.gettempdir()) / "mhc-jax-test-cache"))
+USER = f"-{os.getuid()}" if hasattr(os, "getuid") else ""  # each user of a machine has a cache of their own
+CACHE = Path(os.environ.get("MHC_JAX_TEST_CACHE", Path(tempfile.gettempdir()) / f"mhc-jax-test-cache{USER}"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MHC_JAX_CACHE", str(CACHE / "data"))
+# JAX writes a compiled program in place, so that another process may read half a file, as may every process after a kill.  JAX then
+# warns and compiles.  Scripts and notebooks that the tests start ignore that warning; pyproject.toml ignores it in the tests.
+HALF = "ignore:Error reading persistent compilation cache entry:UserWarning"
+os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), HALF]))
+# The first two ask for bars where lines are expected; the last may name kernels of another Python.
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "JUPYTER_PATH"):
+    os.environ.pop(name, None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # matplotlib's list of fonts and IPython's history in the user's home may be damaged: a process whose environment was deleted
-    # while it ran leaves a list without matplotlib's own fonts.  Workers inherit these folders.
+    # The user's home may hold a damaged list of fonts: a process whose virtual environment was deleted while it ran leaves one
+    # without matplotlib's own fonts.  It may also hold settings and kernels of IPython.  Workers inherit these folders.
     TOOLS = tempfile.mkdtemp(prefix="mhc-jax-test-tools-")
     atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
-    os.environ |= {
-        "MPLCONFIGDIR": f"{TOOLS}/matplotlib",
-        "IPYTHONDIR": f"{TOOLS}/ipython",
-        "JUPYTER_CONFIG_DIR": f"{TOOLS}/jupyter",
-    }
+    os.environ |= {"MPLCONFIGDIR": f"{TOOLS}/matplotlib", "IPYTHONDIR": f"{TOOLS}/ipython"}
+    os.environ |= {"JUPYTER_DATA_DIR": f"{TOOLS}/jupyter", "JUPYTER_PREFER_ENV_PATH": "1"}
+    import matplotlib.font_manager  # noqa: F401  makes the list of fonts; a script that takes over 5 s for it would warn
 
 from jaxtyping import install_import_hook  # noqa: E402
 

@@ -49,6 +49,12 @@ def test_steps_of_others_are_asked_for_before_the_first_compile(monkeypatch, giv
     def no_step(python, checkout, settings):
         raise InputError(" ".join(settings))
 
+    def known(revision, folder):
+        """Sources without git have no commit; only one that does not exist is asked of git."""
+        if revision != "HEAD":
+            check_out(revision, folder)
+
+    monkeypatch.setattr(worker_steps, "check_out", known)
     monkeypatch.setattr(worker_steps, "jax_step", no_step)
     monkeypatch.setattr(step_times, "compile_step", lambda *_: pytest.fail("compiled first"))
     status, _, err = run_here("steptime", *given)

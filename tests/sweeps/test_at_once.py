@@ -4,10 +4,9 @@ import csv
 import time
 
 import pytest
-from support.tiny_runs import assert_same_run, run_script, script
+from support.tiny_runs import PATIENCE_S, assert_same_run, run_script, script
 from support.tiny_sweep import write_sweep
 
-PATIENCE_S = 300
 RUNS = ["residual-seed0", "residual-seed1"]
 
 

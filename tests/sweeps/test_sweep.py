@@ -154,7 +154,10 @@ def check_gone_on(workdir, done):
 
 @pytest.mark.full
 def test_real_workers_are_killed_and_stopped_and_the_table_is_the_same(tmp_path, monkeypatch):
-    """As above with processes, and with a killed sweep, whose worker saves and ends.  Seeds compile once."""
+    """As above with processes, and with a killed sweep, whose worker saves and ends.  Seeds compile once.
+
+    Compiled programs of which half is kept change nothing.
+    """
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # so that programs are kept where the sweep says
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     file, first, second = write_sweep(tmp_path), RUNS[0], RUNS[2]

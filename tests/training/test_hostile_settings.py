@@ -1,6 +1,7 @@
 """Settings, paths and addresses that no run can have end in a sentence with status 2, and nothing is written."""
 
 import io
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -80,7 +81,9 @@ def test_a_name_that_is_too_long_is_told_by_every_script(tmp_path, script):
         ({"data": {"batch_size": 2**31 - 1}}, r"A batch would have [\d,]+ GB, and the memory has"),
     ],
 )
-def test_a_run_larger_than_the_memory_is_refused_before_its_folder_is_made(tmp_path, settings, sentence):
+def test_a_run_larger_than_the_memory_is_refused_before_its_folder_is_made(tmp_path, monkeypatch, settings, sentence):
+    memory = {"SC_PHYS_PAGES": 2**22, "SC_PAGE_SIZE": 2**12}  # 16 GiB on every machine
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
     config = tiny(write_text(tmp_path / "text.txt"))
     with pytest.raises(InputError, match=sentence):
         train(config.with_settings(**settings), tmp_path / "run", data=data_of(config))
