@@ -42,7 +42,7 @@ test-slow: $(VENV)/.installed
 aot: $(AOT)/.installed
 
 test-aot: $(AOT)/.installed
-	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(RUN) -m pytest -m 'not slow and not gpu and not tpu' tests/kernels/test_tpu_aot.py tests/kernels/test_gpu_compile.py tests/cost/test_compile_ahead.py
+	PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu $(PYTEST) -m 'not slow and not gpu and not tpu' tests/kernels/test_tpu_aot.py tests/kernels/test_gpu_compile.py tests/cost/test_compile_ahead.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -123,7 +123,9 @@ def resources(lowered: jax.stages.Lowered) -> list[Resources]:
     assert module is not None
     _collect(module.operation, kernels)
     out = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        # The import of jax-triton leaves Triton without a cache, which the compiler needs.
+        triton.knobs.cache.dir = folder
         for kernel in kernels:
             file = Path(folder) / f"{kernel['name']}.ttir"
             file.write_text(_text(kernel["ir"]))

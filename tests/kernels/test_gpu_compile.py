@@ -62,7 +62,9 @@ SLOW += [("write_read", 8, 2560, F32), ("coefficients", 8, 2560, F32)]
 @pytest.mark.parametrize(
     ("op", "n", "C", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_no_spills_and_wide_accesses(op, n, C, dtype):
+def test_no_spills_and_wide_accesses(op, n, C, dtype, monkeypatch):
+    # As jax-triton leaves it.  Another test of this process may have imported that.
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
     for kernel in resources(with_gradient(op, n, C, dtype)):
         assert kernel.spills == 0, f"{kernel.name} spills with {kernel.registers} registers"
         if n == 8 or "sinkhorn" in kernel.name:
