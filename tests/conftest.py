@@ -25,12 +25,11 @@ os.environ.setdefault("MHC_JAX_CACHE", str(CACHE / "data"))
 # warns and compiles.  Scripts and notebooks that the tests start ignore that warning; pyproject.toml ignores it in the tests.
 HALF = "ignore:Error reading persistent compilation cache entry:UserWarning"
 os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), HALF]))
-# The first two ask for bars where lines are expected; the last may name kernels of another Python.
-for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "JUPYTER_PATH"):
+# FORCE_COLOR and TTY_ ask for bars where lines are expected.  JUPYTER_PATH may name kernels of another Python.
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_PATH"):
     os.environ.pop(name, None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # The user's home may hold a damaged list of fonts: a process whose virtual environment was deleted while it ran leaves one
-    # without matplotlib's own fonts.  It may also hold settings and kernels of IPython.  Workers inherit these folders.
+    # The user's home may hold a damaged list of fonts, and settings and kernels of IPython.  Workers inherit these folders.
     TOOLS = tempfile.mkdtemp(prefix="mhc-jax-test-tools-")
     atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
     os.environ |= {"MPLCONFIGDIR": f"{TOOLS}/matplotlib", "IPYTHONDIR": f"{TOOLS}/ipython"}

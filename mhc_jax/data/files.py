@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,14 +37,18 @@ MOST_EXPANSION = 1000
 """Largest ratio of the bytes of a parquet column to those on disk, if they are more than `LARGEST_RECORD`."""
 _COLUMN_SIZES = """
 import json, sys
+import pyarrow as pa
 from pyarrow import parquet
-with open(sys.argv[1], "rb") as file:
-    of = parquet.ParquetFile(file).metadata
-paths = [of.schema.column(k).path for k in range(of.num_columns)]
-nested = set(sys.argv[2:]) - set(paths)
-read = [k for k, path in enumerate(paths) if path in sys.argv[2:] or path.partition(".")[0] in nested]
-columns = [of.row_group(group).column(k) for group in range(of.num_row_groups) for k in read]
-print(json.dumps([[c.path_in_schema, c.total_uncompressed_size, c.total_compressed_size] for c in columns]))
+try:
+    with open(sys.argv[1], "rb") as file:
+        of = parquet.ParquetFile(file).metadata
+    paths = [of.schema.column(k).path for k in range(of.num_columns)]
+    nested = set(sys.argv[2:]) - set(paths)
+    read = [k for k, path in enumerate(paths) if path in sys.argv[2:] or path.partition(".")[0] in nested]
+    columns = [of.row_group(group).column(k) for group in range(of.num_row_groups) for k in read]
+    print(json.dumps([[c.path_in_schema, c.total_uncompressed_size, c.total_compressed_size] for c in columns]))
+except (pa.ArrowException, UnicodeDecodeError) as error:
+    print(json.dumps(" ".join(str(error).split())))
 """
 """Program of `_column_sizes`."""
 
@@ -345,11 +350,16 @@ def _column_sizes(file: Path, columns: Sequence[str]) -> list[tuple[str, int, in
     # -P: modules of the working folder are not imported.
     command = [sys.executable, "-P", "-c", _COLUMN_SIZES, file, *columns]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = re.sub("^.*?: +", "", done.stderr.rstrip().rpartition("\n")[2])
-        reason = last or f"the process that read its metadata ended with status {done.returncode}."
-        raise InputError(f"{file} is not a readable parquet file: {reason}")
-    return [(name, size, stored) for name, size, stored in json.loads(done.stdout)]
+    if done.returncode < 0 and done.returncode != -signal.SIGKILL:  # which the system sends when memory is short
+        what = re.search(r"what\(\): +(.*)", done.stderr)
+        found = what[1] if what else "the metadata of a column are damaged."
+    elif done.returncode:
+        raise RuntimeError(f"The columns of {file} could not be read (status {done.returncode}): {done.stderr}")
+    else:
+        found = json.loads(done.stdout)
+    if isinstance(found, str):
+        raise InputError(f"{file} is not a readable parquet file: {found}")
+    return [(name, size, stored) for name, size, stored in found]
 
 
 def _too_large(file: Path, place: str) -> str:

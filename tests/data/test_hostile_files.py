@@ -218,6 +218,16 @@ def test_parquet_metadata_that_would_end_the_process_are_refused(tmp_path, monke
         texts_of(path)
 
 
+@pytest.mark.parametrize("fault", ["import os; os.kill(os.getpid(), 9)", "import no_such_module"])
+def test_what_befalls_the_process_of_the_columns_is_not_blamed_on_the_file(tmp_path, monkeypatch, fault):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a"]}), path)
+    monkeypatch.setattr(files, "LARGEST_RECORD", 1)
+    monkeypatch.setattr(files, "_COLUMN_SIZES", fault)
+    with pytest.raises(RuntimeError, match=r"(?s)could not be read \(status (-9|1\).*no_such_module)"):
+        texts_of(path)
+
+
 POOLS = []
 """Pools of `new_pool`.  They live as long as the process, because Arrow may free what it has of one after the test."""
 

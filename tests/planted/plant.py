@@ -66,26 +66,32 @@ def faults() -> list[Fault]:
 def copy_checkout(folder: Path) -> None:
     """The files that git knows or would add, as the only commit of a repository: some tests need one."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    listed = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, check=True).stdout.decode()
     for name in filter(None, listed.split("\0")):
         if (source := ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
-    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message=copy"]):
-        who = ["-c", "user.name=plant", "-c", "user.email=plant", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", *who, *command], cwd=folder, check=True)
+    git = ["git", "-c", "user.name=plant", "-c", "user.email=plant"]
+    for step in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message=copy"]):
+        subprocess.run([*git, *step], cwd=folder, env=environment(), check=True)
+
+
+def environment() -> dict[str, str]:
+    """The variables without those of git, which may name another repository, and with none of the user's settings of git."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return kept | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
 
 def first_failure(fault: Fault, folder: Path, suite: str, tests: tuple[str, ...]) -> str | None:
     """The first test that fails, None when all pass or when the suite has none of them."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "kernels")])}
+    variables = environment() | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "kernels")])}
     with tempfile.TemporaryDirectory() as data:  # a fault in the data must not stay in a cache
-        environment["MHC_JAX_CACHE"] = data
+        variables["MHC_JAX_CACHE"] = data
         selected = [] if SUITES[suite] is None else ["-m", SUITES[suite]]
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", *selected]
         # The tests of the tables find the fault by its text, which says nothing of the suite.
         command += tests or ["--ignore=tests/planted"]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode in (0, 5):  # 5: no test was selected
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)

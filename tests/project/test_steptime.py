@@ -50,7 +50,7 @@ def test_steps_of_others_are_asked_for_before_the_first_compile(monkeypatch, giv
         raise InputError(" ".join(settings))
 
     def known(revision, folder):
-        """Sources without git have no commit; only one that does not exist is asked of git."""
+        """Sources without git have no HEAD; other commits are asked of git."""
         if revision != "HEAD":
             check_out(revision, folder)
 
