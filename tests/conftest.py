@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MHC_JAX_CACHE", str(CACHE / "data"))
 # JAX writes a compiled program in place, so that another process may read half a file, as may every process after a kill.  JAX then
-# warns and compiles.  Scripts and notebooks that the tests start ignore that warning; pyproject.toml ignores it in the tests.
+# warns and compiles.  Scripts and notebooks that the tests start ignore that warning, as do the tests (`pytest_configure`).
 HALF = "ignore:Error reading persistent compilation cache entry:UserWarning"
 os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), HALF]))
 # FORCE_COLOR and TTY_ ask for bars where lines are expected.  JUPYTER_PATH may name kernels of another Python.
@@ -67,6 +67,11 @@ def memory_in_use() -> int:
     """Resident bytes of this process; 0 where there is no /proc."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def pytest_configure(config):
+    """Let a warning pass that says nothing of what is tested."""
+    config.addinivalue_line("filterwarnings", HALF)
 
 
 def pytest_runtest_teardown(nextitem):
